@@ -1,0 +1,108 @@
+"""`iccld <verb>`: one entry to everything."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+DESCRIPTION = """\
+Train segmentation models on labelled source images and unlabelled target images.
+
+  iccld train experiment=gta5_to_cityscapes run_dir=runs/a   train; the same command resumes
+  iccld evaluate runs/a inference.num_steps=[1,4]            score the finished stages
+  iccld predict runs/a image.jpg out/                        label PNG and overlay
+  iccld shards make --dataset gta5 --input DIR --output DIR  turn a data set into shards
+
+Any setting is changed by key=value; `iccld config experiment=...` shows all of them. Several ranks: launch/local.py.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb. What the user got wrong is one line on stderr and exit status 2."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments) or 0
+    except ValueError as error:
+        if os.environ.get("RANK", "0") == "0" or "rank" in str(error):  # the others say the same
+            print(f"iccld {arguments.verb}: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("iccld", description=DESCRIPTION, formatter_class=argparse.RawTextHelpFormatter)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    train = verbs.add_parser("train", help="train the stages of a run, or go on with them")
+    train.set_defaults(run=_train)
+    config = verbs.add_parser("config", help="show the composed settings")
+    config.set_defaults(run=_config)
+    for parser_of_verb in (train, config):
+        parser_of_verb.add_argument("overrides", nargs="*", metavar="key=value")
+        parser_of_verb.add_argument("--config-dir", default="", help="a folder with YAML groups of your own")
+
+    evaluate = verbs.add_parser("evaluate", help="score finished stages on the validation set")
+    evaluate.add_argument("run_dir", type=Path)
+    evaluate.add_argument("overrides", nargs="*", metavar="key=value")
+    evaluate.add_argument("--model", default="", help="a model folder to score instead of the run's own")
+    evaluate.set_defaults(run=_evaluate)
+
+    predict = verbs.add_parser("predict", help="segment an image or a folder")
+    predict.add_argument("model", type=Path, help="a model folder or a run directory")
+    predict.add_argument("input", type=Path)
+    predict.add_argument("output", type=Path)
+    predict.add_argument("--num-steps", type=int, default=0, help="denoising steps; 0 (default): the decoder alone")
+    predict.add_argument("--sliding-window", action="store_true")
+    predict.set_defaults(run=_predict)
+
+    shards = verbs.add_parser("shards", help="make shards from a data set")
+    actions = shards.add_subparsers(dest="action", required=True, metavar="ACTION")
+    make = actions.add_parser("make", help="convert a data set to tars and an index")
+    from iccld.data.shards import add_arguments, run
+
+    add_arguments(make)
+    make.set_defaults(run=run)
+    return parser
+
+
+# The verbs import what they need when they run, so that `--help` and shard making do not wait for torch.
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from iccld.config import load_config
+    from iccld.programs.train import train
+
+    finished = train(load_config(arguments.overrides, config_dir=arguments.config_dir))
+    if not finished:
+        print("iccld train: stopped by a signal; the same command goes on", flush=True)
+    return 0
+
+
+def _config(arguments: argparse.Namespace) -> None:
+    from iccld.config import load_config, to_yaml
+
+    print(to_yaml(load_config(arguments.overrides, config_dir=arguments.config_dir)), end="")
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from iccld.config import read_config
+    from iccld.programs.evaluate import evaluate_run
+
+    overrides = [*arguments.overrides, f"run_dir={arguments.run_dir}"]
+    evaluate_run(read_config(arguments.run_dir / "config.yaml", overrides), model_folder=arguments.model)
+
+
+def _predict(arguments: argparse.Namespace) -> None:
+    from iccld.programs.predict import predict_images
+
+    predict_images(
+        arguments.model,
+        arguments.input,
+        arguments.output,
+        num_steps=arguments.num_steps,
+        sliding_window=arguments.sliding_window,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

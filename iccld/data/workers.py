@@ -1,0 +1,28 @@
+"""What a loader worker does first: one thread, and no reaction to signals that are meant for the training process."""
+
+import os
+import signal
+import threading
+
+import torch
+
+
+def initialize_worker(worker_id: int) -> None:
+    """Prepares a loader worker (the `worker_init_fn` of its loader).
+
+    A scheduler signals every process of a job. If workers took SIGUSR1 or SIGTERM the default way, they would die and
+    take the training process with them before it has saved; if they kept its handlers, they would act as it does.
+    """
+    del worker_id
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    # A loader that closes, or an interpreter that exits, ends its workers by SIGTERM: that one must work.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_obey_the_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _obey_the_parent(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)  # 0, so that the parent does not take it for a worker that failed

@@ -1,0 +1,71 @@
+"""Diffusion's arithmetic: schedule, noising and deterministic DDIM sampling. Tensors in, tensors out.
+
+`B` samples, `C h w` latent, `T` diffusion steps. `z_0`, `z_t` and `noise` are `(B, C, h, w)` floats, `t` is `(B,)`
+int64 in [0, T-1], `alpha_bar` is `(T,)` float32 in (0, 1) and falls with t.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+NUM_TRAIN_STEPS = 1000
+
+
+def scaled_linear_alpha_bar(num_steps: int = NUM_TRAIN_STEPS, *, start: float = 0.00085, end: float = 0.012) -> Tensor:
+    """`(T,)` float32: products of 1 - beta, where sqrt(beta) rises linearly (the schedule of latent diffusion)."""
+    betas = torch.linspace(start**0.5, end**0.5, num_steps, dtype=torch.float64) ** 2
+    return torch.cumprod(1.0 - betas, dim=0).float()
+
+
+def _scales(t: Tensor, alpha_bar: Tensor) -> tuple[Tensor, Tensor]:
+    """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), each `(B, 1, 1, 1)`."""
+    selected = alpha_bar[t].view(-1, 1, 1, 1)
+    return selected.sqrt(), (1.0 - selected).sqrt()
+
+
+def add_noise(z_0: Tensor, noise: Tensor, t: Tensor, alpha_bar: Tensor) -> Tensor:
+    """z_t = sqrt(alpha_bar_t) z_0 + sqrt(1 - alpha_bar_t) noise (DDPM, equation 4)."""
+    signal_scale, noise_scale = _scales(t, alpha_bar)
+    return signal_scale * z_0 + noise_scale * noise
+
+
+def predict_z_0(z_t: Tensor, noise_pred: Tensor, t: Tensor, alpha_bar: Tensor) -> Tensor:
+    """The clean latent that a predicted noise implies: `add_noise` solved for z_0."""
+    signal_scale, noise_scale = _scales(t, alpha_bar)
+    return (z_t - noise_scale * noise_pred) / signal_scale
+
+
+def predict_noise(z_t: Tensor, z_0: Tensor, t: Tensor, alpha_bar: Tensor) -> Tensor:
+    """The noise that a clean latent implies: `add_noise` solved for the noise."""
+    signal_scale, noise_scale = _scales(t, alpha_bar)
+    return (z_t - signal_scale * z_0) / noise_scale
+
+
+def trailing_timesteps(num_steps: int, *, num_train_steps: int = NUM_TRAIN_STEPS) -> list[int]:
+    """`num_steps` timesteps from T-1 downwards, evenly spaced and ending one stride above z_0.
+
+    The first is always T-1, where z_t is (nearly) pure noise: with "leading" spacing few-step sampling starts at a
+    timestep that never saw pure noise, and fails.
+    """
+    if not 1 <= num_steps <= num_train_steps:
+        raise ValueError(
+            f"num_steps={num_steps} (sampling) must be between 1 and {num_train_steps}; 1 to 50 are usual."
+        )
+    return [round(num_train_steps * i / num_steps) - 1 for i in range(num_steps, 0, -1)]
+
+
+def ddim_step(z_t: Tensor, noise_pred: Tensor, t: Tensor, t_next: Tensor | None, alpha_bar: Tensor) -> Tensor:
+    """One deterministic step from t to the smaller `t_next` (DDIM, equation 12 with eta = 0); None: to z_0."""
+    z_0 = predict_z_0(z_t, noise_pred, t, alpha_bar)
+    return z_0 if t_next is None else add_noise(z_0, noise_pred, t_next, alpha_bar)
+
+
+def sample(denoise: Callable[[Tensor, Tensor], Tensor], noise: Tensor, alpha_bar: Tensor, num_steps: int) -> Tensor:
+    """Follow `denoise(z_t, t) -> noise_pred` from `noise` `(B, C, h, w)` in `num_steps` DDIM steps; returns z_0."""
+    steps = trailing_timesteps(num_steps, num_train_steps=len(alpha_bar))
+    timesteps = [noise.new_full((len(noise),), t, dtype=torch.int64) for t in steps]
+    z_t = noise
+    for t, t_next in zip(timesteps, [*timesteps[1:], None], strict=True):
+        z_t = ddim_step(z_t, denoise(z_t, t), t, t_next, alpha_bar)
+    return z_t

@@ -1,0 +1,90 @@
+"""Class sets, palettes, and the maps from each data set's ids to Cityscapes train ids. 255 is ignored everywhere."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+IGNORE_INDEX = 255
+
+CITYSCAPES_NAMES = (
+    "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation", "terrain",
+    "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle",
+)  # fmt: skip
+CITYSCAPES_PALETTE = (
+    (128, 64, 128), (244, 35, 232), (70, 70, 70), (102, 102, 156), (190, 153, 153), (153, 153, 153), (250, 170, 30),
+    (220, 220, 0), (107, 142, 35), (152, 251, 152), (70, 130, 180), (220, 20, 60), (255, 0, 0), (0, 0, 142),
+    (0, 0, 70), (0, 60, 100), (0, 80, 100), (0, 0, 230), (119, 11, 32),
+)  # fmt: skip
+CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+"""The Cityscapes (and GTA5) label id of each train id."""
+
+CLASS_SUBSETS: Mapping[int, tuple[int, ...]] = {
+    19: tuple(range(19)),
+    16: tuple(i for i in range(19) if i not in (9, 14, 16)),
+    13: tuple(i for i in range(19) if i not in (3, 4, 5, 9, 14, 16)),
+}
+"""The train ids that mIoU-19, mIoU-16 (SYNTHIA) and mIoU-13 average over."""
+
+
+def lookup_table(mapping: Mapping[int, int], *, size: int = 256) -> np.ndarray:
+    """`(size,)` uint8 table from old to new ids; what `mapping` does not name becomes 255."""
+    table = np.full(size, IGNORE_INDEX, np.uint8)
+    for old, new in mapping.items():
+        table[old] = new
+    return table
+
+
+CITYSCAPES_ID_TO_TRAIN_ID: Mapping[int, int] = {label_id: i for i, label_id in enumerate(CITYSCAPES_IDS)}
+
+
+@dataclass(frozen=True)
+class ClassSet:
+    """The classes that a model tells apart, and how train ids (0-18) fall into them.
+
+    `of_train_id` maps a train id to a class index; a train id that it does not name is ignored (255).
+    """
+
+    names: tuple[str, ...]
+    palette: tuple[tuple[int, int, int], ...]
+    of_train_id: Mapping[int, int]
+
+    def __post_init__(self) -> None:
+        indices = set(self.of_train_id.values())
+        if len(self.names) != len(self.palette) or indices != set(range(len(self.names))):
+            raise ValueError(
+                f"class_set: {len(self.names)} names, {len(self.palette)} colours and class indices {sorted(indices)}; "
+                f"every class needs one name, one colour and at least one train id."
+            )
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.names)
+
+    def table(self) -> np.ndarray:
+        """`(256,)` uint8: train id to class index, 255 for what is ignored."""
+        return lookup_table(self.of_train_id)
+
+    def subset(self, num_classes: int) -> tuple[int, ...]:
+        """The class indices that mIoU-`num_classes` averages over; only the 19-class set has proper subsets."""
+        if num_classes == self.num_classes:
+            return tuple(range(self.num_classes))
+        if self.num_classes == 19 and num_classes in CLASS_SUBSETS:
+            return CLASS_SUBSETS[num_classes]
+        raise ValueError(
+            f"evaluation.num_classes={num_classes} does not fit a model of {self.num_classes} classes; "
+            f"use {self.num_classes}{' , 16 or 13' if self.num_classes == 19 else ''}."
+        )
+
+
+CITYSCAPES_19 = ClassSet(CITYSCAPES_NAMES, CITYSCAPES_PALETTE, {i: i for i in range(19)})
+
+
+def merged_class_set(names: Sequence[str], of_train_id: Mapping[int, int]) -> ClassSet:
+    """A class set that merges or drops train ids; each class takes the colour of its first train id."""
+    bad = [i for i in of_train_id if not 0 <= i < 19] + [c for c in of_train_id.values() if not 0 <= c < len(names)]
+    if bad:
+        raise ValueError(f"data.class_set: {bad} out of range; map train ids 0-18 to class indices 0-{len(names) - 1}.")
+    first = {c: min(i for i, owner in of_train_id.items() if owner == c) for c in set(of_train_id.values())}
+    palette = tuple(CITYSCAPES_PALETTE[first[c]] for c in sorted(first))
+    return ClassSet(tuple(names), palette, dict(of_train_id))

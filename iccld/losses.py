@@ -1,0 +1,73 @@
+"""The objectives as functions of tensors.
+
+Every loss is a sum over samples (or pixels), or a value per sample, so that splitting a batch over micro-batches and
+ranks does not change what is optimised: the caller divides by the denominator of the global batch. `B H W` labels,
+`h w` feature positions, `K` classes, `D` domains.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from iccld.labels import IGNORE_INDEX
+
+
+def weighted_cross_entropy(logits: Tensor, labels: Tensor, *, weights: Tensor | None, denominator: Tensor) -> Tensor:
+    """sum(weights * cross entropy) / denominator: a float32 scalar (method, L1).
+
+    logits: `(B, K, h, w)` of any stride, upsampled bilinearly to the labels' size. labels: `(B, H, W)` uint8 or int64,
+    255 is ignored. weights: `(B, H, W)` float >= 0; None is 1 everywhere. denominator: scalar, the number of valid
+    pixels that the sum is shared by; at least 1 is used, so that a batch without a valid pixel gives 0.
+    """
+    logits = logits.float()
+    if logits.shape[-2:] != labels.shape[-2:]:
+        logits = F.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=False)
+    losses = F.cross_entropy(logits, labels.long(), ignore_index=IGNORE_INDEX, reduction="none")
+    if weights is not None:
+        losses = losses * weights
+    return losses.sum() / denominator.clamp(min=1.0)
+
+
+def domain_cross_entropy(logits: Tensor, domains: Tensor) -> Tensor:
+    """`(B,)` float32: the discriminator's loss, averaged over positions.
+
+    logits: `(B, D, h, w)`. domains: `(B,)` int64 in [0, D-1].
+    """
+    targets = domains.view(-1, 1, 1).expand(-1, *logits.shape[-2:])
+    return F.cross_entropy(logits.float(), targets, reduction="none").mean(dim=(1, 2))
+
+
+def domain_confusion(logits: Tensor) -> Tensor:
+    """`(B,)` float32: cross entropy of `(B, D, h, w)` logits to the uniform distribution, averaged over positions.
+
+    Its minimum, log D, is reached where the domains cannot be told apart. Unlike a flipped label it does not push the
+    denoiser into another domain's give-away.
+    """
+    return -logits.float().log_softmax(dim=1).mean(dim=(1, 2, 3))
+
+
+def noise_mse(noise_pred: Tensor, noise: Tensor, weights: Tensor) -> Tensor:
+    """Sum over samples of weight * mean squared error: a float32 scalar. Latents `(B, C, h, w)`, weights `(B,)`."""
+    errors = (noise_pred.float() - noise.float()).square().mean(dim=(1, 2, 3))
+    return (weights * errors).sum()
+
+
+def feature_distance(
+    features: Tensor, reference: Tensor, labels: Tensor, *, classes: Sequence[int], min_share: float = 0.75
+) -> Tensor:
+    """Mean Euclidean distance to reference features, where one of `classes` fills `min_share` of a position.
+
+    features, reference: `(B, C, h, w)`. labels: `(B, H, W)`, 255 is ignored. A float32 scalar: the mean over a sample's
+    positions (0 where it has none), then over samples. DAFormer pools the positions of a rank's batch instead, which
+    would make the objective depend on how the batch is split.
+    """
+    height, width = features.shape[-2:]
+    distances = torch.linalg.vector_norm(features.float() - reference.float(), dim=1)
+    mask = torch.zeros_like(distances, dtype=torch.bool)
+    for index in classes:
+        share = F.adaptive_avg_pool2d((labels == index).float().unsqueeze(1), (height, width))
+        mask |= share.squeeze(1) >= min_share
+    per_sample = (distances * mask).sum(dim=(1, 2)) / mask.sum(dim=(1, 2)).clamp(min=1)
+    return per_sample.mean()

@@ -1,0 +1,53 @@
+"""Attention through one function with an explicit back end; the only file that imports xformers.
+
+`B` batch, `N` tokens, `M` heads, `D` channels of a head.
+"""
+
+from enum import Enum
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class AttentionBackend(Enum):
+    """Who computes softmax(q k^T / sqrt(D)) v: torch, or xformers' memory-efficient kernels (CUDA only).
+
+    Members have the names that a config file uses.
+    """
+
+    sdpa = "sdpa"
+    xformers = "xformers"
+
+
+def default_device_type() -> str:
+    """The kind of device that this process would train on."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_backend(backend: AttentionBackend, device_type: str) -> None:
+    """Raise `ValueError` where `backend` cannot run on devices of `device_type` ("cuda", "cpu", ...)."""
+    if backend is not AttentionBackend.xformers:
+        return
+    setting = "model.denoiser.attention=xformers"
+    if device_type != "cuda":
+        raise ValueError(
+            f"{setting} needs a CUDA device, and this is {device_type!r} (xformers has no operator for it); "
+            f"use model.denoiser.attention=sdpa."
+        )
+    try:
+        import xformers.ops  # noqa: F401  (slow to import and noisy, so only where it is chosen)
+    except (ImportError, OSError) as error:
+        raise ValueError(
+            f"{setting}: xformers cannot be imported ({error}); install the xformers build of torch "
+            f"{torch.__version__}, or use model.denoiser.attention=sdpa."
+        ) from error
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, backend: AttentionBackend) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v. All `(B, N, M, D)` of one float dtype, also the result."""
+    if backend is AttentionBackend.xformers:
+        from xformers.ops import memory_efficient_attention
+
+        return memory_efficient_attention(q, k, v)
+    return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)

@@ -1,0 +1,110 @@
+"""Building blocks that more than one box of the figure uses. `B C H W` maps of any resolution."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from iccld.models.attention import AttentionBackend, attention
+
+FEATURE_STRIDES = (4, 8, 16, 32)
+LATENT_STRIDE = 8
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """GroupNorm of at most 32 groups, and of at least 4 channels a group where there are as many."""
+    groups = math.gcd(channels, 32)
+    while groups > 1 and channels // groups < 4:
+        groups //= 2
+    return nn.GroupNorm(groups, channels)
+
+
+def conv_block(in_channels: int, out_channels: int, *, kernel_size: int = 3, stride: int = 1) -> nn.Sequential:
+    """Convolution, GroupNorm, GELU; the output is `ceil(size / stride)`."""
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride=stride, padding=kernel_size // 2, bias=False)
+    return nn.Sequential(conv, group_norm(out_channels), nn.GELU())
+
+
+def resample(x: Tensor, *, stride: int, to_stride: int, size: Sequence[int]) -> Tensor:
+    """Bring a map from one stride to another, cropped to `size`, without shifting it against the image.
+
+    Scaling is by the exact ratio of the strides: a map of `ceil(H / 32)` rows covers more than the image, and squeezing
+    it into the image's rows would misplace it.
+    """
+    if stride > to_stride:
+        x = F.interpolate(x, scale_factor=float(stride // to_stride), mode="bilinear", align_corners=False)
+    elif stride < to_stride:
+        x = F.avg_pool2d(x, to_stride // stride, ceil_mode=True)
+    return x[..., : size[0], : size[1]]
+
+
+class FeatureFusion(nn.Module):
+    """Project the encoder's features, each to an equal share of `out_channels`, and concatenate them at one stride."""
+
+    def __init__(self, *, feature_channels: Sequence[int], out_channels: int) -> None:
+        super().__init__()
+        share = out_channels // len(feature_channels)
+        self.projections = nn.ModuleList(conv_block(channels, share, kernel_size=1) for channels in feature_channels)
+
+    def forward(self, features: Sequence[Tensor], *, to_stride: int, size: Sequence[int]) -> Tensor:
+        """Features of strides 4, 8, 16, 32 to `(B, out_channels, *size)` at `to_stride`."""
+        levels = zip(self.projections, features, FEATURE_STRIDES, strict=True)
+        resampled = [resample(project(x), stride=s, to_stride=to_stride, size=size) for project, x, s in levels]
+        return torch.cat(resampled, dim=1)
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions around a skip; a time embedding, where there is one, scales and shifts between them."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, time_channels: int = 0) -> None:
+        super().__init__()
+        self.norm_in, self.norm_out = group_norm(in_channels), group_norm(out_channels)
+        self.conv_in = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.time = nn.Linear(time_channels, 2 * out_channels) if time_channels else None
+        self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+
+    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
+        """`(B, in_channels, H, W)` and time `(B, time_channels)` to `(B, out_channels, H, W)`."""
+        hidden = self.norm_out(self.conv_in(F.silu(self.norm_in(x))))
+        if self.time is not None and time is not None:
+            scale, shift = self.time(F.silu(time))[:, :, None, None].chunk(2, dim=1)
+            hidden = hidden * (1.0 + scale) + shift
+        return self.skip(x) + self.conv_out(F.silu(hidden))
+
+
+class SelfAttention(nn.Module):
+    """Attention between all positions of a map, around a skip."""
+
+    def __init__(self, channels: int, *, head_dim: int, backend: AttentionBackend) -> None:
+        super().__init__()
+        self.head_dim, self.backend = head_dim, backend
+        self.norm = group_norm(channels)
+        self.to_qkv = nn.Linear(channels, 3 * channels)
+        self.to_out = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
+        """`(B, C, H, W)` to the same; `time` is not used (the residual blocks beside it carry it)."""
+        tokens = self.norm(x).flatten(2).transpose(1, 2)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.to_qkv(tokens).chunk(3, dim=-1))
+        mixed = self.to_out(attention(q, k, v, self.backend).flatten(2))
+        return x + mixed.transpose(1, 2).unflatten(2, x.shape[-2:])
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoids of the timestep through a two-layer MLP."""
+
+    def __init__(self, *, width: int, out_channels: int) -> None:
+        super().__init__()
+        frequencies = torch.exp(-math.log(10_000.0) * torch.arange(width // 2) / (width // 2))
+        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.mlp = nn.Sequential(
+            nn.Linear(2 * len(frequencies), out_channels), nn.SiLU(), nn.Linear(out_channels, out_channels)
+        )
+
+    def forward(self, t: Tensor) -> Tensor:
+        """`(B,)` int64 to `(B, out_channels)`."""
+        angles = t.float()[:, None] * self.get_buffer("frequencies")
+        return self.mlp(torch.cat([angles.sin(), angles.cos()], dim=1))

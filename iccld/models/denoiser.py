@@ -1,0 +1,159 @@
+"""The denoiser: a UNet with attention that predicts the noise in z_t, given the condition. `B C h w` latent."""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from iccld.models.attention import AttentionBackend, check_backend, default_device_type
+from iccld.models.blocks import ResidualBlock, SelfAttention, TimeEmbedding, group_norm
+
+
+@dataclass
+class DenoiserConfig:
+    """Level i has `width * channel_multipliers[i]` channels at 1 / 2^i of the latent's resolution."""
+
+    width: int = 128
+    channel_multipliers: list[int] = field(default_factory=lambda: [1, 2, 4])
+    num_blocks: int = 2
+    attention_levels: list[int] = field(default_factory=lambda: [1, 2])  # the middle always has attention
+    head_dim: int = 64
+    attention: AttentionBackend = AttentionBackend.sdpa
+    activation_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.channel_multipliers or min(self.channel_multipliers) < 1:
+            raise ValueError(
+                f"model.denoiser.channel_multipliers={self.channel_multipliers} must be positive integers, one a level."
+            )
+        for name, low in (("width", 4), ("num_blocks", 1), ("head_dim", 1)):
+            if getattr(self, name) < low:
+                raise ValueError(f"model.denoiser.{name}={getattr(self, name)} must be at least {low}.")
+        outside = [level for level in self.attention_levels if not 0 <= level < self.num_levels]
+        if outside:
+            raise ValueError(
+                f"model.denoiser.attention_levels={self.attention_levels} must be between 0 and {self.num_levels - 1} "
+                f"(one less than the number of channel_multipliers)."
+            )
+        for level in {*self.attention_levels, self.num_levels - 1}:
+            if self.channels[level] % self.head_dim:
+                raise ValueError(
+                    f"model.denoiser.head_dim={self.head_dim} must divide the {self.channels[level]} channels "
+                    f"of level {level}; change head_dim or width."
+                )
+
+    @property
+    def num_levels(self) -> int:
+        return len(self.channel_multipliers)
+
+    @property
+    def channels(self) -> list[int]:
+        return [self.width * multiplier for multiplier in self.channel_multipliers]
+
+
+class DenoiserOutput(NamedTuple):
+    """`noise_pred` `(B, C, h, w)`; `middle` `(B, middle_channels, h', w')`: the UNet's narrowest features."""
+
+    noise_pred: Tensor
+    middle: Tensor
+
+
+class Denoiser(nn.Module):
+    """epsilon_theta(z_t, t | condition)."""
+
+    def __init__(self, *, config: DenoiserConfig, latent_channels: int, condition_channels: int) -> None:
+        super().__init__()
+        check_backend(config.attention, default_device_type())
+        self.config, channels, time_channels = config, config.channels, 4 * config.width
+        self.time = TimeEmbedding(width=config.width, out_channels=time_channels)
+        self.stem = nn.Conv2d(latent_channels + condition_channels, channels[0], 3, padding=1)
+        levels = range(config.num_levels)
+        self.down = nn.ModuleList(self._level(i, channels[i]) for i in levels)
+        self.shrink = nn.ModuleList(
+            nn.Conv2d(channels[i], channels[i + 1], 3, stride=2, padding=1) for i in levels[:-1]
+        )
+        self.middle = nn.ModuleList([self._residual(channels[-1], channels[-1]), self._attention(channels[-1])])
+        self.middle.append(self._residual(channels[-1], channels[-1]))
+        self.up = nn.ModuleList(self._level(i, 2 * channels[i]) for i in reversed(levels))
+        self.grow = nn.ModuleList(
+            nn.Conv2d(channels[i], channels[i - 1], 3, padding=1) for i in reversed(levels) if i > 0
+        )
+        self.head = nn.Sequential(
+            group_norm(channels[0]), nn.SiLU(), nn.Conv2d(channels[0], latent_channels, 3, padding=1)
+        )
+        self._shrink_output()
+
+    @property
+    def middle_channels(self) -> int:
+        return self.config.channels[-1]
+
+    def forward(self, z_t: Tensor, t: Tensor, condition: Tensor) -> DenoiserOutput:
+        """z_t and condition `(B, C, h, w)` float, t `(B,)` int64; any h, w."""
+        time = self.time(t)
+        x = self.stem(torch.cat([z_t, condition], dim=1))
+        skips: list[list[Tensor]] = []
+        for level, blocks in enumerate(self.down):
+            x, outputs = self._descend(blocks, x, time)
+            skips.append(outputs)
+            if level < len(self.shrink):
+                x = self.shrink[level](x)
+        for block in self.middle:
+            x = self._run(block, x, time)
+        middle = x
+        for level, blocks in enumerate(self.up):
+            outputs = skips.pop()
+            if level > 0:
+                x = F.interpolate(x, size=outputs[-1].shape[-2:], mode="nearest")
+                x = self.grow[level - 1](x)
+            x = self._ascend(blocks, x, outputs, time)
+        return DenoiserOutput(self.head(x), middle)
+
+    def _residual(self, in_channels: int, out_channels: int) -> ResidualBlock:
+        return ResidualBlock(in_channels, out_channels, time_channels=4 * self.config.width)
+
+    def _attention(self, channels: int) -> SelfAttention:
+        return SelfAttention(channels, head_dim=self.config.head_dim, backend=self.config.attention)
+
+    def _level(self, level: int, in_channels: int) -> nn.ModuleList:
+        """`num_blocks` lists of a residual block and, where the level has it, attention."""
+        width, with_attention = self.config.channels[level], level in self.config.attention_levels
+        return nn.ModuleList(
+            nn.ModuleList([self._residual(in_channels, width)] + ([self._attention(width)] if with_attention else []))
+            for _ in range(self.config.num_blocks)
+        )
+
+    def _descend(self, blocks: nn.Module, x: Tensor, time: Tensor) -> tuple[Tensor, list[Tensor]]:
+        outputs = []
+        for parts in blocks.children():
+            for part in parts.children():
+                x = self._run(part, x, time)
+            outputs.append(x)
+        return x, outputs
+
+    def _ascend(self, blocks: nn.Module, x: Tensor, skips: list[Tensor], time: Tensor) -> Tensor:
+        for parts, skip in zip(blocks.children(), reversed(skips), strict=True):
+            x = torch.cat([x, skip], dim=1)
+            for part in parts.children():
+                x = self._run(part, x, time)
+        return x
+
+    def _run(self, part: nn.Module, x: Tensor, time: Tensor) -> Tensor:
+        if self.config.activation_checkpointing and torch.is_grad_enabled():
+            # No layer draws random numbers, so there is no generator state to save.
+            return checkpoint(part, x, time, use_reentrant=False, preserve_rng_state=False)
+        return part(x, time)
+
+    def _shrink_output(self) -> None:
+        """Start near zero, not at zero.
+
+        The usual zero initialisation predicts no noise at first, but the gradient reaches the earlier layers through
+        the last convolution's weight: were it zero, the first adversarial step would change nothing but the last layer.
+        """
+        last = self.head[-1]
+        assert isinstance(last, nn.Conv2d) and last.bias is not None
+        with torch.no_grad():
+            last.weight.mul_(0.1)
+            last.bias.zero_()

@@ -1,0 +1,48 @@
+"""The discriminator: which domain does a predicted noise (or another input of latent shape) come from?
+
+`B C h w` input, `D` = 3 domains: source, target, mixed.
+"""
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from iccld.models.blocks import TimeEmbedding
+
+NUM_DOMAINS = 3
+
+
+@dataclass
+class DiscriminatorConfig:
+    """`num_layers` stride-2 convolutions; the first has `width` channels, each further one twice as many."""
+
+    width: int = 64
+    num_layers: int = 3
+
+    def __post_init__(self) -> None:
+        for name, low in (("width", 2), ("num_layers", 1)):
+            if getattr(self, name) < low:
+                raise ValueError(f"model.discriminator.{name}={getattr(self, name)} must be at least {low}.")
+
+
+class Discriminator(nn.Module):
+    """Timestep-aware patch classifier. It has no normalisation: nothing may mix samples, and contrast is evidence."""
+
+    def __init__(self, *, config: DiscriminatorConfig, in_channels: int) -> None:
+        super().__init__()
+        widths = [config.width * 2**i for i in range(config.num_layers)]
+        # Kernel 3 with padding halves any size rounding up, so that a latent of a few positions never vanishes.
+        self.convs = nn.ModuleList(
+            nn.Conv2d(fan_in, fan_out, 3, stride=2, padding=1)
+            for fan_in, fan_out in zip([in_channels, *widths], widths, strict=False)
+        )
+        self.time = TimeEmbedding(width=config.width, out_channels=widths[0])
+        self.head = nn.Conv2d(widths[-1], NUM_DOMAINS, 3, padding=1)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """`(B, in_channels, h, w)` and timesteps `(B,)` int64 to logits `(B, 3, ceil(h/2^n), ceil(w/2^n))`."""
+        hidden = self.convs[0](x) + self.time(t)[:, :, None, None]
+        for conv in self.convs[1:]:
+            hidden = conv(F.leaky_relu(hidden, 0.2))
+        return self.head(F.leaky_relu(hidden, 0.2))

@@ -1,0 +1,239 @@
+"""E: image to latent and multi-scale features, over any backbone of `transformers` (the only file that imports it).
+
+`B H W` images, `C` latent channels; strides 4, 8, 16, 32 of the features, 8 of the latent.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+
+from iccld.models.blocks import FEATURE_STRIDES, LATENT_STRIDE, FeatureFusion, conv_block
+
+logger = logging.getLogger(__name__)
+
+COARSEST = FEATURE_STRIDES[-1]
+KNOWN_TYPES = "segformer, convnextv2, swin, mobilenet_v2, dinov2, dinov3_vit"
+FORWARD_OPTIONS = {
+    # Swin's maps of a stage before it is shrunk. Without always_partition one small image would shrink the module's
+    # windows for good, so that later outputs depend on earlier inputs.
+    "swin": {"always_partition": True, "output_hidden_states_before_downsampling": True},
+}
+
+
+@dataclass
+class EncoderConfig:
+    """A published backbone (`pretrained`: hub id or folder), or one built without weights (`backbone_config`).
+
+    `backbone_config` is a transformers config with its `model_type`; `image_mean` and `image_std` are of RGB in [0, 1]
+    and belong to the backbone (ImageNet's here; MobileNetV2 wants 0.5). `width`: channels of the latent head.
+    """
+
+    pretrained: str = ""
+    backbone_config: dict[str, Any] = field(default_factory=dict)
+    image_mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
+    image_std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
+    width: int = 256
+
+    def __post_init__(self) -> None:
+        for name in ("image_mean", "image_std"):
+            values = getattr(self, name)
+            if len(values) != 3 or (name == "image_std" and min(values) <= 0):
+                raise ValueError(f"model.encoder.{name}={values} must be three numbers (R, G, B), the std above 0.")
+        if self.width < 8 or self.width % 8:
+            raise ValueError(
+                f"model.encoder.width={self.width} must be a positive multiple of 8 (four features share it)."
+            )
+
+
+class EncoderOutput(NamedTuple):
+    """`latent` `(B, C, h, w)`, stride 8; `features`: `(B, C_s, ., .)` of strides 4, 8, 16, 32; sizes are rounded up."""
+
+    latent: Tensor
+    features: tuple[Tensor, ...]
+
+
+class Encoder(nn.Module):
+    """Backbone, then a head that fuses its four scales into the latent."""
+
+    def __init__(self, *, config: EncoderConfig, latent_channels: int) -> None:
+        super().__init__()
+        self.backbone, missing = _make_backbone(config)
+        self.train()  # before anything passes the backbone, or BatchNorm would take it for data
+        self.options = FORWARD_OPTIONS.get(self.backbone.config.model_type, {})
+        self.register_buffer("image_mean", torch.tensor(config.image_mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("image_std", torch.tensor(config.image_std).view(1, 3, 1, 1), persistent=False)
+        self.taps, self.feature_channels = self._choose_taps()
+        _refuse_missing(config, sorted(missing - self._freeze_unused()))
+        self.fusion = FeatureFusion(feature_channels=self.feature_channels, out_channels=config.width)
+        self.latent_head = nn.Sequential(
+            conv_block(config.width, config.width), nn.Conv2d(config.width, latent_channels, 1)
+        )
+
+    def forward(self, images: Tensor) -> EncoderOutput:
+        """`(B, 3, H, W)` float RGB in [0, 1], any size."""
+        height, width = (-(-side // LATENT_STRIDE) * LATENT_STRIDE for side in images.shape[-2:])
+        padded = _pad((images - self.get_buffer("image_mean")) / self.get_buffer("image_std"))
+        features = []
+        for x, stride in zip(self._maps(padded), FEATURE_STRIDES, strict=True):
+            x = _resize(x, (padded.shape[-2] // stride, padded.shape[-1] // stride))
+            features.append(x[..., : -(-height // stride), : -(-width // stride)])
+        size = (height // LATENT_STRIDE, width // LATENT_STRIDE)
+        fused = self.fusion(features, to_stride=LATENT_STRIDE, size=size)
+        return EncoderOutput(self.latent_head(fused), tuple(features))
+
+    def train(self, mode: bool = True) -> Self:
+        """As ever, but a backbone's BatchNorm stays frozen: its statistics would mix domains and ranks."""
+        super().train(mode)
+        for module in self.backbone.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+        return self
+
+    def _maps(self, images: Tensor) -> list[Tensor]:
+        """The four tapped states as maps, of the backbone's own sizes. images: normalised, sides multiples of 32."""
+        states = self._states(images)
+        return [self._to_map(states[tap], images) for tap in self.taps]
+
+    def _states(self, images: Tensor) -> Sequence[Tensor]:
+        patch = getattr(self.backbone.config, "patch_size", 1)
+        if isinstance(patch, int) and COARSEST % patch:
+            images = _resize(images, [-(-side // patch) * patch for side in images.shape[-2:]])
+        output = self.backbone(images, output_hidden_states=True, **self.options)
+        return getattr(output, "reshaped_hidden_states", None) or output.hidden_states
+
+    def _to_map(self, state: Tensor, images: Tensor) -> Tensor:
+        """`(B, C, ., .)` as it is; a ViT's tokens `(B, N, C)` are normalised as its last layer's are, and laid out."""
+        if state.dim() == 4:
+            return state
+        patch = self.backbone.config.patch_size
+        rows, columns = (-(-side // patch) for side in images.shape[-2:])
+        norm = next(child for child in self.backbone.children() if isinstance(child, nn.LayerNorm))
+        tokens = norm(state)[:, -rows * columns :]  # class and register tokens come first
+        return tokens.transpose(1, 2).unflatten(2, (rows, columns))
+
+    def _choose_taps(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """For each stride, which hidden state to use, and its channels: the last of that stride, or the nearest finer.
+
+        A ViT has one scale; its states at a quarter, half, three quarters and the end of its depth stand for the four.
+        """
+        if self.backbone.main_input_name != "pixel_values":
+            raise ValueError(
+                f"model.encoder: a backbone of type {self.backbone.config.model_type!r} gives no feature maps; "
+                f"use one of {KNOWN_TYPES}."
+            )
+        side = 2 * COARSEST
+        with torch.no_grad():
+            states = self._states(torch.zeros(1, 3, side, side))
+        if states[0].dim() == 3:  # a ViT's tokens
+            depth = len(states) - 1
+            taps = tuple(-(-depth * quarter // 4) for quarter in (1, 2, 3, 4))
+            return taps, tuple(states[tap].shape[-1] for tap in taps)
+        strides = [side // state.shape[-1] for state in states]
+        taps = []
+        for stride in FEATURE_STRIDES:
+            finer = max((s for s in strides if s <= stride), default=min(strides))
+            taps.append(max(i for i, s in enumerate(strides) if s == finer))
+        return tuple(taps), tuple(states[tap].shape[1] for tap in taps)
+
+    def _freeze_unused(self) -> set[str]:
+        """Freeze the backbone's BatchNorm and whatever no feature depends on; returns the latter's names.
+
+        A parameter that trains without ever getting a gradient stalls DDP and decays for nothing.
+        """
+        for module in self.backbone.modules():
+            if isinstance(module, _BatchNorm):
+                module.requires_grad_(False)
+        trainable = {name: p for name, p in self.backbone.named_parameters() if p.requires_grad}
+        with torch.enable_grad():
+            used = _leaves(self._maps(torch.zeros(1, 3, 2 * COARSEST, 2 * COARSEST)))
+        unused = {name for name, p in trainable.items() if id(p) not in used}
+        for name in unused:
+            trainable[name].requires_grad_(False)
+        return unused
+
+
+def _make_backbone(config: EncoderConfig) -> tuple[PreTrainedModel, set[str]]:
+    """The backbone in float32 without any dropout, and the names of weights that `pretrained` should have had."""
+    if bool(config.pretrained) == bool(config.backbone_config):
+        raise ValueError(
+            f"model.encoder.pretrained={config.pretrained!r} and backbone_config={config.backbone_config}: "
+            f"set exactly one, a hub id or folder with weights, or a transformers config to build without weights."
+        )
+    if not config.pretrained:
+        return AutoModel.from_config(_config_from_dict(config.backbone_config), dtype=torch.float32), set()
+    try:
+        backbone_config = _without_randomness(AutoConfig.from_pretrained(config.pretrained))
+        model, report = AutoModel.from_pretrained(
+            config.pretrained, config=backbone_config, dtype=torch.float32, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"model.encoder.pretrained={config.pretrained!r} cannot be loaded: {error} Give the hub id of a published "
+            f"backbone ({KNOWN_TYPES}) and network access, or a folder with its config.json and model.safetensors."
+        ) from error
+    if report["unexpected_keys"]:
+        logger.warning("%s: left out weights of %s", config.pretrained, sorted(report["unexpected_keys"]))
+    return model.float(), set(report["missing_keys"])
+
+
+def _config_from_dict(values: dict[str, Any]) -> PreTrainedConfig:
+    fields = dict(values)
+    try:
+        return _without_randomness(AutoConfig.for_model(fields.pop("model_type"), **fields))
+    except KeyError:
+        raise ValueError(f"model.encoder.backbone_config={values} needs a model_type: one of {KNOWN_TYPES}.") from None
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"model.encoder.backbone_config={values} is no transformers config: {error}") from error
+
+
+def _without_randomness(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Dropout, drop-path and DINOv3's jittered positions draw from the global generator; no draw may."""
+    for name, value in config.to_dict().items():
+        if "drop" in name and isinstance(value, (int, float)) and not isinstance(value, bool):
+            setattr(config, name, 0.0)
+        if name in ("pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale"):
+            setattr(config, name, None)
+    return config
+
+
+def _refuse_missing(config: EncoderConfig, missing: list[str]) -> None:
+    if missing:
+        raise ValueError(
+            f"model.encoder.pretrained={config.pretrained!r} lacks {len(missing)} of the backbone's weights "
+            f"({', '.join(missing[:3])}, ...); they would stay random. Give the whole backbone's folder or hub id."
+        )
+
+
+def _leaves(outputs: Sequence[Tensor]) -> set[int]:
+    """The ids of all parameters that `outputs` depend on, read from autograd's graph."""
+    pending, seen, leaves = [output.grad_fn for output in outputs], set(), set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            leaves.add(id(node.variable))  # pyright: ignore[reportAttributeAccessIssue]
+        pending.extend(parent for parent, _ in node.next_functions)
+    return leaves
+
+
+def _pad(images: Tensor) -> Tensor:
+    """Repeat the last row and column until both sides are multiples of 32, so that every stride divides them."""
+    bottom, right = (-side % COARSEST for side in images.shape[-2:])
+    return F.pad(images, (0, right, 0, bottom), mode="replicate") if bottom or right else images
+
+
+def _resize(x: Tensor, size: Sequence[int]) -> Tensor:
+    if tuple(x.shape[-2:]) == tuple(size):
+        return x
+    if x.shape[-1] >= size[1] and x.shape[-2] >= size[0]:
+        return F.adaptive_avg_pool2d(x, (size[0], size[1]))
+    return F.interpolate(x, size=list(size), mode="bilinear", align_corners=False)

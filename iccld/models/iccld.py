@@ -1,0 +1,232 @@
+"""The whole figure: encoder, denoiser, decoder. `B H W` images, `C h w` latent (stride 8), `K` classes."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from iccld.diffusion import sample, scaled_linear_alpha_bar
+from iccld.models.attention import AttentionBackend
+from iccld.models.blocks import LATENT_STRIDE
+from iccld.models.decoder import Decoder, DecoderConfig
+from iccld.models.denoiser import Denoiser, DenoiserConfig
+from iccld.models.discriminator import DiscriminatorConfig
+from iccld.models.encoder import Encoder, EncoderConfig
+from iccld.models.latent import LatentKind, denormalise, make_mask_encoder, moments_to_statistics, normalise
+from iccld.models.model_card import (
+    CARD_NAME,
+    FORMAT_VERSION,
+    WEIGHTS_NAME,
+    ModelCard,
+    ModelStage,
+    build,
+    read_card,
+    to_plain,
+    write_atomically,
+    write_card,
+)
+
+LOGITS_STRIDE = LATENT_STRIDE // 2
+
+
+@dataclass
+class ModelConfig:
+    """All boxes of the figure, the reading of z_0 and the latent's channels (16 for images; 4 will do for masks)."""
+
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    latent: LatentKind = LatentKind.image
+    latent_channels: int = 16
+
+    def __post_init__(self) -> None:
+        if self.latent_channels < 1:
+            raise ValueError(
+                f"model.latent_channels={self.latent_channels} must be at least 1; use 16, or 4 for masks."
+            )
+
+
+class ICCLD(nn.Module):
+    """Images in [0, 1] to logits, with or without diffusion. Stage 1 needs no denoiser: `with_denoiser=False` saves it.
+
+    `stage` says whether the denoiser is worth asking; whoever trains it sets `ModelStage.adversarial`.
+    """
+
+    alpha_bar: Tensor
+    latent_mean: Tensor
+    latent_std: Tensor
+    condition_mean: Tensor
+    condition_std: Tensor
+
+    def __init__(self, *, config: ModelConfig, num_classes: int, with_denoiser: bool = True) -> None:
+        super().__init__()
+        if not 2 <= num_classes <= 255:
+            raise ValueError(f"num_classes={num_classes} must be between 2 and 255 (255 means ignore in labels).")
+        channels = config.latent_channels
+        self.config, self.num_classes = config, num_classes
+        self.stage = ModelStage.segmentation
+        self.card: ModelCard | None = None
+        self.encoder = Encoder(config=config.encoder, latent_channels=channels)
+        self.decoder = Decoder(
+            config=config.decoder,
+            latent_channels=channels,
+            feature_channels=self.encoder.feature_channels,
+            num_classes=num_classes,
+        )
+        self.mask_encoder = make_mask_encoder(config.latent, num_classes=num_classes, latent_channels=channels)
+        # Last, so that the seed gives E and D the same initial weights with and without it.
+        self.denoiser = self._new_denoiser() if with_denoiser else None
+        self.register_buffer("alpha_bar", scaled_linear_alpha_bar(), persistent=False)
+        for name in ("latent", "condition"):
+            self.register_buffer(f"{name}_mean", torch.zeros(channels))
+            self.register_buffer(f"{name}_std", torch.ones(channels))
+
+    def segment(self, images: Tensor) -> Tensor:
+        """D(E(x)): `(B, 3, H, W)` float in [0, 1] to logits `(B, K, H, W)`."""
+        encoded = self.encoder(images)
+        return _to_image_size(self.decoder(encoded.latent, encoded.features), images)
+
+    def denoise_segment(self, images: Tensor, *, noise: Tensor, num_steps: int) -> Tensor:
+        """Encode, denoise from `noise` (`latent_shape` per image) in `num_steps`, decode: logits `(B, K, H, W)`."""
+        denoiser = self._trained_denoiser()
+        encoded = self.encoder(images)
+        if noise.shape != encoded.latent.shape:
+            raise ValueError(
+                f"noise of shape {tuple(noise.shape)} does not fit images of shape {tuple(images.shape)}; "
+                f"draw it with shape {tuple(encoded.latent.shape)} (latent_shape gives it)."
+            )
+        condition = normalise(encoded.latent, mean=self.condition_mean, std=self.condition_std)
+        z_0 = sample(lambda z_t, t: denoiser(z_t, t, condition).noise_pred.float(), noise, self.alpha_bar, num_steps)
+        latent = denormalise(z_0, mean=self.latent_mean, std=self.latent_std)
+        return _to_image_size(self.decoder(latent, encoded.features), images)
+
+    def segment_mean_latent(self, images: Tensor) -> Tensor:
+        """A control: D sees the image's features, but the data's mean latent. Logits `(B, K, H, W)`."""
+        encoded = self.encoder(images)
+        latent = self.latent_mean.view(1, -1, 1, 1).expand_as(encoded.latent)
+        return _to_image_size(self.decoder(latent, encoded.features), images)
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """`(C, h, w)` of the latent of one image of this size."""
+        return self.config.latent_channels, -(-height // LATENT_STRIDE), -(-width // LATENT_STRIDE)
+
+    @property
+    def segmentation_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Named parameters of E, D and, where there is one, M: what stage 1 trains."""
+        return ((name, p) for name, p in self.named_parameters() if not name.startswith("denoiser."))
+
+    def set_latent_statistics(self, *, z_0: Tensor, condition: Tensor) -> None:
+        """Keep what `channel_moments` measured over the data, `(3, C)` each, summed over batches and ranks."""
+        for name, moments in (("latent", z_0), ("condition", condition)):
+            mean, std = moments_to_statistics(moments)
+            self.get_buffer(f"{name}_mean").copy_(mean)
+            self.get_buffer(f"{name}_std").copy_(std)
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        *,
+        class_names: Sequence[str],
+        palette: Sequence[Sequence[int]],
+        origin: dict[str, Any] | None = None,
+    ) -> None:
+        """Write model.safetensors and config.json (last: a torn save has none). An untrained denoiser is left out."""
+        if len(class_names) != self.num_classes:
+            raise ValueError(
+                f"{folder}: {len(class_names)} class_names for a model of {self.num_classes} classes; give one a class."
+            )
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CARD_NAME).unlink(missing_ok=True)
+        trained = self.stage is ModelStage.adversarial
+        tensors = {
+            k: v.detach().cpu() for k, v in self.state_dict().items() if trained or not k.startswith("denoiser.")
+        }
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        write_atomically(folder / WEIGHTS_NAME, lambda path: save_file(contiguous, path))
+        write_card(folder, self._make_card(class_names, palette, origin or {}))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        num_classes: int | None = None,
+        with_denoiser: bool | None = None,
+        attention: AttentionBackend | None = None,
+    ) -> Self:
+        """Rebuild a saved model in eval mode, from the folder alone; `card` then holds its names, palette and origin.
+
+        num_classes: refuse a model of another number of classes. with_denoiser: None, as it was saved; True gives a
+        model of stage 1 a fresh one. attention: another back end than the one it was trained with.
+        """
+        folder = Path(folder)
+        card = read_card(folder)
+        if num_classes is not None and num_classes != len(card.class_names):
+            raise ValueError(
+                f"{folder / CARD_NAME} has {len(card.class_names)} classes, {num_classes} are asked for; "
+                f"choose the class set of the model ({', '.join(card.class_names[:4])}, ...) or another model."
+            )
+        config = build(ModelConfig, card.model, where=str(folder / CARD_NAME))
+        if attention is not None:
+            config = replace(config, denoiser=replace(config.denoiser, attention=attention))
+        trained = card.stage is ModelStage.adversarial
+        wanted = trained if with_denoiser is None else with_denoiser
+        model = cls(config=config, num_classes=len(card.class_names), with_denoiser=wanted)
+        model._load_weights(folder / WEIGHTS_NAME, trained=trained)
+        model.card, model.stage = card, card.stage if wanted else ModelStage.segmentation
+        return model.eval()
+
+    def _new_denoiser(self) -> Denoiser:
+        channels = self.config.latent_channels
+        return Denoiser(config=self.config.denoiser, latent_channels=channels, condition_channels=channels)
+
+    def _trained_denoiser(self) -> Denoiser:
+        if self.denoiser is None or self.stage is not ModelStage.adversarial:
+            raise ValueError(
+                f"denoise_segment: this model's denoiser is {'absent' if self.denoiser is None else 'untrained'} "
+                f"(stage={self.stage.value}); train stage 2 first, or use segment, which needs no denoiser."
+            )
+        return self.denoiser
+
+    def _make_card(self, names: Sequence[str], palette: Sequence[Sequence[int]], origin: dict[str, Any]) -> ModelCard:
+        """The backbone's whole config takes the place of its hub id: rebuilding needs no network."""
+        backbone = self.encoder.backbone.config.to_dict()
+        encoder = replace(self.config.encoder, pretrained="", backbone_config=backbone)
+        origin = {"encoder": self.config.encoder.pretrained, **origin}
+        model = to_plain(replace(self.config, encoder=encoder))
+        return ModelCard(FORMAT_VERSION, self.stage, list(names), [list(map(int, c)) for c in palette], model, origin)
+
+    def _load_weights(self, path: Path, *, trained: bool) -> None:
+        try:
+            tensors = load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} cannot be read ({error}); copy or export the model again.") from error
+        if self.denoiser is None:
+            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("denoiser.")}
+        own = {k: v.shape for k, v in self.state_dict().items() if trained or not k.startswith("denoiser.")}
+        wrong = [name for name in sorted(own.keys() | tensors.keys()) if _shape(tensors, name) != own.get(name)]
+        if wrong:
+            version = self.config.encoder.backbone_config.get("transformers_version", "unknown")
+            raise ValueError(
+                f"{path} does not fit its {CARD_NAME}: {len(wrong)} weights are missing, unknown or of another shape "
+                f"({', '.join(wrong[:3])}). Export the model again, or use the transformers of its backbone, {version}."
+            )
+        self.load_state_dict(tensors, strict=False)
+
+
+def _shape(tensors: dict[str, Tensor], name: str) -> torch.Size | None:
+    return tensors[name].shape if name in tensors else None
+
+
+def _to_image_size(logits: Tensor, images: Tensor) -> Tensor:
+    """Upsample stride-4 logits, which cover the image rounded up to whole latent cells, and crop to the image."""
+    logits = F.interpolate(logits, scale_factor=float(LOGITS_STRIDE), mode="bilinear", align_corners=False)
+    return logits[..., : images.shape[-2], : images.shape[-1]]

@@ -1,0 +1,90 @@
+"""The seam (method §3, "What is z_0?"): two readings of what is diffused. Nothing else knows which one is on.
+
+- `image`: z_0 = E(clean view), condition = E(strongly augmented view). Were the condition z_0 itself, copying it would
+  solve the task and diffusion would be decoration.
+- `mask`: z_0 = M(labels) (pseudo-labels on target pixels), condition = E(clean view).
+
+In both, inference conditions on E(image), decodes z_0 by D, and diffuses latents of unit variance. `C h w` latent.
+"""
+
+from enum import Enum
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from iccld.models.mask_encoder import MaskEncoder
+
+if TYPE_CHECKING:
+    from iccld.models.iccld import ICCLD
+
+
+class LatentKind(Enum):
+    """What z_0 is the latent of."""
+
+    image = "image"
+    mask = "mask"
+
+
+class LatentPair(NamedTuple):
+    """What is diffused and what it is conditioned on, each `(B, C, h, w)`."""
+
+    z_0: Tensor
+    condition: Tensor
+
+
+def make_mask_encoder(kind: LatentKind, *, num_classes: int, latent_channels: int) -> MaskEncoder | None:
+    """M, where the reading has one."""
+    if kind is LatentKind.image:
+        return None
+    return MaskEncoder(num_classes=num_classes, latent_channels=latent_channels)
+
+
+def raw_latent_pair(model: "ICCLD", *, clean_images: Tensor, strong_images: Tensor, labels: Tensor) -> LatentPair:
+    """z_0 and condition as the encoders give them; their statistics are measured at the end of stage 1.
+
+    Images: `(B, 3, H, W)` float in [0, 1]. labels: `(B, H, W)` uint8 or int64, 255 is ignored.
+    """
+    clean = model.encoder(clean_images).latent
+    if model.mask_encoder is None:
+        return LatentPair(clean, model.encoder(strong_images).latent)
+    return LatentPair(model.mask_encoder(labels), clean)
+
+
+def latent_pair(model: "ICCLD", *, clean_images: Tensor, strong_images: Tensor, labels: Tensor) -> LatentPair:
+    """`raw_latent_pair`, both normalised to zero mean and unit variance per channel, float32."""
+    pair = raw_latent_pair(model, clean_images=clean_images, strong_images=strong_images, labels=labels)
+    return LatentPair(
+        normalise(pair.z_0, mean=model.latent_mean, std=model.latent_std),
+        normalise(pair.condition, mean=model.condition_mean, std=model.condition_std),
+    )
+
+
+def normalise(z: Tensor, *, mean: Tensor, std: Tensor) -> Tensor:
+    """`(B, C, h, w)` to zero mean and unit variance, given the channels' statistics `(C,)`; float32."""
+    return (z.float() - mean.view(1, -1, 1, 1)) / std.view(1, -1, 1, 1)
+
+
+def denormalise(z: Tensor, *, mean: Tensor, std: Tensor) -> Tensor:
+    """The inverse of `normalise`."""
+    return z * std.view(1, -1, 1, 1) + mean.view(1, -1, 1, 1)
+
+
+def channel_moments(z: Tensor) -> Tensor:
+    """`(3, C)` float64: count, sum and sum of squares per channel. Moments of batches and ranks add up."""
+    values = z.double().transpose(0, 1).flatten(1)
+    count = torch.full((len(values),), float(values.shape[1]), dtype=torch.float64, device=z.device)
+    return torch.stack([count, values.sum(dim=1), values.square().sum(dim=1)])
+
+
+def moments_to_statistics(moments: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation `(C,)` float32 of `channel_moments`; a channel that is constant gets std 1."""
+    count, total, squares = moments
+    if not bool(torch.isfinite(moments).all()) or not bool((count > 0).all()):
+        raise ValueError(
+            "latent statistics: the latents measured are not finite, or none were measured; "
+            "check the losses of stage 1, or measure over more images."
+        )
+    mean = total / count
+    std = (squares / count - mean.square()).clamp(min=0.0).sqrt()
+    return mean.float(), torch.where(std > 1e-6, std, torch.ones_like(std)).float()

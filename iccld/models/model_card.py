@@ -1,0 +1,133 @@
+"""config.json of a saved model: what is needed to rebuild and to use it, as plain JSON, read strictly."""
+
+import dataclasses
+import json
+import os
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+FORMAT_VERSION = 1
+CARD_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+
+
+class ModelStage(Enum):
+    """How far a model's training went: E and D only, or the denoiser too."""
+
+    segmentation = "segmentation"
+    adversarial = "adversarial"
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """`model` is a `ModelConfig` as plain values; `origin` says freely where the weights come from."""
+
+    format_version: int
+    stage: ModelStage
+    class_names: list[str]
+    palette: list[list[int]]
+    model: dict[str, Any]
+    origin: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        names, colours = self.class_names, self.palette
+        if not names or len(names) != len(colours) or any(len(colour) != 3 for colour in colours):
+            raise ValueError(
+                f"model card: {len(names)} class_names and {len(colours)} palette entries; "
+                f"every class needs a name and an (R, G, B) colour."
+            )
+
+
+def read_card(folder: Path) -> ModelCard:
+    """The card of a saved model; every defect is a `ValueError` with the file's name."""
+    path = folder / CARD_NAME
+    for needed in (path, folder / WEIGHTS_NAME):
+        if not needed.is_file():
+            raise ValueError(
+                f"{needed} is missing; {folder} is not a whole saved model. Give a folder that save_pretrained wrote "
+                f"({WEIGHTS_NAME} and {CARD_NAME})."
+            )
+    try:
+        values = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON ({error}); export the model again.") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold one JSON object; export the model again.")
+    if values.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{path}: format_version={values.get('format_version')!r}, this version of iccld reads {FORMAT_VERSION}; "
+            f"use the iccld that wrote the model, or export it again."
+        )
+    return build(ModelCard, values, where=str(path))
+
+
+def write_card(folder: Path, card: ModelCard) -> None:
+    """Write config.json, whole or not at all."""
+    text = json.dumps(to_plain(card), indent=2, sort_keys=True) + "\n"
+    write_atomically(folder / CARD_NAME, lambda path: path.write_text(text))
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """`write` a file beside `path`, flush it to disk and rename it to `path`."""
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def to_plain(value: Any) -> Any:
+    """Dataclasses, Enums and containers as JSON values."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, dict):
+        return {str(key): to_plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [to_plain(item) for item in value]
+    return value
+
+
+def build(cls: type[T], values: dict[str, Any], *, where: str) -> T:
+    """The dataclass that `to_plain` came from. Unknown and missing keys and wrong types are errors naming `where`."""
+    known = typing.get_type_hints(cls)
+    fields: dict[str, Any] = {f.name: known[f.name] for f in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
+    wrong = {f"unknown {key}" for key in values.keys() - fields.keys()}
+    wrong |= {f"missing {key}" for key in fields.keys() - values.keys()}
+    if wrong:
+        raise ValueError(
+            f"{where}: {cls.__name__} has {', '.join(sorted(wrong))}; the file was edited, or written by another "
+            f"version of iccld. Export the model again with this version."
+        )
+    parsed = {name: _parse(hint, values[name], where=f"{where}: {name}") for name, hint in fields.items()}
+    try:
+        return cls(**parsed)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _parse(hint: Any, value: Any, *, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise ValueError(f"{where}={value!r} must be a JSON object.")
+        return build(hint, value, where=where)  # pyright: ignore[reportArgumentType, reportReturnType]
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        try:
+            return hint(value)
+        except ValueError:
+            raise ValueError(f"{where}={value!r} must be one of {[member.value for member in hint]}.") from None
+    expected = typing.get_origin(hint) or hint
+    if expected is Any:
+        return value
+    if expected is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
+        raise ValueError(f"{where}={value!r} must be of type {expected.__name__}.")
+    return value

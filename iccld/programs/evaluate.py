@@ -1,0 +1,133 @@
+"""`iccld evaluate`: scores of a run's finished stages, or of one model folder, on the validation set."""
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from iccld import rng
+from iccld.config import Config, StageName
+from iccld.data.stream import read_validation
+from iccld.evaluation import EvaluationResult, Predict, evaluate, results_table
+from iccld.models.iccld import ICCLD
+from iccld.models.model_card import ModelStage
+from iccld.runtime.checkpoint import write_text_durably
+from iccld.runtime.engine import Engine
+
+
+def predict_function(model: ICCLD, *, num_steps: int, seed: int, noise_seed: int = 0) -> Predict:
+    """D(E(x)) for 0 steps, else `num_steps` of denoising from noise keyed by the image's number."""
+
+    def predict(images: Tensor, numbers: Tensor) -> Tensor:
+        if num_steps == 0:
+            return model.segment(images)
+        shape = model.latent_shape(*images.shape[2:])
+        purpose = f"evaluation noise {noise_seed}"
+        noise = rng.normal(shape, seed=seed, purpose=purpose, numbers=numbers, device=images.device)
+        return model.denoise_segment(images, noise=noise, num_steps=num_steps)
+
+    return predict
+
+
+def evaluate_predictor(predict: Predict, config: Config, engine: Engine) -> EvaluationResult:
+    """Scores on the validation set, its images divided over the ranks."""
+    with torch.no_grad(), engine.autocast():
+        return evaluate(
+            read_validation(config.data, rank=engine.rank, world_size=engine.world_size),
+            predict,
+            class_set=config.data.class_set.build(),
+            config=config.evaluation,
+            device=engine.device,
+            all_reduce=engine.all_reduce_sum,
+        )
+
+
+def evaluate_run(config: Config, *, model_folder: str = "") -> dict[str, Any]:
+    """Score the run's finished stages (or one model folder) and write `report/results.json`; call on every rank.
+
+    Returns `{"stage1": scores, "stage2": {"1": scores, ...}, "stage2_mean_latent": scores}`, as far as they exist. The
+    last is a control: what the decoder makes of the mean latent, so that denoising must be worth something.
+    """
+    engine = Engine(config.engine)
+    run_dir = Path(config.run_dir)
+    folders = [run_dir / stage.value / "final" / config.inference.weights.value for stage in StageName]
+    folders = [Path(model_folder)] if model_folder else [folder for folder in folders if folder.is_dir()]
+    if not folders:
+        raise ValueError(f"run_dir={run_dir} holds no finished stage (stage1/final, stage2/final); train first.")
+    results: dict[str, Any] = {}
+    for folder in folders:
+        results |= _score_model(load_model(folder, config).to(engine.device), config, engine)
+    if engine.is_main:
+        _report(results, config, run_dir / "report")
+    engine.close()
+    return results
+
+
+def load_model(folder: Path, config: Config) -> ICCLD:
+    """The model, once its classes are those of the data."""
+    model = ICCLD.from_pretrained(folder)
+    assert model.card is not None
+    own, names = model.card.class_names, config.data.class_set.build().names
+    if own != list(names):
+        raise ValueError(
+            f"{folder} tells {len(own)} classes apart ({', '.join(own)}), data.class_set has {len(names)} "
+            f"({', '.join(names)}); use the dataset config that it was trained with."
+        )
+    return model
+
+
+def _score_model(model: ICCLD, config: Config, engine: Engine) -> dict[str, Any]:
+    if model.stage is not ModelStage.adversarial:
+        return {
+            "stage1": _scores(
+                [evaluate_predictor(predict_function(model, num_steps=0, seed=config.seed), config, engine)]
+            )
+        }
+    by_steps = {}
+    for num_steps in config.inference.num_steps:
+        seeds = range(config.inference.noise_seeds)
+        predictors = [predict_function(model, num_steps=num_steps, seed=config.seed, noise_seed=s) for s in seeds]
+        by_steps[str(num_steps)] = _scores([evaluate_predictor(predict, config, engine) for predict in predictors])
+    mean_latent = evaluate_predictor(lambda images, _: model.segment_mean_latent(images), config, engine)
+    return {"stage2": by_steps, "stage2_mean_latent": _scores([mean_latent])}
+
+
+def _scores(by_noise_seed: list[EvaluationResult]) -> dict[str, Any]:
+    """The first seed's scores; over several seeds, also the mean mIoU and all of them."""
+    scores = by_noise_seed[0].to_json()
+    if len(by_noise_seed) > 1:
+        mious = [result.miou for result in by_noise_seed]
+        scores |= {"miou": statistics.fmean(mious), "miou_by_noise_seed": mious}
+    return scores
+
+
+def named_results(results: Mapping[str, Any]) -> dict[str, EvaluationResult]:
+    """A flat view for tables: `stage1`, `stage2 x1`, ..."""
+    flat = {}
+    for name, scores in results.items():
+        parts = {name: scores} if "miou" in scores else {f"{name} x{steps}": of for steps, of in scores.items()}
+        fields = {field.name for field in dataclasses.fields(EvaluationResult)}
+        for label, values in parts.items():
+            known = {key: _numbers(value) for key, value in values.items() if key in fields}
+            flat[label] = EvaluationResult(**known)
+    return flat
+
+
+def _numbers(value: Any) -> Any:
+    """JSON's null back to NaN."""
+    if isinstance(value, list):
+        return [_numbers(item) for item in value]
+    return float("nan") if value is None else value
+
+
+def _report(results: Mapping[str, Any], config: Config, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text_durably(folder / "results.json", json.dumps(results, indent=1))
+    title = f"{config.run_dir}: {config.inference.weights.value}, {config.data.validation.name or 'validation set'}"
+    Console().print(results_table(named_results(results), title=title))

@@ -1,0 +1,37 @@
+"""`iccld predict`: label maps and overlays of an image or a folder, by a model folder alone."""
+
+from pathlib import Path
+
+import torch
+
+from iccld.evaluation import EvaluationConfig, windowed
+from iccld.labels import ClassSet
+from iccld.models.iccld import ICCLD
+from iccld.predict import predict_path
+from iccld.programs.evaluate import predict_function
+
+
+def predict_images(
+    model_folder: Path, path: Path, output: Path, *, num_steps: int, sliding_window: bool, seed: int = 0
+) -> list[Path]:
+    """Segment `path` into `output` and return the label PNGs written. `num_steps`: 0 is the decoder alone."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = ICCLD.from_pretrained(find_model(model_folder)).to(device)
+    assert model.card is not None
+    names, palette = model.card.class_names, [(r, g, b) for r, g, b in model.card.palette]
+    class_set = ClassSet(tuple(names), tuple(palette), {i: i for i in range(len(names))})
+    predict = windowed(
+        predict_function(model, num_steps=num_steps, seed=seed), EvaluationConfig(sliding_window=sliding_window)
+    )
+    return predict_path(path, output, predict, class_set=class_set, device=device)
+
+
+def find_model(folder: Path) -> Path:
+    """The folder itself, or the last finished stage's teacher where it is a run directory."""
+    for candidate in (folder, folder / "stage2/final/teacher", folder / "stage1/final/teacher"):
+        if (candidate / "config.json").is_file():
+            return candidate
+    raise ValueError(
+        f"{folder} is neither a model folder (config.json, model.safetensors) nor a run directory "
+        f"with a finished stage."
+    )

@@ -1,0 +1,191 @@
+"""`iccld train`: the stages of a run, one after the other, each from where it stopped.
+
+A stage ends with its model folders `stageN/final/teacher` and `stageN/final/student`; where they exist, it is finished.
+"""
+
+import shutil
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from iccld import __version__
+from iccld.config import Config, StageName, differences, read_config, to_dict, to_yaml
+from iccld.data.config import BatchLayout
+from iccld.data.index import fingerprint
+from iccld.data.stream import TrainingStream
+from iccld.models.discriminator import Discriminator
+from iccld.models.iccld import ICCLD
+from iccld.programs.evaluate import evaluate_predictor, predict_function
+from iccld.runtime.checkpoint import CheckpointStore, write_text_durably
+from iccld.runtime.engine import Engine
+from iccld.runtime.metrics import MetricsLogger
+from iccld.runtime.preemption import Preemption
+from iccld.stages.adversarial import AdversarialStage, AdversaryInput
+from iccld.stages.base import Stage
+from iccld.stages.segmentation import SegmentationStage
+from iccld.trainer import Trainer, TrainerConfig
+
+
+def train(config: Config) -> bool:
+    """Run the configured stages; False if a signal ended the run early. Call on every rank."""
+    engine = Engine(config.engine)
+    run_dir = Path(config.run_dir)
+    _check_run_dir(run_dir, config, engine)
+    preemption = Preemption().install()
+    for name in config.stages:
+        if is_finished(run_dir, name):
+            if engine.is_main:
+                print(f"{name.value} is finished: {final_folder(run_dir, name)}", flush=True)
+        elif not _run_stage(name, config, engine, preemption):
+            return False
+    engine.close()
+    return True
+
+
+def final_folder(run_dir: Path, name: StageName) -> Path:
+    return run_dir / name.value / "final"
+
+
+def is_finished(run_dir: Path, name: StageName) -> bool:
+    return final_folder(run_dir, name).is_dir()
+
+
+def _check_run_dir(run_dir: Path, config: Config, engine: Engine) -> None:
+    """A run directory belongs to one config; the first attempt writes it down."""
+    path = run_dir / "config.yaml"
+    if path.exists():
+        changed = differences(read_config(path), config)
+        if changed:
+            raise ValueError(
+                f"run_dir={run_dir} holds a run of another config ({'; '.join(changed[:5])}); "
+                f"use another run_dir, or the settings in {path}."
+            )
+    engine.barrier()  # nobody writes before all have compared
+    if engine.is_main and not path.exists():
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_text_durably(path, to_yaml(config))
+    engine.barrier()
+
+
+def _run_stage(name: StageName, config: Config, engine: Engine, preemption: Preemption) -> bool:
+    plan = _plan(name, config)
+    layout = BatchLayout(
+        global_batch_size=plan.global_batch_size,
+        micro_batch_size=plan.micro_batch_size,
+        num_accumulation=plan.num_accumulation(engine.world_size),
+        rank=engine.rank,
+        world_size=engine.world_size,
+    )
+    stream = _stream(config, layout)
+    stage = build_stage(name, config, engine.device)
+    folder = Path(config.run_dir) / name.value
+    metrics = MetricsLogger(
+        Path(config.run_dir),
+        config.metrics,
+        stage=name.value,
+        is_main=engine.is_main,
+        world_size=engine.world_size,
+        sum_values=engine.sum_values,
+    )
+    finished = Trainer(
+        stage=stage,
+        stream=stream,
+        engine=engine,
+        checkpoints=CheckpointStore(folder / "checkpoints", plan.checkpoint, engine, report=print),
+        metrics=metrics,
+        preemption=preemption,
+        config=plan,
+        about=_about(name, config, stream),
+        evaluate=lambda: _validate(stage, config, engine),
+    ).run()
+    if finished:
+        if engine.is_main:
+            _export(stage, config, folder)
+        engine.barrier()
+        metrics.event("finished", step=plan.num_steps)
+    metrics.close()
+    return finished
+
+
+def _plan(name: StageName, config: Config) -> TrainerConfig:
+    return config.stage1.trainer if name is StageName.stage1 else config.stage2.trainer
+
+
+def _stream(config: Config, layout: BatchLayout) -> TrainingStream:
+    return TrainingStream(
+        config.data, seed=config.seed, layout=layout, target_labels=config.stage1.objective.target_labels
+    )
+
+
+def build_stage(name: StageName, config: Config, device: torch.device) -> Stage:
+    """The stage with its model on the device; stage 2 takes E, D and the latent's statistics from stage 1."""
+    torch.manual_seed(config.seed)
+    num_classes = config.data.class_set.build().num_classes
+    if name is StageName.stage1:
+        model = ICCLD(config=config.model, num_classes=num_classes, with_denoiser=False)
+        if config.initial_model:
+            _load_initial(model, Path(config.initial_model))
+        return SegmentationStage(model.to(device), config.stage1.objective, seed=config.seed)
+    origin = final_folder(Path(config.run_dir), StageName.stage1) / config.inference.weights.value
+    if not origin.is_dir():
+        raise ValueError(
+            f"stages=[stage2] needs stage 1's model in {origin}; run with stage=all, or stage=segmentation first."
+        )
+    model = ICCLD.from_pretrained(origin, num_classes=num_classes, with_denoiser=True)
+    assert model.denoiser is not None
+    sees_middle = config.stage2.objective.adversary_input is AdversaryInput.features
+    channels = model.denoiser.middle_channels if sees_middle else config.model.latent_channels
+    discriminator = Discriminator(config=config.model.discriminator, in_channels=channels)
+    return AdversarialStage(model.to(device), discriminator.to(device), config.stage2.objective, seed=config.seed)
+
+
+def _validate(stage: Stage, config: Config, engine: Engine) -> dict[str, float]:
+    """The teacher's scores in mid-training: with the fewest denoising steps where there is a denoiser."""
+    model = stage.models()["teacher"]
+    num_steps = min(config.inference.num_steps) if model.denoiser is not None else 0
+    predict = predict_function(model, num_steps=num_steps, seed=config.seed)
+    return {"miou": evaluate_predictor(predict, config, engine).miou}
+
+
+def _load_initial(model: ICCLD, folder: Path) -> None:
+    initial = ICCLD.from_pretrained(folder, num_classes=model.num_classes, with_denoiser=False)
+    try:
+        model.load_state_dict(initial.state_dict())
+    except RuntimeError as error:
+        raise ValueError(
+            f"initial_model={folder} is another model than `model` describes; "
+            f"use the model settings that it was trained with. {str(error).splitlines()[1].strip()}"
+        ) from error
+
+
+def _about(name: StageName, config: Config, stream: TrainingStream) -> Mapping[str, Any]:
+    resolved = to_dict(config)
+    return {
+        "version": __version__,
+        "stage": name.value,
+        "model": resolved["model"],
+        "data": {name: fingerprint(domain.reader.index) for name, domain in stream.domains.items()},
+        "config": resolved,
+    }
+
+
+def _export(stage: Stage, config: Config, folder: Path) -> None:
+    """Write the finished models; the folder appears whole."""
+    stage.finish(_first_batches(config))
+    scratch = folder / "final.tmp"
+    shutil.rmtree(scratch, ignore_errors=True)
+    classes = config.data.class_set.build()
+    for weights, model in stage.models().items():
+        origin = {"run_dir": config.run_dir, "stage": stage.name, "weights": weights, "version": __version__}
+        model.save_pretrained(scratch / weights, class_names=classes.names, palette=classes.palette, origin=origin)
+    scratch.rename(folder / "final")
+
+
+def _first_batches(config: Config) -> Iterator[Mapping[str, Any]]:
+    """The stream's first samples, whatever the layout of the run, for what is measured at a stage's end."""
+    size = config.stage1.trainer.micro_batch_size
+    layout = BatchLayout(global_batch_size=size, micro_batch_size=size, num_accumulation=1, rank=0, world_size=1)
+    return islice(_stream(config, layout).batches(0), -(-config.statistics_samples // size))

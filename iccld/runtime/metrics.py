@@ -1,0 +1,168 @@
+"""What a run writes down: metrics.jsonl, events.jsonl, the terminal's line, and wandb (which only this file knows)."""
+
+import json
+import math
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from iccld.runtime.checkpoint import write_text_durably
+
+
+class WandbMode(Enum):
+    disabled = "disabled"
+    offline = "offline"
+    online = "online"
+
+
+@dataclass
+class MetricsConfig:
+    """`log_every`: in steps; losses stay on the device in between."""
+
+    log_every: int = 50
+    wandb: WandbMode = WandbMode.offline
+    wandb_project: str = "iccld"
+
+    def __post_init__(self) -> None:
+        if self.log_every < 1:
+            raise ValueError(f"metrics.log_every={self.log_every} must be at least 1 step.")
+
+
+class NonFiniteLossError(ValueError):
+    """A loss became NaN or infinite."""
+
+
+class MetricsLogger:
+    """Collects a stage's losses without waiting for the device; `flush` reduces, checks and writes them.
+
+    `sum_values` sums named tensors over the ranks; every rank must record and flush the same steps.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: MetricsConfig,
+        *,
+        stage: str,
+        is_main: bool,
+        world_size: int,
+        sum_values: Callable[[Mapping[str, Tensor]], dict[str, Tensor]],
+    ) -> None:
+        self.run_dir, self.config, self.stage, self.is_main = run_dir, config, stage, is_main
+        self._world_size, self._sum_values = world_size, sum_values
+        self._losses: dict[int, dict[str, Tensor]] = {}
+        self._metrics: dict[str, Tensor] = {}
+        self._wandb: Any = None
+        self.logger_id: str | None = None
+
+    def start(self, *, step: int, logger_id: str | None, config: Mapping[str, Any]) -> None:
+        """Begin or go on at `step`: what an earlier attempt logged beyond it is dropped, as it will be logged again."""
+        self.logger_id = logger_id
+        if not self.is_main:
+            return
+        path = self.run_dir / "metrics.jsonl"
+        if path.exists():
+            lines = [line for line in path.read_text().splitlines() if not self._is_ahead(line, step)]
+            write_text_durably(path, "".join(line + "\n" for line in lines))
+        if self.config.wandb is not WandbMode.disabled:
+            self._start_wandb(config)
+
+    def _is_ahead(self, line: str, step: int) -> bool:
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            return True  # torn by a crash
+        return entry["stage"] == self.stage and entry["step"] >= step
+
+    def _start_wandb(self, config: Mapping[str, Any]) -> None:
+        import wandb  # 1.6 s; only where it is used
+
+        self.logger_id = self.logger_id or secrets.token_hex(4)
+        self._wandb = wandb.init(
+            project=self.config.wandb_project,
+            id=self.logger_id,
+            name=f"{self.run_dir.name}/{self.stage}",
+            mode=self.config.wandb.value,  # type: ignore[arg-type]
+            resume="allow",
+            dir=self.run_dir,
+            config=dict(config),
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+
+    def record(self, step: int, losses: Mapping[str, Tensor], metrics: Mapping[str, Tensor]) -> None:
+        """This rank's mean losses of one step, and (sum, count) metrics; nothing is read from the device."""
+        self._losses[step] = dict(losses)
+        for name, value in metrics.items():
+            self._metrics[name] = self._metrics[name] + value if name in self._metrics else value
+
+    def is_due(self, step: int) -> bool:
+        return (step + 1) % self.config.log_every == 0
+
+    def flush(self, *, global_batch_size: int, num_steps: int, timings: Mapping[str, float], **extra: float) -> None:
+        """Reduce over ranks, check that every loss is finite, write one line. Raises NonFiniteLossError."""
+        if not self._losses:
+            return
+        flat = {f"{step:09d}/{name}": loss for step, losses in self._losses.items() for name, loss in losses.items()}
+        reduced = {key: float(total) / self._world_size for key, total in self._sum_values(flat).items()}
+        pairs = {name: values.tolist() for name, values in self._sum_values(self._metrics).items()}
+        steps = sorted(self._losses)
+        self._losses, self._metrics = {}, {}
+        for key, value in reduced.items():
+            if not math.isfinite(value):
+                step, name = int(key.split("/", 1)[0]), key.split("/", 1)[1]
+                first, last = step * global_batch_size, (step + 1) * global_batch_size - 1
+                raise NonFiniteLossError(
+                    f"{self.stage}: loss {name!r} is {value} in step {step}, samples {first}-{last} of each stream; "
+                    f"nothing was saved after the last whole checkpoint. Lower the learning rate, or set "
+                    f"trainer.gradient_clip."
+                )
+        last = {key.split("/", 1)[1]: value for key, value in reduced.items() if int(key.split("/", 1)[0]) == steps[-1]}
+        entry = {"stage": self.stage, "step": steps[-1], "loss": sum(last.values())}
+        entry |= {f"loss/{name}": value for name, value in last.items()}
+        entry |= {name: total / count for name, (total, count) in pairs.items() if count}
+        entry |= _rates(timings, len(steps), global_batch_size) | extra
+        self.write(entry)
+        if self.is_main:
+            eta_s = (num_steps - 1 - steps[-1]) * entry["step_s"]
+            print(_terminal_line(entry, num_steps, eta_s), flush=True)
+
+    def write(self, entry: Mapping[str, Any]) -> None:
+        """One line of metrics.jsonl, and the same to wandb on the axis `step`."""
+        if not self.is_main:
+            return
+        with (self.run_dir / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+        if self._wandb is not None:
+            self._wandb.log({k: v for k, v in entry.items() if k != "stage"}, step=entry["step"])
+
+    def event(self, kind: str, **facts: Any) -> None:
+        """One line of events.jsonl: what happened to the run, and when."""
+        if self.is_main:
+            with (self.run_dir / "events.jsonl").open("a") as file:
+                file.write(json.dumps({"time": time.time(), "event": kind, "stage": self.stage, **facts}) + "\n")
+
+    def close(self) -> None:
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _rates(timings: Mapping[str, float], num_steps: int, global_batch_size: int) -> dict[str, float]:
+    total = max(timings["total"], 1e-9)
+    return {
+        "step_s": total / num_steps,
+        "samples_per_s": num_steps * global_batch_size / total,
+        "data_wait": timings.get("data", 0.0) / total,
+    }
+
+
+def _terminal_line(entry: Mapping[str, Any], num_steps: int, eta_s: float) -> str:
+    minutes, seconds = divmod(round(eta_s), 60)
+    rates = f"{entry['samples_per_s']:.1f} samples/s  data wait {100 * entry['data_wait']:.0f} %"
+    step = f"{entry['stage']} step {entry['step'] + 1}/{num_steps}"
+    return f"{step}  loss {entry['loss']:.4f}  {rates}  ETA {minutes}:{seconds:02d}"

@@ -1,0 +1,30 @@
+"""Where a step's wall time goes, measured on the host without waiting for the device."""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class PhaseTimer:
+    """Sums the seconds spent in named phases until they are taken."""
+
+    def __init__(self) -> None:
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._since = time.perf_counter()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[name] += time.perf_counter() - start
+
+    def take(self) -> dict[str, float]:
+        """The seconds of each phase, and of the whole under `total`, since the last call."""
+        now = time.perf_counter()
+        taken = dict(self._seconds, total=now - self._since)
+        self._seconds.clear()
+        self._since = now
+        return taken

@@ -1,0 +1,232 @@
+"""Stage 1: encoder and decoder learn from source labels and from ClassMix with an EMA teacher's pseudo-labels.
+
+Method: L1 = CE(D(E(x_src)), y_src) + CE_w(D(E(x_mix)), y_mix). `B C H W` images, `K` classes.
+"""
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from iccld import rng
+from iccld.labels import IGNORE_INDEX
+from iccld.losses import feature_distance, weighted_cross_entropy
+from iccld.models.iccld import ICCLD
+from iccld.models.latent import channel_moments, raw_latent_pair
+from iccld.stages.base import Stage, StageInputs, StageOutput, decayed_groups, pair, to_float
+from iccld.uda.classmix import class_mask, paste
+from iccld.uda.masking import block_mask
+from iccld.uda.photometric import NUM_DRAWS, PhotometricConfig, strong_augment
+from iccld.uda.pseudo_labels import PseudoLabels, pseudo_labels
+from iccld.uda.teacher import Teacher
+
+
+@dataclass
+class SegmentationConfig:
+    """Stage 1. The defaults are the field's published constants (DAFormer, MIC); an option of weight 0 is off."""
+
+    adapt: bool = True  # False: source only
+    encoder_learning_rate: float = 6e-5
+    decoder_learning_rate: float = 6e-4
+    weight_decay: float = 0.01
+    teacher_decay: float = 0.999
+    use_teacher: bool = True  # False: the student's own pseudo-labels (an ablation of the paper)
+    confidence_threshold: float = 0.968
+    warm_start_steps: int = 0  # source only for so many steps, so that the first pseudo-labels are worth something
+    target_weight: float = 1.0
+    target_labels: bool = False  # an upper bound: the target's true labels in place of pseudo-labels
+    masked_weight: float = 0.0
+    masked_block: int = 64
+    masked_ratio: float = 0.7
+    feature_distance_weight: float = 0.0
+    feature_distance_classes: list[int] = field(default_factory=lambda: [6, 7, 11, 12, 13, 14, 15, 16, 17, 18])
+    mask_latent_weight: float = 1.0  # reconstruction of labels, where the latent is of the mask
+    mask_latent_drop: float = 0.5  # share of samples whose inter-coder connection is dropped in the reconstruction
+    mask_latent_noise: float = 0.5  # standard deviation of the noise on the latent in the reconstruction
+    photometric: PhotometricConfig = field(default_factory=PhotometricConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("teacher_decay", "confidence_threshold", "masked_ratio", "mask_latent_drop"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"stage1.objective.{name}={getattr(self, name)} must be between 0 and 1.")
+        for name in ("encoder_learning_rate", "decoder_learning_rate"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"stage1.objective.{name}={getattr(self, name)} must be above 0.")
+
+
+class SegmentationModule(nn.Module):
+    """What trains in stage 1: E, D and, where the latent is of the mask, M."""
+
+    def __init__(self, model: ICCLD, config: SegmentationConfig) -> None:
+        super().__init__()
+        self.encoder, self.decoder, self.mask_encoder = model.encoder, model.decoder, model.mask_encoder
+        self.config = config
+
+    def forward(self, inputs: StageInputs) -> StageOutput:
+        """Losses of the source, mixed and (option) masked images, all in one pass: no layer mixes samples."""
+        tensors, denominators = inputs
+        views = [name for name in ("source", "mixed", "masked") if f"{name}_images" in tensors]
+        encoded = self.encoder(torch.cat([tensors[f"{view}_images"] for view in views]))
+        logits = self.decoder(encoded.latent, encoded.features).chunk(len(views))
+        losses: dict[str, Tensor] = {}
+        for view, view_logits in zip(views, logits, strict=True):
+            loss = weighted_cross_entropy(
+                view_logits,
+                tensors[f"{view}_labels"],
+                weights=tensors.get(f"{view}_weights"),
+                denominator=denominators[view],
+            )
+            losses[view] = loss * {"source": 1.0, "mixed": self.config.target_weight}.get(
+                view, self.config.masked_weight
+            )
+        source_features = [features.chunk(len(views))[0] for features in encoded.features]
+        losses |= self._reference_loss(tensors, source_features) | self._mask_latent_loss(
+            tensors, denominators, source_features
+        )
+        metrics = (
+            {"confident": pair(tensors["confident"].sum(), len(tensors["confident"]))} if "confident" in tensors else {}
+        )
+        return StageOutput(losses, metrics)
+
+    def _reference_loss(self, tensors: dict[str, Tensor], features: list[Tensor]) -> dict[str, Tensor]:
+        if "reference_features" not in tensors:
+            return {}
+        distance = feature_distance(
+            features[-1],
+            tensors["reference_features"],
+            tensors["source_labels"],
+            classes=self.config.feature_distance_classes,
+        )
+        return {"feature_distance": self.config.feature_distance_weight * distance}
+
+    def _mask_latent_loss(
+        self, tensors: dict[str, Tensor], denominators: dict[str, Tensor], features: list[Tensor]
+    ) -> dict[str, Tensor]:
+        if self.mask_encoder is None:
+            return {}
+        latent = self.mask_encoder(tensors["source_labels"])
+        scale = latent.detach().std(dim=(1, 2, 3), keepdim=True)  # a sample's own: the batch may be split
+        latent = latent + self.config.mask_latent_noise * scale * tensors["mask_latent_noise"]
+        logits = self.decoder(latent, features, keep=tensors["mask_latent_keep"])
+        loss = weighted_cross_entropy(
+            logits, tensors["source_labels"], weights=None, denominator=denominators["source"]
+        )
+        return {"mask_latent": self.config.mask_latent_weight * loss}
+
+
+class SegmentationStage(Stage):
+    """Stage 1 of the method; `adapt=False` makes it the source-only baseline."""
+
+    name = "stage1"
+    module: SegmentationModule
+
+    def __init__(self, model: ICCLD, config: SegmentationConfig, *, seed: int) -> None:
+        self.model, self.config, self.seed = model, config, seed
+        self.module = SegmentationModule(model, config)
+        self.teacher = Teacher(model, max_decay=config.teacher_decay)
+        self.reference = copy.deepcopy(model.encoder).eval() if config.feature_distance_weight else None
+
+    def prepare(self, batch: Mapping[str, Any], step: int) -> StageInputs:
+        source = batch["source"]
+        tensors = {"source_images": to_float(source["images"]), "source_labels": source["labels"]}
+        if self.config.adapt and step >= self.config.warm_start_steps:
+            tensors |= self._adaptation(tensors["source_images"], source, batch["target"])
+        if self.reference is not None:
+            tensors["reference_features"] = self.reference(tensors["source_images"]).features[-1]
+        if self.model.mask_encoder is not None:
+            tensors |= self._mask_latent_draws(source)
+        labels = {view: tensors.get(f"{view}_labels") for view in ("source", "mixed", "masked")}
+        counts = {view: (y != IGNORE_INDEX).sum().float() for view, y in labels.items() if y is not None}
+        return StageInputs(tensors, counts)
+
+    def _adaptation(
+        self, source_images: Tensor, source: Mapping[str, Any], target: Mapping[str, Any]
+    ) -> dict[str, Tensor]:
+        images, numbers = to_float(target["images"]), target["numbers"]
+        pseudo = self._pseudo_labels(images, target)
+        scores = rng.uniform(self.num_classes, seed=self.seed, purpose="classmix", numbers=numbers)
+        mask = class_mask(source["labels"], scores)
+        draws = rng.uniform(NUM_DRAWS, seed=self.seed, purpose="photometric", numbers=numbers)
+        tensors = {
+            "mixed_images": strong_augment(paste(mask, source_images, images), draws, self.config.photometric),
+            "mixed_labels": paste(mask, source["labels"], pseudo.labels),
+            "mixed_weights": paste(mask, torch.ones_like(pseudo.weights), pseudo.weights),
+            "confident": pseudo.confident,
+        }
+        if self.config.masked_weight:
+            augmented = strong_augment(images, draws, self.config.photometric)
+            tensors |= {
+                "masked_images": augmented * self._visible(images, numbers),
+                "masked_labels": pseudo.labels,
+                "masked_weights": pseudo.weights,
+            }
+        return tensors
+
+    def _pseudo_labels(self, images: Tensor, target: Mapping[str, Any]) -> PseudoLabels:
+        if self.config.target_labels:
+            ones = torch.ones_like(target["labels"], dtype=torch.float32)
+            return PseudoLabels(target["labels"], ones, ones.mean(dim=(1, 2)))
+        predictor = self.teacher.module if self.config.use_teacher else self.model
+        return pseudo_labels(
+            predictor.segment(images), threshold=self.config.confidence_threshold, valid=target["valid"]
+        )
+
+    def _visible(self, images: Tensor, numbers: Tensor) -> Tensor:
+        height, width = images.shape[-2:]
+        rows, columns = -(-height // self.config.masked_block), -(-width // self.config.masked_block)
+        draws = rng.uniform(rows * columns, seed=self.seed, purpose="masking", numbers=numbers)
+        draws = draws.view(-1, rows, columns).to(images.device)
+        return block_mask(draws, height=height, width=width, ratio=self.config.masked_ratio)
+
+    def _mask_latent_draws(self, source: Mapping[str, Any]) -> dict[str, Tensor]:
+        labels, numbers = source["labels"], source["numbers"]
+        shape = (self.model.config.latent_channels, labels.shape[1] // 8, labels.shape[2] // 8)
+        drop = rng.uniform(1, seed=self.seed, purpose="connection drop", numbers=numbers)[:, 0]
+        noise = rng.normal(shape, seed=self.seed, purpose="mask latent noise", numbers=numbers, device=labels.device)
+        keep = (drop >= self.config.mask_latent_drop).to(labels.device)
+        return {"mask_latent_noise": noise, "mask_latent_keep": keep}
+
+    @property
+    def num_classes(self) -> int:
+        return self.model.num_classes
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        config = self.config
+        rest = [(name, p) for name, p in self.module.named_parameters() if not name.startswith("encoder.backbone.")]
+        backbone = self.model.encoder.backbone.named_parameters()
+        return [
+            *decayed_groups(backbone, learning_rate=config.encoder_learning_rate, weight_decay=config.weight_decay),
+            *decayed_groups(rest, learning_rate=config.decoder_learning_rate, weight_decay=config.weight_decay),
+        ]
+
+    def after_step(self, step: int) -> None:
+        self.teacher.update(self.model, step)
+
+    def models(self) -> dict[str, ICCLD]:
+        return {"teacher": self.teacher.module, "student": self.model}
+
+    @torch.no_grad()
+    def finish(self, batches: Iterable[Mapping[str, Any]]) -> None:
+        """The latent's mean and std per channel, so that stage 2 diffuses a latent of unit variance (as in LDM)."""
+        domains = [domain for batch in batches for domain in batch.values()]
+        for model in self.models().values():
+            moments = [self._moments(model, domain) for domain in domains]
+            z_0, condition = (torch.stack(of_batches).sum(dim=0) for of_batches in zip(*moments, strict=True))
+            model.set_latent_statistics(z_0=z_0, condition=condition)
+
+    def _moments(self, model: ICCLD, domain: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        images = to_float(domain["images"])
+        labels = domain["labels"] if "labels" in domain else model.segment(images).argmax(dim=1)
+        draws = rng.uniform(NUM_DRAWS, seed=self.seed, purpose="latent statistics", numbers=domain["numbers"])
+        strong = strong_augment(images, draws, self.config.photometric)
+        latents = raw_latent_pair(model, clean_images=images, strong_images=strong, labels=labels)
+        return channel_moments(latents.z_0), channel_moments(latents.condition)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.teacher.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.teacher.load_state_dict(state)

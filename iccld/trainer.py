@@ -1,0 +1,160 @@
+"""The loop. It runs any stage over any stream; it knows neither models nor data sets."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from iccld.runtime.checkpoint import CheckpointConfig, CheckpointError, CheckpointStore
+from iccld.runtime.engine import Engine
+from iccld.runtime.metrics import MetricsLogger
+from iccld.runtime.preemption import Preemption
+from iccld.runtime.profiling import PhaseTimer
+from iccld.runtime.schedule import ScheduleConfig, learning_rate_factor
+from iccld.stages.base import Stage, StageInputs
+
+
+@dataclass
+class TrainerConfig:
+    """One stage's length, batch and cadences. Micro-batch, accumulation and world size only divide the global batch."""
+
+    num_steps: int = 40_000
+    global_batch_size: int = 4
+    micro_batch_size: int = 2
+    gradient_clip: float = 0.0  # the largest norm of all gradients together; 0 is off
+    evaluate_every: int = 0  # 0: never while training
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "global_batch_size", "micro_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"trainer.{name}={getattr(self, name)} must be at least 1.")
+        if self.gradient_clip < 0:
+            raise ValueError(f"trainer.gradient_clip={self.gradient_clip} must be 0 (off) or above.")
+
+    def num_accumulation(self, world_size: int) -> int:
+        """Micro-batches a rank and step. Raises ValueError where the global batch cannot be divided so."""
+        divisor = self.micro_batch_size * world_size
+        if self.global_batch_size % divisor:
+            raise ValueError(
+                f"trainer.global_batch_size={self.global_batch_size} must be a multiple of micro_batch_size="
+                f"{self.micro_batch_size} x {world_size} ranks; use micro_batch_size=1 or {world_size} dividing ranks."
+            )
+        return self.global_batch_size // divisor
+
+
+class Stream(Protocol):
+    def batches(self, start_step: int) -> Iterator[Mapping[str, Any]]: ...
+
+
+@dataclass
+class Trainer:
+    """Runs a stage from the newest checkpoint, or from step 0, to its last step."""
+
+    stage: Stage
+    stream: Stream
+    engine: Engine
+    checkpoints: CheckpointStore
+    metrics: MetricsLogger
+    preemption: Preemption
+    config: TrainerConfig
+    about: Mapping[str, Any]  # goes into every checkpoint's manifest
+    evaluate: Callable[[], Mapping[str, float]] | None = None
+
+    def run(self) -> bool:
+        """Train to the end; False if a signal ended it early, its position saved."""
+        engine, config = self.engine, self.config
+        num_accumulation = config.num_accumulation(engine.world_size)
+        engine.attach(
+            self.stage.module,
+            self.stage.param_groups(),
+            num_accumulation=num_accumulation,
+            gradient_clip=config.gradient_clip,
+        )
+        start_step = self._resume()
+        batches = self.stream.batches(start_step) if start_step < config.num_steps else iter(())
+        timer = PhaseTimer()
+        for step in range(start_step, config.num_steps):
+            engine.set_learning_rate(learning_rate_factor(step, num_steps=config.num_steps, config=config.schedule))
+            with timer.phase("data"):
+                micro_batches = [engine.to_device(next(batches)) for _ in range(num_accumulation)]
+            with timer.phase("prepare"), torch.no_grad(), engine.autocast():
+                inputs = self._share_denominators([self.stage.prepare(batch, step) for batch in micro_batches])
+            with timer.phase("compute"):
+                losses, metrics = self._accumulate(inputs)
+                engine.step()
+            with timer.phase("average"):
+                self.stage.after_step(step)
+            self.metrics.record(step, losses, metrics)
+            interrupted = engine.any(self.preemption.requested)
+            is_last = step + 1 == config.num_steps
+            is_save = interrupted or is_last or (step + 1) % config.checkpoint.save_every == 0
+            if is_save or self.metrics.is_due(step):
+                self._flush(timer)
+            if is_save:
+                self._save(step + 1)
+            if self.evaluate and config.evaluate_every and (step + 1) % config.evaluate_every == 0:
+                self.metrics.write({"stage": self.stage.name, "step": step, **self.evaluate()})
+            if interrupted and not is_last:
+                self.metrics.event("preempted", step=step + 1)
+                return False
+        return True
+
+    def _accumulate(self, inputs: list[StageInputs]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Forward and backward of one step's micro-batches; the means of their losses and the sums of their metrics."""
+        losses: dict[str, Tensor] = {}
+        metrics: dict[str, Tensor] = {}
+        for i, micro_batch in enumerate(inputs):
+            is_last = i + 1 == len(inputs)
+            with self.engine.forward_context(is_last=is_last):
+                output = self.engine.module(micro_batch)
+            self.engine.backward(torch.stack(list(output.losses.values())).sum(), is_last=is_last)
+            for name, loss in output.losses.items():
+                losses[name] = losses.get(name, 0) + loss.detach() / len(inputs)
+            for name, value in output.metrics.items():
+                metrics[name] = metrics.get(name, 0) + value
+        return losses, metrics
+
+    def _share_denominators(self, inputs: list[StageInputs]) -> list[StageInputs]:
+        """Every micro-batch gets the mean denominator of the global batch; never 0, so that an empty batch loses 0."""
+        names = inputs[0].denominators
+        local = {name: torch.stack([i.denominators[name] for i in inputs]).sum() for name in names}
+        count = len(inputs) * self.engine.world_size
+        shared = {name: (total / count).clamp(min=1e-6) for name, total in self.engine.sum_values(local).items()}
+        return [StageInputs(i.tensors, shared) for i in inputs]
+
+    def _flush(self, timer: PhaseTimer) -> None:
+        self.metrics.flush(
+            global_batch_size=self.config.global_batch_size, num_steps=self.config.num_steps, timings=timer.take()
+        )
+
+    def _save(self, step: int) -> None:
+        parts = self.engine.state_dicts() | {"stage": self.stage.state_dict()}
+        about = dict(self.about, layout=self.engine.layout(), logger_id=self.metrics.logger_id)
+        self.checkpoints.save(step, parts, about)
+        self.metrics.event("saved", step=step)
+
+    def _resume(self) -> int:
+        """Load the newest whole checkpoint and return the step to go on with."""
+        checkpoint = self.checkpoints.newest()
+        manifest = checkpoint.manifest if checkpoint else {}
+        if checkpoint:
+            self._check_origin(manifest)
+            self.engine.load_state_dicts({part: checkpoint.load(part) for part in ("module", "optimizer")})
+            self.stage.load_state_dict(checkpoint.load("stage"))
+        step = checkpoint.step if checkpoint else 0
+        config = self.about.get("config", {})
+        self.metrics.start(step=step, logger_id=manifest.get("logger_id"), config=config)
+        self.metrics.event("started", step=step, layout=self.engine.layout())
+        return step
+
+    def _check_origin(self, manifest: Mapping[str, Any]) -> None:
+        for name in ("stage", "model", "data"):
+            if manifest.get(name) != self.about.get(name):
+                raise CheckpointError(
+                    f"checkpoint in {self.checkpoints.folder} is of another {name}: it has {manifest.get(name)}, "
+                    f"this run {self.about.get(name)}; use another run_dir, or the settings that it was made with."
+                )

@@ -1,0 +1,50 @@
+"""Strong photometric augmentation, in batch on the device, with keyed draws a sample. `B C H W` images in [0, 1]."""
+
+from dataclasses import dataclass
+
+import torch
+from kornia.enhance import adjust_brightness_accumulative, adjust_contrast_with_mean_subtraction, adjust_hue
+from kornia.enhance import adjust_saturation_with_gray_subtraction as adjust_saturation
+from kornia.filters import gaussian_blur2d
+from torch import Tensor
+
+NUM_DRAWS = 7
+_BLUR_KERNEL = 9  # 3.5 sigma of the strongest blur
+
+
+@dataclass
+class PhotometricConfig:
+    """Colour jitter and blur; the defaults are DAFormer's."""
+
+    jitter_probability: float = 0.8
+    jitter: float = 0.2
+    blur_probability: float = 0.5
+    blur_sigma_min: float = 0.15
+    blur_sigma_max: float = 1.15
+
+    def __post_init__(self) -> None:
+        for name in ("jitter_probability", "jitter", "blur_probability"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"photometric.{name}={getattr(self, name)} must be between 0 and 1.")
+        if not 0.0 < self.blur_sigma_min <= self.blur_sigma_max:
+            raise ValueError(
+                f"photometric.blur_sigma_min={self.blur_sigma_min} must be above 0 and at most "
+                f"blur_sigma_max={self.blur_sigma_max}."
+            )
+
+
+def strong_augment(images: Tensor, draws: Tensor, config: PhotometricConfig) -> Tensor:
+    """Jitter brightness, contrast, saturation and hue, then blur; each with its probability.
+
+    images: `(B, 3, H, W)` float in [0, 1]; draws: `(B, 7)` in [0, 1). Returns the same shape and range.
+    """
+    draws = draws.to(images.device, torch.float32)
+    spread = (2 * draws[:, 1:5] - 1) * config.jitter
+    jittered = adjust_brightness_accumulative(images, 1 + spread[:, 0])
+    jittered = adjust_contrast_with_mean_subtraction(jittered, 1 + spread[:, 1])
+    jittered = adjust_saturation(jittered, 1 + spread[:, 2])
+    jittered = adjust_hue(jittered, 2 * torch.pi * spread[:, 3])
+    images = torch.where((draws[:, 0] < config.jitter_probability).view(-1, 1, 1, 1), jittered, images)
+    sigma = config.blur_sigma_min + draws[:, 6:7] * (config.blur_sigma_max - config.blur_sigma_min)
+    blurred = gaussian_blur2d(images, _BLUR_KERNEL, sigma.expand(-1, 2))
+    return torch.where((draws[:, 5] < config.blur_probability).view(-1, 1, 1, 1), blurred, images).clamp(0, 1)

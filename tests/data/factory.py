@@ -1,0 +1,101 @@
+"""Tiny random data sets in the layouts that converters read, and shards of them."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from iccld.data.config import BatchLayout, DataConfig, DatasetConfig
+from iccld.data.index import ShardIndex
+from iccld.data.shards import MakeShardsConfig, make_shards
+from iccld.labels import CITYSCAPES_IDS
+
+HEIGHT, WIDTH = 24, 32
+CROP = (16, 24)
+GLOBAL_BATCH_SIZE = 8
+
+
+def random_pair(seed: int, *, height: int = HEIGHT, width: int = WIDTH) -> tuple[np.ndarray, np.ndarray]:
+    """An image of noise and train ids in blocks of 4 pixels, some of them 255."""
+    generator = np.random.default_rng(seed)
+    image = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    choices = np.append(generator.integers(0, 19, 4), 255).astype(np.uint8)
+    blocks = generator.choice(choices, (-(-height // 4), -(-width // 4)))
+    return image, blocks.repeat(4, 0).repeat(4, 1)[:height, :width]
+
+
+def save(path: Path, array: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path)
+
+
+def to_ids(train_ids: np.ndarray) -> np.ndarray:
+    """Train ids to Cityscapes label ids; what is ignored becomes 0 (unlabeled)."""
+    table = np.zeros(256, np.uint8)
+    table[: len(CITYSCAPES_IDS)] = CITYSCAPES_IDS
+    return table[train_ids]
+
+
+def write_folder(root: Path, count: int, *, labels: bool = True, suffix: str = ".png") -> Path:
+    for i in range(count):
+        image, train_ids = random_pair(i)
+        save(root / "images" / f"frame_{i:03d}{suffix}", image)
+        if labels:
+            save(root / "labels" / f"frame_{i:03d}.png", train_ids)
+    return root
+
+
+def write_gta5(root: Path, count: int) -> Path:
+    for i in range(count):
+        image, train_ids = random_pair(i)
+        save(root / "images" / f"{i:05d}.png", image)
+        palettised = Image.fromarray(to_ids(train_ids), mode="P")
+        palettised.putpalette([value * 7 % 256 for value in range(768)])
+        (root / "labels").mkdir(parents=True, exist_ok=True)
+        palettised.save(root / "labels" / f"{i:05d}.png")
+    return root
+
+
+def write_cityscapes(root: Path, split: str, count: int, *, labels: bool = True) -> Path:
+    for i in range(count):
+        image, train_ids = random_pair(i)
+        city, name = f"city{i % 2}", f"city{i % 2}_{i:06d}_000019"
+        save(root / "leftImg8bit" / split / city / f"{name}_leftImg8bit.png", image)
+        if labels:
+            save(root / "gtFine" / split / city / f"{name}_gtFine_labelIds.png", to_ids(train_ids))
+            save(root / "gtFine" / split / city / f"{name}_gtFine_instanceIds.png", to_ids(train_ids))
+    return root
+
+
+def make_set(folder: Path, count: int, *, labels: bool = True, samples_per_shard: int = 4) -> ShardIndex:
+    """Lossless shards of the first `count` random pairs, in `folder`/shards."""
+    config = MakeShardsConfig(
+        dataset="folder",
+        input=str(write_folder(folder / "raw", count, labels=labels)),
+        output=str(folder / "shards"),
+        no_labels=not labels,
+        samples_per_shard=samples_per_shard,
+    )
+    config.image_format = type(config.image_format).PNG
+    result = make_shards(config, progress=lambda line: None)
+    assert result.index is not None
+    return result.index
+
+
+def config(folders: dict[str, str], **settings: Any) -> DataConfig:
+    """A data section over the sets of the `folders` fixture, without workers."""
+    defaults = {
+        "source": DatasetConfig("s", folders["source"]),
+        "target": DatasetConfig("t", folders.get("target", "")),
+        "validation": DatasetConfig("v", folders["source"]),
+        "crop_size": list(CROP),
+        "num_workers": 0,
+        "rare_class_min_pixels": 40,
+    }
+    return DataConfig(**defaults | settings)
+
+
+def layout(world_size: int = 1, rank: int = 0, num_accumulation: int = 1) -> BatchLayout:
+    micro = GLOBAL_BATCH_SIZE // world_size // num_accumulation
+    return BatchLayout(GLOBAL_BATCH_SIZE, micro, num_accumulation, rank, world_size)

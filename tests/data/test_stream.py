@@ -1,0 +1,175 @@
+import contextlib
+import itertools
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from iccld.data.config import BatchLayout, DataConfig
+from iccld.data.stream import Batch, TrainingStream
+from tests.data.factory import CROP, GLOBAL_BATCH_SIZE, config, layout, make_set
+
+
+def micro_batches(config: DataConfig, layout: BatchLayout, start_step: int, num_steps: int) -> list[Batch]:
+    with contextlib.closing(TrainingStream(config, seed=5, layout=layout).batches(start_step)) as stream:
+        return list(itertools.islice(stream, num_steps * layout.num_accumulation))
+
+
+def samples(batch: Batch) -> Iterator[tuple[tuple[str, int], tuple[Any, ...]]]:
+    """(domain, number) to everything else about each sample of a batch."""
+    for domain, part in batch.items():
+        for j, number in enumerate(part["numbers"].tolist()):
+            arrays = [part[name][j].numpy().tobytes() for name in ("images", "labels", "valid") if name in part]
+            yield (domain, number), (part["keys"][j], *arrays)
+
+
+def all_samples(config: DataConfig, world_size: int, accumulation: int, start: int, steps: int) -> dict[Any, Any]:
+    found: dict[Any, Any] = {}
+    for rank in range(world_size):
+        for batch in micro_batches(config, layout(world_size, rank, accumulation), start, steps):
+            for name, sample in samples(batch):
+                assert name not in found, "no two ranks take the same sample"
+                found[name] = sample
+    return found
+
+
+def test_shapes_and_types(folders: dict[str, str]) -> None:
+    (batch,) = micro_batches(config(folders), layout(), 0, 1)
+    assert set(batch) == {"source", "target"}
+    source, target = batch["source"], batch["target"]
+    assert set(source) == {"images", "labels", "valid", "numbers", "keys"}
+    assert set(target) == {"images", "valid", "numbers", "keys"}
+    for part in (source, target):
+        assert (part["images"].shape, part["images"].dtype) == ((8, 3, *CROP), torch.uint8)
+        assert (part["valid"].shape, part["valid"].dtype) == ((8, *CROP), torch.bool)
+        assert (part["numbers"].dtype, part["numbers"].tolist()) == (torch.int64, list(range(8)))
+        assert len(part["keys"]) == 8 and isinstance(part["keys"][0], str)
+    assert (source["labels"].shape, source["labels"].dtype) == ((8, *CROP), torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def reference(folders: dict[str, str]) -> dict[Any, Any]:
+    """Every sample of steps 0-6, as one process without workers sees it."""
+    return all_samples(config(folders), 1, 1, 0, 7)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 2])
+@pytest.mark.parametrize(("world_size", "accumulation"), [(1, 1), (1, 4), (2, 2), (4, 1)])
+def test_samples_do_not_depend_on_ranks_and_workers(
+    folders: dict[str, str], reference: dict[Any, Any], world_size: int, accumulation: int, num_workers: int
+) -> None:
+    found = all_samples(config(folders, num_workers=num_workers), world_size, accumulation, 4, 3)
+    numbers = range(4 * GLOBAL_BATCH_SIZE, 7 * GLOBAL_BATCH_SIZE)
+    assert found == {(domain, n): reference[domain, n] for domain in ("source", "target") for n in numbers}
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_resuming_at_any_step_with_any_layout_continues(
+    folders: dict[str, str], reference: dict[Any, Any], data: st.DataObject
+) -> None:
+    start = data.draw(st.integers(0, 6))
+    world_size = data.draw(st.sampled_from([1, 2, 4, 8]))
+    accumulation = data.draw(st.sampled_from([a for a in (1, 2, 4, 8) if a * world_size <= GLOBAL_BATCH_SIZE]))
+    found = all_samples(config(folders), world_size, accumulation, start, 7 - start)
+    assert found == {name: sample for name, sample in reference.items() if name[1] >= start * GLOBAL_BATCH_SIZE}
+
+
+def test_micro_batches_come_in_order(folders: dict[str, str]) -> None:
+    batches = micro_batches(config(folders, num_workers=2), layout(2, 1, 2), 3, 3)
+    numbers = [batch["target"]["numbers"].tolist() for batch in batches]
+    assert numbers == [[26, 27], [30, 31], [34, 35], [38, 39], [42, 43], [46, 47]]
+
+
+def test_an_epoch_of_the_target_loses_and_repeats_nothing(folders: dict[str, str]) -> None:
+    batches = micro_batches(config(folders, num_workers=1), layout(), 0, 11)
+    keys = [key for batch in batches for key in batch["target"]["keys"]]
+    for epoch in range(8):
+        assert sorted(keys[11 * epoch : 11 * epoch + 11]) == [f"frame_{i:03d}" for i in range(11)]
+
+
+def test_seeds_differ_and_domains_are_drawn_apart(folders: dict[str, str]) -> None:
+    def keys(seed: int, domain: str) -> list[str]:
+        same = {**folders, "target": folders["source"]}
+        stream = TrainingStream(config(same, rare_class_sampling=False), seed=seed, layout=layout())
+        return next(stream.batches(0))[domain]["keys"]
+
+    assert keys(1, "source") == keys(1, "source")
+    assert keys(1, "source") != keys(2, "source")
+    assert keys(1, "source") != keys(1, "target")
+
+
+def test_streaming_leaves_the_global_generators_alone(folders: dict[str, str]) -> None:
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    micro_batches(config(folders), layout(), 0, 2)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_without_target_there_is_none_and_target_labels_come_on_request(folders: dict[str, str]) -> None:
+    (batch,) = micro_batches(config({"source": folders["source"]}), layout(), 0, 1)
+    assert set(batch) == {"source"}
+    labelled = config({**folders, "target": folders["source"]})
+    for wanted in (False, True):
+        stream = TrainingStream(labelled, seed=0, layout=layout(), target_labels=wanted)
+        target = next(stream.batches(0))["target"]
+        assert ("labels" in target) is wanted
+        images = target["images"] if not wanted else images  # noqa: F821
+        assert torch.equal(target["images"], images), "crops of the target do not look at its labels"
+
+
+def test_workers_outlive_the_scheduler_s_signals_and_end_with_the_stream(folders: dict[str, str]) -> None:
+    before = set(multiprocessing.active_children())
+    numbers = (signal.SIGUSR1, signal.SIGTERM)
+    old = {number: signal.signal(number, lambda *_: os._exit(7)) for number in numbers}
+    try:
+        stream = TrainingStream(config(folders, num_workers=2), seed=5, layout=layout()).batches(0)
+        first = next(stream)
+        workers = [child for child in multiprocessing.active_children() if child not in before]
+        assert len(workers) == 2
+        for worker, name in itertools.product(workers, ("USR1", "TERM", "INT")):
+            subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)  # not the parent, as a scheduler
+        rest = list(itertools.islice(stream, 12))
+        assert all(worker.is_alive() for worker in workers)
+        assert len({n for batch in [first, *rest] for n in batch["source"]["numbers"].tolist()}) == 13 * 8
+        stream.close()
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+    for worker in workers:
+        worker.join(10)
+        assert worker.exitcode == 0
+
+
+def test_a_parent_ends_its_workers_by_sigterm(folders: dict[str, str]) -> None:
+    before = set(multiprocessing.active_children())
+    stream = TrainingStream(config(folders, num_workers=1), seed=5, layout=layout()).batches(0)
+    next(stream)
+    (worker,) = set(multiprocessing.active_children()) - before
+    assert worker.pid is not None
+    os.kill(worker.pid, signal.SIGTERM)
+    worker.join(10)
+    assert worker.exitcode == 0
+    stream.close()
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_broken_sample_is_named_in_one_line(tmp_path: Path, num_workers: int) -> None:
+    index = make_set(tmp_path, 4)
+    shard = index.folder / "shard-000000.tar"
+    data = bytearray(shard.read_bytes())
+    data[int(index.samples["image_offset"][2]) + 50] ^= 255
+    shard.write_bytes(data)
+    message = r"\S*shard-000000.tar: the image of sample 'frame_002' is not what was indexed [^\n]*"
+    with pytest.raises(ValueError) as raised:
+        micro_batches(config({"source": str(index.folder)}, num_workers=num_workers), layout(), 0, 8)
+    assert re.fullmatch(message, str(raised.value))

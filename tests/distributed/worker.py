@@ -1,0 +1,73 @@
+"""Started on every rank by `launch.run_jobs`: trains one job after another in this process.
+
+A job is `{"overrides": [...], "stop_at": step or null, "record": folder or null}`. `stop_at` asks for a stop at that
+step
+boundary, as a signal would; `record` keeps every prepared tensor by sample number.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from iccld.config import load_config
+from iccld.programs import train as program
+from iccld.runtime.preemption import Preemption
+from iccld.stages.base import Stage, StageInputs
+
+
+class StopAt(Preemption):
+    """Is asked once a step; says yes at the `stop_at`-th time."""
+
+    def __init__(self, stop_at: int | None) -> None:
+        self.remaining = stop_at
+
+    def install(self) -> "StopAt":
+        return self
+
+    @property
+    def requested(self) -> bool:  # type: ignore[override]
+        if self.remaining is None:
+            return False
+        self.remaining -= 1
+        return self.remaining == 0
+
+
+def recording(stage: Stage, folder: Path) -> Stage:
+    """Keep what `prepare` returns, a file a micro-batch."""
+    prepare = stage.prepare
+
+    def prepare_and_keep(batch: Any, step: int) -> StageInputs:
+        inputs = prepare(batch, step)
+        numbers = batch["source"]["numbers"]
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"{stage.name}_{step:04d}_{int(numbers[0]):06d}.pt"
+        torch.save({"numbers": numbers, "keys": batch["source"]["keys"], **inputs.tensors}, folder / name)
+        return inputs
+
+    stage.prepare = prepare_and_keep  # type: ignore[method-assign]
+    return stage
+
+
+def run(job: dict[str, Any]) -> None:
+    build_stage = program.build_stage
+    program.Preemption = lambda: StopAt(job.get("stop_at"))  # type: ignore[assignment,misc]
+    if job.get("record"):
+        program.build_stage = lambda *args: recording(build_stage(*args), Path(job["record"]))  # type: ignore[assignment]
+    try:
+        program.train(load_config(job["overrides"]))
+    finally:
+        program.build_stage = build_stage
+        program.Preemption = Preemption  # type: ignore[misc]
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        run(job)
+
+
+if __name__ == "__main__":
+    main()

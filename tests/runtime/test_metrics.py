@@ -1,0 +1,71 @@
+"""What a run writes down."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from iccld.runtime.metrics import MetricsConfig, MetricsLogger, NonFiniteLossError, WandbMode
+
+
+def logger(folder: Path, *, wandb: WandbMode = WandbMode.disabled) -> MetricsLogger:
+    def sum_values(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return dict(values)
+
+    config = MetricsConfig(log_every=2, wandb=wandb)
+    return MetricsLogger(folder, config, stage="stage1", is_main=True, world_size=1, sum_values=sum_values)
+
+
+def flush(metrics: MetricsLogger) -> None:
+    metrics.flush(global_batch_size=4, num_steps=10, timings={"total": 2.0, "data": 0.5})
+
+
+def entries(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_losses_metrics_and_rates_of_a_window(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    metrics = logger(tmp_path)
+    metrics.start(step=0, logger_id=None, config={})
+    for step in (0, 1):
+        losses = {"source": torch.tensor(1.0 + step), "mixed": torch.tensor(0.5)}
+        metrics.record(step, losses, {"accuracy": torch.tensor([1.0, 4.0]), "empty": torch.tensor([0.0, 0.0])})
+    assert metrics.is_due(1) and not metrics.is_due(0)
+    flush(metrics)
+    (entry,) = entries(tmp_path)
+    assert entry["step"] == 1 and entry["loss"] == 2.5 and entry["loss/source"] == 2.0
+    assert entry["accuracy"] == 0.25 and "empty" not in entry
+    assert entry["samples_per_s"] == 4.0 and entry["data_wait"] == 0.25
+    assert "stage1 step 2/10  loss 2.5000  4.0 samples/s  data wait 25 %  ETA 0:08" in capsys.readouterr().out
+
+
+def test_a_loss_that_is_not_finite_names_loss_step_and_samples(tmp_path: Path):
+    metrics = logger(tmp_path)
+    metrics.record(5, {"mixed": torch.tensor(1.0)}, {})
+    metrics.record(6, {"mixed": torch.tensor(float("nan"))}, {})
+    with pytest.raises(NonFiniteLossError, match=r"loss 'mixed' is nan in step 6, samples 24-27 of each stream"):
+        flush(metrics)
+
+
+def test_going_on_drops_what_a_crashed_attempt_logged_beyond_the_checkpoint(tmp_path: Path):
+    metrics = logger(tmp_path)
+    metrics.start(step=0, logger_id=None, config={})
+    for step in range(4):
+        metrics.record(step, {"source": torch.tensor(float(step))}, {})
+        flush(metrics)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"stage": "stage1", "st')
+    logger(tmp_path).start(step=2, logger_id=None, config={})
+    assert [entry["step"] for entry in entries(tmp_path)] == [0, 1]
+
+
+def test_wandb_offline_keeps_its_run_id(tmp_path: Path):
+    metrics = logger(tmp_path, wandb=WandbMode.offline)
+    metrics.start(step=0, logger_id="abc123", config={"seed": 0})
+    metrics.write({"stage": "stage1", "step": 3, "loss": 1.0})
+    metrics.close()
+    assert metrics.logger_id == "abc123"
+    assert list(tmp_path.glob("wandb/offline-run-*-abc123"))

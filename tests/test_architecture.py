@@ -1,0 +1,309 @@
+"""The house rules that a machine can read: who imports whom, who owns which package, sizes, and a few that always hold.
+
+Every rule is a function from one file to the lines that break it; a finding names file, line and rule.
+"""
+
+import ast
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+MAX_FILE_LINES = 250
+MAX_FUNCTION_LINES = 40
+
+LEAVES = {"labels", "rng"}  # every room may draw keyed numbers
+PROGRAMS = {"__main__", "cli", "programs"}
+EVERYTHING = {"*"}  # but the programs, unless one is asking
+MAY_IMPORT = {
+    "__init__": set(),  # importing a leaf stays cheap
+    "configs": set(),  # YAML
+    "labels": set(),
+    "rng": set(),
+    "diffusion": set(),
+    "losses": set(),
+    "uda": set(),
+    "models": {"diffusion"},
+    "data": {"labels"},
+    "runtime": set(),
+    "stages": {"models", "diffusion", "losses", "uda"},
+    "trainer": {"runtime", "stages.base"},
+    "scores": {"labels"},
+    "evaluation": {"labels", "scores"},
+    "predict": {"labels"},
+    "config": EVERYTHING,
+    "programs": EVERYTHING,
+    "__main__": EVERYTHING,
+    "cli": EVERYTHING,
+}
+"""What each room (a module or package directly in `iccld`) may import of `iccld`, besides itself and the leaves."""
+
+ONLY_TORCH_AND_NUMPY = {"labels", "rng", "diffusion", "losses", "uda"}
+
+OWNERS = {
+    "xformers": {"models/attention.py"},
+    "accelerate": {"runtime/engine.py"},
+    "deepspeed": {"runtime/engine.py"},
+    "wandb": {"runtime/metrics.py"},
+    "transformers": {"models/encoder.py"},
+    "hydra": {"config.py"},
+    "omegaconf": {"config.py"},
+    "kornia": {"uda/photometric.py"},
+    "simplejpeg": {"data/decode.py"},
+    "webdataset": {"data/decode.py", "data/packing.py"},
+    "safetensors": {"models/iccld.py", "runtime/checkpoint.py"},
+    "pickle": set(),
+    "timm": set(),  # needs torchvision, which has no build for every torch
+    "torchvision": set(),
+}
+"""The files of `iccld` that alone may import a package."""
+
+TASK_WORDS = re.compile(
+    r"segmentation|adversarial|stage_?[12]|encoder|denoiser|decoder|discriminator|teacher|classmix|pseudo|"
+    r"cityscapes|gta|synthia|camvid|carla|scenes",
+    re.IGNORECASE,
+)
+DOCUMENTED = {"models", "diffusion", "losses", "data", "uda"}
+Finding = tuple[int, str]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A Python file, by its path relative to the repository's root."""
+
+    path: str
+    text: str
+
+    @cached_property
+    def tree(self) -> ast.Module:
+        return ast.parse(self.text)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return Path(self.path).with_suffix("").parts
+
+    @property
+    def room(self) -> str | None:
+        """The room of `iccld` that the file is in; None outside."""
+        return self.parts[1] if self.parts[0] == "iccld" else None
+
+    def functions(self) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+        return (node for node in ast.walk(self.tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+
+    def imports(self) -> Iterator[tuple[int, str]]:
+        """Line and dotted name of everything imported, at any depth; `from a import b` gives `a.b`."""
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.Import):
+                yield from ((node.lineno, alias.name) for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                package = ".".join(self.parts[: -node.level]) if node.level else ""
+                module = ".".join(name for name in (package, node.module) if name)
+                yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
+            elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+                yield from ((node.lineno, arg.value) for arg in node.args[:1] if isinstance(arg, ast.Constant))
+
+
+def imports_only_what_the_table_allows(source: Source) -> Iterator[Finding]:
+    room = source.room
+    if room is None:
+        return
+    if room not in MAY_IMPORT:
+        yield 1, f"room {room!r} is not in the table of who may import whom"
+        return
+    allowed = MAY_IMPORT[room]
+    for line, name in source.imports():
+        top, _, target = name.partition(".")
+        if top in ("launch", "tools"):
+            yield line, f"iccld must not import {top}"
+        if top != "iccld":
+            continue
+        fits = any(target == other or target.startswith(f"{other}.") for other in allowed | LEAVES | {room})
+        everything = allowed is EVERYTHING and (room in PROGRAMS or target.split(".")[0] not in PROGRAMS)
+        if not fits and not everything:
+            yield line, f"{room} must not import {name}; it may import {sorted(allowed) or 'nothing'} of iccld"
+
+
+def leaves_import_only_torch_and_numpy(source: Source) -> Iterator[Finding]:
+    if source.room not in ONLY_TORCH_AND_NUMPY:
+        return
+    for line, name in source.imports():
+        top = name.split(".")[0]
+        owned = source.path.removeprefix("iccld/") in OWNERS.get(top, ())
+        if not owned and top not in {"torch", "numpy", "iccld", *sys.stdlib_module_names}:
+            yield line, f"{source.room} imports {top}; only torch, numpy and the standard library are allowed"
+
+
+def packages_stay_with_their_owners(source: Source) -> Iterator[Finding]:
+    if source.room is None:
+        return
+    for line, name in source.imports():
+        owners = OWNERS.get(name.split(".")[0])
+        if owners is not None and source.path.removeprefix("iccld/") not in owners:
+            yield line, f"{name.split('.')[0]} belongs to {sorted(owners) or 'no file'}"
+
+
+def files_are_short(source: Source) -> Iterator[Finding]:
+    count = len(source.text.splitlines())
+    if count > MAX_FILE_LINES:
+        yield MAX_FILE_LINES, f"{count} lines; {MAX_FILE_LINES} at most"
+
+
+def functions_are_short(source: Source) -> Iterator[Finding]:
+    for function in source.functions():
+        count = (function.end_lineno or 0) - function.lineno + 1
+        if count > MAX_FUNCTION_LINES:
+            yield function.lineno, f"{function.name} has {count} lines; {MAX_FUNCTION_LINES} at most"
+
+
+def no_utils(source: Source) -> Iterator[Finding]:
+    if {"utils", "helpers", "misc"} & set(source.parts):
+        yield 1, "name the file after what it does"
+
+
+def nothing_is_unpickled(source: Source) -> Iterator[Finding]:
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+            safe = [k for k in node.keywords if k.arg == "weights_only" and ast.unparse(k.value) == "True"]
+            if not safe:
+                yield node.lineno, "torch.load without weights_only=True"
+
+
+def no_bare_except(source: Source) -> Iterator[Finding]:
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.ExceptHandler) and node.type is None:
+            yield node.lineno, "bare except; name what can be handled"
+
+
+def the_trainer_knows_no_task(source: Source) -> Iterator[Finding]:
+    """Names, attributes, arguments and strings of the trainer; docstrings and comments may explain."""
+    if source.room != "trainer":
+        return
+    prose = {id(node.value) for node in ast.walk(source.tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(source.tree):
+        words = [getattr(node, field, None) for field in ("id", "attr", "arg", "name")]
+        if isinstance(node, ast.Constant) and id(node) not in prose:
+            words.append(node.value)
+        for word in words:
+            if isinstance(word, str) and TASK_WORDS.search(word):
+                yield getattr(node, "lineno", 1), f"{word!r} is a stage's, a model's or a data set's name"
+
+
+def public_parts_are_documented(source: Source) -> Iterator[Finding]:
+    if source.room is None:
+        return
+    if not ast.get_docstring(source.tree) and source.text.strip():
+        yield 1, "module without a docstring"
+    if source.room not in DOCUMENTED:
+        return
+    for node in source.tree.body:
+        public = isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
+        if public and not ast.get_docstring(node):
+            yield node.lineno, f"{node.name} without a docstring"
+
+
+RULES = [
+    imports_only_what_the_table_allows,
+    leaves_import_only_torch_and_numpy,
+    packages_stay_with_their_owners,
+    files_are_short,
+    functions_are_short,
+    no_utils,
+    nothing_is_unpickled,
+    no_bare_except,
+    the_trainer_knows_no_task,
+    public_parts_are_documented,
+]
+
+
+def broken_header(text: str) -> str:
+    """What an experiment's opening comment lines leave out; empty if they say all."""
+    header = re.match(r"(?:[ \t]*(?:#.*)?\n)*", text + "\n")
+    opening = header.group().lower() if header else ""
+    return ", ".join(word for word in ("command", "cost", "expected") if word not in opening)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_house_rule(rule: Callable[[Source], Iterator[Finding]]):
+    files = sorted(p for folder in ("iccld", "launch", "tools") for p in (ROOT / folder).rglob("*.py"))
+    assert len(files) > 5, "the checks must see the package"
+    sources = [Source(p.relative_to(ROOT).as_posix(), p.read_text()) for p in files]
+    findings = [f"{source.path}:{line}: {message}" for source in sources for line, message in rule(source)]
+    assert not findings, "\n" + "\n".join(findings)
+
+
+def test_experiments_open_with_command_cost_and_expected_result():
+    files = sorted((ROOT / "iccld/configs/experiment").rglob("*.yaml"))
+    findings = [f"{p.relative_to(ROOT)}:1: lacks {lack}" for p in files if (lack := broken_header(p.read_text()))]
+    assert files and not findings, "\n" + "\n".join(findings)
+
+
+@pytest.mark.parametrize(
+    ("rule", "path", "text", "line", "words"),
+    [
+        (
+            RULES[0],
+            "iccld/models/decoder.py",
+            "\nfrom iccld.losses import dice",
+            2,
+            "models must not import iccld.losses",
+        ),
+        (RULES[0], "iccld/models/decoder.py", "from ..losses import dice", 1, "models must not import iccld.losses"),
+        (RULES[0], "iccld/models/decoder.py", "from iccld import stages", 1, "may import ['diffusion']"),
+        (RULES[0], "iccld/trainer.py", "from iccld.stages import segmentation", 1, "'stages.base'"),
+        (RULES[0], "iccld/config.py", "def f():\n    import iccld.cli", 2, "config must not import iccld.cli"),
+        (RULES[0], "iccld/runtime/engine.py", "import launch.slurm", 1, "must not import launch"),
+        (RULES[0], "iccld/extra.py", "", 1, "'extra' is not in the table"),
+        (RULES[1], "iccld/uda/classmix.py", "import scipy.ndimage", 1, "uda imports scipy"),
+        (RULES[2], "iccld/models/blocks.py", "import xformers.ops", 1, "belongs to ['models/attention.py']"),
+        (RULES[2], "iccld/models/blocks.py", "import_module('xformers.ops')", 1, "belongs to ['models/attention.py']"),
+        (RULES[2], "iccld/data/decode.py", "from torchvision import io", 1, "belongs to no file"),
+        (RULES[3], "tools/plot.py", "\n" * 251, 250, "251 lines"),
+        (RULES[4], "launch/local.py", "def f():\n" + "    pass\n" * 40, 1, "f has 41 lines"),
+        (RULES[5], "iccld/data/utils.py", "", 1, "after what it does"),
+        (RULES[6], "tools/export.py", "torch.load(p, weights_only=False)", 1, "without weights_only=True"),
+        (RULES[7], "iccld/cli.py", "try:\n    f()\nexcept:\n    pass", 3, "bare except"),
+        (
+            RULES[8],
+            "iccld/trainer.py",
+            "'''The teacher.'''\nif stage.name == 'segmentation': pass",
+            2,
+            "'segmentation'",
+        ),
+        (RULES[8], "iccld/trainer.py", "stage.teacher.update()", 1, "'teacher'"),
+        (RULES[9], "iccld/losses.py", "'''Losses.'''\ndef dice(): pass", 2, "dice without a docstring"),
+    ],
+)
+def test_a_broken_rule_is_found_with_its_line(rule, path, text, line, words):
+    [(found, message)] = list(rule(Source(path, text)))
+    assert found == line and words in message
+
+
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [
+        (
+            "iccld/trainer.py",
+            "'''Loop.'''\nfrom iccld.stages.base import Stage\nfrom iccld.runtime.engine import Engine",
+        ),
+        ("iccld/models/iccld.py", "'''Model.'''\nfrom iccld.models.decoder import Decoder\nfrom iccld import rng"),
+        ("iccld/config.py", "'''Schema.'''\nfrom hydra import compose\nfrom iccld.data.stream import StreamConfig"),
+        ("iccld/uda/photometric.py", "'''Colour.'''\nimport kornia\nimport torch"),
+        ("iccld/runtime/checkpoint.py", "'''Files.'''\ntorch.load(p, weights_only=True)"),
+        ("tools/make_shards.py", "from iccld.data import shards\nimport webdataset"),
+    ],
+)
+def test_what_the_rules_allow_is_not_found(path, text):
+    source = Source(path, text)
+    assert not [finding for rule in RULES for finding in rule(source)]
+
+
+def test_a_header_without_cost_or_after_the_first_setting_is_found():
+    whole = "# @package _global_\n# Command: iccld train\n#\n# Cost: 5 minutes\n# Expected result: 40 mIoU\na: 1\n"
+    assert not broken_header(whole)
+    assert broken_header(whole.replace("# Cost: 5 minutes\n", "")) == "cost"
+    assert broken_header("a: 1\n" + whole) == "command, cost, expected"

@@ -1,0 +1,111 @@
+"""Schedule, noising and sampling, against diffusers' scheduler and as inverses."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from iccld.diffusion import (
+    add_noise,
+    ddim_step,
+    predict_noise,
+    predict_z_0,
+    sample,
+    scaled_linear_alpha_bar,
+    trailing_timesteps,
+)
+
+ALPHA_BAR = scaled_linear_alpha_bar()
+
+
+def scheduler() -> DDIMScheduler:
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        timestep_spacing="trailing",
+        set_alpha_to_one=True,
+        clip_sample=False,
+    )
+
+
+def denoise(z_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """Any smooth function will do: the samplers must agree on it."""
+    return torch.tanh(z_t * (1.0 + t.float().view(-1, 1, 1, 1) / 1000.0)) + 0.1
+
+
+def random_latents(seed: int, count: int = 2) -> torch.Tensor:
+    return torch.randn(count, 3, 4, 5, generator=torch.Generator().manual_seed(seed))
+
+
+def test_schedule_equals_diffusers_and_falls():
+    torch.testing.assert_close(ALPHA_BAR, scheduler().alphas_cumprod, rtol=1e-5, atol=1e-7)
+    assert ALPHA_BAR.shape == (1000,) and ALPHA_BAR.dtype == torch.float32
+    assert bool((ALPHA_BAR.diff() < 0).all()) and 0 < float(ALPHA_BAR[-1]) < float(ALPHA_BAR[0]) < 1
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 4, 10, 50])
+def test_sampling_equals_diffusers(num_steps: int):
+    reference, noise = scheduler(), random_latents(0)
+    reference.set_timesteps(num_steps)
+    assert trailing_timesteps(num_steps) == reference.timesteps.tolist()
+    z_t = noise
+    for t in reference.timesteps:
+        z_t = reference.step(denoise(z_t, t.expand(len(z_t))), int(t), z_t, eta=0.0).prev_sample
+    torch.testing.assert_close(sample(denoise, noise, ALPHA_BAR, num_steps), z_t, rtol=1e-4, atol=1e-4)
+
+
+@given(num_steps=st.integers(1, 1000))
+def test_timesteps_start_at_the_noisiest_and_fall(num_steps: int):
+    steps = trailing_timesteps(num_steps)
+    assert len(steps) == num_steps and steps[0] == 999 and steps[-1] >= 0
+    assert all(later < earlier for earlier, later in pairwise(steps))
+
+
+@settings(deadline=None)
+@given(seed=st.integers(0, 2**31), t=st.integers(0, 999))
+def test_noising_is_undone_by_either_prediction(seed: int, t: int):
+    z_0, noise, steps = random_latents(seed).double(), random_latents(seed + 1).double(), torch.full((2,), t)
+    z_t = add_noise(z_0, noise, steps, ALPHA_BAR.double())
+    torch.testing.assert_close(predict_z_0(z_t, noise, steps, ALPHA_BAR.double()), z_0)
+    torch.testing.assert_close(predict_noise(z_t, z_0, steps, ALPHA_BAR.double()), noise)
+
+
+def test_each_sample_is_noised_by_its_own_timestep():
+    z_0, noise, t = random_latents(0), random_latents(1), torch.tensor([3, 900])
+    z_t = add_noise(z_0, noise, t, ALPHA_BAR)
+    for i in range(2):
+        alone = add_noise(z_0[i : i + 1], noise[i : i + 1], t[i : i + 1], ALPHA_BAR)
+        assert torch.equal(z_t[i : i + 1], alone)
+        expected = ALPHA_BAR[t[i]].sqrt() * z_0[i] + (1 - ALPHA_BAR[t[i]]).sqrt() * noise[i]
+        torch.testing.assert_close(z_t[i], expected)
+
+
+@settings(deadline=None, max_examples=20)
+@given(num_steps=st.integers(1, 60))
+def test_perfect_prediction_recovers_z_0_in_any_number_of_steps(num_steps: int):
+    z_0, noise = random_latents(2).double(), random_latents(3).double()
+    alpha_bar = ALPHA_BAR.double()
+    start = add_noise(z_0, noise, torch.full((2,), 999), alpha_bar)
+    result = sample(lambda z_t, t: predict_noise(z_t, z_0, t, alpha_bar), start, alpha_bar, num_steps)
+    torch.testing.assert_close(result, z_0)
+
+
+def test_the_last_step_returns_the_clean_latent():
+    z_t, noise, t = random_latents(4), random_latents(5), torch.tensor([19, 19])
+    assert torch.equal(ddim_step(z_t, noise, t, None, ALPHA_BAR), predict_z_0(z_t, noise, t, ALPHA_BAR))
+
+
+def test_sampling_lets_the_gradient_through():
+    scale = torch.tensor(0.3, requires_grad=True)
+    sample(lambda z_t, t: scale * z_t, random_latents(6), ALPHA_BAR, 4).square().sum().backward()
+    assert scale.grad is not None and float(scale.grad.abs()) > 0
+
+
+@pytest.mark.parametrize("num_steps", [0, -1, 1001])
+def test_impossible_step_counts_are_refused(num_steps: int):
+    with pytest.raises(ValueError, match=rf"num_steps={num_steps} .*between 1 and 1000"):
+        sample(denoise, random_latents(0), ALPHA_BAR, num_steps)

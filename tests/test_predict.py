@@ -1,0 +1,192 @@
+"""What `predict_path` writes, reads and refuses."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from iccld.labels import CITYSCAPES_19, CITYSCAPES_PALETTE, merged_class_set
+from iccld.predict import colourise, comparison_picture, overlay, predict_path, read_image
+
+PIXELS = np.arange(6 * 8 * 3, dtype=np.uint8).reshape(6, 8, 3)
+EXIF_ORIENTATION = 0x0112
+
+
+def dominant_channel(images, numbers):
+    """Class 0, 1 or 2 by the strongest colour channel."""
+    assert images.shape[0] == len(numbers) == 1 and numbers.dtype == torch.int64
+    return torch.nn.functional.pad(images, (0, 0, 0, 0, 0, 16))
+
+
+def predict_folder(path, output, predict=dominant_channel, class_set=CITYSCAPES_19):
+    return predict_path(path, output, predict, class_set=class_set)
+
+
+def test_writes_indices_with_the_palette_and_an_overlay(tmp_path):
+    image = np.zeros((5, 7, 3), np.uint8)
+    image[:, :4, 1] = 200
+    image[:, 4:, 2] = 100
+    Image.fromarray(image).save(tmp_path / "frame.png")
+    written = predict_folder(tmp_path / "frame.png", tmp_path / "out")
+    assert written == [tmp_path / "out/frame_label.png"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["frame_label.png", "frame_overlay.png"]
+    with Image.open(written[0]) as label:
+        assert (np.array(label) == np.repeat([1, 2], [4, 3])).all()
+        assert label.mode == "P" and label.getpalette()[: 3 * 19] == [v for c in CITYSCAPES_PALETTE for v in c]
+    mean = np.array(Image.open(tmp_path / "out/frame_overlay.png")).astype(int)
+    assert np.abs(2 * mean - image - np.where(np.arange(7)[None, :, None] < 4, *CITYSCAPES_PALETTE[1:3])).max() <= 1
+
+
+def test_label_pngs_have_8_bits_whatever_the_number_of_classes(tmp_path):
+    Image.fromarray(PIXELS).save(tmp_path / "frame.png")
+    class_set = merged_class_set(["road", "car", "sky"], {0: 0, 13: 1, 10: 2})
+    written = predict_folder(tmp_path / "frame.png", tmp_path / "out", class_set=class_set)
+    assert written[0].read_bytes()[24] == 8  # the bit depth in the PNG's header
+
+
+@pytest.mark.parametrize("suffix", ["png", "bmp", "tif", "webp", "jpg", "PNG"])
+def test_common_formats_are_read(tmp_path, suffix):
+    lossless = {"webp": {"lossless": True}, "jpg": {"quality": 100}}.get(suffix, {})
+    flat = np.full((8, 8, 3), (10, 20, 200), np.uint8)
+    Image.fromarray(flat).save(tmp_path / f"frame.{suffix}", **lossless)
+    assert np.abs(read_image(tmp_path / f"frame.{suffix}").astype(int) - flat).max() <= 2
+    assert len(predict_folder(tmp_path, tmp_path / "out")) == 1
+
+
+def test_images_are_turned_upright(tmp_path):
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION] = 6  # stored a quarter turn anti-clockwise
+    Image.fromarray(PIXELS).save(tmp_path / "frame.png", exif=exif)
+    assert (read_image(tmp_path / "frame.png") == np.rot90(PIXELS, -1)).all()
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "1", "CMYK"])
+def test_grey_alpha_and_palettes_become_rgb(tmp_path, mode):
+    picture = Image.fromarray(PIXELS).convert(mode)
+    picture.save(tmp_path / "frame.tif")
+    assert (read_image(tmp_path / "frame.tif") == np.array(picture.convert("RGB"))).all()
+
+
+def test_transparent_pixels_keep_their_colour(tmp_path):
+    Image.fromarray(np.dstack([PIXELS, np.zeros((6, 8), np.uint8)])).save(tmp_path / "frame.png")
+    assert (read_image(tmp_path / "frame.png") == PIXELS).all()
+
+
+def test_16_bit_grey_is_scaled_not_clipped(tmp_path):
+    grey = np.array([[0, 257, 128 * 257, 65535]], np.uint16)
+    Image.fromarray(grey).save(tmp_path / "frame.png")
+    assert read_image(tmp_path / "frame.png")[0, :, 0].tolist() == [0, 1, 128, 255]
+
+
+def test_floating_point_pixels_are_refused(tmp_path):
+    Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "depth.tif")
+    with pytest.raises(ValueError, match=r"depth.tif: floating-point pixels have no known range; save it"):
+        read_image(tmp_path / "depth.tif")
+
+
+def test_subfolders_are_mirrored_and_a_second_run_leaves_its_own_pictures_out(tmp_path):
+    for name in ("b.png", "city/a.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(PIXELS).save(tmp_path / name)
+    output = tmp_path / "out"
+    expected = [output / "b_label.png", output / "city/a_label.png"]
+    assert predict_folder(tmp_path, output) == expected
+    assert predict_folder(tmp_path, output) == expected
+
+
+def test_images_of_one_stem_do_not_overwrite_each_other(tmp_path):
+    names = ["a.png", "a.bmp", "a.bmp.png", "b.png"]
+    for i, name in enumerate(names):
+        Image.new("RGB", (8, 8), tuple(255 * (c == i % 3) for c in range(3))).save(tmp_path / name)
+    written = predict_folder(tmp_path, tmp_path / "out")
+    found = {path.name: int(np.array(Image.open(path)).max()) for path in written}
+    assert found == {"a.png_label.png": 0, "a.bmp_label.png": 1, "a.bmp.png_label.png": 2, "b_label.png": 0}
+
+
+def test_the_noise_key_is_the_same_alone_and_among_others(tmp_path):
+    for name in ("a.png", "b.png", "c.png"):
+        Image.fromarray(PIXELS).save(tmp_path / name)
+    numbers = []
+
+    def predict(images, number):
+        numbers.append(number.item())
+        return dominant_channel(images, number)
+
+    predict_folder(tmp_path, tmp_path / "out", predict)
+    predict_folder(tmp_path / "b.png", tmp_path / "alone", predict)
+    assert len(set(numbers[:3])) == 3
+    assert numbers[3] == numbers[1]
+
+
+def test_unreadable_images_are_passed_over_and_listed(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "good.png")
+    (tmp_path / "text.png").write_text("not a picture")
+    (tmp_path / "torn.png").write_bytes((tmp_path / "good.png").read_bytes()[:6000])
+    with pytest.raises(ValueError, match=r"2 of 3 images could not be read \(the other 1 are in") as caught:
+        predict_folder(tmp_path, tmp_path / "out")
+    assert "text.png" in str(caught.value) and "torn.png" in str(caught.value)
+    assert (tmp_path / "out/good_label.png").exists()
+
+
+def test_a_failed_write_leaves_no_partial_picture(tmp_path, monkeypatch):
+    Image.fromarray(PIXELS).save(tmp_path / "frame.png")
+
+    def torn_save(self, file, **kwargs):
+        file.write_bytes(b"half a pict")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Image.Image, "save", torn_save)
+    with pytest.raises(OSError, match="disk full"):
+        predict_folder(tmp_path / "frame.png", tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_wrong_paths_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere does not exist; give an image or a folder"):
+        predict_folder(tmp_path / "nowhere", tmp_path / "out")
+    with pytest.raises(ValueError, match=r"holds no image \(\.bmp, .*\); give another folder"):
+        predict_folder(tmp_path, tmp_path / "out")
+    Image.fromarray(PIXELS).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"is the input folder; give another one"):
+        predict_folder(tmp_path, tmp_path / "sub" / "..")
+    with pytest.raises(ValueError, match=r"a.png is a file and must be a folder"):
+        predict_folder(tmp_path, tmp_path / "a.png")
+
+
+def test_an_input_is_never_overwritten(tmp_path):
+    inputs = tmp_path / "in"
+    (inputs / "in").mkdir(parents=True)
+    Image.fromarray(PIXELS).save(inputs / "a_label.png")
+    Image.fromarray(PIXELS).save(inputs / "in/a.png")
+    before = (inputs / "a_label.png").read_bytes()
+    with pytest.raises(ValueError, match=r"a_label.png is an input and would be overwritten"):
+        predict_folder(inputs, tmp_path)
+    assert (inputs / "a_label.png").read_bytes() == before
+
+
+def test_colourise_paints_classes_and_leaves_ignored_pixels_black():
+    colours = colourise(np.array([[0, 18, 255]], np.uint8), CITYSCAPES_PALETTE)
+    assert colours.tolist() == [[[128, 64, 128], [119, 11, 32], [0, 0, 0]]]
+    assert overlay(np.full((1, 1, 3), 255, np.uint8), np.zeros((1, 1), np.uint8), [(255, 1, 0)]).tolist() == [
+        [[255, 128, 128]]
+    ]
+
+
+def test_comparison_picture_shows_every_cell_once_in_place():
+    colours = [[(250, 0, 0), (0, 250, 0), (0, 0, 250)], [(90, 0, 0), (0, 90, 0), (0, 0, 90)]]
+    rows = [[np.full((20, 40, 3), colour, np.uint8) for colour in row] for row in colours]
+    rows[1][2] = rows[1][2][::2, ::2]  # another size
+    pixels = np.array(comparison_picture(rows, ["image", "truth", "a title that is far too long for it"]))
+    for y, row in enumerate(colours):
+        for x, colour in enumerate(row):
+            where = np.argwhere((pixels == colour).all(-1))
+            assert len(where) == 20 * 40
+            assert (where.max(0) - where.min(0) == (19, 39)).all()
+            assert (where.min(0) == (16 + 24 * y, 4 + 44 * x)).all()
+    assert (pixels[:16] < 128).any()  # there is text
+
+
+def test_comparison_picture_refuses_rows_that_do_not_fit_the_titles():
+    with pytest.raises(ValueError, match="row 0 has 1 pictures and there are 2 titles"):
+        comparison_picture([[PIXELS]], ["image", "truth"])

@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# Lint, types and tests, with all of their set-up:
+#     bash tools/test.sh                           everything but the slow tests and those for a GPU
+#     bash tools/test.sh GROUP [PYTEST ARGUMENTS]  lint, types, slow, gpu, distributed, or a folder or file of tests/
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+group=${1:-all}
+shift || true
+target=""
+case $group in
+all | lint | types | slow | gpu | distributed) ;;
+*)
+    target=$(find tests \( -type d -name "$group" -o -name "test_$group.py" \) ! -name __pycache__ | sort | head -n 1)
+    if [ -z "$target" ]; then
+        names=$(find tests -mindepth 1 \( -type d -o -name "test_*.py" \) ! -name "__*" ! -name ".*" |
+            sed 's|.*/||; s|^test_||; s|\.py$||' | sort -u | tr '\n' ' ')
+        echo "test.sh: unknown group '$group'; use one of: lint types slow gpu distributed ${names% }" >&2
+        exit 2
+    fi
+    ;;
+esac
+
+source tools/setup.sh
+export OMP_NUM_THREADS=1 # test processes share the cores
+
+lint() {
+    ruff check .
+    ruff format --check .
+}
+
+types() {
+    basedpyright
+}
+
+tests() {
+    python -m pytest -n 2 "$@"
+}
+
+case $group in
+all)
+    lint
+    types
+    tests -m "not slow and not gpu" "$@"
+    ;;
+lint | types) "$group" ;;
+slow) tests -m "slow and not gpu" "$@" ;;
+gpu) tests -n 0 -m gpu "$@" ;;
+distributed) tests -k distributed -m "not slow and not gpu" "$@" ;; # folder, file, test or marker of that name
+*) tests -m "not slow and not gpu" "$target" "$@" ;;
+esac
