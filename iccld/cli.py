@@ -14,7 +14,8 @@ Train segmentation models on labelled source images and unlabelled target images
   iccld predict runs/a image.jpg out/                        label PNG and overlay
   iccld shards make --dataset gta5 --input DIR --output DIR  turn a data set into shards
 
-Any setting is changed by key=value; `iccld config experiment=...` shows all of them. Several ranks: launch/local.py.
+Any setting is changed by key=value; `iccld config experiment=...` shows all of them.
+For several ranks on this machine: python launch/local.py NUM_RANKS VERB ...
 """
 
 

@@ -127,7 +127,7 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         layers = OmegaConf.structured(Config), OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides))
         return OmegaConf.to_object(OmegaConf.merge(*layers))  # type: ignore[return-value]
     except (OSError, OmegaConfBaseException) as error:
-        raise ValueError(f"{path}: not a run's config.yaml ({_one_line(error)}).") from error
+        raise ValueError(f"{path} {' '.join(overrides)}: not the settings of a run ({_one_line(error)}).") from error
 
 
 def differences(old: Config, new: Config) -> list[str]:

@@ -1,6 +1,7 @@
 """The loop. It runs any stage over any stream; it knows neither models nor data sets."""
 
-from collections.abc import Callable, Iterator, Mapping
+import contextlib
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -47,7 +48,7 @@ class TrainerConfig:
 
 
 class Stream(Protocol):
-    def batches(self, start_step: int) -> Iterator[Mapping[str, Any]]: ...
+    def batches(self, start_step: int) -> Generator[Mapping[str, Any], None, None]: ...
 
 
 @dataclass
@@ -75,8 +76,13 @@ class Trainer:
             gradient_clip=config.gradient_clip,
         )
         start_step = self._resume()
-        batches = self.stream.batches(start_step) if start_step < config.num_steps else iter(())
-        timer = PhaseTimer()
+        if start_step == config.num_steps:
+            return True
+        with contextlib.closing(self.stream.batches(start_step)) as batches:
+            return self._run_steps(start_step, batches, num_accumulation)
+
+    def _run_steps(self, start_step: int, batches: Iterator[Mapping[str, Any]], num_accumulation: int) -> bool:
+        engine, config, timer = self.engine, self.config, PhaseTimer()
         for step in range(start_step, config.num_steps):
             engine.set_learning_rate(learning_rate_factor(step, num_steps=config.num_steps, config=config.schedule))
             with timer.phase("data"):
@@ -89,8 +95,7 @@ class Trainer:
             with timer.phase("average"):
                 self.stage.after_step(step)
             self.metrics.record(step, losses, metrics)
-            interrupted = engine.any(self.preemption.requested)
-            is_last = step + 1 == config.num_steps
+            interrupted, is_last = engine.any(self.preemption.requested), step + 1 == config.num_steps
             is_save = interrupted or is_last or (step + 1) % config.checkpoint.save_every == 0
             if is_save or self.metrics.is_due(step):
                 self._flush(timer)
@@ -124,7 +129,7 @@ class Trainer:
         local = {name: torch.stack([i.denominators[name] for i in inputs]).sum() for name in names}
         count = len(inputs) * self.engine.world_size
         shared = {name: (total / count).clamp(min=1e-6) for name, total in self.engine.sum_values(local).items()}
-        return [StageInputs(i.tensors, shared) for i in inputs]
+        return [i._replace(denominators=shared) for i in inputs]
 
     def _flush(self, timer: PhaseTimer) -> None:
         self.metrics.flush(

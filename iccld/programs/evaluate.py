@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,24 +49,36 @@ def evaluate_predictor(predict: Predict, config: Config, engine: Engine) -> Eval
 
 
 def evaluate_run(config: Config, *, model_folder: str = "") -> dict[str, Any]:
-    """Score the run's finished stages (or one model folder) and write `report/results.json`; call on every rank.
+    """Score the run's finished stages, or one model folder; call on every rank. Returns `evaluate_models`' scores."""
+    folders = [Path(model_folder)] if model_folder else finished_models(config)
+    if not folders:
+        raise ValueError(f"run_dir={config.run_dir} holds no finished stage (stage1/final, stage2/final); train first.")
+    with Engine(config.engine) as engine:
+        return evaluate_models(folders, config, engine)
+
+
+def finished_models(config: Config) -> list[Path]:
+    """The model folders of the run's finished stages."""
+    run_dir, weights = Path(config.run_dir), config.inference.weights.value
+    return [folder for stage in StageName if (folder := run_dir / stage.value / "final" / weights).is_dir()]
+
+
+def evaluate_models(folders: Sequence[Path], config: Config, engine: Engine) -> dict[str, Any]:
+    """Score model folders and write `report/results.json`.
 
     Returns `{"stage1": scores, "stage2": {"1": scores, ...}, "stage2_mean_latent": scores}`, as far as they exist. The
     last is a control: what the decoder makes of the mean latent, so that denoising must be worth something.
     """
-    engine = Engine(config.engine)
-    run_dir = Path(config.run_dir)
-    folders = [run_dir / stage.value / "final" / config.inference.weights.value for stage in StageName]
-    folders = [Path(model_folder)] if model_folder else [folder for folder in folders if folder.is_dir()]
-    if not folders:
-        raise ValueError(f"run_dir={run_dir} holds no finished stage (stage1/final, stage2/final); train first.")
     results: dict[str, Any] = {}
     for folder in folders:
         results |= _score_model(load_model(folder, config).to(engine.device), config, engine)
     if engine.is_main:
-        _report(results, config, run_dir / "report")
-    engine.close()
+        _report(results, config)
     return results
+
+
+def results_file(config: Config) -> Path:
+    return Path(config.run_dir) / "report" / "results.json"
 
 
 def load_model(folder: Path, config: Config) -> ICCLD:
@@ -126,8 +138,9 @@ def _numbers(value: Any) -> Any:
     return float("nan") if value is None else value
 
 
-def _report(results: Mapping[str, Any], config: Config, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text_durably(folder / "results.json", json.dumps(results, indent=1))
+def _report(results: Mapping[str, Any], config: Config) -> None:
+    path = results_file(config)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text_durably(path, json.dumps(results, indent=1))
     title = f"{config.run_dir}: {config.inference.weights.value}, {config.data.validation.name or 'validation set'}"
     Console().print(results_table(named_results(results), title=title))

@@ -1,4 +1,4 @@
-"""`iccld train`: the stages of a run, one after the other, each from where it stopped.
+"""`iccld train`: the stages of a run, one after the other, each from where it stopped; then their scores.
 
 A stage ends with its model folders `stageN/final/teacher` and `stageN/final/student`; where they exist, it is finished.
 """
@@ -15,10 +15,11 @@ from iccld import __version__
 from iccld.config import Config, StageName, differences, read_config, to_dict, to_yaml
 from iccld.data.config import BatchLayout
 from iccld.data.index import fingerprint
-from iccld.data.stream import TrainingStream
+from iccld.data.stream import TrainingStream, read_validation
+from iccld.models.attention import check_backend
 from iccld.models.discriminator import Discriminator
 from iccld.models.iccld import ICCLD
-from iccld.programs.evaluate import evaluate_predictor, predict_function
+from iccld.programs.evaluate import evaluate_models, evaluate_predictor, finished_models, predict_function, results_file
 from iccld.runtime.checkpoint import CheckpointStore, write_text_durably
 from iccld.runtime.engine import Engine
 from iccld.runtime.metrics import MetricsLogger
@@ -31,17 +32,19 @@ from iccld.trainer import Trainer, TrainerConfig
 
 def train(config: Config) -> bool:
     """Run the configured stages; False if a signal ended the run early. Call on every rank."""
-    engine = Engine(config.engine)
-    run_dir = Path(config.run_dir)
-    _check_run_dir(run_dir, config, engine)
     preemption = Preemption().install()
-    for name in config.stages:
-        if is_finished(run_dir, name):
-            if engine.is_main:
-                print(f"{name.value} is finished: {final_folder(run_dir, name)}", flush=True)
-        elif not _run_stage(name, config, engine, preemption):
-            return False
-    engine.close()
+    run_dir = Path(config.run_dir)
+    with Engine(config.engine) as engine:
+        _check_settings(config, engine)
+        _check_run_dir(run_dir, config, engine)
+        for name in config.stages:
+            if is_finished(run_dir, name):
+                if engine.is_main:
+                    print(f"{name.value} is finished: {final_folder(run_dir, name)}", flush=True)
+            elif not _run_stage(name, config, engine, preemption):
+                return False
+        if config.data.validation.shards and not results_file(config).exists():
+            evaluate_models(finished_models(config), config, engine)
     return True
 
 
@@ -51,6 +54,20 @@ def final_folder(run_dir: Path, name: StageName) -> Path:
 
 def is_finished(run_dir: Path, name: StageName) -> bool:
     return final_folder(run_dir, name).is_dir()
+
+
+def _check_settings(config: Config, engine: Engine) -> None:
+    """Whatever a later stage would stumble over, before time is spent on an earlier one."""
+    for name in config.stages:
+        _plan(name, config).num_accumulation(engine.world_size)
+    if StageName.stage2 in config.stages:
+        check_backend(config.model.denoiser.attention, engine.device.type)
+    if config.data.validation.shards:
+        read_validation(config.data)
+    if not config.data.target.shards and (config.stage1.objective.adapt or StageName.stage2 in config.stages):
+        raise ValueError(
+            "data.target.shards is empty, but adaptation needs target images; set it, or use stage=source_only."
+        )
 
 
 def _check_run_dir(run_dir: Path, config: Config, engine: Engine) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import Enum
-from typing import Any
+from typing import Any, Self
 
 import torch
 from accelerate import Accelerator
@@ -175,7 +175,10 @@ class Engine:
         self._raw.load_state_dict(states["module"])
         self.optimizer.load_state_dict(states["optimizer"])
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """Leave the process group; another engine may be made in this process afterwards."""
         self.accelerator.end_training()
         AcceleratorState._reset_state(reset_partial_state=True)

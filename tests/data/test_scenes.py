@@ -41,14 +41,13 @@ def test_an_image_is_a_function_of_its_key(domain: Domain) -> None:
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
-@pytest.mark.parametrize(("height", "width"), [(64, 128), (100, 150), (256, 512)])
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (100, 150), (256, 512)])
 def test_shapes_types_and_ranges(domain: Domain, height: int, width: int) -> None:
     image, labels = render(seed=1, domain=domain, number=0, height=height, width=width)
     assert image.shape == (height, width, 3) and image.dtype == np.uint8
     assert labels.shape == (height, width) and labels.dtype == np.uint8
     assert labels.max() < 19
-    assert image.std() > 20
-    assert image.flags.writeable and labels.flags.writeable
+    assert image.std() > 20 and image.flags.writeable and labels.flags.writeable
 
 
 def test_resolution_changes_the_sampling_and_not_the_scene() -> None:

@@ -27,6 +27,7 @@ def overrides(
         *scene_overrides(shards, run_dir),
         *settings,
         f"data.num_workers={num_workers}",
+        "data.validation.shards=",
         "stage1.objective.confidence_threshold=0.06",
     ]
 
@@ -64,10 +65,11 @@ def test_a_resumed_run_equals_an_undisturbed_one_to_the_bit(scene_shards: Path, 
     whole, stopped, switched = tmp_path / "whole", tmp_path / "stopped", tmp_path / "switched"
     jobs = [
         {"overrides": overrides(scene_shards, whole)},
-        *({"overrides": overrides(scene_shards, stopped), "stop_at": STOP},) * 2,  # stops in stage 1, then in stage 2
+        {"overrides": overrides(scene_shards, stopped), "stop_at": STOP},
+        {"overrides": overrides(scene_shards, stopped), "stop_at": STEPS},  # the rest of stage 1, half of stage 2
         {"overrides": overrides(scene_shards, stopped)},
         {"overrides": overrides(scene_shards, switched, num_workers=2), "stop_at": STOP},
-        {"overrides": overrides(scene_shards, switched, num_workers=0), "stop_at": STOP + 1},
+        {"overrides": overrides(scene_shards, switched, num_workers=0), "stop_at": STEPS + 1},
         {"overrides": overrides(scene_shards, switched, num_workers=2)},
     ]
     run_jobs(jobs, num_processes=num_processes)

@@ -1,0 +1,64 @@
+"""The demo's end: one table and one results.json of its two runs, and a picture of image, truth and predictions."""
+
+import json
+import sys
+from collections.abc import Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from iccld.config import Config, read_config
+from iccld.data.stream import read_validation
+from iccld.evaluation import results_table
+from iccld.models.iccld import ICCLD
+from iccld.predict import colourise, comparison_picture
+from iccld.programs.evaluate import named_results, predict_function
+from iccld.runtime.checkpoint import write_text_durably
+
+NUM_PICTURES = 6
+
+
+def main(folder: Path) -> None:
+    results = merged(folder)
+    write_text_durably(folder / "results.json", json.dumps(results, indent=1))
+    Console().print(results_table(named_results(results), title="embedded data set, game to camera, validation set"))
+    draw(folder, read_config(folder / "adapted" / "config.yaml"))
+    print(f"figures: {folder / 'results.json'}   picture: {folder / 'comparison.png'}")
+
+
+def merged(folder: Path) -> Mapping[str, Any]:
+    """`source_only`, then what the adapted run's report holds."""
+    source_only, adapted = (
+        json.loads((folder / run / "report" / "results.json").read_text()) for run in ("source_only", "adapted")
+    )
+    return {"source_only": source_only["stage1"], **adapted}
+
+
+def draw(folder: Path, config: Config) -> None:
+    """One row an image: the image, the truth, each prediction."""
+    palette = config.data.class_set.build().palette
+    stage1, stage2 = (
+        ICCLD.from_pretrained(folder / "adapted" / stage / "final/teacher") for stage in ("stage1", "stage2")
+    )
+    source_only = ICCLD.from_pretrained(folder / "source_only/stage1/final/teacher")
+    predictors = {"source only": (source_only, 0), "stage 1": (stage1, 0)}
+    predictors |= {f"stage 2, {steps} steps": (stage2, steps) for steps in config.inference.num_steps}
+    rows = []
+    for sample in islice(read_validation(config.data), NUM_PICTURES):
+        images = torch.from_numpy(sample["image"]).permute(2, 0, 1)[None].float() / 255
+        row = [sample["image"], colourise(sample["labels"], palette)]
+        for model, num_steps in predictors.values():
+            with torch.no_grad():
+                predict = predict_function(model, num_steps=num_steps, seed=config.seed)
+                labels = predict(images, torch.tensor([sample["number"]])).argmax(1)[0]
+            row.append(colourise(labels.numpy().astype(np.uint8), palette))
+        rows.append(row)
+    comparison_picture(rows, ["image", "truth", *predictors]).save(folder / "comparison.png")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

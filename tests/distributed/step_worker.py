@@ -1,0 +1,99 @@
+"""Runs on two ranks, each with data of its own; asserts what must hold of one engine's step there."""
+
+import copy
+import sys
+from pathlib import Path
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from iccld.evaluation import EvaluationConfig, evaluate
+from iccld.labels import CITYSCAPES_19
+from iccld.runtime.engine import Engine, EngineConfig
+from iccld.stages.base import StageInputs
+from tests.factory import random_batch
+from tests.stages.test_adversarial import make_stage, two_optimiser_step
+
+
+def share(engine: Engine, inputs: StageInputs) -> StageInputs:
+    total = engine.sum_values(inputs.denominators)
+    return inputs._replace(denominators={name: value / engine.world_size for name, value in total.items()})
+
+
+def check_two_optimisers(engine: Engine) -> None:
+    """One module, one engine and one backward equal two DDP models with an optimiser each, to the bit."""
+    single, double = make_stage(), make_stage()
+    engine.attach(single.module, single.param_groups(), num_accumulation=1)
+    *denoiser_groups, discriminator_group = copy.copy(double.param_groups())
+    optimisers = [torch.optim.AdamW(denoiser_groups), torch.optim.AdamW([discriminator_group])]
+    reference = double.module
+    for name in ("denoiser", "discriminator"):
+        setattr(reference, name, DistributedDataParallel(getattr(reference, name), gradient_as_bucket_view=True))
+    for step in range(6):
+        with torch.no_grad():
+            first = 8 * step + 4 * engine.rank  # each rank has samples of its own
+            inputs = share(engine, single.prepare(random_batch(num_classes=19, numbers=range(first, first + 4)), step))
+        losses = engine.module(inputs).losses
+        engine.backward(torch.stack(list(losses.values())).sum(), is_last=True)
+        engine.step()
+        two_optimiser_step(double, inputs, optimisers)
+    for name, value in single.module.state_dict().items():
+        part, rest = name.split(".", 1)
+        assert torch.equal(value, double.module.state_dict()[f"{part}.module.{rest}"]), name
+
+
+def check_equal_weights(engine: Engine) -> None:
+    """After steps on different data every rank holds the same weights: gradients were exchanged."""
+    stage = make_stage()
+    before = torch.cat([p.detach().flatten() for p in stage.module.parameters()])
+    engine.attach(stage.module, stage.param_groups(), num_accumulation=2)
+    for i in range(4):
+        numbers = range(100 * engine.rank + 4 * i, 100 * engine.rank + 4 * i + 4)
+        with torch.no_grad():
+            inputs = stage.prepare(random_batch(num_classes=19, numbers=numbers), 0)
+        is_last = i % 2 == 1
+        with engine.forward_context(is_last=is_last):
+            losses = engine.module(inputs).losses
+        engine.backward(torch.stack(list(losses.values())).sum(), is_last=is_last)
+        if is_last:
+            engine.step()
+    weights = torch.cat([p.detach().flatten() for p in stage.module.parameters()])
+    assert not torch.equal(weights, before)
+    for other in engine.gather_objects(weights):
+        assert torch.equal(weights, other)
+
+
+def check_evaluation(engine: Engine) -> None:
+    """Seven images on two ranks are scored as on one, to the last count."""
+    generator = torch.Generator().manual_seed(0)
+    samples = [
+        {
+            "image": torch.randint(0, 256, (20, 24, 3), generator=generator, dtype=torch.uint8).numpy(),
+            "labels": torch.randint(0, 19, (20, 24), generator=generator, dtype=torch.uint8).numpy(),
+            "key": str(number),
+            "number": number,
+        }
+        for number in range(7)
+    ]
+    weights = torch.randn(19, 3, generator=generator)
+
+    def predict(images: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("kc,bchw->bkhw", weights, images)
+
+    config = EvaluationConfig()
+    options = {"class_set": CITYSCAPES_19, "config": config}
+    mine = samples[engine.rank :: engine.world_size]
+    assert evaluate(mine, predict, **options, all_reduce=engine.all_reduce_sum) == evaluate(samples, predict, **options)
+
+
+def main(done: Path) -> None:
+    torch.set_num_threads(1)
+    for check in (check_two_optimisers, check_equal_weights, check_evaluation):
+        with Engine(EngineConfig()) as engine:
+            assert engine.world_size == 2
+            check(engine)
+    (done / "all_held").touch()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

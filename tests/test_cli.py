@@ -1,0 +1,197 @@
+"""What a user types: the verbs on a tiny run, and one clear line for each way to be wrong, before training starts."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from iccld.cli import main
+from tests.factory import scene_overrides
+
+QUICK = ["stage1.trainer.num_steps=2", "stage2.trainer.num_steps=2", "inference.num_steps=[1,2]"]
+
+
+@pytest.fixture(scope="module")
+def run_dir(scene_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    assert main(["train", *scene_overrides(scene_shards, folder), *QUICK]) == 0
+    return folder
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that the verb ends with."""
+    capsys.readouterr()
+    assert main(arguments) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def test_train_leaves_the_run_directory_of_the_readme(run_dir: Path):
+    for path in (
+        "config.yaml",
+        "metrics.jsonl",
+        "events.jsonl",
+        "report/results.json",
+        "stage1/checkpoints/step_00000002/manifest.json",
+        "stage1/checkpoints/latest",
+        "stage1/final/teacher/model.safetensors",
+        "stage2/final/student/config.json",
+    ):
+        assert (run_dir / path).is_file(), path
+    results = json.loads((run_dir / "report/results.json").read_text())
+    assert set(results) == {"stage1", "stage2", "stage2_mean_latent"} and set(results["stage2"]) == {"1", "2"}
+    assert results["stage1"]["num_images"] == 5 and len(results["stage1"]["iou"]) == 19
+
+
+def test_training_a_finished_run_again_ends_at_once(
+    run_dir: Path, scene_shards: Path, capsys: pytest.CaptureFixture[str]
+):
+    before = (run_dir / "metrics.jsonl").read_bytes()
+    assert main(["train", *scene_overrides(scene_shards, run_dir), *QUICK]) == 0
+    assert "stage1 is finished" in capsys.readouterr().out
+    assert (run_dir / "metrics.jsonl").read_bytes() == before
+
+
+def test_evaluate_scores_the_student_at_other_steps(run_dir: Path, capsys: pytest.CaptureFixture[str]):
+    kept = (run_dir / "report/results.json").read_bytes()
+    assert main(["evaluate", str(run_dir), "inference.weights=student", "inference.num_steps=[3]"]) == 0
+    assert "stage2 x3" in capsys.readouterr().out
+    (run_dir / "report/results.json").write_bytes(kept)
+
+
+def test_evaluate_over_several_noise_seeds_reports_all(run_dir: Path, tmp_path: Path):
+    copy = tmp_path / "copy"
+    shutil.copytree(run_dir, copy)
+    assert main(["evaluate", str(copy), "inference.num_steps=[1]", "inference.noise_seeds=2"]) == 0
+    scores = json.loads((copy / "report/results.json").read_text())["stage2"]["1"]
+    assert len(scores["miou_by_noise_seed"]) == 2
+    assert scores["miou"] == pytest.approx(sum(scores["miou_by_noise_seed"]) / 2)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--num-steps", "2"], ["--sliding-window"]])
+def test_predict_writes_a_label_and_an_overlay_an_image(
+    run_dir: Path, scene_shards: Path, tmp_path: Path, arguments: list[str]
+):
+    image = scene_shards / "gta5/images/00001.png"
+    assert main(["predict", str(run_dir), str(image), str(tmp_path), *arguments]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"00001_label.png", "00001_overlay.png"}
+
+
+def test_config_prints_what_train_would_use(capsys: pytest.CaptureFixture[str]):
+    assert main(["config", "experiment=demo", "seed=7"]) == 0
+    printed = capsys.readouterr().out
+    assert "seed: 7" in printed and "pretrained: ''" in printed
+
+
+def test_a_folder_of_ones_own_yaml(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nseed: 42\n")
+    assert main(["config", "--config-dir", str(tmp_path), "experiment=mine"]) == 0
+    assert "seed: 42" in capsys.readouterr().out
+
+
+def test_help_fits_a_screen(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 24 and max(map(len, lines)) <= 100
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stage1.trainer.num_stepz=3", "num_stepz"),
+        ("seed=many", "seed"),
+        ("experiment=nope", "nope"),
+        ("stage1.trainer.num_steps=0", "trainer.num_steps=0 must be at least 1"),
+        ("data.crop_size=[50,64]", "data.crop_size=[50, 64] must be [height, width], multiples of 8"),
+        ("data.crop_size=[512,512]", "data.crop_size=[512, 512] is larger than sample"),
+        ("data.source.shards=/nowhere", "data.source.shards=/nowhere: there is no such folder"),
+        ("stage1.trainer.global_batch_size=3", "global_batch_size=3 must be a multiple of micro_batch_size=2"),
+        ("engine.precision=fp16", "fp16"),
+        ("model.denoiser.attention=xformers", "xformers"),
+        ("model.encoder.pretrained=/nowhere", "model.encoder"),
+        ("initial_model=/nowhere", "/nowhere"),
+        ("data.target.shards=", "adaptation needs target images"),
+        ("data.validation.shards=/nowhere", "data.validation.shards=/nowhere"),
+        ("stage2.trainer.global_batch_size=3", "global_batch_size=3 must be a multiple of micro_batch_size=2"),
+        ("stages=[stage2]", "needs stage 1's model"),
+        ("inference.num_steps=[-1]", "inference.num_steps=[-1]"),
+    ],
+)
+def test_a_wrong_setting_is_one_line_before_training(
+    scene_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str, message: str
+):
+    line = refused(["train", *scene_overrides(scene_shards, tmp_path / "run"), *QUICK, override], capsys)
+    assert message in line
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_source_shards_need_labels(scene_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    overrides = [*scene_overrides(scene_shards, tmp_path / "run"), f"data.source.shards={scene_shards}/target"]
+    assert "has no labels" in refused(["train", *overrides], capsys)
+
+
+def test_a_run_directory_belongs_to_one_config(run_dir: Path, scene_shards: Path, capsys: pytest.CaptureFixture[str]):
+    line = refused(["train", *scene_overrides(scene_shards, run_dir), *QUICK, "seed=1"], capsys)
+    assert "holds a run of another config (seed: 0 -> 1)" in line and "use another run_dir" in line
+
+
+def test_a_checkpoint_of_another_data_set_is_refused(
+    run_dir: Path, scene_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    copy = tmp_path / "copy"
+    shutil.copytree(run_dir, copy)
+    shutil.rmtree(copy / "stage1" / "final")
+    overrides = [*scene_overrides(scene_shards, copy), *QUICK, f"data.source.shards={scene_shards}/target_labelled"]
+    assert "is of another data" in refused(["train", *overrides], capsys)
+
+
+def test_a_model_of_other_classes_is_not_evaluated(run_dir: Path, capsys: pytest.CaptureFixture[str]):
+    classes = ["data.class_set.names=[a,b]", "data.class_set.of_train_id={0: 0, 1: 1}"]
+    assert "tells 19 classes apart" in refused(["evaluate", str(run_dir), *classes], capsys)
+
+
+def test_an_initial_model_of_another_shape_is_refused(
+    run_dir: Path, scene_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    overrides = [*scene_overrides(scene_shards, tmp_path / "run"), "model.decoder.width=32"]
+    line = refused(["train", *overrides, f"initial_model={run_dir}/stage1/final/teacher"], capsys)
+    assert "is another model than `model` describes" in line
+
+
+def test_evaluating_what_is_not_there(tmp_path: Path, run_dir: Path, capsys: pytest.CaptureFixture[str]):
+    assert "config.yaml" in refused(["evaluate", str(tmp_path)], capsys)
+    (tmp_path / "config.yaml").write_text((run_dir / "config.yaml").read_text())
+    assert "holds no finished stage" in refused(["evaluate", str(tmp_path)], capsys)
+    assert "neither a model folder" in refused(["predict", str(tmp_path), "x.png", str(tmp_path)], capsys)
+
+
+@pytest.mark.distributed
+def test_a_signal_saves_and_the_same_command_goes_on(scene_shards: Path, tmp_path: Path):
+    """A real SIGTERM to a real process; the second attempt ends with what an undisturbed run ends with."""
+    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
+    settings = ["stage1.trainer.num_steps=40", "stages=[stage1]", "data.validation.shards="]
+    command = [sys.executable, "-m", "iccld", "train", *settings]
+    with subprocess.Popen(
+        [*command, *scene_overrides(scene_shards, stopped)], stdout=subprocess.PIPE, text=True
+    ) as run:
+        assert run.stdout is not None
+        for line in run.stdout:
+            if "step 3/40" in line:
+                run.send_signal(signal.SIGTERM)
+                started = time.monotonic()
+            if "stopped by a signal" in line:
+                assert time.monotonic() - started < 30
+        assert run.wait(timeout=60) == 0
+    assert not (stopped / "stage1/final").exists()
+    for folder in (stopped, whole):
+        assert main(["train", *settings, *scene_overrides(scene_shards, folder)]) == 0
+    final = "stage1/final/teacher/model.safetensors"
+    assert (stopped / final).read_bytes() == (whole / final).read_bytes()

@@ -1,0 +1,27 @@
+"""Draw the embedded data set: GTA5's layout for the source, Cityscapes' for the target. Run again, it goes on."""
+
+import argparse
+import os
+from pathlib import Path
+
+from iccld.data.scenes import write_cityscapes, write_gta5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, required=True, help="gets the folders gta5 and cityscapes")
+    parser.add_argument("--source", type=int, default=400, help="game images")
+    parser.add_argument("--target", type=int, default=400, help="camera images to train on")
+    parser.add_argument("--validation", type=int, default=60, help="camera images to score")
+    parser.add_argument("--size", default="256x512", help="HEIGHTxWIDTH")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    arguments = parser.parse_args()
+    height, width = (int(side) for side in arguments.size.split("x"))
+    shape = {"seed": arguments.seed, "height": height, "width": width, "workers": arguments.workers}
+    write_gta5(arguments.output / "gta5", count=arguments.source, **shape)
+    write_cityscapes(arguments.output / "cityscapes", train=arguments.target, val=arguments.validation, **shape)
+
+
+if __name__ == "__main__":
+    main()
