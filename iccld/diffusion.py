@@ -42,6 +42,15 @@ def predict_noise(z_t: Tensor, z_0: Tensor, t: Tensor, alpha_bar: Tensor) -> Ten
     return (z_t - signal_scale * z_0) / noise_scale
 
 
+def noise_from_velocity(z_t: Tensor, velocity: Tensor, t: Tensor, alpha_bar: Tensor) -> Tensor:
+    """The noise that a velocity v = sqrt(alpha_bar_t) noise - sqrt(1 - alpha_bar_t) z_0 implies (Salimans & Ho 2022).
+
+    The z_0 that it implies is sqrt(alpha_bar_t) z_t - sqrt(1 - alpha_bar_t) v: an error in v is never magnified.
+    """
+    signal_scale, noise_scale = _scales(t, alpha_bar)
+    return noise_scale * z_t + signal_scale * velocity
+
+
 def trailing_timesteps(num_steps: int, *, num_train_steps: int = NUM_TRAIN_STEPS) -> list[int]:
     """`num_steps` timesteps from T-1 downwards, evenly spaced and ending one stride above z_0.
 

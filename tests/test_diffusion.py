@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from iccld.diffusion import (
     add_noise,
     ddim_step,
+    noise_from_velocity,
     predict_noise,
     predict_z_0,
     sample,
@@ -109,3 +110,13 @@ def test_sampling_lets_the_gradient_through():
 def test_impossible_step_counts_are_refused(num_steps: int):
     with pytest.raises(ValueError, match=rf"num_steps={num_steps} .*between 1 and 1000"):
         sample(denoise, random_latents(0), ALPHA_BAR, num_steps)
+
+
+def test_the_noise_of_the_true_velocity_is_the_true_noise():
+    alpha_bar = scaled_linear_alpha_bar()
+    t = torch.tensor([0, 250, 999])
+    z_0, noise = torch.randn(3, 4, 5, 6), torch.randn(3, 4, 5, 6)
+    signal_scale, noise_scale = (scale.view(-1, 1, 1, 1) for scale in (alpha_bar[t].sqrt(), (1 - alpha_bar[t]).sqrt()))
+    velocity = signal_scale * noise - noise_scale * z_0
+    z_t = add_noise(z_0, noise, t, alpha_bar)
+    torch.testing.assert_close(noise_from_velocity(z_t, velocity, t, alpha_bar), noise)

@@ -13,10 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from iccld.models.blocks import FEATURE_STRIDES, LATENT_STRIDE, FeatureFusion, conv_block
 
 logger = logging.getLogger(__name__)
+disable_progress_bar()  # of weights that load in milliseconds, once a rank
 
 COARSEST = FEATURE_STRIDES[-1]
 KNOWN_TYPES = "segformer, convnextv2, swin, mobilenet_v2, dinov2, dinov3_vit"

@@ -123,6 +123,7 @@ def named_results(results: Mapping[str, Any]) -> dict[str, EvaluationResult]:
     """A flat view for tables: `stage1`, `stage2 x1`, ..."""
     flat = {}
     for name, scores in results.items():
+        name = name.removeprefix("stage2_").replace("_", " ")
         parts = {name: scores} if "miou" in scores else {f"{name} x{steps}": of for steps, of in scores.items()}
         fields = {field.name for field in dataclasses.fields(EvaluationResult)}
         for label, values in parts.items():

@@ -1,5 +1,6 @@
 """The one owner of Accelerate: ranks, devices, precision, gradient averaging, clipping and the optimiser."""
 
+import atexit
 import contextlib
 import warnings
 from collections.abc import Iterator, Mapping
@@ -13,6 +14,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
+
+# A dimension of size 1 has any stride: DDP warns of 1x1 and depthwise kernels, in vain.
+warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
@@ -179,7 +183,14 @@ class Engine:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Leave the process group; another engine may be made in this process afterwards."""
-        self.accelerator.end_training()
-        AcceleratorState._reset_state(reset_partial_state=True)
+        """Let another engine be made in this process; it joins the same process group, left when the process ends."""
+        AcceleratorState._reset_state()
         GradientState._reset_state()
+
+
+def _leave_process_group() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+atexit.register(_leave_process_group)
