@@ -143,6 +143,18 @@ def test_a_run_directory_belongs_to_one_config(run_dir: Path, scene_shards: Path
     assert "holds a run of another config (seed: 0 -> 1)" in line and "use another run_dir" in line
 
 
+def test_settings_of_a_stage_that_has_not_begun_may_change(
+    run_dir: Path, scene_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    copy = tmp_path / "copy"
+    shutil.copytree(run_dir, copy)
+    shutil.rmtree(copy / "stage2")
+    overrides = [*scene_overrides(scene_shards, copy), *QUICK, "stage2.objective.learning_rate=1e-5"]
+    assert main(["train", *overrides]) == 0
+    overrides[-1] = "stage2.objective.learning_rate=1e-6"
+    assert "stage2.objective.learning_rate: 1e-05 -> 1e-06" in refused(["train", *overrides], capsys)
+
+
 def test_a_checkpoint_of_another_data_set_is_refused(
     run_dir: Path, scene_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -71,17 +71,18 @@ def _check_settings(config: Config, engine: Engine) -> None:
 
 
 def _check_run_dir(run_dir: Path, config: Config, engine: Engine) -> None:
-    """A run directory belongs to one config; the first attempt writes it down."""
+    """A run directory belongs to one config, but for the settings of a stage that has not begun."""
     path = run_dir / "config.yaml"
     if path.exists():
-        changed = differences(read_config(path), config)
+        unbegun = tuple(f"{stage.value}." for stage in StageName if not (run_dir / stage.value).exists())
+        changed = [change for change in differences(read_config(path), config) if not change.startswith(unbegun)]
         if changed:
             raise ValueError(
                 f"run_dir={run_dir} holds a run of another config ({'; '.join(changed[:5])}); "
                 f"use another run_dir, or the settings in {path}."
             )
     engine.barrier()  # nobody writes before all have compared
-    if engine.is_main and not path.exists():
+    if engine.is_main:
         run_dir.mkdir(parents=True, exist_ok=True)
         write_text_durably(path, to_yaml(config))
     engine.barrier()

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from iccld.diffusion import noise_from_velocity
 from iccld.models.attention import AttentionBackend
 from iccld.models.blocks import SelfAttention, TimeEmbedding
 from iccld.models.denoiser import Denoiser, DenoiserConfig
@@ -48,9 +49,11 @@ def test_the_first_gradient_reaches_every_parameter_from_the_output_alone():
     assert denoiser.stem.weight.grad is not None and float(denoiser.stem.weight.grad.norm()) > 0
 
 
-def test_the_untrained_prediction_is_near_zero():
-    noise_pred = make_denoiser()(*random_inputs(16, 16)).noise_pred
-    assert 0 < float(noise_pred.detach().std()) < 0.2
+def test_the_untrained_velocity_is_near_zero_but_not_zero():
+    denoiser, (z_t, t, condition) = make_denoiser(), random_inputs(16, 16)
+    of_no_velocity = noise_from_velocity(z_t, torch.zeros_like(z_t), t, denoiser.alpha_bar)
+    difference = denoiser(z_t, t, condition).noise_pred - of_no_velocity
+    assert 0 < float(difference.detach().std()) < 0.2
 
 
 def test_condition_timestep_and_latent_are_heard():
