@@ -2,7 +2,9 @@
 
 import argparse
 import os
+import re
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,9 +26,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         return arguments.run(arguments) or 0
-    except ValueError as error:
-        if os.environ.get("RANK", "0") == "0" or "rank" in str(error):  # the others say the same
-            print(f"iccld {arguments.verb}: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        rank = int(os.environ.get("RANK", "0"))
+        if (
+            rank > 0
+        ):  # ranks that fail alike are ended by the launcher before they repeat it; one that fails alone speaks
+            time.sleep(3)
+        print(f"iccld {arguments.verb}: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
         return 2
 
 
@@ -53,7 +59,9 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("input", type=Path)
     predict.add_argument("output", type=Path)
     predict.add_argument("--num-steps", type=int, default=0, help="denoising steps; 0 (default): the decoder alone")
+    predict.add_argument("--size", default="", metavar="HxW", help="resize images for the model, as in 512x1024")
     predict.add_argument("--sliding-window", action="store_true")
+    predict.add_argument("--attention", choices=["sdpa", "xformers"], default="sdpa", help="back end of the denoiser")
     predict.set_defaults(run=_predict)
 
     shards = verbs.add_parser("shards", help="make shards from a data set")
@@ -94,14 +102,20 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _predict(arguments: argparse.Namespace) -> None:
+    from iccld.evaluation import EvaluationConfig
+    from iccld.models.attention import AttentionBackend
     from iccld.programs.predict import predict_images
 
+    if arguments.size and not re.fullmatch(r"\d+x\d+", arguments.size):
+        raise ValueError(f"--size {arguments.size} must be HEIGHTxWIDTH, as in 512x1024.")
+    image_size = [int(side) for side in arguments.size.split("x")] if arguments.size else []
     predict_images(
         arguments.model,
         arguments.input,
         arguments.output,
         num_steps=arguments.num_steps,
-        sliding_window=arguments.sliding_window,
+        config=EvaluationConfig(image_size=image_size, sliding_window=arguments.sliding_window),
+        attention=AttentionBackend[arguments.attention],
     )
 
 

@@ -11,6 +11,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from iccld.data.config import DataConfig
 from iccld.evaluation import EvaluationConfig
@@ -77,6 +78,13 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     inference: InferenceConfig = field(default_factory=InferenceConfig)
 
+    def __post_init__(self) -> None:
+        if not self.stages or self.stages != [stage for stage in StageName if stage in self.stages]:
+            names = [stage.value for stage in self.stages]
+            raise ValueError(f"stages={names} must be [stage1], [stage2] or [stage1, stage2]; use stage=all.")
+        if self.statistics_samples < 1:
+            raise ValueError(f"statistics_samples={self.statistics_samples} must be at least 1; 256 is usual.")
+
 
 # What may change between two attempts at one run: it divides, speeds up or describes the work, and does not change it.
 FREE_SETTINGS = (
@@ -94,6 +102,8 @@ def load_config(overrides: Sequence[str], *, config_dir: str = "") -> Config:
     """
     ConfigStore.instance().store(name="schema", node=Config)
     if config_dir:
+        if not Path(config_dir).is_dir():
+            raise ValueError(f"--config-dir {config_dir}: there is no such folder.")
         overrides = [*overrides, f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"]
     try:
         with initialize_config_module("iccld.configs", version_base="1.3"):
@@ -126,7 +136,7 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     try:
         layers = OmegaConf.structured(Config), OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides))
         return OmegaConf.to_object(OmegaConf.merge(*layers))  # type: ignore[return-value]
-    except (OSError, OmegaConfBaseException) as error:
+    except (OSError, YAMLError, OmegaConfBaseException) as error:
         raise ValueError(f"{path} {' '.join(overrides)}: not the settings of a run ({_one_line(error)}).") from error
 
 

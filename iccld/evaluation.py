@@ -34,6 +34,8 @@ STRIDE = 8
 class EvaluationConfig:
     """How images are segmented and scored; lists are [height, width] in pixels."""
 
+    image_size: list[int] = field(default_factory=list)
+    """Images are resized to it for the model, and the logits back to the labels' size; empty: as they are."""
     sliding_window: bool = False
     window: list[int] = field(default_factory=lambda: [512, 512])
     stride: list[int] = field(default_factory=lambda: [384, 384])
@@ -52,6 +54,8 @@ class EvaluationConfig:
                 raise ValueError(
                     f"evaluation.{name}={getattr(self, name)} must be at least {rule}; use {rule} or more."
                 )
+        if self.image_size and (len(self.image_size) != 2 or min(self.image_size) < STRIDE):
+            raise ValueError(f"evaluation.image_size={self.image_size} must be [height, width] in pixels, or empty.")
         for name in ("window", "stride"):
             sides = getattr(self, name)
             if len(sides) != 2 or min(sides) < STRIDE or any(side % STRIDE for side in sides):
@@ -100,10 +104,18 @@ def sliding_window(
 
 
 def windowed(predict: Predict, config: EvaluationConfig) -> Predict:
-    """`predict` for images of any size, as the configuration says: whole-image or sliding-window."""
-    if not config.sliding_window:
-        return partial(whole_image, predict)
-    return partial(sliding_window, predict, window=config.window, stride=config.stride, batch_size=config.batch_size)
+    """`predict` for images of any size, as the configuration says: resized, whole-image or sliding-window."""
+    any_size = partial(whole_image, predict)
+    if config.sliding_window:
+        options = {"window": config.window, "stride": config.stride, "batch_size": config.batch_size}
+        any_size = partial(sliding_window, predict, **options)
+    return partial(_at_size, any_size, config.image_size) if config.image_size else any_size
+
+
+def _at_size(predict: Predict, size: list[int], images: Tensor, numbers: Tensor) -> Tensor:
+    """Logits of the images' size from a pass at another one."""
+    resized = F.interpolate(images, size=tuple(size), mode="bilinear", antialias=True)
+    return _resized(predict(resized, numbers), images.shape[-2:])
 
 
 @torch.no_grad()

@@ -73,7 +73,7 @@ class ClassSet:
             return CLASS_SUBSETS[num_classes]
         raise ValueError(
             f"evaluation.num_classes={num_classes} does not fit a model of {self.num_classes} classes; "
-            f"use {self.num_classes}{' , 16 or 13' if self.num_classes == 19 else ''}."
+            f"use {self.num_classes}{', 16 or 13' if self.num_classes == 19 else ''}."
         )
 
 

@@ -111,7 +111,8 @@ def _jobs(path: Path, output: Path) -> dict[Path, Path]:
         folder, written = path.resolve(), output.resolve()
         if written == folder:
             raise ValueError(f"predict: the output folder {output} is the input folder; give another one.")
-        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+        named = sorted(p for p in path.rglob("[!.]*") if p.suffix.lower() in IMAGE_SUFFIXES)  # ._a.png is no image
+        found = [p for p in named if p.is_file()]
         # An output folder inside the input folder holds an earlier run's pictures.
         nested = folder in written.parents
         root, sources = path, [p for p in found if not (nested and written in p.resolve().parents)]

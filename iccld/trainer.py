@@ -86,7 +86,11 @@ class Trainer:
         for step in range(start_step, config.num_steps):
             engine.set_learning_rate(learning_rate_factor(step, num_steps=config.num_steps, config=config.schedule))
             with timer.phase("data"):
-                micro_batches = [engine.to_device(next(batches)) for _ in range(num_accumulation)]
+                micro_batches, failure = self._fetch(batches, num_accumulation)
+            if engine.any(bool(failure) or self.preemption.requested):
+                self._raise_together(failure)
+                self._stop(step, timer, is_new=step > start_step)
+                return False
             with timer.phase("prepare"), torch.no_grad(), engine.autocast():
                 inputs = self._share_denominators([self.stage.prepare(batch, step) for batch in micro_batches])
             with timer.phase("compute"):
@@ -95,18 +99,36 @@ class Trainer:
             with timer.phase("average"):
                 self.stage.after_step(step)
             self.metrics.record(step, losses, metrics)
-            interrupted, is_last = engine.any(self.preemption.requested), step + 1 == config.num_steps
-            is_save = interrupted or is_last or (step + 1) % config.checkpoint.save_every == 0
+            is_save = step + 1 == config.num_steps or (step + 1) % config.checkpoint.save_every == 0
             if is_save or self.metrics.is_due(step):
                 self._flush(timer)
             if is_save:
-                self._save(step + 1)
+                with timer.phase("save"):
+                    self._save(step + 1)
             if self.evaluate and config.evaluate_every and (step + 1) % config.evaluate_every == 0:
-                self.metrics.write({"stage": self.stage.name, "step": step, **self.evaluate()})
-            if interrupted and not is_last:
-                self.metrics.event("preempted", step=step + 1)
-                return False
+                with timer.phase("evaluate"):
+                    self.metrics.write({"stage": self.stage.name, "step": step, **self.evaluate()})
         return True
+
+    def _fetch(self, batches: Iterator[Mapping[str, Any]], count: int) -> tuple[list[Any], str]:
+        """The step's micro-batches on the device, or why this rank has none."""
+        try:
+            return [self.engine.to_device(next(batches)) for _ in range(count)], ""
+        except ValueError as error:
+            return [], f"rank {self.engine.rank}: {error}"
+
+    def _raise_together(self, failure: str) -> None:
+        """What went wrong on one rank ends all, so that none is left waiting; rank 0 says it for them."""
+        failures = [failure for failure in self.engine.gather_objects(failure) if failure]
+        if failures:
+            raise ValueError("; ".join(failures)) if self.engine.is_main else SystemExit(2)
+
+    def _stop(self, step: int, timer: PhaseTimer, *, is_new: bool) -> None:
+        """Asked to stop before `step`: save, unless this attempt has nothing new."""
+        if is_new:
+            self._flush(timer)
+            self._save(step)
+        self.metrics.event("preempted", step=step)
 
     def _accumulate(self, inputs: list[StageInputs]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Forward and backward of one step's micro-batches; the means of their losses and the sums of their metrics."""
@@ -157,9 +179,17 @@ class Trainer:
         return step
 
     def _check_origin(self, manifest: Mapping[str, Any]) -> None:
-        for name in ("stage", "model", "data"):
-            if manifest.get(name) != self.about.get(name):
+        for name in ("stage", "model", "data", "origin"):
+            old, new = manifest.get(name), self.about.get(name)
+            if old != new:
                 raise CheckpointError(
-                    f"checkpoint in {self.checkpoints.folder} is of another {name}: it has {manifest.get(name)}, "
-                    f"this run {self.about.get(name)}; use another run_dir, or the settings that it was made with."
+                    f"checkpoint in {self.checkpoints.folder} is of another {name}: it has {_differing(old, new)}, "
+                    f"this run {_differing(new, old)}; use another run_dir, or what it was made with."
                 )
+
+
+def _differing(one: Any, other: Any) -> Any:
+    """What of one is not the same in the other."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return {key: _differing(value, other.get(key)) for key, value in one.items() if value != other.get(key)}
+    return one

@@ -35,7 +35,7 @@ def merged(folder: Path) -> Mapping[str, Any]:
     source_only, adapted = (
         json.loads((folder / run / "report" / "results.json").read_text()) for run in ("source_only", "adapted")
     )
-    return {"source_only": source_only["stage1"], **adapted}
+    return {"source_only": source_only["stage1"], **{key: of for key, of in adapted.items() if key != "about"}}
 
 
 def draw(folder: Path, config: Config) -> None:

@@ -1,17 +1,18 @@
 """Run an iccld verb with N ranks on this machine: `python launch/local.py 2 train experiment=... run_dir=...`.
 
-The ranks are formed by `accelerate launch` from accelerate_configs/ddp.yaml (cpu.yaml for one). Without a GPU they are
-CPU ranks over gloo, with the machine's cores shared among them.
+The ranks are formed by `accelerate launch` from accelerate_configs/ddp.yaml; one rank needs no launcher. Without a GPU
+they are CPU ranks over gloo, with the machine's cores shared among them.
 """
 
 import logging
 import os
-import subprocess
+import signal
 import sys
 from pathlib import Path
 
 import torch
 from accelerate.commands.launch import launch_command, launch_command_parser
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,19 +24,26 @@ def main(arguments: list[str]) -> int:
         print("usage: python launch/local.py NUM_RANKS VERB [ARGUMENTS]", file=sys.stderr)
         return 2
     num_ranks = int(arguments[0])
-    config = ROOT / "accelerate_configs" / ("cpu.yaml" if num_ranks == 1 else "ddp.yaml")
+    if num_ranks == 1:
+        os.execv(sys.executable, [sys.executable, "-m", "iccld", *arguments[1:]])
     if not torch.cuda.is_available():
         os.environ["ACCELERATE_USE_CPU"] = "true"
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
     # A rank says itself what is wrong, in one line; the agent's trace would bury it.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    options = ["--config_file", str(config), "--num_processes", str(num_ranks), "--main_process_port", "0"]
+    # The agent passes SIGTERM on, waits up to 30 s for the ranks to save, and would leave them behind on SIGUSR1.
+    signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    options = ["--config_file", str(ROOT / "accelerate_configs" / "ddp.yaml")]
+    options += ["--num_processes", str(num_ranks), "--main_process_port", "0"]
     try:
         launch_command(launch_command_parser().parse_args([*options, "--module", "iccld", *arguments[1:]]))
+    except SignalException as error:
+        return 130 if error.sigval is signal.SIGINT else 0
     except ChildFailedError as error:
-        return error.get_first_failure()[1].exitcode
-    except subprocess.CalledProcessError as error:
-        return error.returncode
+        rank, failure = error.get_first_failure()
+        if failure.exitcode != 2:  # not what the user got wrong, which the rank has said
+            print(f"launch: rank {rank} ended with exit status {failure.exitcode}", file=sys.stderr)
+        return failure.exitcode if failure.exitcode > 0 else 1
     return 0
 
 

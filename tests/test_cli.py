@@ -1,18 +1,22 @@
 """What a user types: the verbs on a tiny run, and one clear line for each way to be wrong, before training starts."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from iccld.cli import main
+from iccld.data.index import ShardIndex
+from iccld.data.order import EpochOrder
+from iccld.runtime.lock import locked
 from tests.factory import scene_overrides
 
+ROOT = Path(__file__).parents[1]
 QUICK = ["stage1.trainer.num_steps=2", "stage2.trainer.num_steps=2", "inference.num_steps=[1,2]"]
 
 
@@ -45,7 +49,7 @@ def test_train_leaves_the_run_directory_of_the_readme(run_dir: Path):
     ):
         assert (run_dir / path).is_file(), path
     results = json.loads((run_dir / "report/results.json").read_text())
-    assert set(results) == {"stage1", "stage2", "stage2_mean_latent"} and set(results["stage2"]) == {"1", "2"}
+    assert set(results) == {"about", "stage1", "stage2", "stage2_mean_latent"} and set(results["stage2"]) == {"1", "2"}
     assert results["stage1"]["num_images"] == 5 and len(results["stage1"]["iou"]) == 19
 
 
@@ -58,11 +62,24 @@ def test_training_a_finished_run_again_ends_at_once(
     assert (run_dir / "metrics.jsonl").read_bytes() == before
 
 
-def test_evaluate_scores_the_student_at_other_steps(run_dir: Path, capsys: pytest.CaptureFixture[str]):
+def test_evaluate_scores_the_student_or_another_model_beside_the_teacher(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+):
     kept = (run_dir / "report/results.json").read_bytes()
     assert main(["evaluate", str(run_dir), "inference.weights=student", "inference.num_steps=[3]"]) == 0
     assert "stage2 x3" in capsys.readouterr().out
-    (run_dir / "report/results.json").write_bytes(kept)
+    assert main(["evaluate", str(run_dir), "--model", str(run_dir / "stage1/final/student")]) == 0
+    assert (run_dir / "report/results.json").read_bytes() == kept
+    of_model = json.loads((run_dir / "report/results_model.json").read_text())
+    assert set(of_model) == {"about", "stage1"}
+
+
+def test_a_stage_that_is_trained_later_is_scored_too(scene_shards: Path, tmp_path: Path):
+    overrides = [*scene_overrides(scene_shards, tmp_path), *QUICK]
+    assert main(["train", *overrides, "stages=[stage1]"]) == 0
+    assert set(json.loads((tmp_path / "report/results.json").read_text())) == {"about", "stage1"}
+    assert main(["train", *overrides]) == 0
+    assert "stage2" in json.loads((tmp_path / "report/results.json").read_text())
 
 
 def test_evaluate_over_several_noise_seeds_reports_all(run_dir: Path, tmp_path: Path):
@@ -74,7 +91,7 @@ def test_evaluate_over_several_noise_seeds_reports_all(run_dir: Path, tmp_path: 
     assert scores["miou"] == pytest.approx(sum(scores["miou_by_noise_seed"]) / 2)
 
 
-@pytest.mark.parametrize("arguments", [[], ["--num-steps", "2"], ["--sliding-window"]])
+@pytest.mark.parametrize("arguments", [[], ["--num-steps", "2"], ["--sliding-window"], ["--size", "48x96"]])
 def test_predict_writes_a_label_and_an_overlay_an_image(
     run_dir: Path, scene_shards: Path, tmp_path: Path, arguments: list[str]
 ):
@@ -123,6 +140,13 @@ def test_help_fits_a_screen(capsys: pytest.CaptureFixture[str]):
         ("stage2.trainer.global_batch_size=3", "global_batch_size=3 must be a multiple of micro_batch_size=2"),
         ("stages=[stage2]", "needs stage 1's model"),
         ("inference.num_steps=[-1]", "inference.num_steps=[-1]"),
+        ("statistics_samples=0", "statistics_samples=0 must be at least 1"),
+        ("stages=[]", "stages=[] must be"),
+        ("evaluation.num_classes=7", "evaluation.num_classes=7 does not fit a model of 19 classes; use 19, 16 or 13"),
+        ("stage1.objective.masked_block=0", "masked_block=0 must be above 0"),
+        ("stage2.objective.learning_rate=-1", "learning_rate=-1.0 must be above 0"),
+        ("stage1.objective.feature_distance_weight=0.005", "set model.encoder.pretrained"),
+        ("run_dir=/proc/none", "/proc/none"),
     ],
 )
 def test_a_wrong_setting_is_one_line_before_training(
@@ -141,6 +165,15 @@ def test_source_shards_need_labels(scene_shards: Path, tmp_path: Path, capsys: p
 def test_a_run_directory_belongs_to_one_config(run_dir: Path, scene_shards: Path, capsys: pytest.CaptureFixture[str]):
     line = refused(["train", *scene_overrides(scene_shards, run_dir), *QUICK, "seed=1"], capsys)
     assert "holds a run of another config (seed: 0 -> 1)" in line and "use another run_dir" in line
+
+
+def test_two_jobs_do_not_share_a_run_directory(scene_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    with locked(tmp_path) as holder:
+        assert holder == ""
+        line = refused(["train", *scene_overrides(scene_shards, tmp_path), *QUICK], capsys)
+    assert f"is in use by process {os.getpid()} on" in line and "use another run_dir" in line
+    with locked(tmp_path) as holder:  # free again
+        assert holder == ""
 
 
 def test_settings_of_a_stage_that_has_not_begun_may_change(
@@ -185,25 +218,50 @@ def test_evaluating_what_is_not_there(tmp_path: Path, run_dir: Path, capsys: pyt
     assert "neither a model folder" in refused(["predict", str(tmp_path), "x.png", str(tmp_path)], capsys)
 
 
+LAUNCH = [sys.executable, str(ROOT / "launch" / "local.py")]
+
+
 @pytest.mark.distributed
-def test_a_signal_saves_and_the_same_command_goes_on(scene_shards: Path, tmp_path: Path):
-    """A real SIGTERM to a real process; the second attempt ends with what an undisturbed run ends with."""
-    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
+@pytest.mark.parametrize(("num_ranks", "sent"), [(1, signal.SIGTERM), (2, signal.SIGTERM), (2, signal.SIGUSR1)])
+def test_a_signal_saves_and_the_same_command_goes_on(
+    scene_shards: Path, tmp_path: Path, num_ranks: int, sent: signal.Signals
+):
+    """A real signal to the real launcher: every rank ends, with a checkpoint and status 0; then it goes on."""
     settings = ["stage1.trainer.num_steps=40", "stages=[stage1]", "data.validation.shards="]
-    command = [sys.executable, "-m", "iccld", "train", *settings]
-    with subprocess.Popen(
-        [*command, *scene_overrides(scene_shards, stopped)], stdout=subprocess.PIPE, text=True
-    ) as run:
+    settings += ["stage1.trainer.micro_batch_size=1"]
+    command = [*LAUNCH, str(num_ranks), "train", *settings, *scene_overrides(scene_shards, tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
         assert run.stdout is not None
         for line in run.stdout:
             if "step 3/40" in line:
-                run.send_signal(signal.SIGTERM)
-                started = time.monotonic()
-            if "stopped by a signal" in line:
-                assert time.monotonic() - started < 30
+                run.send_signal(sent)
         assert run.wait(timeout=60) == 0
-    assert not (stopped / "stage1/final").exists()
-    for folder in (stopped, whole):
-        assert main(["train", *settings, *scene_overrides(scene_shards, folder)]) == 0
-    final = "stage1/final/teacher/model.safetensors"
-    assert (stopped / final).read_bytes() == (whole / final).read_bytes()
+    events = [json.loads(line)["event"] for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert events[-1] == "preempted" and not (tmp_path / "stage1/final").exists()
+    assert subprocess.run(command, check=False, timeout=200).returncode == 0
+    assert (tmp_path / "stage1/final/teacher/model.safetensors").is_file()
+
+
+@pytest.mark.distributed
+def test_what_one_rank_alone_cannot_read_is_said_in_one_line(scene_shards: Path, tmp_path: Path):
+    """Only rank 1 meets the broken sample; nobody hangs, and the message names rank, shard and sample."""
+    shards = tmp_path / "source"
+    shutil.copytree(scene_shards / "source", shards)
+    index = ShardIndex.open(shards)
+    number = EpochOrder(len(index), seed=0, stream="source")[1].index
+    record = index.samples[number]
+    with (shards / index.header.shards[record["shard"]].name).open("r+b") as tar:
+        tar.seek(int(record["image_offset"]) + 40)
+        tar.write(b"broken")
+    settings = [
+        "data.rare_class_sampling=false",
+        "stage1.trainer.global_batch_size=2",
+        "stage1.trainer.micro_batch_size=1",
+    ]
+    overrides = [*scene_overrides(scene_shards, tmp_path / "run"), f"data.source.shards={shards}", *settings]
+    command = [*LAUNCH, "2", "train", "stages=[stage1]", *overrides]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
+    assert run.returncode == 2
+    (line,) = [line for line in run.stderr.splitlines() if "rank 1" in line]
+    assert index.key(number) in line and "shard-" in line
+    assert "Traceback" not in run.stderr

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import time
 from pathlib import Path
 
 from iccld.data.scenes import write_cityscapes, write_gta5
@@ -19,8 +20,15 @@ def main() -> None:
     arguments = parser.parse_args()
     height, width = (int(side) for side in arguments.size.split("x"))
     shape = {"seed": arguments.seed, "height": height, "width": width, "workers": arguments.workers}
+    started = time.perf_counter()
     write_gta5(arguments.output / "gta5", count=arguments.source, **shape)
+    source_s = time.perf_counter() - started
     write_cityscapes(arguments.output / "cityscapes", train=arguments.target, val=arguments.validation, **shape)
+    target_s = time.perf_counter() - started - source_s
+    print(
+        f"game: {arguments.source} images in {source_s:.1f} s; camera: {arguments.target + arguments.validation} in "
+        f"{target_s:.1f} s ({arguments.size}, {arguments.workers} workers, starting them included)"
+    )
 
 
 if __name__ == "__main__":

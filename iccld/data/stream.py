@@ -37,11 +37,19 @@ class TrainingStream:
     - `keys`: list of B names
     """
 
-    def __init__(self, config: DataConfig, *, seed: int, layout: BatchLayout, target_labels: bool = False) -> None:
+    def __init__(
+        self,
+        config: DataConfig,
+        *,
+        seed: int,
+        layout: BatchLayout,
+        with_target: bool = True,
+        target_labels: bool = False,
+    ) -> None:
         self.config, self.layout = config, layout
         self.class_set = config.class_set.build()
         self.domains = {"source": self._source(seed)}
-        if config.target.shards:
+        if with_target and config.target.shards:
             self.domains["target"] = self._target(seed, target_labels)
 
     def batches(self, start_step: int) -> Generator[Batch, None, None]:

@@ -1,6 +1,6 @@
 """The whole figure: encoder, denoiser, decoder. `B H W` images, `C h w` latent (stride 8), `K` classes."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -117,11 +117,6 @@ class ICCLD(nn.Module):
         """`(C, h, w)` of the latent of one image of this size."""
         return self.config.latent_channels, -(-height // LATENT_STRIDE), -(-width // LATENT_STRIDE)
 
-    @property
-    def segmentation_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Named parameters of E, D and, where there is one, M: what stage 1 trains."""
-        return ((name, p) for name, p in self.named_parameters() if not name.startswith("denoiser."))
-
     def set_latent_statistics(self, *, z_0: Tensor, condition: Tensor) -> None:
         """Keep what `channel_moments` measured over the data, `(3, C)` each, summed over batches and ranks."""
         for name, moments in (("latent", z_0), ("condition", condition)):
@@ -183,6 +178,11 @@ class ICCLD(nn.Module):
         model._load_weights(folder / WEIGHTS_NAME, trained=trained)
         model.card, model.stage = card, card.stage if wanted else ModelStage.segmentation
         return model.eval()
+
+    def start_denoiser(self, config: DenoiserConfig) -> None:
+        """Take a fresh denoiser, to be trained in stage 2."""
+        self.config = replace(self.config, denoiser=config)
+        self.denoiser = self._new_denoiser()
 
     def _new_denoiser(self) -> Denoiser:
         channels = self.config.latent_channels

@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 from iccld import rng
-from iccld.config import Config, StageName
+from iccld.config import Config, StageName, Weights
 from iccld.data.stream import read_validation
 from iccld.evaluation import EvaluationResult, Predict, evaluate, results_table
 from iccld.models.iccld import ICCLD
@@ -64,26 +64,42 @@ def finished_models(config: Config) -> list[Path]:
 
 
 def evaluate_models(folders: Sequence[Path], config: Config, engine: Engine) -> dict[str, Any]:
-    """Score model folders and write `report/results.json`.
+    """Score model folders and write `report/results.json` (`results_student.json` for the student).
 
-    Returns `{"stage1": scores, "stage2": {"1": scores, ...}, "stage2_mean_latent": scores}`, as far as they exist. The
-    last is a control: what the decoder makes of the mean latent, so that denoising must be worth something.
+    Returns `{"stage1": scores, "stage2": {"1": scores, ...}, "stage2_mean_latent": scores}`, as far as they exist, and
+    under `about` what was scored, and how. The mean latent is a control: denoising must be worth more than it.
     """
     results: dict[str, Any] = {}
     for folder in folders:
         results |= _score_model(load_model(folder, config).to(engine.device), config, engine)
     if engine.is_main:
-        _report(results, config)
+        about = {
+            "models": [str(folder) for folder in folders],
+            "data": dataclasses.asdict(config.data.validation),
+            "noise_seeds": config.inference.noise_seeds,
+            **dataclasses.asdict(config.evaluation),
+        }
+        path = results_file(config) if folders == finished_models(config) else results_file(config, label="model")
+        _report({"about": about} | results, path)
     return results
 
 
-def results_file(config: Config) -> Path:
-    return Path(config.run_dir) / "report" / "results.json"
+def results_file(config: Config, *, label: str = "") -> Path:
+    label = label or config.inference.weights.value
+    name = "results.json" if label == Weights.teacher.value else f"results_{label}.json"
+    return Path(config.run_dir) / "report" / name
+
+
+def unscored_stages(config: Config) -> list[str]:
+    """The finished stages that the report does not hold."""
+    path = results_file(config)
+    scored = json.loads(path.read_text()) if path.exists() else {}
+    return [folder.parts[-3] for folder in finished_models(config) if folder.parts[-3] not in scored]
 
 
 def load_model(folder: Path, config: Config) -> ICCLD:
     """The model, once its classes are those of the data."""
-    model = ICCLD.from_pretrained(folder)
+    model = ICCLD.from_pretrained(folder, attention=config.model.denoiser.attention)
     assert model.card is not None
     own, names = model.card.class_names, config.data.class_set.build().names
     if own != list(names):
@@ -123,6 +139,8 @@ def named_results(results: Mapping[str, Any]) -> dict[str, EvaluationResult]:
     """A flat view for tables: `stage1`, `stage2 x1`, ..."""
     flat = {}
     for name, scores in results.items():
+        if name == "about":
+            continue
         name = name.removeprefix("stage2_").replace("_", " ")
         parts = {name: scores} if "miou" in scores else {f"{name} x{steps}": of for steps, of in scores.items()}
         fields = {field.name for field in dataclasses.fields(EvaluationResult)}
@@ -139,9 +157,8 @@ def _numbers(value: Any) -> Any:
     return float("nan") if value is None else value
 
 
-def _report(results: Mapping[str, Any], config: Config) -> None:
-    path = results_file(config)
+def _report(results: Mapping[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text_durably(path, json.dumps(results, indent=1))
-    title = f"{config.run_dir}: {config.inference.weights.value}, {config.data.validation.name or 'validation set'}"
-    Console().print(results_table(named_results(results), title=title))
+    Console().print(results_table(named_results(results), title=", ".join(results["about"]["models"])))
+    print(f"written to {path}", flush=True)

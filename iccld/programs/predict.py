@@ -6,23 +6,28 @@ import torch
 
 from iccld.evaluation import EvaluationConfig, windowed
 from iccld.labels import ClassSet
+from iccld.models.attention import AttentionBackend
 from iccld.models.iccld import ICCLD
 from iccld.predict import predict_path
 from iccld.programs.evaluate import predict_function
 
 
 def predict_images(
-    model_folder: Path, path: Path, output: Path, *, num_steps: int, sliding_window: bool, seed: int = 0
+    model_folder: Path,
+    path: Path,
+    output: Path,
+    *,
+    num_steps: int,
+    config: EvaluationConfig,
+    attention: AttentionBackend,
 ) -> list[Path]:
     """Segment `path` into `output` and return the label PNGs written. `num_steps`: 0 is the decoder alone."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = ICCLD.from_pretrained(find_model(model_folder)).to(device)
+    model = ICCLD.from_pretrained(find_model(model_folder), attention=attention).to(device)
     assert model.card is not None
     names, palette = model.card.class_names, [(r, g, b) for r, g, b in model.card.palette]
     class_set = ClassSet(tuple(names), tuple(palette), {i: i for i in range(len(names))})
-    predict = windowed(
-        predict_function(model, num_steps=num_steps, seed=seed), EvaluationConfig(sliding_window=sliding_window)
-    )
+    predict = windowed(predict_function(model, num_steps=num_steps, seed=0), config)
     return predict_path(path, output, predict, class_set=class_set, device=device)
 
 

@@ -3,8 +3,10 @@
 A stage ends with its model folders `stageN/final/teacher` and `stageN/final/student`; where they exist, it is finished.
 """
 
+import copy
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,16 +14,24 @@ from typing import Any
 import torch
 
 from iccld import __version__
-from iccld.config import Config, StageName, differences, read_config, to_dict, to_yaml
+from iccld.config import Config, StageName, Weights, differences, read_config, to_dict, to_yaml
 from iccld.data.config import BatchLayout
 from iccld.data.index import fingerprint
 from iccld.data.stream import TrainingStream, read_validation
 from iccld.models.attention import check_backend
 from iccld.models.discriminator import Discriminator
 from iccld.models.iccld import ICCLD
-from iccld.programs.evaluate import evaluate_models, evaluate_predictor, finished_models, predict_function, results_file
-from iccld.runtime.checkpoint import CheckpointStore, write_text_durably
+from iccld.models.model_card import WEIGHTS_NAME
+from iccld.programs.evaluate import (
+    evaluate_models,
+    evaluate_predictor,
+    finished_models,
+    predict_function,
+    unscored_stages,
+)
+from iccld.runtime.checkpoint import CheckpointStore, file_checksum, write_text_durably
 from iccld.runtime.engine import Engine
+from iccld.runtime.lock import locked
 from iccld.runtime.metrics import MetricsLogger
 from iccld.runtime.preemption import Preemption
 from iccld.stages.adversarial import AdversarialStage, AdversaryInput
@@ -34,7 +44,8 @@ def train(config: Config) -> bool:
     """Run the configured stages; False if a signal ended the run early. Call on every rank."""
     preemption = Preemption().install()
     run_dir = Path(config.run_dir)
-    with Engine(config.engine) as engine:
+    with Engine(config.engine) as engine, locked(run_dir) if engine.is_main else nullcontext("") as holder:
+        _check_alone(run_dir, holder, engine)
         _check_settings(config, engine)
         _check_run_dir(run_dir, config, engine)
         for name in config.stages:
@@ -43,7 +54,7 @@ def train(config: Config) -> bool:
                     print(f"{name.value} is finished: {final_folder(run_dir, name)}", flush=True)
             elif not _run_stage(name, config, engine, preemption):
                 return False
-        if config.data.validation.shards and not results_file(config).exists():
+        if config.data.validation.shards and unscored_stages(config):
             evaluate_models(finished_models(config), config, engine)
     return True
 
@@ -56,14 +67,26 @@ def is_finished(run_dir: Path, name: StageName) -> bool:
     return final_folder(run_dir, name).is_dir()
 
 
+def _check_alone(run_dir: Path, holder: str, engine: Engine) -> None:
+    holder = engine.gather_objects(holder)[0]
+    if holder:
+        raise ValueError(f"run_dir={run_dir} is in use by {holder}; wait for it, end it, or use another run_dir.")
+
+
 def _check_settings(config: Config, engine: Engine) -> None:
     """Whatever a later stage would stumble over, before time is spent on an earlier one."""
     for name in config.stages:
         _plan(name, config).num_accumulation(engine.world_size)
     if StageName.stage2 in config.stages:
         check_backend(config.model.denoiser.attention, engine.device.type)
+    class_set = config.data.class_set.build()
+    class_set.subset(config.evaluation.num_classes or class_set.num_classes)
     if config.data.validation.shards:
         read_validation(config.data)
+    elif any(_plan(name, config).evaluate_every for name in config.stages):
+        raise ValueError(
+            "trainer.evaluate_every is set, but data.validation.shards is empty; set it, or evaluate_every=0."
+        )
     if not config.data.target.shards and (config.stage1.objective.adapt or StageName.stage2 in config.stages):
         raise ValueError(
             "data.target.shards is empty, but adaptation needs target images; set it, or use stage=source_only."
@@ -97,7 +120,7 @@ def _run_stage(name: StageName, config: Config, engine: Engine, preemption: Pree
         rank=engine.rank,
         world_size=engine.world_size,
     )
-    stream = _stream(config, layout)
+    stream = _stream(name, config, layout)
     stage = build_stage(name, config, engine.device)
     folder = Path(config.run_dir) / name.value
     metrics = MetricsLogger(
@@ -121,7 +144,7 @@ def _run_stage(name: StageName, config: Config, engine: Engine, preemption: Pree
     ).run()
     if finished:
         if engine.is_main:
-            _export(stage, config, folder)
+            _export(stage, name, config, folder)
         engine.barrier()
         metrics.event("finished", step=plan.num_steps)
     metrics.close()
@@ -132,9 +155,13 @@ def _plan(name: StageName, config: Config) -> TrainerConfig:
     return config.stage1.trainer if name is StageName.stage1 else config.stage2.trainer
 
 
-def _stream(config: Config, layout: BatchLayout) -> TrainingStream:
+def _stream(name: StageName, config: Config, layout: BatchLayout) -> TrainingStream:
     return TrainingStream(
-        config.data, seed=config.seed, layout=layout, target_labels=config.stage1.objective.target_labels
+        config.data,
+        seed=config.seed,
+        layout=layout,
+        with_target=name is StageName.stage2 or config.stage1.objective.adapt,
+        target_labels=config.stage1.objective.target_labels,
     )
 
 
@@ -144,15 +171,17 @@ def build_stage(name: StageName, config: Config, device: torch.device) -> Stage:
     num_classes = config.data.class_set.build().num_classes
     if name is StageName.stage1:
         model = ICCLD(config=config.model, num_classes=num_classes, with_denoiser=False)
+        reference = copy.deepcopy(model.encoder) if config.stage1.objective.feature_distance_weight else None
         if config.initial_model:
             _load_initial(model, Path(config.initial_model))
-        return SegmentationStage(model.to(device), config.stage1.objective, seed=config.seed)
-    origin = final_folder(Path(config.run_dir), StageName.stage1) / config.inference.weights.value
+        return SegmentationStage(model.to(device), config.stage1.objective, seed=config.seed, reference=reference)
+    origin = _origin(config)
     if not origin.is_dir():
         raise ValueError(
             f"stages=[stage2] needs stage 1's model in {origin}; run with stage=all, or stage=segmentation first."
         )
-    model = ICCLD.from_pretrained(origin, num_classes=num_classes, with_denoiser=True)
+    model = ICCLD.from_pretrained(origin, num_classes=num_classes)
+    model.start_denoiser(config.model.denoiser)
     assert model.denoiser is not None
     sees_middle = config.stage2.objective.adversary_input is AdversaryInput.features
     channels = model.denoiser.middle_channels if sees_middle else config.model.latent_channels
@@ -160,8 +189,13 @@ def build_stage(name: StageName, config: Config, device: torch.device) -> Stage:
     return AdversarialStage(model.to(device), discriminator.to(device), config.stage2.objective, seed=config.seed)
 
 
+def _origin(config: Config) -> Path:
+    """Stage 2 takes E and D from stage 1's teacher."""
+    return final_folder(Path(config.run_dir), StageName.stage1) / Weights.teacher.value
+
+
 def _validate(stage: Stage, config: Config, engine: Engine) -> dict[str, float]:
-    """The teacher's scores in mid-training: with the fewest denoising steps where there is a denoiser."""
+    """The teacher's score in mid-training: with the fewest denoising steps where there is a denoiser."""
     model = stage.models()["teacher"]
     num_steps = min(config.inference.num_steps) if model.denoiser is not None else 0
     predict = predict_function(model, num_steps=num_steps, seed=config.seed)
@@ -181,18 +215,21 @@ def _load_initial(model: ICCLD, folder: Path) -> None:
 
 def _about(name: StageName, config: Config, stream: TrainingStream) -> Mapping[str, Any]:
     resolved = to_dict(config)
+    model = {part: value for part, value in resolved["model"].items() if part != "denoiser"}
+    denoiser = {key: value for key, value in resolved["model"]["denoiser"].items() if key != "activation_checkpointing"}
     return {
         "version": __version__,
         "stage": name.value,
-        "model": resolved["model"],
+        "model": model | {"denoiser": denoiser},
         "data": {name: fingerprint(domain.reader.index) for name, domain in stream.domains.items()},
+        "origin": file_checksum(_origin(config) / WEIGHTS_NAME) if name is StageName.stage2 else config.initial_model,
         "config": resolved,
     }
 
 
-def _export(stage: Stage, config: Config, folder: Path) -> None:
+def _export(stage: Stage, name: StageName, config: Config, folder: Path) -> None:
     """Write the finished models; the folder appears whole."""
-    stage.finish(_first_batches(config))
+    stage.finish(_first_batches(name, config))
     scratch = folder / "final.tmp"
     shutil.rmtree(scratch, ignore_errors=True)
     classes = config.data.class_set.build()
@@ -202,8 +239,7 @@ def _export(stage: Stage, config: Config, folder: Path) -> None:
     scratch.rename(folder / "final")
 
 
-def _first_batches(config: Config) -> Iterator[Mapping[str, Any]]:
-    """The stream's first samples, whatever the layout of the run, for what is measured at a stage's end."""
-    size = config.stage1.trainer.micro_batch_size
-    layout = BatchLayout(global_batch_size=size, micro_batch_size=size, num_accumulation=1, rank=0, world_size=1)
-    return islice(_stream(config, layout).batches(0), -(-config.statistics_samples // size))
+def _first_batches(name: StageName, config: Config) -> Iterator[Mapping[str, Any]]:
+    """The stream's first samples, in batches that do not depend on the run's layout."""
+    layout = BatchLayout(global_batch_size=4, micro_batch_size=4, num_accumulation=1, rank=0, world_size=1)
+    return islice(_stream(name, config, layout).batches(0), -(-config.statistics_samples // 4))

@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -84,29 +85,34 @@ class CheckpointStore:
         """
         final = self.folder / f"step_{step:08d}"
         scratch = final.with_suffix(".tmp")
-        if self.ranks.rank == 0:
-            shutil.rmtree(scratch, ignore_errors=True)
-            scratch.mkdir(parents=True)
-        self._together(lambda: None)
+        failure = (
+            f"checkpoint {final} was not written; the one before it is whole. Make room, and the same command goes on"
+        )
+        self._together(lambda: self._clear(scratch) if self.ranks.rank == 0 else None, failure)
         names = {part: _file_name(part, state) for part, state in parts.items()}
         mine = [part for i, part in enumerate(sorted(parts)) if i % self.ranks.world_size == self.ranks.rank]
-        written = self._together(lambda: {names[part]: _write(scratch / names[part], parts[part]) for part in mine})
-        files = {name: facts for of_rank in written for name, facts in of_rank.items()}
+        write = partial(_write_parts, scratch, {names[part]: parts[part] for part in mine})
+        files = {name: facts for of_rank in self._together(write, failure) for name, facts in of_rank.items()}
         manifest = {"format": FORMAT_VERSION, "step": step, "parts": names, "files": files, **about}
-        self._together(lambda: self._commit(scratch, final, manifest) if self.ranks.rank == 0 else None)
+        self._together(lambda: self._commit(scratch, final, manifest) if self.ranks.rank == 0 else None, failure)
         return final
 
-    def _together(self, work: Callable[[], Any]) -> list[Any]:
+    def _together(self, work: Callable[[], Any], failure: str) -> list[Any]:
         """Do the work on every rank and wait for all; if one rank fails, all raise, and none is left waiting."""
         try:
             outcome = (work(), "")
         except Exception as error:  # disk full comes as OSError, RuntimeError or SafetensorError
             outcome = (None, f"rank {self.ranks.rank}: {error}")
         outcomes = self.ranks.gather_objects(outcome)
-        failures = [failure for _, failure in outcomes if failure]
+        failures = [message for _, message in outcomes if message]
         if failures:
-            raise CheckpointError(f"checkpoint in {self.folder} was not written: {'; '.join(failures)}")
+            raise CheckpointError(f"{failure} ({'; '.join(failures)}).")
         return [value for value, _ in outcomes]
+
+    def _clear(self, scratch: Path) -> None:
+        for torn in self.folder.glob("step_*.tmp"):
+            shutil.rmtree(torn)
+        scratch.mkdir(parents=True)
 
     def _commit(self, scratch: Path, final: Path, manifest: Mapping[str, Any]) -> None:
         write_text_durably(scratch / MANIFEST, json.dumps(manifest, indent=1))
@@ -115,7 +121,9 @@ class CheckpointStore:
         scratch.rename(final)
         _fsync(self.folder)
         write_text_durably(self.folder / "latest", final.name)
-        for old in self.folders()[: -self.config.keep]:
+        # What has a higher number than the one just written was passed over as damaged when the run went on.
+        kept = [folder for folder in self.folders() if folder.name <= final.name][-self.config.keep :]
+        for old in set(self.folders()) - set(kept):
             shutil.rmtree(old)
 
     def folders(self) -> list[Path]:
@@ -123,7 +131,14 @@ class CheckpointStore:
         return sorted(p for p in self.folder.glob("step_*") if p.is_dir() and p.suffix != ".tmp")
 
     def newest(self) -> Checkpoint | None:
-        """The newest whole checkpoint. Broken ones are reported by name and passed over; all broken is an error."""
+        """The newest whole checkpoint; rank 0 looks for it, so that all ranks go on from the same one.
+
+        Broken ones are reported by name and passed over; all broken is an error.
+        """
+        failure = f"no checkpoint in {self.folder} can be used"
+        return self._together(lambda: self._find_newest() if self.ranks.rank == 0 else None, failure)[0]
+
+    def _find_newest(self) -> Checkpoint | None:
         folders = self.folders()
         for folder in reversed(folders):
             try:
@@ -132,8 +147,7 @@ class CheckpointStore:
                 self.report(str(error))
         if folders:
             raise CheckpointError(
-                f"all {len(folders)} checkpoints in {self.folder} are damaged; remove the folder to start anew, or "
-                f"restore one from a copy."
+                f"all {len(folders)} are damaged; remove the folder to start anew, or restore one from a copy"
             )
         return None
 
@@ -142,20 +156,24 @@ def verify(folder: Path) -> Checkpoint:
     """Read the manifest and check every file's size and checksum. Raises CheckpointError naming the file."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        files = manifest["files"].items()
+        version, parts = manifest["format"], set(manifest["parts"].values())
+        files = {name: (facts["size"], facts["sha256"]) for name, facts in manifest["files"].items()}
+        whole = parts == files.keys() and folder.name == f"step_{manifest['step']:08d}"
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"checkpoint {folder} is damaged: {MANIFEST} cannot be read ({error}).") from error
-    if manifest.get("format") != FORMAT_VERSION:
-        raise CheckpointError(f"checkpoint {folder} has format {manifest.get('format')}, not {FORMAT_VERSION}.")
-    for name, facts in files:
+    if version != FORMAT_VERSION:
+        raise CheckpointError(f"checkpoint {folder} has format {version}, not {FORMAT_VERSION}.")
+    if not whole:
+        raise CheckpointError(f"checkpoint {folder} is damaged: {MANIFEST} does not fit the folder.")
+    for name, (size, checksum) in files.items():
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"checkpoint {folder} is damaged: {name} is missing.")
-        if path.stat().st_size != facts["size"]:
+        if path.stat().st_size != size:
             raise CheckpointError(
-                f"checkpoint {folder} is damaged: {name} has {path.stat().st_size} bytes, not {facts['size']}."
+                f"checkpoint {folder} is damaged: {name} has {path.stat().st_size} bytes, not {size}."
             )
-        if _checksum(path) != facts["sha256"]:
+        if file_checksum(path) != checksum:
             raise CheckpointError(f"checkpoint {folder} is damaged: {name} does not match its checksum.")
     return Checkpoint(folder, manifest)
 
@@ -174,16 +192,21 @@ def _file_name(part: str, state: Mapping[str, Any]) -> str:
     return f"{part}.safetensors" if only_tensors else f"{part}.pt"
 
 
+def _write_parts(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {name: _write(folder / name, state) for name, state in files.items()}
+
+
 def _write(path: Path, state: Mapping[str, Any]) -> dict[str, Any]:
     if path.suffix == ".safetensors":
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
     else:
         torch.save(dict(state), path)
     _fsync(path)
-    return {"size": path.stat().st_size, "sha256": _checksum(path)}
+    return {"size": path.stat().st_size, "sha256": file_checksum(path)}
 
 
-def _checksum(path: Path) -> str:
+def file_checksum(path: Path) -> str:
+    """The SHA-256 of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -83,6 +83,7 @@ class Engine:
 
         `gradient_clip`: the largest norm; 0 is off.
         """
+        self.accelerator.free_memory()  # an earlier stage's module and optimiser
         self.num_accumulation, self.gradient_clip = num_accumulation, gradient_clip
         self._base_rates = [group["lr"] for group in param_groups]
         optimizer = torch.optim.AdamW(param_groups, fused=self.device.type == "cuda" or None)

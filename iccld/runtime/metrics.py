@@ -104,7 +104,7 @@ class MetricsLogger:
     def is_due(self, step: int) -> bool:
         return (step + 1) % self.config.log_every == 0
 
-    def flush(self, *, global_batch_size: int, num_steps: int, timings: Mapping[str, float], **extra: float) -> None:
+    def flush(self, *, global_batch_size: int, num_steps: int, timings: Mapping[str, float]) -> None:
         """Reduce over ranks, check that every loss is finite, write one line. Raises NonFiniteLossError."""
         if not self._losses:
             return
@@ -126,7 +126,7 @@ class MetricsLogger:
         entry = {"stage": self.stage, "step": steps[-1], "loss": sum(last.values())}
         entry |= {f"loss/{name}": value for name, value in last.items()}
         entry |= {name: total / count for name, (total, count) in pairs.items() if count}
-        entry |= _rates(timings, len(steps), global_batch_size) | extra
+        entry |= _rates(timings, len(steps), global_batch_size)
         self.write(entry)
         if self.is_main:
             eta_s = (num_steps - 1 - steps[-1]) * entry["step_s"]
@@ -153,11 +153,15 @@ class MetricsLogger:
 
 
 def _rates(timings: Mapping[str, float], num_steps: int, global_batch_size: int) -> dict[str, float]:
-    total = max(timings["total"], 1e-9)
+    """Seconds a step, as a whole and by phase; saving and evaluation are phases of their own and no part of a step."""
+    outside = timings.get("save", 0.0) + timings.get("evaluate", 0.0)
+    total = max(timings["total"] - outside, 1e-9)
+    by_phase = {f"time/{name}_s": seconds / num_steps for name, seconds in timings.items() if name != "total"}
     return {
         "step_s": total / num_steps,
         "samples_per_s": num_steps * global_batch_size / total,
         "data_wait": timings.get("data", 0.0) / total,
+        **by_phase,
     }
 
 

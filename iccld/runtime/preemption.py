@@ -3,11 +3,11 @@
 import signal
 from types import FrameType
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Preemption:
-    """Remembers that SIGTERM or SIGUSR1 came. All ranks must agree (the engine's `any`) before one acts on it."""
+    """Remembers that SIGTERM, SIGUSR1 or SIGINT (Ctrl-C) came. All ranks must agree (engine's `any`) to act on it."""
 
     def __init__(self) -> None:
         self.requested = False

@@ -60,8 +60,14 @@ class AdversarialConfig:
                 f"stage2.objective.domain_weights={self.domain_weights} must be three weights >= 0 "
                 f"(source, target, mixed), not all 0."
             )
-        if self.adversarial_weight < 0:
-            raise ValueError(f"stage2.objective.adversarial_weight={self.adversarial_weight} must be 0 (off) or above.")
+        for name in ("adversarial_weight", "adversarial_ramp_steps", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"stage2.objective.{name}={getattr(self, name)} must be 0 (off) or above.")
+        for name in ("learning_rate", "discriminator_learning_rate"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"stage2.objective.{name}={getattr(self, name)} must be above 0.")
+        if not 0.0 <= self.teacher_decay <= 1.0:
+            raise ValueError(f"stage2.objective.teacher_decay={self.teacher_decay} must be between 0 and 1.")
 
 
 class AdversarialModule(nn.Module):

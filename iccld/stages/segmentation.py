@@ -3,7 +3,6 @@
 Method: L1 = CE(D(E(x_src)), y_src) + CE_w(D(E(x_mix)), y_mix). `B C H W` images, `K` classes.
 """
 
-import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from iccld import rng
 from iccld.labels import IGNORE_INDEX
 from iccld.losses import feature_distance, weighted_cross_entropy
+from iccld.models.encoder import Encoder
 from iccld.models.iccld import ICCLD
 from iccld.models.latent import channel_moments, raw_latent_pair
 from iccld.stages.base import Stage, StageInputs, StageOutput, decayed_groups, pair, to_float
@@ -52,9 +52,12 @@ class SegmentationConfig:
         for name in ("teacher_decay", "confidence_threshold", "masked_ratio", "mask_latent_drop"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"stage1.objective.{name}={getattr(self, name)} must be between 0 and 1.")
-        for name in ("encoder_learning_rate", "decoder_learning_rate"):
+        for name in ("encoder_learning_rate", "decoder_learning_rate", "masked_block"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"stage1.objective.{name}={getattr(self, name)} must be above 0.")
+        for name in ("weight_decay", "target_weight", "masked_weight", "feature_distance_weight", "mask_latent_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"stage1.objective.{name}={getattr(self, name)} must be 0 (off) or above.")
 
 
 class SegmentationModule(nn.Module):
@@ -123,11 +126,15 @@ class SegmentationStage(Stage):
     name = "stage1"
     module: SegmentationModule
 
-    def __init__(self, model: ICCLD, config: SegmentationConfig, *, seed: int) -> None:
+    def __init__(
+        self, model: ICCLD, config: SegmentationConfig, *, seed: int, reference: Encoder | None = None
+    ) -> None:
+        """`reference`: the encoder as it was published, whose features the feature distance keeps to."""
         self.model, self.config, self.seed = model, config, seed
+        _check_feature_distance(model, config, reference)
         self.module = SegmentationModule(model, config)
         self.teacher = Teacher(model, max_decay=config.teacher_decay)
-        self.reference = copy.deepcopy(model.encoder).eval() if config.feature_distance_weight else None
+        self.reference = reference.to(model.alpha_bar.device).eval() if reference is not None else None
 
     def prepare(self, batch: Mapping[str, Any], step: int) -> StageInputs:
         source = batch["source"]
@@ -230,3 +237,14 @@ class SegmentationStage(Stage):
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self.teacher.load_state_dict(state)
+
+
+def _check_feature_distance(model: ICCLD, config: SegmentationConfig, reference: Encoder | None) -> None:
+    weight, classes = config.feature_distance_weight, config.feature_distance_classes
+    if weight and (reference is None or not model.config.encoder.pretrained):
+        raise ValueError(
+            f"stage1.objective.feature_distance_weight={weight} keeps to published features; "
+            f"set model.encoder.pretrained, or the weight to 0."
+        )
+    if weight and not all(0 <= c < model.num_classes for c in classes):
+        raise ValueError(f"stage1.objective.feature_distance_classes={classes} must be below {model.num_classes}.")

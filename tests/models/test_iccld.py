@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from iccld.models.iccld import ICCLD, ModelConfig
-from iccld.models.latent import LatentKind
-from tests.models.factory import model_config, random_images, random_noise, tiny_model, trained_model, without_gradient
+from tests.models.factory import model_config, random_images, random_noise, tiny_model, trained_model
 
 IMAGES = random_images(2, 3, 40, 72)
 
@@ -55,17 +54,6 @@ def test_the_mean_latent_control_does_not_hear_the_latent():
     with torch.no_grad():
         model.latent_mean.add_(1.0)
     assert not torch.allclose(first, model.segment_mean_latent(IMAGES))
-
-
-@pytest.mark.parametrize("kind", LatentKind)
-def test_segmentation_parameters_leave_the_denoiser_out(kind: LatentKind):
-    model = tiny_model(latent=kind)
-    names = {name for name, _ in model.segmentation_parameters}
-    assert not any(name.startswith("denoiser.") for name in names)
-    parts = {name.split(".")[0] for name in names}
-    assert parts == {"encoder", "decoder"} | ({"mask_encoder"} if kind is LatentKind.mask else set())
-    model.segment(IMAGES).square().mean().backward()
-    assert not without_gradient(model.encoder) and not without_gradient(model.decoder)
 
 
 def test_the_denoiser_is_optional_and_does_not_change_the_other_weights():

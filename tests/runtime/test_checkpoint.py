@@ -81,10 +81,35 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     assert len(reports) == 1 and name in reports[0] and damaged.name in reports[0]
 
 
+def test_a_save_after_a_fall_back_keeps_the_whole_ones_and_drops_the_damaged(tmp_path: Path):
+    checkpoints = store(tmp_path)
+    for step in (100, 200, 300):
+        save(checkpoints, step)
+    flip(tmp_path / "step_00000300" / "module.safetensors")
+    save(checkpoints, 250)  # as after going on from 200
+    assert [folder.name for folder in checkpoints.folders()] == ["step_00000200", "step_00000250"]
+
+
+@pytest.mark.parametrize("key", ["parts", "step", "files", "format"])
+def test_a_manifest_that_lacks_a_key_is_damage(tmp_path: Path, key: str):
+    path = save(store(tmp_path), 1) / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest[key]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=r"damaged: manifest.json cannot be read"):
+        verify(path.parent)
+
+
+def test_torn_saves_are_cleared_by_the_next(tmp_path: Path):
+    (tmp_path / "step_00000007.tmp").mkdir()
+    save(store(tmp_path), 8)
+    assert not list(tmp_path.glob("*.tmp"))
+
+
 def test_when_all_are_damaged_the_run_does_not_start_anew_in_silence(tmp_path: Path):
     checkpoints = store(tmp_path)
     (save(checkpoints, 1) / "module.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"all 1 checkpoints in .* are damaged; remove the folder"):
+    with pytest.raises(CheckpointError, match=r"all 1 are damaged; remove the folder"):
         checkpoints.newest()
 
 
@@ -97,7 +122,7 @@ def test_a_torn_save_leaves_the_last_whole_one_and_is_overwritten(tmp_path: Path
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", fail)
-        with pytest.raises(CheckpointError, match=r"was not written: rank 0: .*No space left"):
+        with pytest.raises(CheckpointError, match=r"was not written; .* Make room, .*rank 0: .*No space left"):
             save(checkpoints, 2)
     newest = checkpoints.newest()
     assert newest and newest.step == 1

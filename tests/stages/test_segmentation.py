@@ -14,7 +14,6 @@ from tests.factory import random_batch, tiny_model_config
 OPTIONS = {
     "plain": {},
     "masked": {"masked_weight": 1.0, "masked_block": 16},
-    "feature_distance": {"feature_distance_weight": 0.005, "feature_distance_classes": list(range(5))},
     "no_teacher": {"use_teacher": False},
 }
 

@@ -58,7 +58,7 @@ class Converter(ABC):
         folder = self.image_folder()
         if not folder.is_dir():
             raise ValueError(f"--input {self.root}: {folder} is missing; {self.layout()}.")
-        files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        files = sorted(path for path in folder.rglob("[!.]*") if path.suffix.lower() in IMAGE_SUFFIXES)
         pairs = [pair for pair in map(self.pair, files) if pair is not None]
         if not pairs:
             raise ValueError(f"--input {self.root}: {folder} holds no images; {self.layout()}.")
