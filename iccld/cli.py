@@ -82,7 +82,7 @@ def _train(arguments: argparse.Namespace) -> int:
     from iccld.programs.train import train
 
     finished = train(load_config(arguments.overrides, config_dir=arguments.config_dir))
-    if not finished:
+    if not finished and os.environ.get("RANK", "0") == "0":
         print("iccld train: stopped by a signal; the same command goes on", flush=True)
     return 0
 
@@ -97,6 +97,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from iccld.config import read_config
     from iccld.programs.evaluate import evaluate_run
 
+    if not (arguments.run_dir / "config.yaml").is_file():
+        raise ValueError(f"there is no run in {arguments.run_dir} (no config.yaml); give a folder that train wrote.")
     overrides = [*arguments.overrides, f"run_dir={arguments.run_dir}"]
     evaluate_run(read_config(arguments.run_dir / "config.yaml", overrides), model_folder=arguments.model)
 

@@ -109,12 +109,13 @@ def load_config(overrides: Sequence[str], *, config_dir: str = "") -> Config:
         with initialize_config_module("iccld.configs", version_base="1.3"):
             return OmegaConf.to_object(compose("config", overrides=list(overrides)))  # type: ignore[return-value]
     except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(f"configuration: {_one_line(error)}") from error
+        raise ValueError(f"{_one_line(error)} (`iccld config` shows all settings)") from error
 
 
 def _one_line(error: BaseException) -> str:
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-    return " ".join(line.strip() for line in str(cause).splitlines() if "object_type" not in line).strip()
+    text = str(cause).split("Config search path")[0]
+    return " ".join(line.strip() for line in text.splitlines() if "_type" not in line).strip()
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -42,7 +42,7 @@ class TrainerConfig:
         if self.global_batch_size % divisor:
             raise ValueError(
                 f"trainer.global_batch_size={self.global_batch_size} must be a multiple of micro_batch_size="
-                f"{self.micro_batch_size} x {world_size} ranks; use micro_batch_size=1 or {world_size} dividing ranks."
+                f"{self.micro_batch_size} x {world_size} ranks; use a multiple of {divisor}, or a smaller micro-batch."
             )
         return self.global_batch_size // divisor
 

@@ -5,19 +5,29 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source tools/setup.sh
 
+# A signal to this script alone reaches the program that it waits for.
+child=
+trap 'trap - TERM INT; [ -z "$child" ] || { kill -TERM "$child" 2>/dev/null; wait "$child"; }; exit 143' TERM INT
+run() {
+    "$@" &
+    child=$!
+    wait "$child"
+    child=
+}
+
 started=$SECONDS
-run=runs/demo
-pack() { iccld shards make --samples-per-shard 100 "$@"; }
+demo=runs/demo
+pack() { run iccld shards make --samples-per-shard 100 "$@"; }
 
 echo "== drawing"
-python tools/draw_scenes.py --output $run/data --size 128x256
+run python tools/draw_scenes.py --output $demo/data --size 128x256
 echo "== packing"
-pack --dataset gta5 --input $run/data/gta5 --output $run/shards/source
-pack --dataset cityscapes --split train --no-labels --input $run/data/cityscapes --output $run/shards/target
-pack --dataset cityscapes --split val --input $run/data/cityscapes --output $run/shards/validation
+pack --dataset gta5 --input $demo/data/gta5 --output $demo/shards/source
+pack --dataset cityscapes --split train --no-labels --input $demo/data/cityscapes --output $demo/shards/target
+pack --dataset cityscapes --split val --input $demo/data/cityscapes --output $demo/shards/validation
 echo "== source only"
-python launch/local.py 2 train experiment=demo stage=source_only run_dir=$run/source_only
+run python launch/local.py 2 train experiment=demo stage=source_only run_dir=$demo/source_only
 echo "== stage 1 and stage 2"
-python launch/local.py 2 train experiment=demo run_dir=$run/adapted initial_model=$run/source_only/stage1/final/teacher
-python launch/demo_report.py $run
-echo "the demo took $((SECONDS - started)) s"
+run python launch/local.py 2 train experiment=demo run_dir=$demo/adapted initial_model=$demo/source_only/stage1/final/teacher
+run python launch/demo_report.py $demo
+echo "this attempt took $((SECONDS - started)) s"

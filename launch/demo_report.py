@@ -25,7 +25,8 @@ NUM_PICTURES = 6
 def main(folder: Path) -> None:
     results = merged(folder)
     write_text_durably(folder / "results.json", json.dumps(results, indent=1))
-    Console().print(results_table(named_results(results), title="embedded data set, game to camera, validation set"))
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(results_table(named_results(results), title="embedded data set, game to camera, validation set"))
     draw(folder, read_config(folder / "adapted" / "config.yaml"))
     print(f"figures: {folder / 'results.json'}   picture: {folder / 'comparison.png'}")
 
@@ -46,7 +47,7 @@ def draw(folder: Path, config: Config) -> None:
     )
     source_only = ICCLD.from_pretrained(folder / "source_only/stage1/final/teacher")
     predictors = {"source only": (source_only, 0), "stage 1": (stage1, 0)}
-    predictors |= {f"stage 2, {steps} steps": (stage2, steps) for steps in config.inference.num_steps}
+    predictors |= {f"stage 2, steps: {steps}": (stage2, steps) for steps in config.inference.num_steps}
     rows = []
     for sample in islice(read_validation(config.data), NUM_PICTURES):
         images = torch.from_numpy(sample["image"]).permute(2, 0, 1)[None].float() / 255

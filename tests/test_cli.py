@@ -167,6 +167,14 @@ def test_a_run_directory_belongs_to_one_config(run_dir: Path, scene_shards: Path
     assert "holds a run of another config (seed: 0 -> 1)" in line and "use another run_dir" in line
 
 
+def test_a_refused_start_leaves_the_run_directory_free(
+    scene_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    overrides = [*scene_overrides(scene_shards, tmp_path), *QUICK, "stages=[stage1]"]
+    assert "is larger than" in refused(["train", *overrides, "data.crop_size=[512,512]"], capsys)
+    assert main(["train", *overrides]) == 0
+
+
 def test_two_jobs_do_not_share_a_run_directory(scene_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     with locked(tmp_path) as holder:
         assert holder == ""
@@ -212,7 +220,7 @@ def test_an_initial_model_of_another_shape_is_refused(
 
 
 def test_evaluating_what_is_not_there(tmp_path: Path, run_dir: Path, capsys: pytest.CaptureFixture[str]):
-    assert "config.yaml" in refused(["evaluate", str(tmp_path)], capsys)
+    assert "there is no run in" in refused(["evaluate", str(tmp_path)], capsys)
     (tmp_path / "config.yaml").write_text((run_dir / "config.yaml").read_text())
     assert "holds no finished stage" in refused(["evaluate", str(tmp_path)], capsys)
     assert "neither a model folder" in refused(["predict", str(tmp_path), "x.png", str(tmp_path)], capsys)

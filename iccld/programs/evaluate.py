@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,8 @@ def evaluate_models(folders: Sequence[Path], config: Config, engine: Engine) -> 
     """
     results: dict[str, Any] = {}
     for folder in folders:
+        if engine.is_main:
+            print(f"scoring {folder}", flush=True)
         results |= _score_model(load_model(folder, config).to(engine.device), config, engine)
     if engine.is_main:
         about = {
@@ -160,5 +163,7 @@ def _numbers(value: Any) -> Any:
 def _report(results: Mapping[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text_durably(path, json.dumps(results, indent=1))
-    Console().print(results_table(named_results(results), title=", ".join(results["about"]["models"])))
+    Console(width=None if sys.stdout.isatty() else 120).print(
+        results_table(named_results(results), title=", ".join(results["about"]["models"]))
+    )
     print(f"written to {path}", flush=True)

@@ -37,6 +37,6 @@ def find_model(folder: Path) -> Path:
         if (candidate / "config.json").is_file():
             return candidate
     raise ValueError(
-        f"{folder} is neither a model folder (config.json, model.safetensors) nor a run directory "
-        f"with a finished stage."
+        f"{folder} is neither a model folder (config.json, model.safetensors) nor a run directory with a finished "
+        f"stage; give one, or let the same train command finish."
     )

@@ -54,6 +54,7 @@ def train(config: Config) -> bool:
                     print(f"{name.value} is finished: {final_folder(run_dir, name)}", flush=True)
             elif not _run_stage(name, config, engine, preemption):
                 return False
+        preemption.remove()  # nothing more is lost by ending at once
         if config.data.validation.shards and unscored_stages(config):
             evaluate_models(finished_models(config), config, engine)
     return True
@@ -96,7 +97,7 @@ def _check_settings(config: Config, engine: Engine) -> None:
 def _check_run_dir(run_dir: Path, config: Config, engine: Engine) -> None:
     """A run directory belongs to one config, but for the settings of a stage that has not begun."""
     path = run_dir / "config.yaml"
-    if path.exists():
+    if path.exists() and any((run_dir / stage.value).exists() for stage in StageName):
         unbegun = tuple(f"{stage.value}." for stage in StageName if not (run_dir / stage.value).exists())
         changed = [change for change in differences(read_config(path), config) if not change.startswith(unbegun)]
         if changed:

@@ -17,5 +17,10 @@ class Preemption:
             signal.signal(number, self._handle)
         return self
 
+    def remove(self) -> None:
+        """Let the signals do again what they do by default."""
+        for number in SIGNALS:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.requested = True

@@ -27,6 +27,8 @@ class StopAt(Preemption):
     def install(self) -> "StopAt":
         return self
 
+    def remove(self) -> None: ...
+
     @property
     def requested(self) -> bool:  # type: ignore[override]
         if self.remaining is None:
