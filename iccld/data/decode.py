@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import simplejpeg
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 LABEL_EXTENSION = "label.png"
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -21,7 +21,7 @@ def decode_image(data: bytes) -> np.ndarray:
     """An encoded image to `(H, W, 3)` uint8 RGB. The format is read from the bytes, not from a file's name."""
     if simplejpeg.is_jpeg(data):
         return simplejpeg.decode_jpeg(data, colorspace="RGB")
-    with Image.open(io.BytesIO(data)) as image:
+    with _open(data) as image:
         if image.mode not in _IMAGE_MODES:
             raise ValueError(f"its pixels are of mode {image.mode}; images must have 8 bits a channel")
         return np.array(image.convert("RGB"))
@@ -29,7 +29,7 @@ def decode_image(data: bytes) -> np.ndarray:
 
 def decode_label(data: bytes) -> np.ndarray:
     """An encoded label image to `(H, W)` integers: grey values, or the indices of a palettised image."""
-    with Image.open(io.BytesIO(data)) as image:
+    with _open(data) as image:
         if image.mode not in _LABEL_MODES:
             raise ValueError(f"it has several channels (mode {image.mode}); labels must have one id a pixel")
         return np.array(image)
@@ -37,8 +37,15 @@ def decode_label(data: bytes) -> np.ndarray:
 
 def image_size(data: bytes) -> tuple[int, int]:
     """(height, width) of an encoded image, read from its header."""
-    with Image.open(io.BytesIO(data)) as image:
+    with _open(data) as image:
         return image.height, image.width
+
+
+def _open(data: bytes) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:  # its message names a buffer
+        raise ValueError("it is no image of a known format") from None
 
 
 def _label_handler(extension: str, data: bytes) -> np.ndarray | None:

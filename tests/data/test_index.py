@@ -155,7 +155,7 @@ BAD_TARS = {
         "x.png": png(random_pair(0)[0]),
         "x.label.png": png(np.array([[19, 33] * 16] * 24, np.uint8)),
     },
-    "a.tar: sample 'x': cannot identify image": {"x.png": b"no image"},
+    "a.tar: sample 'x': it is no image of a known format": {"x.png": b"no image"},
 }
 
 
