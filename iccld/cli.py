@@ -15,6 +15,7 @@ Train segmentation models on labelled source images and unlabelled target images
   iccld evaluate runs/a inference.num_steps=[1,4]            score the finished stages
   iccld predict runs/a image.jpg out/                        label PNG and overlay
   iccld shards make --dataset gta5 --input DIR --output DIR  turn a data set into shards
+  iccld shards index|verify|info DIR                         index tars, check, describe
 
 Any setting is changed by key=value; `iccld config experiment=...` shows all of them.
 For several ranks on this machine: python launch/local.py NUM_RANKS VERB ...
@@ -64,14 +65,25 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--attention", choices=["sdpa", "xformers"], default="sdpa", help="back end of the denoiser")
     predict.set_defaults(run=_predict)
 
-    shards = verbs.add_parser("shards", help="make shards from a data set")
-    actions = shards.add_subparsers(dest="action", required=True, metavar="ACTION")
-    make = actions.add_parser("make", help="convert a data set to tars and an index")
-    from iccld.data.shards import add_arguments, run
-
-    add_arguments(make)
-    make.set_defaults(run=run)
+    _add_shards(verbs)
     return parser
+
+
+def _add_shards(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    shards = verbs.add_parser("shards", help="make, index, verify or describe shards")
+    actions = shards.add_subparsers(dest="action", required=True, metavar="ACTION")
+    from iccld.data import indexing, info, verify
+    from iccld.data import shards as making
+
+    for name, action, summary in (
+        ("make", making, "convert a data set to tars and an index"),
+        ("index", indexing, "index tars that were made elsewhere"),
+        ("verify", verify, "read everything once, and name what is broken"),
+        ("info", info, "show counts, sizes and class shares"),
+    ):
+        parser_of_action = actions.add_parser(name, help=summary)
+        action.add_arguments(parser_of_action)
+        parser_of_action.set_defaults(run=_shards, act=action.run)
 
 
 # The verbs import what they need when they run, so that `--help` and shard making do not wait for torch.
@@ -119,6 +131,18 @@ def _predict(arguments: argparse.Namespace) -> None:
         config=EvaluationConfig(image_size=image_size, sliding_window=arguments.sliding_window),
         attention=AttentionBackend[arguments.attention],
     )
+
+
+def _shards(arguments: argparse.Namespace) -> int:
+    from iccld.data.processes import Stopped, stoppable
+
+    try:
+        with stoppable():
+            return arguments.act(arguments)
+    except Stopped as stopped:
+        again = "goes on" if arguments.action == "make" else "starts anew"
+        print(f"iccld shards {arguments.action}: {stopped}; the same command {again}", file=sys.stderr, flush=True)
+        return 128 + stopped.signal
 
 
 if __name__ == "__main__":

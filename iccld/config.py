@@ -89,9 +89,11 @@ class Config:
 # What may change between two attempts at one run: it divides, speeds up or describes the work, and does not change it.
 FREE_SETTINGS = (
     "run_dir", "stages", "metrics.", "evaluation.", "inference.", "data.num_workers", "data.validation.",
-    "data.source.shards", "data.target.shards", "engine.compile", "stage1.trainer.micro_batch_size",
-    "stage2.trainer.micro_batch_size", "stage1.trainer.checkpoint.", "stage2.trainer.checkpoint.",
-    "stage1.trainer.evaluate_every", "stage2.trainer.evaluate_every", "model.denoiser.activation_checkpointing",
+    "data.source.shards", "data.target.shards", "data.storage.", "data.cache.", "data.on_error",
+    "data.max_bad_share", "engine.compile",
+    "stage1.trainer.micro_batch_size", "stage2.trainer.micro_batch_size", "stage1.trainer.checkpoint.",
+    "stage2.trainer.checkpoint.", "stage1.trainer.evaluate_every", "stage2.trainer.evaluate_every",
+    "model.denoiser.activation_checkpointing",
 )  # fmt: skip
 
 

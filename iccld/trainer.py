@@ -48,6 +48,9 @@ class TrainerConfig:
 
 
 class Stream(Protocol):
+    @property
+    def counters(self) -> Mapping[str, int]: ...
+
     def batches(self, start_step: int) -> Generator[Mapping[str, Any], None, None]: ...
 
 
@@ -79,7 +82,7 @@ class Trainer:
         if start_step == config.num_steps:
             return True
         with contextlib.closing(self.stream.batches(start_step)) as batches:
-            return self._run_steps(start_step, batches, num_accumulation)
+            return self._run_steps(start_step, engine.prefetch(batches), num_accumulation)
 
     def _run_steps(self, start_step: int, batches: Iterator[Mapping[str, Any]], num_accumulation: int) -> bool:
         engine, config, timer = self.engine, self.config, PhaseTimer()
@@ -113,7 +116,7 @@ class Trainer:
     def _fetch(self, batches: Iterator[Mapping[str, Any]], count: int) -> tuple[list[Any], str]:
         """The step's micro-batches on the device, or why this rank has none."""
         try:
-            return [self.engine.to_device(next(batches)) for _ in range(count)], ""
+            return [next(batches) for _ in range(count)], ""
         except ValueError as error:
             return [], f"rank {self.engine.rank}: {error}"
 
@@ -155,7 +158,10 @@ class Trainer:
 
     def _flush(self, timer: PhaseTimer) -> None:
         self.metrics.flush(
-            global_batch_size=self.config.global_batch_size, num_steps=self.config.num_steps, timings=timer.take()
+            global_batch_size=self.config.global_batch_size,
+            num_steps=self.config.num_steps,
+            timings=timer.take(),
+            counters=self.stream.counters,
         )
 
     def _save(self, step: int) -> None:

@@ -55,7 +55,12 @@ OWNERS = {
     "omegaconf": {"config.py"},
     "kornia": {"uda/photometric.py"},
     "simplejpeg": {"data/decode.py"},
-    "webdataset": {"data/decode.py", "data/packing.py"},
+    "webdataset": {"data/chunks.py"},
+    "fsspec": {"data/remote.py"},
+    "aiohttp": {"data/remote.py"},
+    "tenacity": {"data/remote.py"},
+    "zlib_ng": {"data/grey_png.py"},
+    "matplotlib": {"data/info.py"},
     "safetensors": {"models/iccld.py", "runtime/checkpoint.py"},
     "pickle": set(),
     "timm": set(),  # needs torchvision, which has no build for every torch

@@ -3,7 +3,9 @@
 python tools/make_shards.py --dataset gta5 --input GTA5 --output shards/gta5 --max-side 1280 --accept-bad
 """
 
-from iccld.data.shards import main
+import sys
+
+from iccld.cli import main
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(["shards", "make", *sys.argv[1:]]))

@@ -1,18 +1,56 @@
 """The data section of an experiment's configuration, and how a global batch is divided among ranks."""
 
+import math
 from dataclasses import dataclass, field
+from enum import Enum
 
-from iccld.data.domain import STRIDE
-from iccld.data.index import ShardIndex
+from iccld.data.cache import CacheConfig
+from iccld.data.storage import StorageConfig
 from iccld.labels import CITYSCAPES_19, ClassSet, merged_class_set
+
+STRIDE = 8
+"""Of the latent: crops are multiples of it."""
+
+OnError = Enum("OnError", {"raise": "raise", "replace": "replace"})
+"""What a sample that cannot be used does: end the run, or give way to the next one of the order."""
 
 
 @dataclass
-class DatasetConfig:
-    """A set by its folder of shards with their index; an empty `shards` means that there is none."""
+class SetConfig:
+    """A set by the folder or URL of its shards with their index; an empty `shards` means that there is none.
+
+    `weight` is its share where a domain has several sets. Of its samples, the first `first_percent` are used and, of
+    these, those whose keys stand in the file `keys` (one a line; empty: all).
+    """
 
     name: str = ""
     shards: str = ""
+    weight: float = 1.0
+    first_percent: float = 100.0
+    keys: str = ""
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.weight) and self.weight > 0):
+            raise ValueError(f"weight={self.weight} of {self.shards or 'a set'} must be positive; 1 is usual.")
+        if not 0 < self.first_percent <= 100:
+            raise ValueError(
+                f"first_percent={self.first_percent} of {self.shards or 'a set'} must be in (0, 100]; 100 uses all."
+            )
+
+
+@dataclass
+class DatasetConfig(SetConfig):
+    """The sets of a domain: this one, and further ones by name."""
+
+    also: dict[str, SetConfig] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        empty = [name for name, part in self.also.items() if not part.shards]
+        if empty or (self.also and not self.shards):
+            raise ValueError(
+                f"also.{(empty or list(self.also))[0]}: every set of a domain needs its shards, the first one too."
+            )
 
 
 @dataclass
@@ -30,7 +68,10 @@ class ClassSetConfig:
 
 @dataclass
 class DataConfig:
-    """What is read and how it is cropped; the margins are fractions of the height without pseudo-labels."""
+    """What is read and how it is cropped; the margins are fractions of the height without pseudo-labels.
+
+    With `on_error: replace`, more than `max_bad_share` bad samples among those drawn (of at least 1,000) end the run.
+    """
 
     source: DatasetConfig = field(default_factory=DatasetConfig)
     target: DatasetConfig = field(default_factory=DatasetConfig)
@@ -45,6 +86,10 @@ class DataConfig:
     target_margin_top: float = 0.0
     target_margin_bottom: float = 0.0
     class_set: ClassSetConfig = field(default_factory=ClassSetConfig)
+    on_error: OnError = OnError["raise"]
+    max_bad_share: float = 0.001
+    storage: StorageConfig = field(default_factory=StorageConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
 
     def __post_init__(self) -> None:
         _check_crop_size(self.crop_size)
@@ -53,6 +98,7 @@ class DataConfig:
         _check("rare_class_temperature", temperature, temperature > 0, "positive; 0.01 is usual")
         _check("rare_class_min_pixels", self.rare_class_min_pixels, self.rare_class_min_pixels >= 0, "at least 0")
         _check("max_class_share", self.max_class_share, 0 < self.max_class_share <= 1, "in (0, 1]; 1 turns it off")
+        _check("max_bad_share", self.max_bad_share, 0 <= self.max_bad_share < 1, "in [0, 1); 0.001 is usual")
         _check("flip", self.flip, 0 <= self.flip <= 1, "a probability; 0.5 is usual")
         margins = (self.target_margin_top, self.target_margin_bottom)
         if min(margins) < 0 or sum(margins) >= 1:
@@ -76,20 +122,6 @@ def _check_crop_size(crop_size: list[int]) -> None:
         f"data.crop_size={list(crop_size)} must be [height, width], multiples of {STRIDE} (latent stride); "
         f"use {near if len(near) == 2 else [512, 512]}."
     )
-
-
-def open_dataset(config: DatasetConfig, role: str, *, with_labels: bool) -> ShardIndex:
-    """Opens the index of the `role` ("source", "target" or "validation") set and checks that it has what is needed."""
-    setting = f"data.{role}.shards"
-    if not config.shards:
-        raise ValueError(f"{setting} is empty, but a {role} set is needed; set it to a folder of shards.")
-    index = ShardIndex.open(config.shards, setting=setting)
-    if with_labels and not index.header.has_labels:
-        raise ValueError(
-            f"{setting}={config.shards} has no labels, but the labels of the {role} set are needed; make the shards "
-            f"without --no-labels."
-        )
-    return index
 
 
 @dataclass(frozen=True)

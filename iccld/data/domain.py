@@ -1,21 +1,26 @@
 """One domain's samples by their number: read, cropped, mapped to classes, and put together to micro-batches."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from iccld import rng
 from iccld.data.augment import Crop, apply_crop, draw_crop, source_merit, valid_rows
-from iccld.data.index import NUM_TRAIN_IDS, ShardIndex
+from iccld.data.config import STRIDE, OnError
+from iccld.data.decode import DECODE_ERRORS, Window, decode_image, decode_label
+from iccld.data.index import NUM_TRAIN_IDS
 from iccld.data.order import Draw, Order
-from iccld.data.reader import ShardReader
-from iccld.labels import ClassSet
+from iccld.data.parts import Part
+from iccld.data.reader import BadSample, RawSample
+from iccld.labels import IGNORE_INDEX
 
-STRIDE = 8
-"""Of the latent: crops are multiples of it."""
+MAX_REPLACEMENTS = 100
 
 MicroBatch = dict[str, Any]
 
@@ -37,85 +42,160 @@ class View:
     margin_bottom: float = 0.0
 
 
-def class_pixels(index: ShardIndex, class_set: ClassSet) -> np.ndarray:
-    """The pixels of each class in each sample: `(N, K)` float64."""
-    member = np.zeros((NUM_TRAIN_IDS, class_set.num_classes))
-    for train_id, class_index in class_set.of_train_id.items():
-        member[train_id, class_index] = 1
-    return index.samples["class_pixels"] @ member
-
-
-def check_crop_fits(index: ShardIndex, crop_size: tuple[int, int]) -> None:
-    """Refuses a crop that is larger than any image of the set."""
-    heights, widths = index.samples["height"], index.samples["width"]
-    small = np.flatnonzero((heights < crop_size[0]) | (widths < crop_size[1]))
+def check_crop_fits(part: Part, crop_size: tuple[int, int]) -> None:
+    """Refuses a crop that is larger than any image in use; looks at the images only where the smallest is too small."""
+    least = part.index.header.min_size
+    if all(side <= limit for side, limit in zip(crop_size, least, strict=True)):
+        return
+    chosen = part.index.samples[["height", "width"]][np.asarray(part.positions)]
+    small = np.flatnonzero((chosen["height"] < crop_size[0]) | (chosen["width"] < crop_size[1]))
     if len(small):
-        first, fits = small[0], [int(sides.min()) // STRIDE * STRIDE for sides in (heights, widths)]
+        first, fits = small[0], [int(chosen[side].min()) // STRIDE * STRIDE for side in ("height", "width")]
         raise ValueError(
-            f"data.crop_size={list(crop_size)} is larger than sample {index.key(first)!r} of {index.folder} "
-            f"({heights[first]}x{widths[first]} pixels; {len(small)} of {len(index)} samples are too small); "
-            f"use at most {fits}, or make the shards with a larger --size."
+            f"data.crop_size={list(crop_size)} is larger than sample {part.index.key(int(part.positions[first]))!r} of "
+            f"{part.index.location} ({chosen['height'][first]}x{chosen['width'][first]} pixels; {len(small)} of "
+            f"{len(chosen)} samples are too small); use at most {fits}, or make the shards with a larger --size."
         )
+
+
+def decode_train_ids(data: bytes) -> np.ndarray:
+    """An encoded label to `(H, W)` uint8 train ids; raises one of DECODE_ERRORS where it holds anything else."""
+    ids = decode_label(data)
+    if ids.dtype != np.uint8:
+        raise ValueError(f"its label holds {ids.dtype} instead of 8-bit train ids")
+    if (ids + np.uint8(1)).max(initial=0) > NUM_TRAIN_IDS:  # 255 becomes 0
+        strange = [int(i) for i in np.unique(ids) if NUM_TRAIN_IDS <= i < IGNORE_INDEX]
+        raise ValueError(f"its label holds {strange}; train ids are 0-{NUM_TRAIN_IDS - 1}, or {IGNORE_INDEX}")
+    return ids
 
 
 def relabel(train_ids: np.ndarray, table: np.ndarray) -> np.ndarray:
     """`table[train_ids]` for a `(256,)` uint8 table; on images, `bytes.translate` takes a tenth of NumPy's time."""
-    mapped = train_ids.astype(np.uint8, copy=False).tobytes().translate(table.tobytes())
-    return np.frombuffer(bytearray(mapped), np.uint8).reshape(train_ids.shape)
+    mapped = bytearray(train_ids.tobytes()).translate(table.tobytes())
+    return np.frombuffer(mapped, np.uint8).reshape(train_ids.shape)
+
+
+def _allocate(*shape: int) -> Tensor:
+    """An uint8 tensor; in a loader worker in shared memory at once, where the loader would copy it to."""
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.uint8)
+    shared = torch.UntypedStorage._new_shared(math.prod(shape))  # as torch's own collating does
+    return torch.empty(0, dtype=torch.uint8).set_(shared).resize_(shape)
+
+
+def _copy(window: np.ndarray, out: Tensor, *, flip: bool) -> None:
+    """Copies an `(H, W, ...)` window, mirrored left to right or not; torch mirrors several times faster than NumPy."""
+    pixels = torch.from_numpy(window)
+    out.copy_(torch.flip(pixels, [1]) if flip else pixels)
 
 
 class DomainStream:
     """The samples of the source or the target: everything about sample n is a function of (seed, name, n)."""
 
     def __init__(
-        self, name: str, index: ShardIndex, order: Order, *, seed: int, view: View, table: np.ndarray | None
+        self,
+        name: str,
+        parts: Sequence[Part],
+        order: Order,
+        *,
+        seed: int,
+        view: View,
+        table: np.ndarray | None,
+        on_error: OnError = OnError["raise"],
     ) -> None:
-        """`table`, `(256,)` uint8, maps train ids to class indices; with None, labels are never read."""
-        check_crop_fits(index, view.crop_size)
-        self.name, self.order, self.seed, self.view, self.table = name, order, seed, view, table
-        self.reader = ShardReader(index)
+        """`table` maps train ids to class indices (`ClassSet.table`); with None, labels are never read."""
+        for part in parts:
+            check_crop_fits(part, view.crop_size)
+        self.name, self.parts, self.order, self.seed = name, list(parts), order, seed
+        self.view, self.table, self.on_error = view, table, on_error
 
     def batch(self, numbers: Sequence[int]) -> MicroBatch:
-        """The samples `numbers` as images, labels (if read), valid, numbers and keys; see `TrainingStream`."""
+        """The samples `numbers`; see `TrainingStream`. Raises BadSample, unless bad samples are replaced.
+
+        Besides, `replaced` lists the (key, shard, what was wrong) of every sample that was replaced.
+        """
         height, width = self.view.crop_size
-        images = np.empty((len(numbers), 3, height, width), np.uint8)
-        labels = np.empty((len(numbers), height, width), np.uint8)
-        valid = np.empty((len(numbers), height, width), np.bool_)
-        keys = [self._fill(n, images[j], labels[j], valid[j]) for j, n in enumerate(numbers)]
-        batch = {"images": torch.from_numpy(images), "valid": torch.from_numpy(valid), "keys": keys}
+        images = _allocate(len(numbers), height, width, 3)
+        labels = _allocate(len(numbers), height, width)
+        valid = torch.empty(len(numbers), height, 1, dtype=torch.bool)
+        bad: list[BadSample] = []
+        fetched = self._fetch([self.order[n] for n in numbers])
+        keys = [self._fill(n, fetched[j], bad, (images[j], labels[j], valid[j])) for j, n in enumerate(numbers)]
+        batch: MicroBatch = {"images": images.permute(0, 3, 1, 2), "valid": valid, "keys": keys}
         batch["numbers"] = torch.tensor(list(numbers), dtype=torch.int64)
         if self.table is not None:
-            batch["labels"] = torch.from_numpy(labels)
-        return batch
+            batch["labels"] = labels
+        return batch | {"replaced": [(sample.key, sample.shard, sample.what) for sample in bad]}
 
-    def _fill(self, number: int, image_out: np.ndarray, labels_out: np.ndarray, valid_out: np.ndarray) -> str:
-        """Writes sample `number` into its place in the batch and returns its key."""
-        view, draw = self.view, self.order[number]
-        image, train_ids = self.reader.read(draw.index, with_labels=self.table is not None)
-        labels = None if self.table is None or train_ids is None else relabel(train_ids, self.table)
-        crop = draw_crop(
-            (image.shape[0], image.shape[1]),
-            view.crop_size,
-            flip=view.flip,
-            generator=rng.numpy_generator(self.seed, f"{self.name}/crop", number),
-            merit=None if labels is None else self._merit(labels, draw),
-        )
-        image_out[:] = apply_crop(image, crop, view.crop_size).transpose(2, 0, 1)
-        if labels is not None:
-            labels_out[:] = apply_crop(labels, crop, view.crop_size)
+    def _fetch(self, draws: Sequence[Draw]) -> list[RawSample | BadSample]:
+        """The encoded samples, or what is wrong with them; one call to each set's reader."""
+        fetched: dict[int, RawSample | BadSample] = {}
+        for number, part in enumerate(self.parts):
+            places = [j for j, draw in enumerate(draws) if draw.part == number]
+            positions = [draws[j].index for j in places]
+            fetched |= zip(places, part.reader.read_all(positions, with_labels=self.table is not None), strict=True)
+        return [fetched[j] for j in range(len(draws))]
+
+    def _fill(
+        self, number: int, fetched: RawSample | BadSample, bad: list[BadSample], places: tuple[Tensor, ...]
+    ) -> str:
+        """Writes sample `number`, or its replacement, into its places in the batch and returns its key."""
+        for attempt in range(MAX_REPLACEMENTS):
+            draw = self.order[number + attempt]
+            raw = self._fetch([draw])[0] if attempt else fetched
+            try:
+                if isinstance(raw, BadSample):
+                    raise raw
+                self._decode_into(places, raw, draw, number)
+            except BadSample as error:
+                if self.on_error is OnError["raise"]:
+                    raise
+                bad.append(error)
+            else:
+                return self.parts[draw.part].index.key(draw.index)
+        raise ValueError(f"{MAX_REPLACEMENTS} samples in a row are bad, the last: {bad[-1]}")
+
+    def _decode_into(self, places: tuple[Tensor, ...], raw: RawSample, draw: Draw, number: int) -> None:
+        """Decodes the sample into its places in the batch: image `(H, W, 3)`, labels `(H, W)`, valid `(H, 1)`."""
+        image_out, labels_out, valid_out = places
+        part, view = self.parts[draw.part], self.view
+        record = part.index.samples[draw.index]
+        size = int(record["height"]), int(record["width"])
+        try:
+            ids = None if self.table is None else decode_train_ids(raw.label)
+            if ids is not None and ids.shape != size:
+                raise ValueError(f"its label has {ids.shape[0]}x{ids.shape[1]} pixels instead of {size[0]}x{size[1]}")
+            crop = draw_crop(
+                size,
+                view.crop_size,
+                flip=view.flip,
+                generator=rng.numpy_generator(self.seed, f"{self.name}/crop", number),
+                merit=None if ids is None else self._merit(ids, draw),
+            )
+            image = decode_image(raw.image, window=Window(crop.top, crop.left, *view.crop_size))
+        except DECODE_ERRORS as error:
+            raise part.reader.bad(draw.index, f"it cannot be decoded: {error}") from error
+        _copy(image, image_out, flip=crop.flip)
+        if ids is not None:
+            _copy(self._labels(ids, crop), labels_out, flip=crop.flip)
         margins = {"margin_top": view.margin_top, "margin_bottom": view.margin_bottom}
-        valid_out[:] = valid_rows(image.shape[0], crop, view.crop_size[0], **margins)[:, None]
-        return self.reader.index.key(draw.index)
+        valid_out[:] = torch.from_numpy(valid_rows(size[0], crop, view.crop_size[0], **margins))[:, None]
 
-    def _merit(self, labels: np.ndarray, draw: Draw) -> Callable[[Crop], int] | None:
+    def _labels(self, train_ids: np.ndarray, crop: Crop) -> np.ndarray:
+        """The class indices of a crop's window, not mirrored."""
+        assert self.table is not None
+        return relabel(apply_crop(train_ids, crop._replace(flip=False), self.view.crop_size), self.table)
+
+    def _merit(self, train_ids: np.ndarray, draw: Draw) -> Callable[[Crop], int] | None:
         """What makes a crop of this labelled image good, if anything."""
         view, wanted = self.view, draw.wanted_class
         if wanted is None and view.max_class_share >= 1:
             return None
-        pixels = 1 if wanted is None else min(view.wanted_pixels, int(np.count_nonzero(labels == wanted))) // 2
+        pixels = self.parts[draw.part].index.samples["class_pixels"][draw.index]
+        shown = 0 if wanted is None or self.table is None else int(pixels[self.table[:NUM_TRAIN_IDS] == wanted].sum())
         return lambda crop: source_merit(
-            apply_crop(labels, crop, view.crop_size),
+            self._labels(train_ids, crop),
             max_class_share=view.max_class_share,
             wanted_class=wanted,
-            wanted_pixels=max(pixels, 1),
+            wanted_pixels=max(min(view.wanted_pixels, shown) // 2, 1),
         )

@@ -1,12 +1,18 @@
-"""The index of a folder of tars: where each sample's bytes lie, how large it is, which classes it shows.
+"""The index of a set of tars: where each sample's bytes lie, how large it is, which classes it shows.
 
-It lies beside the shards as `index/index.json` and `index/samples.npy`, the latter memory-mapped. It can be built for
-tars that anyone made, and is written last: a folder without an index is not finished.
+It lies beside the shards, is written last (a set without an index is not finished), and is memory-mapped, so that a
+billion samples cost no memory:
+
+    index/index.json    IndexHeader: counts and totals
+    index/shards.npy    `shard_dtype` records: the tars
+    index/samples.npy   `sample_dtype` records: the samples, in the order of the tars
+    index/classes.npy   uint32: for each train id in turn, the samples that show it, those with most pixels first
 """
 
 import json
 import zlib
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +20,12 @@ import numpy as np
 
 from iccld.labels import CITYSCAPES_19
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 NUM_TRAIN_IDS = CITYSCAPES_19.num_classes
-_MAKE = "make the shards with `iccld shards make`, or index tars made elsewhere with iccld.data.indexing.build_index"
+INDEX_FOLDER = "index"
+HEADER_FILE = "index.json"
+ARRAY_FILES = ("shards.npy", "samples.npy", "classes.npy")
+MAKE_IT = "make the shards with `iccld shards make`, or index tars made elsewhere with `iccld shards index`"
 
 
 def sample_dtype(key_width: int) -> np.dtype:
@@ -38,103 +47,184 @@ def sample_dtype(key_width: int) -> np.dtype:
     )
 
 
-@dataclass(frozen=True)
-class ShardFile:
-    """A tar's name and size in bytes."""
-
-    name: str
-    size: int
+def shard_dtype(name_width: int) -> np.dtype:
+    """One tar's record: its file name and its size in bytes."""
+    return np.dtype([("name", f"S{max(name_width, 1)}"), ("size", np.uint64)])
 
 
 @dataclass(frozen=True)
 class IndexHeader:
-    """What `index.json` holds."""
+    """What `index.json` holds: all that is asked of a set before its first sample is read.
+
+    `min_size` and `max_size` are [height, width], each side's extreme over all samples. `class_pixels` and
+    `class_samples` count, for each of the 19 train ids, pixels and the samples that show it. `checksums` are CRC-32 of
+    the arrays' files.
+    """
 
     dataset: str
-    shards: list[ShardFile]
     num_samples: int
+    num_shards: int
+    num_bytes: int
     has_labels: bool
-    image_extension: str
-    label_extension: str
+    min_size: list[int]
+    max_size: list[int]
+    class_pixels: list[int]
+    class_samples: list[int]
+    checksums: dict[str, int]
     settings: dict[str, Any] = field(default_factory=dict)
     version: int = FORMAT_VERSION
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """An opened index. `samples` is a read-only memory map of `sample_dtype` records."""
+    """An opened index: read-only memory maps of its arrays. `location` is the set's folder or URL."""
 
+    location: str
     folder: Path
     header: IndexHeader
+    shards: np.ndarray
     samples: np.ndarray
+    classes: np.ndarray
 
     @classmethod
-    def open(cls, folder: str | Path, *, setting: str = "shards") -> "ShardIndex":
-        """Opens the index of `folder`; `setting` is the name under which errors call it."""
-        folder = Path(folder)
-        where = f"{setting}={folder}"
-        if not folder.is_dir():
-            raise ValueError(f"{where}: there is no such folder; {_MAKE}.")
-        header = _read_header(folder, where)
-        for shard in header.shards:
-            _check_shard(folder / shard.name, shard.size, where)
-        samples = _load_samples(folder, header, where)
-        if not len(samples):
-            raise ValueError(f"{where}: the set is empty; {_MAKE}.")
-        return cls(folder, header, samples)
+    def open(cls, location: str | Path, *, setting: str = "shards", folder: Path | None = None) -> "ShardIndex":
+        """Opens the index of the set at `location`; errors call it by `setting`.
+
+        `folder` is where the index's files lie if that is not `location`/index: a remote set's copy. Raises ValueError
+        where they are missing or do not fit each other.
+        """
+        where = f"{setting}={location}"
+        if folder is None:
+            if not Path(location).is_dir():
+                raise ValueError(f"{where}: there is no such folder; {MAKE_IT}.")
+            folder = Path(location) / INDEX_FOLDER
+        path = folder / HEADER_FILE
+        if not path.is_file():
+            raise ValueError(f"{where}: {path} is missing, so the shards are not finished; {MAKE_IT}.")
+        header = parse_header(path.read_bytes(), f"{where}: {path}")
+        dtypes = {"shards.npy": shard_dtype(1), "samples.npy": sample_dtype(1), "classes.npy": np.dtype(np.uint32)}
+        lengths = (header.num_shards, header.num_samples, sum(header.class_samples))
+        arrays = [
+            _mapped(folder / name, dtypes[name], length, where)
+            for name, length in zip(ARRAY_FILES, lengths, strict=True)
+        ]
+        if not header.num_samples:
+            raise ValueError(f"{where}: the set is empty; {MAKE_IT}.")
+        return cls(str(location), folder, header, *arrays)
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return self.header.num_samples
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Another process maps the file itself, instead of being sent the records."""
-        return ShardIndex.open, (self.folder,)
+        """Another process maps the files itself, instead of being sent the records."""
+        return _reopen, (self.location, self.folder)
 
-    def key(self, index: int) -> str:
-        return self.samples["key"][index].decode()
+    def key(self, position: int) -> str:
+        return self.samples["key"][position].decode(errors="replace")
+
+    def shard_name(self, shard: int) -> str:
+        return self.shards["name"][shard].decode(errors="replace")
+
+    def samples_with(self, train_id: int) -> np.ndarray:
+        """The positions of the samples that show `train_id`, `(M,)` uint32, those with most pixels of it first."""
+        start = sum(self.header.class_samples[:train_id])
+        return self.classes[start : start + self.header.class_samples[train_id]]
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What a run remembers of its data, to notice that it changed: changes with any byte of any sample."""
+        checksum = zlib.crc32(json.dumps(self.header.checksums, sort_keys=True).encode())
+        return {"dataset": self.header.dataset, "num_samples": len(self), "index": f"{checksum:08x}"}
 
 
-def _load_samples(folder: Path, header: IndexHeader, where: str) -> np.ndarray:
-    path, why = folder / "index" / "samples.npy", "it has other fields or another number of samples"
+def _reopen(location: str, folder: Path) -> ShardIndex:
+    return ShardIndex.open(location, folder=folder)
+
+
+def parse_header(text: bytes, where: str) -> IndexHeader:
+    """The header in an `index.json`; raises ValueError, naming `where`, for anything else."""
     try:
-        samples = np.load(path, mmap_mode="r", allow_pickle=False)
-        if samples.dtype.names == sample_dtype(1).names and len(samples) == header.num_samples:
-            return samples
+        content = json.loads(text)
+        version = content.get("version")
+        if version != FORMAT_VERSION:
+            raise ValueError(
+                f"{where} has version {version}, this program reads {FORMAT_VERSION}; remove the index and {MAKE_IT}."
+            )
+        header = IndexHeader(**content)
+        if not _is_sound(header):
+            raise TypeError("its numbers do not fit each other")
+        return header
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, TypeError) as error:
+        raise ValueError(f"{where} is damaged ({error}); remove the index and {MAKE_IT}.") from error
+
+
+def _is_sound(header: IndexHeader) -> bool:
+    counts = [header.num_samples, header.num_shards, header.num_bytes, *header.class_pixels, *header.class_samples]
+    return (
+        all(isinstance(count, int) and count >= 0 for count in (*counts, *header.min_size, *header.max_size))
+        and len(header.class_pixels) == len(header.class_samples) == NUM_TRAIN_IDS
+        and len(header.min_size) == len(header.max_size) == 2
+        and set(header.checksums) == set(ARRAY_FILES)
+    )
+
+
+def _mapped(path: Path, dtype: np.dtype, length: int, where: str) -> np.ndarray:
+    why = "it has other fields or another length"
+    try:
+        array = np.load(path, mmap_mode="r" if length else None, allow_pickle=False)
+        fits = array.dtype.names == dtype.names if dtype.names else array.dtype == dtype
+        if fits and len(array) == length:
+            return array
     except (OSError, ValueError) as error:
         why = str(error)
-    raise ValueError(f"{where}: {path} does not fit index.json ({why}); remove {path.parent} and {_MAKE}.")
+    raise ValueError(f"{where}: {path} does not fit {HEADER_FILE} ({why}); remove {path.parent} and {MAKE_IT}.")
 
 
-def _read_header(folder: Path, where: str) -> IndexHeader:
-    path = folder / "index" / "index.json"
-    if not path.is_file():
-        raise ValueError(f"{where}: {path} is missing, so the shards are not finished; {_MAKE}.")
-    try:
-        fields = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(
-            f"{where}: {path} is not a whole index ({error}); remove {path.parent} and {_MAKE}."
-        ) from error
-    if fields.get("version") != FORMAT_VERSION:
-        raise ValueError(
-            f"{where}: {path} is of version {fields.get('version')}, this program reads version {FORMAT_VERSION}; "
-            f"remove {path.parent} and {_MAKE}."
-        )
-    return IndexHeader(**{**fields, "shards": [ShardFile(**shard) for shard in fields["shards"]]})
+def rank_samples(class_pixels: np.ndarray) -> list[np.ndarray]:
+    """For each column of `(N, K)` pixel counts: the rows that are not 0, uint32, the largest first, ties in order."""
+    ranked = []
+    for pixels in np.asarray(class_pixels).T:
+        rows = np.flatnonzero(pixels)
+        ranked.append(rows[np.argsort(-pixels[rows].astype(np.int64), kind="stable")].astype(np.uint32))
+    return ranked
 
 
-def _check_shard(path: Path, size: int, where: str) -> None:
-    if not path.is_file():
-        raise ValueError(f"{where}: {path} is missing, but its index names it; restore it, or {_MAKE}.")
-    if path.stat().st_size != size:
-        raise ValueError(
-            f"{where}: {path} has {path.stat().st_size} bytes, its index says {size}; restore it, or remove the "
-            f"index and {_MAKE}."
-        )
+def write_index(
+    folder: Path, *, dataset: str, shards: np.ndarray, samples: np.ndarray, settings: Mapping[str, Any] | None = None
+) -> None:
+    """Writes the files of an index into `folder`, which exists and is not yet named `index` (see `build_index`).
+
+    `shards` and `samples` are arrays, memory maps too, of `shard_dtype` and `sample_dtype`. Held in memory: what
+    `classes.npy` holds, and 12 bytes a sample.
+    """
+    ranked = rank_samples(samples["class_pixels"])
+    arrays = dict(zip(ARRAY_FILES, (shards, samples, np.concatenate(ranked)), strict=True))
+    for name, array in arrays.items():
+        np.save(folder / name, array, allow_pickle=False)
+    sizes = [[int(reduce(samples[side], initial=0)) for side in ("height", "width")] for reduce in (_least, np.max)]
+    header = IndexHeader(
+        dataset=dataset,
+        num_samples=len(samples),
+        num_shards=len(shards),
+        num_bytes=int(samples["image_size"].sum(dtype=np.int64) + samples["label_size"].sum(dtype=np.int64)),
+        has_labels=bool(len(samples)) and bool((samples["label_size"] > 0).all()),
+        min_size=sizes[0],
+        max_size=sizes[1],
+        class_pixels=samples["class_pixels"].sum(0, dtype=np.int64).tolist(),
+        class_samples=[len(rows) for rows in ranked],
+        checksums={name: file_checksum(folder / name) for name in arrays},
+        settings=dict(settings or {}),
+    )
+    (folder / HEADER_FILE).write_text(json.dumps(asdict(header), indent=2) + "\n")
 
 
-def fingerprint(index: ShardIndex) -> dict[str, Any]:
-    """What a checkpoint remembers of the set that it was trained on; where the shards lie is no part of it."""
-    shards = [(shard.name, shard.size) for shard in index.header.shards]
-    digest = zlib.crc32(json.dumps(shards).encode())
-    return {"dataset": index.header.dataset, "num_samples": len(index), "shards": f"{digest:08x}"}
+def _least(sides: np.ndarray, initial: int) -> int:
+    return int(sides.min()) if len(sides) else initial
+
+
+def file_checksum(path: Path) -> int:
+    """CRC-32 of a file, read in pieces."""
+    checksum = 0
+    with path.open("rb") as file:
+        while piece := file.read(1 << 22):
+            checksum = zlib.crc32(piece, checksum)
+    return checksum

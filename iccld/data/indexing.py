@@ -1,132 +1,176 @@
-"""Builds the index of a folder of tars by reading what is in them, whoever made them."""
+"""Builds the index of a folder of tars by reading each of them once, whoever made them.
 
-import json
-import os
+a.tar ── index_shard ── indexing/000000.npy ─┐
+b.tar ── index_shard ── indexing/000001.npy ─┼── samples ── index/, which appears whole or not at all
+...                                          ─┘
+"""
+
 import shutil
-import tarfile
-import zlib
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from iccld.data.decode import DECODE_ERRORS, IMAGE_EXTENSIONS, LABEL_EXTENSION, decode_label, image_size
-from iccld.data.index import NUM_TRAIN_IDS, IndexHeader, ShardFile, ShardIndex, sample_dtype
-from iccld.labels import IGNORE_INDEX
+from iccld.data.decode import IMAGE_EXTENSIONS, LABEL_EXTENSION
+from iccld.data.durable import MAKING_FOLDER, alone_in, clear
+from iccld.data.index import INDEX_FOLDER, ShardIndex
+from iccld.data.processes import Progress, in_processes, say, usable_cpus
+from iccld.data.reader import MAX_SAMPLE_BYTES
+from iccld.data.records import examine, finish_index, join_records, make_record, to_array, without_conflicts
+from iccld.data.tars import LEAVE_OUT, Place, Problem, Unusable, key_fault, read_members
 
-Place = tuple[int, int]
-"""Offset and size of a member's bytes in its tar."""
-
-
-def sync(path: Path) -> None:
-    """Makes a written file, or a folder's list of names, durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+_AGAIN = f"pack it again, {LEAVE_OUT}"
 
 
-def build_index(folder: str | Path, *, dataset: str = "", settings: Mapping[str, Any] | None = None) -> ShardIndex:
-    """Reads every tar of `folder` once and writes the index, whole or not at all."""
+@dataclass(frozen=True)
+class IndexResult:
+    """The opened set, or None where there are problems that were not accepted; and all problems."""
+
+    index: ShardIndex | None
+    problems: list[Problem]
+
+
+def build_index(
+    folder: str | Path,
+    *,
+    dataset: str = "",
+    settings: Mapping[str, Any] | None = None,
+    num_workers: int = 1,
+    accept_bad: bool = False,
+    image_extension: str = "",
+    label_extension: str = LABEL_EXTENSION,
+    progress: Callable[[str], None] = say,
+) -> IndexResult:
+    """Indexes all tars of `folder`; the index appears whole, or not at all where problems are not accepted.
+
+    Without `image_extension`, any of IMAGE_EXTENSIONS is taken; with "" for `label_extension`, labels are not. Raises
+    ValueError where there is nothing to index, or an index already.
+    """
     folder = Path(folder)
     shards = sorted(folder.glob("*.tar"))
     if not shards:
         raise ValueError(f"{folder}: there are no .tar files to index.")
-    if (folder / "index").exists():
-        raise ValueError(f"{folder / 'index'} is there already; remove it to build it anew.")
-    members = [(number, key, fields) for number, shard in enumerate(shards) for key, fields in _members(shard).items()]
-    image_extension, label_extension = _extensions([set(fields) for _, _, fields in members], folder)
-    records = [
-        _record(shards[number], number, key, fields, image_extension, label_extension)
-        for number, key, fields in members
-    ]
-    samples = np.array(records, sample_dtype(max((len(record[-1]) for record in records), default=1)))
-    header = IndexHeader(
-        dataset=dataset,
-        shards=[ShardFile(shard.name, shard.stat().st_size) for shard in shards],
-        num_samples=len(samples),
-        has_labels=bool(label_extension),
-        image_extension=image_extension,
-        label_extension=label_extension,
-        settings=dict(settings or {}),
+    if (folder / INDEX_FOLDER).exists():
+        raise ValueError(f"{folder / INDEX_FOLDER} is there already; remove it to build it anew.")
+    if (folder / MAKING_FOLDER).exists():
+        raise ValueError(f"{folder}: `iccld shards make` has not finished here; give that command again.")
+    with alone_in(folder, "indexing") as work:
+        clear(work)
+        task = partial(_index_to, work, image_extension.lower(), label_extension.lower())
+        problems = _index_all(shards, task, num_workers, progress)
+        parts = [(0, work / f"{number}.npy") for number in range(len(shards))]
+        samples, conflicts = without_conflicts(join_records(parts, work / "samples.npy"), shards)
+        problems += conflicts
+        accepted = len(samples) and (accept_bad or not problems)
+        if not len(samples) and not problems:
+            raise ValueError(f"{folder}: its {len(shards)} tars hold no samples.")
+        index = finish_index(folder, samples, shards=shards, dataset=dataset, settings=settings) if accepted else None
+        shutil.rmtree(work)
+    return IndexResult(index, problems)
+
+
+def _index_all(
+    shards: Sequence[Path],
+    task: Callable[[tuple[int, Path]], tuple[int, int, list[Problem]]],
+    num_workers: int,
+    progress: Callable[[str], None],
+) -> list[Problem]:
+    found: dict[int, list[Problem]] = {}
+    speed = Progress(sum(shard.stat().st_size for shard in shards), unit="MB", scale=10**6)
+    with in_processes(task, num_workers) as map_:
+        for number, size, problems in map_(enumerate(shards)):
+            found[number] = problems
+            rate, bad = speed.advance(size), sum(map(len, found.values()))
+            progress(f"{shards[number].name}: {len(found)} of {len(shards)}, {rate}, {bad} bad samples")
+    return [problem for number in sorted(found) for problem in found[number]]
+
+
+def _index_to(
+    work: Path, image_extension: str, label_extension: str, task: tuple[int, Path]
+) -> tuple[int, int, list[Problem]]:
+    number, path = task
+    records, problems = index_shard(path, number, image_extension=image_extension, label_extension=label_extension)
+    np.save(work / f"{number}.npy", records, allow_pickle=False)
+    return number, path.stat().st_size, problems
+
+
+def index_shard(
+    path: Path, number: int, *, image_extension: str = "", label_extension: str = LABEL_EXTENSION
+) -> tuple[np.ndarray, list[Problem]]:
+    """The records (`sample_dtype`) of the usable samples of a tar, shard `number` of its set, and all its problems."""
+    members, problems = read_members(path)
+    images = (image_extension,) if image_extension else tuple(e for e in IMAGE_EXTENSIONS if e != label_extension)
+    records = []
+    with path.open("rb") as file:
+        for key, fields in members.items():
+            try:
+                places = _places(path, key, fields, images, label_extension)
+                data = _read(file, places[0]), _read(file, places[1])
+                records.append(make_record(key, places, data, examine(*data), number))
+            except Unusable as bad:
+                problems.append(bad.problem)
+            except (ValueError, MemoryError) as error:
+                problems.append(Problem(str(path), str(error) or "memory does not suffice for it", _AGAIN, key))
+    return to_array(records), problems
+
+
+def _read(file: BinaryIO, place: Place) -> bytes:
+    file.seek(place.offset)
+    return file.read(place.size)
+
+
+def _places(
+    path: Path, key: str, fields: Mapping[str, Place], images: Sequence[str], label_extension: str
+) -> tuple[Place, Place]:
+    """Where the sample's image and label lie; a label of size 0 is none."""
+    found = [fields[extension] for extension in images if extension in fields]
+    label = fields.get(label_extension) if label_extension else None
+    if fault := key_fault(key):
+        raise Unusable(Problem(str(path), fault, f"rename it, {LEAVE_OUT}", key))
+    if not found:
+        what = f"it has no image ({', '.join(images)}), only {', '.join(sorted(fields))}"
+        raise Unusable(Problem(str(path), what, f"add one, or name it by --image-extension, {LEAVE_OUT}", key))
+    if label and not label.size:
+        raise Unusable(Problem(str(path), "its label is empty", _AGAIN, key))
+    places = found[0], label or Place(0, 0)
+    size = sum(place.size for place in places)
+    if size > MAX_SAMPLE_BYTES:
+        what = f"it has {size} bytes, {MAX_SAMPLE_BYTES} at most"
+        raise Unusable(Problem(str(path), what, f"pack smaller images, {LEAVE_OUT}", key))
+    return places
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The arguments of `iccld shards index`."""
+    add = parser.add_argument
+    add("folder", metavar="DIR", help="a folder of tars, each with KEY.jpg (or png, webp) and KEY.label.png")
+    add("--dataset", default="", help="a name for the set")
+    add("--image-extension", default="", metavar="EXT", help="of images, where a sample has several")
+    add("--label-extension", default=LABEL_EXTENSION, metavar="EXT", help="of label images, which hold train ids")
+    add("--no-labels", action="store_true", help="a target set: labels are not looked at")
+    add("--accept-bad", action="store_true", help="leave out bad samples")
+    add("--workers", type=int, default=usable_cpus(), dest="num_workers", help="default: %(default)s")
+
+
+def run(arguments: Namespace) -> int:
+    """Indexes and lists what is bad; the exit status. Raises ValueError where the user erred."""
+    result = build_index(
+        arguments.folder,
+        dataset=arguments.dataset,
+        num_workers=arguments.num_workers,
+        accept_bad=arguments.accept_bad,
+        image_extension=arguments.image_extension,
+        label_extension="" if arguments.no_labels else arguments.label_extension,
     )
-    _write(folder, header, samples)
-    return ShardIndex.open(folder)
-
-
-def _write(folder: Path, header: IndexHeader, samples: np.ndarray) -> None:
-    temporary = folder / "index.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    np.save(temporary / "samples.npy", samples, allow_pickle=False)
-    (temporary / "index.json").write_text(json.dumps(asdict(header), indent=2) + "\n")
-    for path in (temporary / "samples.npy", temporary / "index.json", temporary):
-        sync(path)
-    temporary.rename(folder / "index")
-    sync(folder)
-
-
-def _members(shard: Path) -> dict[str, dict[str, Place]]:
-    """Key to extension to place; as for webdataset, the extension starts at the first dot of the file's name."""
-    samples: dict[str, dict[str, Place]] = {}
-    try:
-        with tarfile.open(shard, "r:") as tar:
-            for member in tar:
-                directory, _, name = member.name.removeprefix("./").rpartition("/")
-                if not member.isfile() or name.startswith("."):
-                    continue
-                stem, _, extension = name.partition(".")
-                fields = samples.setdefault(f"{directory}/{stem}" if directory else stem, {})
-                if extension in fields:
-                    raise ValueError(f"{shard}: {member.name} is there twice; keys must be unique within a shard.")
-                fields[extension] = (member.offset_data, member.size)
-    except tarfile.TarError as error:
-        raise ValueError(f"{shard} is not a whole, uncompressed tar ({error}); make it again.") from error
-    return samples
-
-
-def _extensions(samples: Sequence[set[str]], folder: Path) -> tuple[str, str]:
-    """The extensions of images and labels ('' without labels), which must be the same in all samples."""
-    common = set.intersection(*samples) if samples else set()
-    images = [extension for extension in IMAGE_EXTENSIONS if extension in common]
-    if samples and not images:
-        raise ValueError(
-            f"{folder}: the samples have no image extension in common (one of {', '.join(IMAGE_EXTENSIONS)}); "
-            f"pack each image as KEY.EXTENSION, in one format for the whole set."
-        )
-    num_labelled = sum(LABEL_EXTENSION in fields for fields in samples)
-    if 0 < num_labelled < len(samples):
-        raise ValueError(
-            f"{folder}: {len(samples) - num_labelled} of {len(samples)} samples have no {LABEL_EXTENSION}; "
-            f"give labels to all samples or to none."
-        )
-    return (images[0] if images else IMAGE_EXTENSIONS[0]), (LABEL_EXTENSION if num_labelled else "")
-
-
-def _record(
-    shard: Path, number: int, key: str, fields: Mapping[str, Place], image_extension: str, label_extension: str
-) -> tuple[Any, ...]:
-    """The fields of `sample_dtype`, in order."""
-    place, label_place = fields[image_extension], fields.get(label_extension, (0, 0))
-    with shard.open("rb") as file:
-        image = os.pread(file.fileno(), place[1], place[0])
-        label = os.pread(file.fileno(), label_place[1], label_place[0])
-    try:
-        height, width = image_size(image)
-        class_pixels = _class_pixels(label, (height, width)) if label else np.zeros(NUM_TRAIN_IDS, np.uint32)
-    except DECODE_ERRORS as error:
-        raise ValueError(f"{shard}: sample {key!r}: {error}; make the shard again without it.") from error
-    checksums = zlib.crc32(image), zlib.crc32(label)
-    return number, *place, *label_place, height, width, *checksums, class_pixels, key.encode()
-
-
-def _class_pixels(label: bytes, size: tuple[int, int]) -> np.ndarray:
-    ids = decode_label(label)
-    if ids.shape != size:
-        raise ValueError(f"the image has {size[0]}x{size[1]} pixels, its label {ids.shape[0]}x{ids.shape[1]}")
-    counts = np.bincount(ids.ravel(), minlength=IGNORE_INDEX + 1)
-    strange = [int(i) for i in np.flatnonzero(counts) if NUM_TRAIN_IDS <= i != IGNORE_INDEX]
-    if strange:
-        raise ValueError(f"the label holds {strange}; labels must be train ids 0-{NUM_TRAIN_IDS - 1} or {IGNORE_INDEX}")
-    return counts[:NUM_TRAIN_IDS].astype(np.uint32)
+    for problem in result.problems:
+        print(f"bad: {problem}", file=sys.stderr)
+    if result.index is None:
+        print(f"{len(result.problems)} problems: {arguments.folder} is not indexed.", file=sys.stderr)
+        return 1
+    print(f"{arguments.folder}: {len(result.index)} samples indexed, {len(result.problems)} problems.")
+    return 0

@@ -1,7 +1,9 @@
 """Which sample comes n-th: pure functions of (seed, stream, n), in constant time and without shuffled lists."""
 
+import bisect
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -10,14 +12,19 @@ from iccld import rng
 
 _MASK = (1 << 64) - 1
 _NUM_ROUND_PAIRS = 4
+_BLOCK = 10_000
 
 
 @dataclass(frozen=True)
 class Draw:
-    """The sample at `index` of the set; `wanted_class` is the class it was drawn for, where it was drawn for one."""
+    """The sample at `index` of the set; `wanted_class` is the class it was drawn for, where it was drawn for one.
+
+    `part` counts the sets of a mixture.
+    """
 
     index: int
-    wanted_class: int | None
+    wanted_class: int | None = None
+    part: int = 0
 
 
 class Order(Protocol):
@@ -112,16 +119,31 @@ def rare_class_probabilities(class_pixels: np.ndarray, *, temperature: float) ->
 class RareClassOrder:
     """Draws a class, rare ones more often, and then an image that shows it, uniformly.
 
-    An image shows class c with more than `min_pixels` of its pixels; where no image of the set has as many, with any.
-    Held in memory: the list of images of each class, at most `8 * K` bytes an image.
+    An image shows a class with more than `min_pixels` of one of its train ids; where no image of the set has as many,
+    with any. Nothing is held in memory that grows with the set.
     """
 
     def __init__(
-        self, class_pixels: np.ndarray, *, seed: int, stream: str, temperature: float = 0.01, min_pixels: int = 3000
+        self,
+        class_pixels: np.ndarray,
+        images_with: Sequence[np.ndarray],
+        *,
+        totals: np.ndarray,
+        members: Sequence[Sequence[int]],
+        seed: int,
+        stream: str,
+        temperature: float = 0.01,
+        min_pixels: int = 3000,
     ) -> None:
-        """`class_pixels` is `(N, K)`: the pixels of each class in each image."""
+        """`class_pixels`, `(N, T)`, are the pixels of each train id in each image, and `totals`, `(T,)`, their sums.
+
+        `images_with[t]` are the images that show train id t, those with most pixels first (`index.rank_samples`), and
+        `members[c]` the train ids that make up class c. Raises ValueError where no class occurs.
+        """
         self.seed, self.stream = seed, stream
-        self.probabilities = rare_class_probabilities(class_pixels.sum(0, dtype=np.float64), temperature=temperature)
+        self.probabilities = rare_class_probabilities(
+            np.array([sum(totals[t] for t in ids) for ids in members]), temperature=temperature
+        )
         self._classes = np.flatnonzero(self.probabilities)
         if not len(self._classes):
             raise ValueError(
@@ -129,16 +151,75 @@ class RareClassOrder:
                 f"check the labels and data.class_set, or set data.rare_class_sampling=false."
             )
         self._cumulative = np.cumsum(self.probabilities[self._classes])
-        self._images = [_images_with(class_pixels[:, c], min_pixels) for c in self._classes]
+        self._images = [_ClassImages(class_pixels, images_with, members[int(c)], min_pixels) for c in self._classes]
 
     def __getitem__(self, number: int) -> Draw:
         generator = rng.numpy_generator(self.seed, f"{self.stream}/rare_class", number)
         drawn = int(np.searchsorted(self._cumulative, generator.random(), side="right"))
         drawn = min(drawn, len(self._classes) - 1)  # the last sum may round to just below 1
-        images = self._images[drawn]
-        return Draw(int(images[generator.integers(len(images))]), int(self._classes[drawn]))
+        return Draw(self._images[drawn].draw(generator), int(self._classes[drawn]))
 
 
-def _images_with(pixels: np.ndarray, min_pixels: int) -> np.ndarray:
-    images = np.flatnonzero(pixels > min_pixels)
-    return images if len(images) else np.flatnonzero(pixels)
+class _ClassImages:
+    """The images that show one class, which may be made up of several train ids."""
+
+    def __init__(
+        self, class_pixels: np.ndarray, images_with: Sequence[np.ndarray], train_ids: Sequence[int], min_pixels: int
+    ) -> None:
+        for least in (min_pixels, 0):
+            counts = [_count_above(class_pixels, images_with[t], t, least) for t in train_ids]
+            if any(counts):
+                break
+        self._pixels, self._least = class_pixels, least
+        self._members = [(t, images_with[t][:count]) for t, count in zip(train_ids, counts, strict=True)]
+        self._ends = np.cumsum(counts)
+
+    def draw(self, generator: np.random.Generator) -> int:
+        """One of them, uniformly: an image that several train ids list counts for the first of them alone."""
+        while True:
+            place = int(generator.integers(self._ends[-1]))
+            member = int(np.searchsorted(self._ends, place, side="right"))
+            images = self._members[member][1]
+            image = int(images[place - int(self._ends[member])])  # counted from the list's end
+            if all(self._pixels[image, t] <= self._least for t, _ in self._members[:member]):
+                return image
+
+
+def _count_above(class_pixels: np.ndarray, images: np.ndarray, train_id: int, least: int) -> int:
+    """How many of the `images`, sorted by falling pixels of `train_id`, have more than `least` of them."""
+    return bisect.bisect_left(range(len(images)), -least, key=lambda i: -int(class_pixels[images[i], train_id]))
+
+
+class SubsetOrder:
+    """An order over `positions` of a set, where `order` counts only those."""
+
+    def __init__(self, order: Order, positions: Sequence[int] | np.ndarray) -> None:
+        self.order, self.positions = order, positions
+
+    def __getitem__(self, number: int) -> Draw:
+        draw = self.order[number]
+        return replace(draw, index=int(self.positions[draw.index]))
+
+
+class MixedOrder:
+    """Several sets by their weights: of each 10,000 numbers, set i gets its share, spread by a keyed permutation.
+
+    Every set's own order is followed number by number, so that none of its samples is skipped or repeated.
+    """
+
+    def __init__(self, orders: Sequence[Order], weights: Sequence[float], *, seed: int, stream: str) -> None:
+        self.orders, self.seed, self.stream = list(orders), seed, stream
+        ends = [round(_BLOCK * sum(weights[: i + 1]) / sum(weights)) for i in range(len(weights))]
+        self._starts, self.shares = [0, *ends[:-1]], np.diff([0, *ends]).tolist()
+        if min(self.shares) < 1:
+            raise ValueError(
+                f"data.{stream}: weights {list(weights)} give a set less than one of {_BLOCK:,} samples; "
+                f"give it more, or leave it out."
+            )
+
+    def __getitem__(self, number: int) -> Draw:
+        block, position = divmod(number, _BLOCK)
+        slot = Permutation(_BLOCK, rng.key(self.seed, f"{self.stream}/mixture", block))[position]
+        part = bisect.bisect_right(self._starts, slot) - 1
+        own_number = block * self.shares[part] + slot - self._starts[part]
+        return replace(self.orders[part][own_number], part=part)

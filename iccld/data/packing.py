@@ -1,41 +1,45 @@
-"""One chunk of pairs into one tar: read, check, resize, encode, write; bad pairs are collected, not fatal."""
+"""A pair becomes the bytes that are stored; a chunk of pairs becomes tars. Bad pairs are collected, not fatal."""
 
 import io
-import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from iccld.data.converters import Converter, Pair, UnknownIds
-from iccld.data.decode import DECODE_ERRORS, LABEL_EXTENSION, decode_image
-from iccld.data.indexing import sync
+from iccld.data.decode import DECODE_ERRORS, decode_image
+from iccld.data.grey_png import encode_grey_png
+from iccld.data.index import NUM_TRAIN_IDS
+from iccld.data.records import count_classes
+from iccld.data.tars import LEAVE_OUT, Problem, Unusable
 
-_LEAVE_OUT = "or leave bad pairs out with --accept-bad"
+_FETCH = f"fetch or export it again, {LEAVE_OUT}"
 
 
 class ImageFormat(Enum):
-    """How images are stored; `keep` copies a file's bytes where it need not be resized."""
+    """How images are stored: PNG and WebP without loss; `keep` copies a file's bytes where it need not be resized."""
 
     JPG = "jpg"
     PNG = "png"
+    WEBP = "webp"
     KEEP = "keep"
+
+
+_EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 
 
 @dataclass(frozen=True)
 class Packing:
-    """How pairs are stored. `extension` is "jpg" or "png"; `keep_bytes` copies images that are not resized."""
+    """How pairs are stored. `quality` is JPEG's; `exact_size` is (height, width); 0 for `max_bytes`: no limit."""
 
-    extension: str
-    keep_bytes: bool
-    quality: int
-    with_labels: bool
-    max_side: int
-    exact_size: tuple[int, int] | None
+    image_format: ImageFormat
+    quality: int = 95
+    with_labels: bool = True
+    max_side: int = 0
+    exact_size: tuple[int, int] | None = None
+    max_bytes: int = 0
 
     def size_of(self, height: int, width: int) -> tuple[int, int]:
         """The stored (height, width) of an image; `max_side` never enlarges."""
@@ -47,84 +51,73 @@ class Packing:
         return max(1, round(height * scale)), max(1, round(width * scale))
 
 
-@dataclass(frozen=True)
-class Problem:
-    """A file that cannot be used: what is wrong with it, and what to do."""
+class Packed(NamedTuple):
+    """A pair as it is stored; `label` is empty without labels. `facts` are height, width and class pixels."""
 
-    file: str
-    what: str
-    remedy: str
-
-    def __str__(self) -> str:
-        return f"{self.file}: {self.what}; {self.remedy}."
+    extension: str
+    image: bytes
+    label: bytes
+    facts: tuple[int, int, np.ndarray]
 
 
-class BadPair(Exception):
-    """Carries the problem of one pair to where problems are collected."""
-
-    def __init__(self, file: Path, what: str, remedy: str) -> None:
-        super().__init__(what)
-        self.problem = Problem(str(file), what, f"{remedy}, {_LEAVE_OUT}")
-
-
-def pack_shard(path: Path, pairs: Sequence[Pair], converter: Converter, packing: Packing) -> list[Problem]:
-    """Writes the good ones of `pairs` as the tar `path`, which appears whole or, without any good pair, not at all."""
-    from webdataset.writer import TarWriter  # imports torch, for which `--help` should not wait
-
-    problems = []
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as file:
-        with TarWriter(file, encoder=False, mtime=0, format="PAX_FORMAT") as writer:
-            for pair in pairs:
-                try:
-                    writer.write({"__key__": pair.key, **encode_pair(pair, converter, packing)})
-                except BadPair as bad:
-                    problems.append(bad.problem)
-        file.flush()
-        os.fsync(file.fileno())
-    if len(problems) < len(pairs):
-        temporary.rename(path)
-    else:
-        temporary.unlink()
-    sync(path.parent)
-    return problems
-
-
-def encode_pair(pair: Pair, converter: Converter, packing: Packing) -> dict[str, bytes]:
-    """Extension to bytes of a pair's image and, with labels, its train ids."""
+def pack_pair(pair: Pair, converter: Converter, packing: Packing) -> Packed:
+    """Reads, checks, resizes and encodes a pair, or raises Unusable."""
     try:
-        data = pair.image.read_bytes()
+        return _pack(pair, converter, packing)
+    except MemoryError as error:
+        file, remedy = converter.tree.location(pair.image), f"use fewer --workers, {LEAVE_OUT}"
+        raise Unusable(Problem(file, "memory does not suffice for it", remedy)) from error
+
+
+def _pack(pair: Pair, converter: Converter, packing: Packing) -> Packed:
+    file = converter.tree.location(pair.image)
+    try:
+        data = converter.tree.read(pair.image)
         image = decode_image(data)
     except DECODE_ERRORS as error:
-        raise BadPair(pair.image, f"the image cannot be read ({error})", "fetch or export it again") from error
+        raise Unusable(Problem(file, f"the image cannot be read ({error})", _FETCH)) from error
     height, width = packing.size_of(*image.shape[:2])
-    fields = {}
+    class_pixels, label = np.zeros(NUM_TRAIN_IDS, np.uint32), b""
     if packing.with_labels:
-        labels = Image.fromarray(_read_labels(pair, converter, image.shape[:2]))
-        fields[LABEL_EXTENSION] = _encoded(labels.resize((width, height), Image.Resampling.NEAREST), "png")
-    if packing.keep_bytes and (height, width) == image.shape[:2]:
-        return {packing.extension: data, **fields}
-    resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)  # antialiased where it shrinks
-    if packing.extension == "png":
-        return {"png": _encoded(resized, "png"), **fields}
-    return {"jpg": _encoded(resized, "jpeg", quality=packing.quality, subsampling="4:2:0"), **fields}
+        train_ids = _read_labels(pair, converter, image.shape[:2])
+        resized = np.asarray(Image.fromarray(train_ids).resize((width, height), Image.Resampling.NEAREST))
+        class_pixels, label = count_classes(resized), encode_grey_png(resized)
+    extension, stored = _store(data, image, (height, width), packing)
+    return Packed(extension, stored, label, (height, width, class_pixels))
+
+
+def _store(data: bytes, image: np.ndarray, size: tuple[int, int], packing: Packing) -> tuple[str, bytes]:
+    """Extension and bytes of an image, `(H, W, 3)` uint8, in the stored size and format."""
+    extension = packing.image_format.value
+    if packing.image_format is ImageFormat.KEEP:
+        with Image.open(io.BytesIO(data)) as opened:
+            extension = _EXTENSIONS.get(opened.format or "", "")
+        if extension and size == image.shape[:2]:
+            return extension, data
+    # PIL's BILINEAR is antialiased where it shrinks.
+    resized = Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BILINEAR)
+    if extension == "jpg":
+        return "jpg", _encoded(resized, "jpeg", quality=packing.quality, subsampling="4:2:0")
+    if extension == "webp":
+        return "webp", _encoded(resized, "webp", lossless=True)
+    return "png", _encoded(resized, "png")
 
 
 def _read_labels(pair: Pair, converter: Converter, image_size: tuple[int, ...]) -> np.ndarray:
-    assert pair.label is not None
-    if not pair.label.is_file():
-        raise BadPair(
-            pair.image, f"it has no label ({pair.label} is missing)", "add it, use --no-labels for a target set"
-        )
+    if pair.label is None or not converter.tree.exists(pair.label):
+        expected = converter.tree.location(pair.label) if pair.label else "its data set has none"
+        what, remedy = f"it has no label ({expected})", f"add it, use --no-labels for a target set, {LEAVE_OUT}"
+        raise Unusable(Problem(converter.tree.location(pair.image), what, remedy))
+    file = converter.tree.location(pair.label)
     try:
         labels = converter.train_ids(pair.label)
     except UnknownIds as error:
-        raise BadPair(pair.label, str(error), "correct it, or complete the mapping") from error
+        raise Unusable(Problem(file, str(error), f"correct it, or complete the mapping, {LEAVE_OUT}")) from error
     except DECODE_ERRORS as error:
-        raise BadPair(pair.label, f"the label cannot be read ({error})", "fetch or export it again") from error
+        raise Unusable(Problem(file, f"the label cannot be read ({error})", _FETCH)) from error
     if labels.shape != image_size:
         sizes = f"{labels.shape[0]}x{labels.shape[1]} pixels, its image {image_size[0]}x{image_size[1]}"
-        raise BadPair(pair.label, f"the label has {sizes}", "export the two in one size")
+        raise Unusable(Problem(file, f"the label has {sizes}", f"export the two in one size, {LEAVE_OUT}"))
     return labels
 
 

@@ -4,8 +4,8 @@
                                           ├─ chunk ── shard-000001.tar ─┼── index/ (last: it says that all is done)
                                           └─ ...                       ─┘
 
-Shard i holds the i-th chunk of the sorted pairs, without the bad ones. `making/` remembers what is finished, so that
-the same command goes on where it was interrupted.
+Chunk i of the sorted pairs, without the bad ones, becomes shard i (or several, with a limit of bytes), in any of the
+worker processes. `making/` remembers what is finished, so that the same command goes on where it was interrupted.
 """
 
 import json
@@ -19,15 +19,26 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from iccld.data.converters import CONVERTERS, Converter, Pair
-from iccld.data.index import ShardIndex
-from iccld.data.indexing import build_index, sync
-from iccld.data.packing import ImageFormat, Packing, Problem, pack_shard
+from iccld.data.chunks import ChunkPacker, ChunkReport, pack_chunks
+from iccld.data.converters import DATASETS, Pair, open_converter
+from iccld.data.durable import MAKING_FOLDER, alone_in, clear, write_whole
+from iccld.data.index import INDEX_FOLDER, ShardIndex
+from iccld.data.indexing import IndexResult
+from iccld.data.packing import ImageFormat, Packing
+from iccld.data.processes import say, usable_cpus
+from iccld.data.records import finish_index, join_records
+
+_NOT_CONTENT = ("output", "accept_bad", "mapping", "num_workers")
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
 @dataclass
 class MakeShardsConfig:
-    """Settings of `iccld shards make`. At most one of `max_side` and `height` x `width` resizes; 0 is off."""
+    """Settings of `iccld shards make`. At most one of `max_side` and `height` x `width` resizes; 0 is off.
+
+    A shard is closed when it holds `samples_per_shard`, or when one more would bring it above `bytes_per_shard` (0: any
+    number of bytes). `input` is a folder or a zip, `mapping` a file.
+    """
 
     dataset: str
     input: str
@@ -41,13 +52,11 @@ class MakeShardsConfig:
     image_format: ImageFormat = ImageFormat.JPG
     quality: int = 95
     samples_per_shard: int = 1000
+    bytes_per_shard: int = 0
     accept_bad: bool = False
+    num_workers: int = 1
 
     def __post_init__(self) -> None:
-        if self.dataset not in CONVERTERS:
-            raise ValueError(f"--dataset {self.dataset} is unknown; use one of {', '.join(CONVERTERS)}.")
-        if self.mapping and not CONVERTERS[self.dataset].takes_mapping:
-            raise ValueError(f"--mapping {self.mapping}: the ids of {self.dataset} are known; leave --mapping out.")
         if min(self.max_side, self.height, self.width) < 0 or bool(self.height) != bool(self.width):
             raise ValueError("--max-side and --size must be positive; give --size as HEIGHTxWIDTH, as in 512x1024.")
         if self.max_side and self.height:
@@ -56,46 +65,60 @@ class MakeShardsConfig:
             raise ValueError(f"--quality {self.quality} must be between 1 and 100; 95 is usual.")
         if self.samples_per_shard < 1:
             raise ValueError(f"--samples-per-shard {self.samples_per_shard} must be at least 1; 1000 is usual.")
+        if self.bytes_per_shard < 0:
+            raise ValueError(f"--bytes-per-shard {self.bytes_per_shard} must be positive; 1G is usual.")
 
     def settings(self) -> dict[str, Any]:
         """What the shards' content depends on, as JSON."""
         own = asdict(self) | {"image_format": self.image_format.value, "input": str(Path(self.input).resolve())}
-        return {name: value for name, value in own.items() if name not in ("output", "accept_bad", "mapping")}
+        return {name: value for name, value in own.items() if name not in _NOT_CONTENT}
+
+    def packing(self) -> Packing:
+        """How each pair is stored."""
+        size = (self.height, self.width) if self.height else None
+        return Packing(
+            self.image_format, self.quality, not self.no_labels, self.max_side, size, max_bytes=self.bytes_per_shard
+        )
 
 
-@dataclass(frozen=True)
-class MakeShardsResult:
-    """The opened set, or None where it is not finished: bad pairs were found and not accepted, or no others."""
+def make_shards(config: MakeShardsConfig, *, progress: Callable[[str], None] = say) -> IndexResult:
+    """Makes the shards of a data set; the same command again keeps what is finished.
 
-    index: ShardIndex | None
-    problems: list[Problem]
-
-
-def make_shards(config: MakeShardsConfig, *, progress: Callable[[str], None] = print) -> MakeShardsResult:
-    """Makes the shards of a data set; the same command again keeps what is finished."""
-    root, output = Path(config.input), Path(config.output)
-    if not root.is_dir():
-        raise ValueError(f"--input {root}: there is no such folder; give the folder that holds the data set.")
-    converter = CONVERTERS[config.dataset].open(root, config.split, Path(config.mapping) if config.mapping else None)
-    settings = config.settings() | {"ids": {str(old): new for old, new in sorted(converter.ids.items())}}
-    if (output / "index").is_dir():
+    The result has no index where bad pairs were found and not accepted, or no others. Raises ValueError where the user
+    erred, or where another process makes the same shards.
+    """
+    mapping = Path(config.mapping) if config.mapping else None
+    converter = open_converter(config.dataset, Path(config.input), split=config.split, mapping=mapping)
+    output = Path(config.output)
+    settings = config.settings() | {"converter": converter.describe()}
+    if (output / INDEX_FOLDER).is_dir():
         return _keep_finished(output, settings, progress)
     pairs = _with_safe_keys(converter.pairs())
-    _prepare(output, settings, pairs)
-    problems = _pack_all(pairs, converter, config, progress)
-    if len(problems) == len(pairs) or (problems and not config.accept_bad):
-        return MakeShardsResult(None, problems)
-    index = build_index(output, dataset=config.dataset, settings=settings)
-    shutil.rmtree(output / "making")
-    return MakeShardsResult(index, problems)
+    if output.exists() and any(output.iterdir()) and not (output / MAKING_FOLDER).is_dir():
+        raise ValueError(f"--output {output} is not empty and was not made by this command; use another --output.")
+    if not config.no_labels and (spare := converter.labels_without_image()):
+        progress(f"{len(spare)} label files belong to no image, such as {converter.tree.location(spare[0])}")
+    with alone_in(output, MAKING_FOLDER) as making:
+        _prepare(output, making, settings, pairs)
+        size, pack = config.samples_per_shard, ChunkPacker(converter, config.packing(), output)
+        chunks = [pairs[start : start + size] for start in range(0, len(pairs), size)]
+        reports = pack_chunks(
+            chunks, pack, keep_bad=config.accept_bad, num_workers=config.num_workers, progress=progress
+        )
+        problems = [problem for report in reports for problem in report.problems]
+        if len(problems) == len(pairs) or (problems and not config.accept_bad):
+            return IndexResult(None, problems)
+        index = _finish(output, reports, converter.name, settings)
+        shutil.rmtree(making)
+    return IndexResult(index, problems)
 
 
-def _keep_finished(output: Path, settings: dict[str, Any], progress: Callable[[str], None]) -> MakeShardsResult:
+def _keep_finished(output: Path, settings: dict[str, Any], progress: Callable[[str], None]) -> IndexResult:
     index = ShardIndex.open(output, setting="--output")
     _check_same(index.header.settings, settings, output)
-    shutil.rmtree(output / "making", ignore_errors=True)
+    shutil.rmtree(output / MAKING_FOLDER, ignore_errors=True)
     progress(f"{output} is finished already with these settings: {len(index)} samples are kept.")
-    return MakeShardsResult(index, [])
+    return IndexResult(index, [])
 
 
 def _check_same(old: dict[str, Any], new: dict[str, Any], output: Path) -> None:
@@ -107,35 +130,27 @@ def _check_same(old: dict[str, Any], new: dict[str, Any], output: Path) -> None:
         )
 
 
-def _prepare(output: Path, settings: dict[str, Any], pairs: Sequence[Pair]) -> None:
-    """Leaves `output` empty but for what an interrupted run of the same settings and pairs has finished."""
-    marker = output / "making" / "settings.json"
+def _prepare(output: Path, making: Path, settings: dict[str, Any], pairs: Sequence[Pair]) -> None:
+    """Leaves of `output` only what an interrupted run of the same settings and pairs has finished."""
+    marker = making / "settings.json"
     state = {"settings": settings, "pairs": zlib.crc32("\n".join(pair.key for pair in pairs).encode())}
     if marker.is_file():
         old = json.loads(marker.read_text())
         _check_same(old["settings"], settings, output)
         if old == state:
+            for path in making.glob("*.tmp"):
+                path.unlink()
             return
-        shutil.rmtree(marker.parent)
-        for shard in output.glob("shard-*.tar"):
-            shard.unlink()
-    elif output.exists() and any(output.iterdir()):
-        raise ValueError(f"--output {output} is not empty and was not made by this command; use another --output.")
-    marker.parent.mkdir(parents=True)
-    _write_json(marker, state)
-
-
-def _write_json(path: Path, content: Any) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content))
-    sync(temporary)
-    temporary.rename(path)
+    for shard in output.glob("shard-*.tar"):
+        shard.unlink()
+    clear(making)
+    write_whole(marker, json.dumps(state).encode())
 
 
 def _with_safe_keys(pairs: Sequence[Pair]) -> list[Pair]:
     """Keys without dots, slashes and the like, which WebDataset readers would take for something else."""
     safe = [replace(pair, key=re.sub(r"[^A-Za-z0-9_-]", "_", pair.key)) for pair in pairs]
-    owners: dict[str, Path] = {}
+    owners: dict[str, str] = {}
     for pair in safe:
         if pair.key in owners:
             raise ValueError(f"{owners[pair.key]} and {pair.image} get the same key {pair.key!r}; rename one of them.")
@@ -143,62 +158,48 @@ def _with_safe_keys(pairs: Sequence[Pair]) -> list[Pair]:
     return safe
 
 
-def _packing(pairs: Sequence[Pair], config: MakeShardsConfig) -> Packing:
-    extension, keep = config.image_format.value, config.image_format is ImageFormat.KEEP
-    if keep:
-        found = {pair.image.suffix.lower().replace("jpeg", "jpg")[1:] for pair in pairs}
-        if found not in ({"jpg"}, {"png"}):
-            raise ValueError(
-                f"--image-format keep: the images are {', '.join(sorted(found))}, but a set has one format, jpg or "
-                f"png; use --image-format jpg or png."
-            )
-        extension = found.pop()
-    size = (config.height, config.width) if config.height else None
-    return Packing(extension, keep, config.quality, not config.no_labels, config.max_side, size)
-
-
-def _pack_all(
-    pairs: Sequence[Pair], converter: Converter, config: MakeShardsConfig, progress: Callable[[str], None]
-) -> list[Problem]:
-    packing, problems = _packing(pairs, config), []
-    starts = range(0, len(pairs), config.samples_per_shard)
-    for number, start in enumerate(starts):
-        path = Path(config.output) / f"shard-{number:06d}.tar"
-        report = path.parent / "making" / f"{path.stem}.json"
-        known = [Problem(**problem) for problem in json.loads(report.read_text())] if report.is_file() else None
-        if known is None or (known and not config.accept_bad):  # who did not accept them may have mended them
-            known = pack_shard(path, pairs[start : start + config.samples_per_shard], converter, packing)
-            _write_json(report, [asdict(problem) for problem in known])
-        problems += known
-        progress(f"{path.name}: {number + 1} of {len(starts)}, {len(problems)} bad pairs so far")
-    return problems
+def _finish(output: Path, reports: Sequence[ChunkReport], dataset: str, settings: dict[str, Any]) -> ShardIndex:
+    tars = [tar.name for report in reports for tar in report.tars]
+    for stale in {path.name for path in output.glob("shard-*.tar")} - set(tars):  # of pairs that were mended since
+        (output / stale).unlink()
+    making, parts, first = output / MAKING_FOLDER, [], 0
+    for report in reports:
+        parts.append((first, making / report.records.name))
+        first += len(report.tars)
+    samples = join_records(parts, making / "samples.npy")
+    return finish_index(output, samples, shards=[output / tar for tar in tars], dataset=dataset, settings=settings)
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """The arguments of `iccld shards make`."""
     add, default = parser.add_argument, MakeShardsConfig
-    add("--dataset", required=True, choices=sorted(CONVERTERS), help="the layout and the ids of the input")
-    add("--input", required=True, metavar="DIR", help="the folder as its distributor lays it out")
+    names = ", ".join(DATASETS)
+    add(
+        "--dataset", required=True, metavar="NAME", help=f"the layout and the ids of the input: {names}, or a YAML file"
+    )
+    add("--input", required=True, metavar="PATH", help="the folder as its distributor lays it out, or its zip")
     add("--output", required=True, metavar="DIR", help="where the shards and their index go")
     add("--split", default=default.split, help="train, val, ...; where the set has splits")
     add("--no-labels", action="store_true", help="a target set: label files are not read")
     add("--mapping", default=default.mapping, metavar="FILE", help="folder: JSON or YAML of {id: train id}")
     add("--max-side", type=int, default=default.max_side, metavar="N", help="shrink images whose longer side exceeds N")
     add("--size", default="", metavar="HxW", help="resize every image to this size")
-    add("--image-format", default=default.image_format.value, choices=[f.value for f in ImageFormat])
-    add("--quality", type=int, default=default.quality, help="of JPEG; default: %(default)s")
-    add("--samples-per-shard", type=int, default=default.samples_per_shard, help="default: %(default)s")
+    formats = "png and webp lose nothing; keep copies files that are not resized"
+    choices = [f.value for f in ImageFormat]
+    add("--image-format", default=default.image_format.value, choices=choices, help=f"default: %(default)s; {formats}")
+    add("--quality", type=int, default=default.quality, metavar="N", help="of JPEG; default: %(default)s")
+    add("--samples-per-shard", type=int, default=default.samples_per_shard, metavar="N", help="default: %(default)s")
+    add("--bytes-per-shard", default="0", metavar="SIZE", help="close shards before this size, too, as in 256M or 1G")
     add("--accept-bad", action="store_true", help="finish without the bad pairs")
+    add("--workers", type=int, default=usable_cpus(), dest="num_workers", metavar="N", help="default: %(default)s")
 
 
 def run(arguments: Namespace) -> int:
     """Makes the shards and lists what is bad; the exit status. Raises ValueError where the user erred."""
     fields = vars(arguments).copy()
-    size = re.fullmatch(r"(\d+)x(\d+)", text) if (text := fields.pop("size")) else None
-    if text and not size:
-        raise ValueError(f"--size {text} must be HEIGHTxWIDTH in pixels, as in 512x1024.")
-    height, width = (int(side) for side in size.groups()) if size else (0, 0)
-    fields |= {"height": height, "width": width, "image_format": ImageFormat(fields["image_format"])}
+    fields["height"], fields["width"] = _parse_size(fields["size"])
+    fields["bytes_per_shard"] = _parse_bytes(fields["bytes_per_shard"])
+    fields["image_format"] = ImageFormat(fields["image_format"])
     config = MakeShardsConfig(**{name: fields[name] for name in MakeShardsConfig.__dataclass_fields__})
     result = make_shards(config)
     for problem in result.problems:
@@ -210,12 +211,15 @@ def run(arguments: Namespace) -> int:
     return 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command on its own, with its errors in one line."""
-    parser = ArgumentParser(prog="make_shards", description="Pack a data set into shards for training.")
-    add_arguments(parser)
-    try:
-        return run(parser.parse_args(argv))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def _parse_size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)x(\d+)", text or "0x0")
+    if not match:
+        raise ValueError(f"--size {text} must be HEIGHTxWIDTH in pixels, as in 512x1024.")
+    return int(match[1]), int(match[2])
+
+
+def _parse_bytes(text: str) -> int:
+    match = re.fullmatch(r"(\d+)([KMG]?)", text)
+    if not match:
+        raise ValueError(f"--bytes-per-shard {text} must be a number of bytes, as in 256M or 1G.")
+    return int(match[1]) * _UNITS[match[2]]

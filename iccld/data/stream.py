@@ -7,22 +7,20 @@ ranks and workers, and goes on as if it had never stopped.
 """
 
 import itertools
-from collections.abc import Generator, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from iccld.data.config import BatchLayout, DataConfig, open_dataset
-from iccld.data.domain import DomainStream, MicroBatch, View, class_pixels, relabel
-from iccld.data.index import ShardIndex
-from iccld.data.order import EpochOrder, Order, RareClassOrder
-from iccld.data.reader import ShardReader
+from iccld.data.config import BatchLayout, DataConfig
+from iccld.data.decode import DECODE_ERRORS, decode_image
+from iccld.data.domain import DomainStream, MicroBatch, View, decode_train_ids, relabel
+from iccld.data.parts import Part, domain_order, open_parts
 from iccld.data.workers import initialize_worker
 
 Batch = dict[str, MicroBatch]
+MIN_DRAWN = 1000
 
 
 class TrainingStream:
@@ -30,11 +28,14 @@ class TrainingStream:
 
     A batch is `{"source": {...}, "target": {...}}`, each with
 
-    - `images`: (B, 3, H, W) uint8 RGB
+    - `images`: (B, 3, H, W) uint8 RGB, in channels-last memory
     - `labels`: (B, H, W) uint8 class indices or 255; for the target only with `target_labels`
-    - `valid`: (B, H, W) bool, False in the target's margins
+    - `valid`: (B, H, 1) bool, False in the rows of the target's margins
     - `numbers`: (B,) int64 sample numbers, from which every later draw is keyed
     - `keys`: list of B names
+
+    `counters` are this rank's sums since the start: samples drawn and replaced; requests, retries and bytes of the
+    storage; hits and misses of the cache.
     """
 
     def __init__(
@@ -45,15 +46,35 @@ class TrainingStream:
         layout: BatchLayout,
         with_target: bool = True,
         target_labels: bool = False,
+        report: Callable[[str], None] = print,
     ) -> None:
-        self.config, self.layout = config, layout
+        """`report` is told of every bad sample once. Raises ValueError where a set cannot be used."""
+        self.config, self.layout, self.report = config, layout, report
         self.class_set = config.class_set.build()
         self.domains = {"source": self._source(seed)}
         if with_target and config.target.shards:
             self.domains["target"] = self._target(seed, target_labels)
+        self._drawn = {f"{name}_{what}": 0 for name in self.domains for what in ("samples", "replaced")}
+        self._transfers: dict[int, dict[str, int]] = {}
+        self._reported: set[tuple[str, str]] = set()
+
+    @property
+    def counters(self) -> dict[str, int]:
+        return _summed([self._drawn, *self._transfers.values()])
+
+    def fingerprints(self) -> dict[str, Any]:
+        """What a checkpoint remembers of the sets that it was trained on; where they lie is no part of it."""
+        return {
+            part.name: part.index.fingerprint() | ({} if part.is_whole else {"num_used": len(part.positions)})
+            for domain in self.domains.values()
+            for part in domain.parts
+        }
 
     def batches(self, start_step: int) -> Generator[Batch, None, None]:
-        """This rank's micro-batches in order, from the first of `start_step` on, without end."""
+        """This rank's micro-batches in order, from the first of `start_step` on, without end.
+
+        Raises ValueError, in one line, where a batch cannot be made or too many samples are bad.
+        """
         loader = DataLoader(
             _MicroBatches(self.domains, self.layout, start_step),
             batch_size=None,
@@ -62,49 +83,66 @@ class TrainingStream:
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # its own, so that starting a loader draws nothing from the global one
         )
-        for batch in loader:
-            if isinstance(batch, _Failure):
-                raise ValueError(batch.message)
-            yield batch
+        for delivery in loader:
+            if delivery.failure:
+                raise ValueError(delivery.failure)
+            self._transfers[delivery.worker] = delivery.transfers
+            for name, micro_batch in delivery.batch.items():
+                self._judge(name, len(micro_batch["keys"]), micro_batch.pop("replaced"))
+            yield delivery.batch
+
+    def _judge(self, domain: str, num_samples: int, bad: list[tuple[str, str, str]]) -> None:
+        """Counts the samples of a micro-batch, reports bad ones once, and ends the run if there are too many."""
+        drawn = self._drawn
+        drawn[f"{domain}_samples"] += num_samples + len(bad)
+        drawn[f"{domain}_replaced"] += len(bad)
+        for key, shard, what in bad:
+            if (key, shard) not in self._reported:
+                self._reported.add((key, shard))
+                self.report(f"bad sample replaced: {shard}: {key!r}: {what}")
+        count, total = drawn[f"{domain}_replaced"], drawn[f"{domain}_samples"]
+        if count > self.config.max_bad_share * max(total, MIN_DRAWN):
+            raise ValueError(
+                f"{count} of {total} {domain} samples are bad, more than data.max_bad_share="
+                f"{self.config.max_bad_share}; look at them with `iccld shards verify`, or allow a larger share."
+            )
 
     def _source(self, seed: int) -> DomainStream:
         config = self.config
-        index = open_dataset(config.source, "source", with_labels=True)
-        order: Order = EpochOrder(len(index), seed=seed, stream="source")
-        if config.rare_class_sampling:
-            order = RareClassOrder(
-                class_pixels(index, self.class_set),
-                seed=seed,
-                stream="source",
-                temperature=config.rare_class_temperature,
-                min_pixels=config.rare_class_min_pixels,
-            )
         view = View(self._crop_size(), config.flip, config.max_class_share, config.rare_class_min_pixels)
-        return DomainStream("source", index, order, seed=seed, view=view, table=self.class_set.table())
+        parts = open_parts(config, "source", with_labels=True)
+        order = domain_order(parts, config, seed=seed, rare_classes=config.rare_class_sampling)
+        table = self.class_set.table()
+        return DomainStream("source", parts, order, seed=seed, view=view, table=table, on_error=config.on_error)
 
     def _target(self, seed: int, with_labels: bool) -> DomainStream:
         config = self.config
-        index = open_dataset(config.target, "target", with_labels=with_labels)
         view = View(
             self._crop_size(),
             config.flip,
             margin_top=config.target_margin_top,
             margin_bottom=config.target_margin_bottom,
         )
+        parts = open_parts(config, "target", with_labels=with_labels)
+        order = domain_order(parts, config, seed=seed, rare_classes=False)
         table = self.class_set.table() if with_labels else None
-        order = EpochOrder(len(index), seed=seed, stream="target")
-        return DomainStream("target", index, order, seed=seed, view=view, table=table)
+        return DomainStream("target", parts, order, seed=seed, view=view, table=table, on_error=config.on_error)
 
     def _crop_size(self) -> tuple[int, int]:
         height, width = self.config.crop_size
         return height, width
 
 
-@dataclass(frozen=True)
-class _Failure:
-    """What a worker hands over instead of a batch it cannot make; raised there, it would arrive as a traceback."""
+class _Delivery(NamedTuple):
+    """What a worker hands over: a batch and the sums of its transfers, or why it cannot make one.
 
-    message: str
+    A worker's exception would arrive as a traceback.
+    """
+
+    batch: Batch
+    worker: int
+    transfers: dict[str, int]
+    failure: str = ""
 
 
 class _MicroBatches(IterableDataset):
@@ -113,31 +151,60 @@ class _MicroBatches(IterableDataset):
     def __init__(self, domains: dict[str, DomainStream], layout: BatchLayout, start_step: int) -> None:
         self.domains, self.layout, self.start_step = domains, layout, start_step
 
-    def __iter__(self) -> Iterator[Batch | _Failure]:
+    def __iter__(self) -> Iterator[_Delivery]:
         worker = get_worker_info()
         first, stride = (0, 1) if worker is None else (worker.id, worker.num_workers)
         for position in itertools.count(self.start_step * self.layout.num_accumulation + first, stride):
             numbers = self.layout.numbers(*divmod(position, self.layout.num_accumulation))
             try:
-                yield {name: domain.batch(numbers) for name, domain in self.domains.items()}
-            except ValueError as error:
-                yield _Failure(str(error))
+                batch = {name: domain.batch(numbers) for name, domain in self.domains.items()}
+            except (ValueError, OSError) as error:
+                yield _Delivery({}, first, {}, failure=str(error))
                 return
+            yield _Delivery(batch, first, self._transfers())
+
+    def _transfers(self) -> dict[str, int]:
+        """Of all storages and caches, since this process began."""
+        readers = [part.reader for domain in self.domains.values() for part in domain.parts]
+        storages = [reader.storage for reader in readers]
+        caches = {id(reader.cache): reader.cache for reader in readers if reader.cache}  # one may serve several sets
+        return _summed(
+            [
+                *({f"storage_{name}": count for name, count in storage.counters.items()} for storage in storages),
+                *({f"cache_{name}": count for name, count in cache.counters.items()} for cache in caches.values()),
+            ]
+        )
+
+
+def _summed(counters: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """By name; unlike a Counter's sum, it keeps names whose count is 0, so that all ranks have the same."""
+    total: dict[str, int] = {}
+    for each in counters:
+        for name, count in each.items():
+            total[name] = total.get(name, 0) + count
+    return total
 
 
 def read_validation(config: DataConfig, *, rank: int = 0, world_size: int = 1) -> Iterator[dict[str, Any]]:
-    """This rank's part of the validation set, whole images: samples rank, rank + world_size, ...
+    """This rank's part of the validation sets, whole images: samples rank, rank + world_size, ...
 
     Yields `image` (H, W, 3) uint8 RGB, `labels` (H, W) uint8 class indices or 255, `key` and `number`. Ranks may get
-    one image more or less than others. What is wrong with the settings is raised at once, not at the first image.
+    one image more or less than others. What is wrong with the settings is raised at once, not at the first image; a
+    bad sample is always raised, since scores of fewer images are other scores.
     """
-    index = open_dataset(config.validation, "validation", with_labels=True)
-    return _validation_samples(index, config.class_set.build().table(), range(rank, len(index), world_size))
+    parts = open_parts(config, "validation", with_labels=True)
+    return _validation_samples(parts, config, rank, world_size)
 
 
-def _validation_samples(index: ShardIndex, table: np.ndarray, numbers: range) -> Iterator[dict[str, Any]]:
-    reader = ShardReader(index)
-    for number in numbers:
-        image, train_ids = reader.read(number, with_labels=True)
-        assert train_ids is not None
-        yield {"image": image, "labels": relabel(train_ids, table), "key": index.key(number), "number": number}
+def _validation_samples(parts: list[Part], config: DataConfig, rank: int, world_size: int) -> Iterator[dict[str, Any]]:
+    table = config.class_set.build().table()
+    places = ((part, int(position)) for part in parts for position in part.positions)
+    for number, (part, position) in enumerate(places):
+        if number % world_size != rank:
+            continue
+        sample = part.reader.read(position, with_labels=True)
+        try:
+            image, labels = decode_image(sample.image), relabel(decode_train_ids(sample.label), table)
+        except DECODE_ERRORS as error:
+            raise part.reader.bad(position, f"it cannot be decoded: {error}") from error
+        yield {"image": image, "labels": labels, "key": part.index.key(position), "number": number}

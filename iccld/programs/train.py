@@ -16,7 +16,6 @@ import torch
 from iccld import __version__
 from iccld.config import Config, StageName, Weights, differences, read_config, to_dict, to_yaml
 from iccld.data.config import BatchLayout
-from iccld.data.index import fingerprint
 from iccld.data.stream import TrainingStream, read_validation
 from iccld.models.attention import check_backend
 from iccld.models.discriminator import Discriminator
@@ -222,7 +221,7 @@ def _about(name: StageName, config: Config, stream: TrainingStream) -> Mapping[s
         "version": __version__,
         "stage": name.value,
         "model": model | {"denoiser": denoiser},
-        "data": {name: fingerprint(domain.reader.index) for name, domain in stream.domains.items()},
+        "data": stream.fingerprints(),
         "origin": file_checksum(_origin(config) / WEIGHTS_NAME) if name is StageName.stage2 else config.initial_model,
         "config": resolved,
     }

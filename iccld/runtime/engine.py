@@ -15,6 +15,8 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
 
+from iccld.runtime.prefetch import prefetch
+
 # A dimension of size 1 has any stride: DDP warns of 1x1 and depthwise kernels, in vain.
 warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
 
@@ -97,13 +99,9 @@ class Engine:
     def autocast(self) -> contextlib.AbstractContextManager[None]:
         return self.accelerator.autocast()
 
-    def to_device(self, batch: Any) -> Any:
-        """Every tensor of a nested batch on this rank's device."""
-        if isinstance(batch, Tensor):
-            return batch.to(self.device, non_blocking=True)
-        if isinstance(batch, Mapping):
-            return {key: self.to_device(value) for key, value in batch.items()}
-        return batch
+    def prefetch(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The batches on this rank's device; see `prefetch`."""
+        return prefetch(batches, self.device)
 
     def set_learning_rate(self, factor: float) -> None:
         for group, rate in zip(self.optimizer.param_groups, self._base_rates, strict=True):

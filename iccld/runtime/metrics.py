@@ -10,6 +10,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from iccld.runtime.checkpoint import write_text_durably
@@ -104,8 +105,18 @@ class MetricsLogger:
     def is_due(self, step: int) -> bool:
         return (step + 1) % self.config.log_every == 0
 
-    def flush(self, *, global_batch_size: int, num_steps: int, timings: Mapping[str, float]) -> None:
-        """Reduce over ranks, check that every loss is finite, write one line. Raises NonFiniteLossError."""
+    def flush(
+        self,
+        *,
+        global_batch_size: int,
+        num_steps: int,
+        timings: Mapping[str, float],
+        counters: Mapping[str, int] | None = None,
+    ) -> None:
+        """Reduce over ranks, check that every loss is finite, write one line. Raises NonFiniteLossError.
+
+        `counters` are this rank's sums since the start, of the same names on every rank; their totals are written.
+        """
         if not self._losses:
             return
         flat = {f"{step:09d}/{name}": loss for step, losses in self._losses.items() for name, loss in losses.items()}
@@ -126,11 +137,17 @@ class MetricsLogger:
         entry = {"stage": self.stage, "step": steps[-1], "loss": sum(last.values())}
         entry |= {f"loss/{name}": value for name, value in last.items()}
         entry |= {name: total / count for name, (total, count) in pairs.items() if count}
+        entry |= self._totals(counters or {}, device=next(iter(flat.values())).device)
         entry |= _rates(timings, len(steps), global_batch_size)
         self.write(entry)
         if self.is_main:
             eta_s = (num_steps - 1 - steps[-1]) * entry["step_s"]
             print(_terminal_line(entry, num_steps, eta_s), flush=True)
+
+    def _totals(self, counters: Mapping[str, int], *, device: torch.device) -> dict[str, int]:
+        """Sums over ranks, without those that are 0."""
+        counts = {name: torch.tensor(float(count), device=device) for name, count in counters.items()}
+        return {f"data/{name}": int(total) for name, total in self._sum_values(counts).items() if total}
 
     def write(self, entry: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl, and the same to wandb on the axis `step`."""

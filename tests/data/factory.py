@@ -1,5 +1,7 @@
 """Tiny random data sets in the layouts that converters read, and shards of them."""
 
+import io
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ from PIL import Image
 
 from iccld.data.config import BatchLayout, DataConfig, DatasetConfig
 from iccld.data.index import ShardIndex
+from iccld.data.packing import ImageFormat
 from iccld.data.shards import MakeShardsConfig, make_shards
 from iccld.labels import CITYSCAPES_IDS
 
@@ -23,6 +26,28 @@ def random_pair(seed: int, *, height: int = HEIGHT, width: int = WIDTH) -> tuple
     choices = np.append(generator.integers(0, 19, 4), 255).astype(np.uint8)
     blocks = generator.choice(choices, (-(-height // 4), -(-width // 4)))
     return image, blocks.repeat(4, 0).repeat(4, 1)[:height, :width]
+
+
+def png(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def pair_members(key: str, seed: int) -> dict[str, bytes]:
+    """The members of the tar sample `key`: its image and its label."""
+    image, train_ids = random_pair(seed)
+    return {f"{key}.png": png(image), f"{key}.label.png": png(train_ids)}
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return path
 
 
 def save(path: Path, array: np.ndarray) -> None:
@@ -75,9 +100,9 @@ def make_set(folder: Path, count: int, *, labels: bool = True, samples_per_shard
         input=str(write_folder(folder / "raw", count, labels=labels)),
         output=str(folder / "shards"),
         no_labels=not labels,
+        image_format=ImageFormat.PNG,
         samples_per_shard=samples_per_shard,
     )
-    config.image_format = type(config.image_format).PNG
     result = make_shards(config, progress=lambda line: None)
     assert result.index is not None
     return result.index

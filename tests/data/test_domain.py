@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from iccld.data.config import ClassSetConfig, DataConfig
-from iccld.data.domain import DomainStream, relabel
+from iccld.data.domain import DomainStream, decode_train_ids, relabel
 from iccld.data.stream import TrainingStream, read_validation
-from tests.data.factory import CROP, HEIGHT, config, layout, make_set, random_pair
+from tests.data.factory import CROP, HEIGHT, config, layout, make_set, png, random_pair
 
 
 def domains(data: DataConfig) -> dict[str, DomainStream]:
@@ -36,7 +36,7 @@ def test_margins_are_rows_of_the_image(folders: dict[str, str]) -> None:
     margins = {"target_margin_top": 0.125, "target_margin_bottom": 0.25}
     batch = {name: d.batch(range(8)) for name, d in domains(config(folders, crop_size=[HEIGHT, 32], **margins)).items()}
     expected = (torch.arange(HEIGHT) >= 3) & (torch.arange(HEIGHT) < 18)
-    assert torch.equal(batch["target"]["valid"], expected[None, :, None].expand(8, HEIGHT, 32))
+    assert torch.equal(batch["target"]["valid"], expected[None, :, None].expand(8, HEIGHT, 1))
     assert batch["source"]["valid"].all()
 
 
@@ -62,7 +62,7 @@ def test_no_class_fills_a_source_crop_where_that_can_be_helped(folders: dict[str
 
 
 def test_one_image_is_cropped_and_mirrored_anew_each_time(tmp_path: Path) -> None:
-    data = config({"source": str(make_set(tmp_path, 1).folder)}, rare_class_sampling=False, max_class_share=1.0)
+    data = config({"source": make_set(tmp_path, 1).location}, rare_class_sampling=False, max_class_share=1.0)
     images = domains(data)["source"].batch(range(64))["images"]
     assert len({image.numpy().tobytes() for image in images}) > 40
 
@@ -70,9 +70,18 @@ def test_one_image_is_cropped_and_mirrored_anew_each_time(tmp_path: Path) -> Non
 @given(seed=st.integers(0, 10**6))
 def test_relabel_is_a_table_lookup(seed: int) -> None:
     generator = np.random.default_rng(seed)
-    table, ids = (generator.integers(0, 256, shape, dtype=np.uint8) for shape in (256, (7, 5)))
+    table, ids = generator.integers(0, 256, 256, dtype=np.uint8), generator.integers(0, 256, (7, 5), dtype=np.uint8)
     np.testing.assert_array_equal(relabel(ids, table), table[ids])
-    np.testing.assert_array_equal(relabel(ids.astype(np.int32)[:, ::-1], table), table[ids[:, ::-1]])
+    np.testing.assert_array_equal(relabel(ids[:, ::-1], table), table[ids[:, ::-1]])
+
+
+def test_what_is_no_train_id_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"its label holds \[19, 254\]; train ids are 0-18, or 255"):
+        decode_train_ids(png(np.array([[0, 254, 255, 19, 18]], np.uint8)))
+    with pytest.raises(ValueError, match=r"its label holds \w*int\d* instead of 8-bit train ids"):
+        decode_train_ids(png(np.zeros((2, 2), np.uint16)))
+    ids = np.array([[0, 255, 18]], np.uint8)
+    np.testing.assert_array_equal(decode_train_ids(png(ids)), ids)
 
 
 def test_merged_classes(folders: dict[str, str]) -> None:

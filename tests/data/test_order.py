@@ -6,7 +6,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iccld.data.order import EpochOrder, Permutation, RareClassOrder, rare_class_probabilities
+from iccld.data.index import rank_samples
+from iccld.data.order import (
+    EpochOrder,
+    MixedOrder,
+    Permutation,
+    RareClassOrder,
+    SubsetOrder,
+    rare_class_probabilities,
+)
 
 SYNTHIA_SHARES = {
     "road": 18.64, "sidewalk": 20.30, "building": 30.33, "wall": 0.267, "fence": 0.278, "pole": 1.079, "light": 0.043,
@@ -104,15 +112,30 @@ def test_absent_classes_are_never_drawn() -> None:
 
 def class_pixels() -> np.ndarray:
     """Class 0 everywhere, class 1 plenty in images 3 and 4 and little in 5, class 2 little in 6, class 3 nowhere."""
-    pixels = np.zeros((8, 4))
+    pixels = np.zeros((8, 4), np.uint32)
     pixels[:, 0] = 1000
     pixels[[3, 4, 5], 1] = [50, 60, 5]
     pixels[6, 2] = 5
     return pixels
 
 
+def rare_order(
+    pixels: np.ndarray, members: list[list[int]] | None = None, temperature: float = 0.01, min_pixels: int = 3000
+) -> RareClassOrder:
+    return RareClassOrder(
+        pixels,
+        rank_samples(pixels),
+        totals=pixels.sum(0, dtype=np.int64),
+        members=members or [[c] for c in range(pixels.shape[1])],
+        seed=1,
+        stream="source",
+        temperature=temperature,
+        min_pixels=min_pixels,
+    )
+
+
 def test_rare_class_order_draws_the_class_and_an_image_that_shows_it() -> None:
-    order = RareClassOrder(class_pixels(), seed=1, stream="source", temperature=0.5, min_pixels=20)
+    order = rare_order(class_pixels(), temperature=0.5, min_pixels=20)
     draws = [order[n] for n in range(3000)]
     images = {c: {draw.index for draw in draws if draw.wanted_class == c} for c in range(4)}
     assert images == {0: set(range(8)), 1: {3, 4}, 2: {6}, 3: set()}
@@ -126,12 +149,68 @@ def test_rare_class_order_draws_the_class_and_an_image_that_shows_it() -> None:
 @settings(max_examples=30)
 @given(number=st.integers(0, 10**12))
 def test_rare_class_order_remembers_nothing(number: int) -> None:
-    first = RareClassOrder(class_pixels(), seed=1, stream="source")
-    second = RareClassOrder(class_pixels(), seed=1, stream="source")
+    first, second = rare_order(class_pixels()), rare_order(class_pixels())
     second[number + 1]
     assert first[number] == second[number]
 
 
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_images_of_a_class_are_those_that_a_scan_would_find(data: st.DataObject) -> None:
+    pixels = np.array(data.draw(st.lists(st.lists(st.integers(0, 6), min_size=5, max_size=5), min_size=1, max_size=8)))
+    min_pixels = data.draw(st.integers(0, 7))
+    members = [[0, 3], [1], [2, 4]]
+    if not pixels.any():
+        return
+    order = rare_order(pixels, members, temperature=10.0, min_pixels=min_pixels)
+    draws = [order[n] for n in range(600)]
+    for c, ids in enumerate(members):
+        many = (pixels[:, ids] > min_pixels).any(1)
+        expected = np.flatnonzero(many if many.any() else pixels[:, ids].any(1))
+        drawn = [draw.index for draw in draws if draw.wanted_class == c]
+        assert set(drawn) == set(expected.tolist())
+        if len(drawn) > 100:  # uniform, also where an image shows several of the class's train ids
+            counts = np.bincount(drawn, minlength=len(pixels))[expected]
+            assert counts.min() > 0.3 * counts.mean()
+
+
 def test_rare_class_order_needs_a_labelled_pixel() -> None:
     with pytest.raises(ValueError, match=r"data.rare_class_sampling: no image of the source set .*class_set"):
-        RareClassOrder(np.zeros((3, 19)), seed=0, stream="source")
+        rare_order(np.zeros((3, 19), np.uint32))
+
+
+def test_a_subset_is_followed_as_a_set_of_its_own() -> None:
+    order = SubsetOrder(EpochOrder(3, seed=0, stream="s"), np.array([7, 1, 5]))
+    assert sorted(order[n].index for n in range(3)) == [1, 5, 7] == sorted(order[n].index for n in range(3, 6))
+
+
+@settings(max_examples=6, deadline=None)
+@given(
+    weights=st.lists(st.floats(0.01, 10), min_size=2, max_size=4),
+    sizes=st.lists(st.integers(1, 900), min_size=4, max_size=4),
+    seed=st.integers(0, 99),
+)
+def test_a_mixture_follows_every_set_in_full_and_by_its_weight(weights: list[float], sizes: list[int], seed: int):
+    orders = [EpochOrder(size, seed=seed, stream=f"s/{i}") for i, size in enumerate(sizes[: len(weights)])]
+    mixture = MixedOrder(orders, weights, seed=seed, stream="source")
+    draws = [mixture[n] for n in range(10_000, 20_000)]
+    for part, weight in enumerate(weights):
+        drawn = [draw.index for draw in draws if draw.part == part]
+        assert len(drawn) == mixture.shares[part]
+        assert len(drawn) / 10_000 == pytest.approx(weight / sum(weights), abs=1e-4)
+        expected = [orders[part][n].index for n in range(len(drawn), 2 * len(drawn))]
+        assert sorted(drawn) == sorted(expected), "the set's own order, each of its numbers once"
+
+
+def test_a_mixture_is_spread_evenly_and_differs_by_block() -> None:
+    orders = [EpochOrder(10, seed=0, stream=name) for name in ("a", "b")]
+    mixture = MixedOrder(orders, [3, 1], seed=0, stream="source")
+    parts = [mixture[n].part for n in range(20_000)]
+    assert all(150 < sum(parts[i : i + 1000]) < 350 for i in range(0, 20_000, 1000))
+    assert parts[:10_000] != parts[10_000:]
+
+
+def test_a_set_with_no_share_is_refused() -> None:
+    orders = [EpochOrder(10, seed=0, stream=name) for name in ("a", "b")]
+    with pytest.raises(ValueError, match=r"data.source: weights \[1, 1e-06\] give a set less than one of 10,000"):
+        MixedOrder(orders, [1, 1e-6], seed=0, stream="source")

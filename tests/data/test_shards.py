@@ -1,50 +1,67 @@
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import webdataset
-from PIL import Image
 
-from iccld.data import shards as shards_module
+from iccld.data.decode import decode_image, decode_label
 from iccld.data.index import ShardIndex
+from iccld.data.indexing import IndexResult, build_index
 from iccld.data.packing import ImageFormat, Packing
-from iccld.data.reader import ShardReader
-from iccld.data.shards import MakeShardsConfig, MakeShardsResult, main, make_shards
+from iccld.data.shards import MakeShardsConfig, make_shards
 from tests.data.factory import make_set, random_pair, save, write_cityscapes, write_folder, write_gta5
 
 
-def make(root: Path, **settings: Any) -> MakeShardsResult:
+def make(root: Path, **settings: Any) -> IndexResult:
     defaults = {"dataset": "folder", "input": str(root), "output": f"{root}-shards", "image_format": ImageFormat.PNG}
     return make_shards(MakeShardsConfig(**defaults | settings), progress=lambda line: None)
 
 
-def opened(result: MakeShardsResult) -> ShardIndex:
-    assert result.index is not None
+def opened(result: IndexResult) -> ShardIndex:
+    assert result.index is not None, "\n".join(map(str, result.problems))
     return result.index
 
 
-def read_all(index: ShardIndex, *, with_labels: bool = True) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
-    reader = ShardReader(index)
-    return {index.key(i): reader.read(i, with_labels=with_labels) for i in range(len(index))}
+def members(index: ShardIndex, position: int) -> tuple[bytes, bytes]:
+    """The bytes that the index points at."""
+    record = index.samples[position]
+    data = (Path(index.location) / index.shard_name(int(record["shard"]))).read_bytes()
+    places = [(int(record[f"{kind}_offset"]), int(record[f"{kind}_size"])) for kind in ("image", "label")]
+    image, label = (data[offset : offset + size] for offset, size in places)
+    return image, label
+
+
+def read_all(index: ShardIndex) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
+    found = {index.key(i): members(index, i) for i in range(len(index))}
+    return {key: (decode_image(image), decode_label(label) if label else None) for key, (image, label) in found.items()}
 
 
 @pytest.mark.parametrize("image_format", list(ImageFormat))
 def test_webdataset_reads_what_we_write(tmp_path: Path, image_format: ImageFormat) -> None:
     index = opened(make(write_folder(tmp_path / "raw", 9), image_format=image_format, samples_per_shard=4))
-    urls = [str(index.folder / shard.name) for shard in index.header.shards]
-    extension = "jpg" if image_format is ImageFormat.JPG else "png"
-    pipeline = webdataset.WebDataset(urls, shardshuffle=False).decode("rgb8")
-    samples = list(pipeline)
+    urls = [str(Path(index.location) / index.shard_name(i)) for i in range(index.header.num_shards)]
+    extension = "png" if image_format is ImageFormat.KEEP else image_format.value
+    samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode("rgb8"))
     assert [Path(url).name for url in urls] == ["shard-000000.tar", "shard-000001.tar", "shard-000002.tar"]
     assert [sample["__key__"] for sample in samples] == [index.key(i) for i in range(9)]
     for i, sample in enumerate(samples):
         assert {name for name in sample if not name.startswith("__")} == {extension, "label.png"}
         image, train_ids = random_pair(i)
         np.testing.assert_array_equal(sample["label.png"][..., 0], train_ids)
-        if extension == "png":
-            np.testing.assert_array_equal(sample["png"], image)
+        if extension != "jpg":
+            np.testing.assert_array_equal(sample[extension], image)
+
+
+@pytest.mark.parametrize("settings", [{}, {"bytes_per_shard": 20_000}, {"no_labels": True, "max_side": 9}])
+def test_the_index_equals_that_of_reading_the_tars_again(tmp_path: Path, settings: dict[str, Any]) -> None:
+    index = opened(make(write_folder(tmp_path / "raw", 9), samples_per_shard=5, accept_bad=True, **settings))
+    written = {path.name: path.read_bytes() for path in index.folder.glob("*.npy")}
+    index.folder.rename(tmp_path / "written")
+    opened(build_index(index.location, progress=lambda line: None))
+    assert written == {path.name: path.read_bytes() for path in index.folder.glob("*.npy")}
 
 
 def test_gta5_and_cityscapes_go_through_their_converters(tmp_path: Path) -> None:
@@ -58,7 +75,7 @@ def test_gta5_and_cityscapes_go_through_their_converters(tmp_path: Path) -> None
     assert [index.header.has_labels for index in (game, target, validation)] == [True, False, True]
     np.testing.assert_array_equal(read_all(game)["00002"][1], random_pair(2)[1])  # type: ignore[arg-type]
     np.testing.assert_array_equal(read_all(validation)["city1_000001_000019"][0], random_pair(1)[0])
-    assert len(read_all(target, with_labels=False)) == 3
+    assert len(read_all(target)) == 3
 
 
 def test_keys_are_safe_for_webdataset(tmp_path: Path) -> None:
@@ -72,12 +89,13 @@ def test_keys_are_safe_for_webdataset(tmp_path: Path) -> None:
 
 
 def test_sizes(tmp_path: Path) -> None:
-    packing = Packing("png", False, 95, True, 40, None)
+    packing = Packing(ImageFormat.PNG, max_side=40)
     assert packing.size_of(100, 80) == (40, 32)
     assert packing.size_of(20, 40) == (20, 40), "never enlarged"
     raw = write_folder(tmp_path / "raw", 3)
     small = opened(make(raw, max_side=16, output=str(tmp_path / "small")))
     exact = opened(make(raw, height=48, width=16, output=str(tmp_path / "exact")))
+    assert exact.header.min_size == exact.header.max_size == [48, 16]
     for i, (image, train_ids) in enumerate(read_all(small).values()):
         assert image.shape == (12, 16, 3) and train_ids is not None
         np.testing.assert_array_equal(train_ids, random_pair(i)[1][1::2, 1::2])
@@ -86,18 +104,37 @@ def test_sizes(tmp_path: Path) -> None:
     assert {image.shape for image, _ in read_all(exact).values()} == {(48, 16, 3)}
 
 
-def test_keep_copies_the_files_bytes(tmp_path: Path) -> None:
-    index = opened(make(write_folder(tmp_path / "raw", 2, suffix=".jpg"), image_format=ImageFormat.KEEP))
-    offset, size = int(index.samples["image_offset"][1]), int(index.samples["image_size"][1])
-    data = (index.folder / "shard-000000.tar").read_bytes()[offset : offset + size]
-    assert data == (tmp_path / "raw" / "images" / "frame_001.jpg").read_bytes()
-    save(tmp_path / "raw" / "images" / "other.png", random_pair(0)[0])
-    with pytest.raises(ValueError, match="--image-format keep: the images are jpg, png, but a set has one format"):
-        make(tmp_path / "raw", image_format=ImageFormat.KEEP, output=str(tmp_path / "mixed"))
+def test_keep_copies_the_files_bytes_of_any_format(tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    for i, suffix in enumerate((".jpg", ".png", ".webp")):
+        save(raw / "images" / f"frame_{i}{suffix}", random_pair(i)[0])
+        save(raw / "labels" / f"frame_{i}.png", random_pair(i)[1])
+    (raw / "images" / "frame_3.png").write_bytes((raw / "images" / "frame_0.jpg").read_bytes())
+    save(raw / "labels" / "frame_3.png", random_pair(3)[1])
+    index = opened(make(raw, image_format=ImageFormat.KEEP))
+    for i, name in enumerate(("frame_0.jpg", "frame_1.png", "frame_2.webp", "frame_0.jpg")):
+        assert members(index, i)[0] == (raw / "images" / name).read_bytes()
+    with tarfile.open(Path(index.location) / "shard-000000.tar") as tar:
+        names = [name for name in tar.getnames() if "label" not in name]
+    assert names == ["frame_0.jpg", "frame_1.png", "frame_2.webp", "frame_3.jpg"], "a suffix that lies is corrected"
+    smaller = make(raw, image_format=ImageFormat.KEEP, max_side=16, output=str(tmp_path / "smaller"))
+    assert {image.shape for image, _ in read_all(opened(smaller)).values()} == {(12, 16, 3)}
+
+
+def test_shards_are_closed_by_bytes_too(tmp_path: Path) -> None:
+    raw = write_folder(tmp_path / "raw", 9)
+    limit = 20_480
+    index = opened(make(raw, samples_per_shard=6, bytes_per_shard=limit))
+    names = [index.shard_name(i) for i in range(index.header.num_shards)]
+    assert names == [f"shard-00000{chunk}-00{part}.tar" for chunk, part in ((0, 0), (0, 1), (1, 0))]
+    assert (index.shards["size"] <= limit).all()
+    assert list(read_all(index)) == [f"frame_{i:03d}" for i in range(9)]
+    tiny = opened(make(raw, bytes_per_shard=1, output=str(tmp_path / "tiny")))
+    assert tiny.header.num_shards == 9, "a sample larger than the limit is alone"
 
 
 def spoil(root: Path) -> dict[str, str]:
-    """Spoils four of the pairs 0-8; file name to what is to be said of it."""
+    """Spoils five of the pairs 0-8; file name to what is to be said of it."""
     (root / "labels" / "frame_001.png").unlink()
     save(root / "labels" / "frame_002.png", np.zeros((8, 8), np.uint8))
     save(root / "labels" / "frame_003.png", np.full((24, 32), 77, np.uint8))
@@ -108,7 +145,7 @@ def spoil(root: Path) -> dict[str, str]:
     return {
         "images/frame_001.png": "it has no label",
         "labels/frame_002.png": "the label has 8x8 pixels, its image 24x32; export the two in one size",
-        "labels/frame_003.png": "ids that its data set or mapping does not define: [77]; correct it",
+        "labels/frame_003.png": "[77]; correct it",
         "images/frame_004.png": "the image cannot be read",
         "labels/frame_006.png": "the label cannot be read",
     }
@@ -120,10 +157,11 @@ def assert_all_named(problems: list[str], expected: dict[str, str]) -> None:
         assert file in problem and what in problem and "--accept-bad" in problem
 
 
-def test_bad_pairs_are_all_listed_and_left_out_if_accepted(tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_bad_pairs_are_all_listed_and_left_out_if_accepted(tmp_path: Path, num_workers: int) -> None:
     raw = write_folder(tmp_path / "raw", 9)
     expected = spoil(raw)
-    refused = make(raw, samples_per_shard=2)
+    refused = make(raw, samples_per_shard=2, num_workers=num_workers)
     assert refused.index is None
     assert_all_named([str(problem) for problem in refused.problems], expected)
     with pytest.raises(ValueError, match="the shards are not finished"):
@@ -135,13 +173,28 @@ def test_bad_pairs_are_all_listed_and_left_out_if_accepted(tmp_path: Path) -> No
     assert names == ["index", "shard-000000.tar", "shard-000002.tar", "shard-000003.tar", "shard-000004.tar"]
 
 
-def test_mended_pairs_are_read_again(tmp_path: Path) -> None:
-    raw = write_folder(tmp_path / "raw", 9)
-    spoil(raw)
-    assert make(raw, samples_per_shard=2).index is None
-    write_folder(raw, 9)
-    mended = make(raw, samples_per_shard=2)
-    assert not mended.problems and len(opened(mended)) == 9
+def test_gta5_pairs_of_different_size_are_listed(tmp_path: Path) -> None:
+    raw = write_gta5(tmp_path / "gta5", 4)
+    save(raw / "images" / "00002.png", random_pair(2, height=24, width=40)[0])
+    result = make(raw, dataset="gta5", accept_bad=True)
+    assert_all_named(
+        [str(problem) for problem in result.problems],
+        {"labels/00002.png": "the label has 24x32 pixels, its image 24x40"},
+    )
+    assert list(read_all(opened(result))) == ["00000", "00001", "00003"]
+
+
+def test_a_pair_beyond_memory_is_bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = write_folder(tmp_path / "raw", 3)
+
+    def exhausted(data: bytes) -> np.ndarray:
+        if data == (raw / "images" / "frame_001.png").read_bytes():
+            raise MemoryError
+        return decode_image(data)
+
+    monkeypatch.setattr("iccld.data.packing.decode_image", exhausted)
+    expected = {"images/frame_001.png": "memory does not suffice for it; use fewer --workers"}
+    assert_all_named([str(problem) for problem in make(raw).problems], expected)
 
 
 def test_a_set_of_bad_pairs_only_is_never_finished(tmp_path: Path) -> None:
@@ -152,52 +205,15 @@ def test_a_set_of_bad_pairs_only_is_never_finished(tmp_path: Path) -> None:
 
 def test_a_finished_set_is_kept_and_other_settings_are_refused(tmp_path: Path) -> None:
     index = make_set(tmp_path, 5)
-    config = {"output": str(index.folder), "samples_per_shard": 4}
-    before = {path: path.stat().st_mtime_ns for path in index.folder.rglob("*")}
+    folder, raw = Path(index.location), tmp_path / "raw"
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     lines: list[str] = []
-    again = MakeShardsConfig("folder", str(tmp_path / "raw"), image_format=ImageFormat.PNG, **config)  # type: ignore[arg-type]
+    again = MakeShardsConfig("folder", str(raw), str(folder), image_format=ImageFormat.PNG, samples_per_shard=4)
     make_shards(again, progress=lines.append)
     assert "is finished already with these settings: 5 samples are kept" in lines[0]
-    assert before == {path: path.stat().st_mtime_ns for path in index.folder.rglob("*")}
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     with pytest.raises(ValueError, match=r"made with other settings: max_side \(was 0, is 16\); use another --output"):
-        make(tmp_path / "raw", **config, max_side=16)
-
-
-def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    raw = write_folder(tmp_path / "raw", 9)
-    output = Path(f"{raw}-shards")
-    packed: list[str] = []
-    pack_shard = shards_module.pack_shard
-
-    def interrupted(path: Path, *arguments: Any) -> Any:
-        packed.append(path.name)
-        if len(packed) == 3:
-            path.with_name(f"{path.name}.tmp").write_bytes(b"half")
-            raise KeyboardInterrupt
-        return pack_shard(path, *arguments)
-
-    monkeypatch.setattr(shards_module, "pack_shard", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        make(raw, samples_per_shard=2)
-    assert sorted(path.name for path in output.glob("*.tar")) == ["shard-000000.tar", "shard-000001.tar"]
-    with pytest.raises(ValueError, match="not finished"):
-        ShardIndex.open(output)
-    with pytest.raises(ValueError, match="made with other settings: samples_per_shard"):
-        make(raw, samples_per_shard=3)
-    assert len(opened(make(raw, samples_per_shard=2))) == 9
-    assert packed[3:] == ["shard-000002.tar", "shard-000003.tar", "shard-000004.tar"]
-    assert not list(output.glob("*.tmp"))
-
-
-def test_pairs_that_came_or_went_start_it_anew(tmp_path: Path) -> None:
-    raw = write_folder(tmp_path / "raw", 9)
-    spoil(raw)
-    assert make(raw, samples_per_shard=2).index is None
-    for i in (1, 2, 3, 4, 6, 7, 8):
-        (raw / "images" / f"frame_{i:03d}.png").unlink()
-    index = opened(make(raw, samples_per_shard=2))
-    assert [shard.name for shard in index.header.shards] == ["shard-000000.tar"]
-    assert list(read_all(index)) == ["frame_000", "frame_005"]
+        make(raw, output=str(folder), samples_per_shard=4, max_side=16)
 
 
 def test_folders_of_others_are_not_touched(tmp_path: Path) -> None:
@@ -212,13 +228,12 @@ def test_folders_of_others_are_not_touched(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"dataset": "kitty"}, "--dataset kitty is unknown; use one of gta5, cityscapes, folder"),
-        ({"dataset": "gta5", "mapping": "m.json"}, "--mapping m.json: the ids of gta5 are known; leave"),
         ({"max_side": -1}, "must be positive"),
         ({"height": 8}, "give --size as HEIGHTxWIDTH"),
         ({"max_side": 8, "height": 8, "width": 8}, "exclude each other"),
         ({"quality": 0}, "--quality 0 must be between 1 and 100"),
         ({"samples_per_shard": 0}, "--samples-per-shard 0 must be at least 1"),
+        ({"bytes_per_shard": -1}, "--bytes-per-shard -1 must be positive"),
     ],
 )
 def test_settings_are_checked(settings: dict[str, Any], message: str) -> None:
@@ -226,20 +241,8 @@ def test_settings_are_checked(settings: dict[str, Any], message: str) -> None:
         MakeShardsConfig(**{"dataset": "folder", "input": "in", "output": "out"} | settings)
 
 
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    raw = write_folder(tmp_path / "raw", 9)
-    command = ["--dataset", "folder", "--input", str(raw), "--output", str(tmp_path / "out"), "--size", "24x32"]
-    assert main([*command[:-1], "24"]) == 2
-    assert "error: --size 24 must be HEIGHTxWIDTH" in capsys.readouterr().err
-    expected = spoil(raw)
-    assert main(command) == 1
-    errors = capsys.readouterr().err.splitlines()
-    assert_all_named([line for line in errors if line.startswith("bad: ")], expected)
-    assert "5 bad pairs" in errors[-1] and "is not finished" in errors[-1]
-    assert main([*command, "--accept-bad"]) == 0
-    assert "4 samples, 5 pairs left out" in capsys.readouterr().out
-    settings = json.loads((tmp_path / "out" / "index" / "index.json").read_text())["settings"]
-    assert (settings["height"], settings["image_format"], settings["quality"]) == (24, "jpg", 95)
-    with Image.open(raw / "images" / "frame_000.png") as image:
-        stored = read_all(ShardIndex.open(tmp_path / "out"))["frame_000"][0]
-        assert np.abs(stored.astype(int).mean((0, 1)) - np.asarray(image).mean((0, 1))).max() < 8
+def test_settings_are_remembered(tmp_path: Path) -> None:
+    index = make_set(tmp_path, 2)
+    settings = json.loads((index.folder / "index.json").read_text())["settings"]
+    assert (settings["image_format"], settings["quality"], settings["samples_per_shard"]) == ("png", 95, 4)
+    assert settings["converter"]["ids"]["255"] == 255

@@ -34,7 +34,7 @@ def overrides(
 
 def losses(run_dir: Path) -> list[tuple[str, int, dict[str, float]]]:
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    timing = ("step_s", "samples_per_s", "data_wait", "time/")
+    timing = ("step_s", "samples_per_s", "data_wait", "data/", "time/")
     return [
         (line.pop("stage"), line.pop("step"), {k: v for k, v in line.items() if not k.startswith(timing)})
         for line in lines

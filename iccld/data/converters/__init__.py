@@ -1,19 +1,13 @@
 """From each data set's own layout to pairs of an image and a label of train ids.
 
-To add a data set: one file with a subclass of `Converter`, and one line here.
+    a folder, a zip, or a folder of zips ── tree ─┐
+    tables/NAME.yaml, or one of the user's own ───┴─ converter ── pairs, train ids
+
+To add a data set: one YAML (`table` says what it may hold).
 """
 
-from collections.abc import Mapping
+from iccld.data.converters.converter import DATASETS, Converter, Pair, open_converter
+from iccld.data.converters.readers import UnknownIds
+from iccld.data.converters.tree import InputTree
 
-from iccld.data.converters.base import Converter, Pair, UnknownIds
-from iccld.data.converters.cityscapes import Cityscapes
-from iccld.data.converters.folder import PlainFolder
-from iccld.data.converters.gta5 import GTA5
-
-CONVERTERS: Mapping[str, type[Converter]] = {
-    "gta5": GTA5,
-    "cityscapes": Cityscapes,
-    "folder": PlainFolder,
-}
-
-__all__ = ["CONVERTERS", "Converter", "Pair", "UnknownIds"]
+__all__ = ["DATASETS", "Converter", "InputTree", "Pair", "UnknownIds", "open_converter"]

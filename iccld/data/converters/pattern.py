@@ -1,0 +1,66 @@
+"""Path patterns such as `gt/{split}/{city}/{frame}_gt.png`: matched against paths, and filled in to make them.
+
+`{name}` stands for a path component or a part of one, `{name*}` for one or several components, and `{suffix}` for the
+ending of an image file.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "bmp", "webp", "tif", "tiff")
+_PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)(\*?)\}")
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A pattern of '/'-separated paths."""
+
+    text: str
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The placeholders, in order."""
+        return tuple(dict.fromkeys(match[1] for match in _PLACEHOLDER.finditer(self.text)))
+
+    @property
+    def folder(self) -> str:
+        """The folder under which all matches lie: the components before the first placeholder."""
+        return self.text.partition("{")[0].rpartition("/")[0]
+
+    @property
+    def top(self) -> str:
+        """The first component, or "" where it is not fixed."""
+        first = self.text.split("/")[0]
+        return "" if "{" in first else first
+
+    def is_sound(self) -> bool:
+        """Whether it is a relative path within its root, and every brace belongs to a placeholder."""
+        components = _PLACEHOLDER.sub("x", self.text).split("/")
+        return all(c and not c.startswith(".") and not set(c) & set("{}\\*") for c in components)
+
+    def with_split(self, split: str) -> "Pattern":
+        """`{split}` made fixed; without a split, its component is left out."""
+        return Pattern(self.text.replace("{split}", split) if split else self.text.replace("{split}/", ""))
+
+    def match(self, path: str) -> dict[str, str] | None:
+        """What the placeholders stand for in `path`, or None."""
+        found = self._regex.fullmatch(path)
+        return found and found.groupdict()
+
+    def fill(self, values: Mapping[str, str]) -> str:
+        """The path in which the placeholders stand for `values`."""
+        return _PLACEHOLDER.sub(lambda placeholder: values[placeholder[1]], self.text)
+
+    @cached_property
+    def _regex(self) -> re.Pattern[str]:
+        regex, end, seen = "", 0, set[str]()
+        for placeholder in _PLACEHOLDER.finditer(self.text):
+            name, several = placeholder.groups()
+            body = f"(?i:{'|'.join(IMAGE_SUFFIXES)})" if name == "suffix" else ".+" if several else "[^/]+"
+            regex += re.escape(self.text[end : placeholder.start()])
+            regex += f"(?P={name})" if name in seen else f"(?P<{name}>{body})"
+            seen.add(name)
+            end = placeholder.end()
+        return re.compile(regex + re.escape(self.text[end:]))

@@ -1,0 +1,186 @@
+"""The sets that make up a domain: each opened where it lies, cut down to the wanted samples, and put in order."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from iccld.data.cache import SampleCache
+from iccld.data.config import DataConfig, DatasetConfig, OnError, SetConfig
+from iccld.data.index import (
+    ARRAY_FILES,
+    HEADER_FILE,
+    INDEX_FOLDER,
+    NUM_TRAIN_IDS,
+    ShardIndex,
+    parse_header,
+    rank_samples,
+)
+from iccld.data.order import EpochOrder, MixedOrder, Order, RareClassOrder, SubsetOrder
+from iccld.data.reader import ShardReader
+from iccld.data.storage import (
+    MissingShard,
+    Storage,
+    fetch_file,
+    is_remote,
+    local_folder,
+    open_storage,
+    user_cache_folder,
+)
+
+MAX_CHECKED_SHARDS = 1000
+_KEYS_AT_ONCE = 1_000_000
+
+
+@dataclass(frozen=True)
+class Part:
+    """One set of a domain. `positions` are the samples in use, `name` is what their order is keyed with."""
+
+    name: str
+    reader: ShardReader
+    positions: Sequence[int] | np.ndarray
+    weight: float
+
+    @property
+    def index(self) -> ShardIndex:
+        return self.reader.index
+
+    @property
+    def is_whole(self) -> bool:
+        return len(self.positions) == len(self.index)
+
+
+def open_parts(config: DataConfig, role: str, *, with_labels: bool) -> list[Part]:
+    """The sets of the `role` "source", "target" or "validation"; the first is keyed as `role`, others by their name.
+
+    Raises ValueError where one is missing, damaged, or lacks the labels that are needed.
+    """
+    dataset: DatasetConfig = getattr(config, role)
+    if not dataset.shards:
+        raise ValueError(f"data.{role}.shards is empty, but a {role} set is needed; set it to a folder of shards.")
+    cache = SampleCache(config.cache) if config.cache.folder else None
+    sets: dict[str, SetConfig] = {"": dataset} | dataset.also
+    return [_open_part(part, role, name, config, cache, with_labels=with_labels) for name, part in sets.items()]
+
+
+def _open_part(
+    part: SetConfig, role: str, name: str, config: DataConfig, cache: SampleCache | None, *, with_labels: bool
+) -> Part:
+    setting = f"data.{role}.also.{name}" if name else f"data.{role}"
+    storage = open_storage(part.shards, config.storage)
+    index = open_index(storage, part.shards, setting=f"{setting}.shards", cache_folder=config.cache.folder)
+    if with_labels and not index.header.has_labels:
+        raise ValueError(
+            f"{setting}.shards={part.shards} has no labels, but the labels of the {role} set are needed; make the "
+            f"shards without --no-labels."
+        )
+    if config.on_error is OnError["raise"] and storage.is_local and index.header.num_shards <= MAX_CHECKED_SHARDS:
+        _check_shards(index, storage, f"{setting}.shards={part.shards}")
+    reader = ShardReader(index, storage, cache)
+    return Part(f"{role}/{name}" if name else role, reader, _positions(part, index, setting), part.weight)
+
+
+def open_index(
+    storage: Storage, location: str, *, setting: str = "shards", cache_folder: str | Path = ""
+) -> ShardIndex:
+    """The index of the set at `location`; a remote one is copied once a node, and again when it has changed."""
+    if not is_remote(location):
+        return ShardIndex.open(local_folder(location), setting=setting)
+    where = f"{setting}={location}: {INDEX_FOLDER}/{HEADER_FILE}"
+    indexed = storage.below(INDEX_FOLDER)
+    try:
+        text = indexed.read_all(HEADER_FILE)
+    except MissingShard as error:
+        raise ValueError(f"{where} is missing ({error}); upload the folder {INDEX_FOLDER}/ with the shards.") from error
+    header = parse_header(text, where)
+    version = "-".join(f"{header.checksums[name]:08x}" for name in ARRAY_FILES)
+    folder = (Path(cache_folder) if cache_folder else user_cache_folder()) / INDEX_FOLDER / version
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ARRAY_FILES:  # whole where they are there at all: reading a billion records again takes minutes
+        if not (folder / name).is_file():
+            fetch_file(indexed, name, folder, checksum=header.checksums[name])
+    fetch_file(indexed, HEADER_FILE, folder)
+    return ShardIndex.open(location, setting=setting, folder=folder)
+
+
+def _check_shards(index: ShardIndex, storage: Storage, where: str) -> None:
+    for shard in range(len(index.shards)):
+        name, expected = index.shard_name(shard), int(index.shards["size"][shard])
+        try:
+            size = storage.size(name)
+        except MissingShard as error:
+            raise ValueError(
+                f"{where}: {error}, but the index names it; restore it, or index the set again."
+            ) from error
+        if size != expected:
+            raise ValueError(
+                f"{where}: {storage.describe(name)} has {size} bytes, its index says {expected}; restore it, or index "
+                f"the set again."
+            )
+
+
+def _positions(part: SetConfig, index: ShardIndex, setting: str) -> range | np.ndarray:
+    positions = range(math.ceil(len(index) * part.first_percent / 100))
+    return _positions_of_keys(part.keys, index, len(positions), setting) if part.keys else positions
+
+
+def _positions_of_keys(path: str, index: ShardIndex, num_samples: int, setting: str) -> np.ndarray:
+    """Where the keys in a file, one a line, lie among the first `num_samples`."""
+    if not Path(path).is_file():
+        raise ValueError(f"{setting}.keys={path}: there is no such file; give a text file with one key a line.")
+    wanted = np.unique([line.strip().encode() for line in Path(path).read_text().splitlines() if line.strip()])
+    found = [
+        start + np.flatnonzero(np.isin(index.samples["key"][start : min(start + _KEYS_AT_ONCE, num_samples)], wanted))
+        for start in range(0, num_samples, _KEYS_AT_ONCE)
+    ]
+    positions = np.concatenate([np.empty(0, np.int64), *found]).astype(np.int64)
+    missing = np.setdiff1d(wanted, index.samples["key"][positions])
+    if len(missing) or not len(positions):
+        names = ", ".join(key.decode() for key in missing[:3]) or "no key at all"
+        raise ValueError(
+            f"{setting}.keys={path}: {len(missing)} of its {len(wanted)} keys are not in {index.location} ({names}); "
+            f"write them as `iccld shards info --keys` does."
+        )
+    return positions
+
+
+def domain_order(parts: Sequence[Part], config: DataConfig, *, seed: int, rare_classes: bool) -> Order:
+    """The order of a domain: each set's own, by epochs or by rare classes, and the mixture of all of them."""
+    orders = [(_rare_order if rare_classes else _epoch_order)(part, config, seed) for part in parts]
+    if len(orders) == 1:
+        return orders[0]
+    return MixedOrder(orders, [part.weight for part in parts], seed=seed, stream=parts[0].name)
+
+
+def _epoch_order(part: Part, config: DataConfig, seed: int) -> Order:
+    del config
+    return _of_part(EpochOrder(len(part.positions), seed=seed, stream=part.name), part)
+
+
+def _rare_order(part: Part, config: DataConfig, seed: int) -> Order:
+    """What it needs to know of a whole set lies in the index; of some of its samples it is gathered in memory."""
+    index, class_set = part.index, config.class_set.build()
+    class_pixels, totals = index.samples["class_pixels"], np.array(index.header.class_pixels)
+    if part.is_whole:
+        images_with = [index.samples_with(train_id) for train_id in range(NUM_TRAIN_IDS)]
+    else:
+        class_pixels = class_pixels[np.asarray(part.positions)]
+        images_with, totals = rank_samples(class_pixels), class_pixels.sum(0, dtype=np.int64)
+    members = [[t for t, c in class_set.of_train_id.items() if c == own] for own in range(class_set.num_classes)]
+    order = RareClassOrder(
+        class_pixels,
+        images_with,
+        totals=totals,
+        members=members,
+        seed=seed,
+        stream=part.name,
+        temperature=config.rare_class_temperature,
+        min_pixels=config.rare_class_min_pixels,
+    )
+    return _of_part(order, part)
+
+
+def _of_part(order: Order, part: Part) -> Order:
+    return order if part.is_whole else SubsetOrder(order, part.positions)

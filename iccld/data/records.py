@@ -1,0 +1,163 @@
+"""The records of an index: of one sample, from its bytes; of a set, from the parts that workers leave on the disk."""
+
+import shutil
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from iccld.data.decode import DECODE_ERRORS, decode_image, decode_label
+from iccld.data.durable import sync
+from iccld.data.index import INDEX_FOLDER, NUM_TRAIN_IDS, ShardIndex, sample_dtype, shard_dtype, write_index
+from iccld.data.tars import LEAVE_OUT, Place, Problem
+from iccld.labels import IGNORE_INDEX
+
+_AT_ONCE = 1 << 20
+"""Records that are held in memory together."""
+
+
+def make_record(
+    key: str, places: tuple[Place, Place], data: tuple[bytes, bytes], facts: tuple[int, int, np.ndarray], shard: int
+) -> tuple[Any, ...]:
+    """The fields of `sample_dtype`, in order: of image and label their places and bytes, and what `examine` finds."""
+    image, label = places
+    height, width, class_pixels = facts
+    return shard, *image, *label, height, width, zlib.crc32(data[0]), zlib.crc32(data[1]), class_pixels, key.encode()
+
+
+def to_array(records: Sequence[tuple[Any, ...]]) -> np.ndarray:
+    """Records as an array of `sample_dtype`, as narrow as their keys allow."""
+    return np.array(records, sample_dtype(max((len(record[-1]) for record in records), default=1)))
+
+
+def examine(image_data: bytes, label_data: bytes) -> tuple[int, int, np.ndarray]:
+    """Height, width and `(19,)` uint32 class pixels of an encoded image and its label (empty: none), both decoded.
+
+    Raises ValueError, saying what is wrong with which.
+    """
+    try:
+        height, width, _ = decode_image(image_data).shape
+    except DECODE_ERRORS as error:
+        raise ValueError(f"the image cannot be decoded ({error})") from error
+    if not label_data:
+        return height, width, np.zeros(NUM_TRAIN_IDS, np.uint32)
+    try:
+        labels = decode_label(label_data)
+    except DECODE_ERRORS as error:
+        raise ValueError(f"the label cannot be decoded ({error})") from error
+    if labels.shape != (height, width):
+        raise ValueError(f"the image has {height}x{width} pixels, its label {labels.shape[0]}x{labels.shape[1]}")
+    return height, width, count_classes(labels)
+
+
+def count_classes(labels: np.ndarray) -> np.ndarray:
+    """The pixels of each train id in an `(H, W)` integer label, `(19,)` uint32; ValueError for what is no train id."""
+    if labels.dtype == np.uint8:
+        counts = np.bincount(labels.ravel(), minlength=IGNORE_INDEX + 1)
+        found = np.flatnonzero(counts)
+    else:
+        found, numbers = np.unique(labels, return_counts=True)
+        counts = np.zeros(NUM_TRAIN_IDS, np.uint32)
+        known = (found >= 0) & (found < NUM_TRAIN_IDS)
+        counts[found[known]] = numbers[known]
+    strange = [int(i) for i in found if not 0 <= i < NUM_TRAIN_IDS and i != IGNORE_INDEX]
+    if strange:
+        ids = ", ".join(map(str, strange[:5])) + (", ..." if len(strange) > 5 else "")
+        raise ValueError(f"the label holds {ids}; labels must hold train ids, 0-{NUM_TRAIN_IDS - 1} or {IGNORE_INDEX}")
+    return counts[:NUM_TRAIN_IDS].astype(np.uint32)
+
+
+def join_records(parts: Iterable[tuple[int, Path]], target: Path) -> np.ndarray:
+    """The records in the .npy files of `parts`, in their order, as an array that is mapped from the file `target`.
+
+    A part comes with the number of its first shard, which is added to the shard numbers in it.
+    """
+    parts = list(parts)
+    shapes = [(len(part), part.dtype["key"].itemsize) for part in (_load(path) for _, path in parts)]
+    total, width = sum(count for count, _ in shapes), max((width for _, width in shapes), default=1)
+    if not total:
+        return np.empty(0, sample_dtype(width))
+    samples, start = np.lib.format.open_memmap(target, "w+", sample_dtype(width), (total,)), 0
+    for first, path in parts:
+        part = _load(path)
+        samples[start : start + len(part)] = part
+        samples["shard"][start : start + len(part)] += np.uint32(first)
+        start += len(part)
+    return samples
+
+
+def _load(path: Path) -> np.ndarray:
+    return np.load(path, allow_pickle=False)
+
+
+def without_conflicts(samples: np.ndarray, shards: Sequence[Path]) -> tuple[np.ndarray, list[Problem]]:
+    """The samples, moved together within their array, without those that do not go with others; and these.
+
+    That is, where some have labels those without, and those whose key an earlier one has. 25 bytes a sample are held
+    in memory.
+    """
+    owners, whats = _repeated_keys(samples), dict[int, str]()
+    for position, owner in owners.items():
+        whats[position] = f"its key is also in {shards[samples['shard'][owner]].name}"
+    labelled = np.concatenate([block["label_size"] > 0 for _, block in _blocks(samples)] or [np.empty(0, bool)])
+    if labelled.any():
+        what = f"it has no label, but {int(labelled.sum())} of {len(samples)} samples have one"
+        whats |= {int(position): what for position in np.flatnonzero(~labelled)}
+    problems = [_conflict(samples[position], whats[position], shards) for position in sorted(whats)]
+    keep = np.ones(len(samples), bool)
+    keep[list(whats)] = False
+    end = 0
+    for start, block in _blocks(samples):
+        kept = block[keep[start : start + len(block)]]
+        samples[end : end + len(kept)] = kept
+        end += len(kept)
+    return samples[:end], problems
+
+
+def _conflict(record: np.void, what: str, shards: Sequence[Path]) -> Problem:
+    remedy = f"label all samples or none, and give each a key of its own, {LEAVE_OUT}"
+    return Problem(str(shards[record["shard"]]), what, remedy, record["key"].decode())
+
+
+def _repeated_keys(samples: np.ndarray) -> dict[int, int]:
+    """The positions of samples whose key an earlier one has, to the position of that one."""
+    hashes = [np.fromiter(map(hash, block["key"].tolist()), np.int64, len(block)) for _, block in _blocks(samples)]
+    if not hashes:
+        return {}
+    hashed = np.concatenate(hashes)
+    order = np.argsort(hashed, kind="stable")
+    candidates = np.flatnonzero(hashed[order[1:]] == hashed[order[:-1]])
+    firsts, repeated = dict[bytes, int](), dict[int, int]()
+    for position in np.unique(order[np.union1d(candidates, candidates + 1)]).tolist():
+        key = bytes(samples["key"][position])
+        if firsts.setdefault(key, position) != position:
+            repeated[position] = firsts[key]
+    return repeated
+
+
+def _blocks(samples: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    return ((start, samples[start : start + _AT_ONCE]) for start in range(0, len(samples), _AT_ONCE))
+
+
+def finish_index(
+    folder: Path,
+    samples: np.ndarray,
+    *,
+    shards: Sequence[Path],
+    dataset: str,
+    settings: Mapping[str, Any] | None,
+) -> ShardIndex:
+    """Writes the index of `shards`, which lie in `folder`, whole or not at all, and opens it."""
+    temporary = folder / f"{INDEX_FOLDER}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    records = [(shard.name.encode(), shard.stat().st_size) for shard in shards]
+    tars = np.array(records, shard_dtype(max(len(name) for name, _ in records)))
+    write_index(temporary, dataset=dataset, shards=tars, samples=samples, settings=settings)
+    for path in (*temporary.iterdir(), temporary):
+        sync(path)
+    temporary.rename(folder / INDEX_FOLDER)
+    sync(folder)
+    return ShardIndex.open(folder)

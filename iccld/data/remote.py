@@ -1,0 +1,248 @@
+"""Shards behind a URL: http(s) and whatever fsspec knows (s3, gs, ...), with one policy of retries for all of them."""
+
+import errno
+import logging
+import os
+import re
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import quote, urlsplit
+from urllib.request import getproxies_environment
+
+import aiohttp
+import fsspec
+from fsspec.asyn import AsyncFileSystem, sync
+from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
+from fsspec.implementations.http import HTTPFileSystem
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_before_delay, wait_random_exponential
+
+from iccld.data.storage import (
+    MissingShard,
+    Storage,
+    StorageConfig,
+    StorageError,
+    short_read,
+    without_secrets,
+)
+
+logger = logging.getLogger(__name__)
+Answer = TypeVar("Answer")
+
+FIRST_WAIT_S, MAX_WAIT_S = 0.2, 10.0
+LOUD_ATTEMPT = 5
+"""The failed attempt at one read that is logged: earlier ones are usual, and later ones say the same."""
+BUSY_STATUSES = {408, 425, 429}
+FINAL_ERRNOS = {errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.ENAMETOOLONG, getattr(errno, "EREMCHG", errno.EPERM)}
+FINAL_ERRORS = (StorageError, FileNotFoundError, PermissionError, TypeError, ValueError, AttributeError, ImportError)
+# By name, since they belong to packages that need not be installed.
+FINAL_NAMES = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "DefaultCredentialsError"}
+
+_KEPT_OPEN: list[AsyncFileSystem] = []
+"""All of this process and of those it was forked from: collected in a child, a parent's would end its connections."""
+
+
+def open_remote(location: str, config: StorageConfig) -> "RemoteStorage":
+    """The storage at a URL; raises ValueError where no installed package reads it."""
+    scheme, host = location.partition("://")[0].lower(), location.partition("://")[2].strip("/")
+    if not host:
+        raise ValueError(f"{location} names no server or bucket; write it as {scheme}://NAME/folder.")
+    if scheme in ("http", "https"):
+        return HTTPStorage(location, config)
+    try:
+        fsspec.get_filesystem_class(scheme)
+    except (ValueError, ImportError) as error:
+        raise ValueError(
+            f"{without_secrets(location)} cannot be read: {_one_line(error)}; check the scheme."
+        ) from error
+    return RemoteStorage(location, config)
+
+
+class RemoteStorage(Storage):
+    """What fsspec opens by the URL's scheme. Each process has file systems of its own: they do not survive a fork."""
+
+    is_local = False
+    piece_bytes = 8 << 20
+
+    def __init__(self, location: str, config: StorageConfig) -> None:
+        super().__init__(location.rstrip("/"))
+        self.config = config
+        self._filesystems: dict[int, AsyncFileSystem] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_filesystems": {}}
+
+    def _address(self, name: str) -> str:
+        return f"{self.location}/{name}"
+
+    def _read(self, name: str, offset: int, size: int) -> bytes:
+        what = f"{self.describe(name)}: bytes {offset}-{offset + size - 1}"
+        return self._ask(lambda filesystem: self._fetch(filesystem, name, offset, size), what)
+
+    def _size(self, name: str) -> int:
+        return self._ask(lambda filesystem: self._fetch_size(filesystem, name), f"{self.describe(name)}: its size")
+
+    async def _fetch(self, filesystem: Any, name: str, offset: int, size: int) -> bytes:
+        try:
+            data = await filesystem._cat_file(self._address(name), start=offset, end=offset + size)
+        except OSError as error:
+            if error.errno == errno.EINVAL:  # a range beyond the end, among other things
+                await self._check_end(filesystem, name, offset, size)
+            raise
+        if len(data) > size:
+            raise StorageError(f"{self.describe(name)}: the server ignores byte ranges; {_SERVE_RANGES}.")
+        if len(data) < size:
+            await self._check_end(filesystem, name, offset, size)
+            raise ConnectionError(f"the answer ends after {len(data)} of {size} bytes")
+        return data
+
+    async def _check_end(self, filesystem: Any, name: str, offset: int, size: int) -> None:
+        total = await self._fetch_size(filesystem, name)
+        if total < offset + size:
+            raise short_read(self.describe(name), offset, size, total)
+
+    async def _fetch_size(self, filesystem: Any, name: str) -> int:
+        info = await filesystem._info(self._address(name))
+        if info.get("type") == "directory":
+            raise FileNotFoundError(self._address(name))
+        return int(info["size"])
+
+    def _ask(self, request: Callable[[Any], Awaitable[Answer]], what: str) -> Answer:
+        """The answer to a request, after as many attempts as the configuration allows."""
+        retrying = Retrying(
+            retry=retry_if_exception(_may_pass),
+            stop=stop_before_delay(self.config.retry_for_s),
+            wait=wait_random_exponential(multiplier=FIRST_WAIT_S, max=MAX_WAIT_S),
+            before_sleep=lambda state: self._count_retry(state, what),
+            reraise=True,
+        )
+        try:
+            return retrying(self._ask_once, request)
+        except StorageError:
+            raise
+        except FileNotFoundError as error:
+            raise MissingShard(f"{what.partition(': ')[0]} does not exist") from error
+        except PermissionError as error:
+            raise StorageError(f"{what}: access is denied ({error}); check the credentials.") from error
+        except Exception as error:
+            attempts = retrying.statistics["attempt_number"]
+            tried = f"failed after {attempts} attempts" if attempts > 1 else "failed"
+            raise StorageError(
+                f"{what}: {tried} ({_one_line(error)}); check the server, the URL and data.storage."
+            ) from error
+
+    def _ask_once(self, request: Callable[[Any], Awaitable[Any]]) -> Any:
+        self.counters.add(requests=1)
+        filesystem, limit = self._filesystem(), self.config.timeout_s
+        try:
+            return sync(filesystem.loop, request, filesystem, timeout=limit)
+        except TimeoutError as error:
+            raise TimeoutError(f"no answer within {limit:g} s") from error
+
+    def _count_retry(self, state: RetryCallState, what: str) -> None:
+        self.counters.add(retries=1)
+        if state.attempt_number == LOUD_ATTEMPT and state.outcome is not None:
+            cause = _one_line(state.outcome.exception())
+            logger.warning("%s: attempt %d failed (%s); retrying.", what, LOUD_ATTEMPT, cause)
+
+    def _filesystem(self) -> AsyncFileSystem:
+        process = os.getpid()
+        if process not in self._filesystems:  # two threads may both open one; both then use the first
+            filesystem = self._filesystems.setdefault(process, self._open_filesystem())
+            _KEPT_OPEN.append(filesystem)
+        return self._filesystems[process]
+
+    def _open_filesystem(self) -> AsyncFileSystem:
+        scheme = self.location.partition("://")[0].lower()
+        words = {"true": True, "false": False}
+        options: dict[str, Any] = {name: words.get(text.lower(), text) for name, text in self.config.options.items()}
+        if scheme in ("s3", "s3a"):  # neither botocore nor s3fs shall retry within our attempts
+            limits = {"connect_timeout": self.config.timeout_s, "read_timeout": self.config.timeout_s}
+            options["config_kwargs"] = {"retries": {"total_max_attempts": 1}, **limits}
+        filesystem = fsspec.filesystem(scheme, skip_instance_cache=True, use_listings_cache=False, **options)
+        if not filesystem.async_impl:
+            return AsyncFileSystemWrapper(filesystem, asynchronous=False)
+        filesystem.retries = 1
+        return filesystem
+
+
+class HTTPStorage(RemoteStorage):
+    """A web server, by byte range. An answer is judged by its headers, before its body is read."""
+
+    def _address(self, name: str) -> str:
+        parts = urlsplit(self.location)  # a query (a signature, say) stays behind the name, and as it is
+        folder = quote(parts.path.rstrip("/"), safe="/%:@!$&'()*+,;=~")
+        return parts._replace(path=f"{folder}/{quote(name)}").geturl()
+
+    def _open_filesystem(self) -> AsyncFileSystem:
+        # Looking for proxies and ~/.netrc takes as long as a request, so not where there are none.
+        netrc = os.environ.get("NETRC") or os.path.expanduser("~/.netrc")  # noqa: PTH111  (a user may have no home)
+        trust_env = bool(getproxies_environment()) or Path(netrc).is_file()
+        client = {"trust_env": trust_env, "timeout": aiohttp.ClientTimeout(total=self.config.timeout_s)}
+        return HTTPFileSystem(client_kwargs=client, encoded=True, skip_instance_cache=True)
+
+    async def _fetch(self, filesystem: Any, name: str, offset: int, size: int) -> bytes:
+        place = self.describe(name)
+        async with await self._get(filesystem, name, offset, size) as response:
+            first, total = _content_range(response)
+            if total is not None and total < offset + size:
+                raise short_read(place, offset, size, total)
+            whole = response.status == 200 and offset == 0 and total == size
+            if response.status == 200 and not whole:
+                raise StorageError(
+                    f"{place}: the server ignores byte ranges (it sends the whole file); {_SERVE_RANGES}."
+                )
+            if not whole and (first != offset or (response.content_length or size) != size):
+                answered = response.headers.get("Content-Range")
+                raise StorageError(f"{place}: the server answers with other bytes ({answered!r}) than were asked for.")
+            return await response.content.readexactly(size)
+
+    async def _fetch_size(self, filesystem: Any, name: str) -> int:
+        # By GET, since a signed URL may allow nothing else.
+        async with await self._get(filesystem, name, 0, 1) as response:
+            _, total = _content_range(response)
+            if total is None:
+                raise StorageError(f"{self.describe(name)}: the server does not say how large it is; {_SERVE_RANGES}.")
+            return total
+
+    async def _get(self, filesystem: Any, name: str, offset: int, size: int) -> aiohttp.ClientResponse:
+        headers = {"Range": f"bytes={offset}-{offset + size - 1}", "Accept-Encoding": "identity"}
+        session: aiohttp.ClientSession = await filesystem.set_session()
+        response = await session.get(filesystem.encode_url(self._address(name)), headers=headers)
+        if response.status not in (200, 206, 416):
+            response.close()
+            _raise_for(response.status, f"{response.status} {response.reason}", self.describe(name))
+        return response
+
+
+_SERVE_RANGES = "serve the shards by one that supports them, such as nginx or an object store"
+
+
+def _raise_for(status: int, answer: str, place: str) -> None:
+    if status in (404, 410):
+        raise FileNotFoundError(answer)
+    if status in (401, 403, 407):
+        raise PermissionError(answer)
+    if status in BUSY_STATUSES or status >= 500:
+        raise ConnectionError(f"the server answered {answer}")
+    raise StorageError(f"{place}: the server answered {answer}; check the URL.")
+
+
+def _content_range(response: aiohttp.ClientResponse) -> tuple[int | None, int | None]:
+    """The first byte and the length of the whole file, as far as the answer says them."""
+    if response.status == 200:
+        return 0, response.content_length
+    found = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(?:(\d+)|\*)", response.headers.get("Content-Range", ""))
+    first, total = found.groups() if found else (None, None)
+    return None if first is None else int(first), None if total is None else int(total)
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether another attempt may succeed. Packages have errors of their own, so what is listed is what is final."""
+    final = isinstance(error, FINAL_ERRORS) or type(error).__name__ in FINAL_NAMES or not isinstance(error, Exception)
+    return not final and not (isinstance(error, OSError) and error.errno in FINAL_ERRNOS)
+
+
+def _one_line(error: BaseException | None) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -1,0 +1,249 @@
+"""Where shards are: a folder, a web server or an object store; bytes by (name, offset, size).
+
+A storage holds files side by side. It may be used by several threads, in processes that were forked after its first
+use, and may be pickled. What is remote lies in `iccld.data.remote`, which is imported when it is needed.
+"""
+
+import copy
+import fcntl
+import glob
+import math
+import os
+import re
+import sys
+import time
+import uuid
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Self
+from urllib.parse import unquote, urlsplit
+
+from iccld.data.counters import Counters
+from iccld.data.index import file_checksum
+
+MAX_NAME_BYTES = 255
+_LEFT_OVER_AFTER_S = 86_400.0
+
+
+@dataclass
+class StorageConfig:
+    """How remote shards are read; a folder needs none of it.
+
+    `timeout_s` bounds one request of at most 8 MiB, `retry_for_s` all attempts of it together (the last one may begin
+    just before it; 0: one attempt). `options` go to the object store's file system as they are, "true" and "false" as
+    bools: `endpoint_url`, `anon`, `profile`, `key`, `secret` of s3fs. What is not a string there (`client_kwargs`) is
+    set in the client's own files and environment (`~/.aws/config`, `AWS_REGION`), where secrets belong too, for
+    options are saved with the run. They are not used for http(s): its credentials are in the URL or in `~/.netrc`.
+    """
+
+    timeout_s: float = 20.0
+    retry_for_s: float = 300.0
+    options: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.timeout_s) and self.timeout_s > 0):
+            raise ValueError(f"data.storage.timeout_s={self.timeout_s} must be positive; 20 is usual.")
+        if not (math.isfinite(self.retry_for_s) and self.retry_for_s >= 0):
+            raise ValueError(
+                f"data.storage.retry_for_s={self.retry_for_s} must be at least 0; 300 is usual, 0 gives up at once."
+            )
+
+
+class StorageError(OSError):
+    """A read that failed for good; the message says where, what was read, why, and what to do."""
+
+
+class MissingShard(StorageError, FileNotFoundError):
+    """There is no such file in the storage."""
+
+
+class ShortRead(StorageError):
+    """The file ends before the bytes that were asked for."""
+
+
+class Storage(ABC):
+    """Files by their names. `counters`: requests, retries and bytes read; those of `below` are its parent's."""
+
+    is_local: ClassVar[bool]
+    piece_bytes: ClassVar[int]
+    """The largest single request; longer reads are made of several."""
+
+    def __init__(self, location: str) -> None:
+        self.location = location
+        self.counters = Counters(requests=0, retries=0, bytes=0)
+
+    def read(self, name: str, offset: int, size: int) -> bytes:
+        """Exactly the `size` bytes at `offset` of the file `name`.
+
+        Raises MissingShard, ShortRead where the file ends before, StorageError for all that cannot be mended.
+        """
+        _check_name(name, self.location)
+        if offset < 0 or size < 0 or offset + size > sys.maxsize:
+            raise ShortRead(
+                f"{self.describe(name)}: {size} bytes at {offset} cannot be in any file; make its index again."
+            )
+        if size <= self.piece_bytes:
+            data = self._read(name, offset, size) if size else b""
+        else:
+            data = b"".join(self._read(name, *piece) for piece in self._pieces(offset, size))
+        self.counters.add(bytes=size)
+        return data
+
+    def read_all(self, name: str) -> bytes:
+        """The whole file."""
+        return self.read(name, 0, self.size(name))
+
+    def size(self, name: str) -> int:
+        """The file's bytes; raises what `read` raises."""
+        _check_name(name, self.location)
+        return self._size(name)
+
+    def pieces(self, name: str) -> Iterator[bytes]:
+        """The whole file, a piece of bounded size at a time."""
+        for offset, size in self._pieces(0, self.size(name)):
+            yield self.read(name, offset, size)
+
+    def below(self, folder: str) -> Self:
+        """The storage of a folder in this one."""
+        _check_name(folder, self.location)
+        lower = copy.copy(self)
+        lower.location = self._address(folder)
+        return lower
+
+    def describe(self, name: str) -> str:
+        """The file's place as messages give it, without credentials."""
+        return f"{without_secrets(self.location).rstrip('/')}/{name}"
+
+    @abstractmethod
+    def _address(self, name: str) -> str: ...
+
+    @abstractmethod
+    def _read(self, name: str, offset: int, size: int) -> bytes: ...
+
+    @abstractmethod
+    def _size(self, name: str) -> int: ...
+
+    def _pieces(self, offset: int, size: int) -> Iterator[tuple[int, int]]:
+        for start in range(offset, offset + size, self.piece_bytes):
+            yield start, min(self.piece_bytes, offset + size - start)
+
+
+def short_read(place: str, offset: int, size: int, total: int) -> ShortRead:
+    """The error that says how far a read goes beyond the `total` bytes of the file at `place`."""
+    return ShortRead(
+        f"{place}: bytes {offset}-{offset + size - 1} are wanted, but it has {total}; it is truncated: restore it, or "
+        f"make it and its index again."
+    )
+
+
+def _check_name(name: str, location: str) -> None:
+    """Names come from an index, which may be anyone's: none may lead out of the location."""
+    plain = name.isprintable() and not {"/", "\\"} & set(name) and name not in ("", ".", "..")
+    if not plain or len(name.encode()) > MAX_NAME_BYTES:
+        raise StorageError(
+            f"{without_secrets(location)}: {name[:80]!r} is no plain file name of at most {MAX_NAME_BYTES} "
+            f"bytes; make the index again."
+        )
+
+
+def without_secrets(location: str) -> str:
+    """A URL without user, password and query; a folder as it is."""
+    if not is_remote(location):
+        return location
+    parts = urlsplit(location)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
+
+
+def is_remote(location: str | Path) -> bool:
+    """Whether a location is a URL; `file://` URLs are local."""
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", str(location))
+    return scheme is not None and scheme[1].lower() != "file"
+
+
+def local_folder(location: str | Path) -> Path:
+    """The folder that a local location means: a path or a `file://` URL."""
+    text = str(location)
+    return Path(unquote(urlsplit(text).path) if text.lower().startswith("file://") else text)
+
+
+def open_storage(location: str | Path, config: StorageConfig | None = None) -> Storage:
+    """The storage at a folder or URL; nothing is read yet.
+
+    Raises ValueError where the URL's scheme is unknown or the package that reads it is missing.
+    """
+    if not is_remote(location):
+        from iccld.data.local import LocalStorage
+
+        return LocalStorage(str(local_folder(location)))
+    from iccld.data.remote import open_remote
+
+    return open_remote(str(location), config or StorageConfig())
+
+
+def user_cache_folder() -> Path:
+    """Where this user's copies of remote indices go if no folder is set: `$XDG_CACHE_HOME` or `~/.cache`, `/iccld`."""
+    if folder := os.environ.get("XDG_CACHE_HOME"):
+        return Path(folder) / "iccld"
+    try:
+        return Path.home() / ".cache" / "iccld"
+    except RuntimeError as error:
+        raise ValueError("This user has no home folder for copies of indices; set data.cache.folder.") from error
+
+
+def fetch_file(storage: Storage, name: str, folder: Path, *, checksum: int | None = None) -> Path:
+    """Copies a file into `folder`, in pieces; it appears there whole or not at all. Returns its path.
+
+    With `checksum` (CRC-32), a copy that has it is kept, and what arrives is checked. Ranks that ask for it at once
+    wait for the one that copies it. Raises what reading raises, and StorageError where the checksum differs.
+    """
+    _check_name(name, storage.location)
+    path = folder / name
+    while checksum is None or not path.is_file() or file_checksum(path) != checksum:
+        before = _version(path)
+        with _one_at_a_time(folder / f".{name}.lock"):
+            if _version(path) == before:
+                _copy(storage, name, path, checksum)
+                return path
+        if checksum is None:  # another rank has copied it in the meantime
+            return path
+    return path
+
+
+def _version(path: Path) -> tuple[int, int] | None:
+    with suppress(FileNotFoundError):
+        status = path.stat()
+        return status.st_ino, status.st_mtime_ns
+    return None
+
+
+@contextmanager
+def _one_at_a_time(path: Path) -> Iterator[None]:
+    """Where the file system has no locks, all copy, each to a name of its own: slower, and as right."""
+    with path.open("ab") as file:
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _copy(storage: Storage, name: str, path: Path, checksum: int | None) -> None:
+    for left_over in path.parent.glob(f".{glob.escape(name)}.*.tmp"):
+        with suppress(FileNotFoundError):
+            if time.time() - left_over.stat().st_mtime > _LEFT_OVER_AFTER_S:
+                left_over.unlink()
+    temporary, found = path.parent / f".{name}.{uuid.uuid4().hex}.tmp", 0
+    try:
+        with temporary.open("xb") as file:
+            for piece in storage.pieces(name):
+                file.write(piece)
+                found = zlib.crc32(piece, found)
+        if checksum not in (None, found):
+            raise StorageError(
+                f"{storage.describe(name)}: its checksum is {found:08x}, it should be {checksum:08x}; upload it again."
+            )
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

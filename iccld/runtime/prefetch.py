@@ -1,0 +1,58 @@
+"""Brings batches to the device: while a step computes on one, the next is being copied."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def prefetch(batches: Iterator[Any], device: torch.device) -> Iterator[Any]:
+    """The batches in their order, their tensors on `device`; the host waits for no copy.
+
+    On CUDA, one batch is taken ahead of the one handed out, and tensors should come from pinned memory. What goes
+    wrong while it is taken is raised when its turn comes.
+    """
+    if device.type != "cuda":
+        yield from batches
+        return
+    copying = torch.cuda.Stream(device)
+
+    def copy(batch: Any) -> tuple[Any, Any]:
+        with torch.cuda.stream(copying):
+            return map_tensors(batch, lambda tensor: tensor.to(device, non_blocking=True)), copying.record_event()
+
+    def keep(tensor: Tensor) -> None:
+        """Its memory is the copying stream's, which would reuse it for a later batch while the step still reads it."""
+        tensor.record_stream(torch.cuda.current_stream(device))
+
+    for batch, copied in one_ahead(map(copy, batches)):
+        torch.cuda.current_stream(device).wait_event(copied)
+        map_tensors(batch, keep)
+        yield batch
+
+
+def map_tensors(batch: Any, function: Callable[[Tensor], Any]) -> Any:
+    """A nested batch of dictionaries with `function` of every tensor; whatever else is in it stays as it is."""
+    if isinstance(batch, Tensor):
+        return function(batch)
+    if isinstance(batch, Mapping):
+        return {key: map_tensors(value, function) for key, value in batch.items()}
+    return batch
+
+
+def one_ahead(items: Iterator[Any]) -> Iterator[Any]:
+    """The same items; each is taken before the one in front of it is handed out, and fails when its turn comes."""
+
+    def take() -> Any:
+        try:
+            return next(items)
+        except Exception as error:  # kept, not hidden
+            return error
+
+    ahead = take()
+    while not isinstance(ahead, Exception):
+        current, ahead = ahead, take()
+        yield current
+    if not isinstance(ahead, StopIteration):
+        raise ahead

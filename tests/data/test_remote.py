@@ -1,0 +1,199 @@
+"""What goes wrong between here and the shards: faults of servers, and of those who set them up."""
+
+import os
+import random
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from iccld.data.storage import (
+    MissingShard,
+    StorageConfig,
+    StorageError,
+    open_storage,
+)
+from tests.data.conftest import Site
+from tests.services import FaultyServer
+
+Start = Callable[..., FaultyServer]
+CONTENT = np.random.default_rng(0).bytes(1_000_000)
+PATIENT = StorageConfig(timeout_s=2.0, retry_for_s=60.0)
+HASTY = StorageConfig(timeout_s=1.0, retry_for_s=2.5)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "a.tar").write_bytes(CONTENT)
+    return tmp_path / "set"
+
+
+@pytest.fixture(autouse=True)
+def quick_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("iccld.data.remote.FIRST_WAIT_S", 0.01)
+
+
+@pytest.fixture(params=["http", "s3"])
+def options(request: pytest.FixtureRequest) -> dict[str, str]:
+    """Of a bucket that anyone may read, for the servers that speak that much of S3."""
+    return {"anon": "true"} if request.param == "s3" else {}
+
+
+def open_at(server: FaultyServer, options: dict[str, str], config: StorageConfig):
+    if not options:
+        return open_storage(server.url, config)
+    settings = StorageConfig(config.timeout_s, config.retry_for_s, {"endpoint_url": server.url, **options})
+    return open_storage("s3://set", settings)
+
+
+def test_every_read_arrives_though_a_tenth_of_the_requests_fails(
+    folder: Path, faulty_server: Start, options: dict[str, str]
+):
+    server = faulty_server(folder.parent if options else folder, share=0.0, seed=1)
+    storage, draw = open_at(server, options, PATIENT), random.Random(2)
+    storage.size("a.tar")  # the client of S3 is slow to make
+    server.share, server.requests, asked = 0.1, 0, storage.counters["requests"]
+    places = [(draw.randrange(len(CONTENT) - 5000), draw.randint(1, 5000)) for _ in range(200)]
+    start = time.monotonic()
+    with ThreadPoolExecutor(8) as pool:
+        arrived = list(pool.map(lambda place: storage.read("a.tar", *place), places))
+    assert arrived == [CONTENT[offset : offset + size] for offset, size in places]
+    failed = server.failed.total()
+    assert failed > 10 and set(server.failed) == {"500", "hang", "half"}
+    # No request that is not ours: neither aiohttp nor s3fs repeats by itself.
+    assert storage.counters["retries"] == failed
+    assert storage.counters["requests"] - asked == server.requests == len(places) + failed
+    assert time.monotonic() - start < 10 + failed * PATIENT.timeout_s
+
+
+@pytest.mark.parametrize(
+    ("fault", "cause"),
+    [
+        ("503", "Service Unavailable"),
+        ("429", "429"),
+        ("hang", r"no answer within 1 s"),
+        ("half", "IncompleteRead|Payload|ends after"),
+    ],
+)
+def test_a_read_that_never_succeeds_ends_in_time_and_says_all(
+    folder: Path, faulty_server: Start, options: dict[str, str], fault: str, cause: str
+):
+    server = faulty_server(folder.parent if options else folder, share=1.0, faults=fault)
+    storage, start = open_at(server, options, HASTY), time.monotonic()
+    with pytest.raises(StorageError, match=cause) as caught:
+        storage.read("a.tar", 10, 100)
+    message, place = str(caught.value), "s3://set" if options else server.url
+    attempts = storage.counters["requests"]
+    assert message.startswith(f"{place}/a.tar: bytes 10-109: failed after {attempts} attempts (")
+    assert message.endswith("); check the server, the URL and data.storage.") and "\n" not in message
+    assert attempts == storage.counters["retries"] + 1 > 2
+    assert time.monotonic() - start < HASTY.retry_for_s + HASTY.timeout_s + 1
+
+
+def test_without_time_for_retries_there_is_one_attempt(folder: Path, faulty_server: Start, options: dict[str, str]):
+    server = faulty_server(folder.parent if options else folder, share=1.0, faults="500")
+    storage = open_at(server, options, StorageConfig(retry_for_s=0.0))
+    with pytest.raises(StorageError, match=r"bytes 10-109: failed \("):
+        storage.read("a.tar", 10, 100)
+    assert server.requests == 1 and storage.counters == {"requests": 1, "retries": 0, "bytes": 0}
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("400", "the server answered 400 Bad Request; check the URL"),
+        ("401", r"bytes 0-8: access is denied \(401 Unauthorized\); check the credentials"),
+        ("403", r"bytes 0-8: access is denied \(403 Forbidden\); check the credentials"),
+        ("shift", r"the server answers with other bytes \('bytes 1-9/1000000'\) than were asked for"),
+    ],
+)
+def test_what_cannot_pass_is_not_tried_again(folder: Path, faulty_server: Start, fault: str, message: str):
+    server = faulty_server(folder, share=1.0, faults=fault)
+    with pytest.raises(StorageError, match=message):
+        open_storage(server.url, PATIENT).read("a.tar", 0, 9)
+    assert server.requests == 1
+
+
+def test_connections_are_used_again(folder: Path, faulty_server: Start):
+    server = faulty_server(folder, share=0.0)
+    storage = open_storage(server.url)
+    for offset in range(0, 500_000, 50_000):
+        storage.read("a.tar", offset, 50_000)
+    assert server.requests == 10 and server.connections == 1
+
+
+def test_no_one_at_the_address(options: dict[str, str], caplog: pytest.LogCaptureFixture):
+    place = StorageConfig(0.3, 1.0, {"endpoint_url": "http://127.0.0.1:9", **options})
+    storage = open_storage("s3://set" if options else "http://127.0.0.1:9", place)
+    with pytest.raises(StorageError, match=r"failed after \d+ attempts .*onnect.*; check the server"):
+        storage.read("a.tar", 0, 1)
+    assert [record.getMessage().partition("failed")[0] for record in caplog.records] == [
+        f"{storage.location}/a.tar: bytes 0-0: attempt 5 "
+    ]
+
+
+def test_a_server_that_ignores_ranges_is_refused_before_it_sends_all(nginx: Site):
+    with (nginx.folder / "huge.tar").open("wb") as file:
+        file.truncate(20 << 30)
+    storage, start = open_storage(f"{nginx.url}/whole"), time.monotonic()
+    with pytest.raises(
+        StorageError, match=r"whole/huge\.tar: the server ignores byte ranges .*such as nginx or an obj"
+    ):
+        storage.read("huge.tar", 1000, 10)
+    assert time.monotonic() - start < 2 and storage.size("huge.tar") == 20 << 30
+    (nginx.folder / "huge.tar").unlink()
+    (nginx.folder / "small.json").write_bytes(b"{}")
+    assert storage.read_all("small.json") == b"{}", "that it sends all is no harm where all was asked for"
+    with pytest.raises(StorageError, match="it is truncated"):
+        storage.read("small.json", 1, 10)
+
+
+def test_credentials_in_a_url_are_used_and_not_shown(nginx: Site):
+    (nginx.folder / "b.tar").write_bytes(b"0123")
+    secret = nginx.url.replace("//", "//user:hidden@")
+    storage = open_storage(f"{secret}/signed/?token=a%2Fb%3Dc")
+    assert storage.read("b.tar", 1, 2) == b"12"
+    for ask in (lambda: storage.read("none.tar", 0, 1), lambda: storage.read("b.tar", 3, 2)):
+        with pytest.raises(StorageError, match=rf"^{nginx.url}/signed/") as caught:
+            ask()
+        assert "hidden" not in str(caught.value) and "token" not in str(caught.value)
+    with pytest.raises(StorageError, match=rf"^{nginx.url}/signed/b\.tar: bytes 0-0: access is denied"):
+        open_storage(f"{secret}/signed?token=wrong", PATIENT).read("b.tar", 0, 1)
+    assert open_storage(f"{nginx.url}/moved").read("b.tar", 2, 2) == b"23"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"anon": "false"}, "NoCredentialsError"),  # "false" is a string, and would be true
+        (
+            {"anon": "true", "endpoit": "x"},
+            "unexpected keyword argument 'endpoit'.*check the server, the URL and data.stor",
+        ),
+        ({"profile": "absent"}, "ProfileNotFound"),
+    ],
+)
+def test_wrong_options_of_an_object_store_fail_at_once(
+    s3: str, options: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    storage = open_storage("s3://absent", StorageConfig(options={"endpoint_url": s3, **options}))
+    with pytest.raises(StorageError, match=message):
+        storage.read("a.tar", 0, 1)
+    assert storage.counters["requests"] == 1
+
+
+def test_a_proxy_of_the_environment_is_used(folder: Path, faulty_server: Start, monkeypatch: pytest.MonkeyPatch):
+    server = faulty_server(folder, share=0.0)
+    monkeypatch.setenv("http_proxy", server.url)
+    monkeypatch.delenv("no_proxy", raising=False)
+    with pytest.raises(MissingShard, match=r"http://elsewhere\.invalid/x/a\.tar does not exist"):
+        open_storage("http://elsewhere.invalid/x").read("a.tar", 0, 1)
+    assert server.requests == 1
