@@ -1,5 +1,6 @@
 """The configuration: dataclasses beside the classes they configure, composed from packaged YAML by Hydra."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -147,7 +148,8 @@ def differences(old: Config, new: Config) -> list[str]:
     """`key: old -> new` of every setting that must not differ between two attempts at one run."""
     before, after = _flat(to_dict(old)), _flat(to_dict(new))
     changed = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
-    return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in changed if not key.startswith(FREE_SETTINGS)]
+    bound = [key for key in changed if not re.sub(r"\.also\.[^.]+\.shards$", ".shards", key).startswith(FREE_SETTINGS)]
+    return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in bound]
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -17,6 +17,7 @@ from iccld.data.config import BatchLayout, DataConfig
 from iccld.data.decode import DECODE_ERRORS, decode_image
 from iccld.data.domain import DomainStream, MicroBatch, View, decode_train_ids, relabel
 from iccld.data.parts import Part, domain_order, open_parts
+from iccld.data.processes import say
 from iccld.data.workers import initialize_worker
 
 Batch = dict[str, MicroBatch]
@@ -46,7 +47,7 @@ class TrainingStream:
         layout: BatchLayout,
         with_target: bool = True,
         target_labels: bool = False,
-        report: Callable[[str], None] = print,
+        report: Callable[[str], None] = say,
     ) -> None:
         """`report` is told of every bad sample once. Raises ValueError where a set cannot be used."""
         self.config, self.layout, self.report = config, layout, report

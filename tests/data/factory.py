@@ -10,6 +10,7 @@ from PIL import Image
 
 from iccld.data.config import BatchLayout, DataConfig, DatasetConfig
 from iccld.data.index import ShardIndex
+from iccld.data.indexing import IndexResult
 from iccld.data.packing import ImageFormat
 from iccld.data.shards import MakeShardsConfig, make_shards
 from iccld.labels import CITYSCAPES_IDS
@@ -103,9 +104,22 @@ def make_set(folder: Path, count: int, *, labels: bool = True, samples_per_shard
         image_format=ImageFormat.PNG,
         samples_per_shard=samples_per_shard,
     )
-    result = make_shards(config, progress=lambda line: None)
-    assert result.index is not None
+    return opened(make_shards(config, progress=lambda line: None))
+
+
+def opened(result: IndexResult) -> ShardIndex:
+    """The index of a result, which has one."""
+    assert result.index is not None, "\n".join(map(str, result.problems))
     return result.index
+
+
+def members(index: ShardIndex, position: int) -> tuple[bytes, bytes]:
+    """The bytes that the index points at."""
+    record = index.samples[position]
+    data = (Path(index.location) / index.shard_name(int(record["shard"]))).read_bytes()
+    places = [(int(record[f"{kind}_offset"]), int(record[f"{kind}_size"])) for kind in ("image", "label")]
+    image, label = (data[offset : offset + size] for offset, size in places)
+    return image, label
 
 
 def config(folders: dict[str, str], **settings: Any) -> DataConfig:

@@ -11,25 +11,11 @@ from PIL import Image
 from iccld.data.decode import decode_image, decode_label
 from iccld.data.index import ShardIndex
 from iccld.data.indexing import IndexResult, build_index
-from tests.data.factory import HEIGHT, WIDTH, pair_members, png, random_pair, save, write_tar
+from tests.data.factory import HEIGHT, WIDTH, members, opened, pair_members, png, random_pair, save, write_tar
 
 
 def build(folder: Path, **settings: Any) -> IndexResult:
     return build_index(folder, progress=lambda line: None, **settings)
-
-
-def opened(result: IndexResult) -> ShardIndex:
-    assert result.index is not None, "\n".join(map(str, result.problems))
-    return result.index
-
-
-def members(index: ShardIndex, position: int) -> tuple[bytes, bytes]:
-    """The bytes that the index points at."""
-    record = index.samples[position]
-    data = (Path(index.location) / index.shard_name(int(record["shard"]))).read_bytes()
-    places = [(int(record[f"{kind}_offset"]), int(record[f"{kind}_size"])) for kind in ("image", "label")]
-    image, label = (data[offset : offset + size] for offset, size in places)
-    return image, label
 
 
 def assert_holds_pairs(index: ShardIndex, seeds: dict[str, int]) -> None:

@@ -12,26 +12,12 @@ from iccld.data.index import ShardIndex
 from iccld.data.indexing import IndexResult, build_index
 from iccld.data.packing import ImageFormat, Packing
 from iccld.data.shards import MakeShardsConfig, make_shards
-from tests.data.factory import make_set, random_pair, save, write_cityscapes, write_folder, write_gta5
+from tests.data.factory import make_set, members, opened, random_pair, save, write_cityscapes, write_folder, write_gta5
 
 
 def make(root: Path, **settings: Any) -> IndexResult:
     defaults = {"dataset": "folder", "input": str(root), "output": f"{root}-shards", "image_format": ImageFormat.PNG}
     return make_shards(MakeShardsConfig(**defaults | settings), progress=lambda line: None)
-
-
-def opened(result: IndexResult) -> ShardIndex:
-    assert result.index is not None, "\n".join(map(str, result.problems))
-    return result.index
-
-
-def members(index: ShardIndex, position: int) -> tuple[bytes, bytes]:
-    """The bytes that the index points at."""
-    record = index.samples[position]
-    data = (Path(index.location) / index.shard_name(int(record["shard"]))).read_bytes()
-    places = [(int(record[f"{kind}_offset"]), int(record[f"{kind}_size"])) for kind in ("image", "label")]
-    image, label = (data[offset : offset + size] for offset, size in places)
-    return image, label
 
 
 def read_all(index: ShardIndex) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:

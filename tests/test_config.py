@@ -1,0 +1,57 @@
+import pytest
+
+from iccld.config import differences, load_config
+
+TWO_SETS = "+data.source.also={synthia:{shards:b,weight:2}}"
+
+
+def changed(*overrides: str) -> list[str]:
+    """What differs from the same settings without the overrides."""
+    return differences(load_config([TWO_SETS]), load_config([TWO_SETS, *overrides]))
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "data.source.shards=s3://elsewhere/gta5",
+        "data.source.also.synthia.shards=elsewhere",
+        "data.on_error=replace",
+        "data.max_bad_share=0.1",
+        "data.cache.folder=/local",
+        "data.storage.timeout_s=5",
+        "data.num_workers=7",
+    ],
+)
+def test_what_only_moves_or_speeds_up_data_may_change_between_attempts(override: str) -> None:
+    assert changed(override) == []
+
+
+@pytest.mark.parametrize(
+    ("override", "difference"),
+    [
+        ("data.source.also.synthia.weight=3", "data.source.also.synthia.weight: 2.0 -> 3.0"),
+        ("data.source.first_percent=50", "data.source.first_percent: 100.0 -> 50.0"),
+        ("data.source.keys=k.txt", "data.source.keys:  -> k.txt"),
+        ("data.crop_size=[64,64]", "data.crop_size: [512, 512] -> [64, 64]"),
+    ],
+)
+def test_what_changes_the_samples_may_not(override: str, difference: str) -> None:
+    assert changed(override) == [difference]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.source.weight=0", r"weight=0.0 of \S+ must be positive"),
+        ("data.source.first_percent=101", r"first_percent=101.0 of \S+ must be in \(0, 100\]"),
+        ("+data.source.also={b:{weight:1}}", r"also.b: every set of a domain needs its shards"),
+        ("data.max_bad_share=1", r"data.max_bad_share=1.0 must be in \[0, 1\)"),
+        ("data.on_error=ignore", r"on_error"),
+        ("data.storage.timeout_s=0", r"data.storage.timeout_s=0.0 must be positive"),
+        ("data.cache.max_gib=0", r"data.cache.max_gib=0.0 must be positive"),
+    ],
+)
+def test_a_bad_data_setting_is_named_in_one_line(override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as raised:
+        load_config([override])
+    assert "\n" not in str(raised.value)
