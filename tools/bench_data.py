@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -216,8 +217,9 @@ def main() -> None:
         "resume_over_webdataset": resume["ours"] / resume["webdataset, replayed"],
         "samples_per_s": rates,
         "resume_s": resume,
-        "settings": {key: str(value) for key, value in vars(settings).items()},
-        "machine": {"processor": platform.processor(), "cpus": os.cpu_count(), "python": platform.python_version()},
+        "settings": {key: str(value) if isinstance(value, Path) else value for key, value in vars(settings).items()},
+        "machine": {"processor": platform.machine(), "cpus": os.cpu_count(), "python": platform.python_version()},
+        "versions": {name: version(name) for name in ("torch", "webdataset", "simplejpeg", "pillow")},
     }
     if settings.json:
         settings.json.write_text(json.dumps(figures, indent=2) + "\n")

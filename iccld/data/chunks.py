@@ -177,8 +177,9 @@ class ChunkWriter:
     def discard(self) -> None:
         """Removes what is not finished."""
         if self._writer is not None:
-            with contextlib.suppress(OSError):  # a full disk has been told of already
-                self._file.close()
+            for stream in (self._writer.tarstream.fileobj, self._file):
+                with contextlib.suppress(OSError):  # a full disk has been told of already
+                    stream.close()
         self._temporary.unlink(missing_ok=True)
 
 

@@ -70,7 +70,8 @@ class ClassSetConfig:
 class DataConfig:
     """What is read and how it is cropped; the margins are fractions of the height without pseudo-labels.
 
-    With `on_error: replace`, more than `max_bad_share` bad samples among those drawn (of at least 1,000) end the run.
+    With `on_error: replace`, more bad samples than `max_bad_share` of those that a rank has drawn since it started (of
+    1,000 where these are fewer) end the run.
     """
 
     source: DatasetConfig = field(default_factory=DatasetConfig)
@@ -95,13 +96,13 @@ class DataConfig:
         _check_crop_size(self.crop_size)
         _check("num_workers", self.num_workers, self.num_workers >= 0, "at least 0; 2 is usual")
         temperature = self.rare_class_temperature
-        _check("rare_class_temperature", temperature, temperature > 0, "positive; 0.01 is usual")
+        _check("rare_class_temperature", temperature, 1e-6 <= temperature < math.inf, "at least 1e-6; 0.01 is usual")
         _check("rare_class_min_pixels", self.rare_class_min_pixels, self.rare_class_min_pixels >= 0, "at least 0")
         _check("max_class_share", self.max_class_share, 0 < self.max_class_share <= 1, "in (0, 1]; 1 turns it off")
         _check("max_bad_share", self.max_bad_share, 0 <= self.max_bad_share < 1, "in [0, 1); 0.001 is usual")
         _check("flip", self.flip, 0 <= self.flip <= 1, "a probability; 0.5 is usual")
         margins = (self.target_margin_top, self.target_margin_bottom)
-        if min(margins) < 0 or sum(margins) >= 1:
+        if not (min(margins) >= 0 and sum(margins) < 1):  # nan is neither
             raise ValueError(
                 f"data.target_margin_top={margins[0]} and data.target_margin_bottom={margins[1]} must be fractions of "
                 f"the image's height that leave something between them, as 0.03 and 0.24 do."

@@ -47,7 +47,8 @@ def check_crop_fits(part: Part, crop_size: tuple[int, int]) -> None:
     least = part.index.header.min_size
     if all(side <= limit for side, limit in zip(crop_size, least, strict=True)):
         return
-    chosen = part.index.samples[["height", "width"]][np.asarray(part.positions)]
+    samples = part.index.samples[["height", "width"]]
+    chosen = samples[: len(part.positions)] if isinstance(part.positions, range) else samples[part.positions]
     small = np.flatnonzero((chosen["height"] < crop_size[0]) | (chosen["width"] < crop_size[1]))
     if len(small):
         first, fits = small[0], [int(chosen[side].min()) // STRIDE * STRIDE for side in ("height", "width")]

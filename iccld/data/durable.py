@@ -5,8 +5,9 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 MAKING_FOLDER = "making"
 """Of `iccld shards make`; where it is, the shards are not finished."""
@@ -46,17 +47,17 @@ def clear(work: Path) -> None:
 def alone_in(folder: Path, name: str) -> Iterator[Path]:
     """The work folder `name` of `folder`, held by the operating system's lock for as long as this process works there.
 
-    Raises ValueError where another process holds it, and, in one line, where disk or memory do not suffice.
+    It is removed at the end where nothing is left in it. Raises ValueError where another process holds it, and, in one
+    line, where disk or memory do not suffice.
     """
     work = folder / name
     try:
-        work.mkdir(parents=True, exist_ok=True)
-        with (work / _LOCK).open("a") as file:
+        with _lock(work):
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(f"{folder}: another process is at work there; wait for it, or end it.") from None
-            yield work
+                yield work
+            finally:
+                if [path.name for path in work.iterdir()] == [_LOCK]:
+                    shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -65,3 +66,22 @@ def alone_in(folder: Path, name: str) -> Iterator[Path]:
         ) from error
     except MemoryError as error:
         raise ValueError(f"{folder}: memory does not suffice; use fewer --workers.") from error
+
+
+def _lock(work: Path) -> IO[str]:
+    """The locked file; closing it frees the lock."""
+    path = work / _LOCK
+    while True:
+        work.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):  # another process has just removed the folder
+            file = path.open("a")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    return file
+                file.close()
+            except BlockingIOError:
+                file.close()
+                raise ValueError(f"{work.parent}: another process is at work there; wait for it, or end it.") from None
+            except FileNotFoundError:
+                file.close()

@@ -32,7 +32,9 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def read_png_size(data: bytes) -> tuple[int, int]:
-    """(height, width) from a PNG's header; struct.error where the header is cut short."""
+    """(height, width) from a PNG's header; ValueError where that is cut short, or not the first chunk."""
+    if data[12:16] != b"IHDR" or len(data) < 24:
+        raise ValueError("it does not begin with a PNG's header")
     width, height = struct.unpack_from(">II", data, 16)
     return height, width
 

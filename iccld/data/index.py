@@ -153,7 +153,7 @@ def parse_header(text: bytes, where: str) -> IndexHeader:
         if not _is_sound(header):
             raise TypeError("its numbers do not fit each other")
         return header
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, TypeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(f"{where} is damaged ({error}); remove the index and {MAKE_IT}.") from error
 
 
@@ -171,12 +171,18 @@ def _mapped(path: Path, dtype: np.dtype, length: int, where: str) -> np.ndarray:
     why = "it has other fields or another length"
     try:
         array = np.load(path, mmap_mode="r" if length else None, allow_pickle=False)
-        fits = array.dtype.names == dtype.names if dtype.names else array.dtype == dtype
-        if fits and len(array) == length:
+        if isinstance(array, np.ndarray) and array.shape == (length,) and _alike(array.dtype, dtype):
             return array
     except (OSError, ValueError) as error:
         why = str(error)
     raise ValueError(f"{where}: {path} does not fit {HEADER_FILE} ({why}); remove {path.parent} and {MAKE_IT}.")
+
+
+def _alike(one: np.dtype, other: np.dtype) -> bool:
+    """Whether two records have the same fields; texts may differ in their width."""
+    if not one.names or not other.names:
+        return one == other or one.kind == other.kind == "S"
+    return one.names == other.names and all(_alike(one[name], other[name]) for name in one.names)
 
 
 def rank_samples(class_pixels: np.ndarray) -> list[np.ndarray]:

@@ -5,7 +5,6 @@ b.tar ── index_shard ── indexing/000001.npy ─┼── samples ── 
 ...                                          ─┘
 """
 
-import shutil
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping, Sequence
@@ -52,15 +51,13 @@ def build_index(
     ValueError where there is nothing to index, or an index already.
     """
     folder = Path(folder)
+    _check_free(folder)
     shards = sorted(folder.glob("*.tar"))
     if not shards:
         raise ValueError(f"{folder}: there are no .tar files to index.")
-    if (folder / INDEX_FOLDER).exists():
-        raise ValueError(f"{folder / INDEX_FOLDER} is there already; remove it to build it anew.")
-    if (folder / MAKING_FOLDER).exists():
-        raise ValueError(f"{folder}: `iccld shards make` has not finished here; give that command again.")
     with alone_in(folder, "indexing") as work:
         clear(work)
+        _check_free(folder)  # again: another process may have finished before this one got in
         task = partial(_index_to, work, image_extension.lower(), label_extension.lower())
         problems = _index_all(shards, task, num_workers, progress)
         parts = [(0, work / f"{number}.npy") for number in range(len(shards))]
@@ -69,9 +66,19 @@ def build_index(
         accepted = len(samples) and (accept_bad or not problems)
         if not len(samples) and not problems:
             raise ValueError(f"{folder}: its {len(shards)} tars hold no samples.")
-        index = finish_index(folder, samples, shards=shards, dataset=dataset, settings=settings) if accepted else None
-        shutil.rmtree(work)
+        about = {**(settings or {}), "left_out": len(problems)}
+        index = finish_index(folder, samples, shards=shards, dataset=dataset, settings=about) if accepted else None
+        clear(work)
     return IndexResult(index, problems)
+
+
+def _check_free(folder: Path) -> None:
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: there is no such folder; give the folder of the tars.")
+    if (folder / INDEX_FOLDER).exists():
+        raise ValueError(f"{folder / INDEX_FOLDER} is there already; remove it to build it anew.")
+    if (folder / MAKING_FOLDER).exists():
+        raise ValueError(f"{folder}: `iccld shards make` has not finished here; give that command again.")
 
 
 def _index_all(

@@ -9,7 +9,9 @@ from rich.console import Console
 from rich.table import Table
 
 from iccld.data.index import IndexHeader, ShardIndex
+from iccld.data.open_index import open_index
 from iccld.data.storage import open_storage
+from iccld.data.verify import STORAGE
 from iccld.labels import CITYSCAPES_NAMES, CITYSCAPES_PALETTE, IGNORE_INDEX
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
@@ -32,6 +34,7 @@ def facts(index: ShardIndex) -> list[tuple[str, str]]:
     return [
         ("data set", header.dataset or "(not named)"),
         ("samples", f"{header.num_samples:,}, {'all' if header.has_labels else 'none'} with labels"),
+        ("left out", f"{header.settings.get('left_out', 0):,} bad ones when it was made"),
         ("shards", f"{header.num_shards:,}, {_amount(tars)}"),
         (
             "images and labels",
@@ -67,7 +70,7 @@ def tables(index: ShardIndex) -> list[Table]:
 
 
 def draw_chart(index: ShardIndex, path: Path) -> None:
-    """Writes a bar chart of the classes as PNG. Raises ValueError for a set without labels."""
+    """Writes a bar chart of the classes as PNG. Raises ValueError for a set without labels, or where it cannot."""
     if not index.header.has_labels:
         raise ValueError(
             f"--chart {path}: {index.location} has no labels, so there are no classes to draw; leave it out."
@@ -93,7 +96,12 @@ def draw_chart(index: ShardIndex, path: Path) -> None:
     right.set(xlim=(0, 118), xlabel="% of samples that show the class")
     title = index.header.dataset or Path(index.location).name
     figure.suptitle(f"{title}: {index.header.num_samples:,} samples", fontsize=14)
-    figure.savefig(path, dpi=120, format="png")
+    try:
+        figure.savefig(path, dpi=120, format="png")
+    except OSError as error:
+        raise ValueError(
+            f"--chart {path} cannot be written ({error.strerror}); give a file in a folder that is there."
+        ) from error
 
 
 def _percent(value: float) -> str:
@@ -109,16 +117,15 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(arguments: Namespace) -> int:
     """Prints the tables, or the keys. Raises ValueError where the user erred."""
-    from iccld.data.parts import open_index  # imports torch, for which `--help` should not wait
-
-    index = open_index(open_storage(arguments.location), arguments.location)
+    index = open_index(open_storage(arguments.location, STORAGE), arguments.location)
     if arguments.keys:
         for position in range(len(index)):
             sys.stdout.write(f"{index.key(position)}\n")
         return 0
+    if arguments.chart:
+        draw_chart(index, arguments.chart)
     for table in tables(index):
         Console().print(table)
     if arguments.chart:
-        draw_chart(index, arguments.chart)
         print(f"chart: {arguments.chart}")
     return 0

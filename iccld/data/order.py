@@ -13,6 +13,7 @@ from iccld import rng
 _MASK = (1 << 64) - 1
 _NUM_ROUND_PAIRS = 4
 _BLOCK = 10_000
+_NUM_PROBES, _ENOUGH, _AT_ONCE = 1024, 1 / 32, 1 << 20
 
 
 @dataclass(frozen=True)
@@ -134,16 +135,19 @@ class RareClassOrder:
         stream: str,
         temperature: float = 0.01,
         min_pixels: int = 3000,
+        num_images: int | None = None,
     ) -> None:
         """`class_pixels`, `(N, T)`, are the pixels of each train id in each image, and `totals`, `(T,)`, their sums.
 
         `images_with[t]` are the images that show train id t, those with most pixels first (`index.rank_samples`), and
-        `members[c]` the train ids that make up class c. Raises ValueError where no class occurs.
+        `members[c]` the train ids that make up class c. Of N images only the first `num_images` are drawn (None: all);
+        the classes' shares stay those of all. Raises ValueError where no class occurs.
         """
         self.seed, self.stream = seed, stream
-        self.probabilities = rare_class_probabilities(
-            np.array([sum(totals[t] for t in ids) for ids in members]), temperature=temperature
-        )
+        limit = len(class_pixels) if num_images is None else num_images
+        images = [_ClassImages(class_pixels, images_with, train_ids, min_pixels, limit) for train_ids in members]
+        occurring = np.array([sum(totals[t] for t in ids) for ids in members]) * [len(each) > 0 for each in images]
+        self.probabilities = rare_class_probabilities(occurring, temperature=temperature)
         self._classes = np.flatnonzero(self.probabilities)
         if not len(self._classes):
             raise ValueError(
@@ -151,7 +155,7 @@ class RareClassOrder:
                 f"check the labels and data.class_set, or set data.rare_class_sampling=false."
             )
         self._cumulative = np.cumsum(self.probabilities[self._classes])
-        self._images = [_ClassImages(class_pixels, images_with, members[int(c)], min_pixels) for c in self._classes]
+        self._images = [images[int(c)] for c in self._classes]
 
     def __getitem__(self, number: int) -> Draw:
         generator = rng.numpy_generator(self.seed, f"{self.stream}/rare_class", number)
@@ -164,15 +168,25 @@ class _ClassImages:
     """The images that show one class, which may be made up of several train ids."""
 
     def __init__(
-        self, class_pixels: np.ndarray, images_with: Sequence[np.ndarray], train_ids: Sequence[int], min_pixels: int
+        self,
+        class_pixels: np.ndarray,
+        images_with: Sequence[np.ndarray],
+        train_ids: Sequence[int],
+        min_pixels: int,
+        limit: int,
     ) -> None:
         for least in (min_pixels, 0):
-            counts = [_count_above(class_pixels, images_with[t], t, least) for t in train_ids]
-            if any(counts):
+            lists = [images_with[t][: _count_above(class_pixels, images_with[t], t, least)] for t in train_ids]
+            if limit < len(class_pixels):
+                lists = [_mostly_below(images, limit) for images in lists]
+            if any(map(len, lists)):
                 break
-        self._pixels, self._least = class_pixels, least
-        self._members = [(t, images_with[t][:count]) for t, count in zip(train_ids, counts, strict=True)]
-        self._ends = np.cumsum(counts)
+        self._pixels, self._least, self._limit = class_pixels, least, limit
+        self._members = list(zip(train_ids, lists, strict=True))
+        self._ends = np.cumsum([len(images) for images in lists])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
 
     def draw(self, generator: np.random.Generator) -> int:
         """One of them, uniformly: an image that several train ids list counts for the first of them alone."""
@@ -181,8 +195,17 @@ class _ClassImages:
             member = int(np.searchsorted(self._ends, place, side="right"))
             images = self._members[member][1]
             image = int(images[place - int(self._ends[member])])  # counted from the list's end
-            if all(self._pixels[image, t] <= self._least for t, _ in self._members[:member]):
+            if image < self._limit and all(self._pixels[image, t] <= self._least for t, _ in self._members[:member]):
                 return image
+
+
+def _mostly_below(images: np.ndarray, limit: int) -> np.ndarray:
+    """The images below `limit`; the mapped list itself where drawing again until one is below takes few draws."""
+    probes = images[:: max(1, len(images) // _NUM_PROBES)]
+    if np.count_nonzero(probes < limit) > _ENOUGH * len(probes):
+        return images
+    blocks = (images[start : start + _AT_ONCE] for start in range(0, len(images), _AT_ONCE))
+    return np.concatenate([np.empty(0, images.dtype), *(block[block < limit] for block in blocks)])
 
 
 def _count_above(class_pixels: np.ndarray, images: np.ndarray, train_id: int, least: int) -> int:

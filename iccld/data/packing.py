@@ -1,4 +1,4 @@
-"""A pair becomes the bytes that are stored; a chunk of pairs becomes tars. Bad pairs are collected, not fatal."""
+"""A pair becomes the bytes that are stored, or it is bad, and what is wrong with it is said."""
 
 import io
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from iccld.data.converters import Converter, Pair, UnknownIds
-from iccld.data.decode import DECODE_ERRORS, decode_image
+from iccld.data.decode import DECODE_ERRORS, MAX_PIXELS, decode_image
 from iccld.data.grey_png import encode_grey_png
 from iccld.data.index import NUM_TRAIN_IDS
 from iccld.data.records import count_classes
@@ -27,6 +27,8 @@ class ImageFormat(Enum):
     KEEP = "keep"
 
 
+MAX_SIDES = {ImageFormat.JPG: 65_500, ImageFormat.WEBP: 16_383}
+"""In pixels: what libjpeg and WebP write at most."""
 _EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 
 
@@ -82,18 +84,24 @@ def _pack(pair: Pair, converter: Converter, packing: Packing) -> Packed:
         train_ids = _read_labels(pair, converter, image.shape[:2])
         resized = np.asarray(Image.fromarray(train_ids).resize((width, height), Image.Resampling.NEAREST))
         class_pixels, label = count_classes(resized), encode_grey_png(resized)
-    extension, stored = _store(data, image, (height, width), packing)
+    try:
+        extension, stored = _store(data, image, (height, width), packing)
+    except ValueError as error:
+        raise Unusable(Problem(file, str(error), f"use --max-side or --image-format png, {LEAVE_OUT}")) from error
     return Packed(extension, stored, label, (height, width, class_pixels))
 
 
 def _store(data: bytes, image: np.ndarray, size: tuple[int, int], packing: Packing) -> tuple[str, bytes]:
-    """Extension and bytes of an image, `(H, W, 3)` uint8, in the stored size and format."""
+    """Extension and bytes of an image, `(H, W, 3)` uint8, in the stored size and format; ValueError if it cannot be."""
     extension = packing.image_format.value
     if packing.image_format is ImageFormat.KEEP:
         with Image.open(io.BytesIO(data)) as opened:
             extension = _EXTENSIONS.get(opened.format or "", "")
         if extension and size == image.shape[:2]:
             return extension, data
+    limit = MAX_SIDES.get(ImageFormat(extension or "png"), MAX_PIXELS)
+    if max(size) > limit:
+        raise ValueError(f"it would have {size[0]}x{size[1]} pixels, of which a side may have {limit} in {extension}")
     # PIL's BILINEAR is antialiased where it shrinks.
     resized = Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BILINEAR)
     if extension == "jpg":

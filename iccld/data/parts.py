@@ -1,6 +1,7 @@
 """The sets that make up a domain: each opened where it lies, cut down to the wanted samples, and put in order."""
 
 import math
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,26 +10,11 @@ import numpy as np
 
 from iccld.data.cache import SampleCache
 from iccld.data.config import DataConfig, DatasetConfig, OnError, SetConfig
-from iccld.data.index import (
-    ARRAY_FILES,
-    HEADER_FILE,
-    INDEX_FOLDER,
-    NUM_TRAIN_IDS,
-    ShardIndex,
-    parse_header,
-    rank_samples,
-)
+from iccld.data.index import NUM_TRAIN_IDS, ShardIndex, rank_samples
+from iccld.data.open_index import open_index
 from iccld.data.order import EpochOrder, MixedOrder, Order, RareClassOrder, SubsetOrder
 from iccld.data.reader import ShardReader
-from iccld.data.storage import (
-    MissingShard,
-    Storage,
-    fetch_file,
-    is_remote,
-    local_folder,
-    open_storage,
-    user_cache_folder,
-)
+from iccld.data.storage import MissingShard, Storage, open_storage, without_secrets
 
 MAX_CHECKED_SHARDS = 1000
 _KEYS_AT_ONCE = 1_000_000
@@ -48,6 +34,15 @@ class Part:
         return self.reader.index
 
     @property
+    def used(self) -> dict[str, int]:
+        """What a run remembers of the samples in use, where these are not all."""
+        if self.is_whole:
+            return {}
+        positions = self.positions
+        checksum = 0 if isinstance(positions, range) else zlib.crc32(np.asarray(positions, np.int64).tobytes())
+        return {"num_used": len(positions), "used": checksum}
+
+    @property
     def is_whole(self) -> bool:
         return len(self.positions) == len(self.index)
 
@@ -61,7 +56,7 @@ def open_parts(config: DataConfig, role: str, *, with_labels: bool) -> list[Part
     if not dataset.shards:
         raise ValueError(f"data.{role}.shards is empty, but a {role} set is needed; set it to a folder of shards.")
     cache = SampleCache(config.cache) if config.cache.folder else None
-    sets: dict[str, SetConfig] = {"": dataset} | dataset.also
+    sets: dict[str, SetConfig] = {"": dataset} | dict(sorted(dataset.also.items()))
     return [_open_part(part, role, name, config, cache, with_labels=with_labels) for name, part in sets.items()]
 
 
@@ -73,36 +68,13 @@ def _open_part(
     index = open_index(storage, part.shards, setting=f"{setting}.shards", cache_folder=config.cache.folder)
     if with_labels and not index.header.has_labels:
         raise ValueError(
-            f"{setting}.shards={part.shards} has no labels, but the labels of the {role} set are needed; make the "
-            f"shards without --no-labels."
+            f"{setting}.shards={without_secrets(part.shards)} has no labels, but the labels of the {role} set are "
+            f"needed; make the shards without --no-labels."
         )
     if config.on_error is OnError["raise"] and storage.is_local and index.header.num_shards <= MAX_CHECKED_SHARDS:
         _check_shards(index, storage, f"{setting}.shards={part.shards}")
-    reader = ShardReader(index, storage, cache)
+    reader = ShardReader(index, storage, None if storage.is_local else cache)
     return Part(f"{role}/{name}" if name else role, reader, _positions(part, index, setting), part.weight)
-
-
-def open_index(
-    storage: Storage, location: str, *, setting: str = "shards", cache_folder: str | Path = ""
-) -> ShardIndex:
-    """The index of the set at `location`; a remote one is copied once a node, and again when it has changed."""
-    if not is_remote(location):
-        return ShardIndex.open(local_folder(location), setting=setting)
-    where = f"{setting}={location}: {INDEX_FOLDER}/{HEADER_FILE}"
-    indexed = storage.below(INDEX_FOLDER)
-    try:
-        text = indexed.read_all(HEADER_FILE)
-    except MissingShard as error:
-        raise ValueError(f"{where} is missing ({error}); upload the folder {INDEX_FOLDER}/ with the shards.") from error
-    header = parse_header(text, where)
-    version = "-".join(f"{header.checksums[name]:08x}" for name in ARRAY_FILES)
-    folder = (Path(cache_folder) if cache_folder else user_cache_folder()) / INDEX_FOLDER / version
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in ARRAY_FILES:  # whole where they are there at all: reading a billion records again takes minutes
-        if not (folder / name).is_file():
-            fetch_file(indexed, name, folder, checksum=header.checksums[name])
-    fetch_file(indexed, HEADER_FILE, folder)
-    return ShardIndex.open(location, setting=setting, folder=folder)
 
 
 def _check_shards(index: ShardIndex, storage: Storage, where: str) -> None:
@@ -148,25 +120,25 @@ def _positions_of_keys(path: str, index: ShardIndex, num_samples: int, setting: 
 
 def domain_order(parts: Sequence[Part], config: DataConfig, *, seed: int, rare_classes: bool) -> Order:
     """The order of a domain: each set's own, by epochs or by rare classes, and the mixture of all of them."""
-    orders = [(_rare_order if rare_classes else _epoch_order)(part, config, seed) for part in parts]
+    orders = [
+        _rare_order(part, config, seed)
+        if rare_classes
+        else _of_part(EpochOrder(len(part.positions), seed=seed, stream=part.name), part)
+        for part in parts
+    ]
     if len(orders) == 1:
         return orders[0]
     return MixedOrder(orders, [part.weight for part in parts], seed=seed, stream=parts[0].name)
 
 
-def _epoch_order(part: Part, config: DataConfig, seed: int) -> Order:
-    del config
-    return _of_part(EpochOrder(len(part.positions), seed=seed, stream=part.name), part)
-
-
 def _rare_order(part: Part, config: DataConfig, seed: int) -> Order:
-    """What it needs to know of a whole set lies in the index; of some of its samples it is gathered in memory."""
+    """What it needs to know of a whole set, or its first samples, lies in the index; of keys, it is gathered here."""
     index, class_set = part.index, config.class_set.build()
     class_pixels, totals = index.samples["class_pixels"], np.array(index.header.class_pixels)
-    if part.is_whole:
+    if isinstance(part.positions, range):
         images_with = [index.samples_with(train_id) for train_id in range(NUM_TRAIN_IDS)]
     else:
-        class_pixels = class_pixels[np.asarray(part.positions)]
+        class_pixels = class_pixels[part.positions]
         images_with, totals = rank_samples(class_pixels), class_pixels.sum(0, dtype=np.int64)
     members = [[t for t, c in class_set.of_train_id.items() if c == own] for own in range(class_set.num_classes)]
     order = RareClassOrder(
@@ -178,9 +150,10 @@ def _rare_order(part: Part, config: DataConfig, seed: int) -> Order:
         stream=part.name,
         temperature=config.rare_class_temperature,
         min_pixels=config.rare_class_min_pixels,
+        num_images=len(part.positions),
     )
     return _of_part(order, part)
 
 
 def _of_part(order: Order, part: Part) -> Order:
-    return order if part.is_whole else SubsetOrder(order, part.positions)
+    return order if isinstance(part.positions, range) else SubsetOrder(order, part.positions)

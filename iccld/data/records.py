@@ -101,7 +101,7 @@ def without_conflicts(samples: np.ndarray, shards: Sequence[Path]) -> tuple[np.n
     owners, whats = _repeated_keys(samples), dict[int, str]()
     for position, owner in owners.items():
         whats[position] = f"its key is also in {shards[samples['shard'][owner]].name}"
-    labelled = np.concatenate([block["label_size"] > 0 for _, block in _blocks(samples)] or [np.empty(0, bool)])
+    labelled = np.concatenate([block["label_size"] > 0 for _, block in blocks(samples)] or [np.empty(0, bool)])
     if labelled.any():
         what = f"it has no label, but {int(labelled.sum())} of {len(samples)} samples have one"
         whats |= {int(position): what for position in np.flatnonzero(~labelled)}
@@ -109,7 +109,7 @@ def without_conflicts(samples: np.ndarray, shards: Sequence[Path]) -> tuple[np.n
     keep = np.ones(len(samples), bool)
     keep[list(whats)] = False
     end = 0
-    for start, block in _blocks(samples):
+    for start, block in blocks(samples):
         kept = block[keep[start : start + len(block)]]
         samples[end : end + len(kept)] = kept
         end += len(kept)
@@ -123,7 +123,7 @@ def _conflict(record: np.void, what: str, shards: Sequence[Path]) -> Problem:
 
 def _repeated_keys(samples: np.ndarray) -> dict[int, int]:
     """The positions of samples whose key an earlier one has, to the position of that one."""
-    hashes = [np.fromiter(map(hash, block["key"].tolist()), np.int64, len(block)) for _, block in _blocks(samples)]
+    hashes = [np.fromiter(map(hash, block["key"].tolist()), np.int64, len(block)) for _, block in blocks(samples)]
     if not hashes:
         return {}
     hashed = np.concatenate(hashes)
@@ -137,7 +137,8 @@ def _repeated_keys(samples: np.ndarray) -> dict[int, int]:
     return repeated
 
 
-def _blocks(samples: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+def blocks(samples: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """The records in pieces that fit into memory, each with the position of its first."""
     return ((start, samples[start : start + _AT_ONCE]) for start in range(0, len(samples), _AT_ONCE))
 
 

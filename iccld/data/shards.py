@@ -10,10 +10,10 @@ worker processes. `making/` remembers what is finished, so that the same command
 
 import json
 import re
-import shutil
 import sys
 import zlib
 from argparse import ArgumentParser, Namespace
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,10 +21,11 @@ from typing import Any
 
 from iccld.data.chunks import ChunkPacker, ChunkReport, pack_chunks
 from iccld.data.converters import DATASETS, Pair, open_converter
+from iccld.data.decode import MAX_PIXELS
 from iccld.data.durable import MAKING_FOLDER, alone_in, clear, write_whole
 from iccld.data.index import INDEX_FOLDER, ShardIndex
 from iccld.data.indexing import IndexResult
-from iccld.data.packing import ImageFormat, Packing
+from iccld.data.packing import MAX_SIDES, ImageFormat, Packing
 from iccld.data.processes import say, usable_cpus
 from iccld.data.records import finish_index, join_records
 
@@ -61,6 +62,11 @@ class MakeShardsConfig:
             raise ValueError("--max-side and --size must be positive; give --size as HEIGHTxWIDTH, as in 512x1024.")
         if self.max_side and self.height:
             raise ValueError(f"--max-side {self.max_side} and --size exclude each other; leave one out.")
+        limit = MAX_SIDES.get(self.image_format, MAX_PIXELS)
+        if max(self.max_side, self.height, self.width) > limit or self.height * self.width > MAX_PIXELS:
+            size = f"--max-side {self.max_side}" if self.max_side else f"--size {self.height}x{self.width}"
+            most = f"{limit} pixels a side and {MAX_PIXELS} in all with --image-format {self.image_format.value}"
+            raise ValueError(f"{size} is too large: an image may have {most}.")
         if not 1 <= self.quality <= 100:
             raise ValueError(f"--quality {self.quality} must be between 1 and 100; 95 is usual.")
         if self.samples_per_shard < 1:
@@ -91,14 +97,16 @@ def make_shards(config: MakeShardsConfig, *, progress: Callable[[str], None] = s
     converter = open_converter(config.dataset, Path(config.input), split=config.split, mapping=mapping)
     output = Path(config.output)
     settings = config.settings() | {"converter": converter.describe()}
-    if (output / INDEX_FOLDER).is_dir():
+    if (output / INDEX_FOLDER).is_dir() and not (output / MAKING_FOLDER).exists():
         return _keep_finished(output, settings, progress)
     pairs = _with_safe_keys(converter.pairs())
-    if output.exists() and any(output.iterdir()) and not (output / MAKING_FOLDER).is_dir():
-        raise ValueError(f"--output {output} is not empty and was not made by this command; use another --output.")
+    _check_output(output)
     if not config.no_labels and (spare := converter.labels_without_image()):
         progress(f"{len(spare)} label files belong to no image, such as {converter.tree.location(spare[0])}")
     with alone_in(output, MAKING_FOLDER) as making:
+        if (output / INDEX_FOLDER).is_dir():  # made since, or by a process that ended before it had tidied up
+            clear(making)
+            return _keep_finished(output, settings, progress)
         _prepare(output, making, settings, pairs)
         size, pack = config.samples_per_shard, ChunkPacker(converter, config.packing(), output)
         chunks = [pairs[start : start + size] for start in range(0, len(pairs), size)]
@@ -108,16 +116,27 @@ def make_shards(config: MakeShardsConfig, *, progress: Callable[[str], None] = s
         problems = [problem for report in reports for problem in report.problems]
         if len(problems) == len(pairs) or (problems and not config.accept_bad):
             return IndexResult(None, problems)
-        index = _finish(output, reports, converter.name, settings)
-        shutil.rmtree(making)
+        index = _finish(output, reports, converter.name, settings | {"left_out": len(problems)})
+        clear(making)
     return IndexResult(index, problems)
+
+
+def _check_output(output: Path) -> None:
+    """Makes the folder, unless it is one of others."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        strange = any(output.iterdir())
+    except OSError as error:
+        raise ValueError(f"--output {output} cannot be a folder ({error.strerror}); use another --output.") from error
+    if strange and not any((output / name).is_dir() for name in (MAKING_FOLDER, INDEX_FOLDER)):
+        raise ValueError(f"--output {output} is not empty and was not made by this command; use another --output.")
 
 
 def _keep_finished(output: Path, settings: dict[str, Any], progress: Callable[[str], None]) -> IndexResult:
     index = ShardIndex.open(output, setting="--output")
     _check_same(index.header.settings, settings, output)
-    shutil.rmtree(output / MAKING_FOLDER, ignore_errors=True)
-    progress(f"{output} is finished already with these settings: {len(index)} samples are kept.")
+    note = "pairs mended or added since take a new folder"
+    progress(f"{output} is finished already with these settings: {len(index)} samples are kept; {note}.")
     return IndexResult(index, [])
 
 
@@ -148,8 +167,14 @@ def _prepare(output: Path, making: Path, settings: dict[str, Any], pairs: Sequen
 
 
 def _with_safe_keys(pairs: Sequence[Pair]) -> list[Pair]:
-    """Keys without dots, slashes and the like, which WebDataset readers would take for something else."""
-    safe = [replace(pair, key=re.sub(r"[^A-Za-z0-9_-]", "_", pair.key)) for pair in pairs]
+    """Keys without dots, slashes and the like, which WebDataset readers would take for something else.
+
+    Those that then are one are told apart by a checksum of what they were.
+    """
+    plain = {pair.key: re.sub(r"[^A-Za-z0-9_-]", "_", pair.key) for pair in pairs}
+    count = Counter(plain.values())
+    told = {k: f"{p}-{zlib.crc32(ascii(k).encode()):08x}" if count[p] > 1 else p for k, p in plain.items()}
+    safe = [replace(pair, key=told[pair.key]) for pair in pairs]
     owners: dict[str, str] = {}
     for pair in safe:
         if pair.key in owners:
@@ -174,9 +199,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     """The arguments of `iccld shards make`."""
     add, default = parser.add_argument, MakeShardsConfig
     names = ", ".join(DATASETS)
-    add(
-        "--dataset", required=True, metavar="NAME", help=f"the layout and the ids of the input: {names}, or a YAML file"
-    )
+    add("--dataset", required=True, metavar="NAME", help=f"layout and ids of the input: {names}, or a YAML file")
     add("--input", required=True, metavar="PATH", help="the folder as its distributor lays it out, or its zip")
     add("--output", required=True, metavar="DIR", help="where the shards and their index go")
     add("--split", default=default.split, help="train, val, ...; where the set has splits")
@@ -207,12 +230,14 @@ def run(arguments: Namespace) -> int:
     if result.index is None:
         print(f"{len(result.problems)} bad pairs: {config.output} is not finished.", file=sys.stderr)
         return 1
-    print(f"{config.output}: {len(result.index)} samples, {len(result.problems)} pairs left out.")
+    print(f"{config.output}: {len(result.index)} samples, {result.index.header.settings['left_out']} pairs left out.")
     return 0
 
 
 def _parse_size(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d+)x(\d+)", text or "0x0")
+    if not text:
+        return 0, 0
+    match = re.fullmatch(r"([1-9]\d{0,17})x([1-9]\d{0,17})", text)
     if not match:
         raise ValueError(f"--size {text} must be HEIGHTxWIDTH in pixels, as in 512x1024.")
     return int(match[1]), int(match[2])

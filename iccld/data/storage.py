@@ -5,28 +5,19 @@ use, and may be pickled. What is remote lies in `iccld.data.remote`, which is im
 """
 
 import copy
-import fcntl
-import glob
 import math
-import os
 import re
 import sys
-import time
-import uuid
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Self
 from urllib.parse import unquote, urlsplit
 
 from iccld.data.counters import Counters
-from iccld.data.index import file_checksum
 
 MAX_NAME_BYTES = 255
-_LEFT_OVER_AFTER_S = 86_400.0
 
 
 @dataclass
@@ -37,7 +28,7 @@ class StorageConfig:
     just before it; 0: one attempt). `options` go to the object store's file system as they are, "true" and "false" as
     bools: `endpoint_url`, `anon`, `profile`, `key`, `secret` of s3fs. What is not a string there (`client_kwargs`) is
     set in the client's own files and environment (`~/.aws/config`, `AWS_REGION`), where secrets belong too, for
-    options are saved with the run. They are not used for http(s): its credentials are in the URL or in `~/.netrc`.
+    options are saved with the run. Those of http(s) belong in `~/.netrc`: a URL is saved, too.
     """
 
     timeout_s: float = 20.0
@@ -81,7 +72,7 @@ class Storage(ABC):
 
         Raises MissingShard, ShortRead where the file ends before, StorageError for all that cannot be mended.
         """
-        _check_name(name, self.location)
+        check_name(name, self.location)
         if offset < 0 or size < 0 or offset + size > sys.maxsize:
             raise ShortRead(
                 f"{self.describe(name)}: {size} bytes at {offset} cannot be in any file; make its index again."
@@ -99,7 +90,7 @@ class Storage(ABC):
 
     def size(self, name: str) -> int:
         """The file's bytes; raises what `read` raises."""
-        _check_name(name, self.location)
+        check_name(name, self.location)
         return self._size(name)
 
     def pieces(self, name: str) -> Iterator[bytes]:
@@ -109,7 +100,7 @@ class Storage(ABC):
 
     def below(self, folder: str) -> Self:
         """The storage of a folder in this one."""
-        _check_name(folder, self.location)
+        check_name(folder, self.location)
         lower = copy.copy(self)
         lower.location = self._address(folder)
         return lower
@@ -140,8 +131,8 @@ def short_read(place: str, offset: int, size: int, total: int) -> ShortRead:
     )
 
 
-def _check_name(name: str, location: str) -> None:
-    """Names come from an index, which may be anyone's: none may lead out of the location."""
+def check_name(name: str, location: str) -> None:
+    """Raises StorageError for what is no plain file name: it may come from anyone's index, and lead elsewhere."""
     plain = name.isprintable() and not {"/", "\\"} & set(name) and name not in ("", ".", "..")
     if not plain or len(name.encode()) > MAX_NAME_BYTES:
         raise StorageError(
@@ -182,68 +173,3 @@ def open_storage(location: str | Path, config: StorageConfig | None = None) -> S
     from iccld.data.remote import open_remote
 
     return open_remote(str(location), config or StorageConfig())
-
-
-def user_cache_folder() -> Path:
-    """Where this user's copies of remote indices go if no folder is set: `$XDG_CACHE_HOME` or `~/.cache`, `/iccld`."""
-    if folder := os.environ.get("XDG_CACHE_HOME"):
-        return Path(folder) / "iccld"
-    try:
-        return Path.home() / ".cache" / "iccld"
-    except RuntimeError as error:
-        raise ValueError("This user has no home folder for copies of indices; set data.cache.folder.") from error
-
-
-def fetch_file(storage: Storage, name: str, folder: Path, *, checksum: int | None = None) -> Path:
-    """Copies a file into `folder`, in pieces; it appears there whole or not at all. Returns its path.
-
-    With `checksum` (CRC-32), a copy that has it is kept, and what arrives is checked. Ranks that ask for it at once
-    wait for the one that copies it. Raises what reading raises, and StorageError where the checksum differs.
-    """
-    _check_name(name, storage.location)
-    path = folder / name
-    while checksum is None or not path.is_file() or file_checksum(path) != checksum:
-        before = _version(path)
-        with _one_at_a_time(folder / f".{name}.lock"):
-            if _version(path) == before:
-                _copy(storage, name, path, checksum)
-                return path
-        if checksum is None:  # another rank has copied it in the meantime
-            return path
-    return path
-
-
-def _version(path: Path) -> tuple[int, int] | None:
-    with suppress(FileNotFoundError):
-        status = path.stat()
-        return status.st_ino, status.st_mtime_ns
-    return None
-
-
-@contextmanager
-def _one_at_a_time(path: Path) -> Iterator[None]:
-    """Where the file system has no locks, all copy, each to a name of its own: slower, and as right."""
-    with path.open("ab") as file:
-        with suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _copy(storage: Storage, name: str, path: Path, checksum: int | None) -> None:
-    for left_over in path.parent.glob(f".{glob.escape(name)}.*.tmp"):
-        with suppress(FileNotFoundError):
-            if time.time() - left_over.stat().st_mtime > _LEFT_OVER_AFTER_S:
-                left_over.unlink()
-    temporary, found = path.parent / f".{name}.{uuid.uuid4().hex}.tmp", 0
-    try:
-        with temporary.open("xb") as file:
-            for piece in storage.pieces(name):
-                file.write(piece)
-                found = zlib.crc32(piece, found)
-        if checksum not in (None, found):
-            raise StorageError(
-                f"{storage.describe(name)}: its checksum is {found:08x}, it should be {checksum:08x}; upload it again."
-            )
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -66,9 +66,7 @@ class TrainingStream:
     def fingerprints(self) -> dict[str, Any]:
         """What a checkpoint remembers of the sets that it was trained on; where they lie is no part of it."""
         return {
-            part.name: part.index.fingerprint() | ({} if part.is_whole else {"num_used": len(part.positions)})
-            for domain in self.domains.values()
-            for part in domain.parts
+            part.name: part.index.fingerprint() | part.used for domain in self.domains.values() for part in domain.parts
         }
 
     def batches(self, start_step: int) -> Generator[Batch, None, None]:
@@ -84,7 +82,7 @@ class TrainingStream:
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # its own, so that starting a loader draws nothing from the global one
         )
-        for delivery in loader:
+        for delivery in _with_one_line_errors(iter(loader)):
             if delivery.failure:
                 raise ValueError(delivery.failure)
             self._transfers[delivery.worker] = delivery.transfers
@@ -95,7 +93,7 @@ class TrainingStream:
     def _judge(self, domain: str, num_samples: int, bad: list[tuple[str, str, str]]) -> None:
         """Counts the samples of a micro-batch, reports bad ones once, and ends the run if there are too many."""
         drawn = self._drawn
-        drawn[f"{domain}_samples"] += num_samples + len(bad)
+        drawn[f"{domain}_samples"] += num_samples
         drawn[f"{domain}_replaced"] += len(bad)
         for key, shard, what in bad:
             if (key, shard) not in self._reported:
@@ -104,8 +102,9 @@ class TrainingStream:
         count, total = drawn[f"{domain}_replaced"], drawn[f"{domain}_samples"]
         if count > self.config.max_bad_share * max(total, MIN_DRAWN):
             raise ValueError(
-                f"{count} of {total} {domain} samples are bad, more than data.max_bad_share="
-                f"{self.config.max_bad_share}; look at them with `iccld shards verify`, or allow a larger share."
+                f"{count} bad samples among {total} of the {domain} are more than data.max_bad_share="
+                f"{self.config.max_bad_share} (of at least {MIN_DRAWN:,}); look at them with `iccld shards verify`, or "
+                f"allow a larger share."
             )
 
     def _source(self, seed: int) -> DomainStream:
@@ -153,6 +152,7 @@ class _MicroBatches(IterableDataset):
         self.domains, self.layout, self.start_step = domains, layout, start_step
 
     def __iter__(self) -> Iterator[_Delivery]:
+        before = self._transfers()  # a forked worker begins with its parent's counts
         worker = get_worker_info()
         first, stride = (0, 1) if worker is None else (worker.id, worker.num_workers)
         for position in itertools.count(self.start_step * self.layout.num_accumulation + first, stride):
@@ -162,7 +162,11 @@ class _MicroBatches(IterableDataset):
             except (ValueError, OSError) as error:
                 yield _Delivery({}, first, {}, failure=str(error))
                 return
-            yield _Delivery(batch, first, self._transfers())
+            except MemoryError:
+                yield _Delivery({}, first, {}, failure="a batch does not fit in memory; set a smaller micro-batch.")
+                return
+            transfers = {name: count - before[name] for name, count in self._transfers().items()}
+            yield _Delivery(batch, first, transfers)
 
     def _transfers(self) -> dict[str, int]:
         """Of all storages and caches, since this process began."""
@@ -175,6 +179,17 @@ class _MicroBatches(IterableDataset):
                 *({f"cache_{name}": count for name, count in cache.counters.items()} for cache in caches.values()),
             ]
         )
+
+
+def _with_one_line_errors(deliveries: Iterator[_Delivery]) -> Iterator[_Delivery]:
+    """The loader's deliveries; that a worker was killed is said as every other error of the data is."""
+    try:
+        yield from deliveries
+    except RuntimeError as error:
+        raise ValueError(
+            f"a loader worker ended ({' '.join(str(error).split())}); if memory does not suffice, set fewer "
+            f"data.num_workers or a smaller micro-batch."
+        ) from error
 
 
 def _summed(counters: Iterable[Mapping[str, int]]) -> dict[str, int]:

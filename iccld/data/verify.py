@@ -6,16 +6,20 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from iccld.data.index import INDEX_FOLDER, ShardIndex, file_checksum
+from iccld.data.index import HEADER_FILE, INDEX_FOLDER, ShardIndex, file_checksum
+from iccld.data.open_index import open_index
 from iccld.data.processes import Progress, in_processes, say, usable_cpus
 from iccld.data.reader import BadSample, ShardReader
-from iccld.data.records import examine
-from iccld.data.storage import MissingShard, StorageError, open_storage
-from iccld.data.tars import Problem
+from iccld.data.records import blocks, examine
+from iccld.data.storage import MissingShard, StorageConfig, StorageError, open_storage
+from iccld.data.tars import Members, Place, Problem, read_members
 
+STORAGE = StorageConfig(retry_for_s=30.0)
+"""Of commands that someone waits for, unlike a training run."""
 _RESTORE = "restore it, or make it and the index again"
 
 
@@ -41,11 +45,10 @@ class ShardReport:
 def verify_shards(location: str | Path, *, num_workers: int = 1, progress: Callable[[str], None] = say) -> VerifyResult:
     """Checks the index's files, the sizes of the tars, and of every sample its place, checksums, decoding and facts.
 
+    In a folder, the tars' headers are checked, too: readers without our index go by them.
     Raises ValueError where there is no index to check against.
     """
-    from iccld.data.parts import open_index  # imports torch, for which neither `--help` nor workers should wait
-
-    storage = open_storage(str(location))
+    storage = open_storage(str(location), STORAGE)
     index = open_index(storage, str(location), setting="shards")
     problems, reports = _check_index(index), dict[int, ShardReport]()
     speed, count = Progress(len(index)), len(index.shards)
@@ -62,11 +65,28 @@ def verify_shards(location: str | Path, *, num_workers: int = 1, progress: Calla
 
 def _check_index(index: ShardIndex) -> list[Problem]:
     remedy = f"restore it, or remove {INDEX_FOLDER}/ and index the set again"
-    return [
+    problems = [
         Problem(str(index.folder / name), "it is not what index.json says (checksum)", remedy)
         for name, checksum in index.header.checksums.items()
         if file_checksum(index.folder / name) != checksum
     ]
+    for name, total in _totals(index.samples).items():
+        if getattr(index.header, name) != total:
+            problems.append(Problem(str(index.folder / HEADER_FILE), f"its {name} is not that of samples.npy", remedy))
+    return problems
+
+
+def _totals(samples: np.ndarray) -> dict[str, Any]:
+    """What a header must say of these samples."""
+    sides = [samples[side] for side in ("height", "width")]
+    return {
+        "num_bytes": sum(int(samples[f"{kind}_size"].sum(dtype=np.int64)) for kind in ("image", "label")),
+        "has_labels": bool((samples["label_size"] > 0).all()),
+        "min_size": [int(side.min()) for side in sides],
+        "max_size": [int(side.max()) for side in sides],
+        "class_pixels": samples["class_pixels"].sum(0, dtype=np.int64).tolist(),
+        "class_samples": np.sum([(block["class_pixels"] > 0).sum(0) for _, block in blocks(samples)], 0).tolist(),
+    }
 
 
 @dataclass(frozen=True)
@@ -86,13 +106,27 @@ class ShardVerifier:
             return ShardReport(shard, len(positions), 0, [Problem(where, "it is missing", _RESTORE)])
         what = f"it has {size} bytes, its index says {expected}"
         problems = [] if size == expected else [Problem(where, what, _RESTORE)]
-        num_bytes = 0
+        members, damage = self._headers(name) if not problems else (None, [])
+        problems, num_bytes = problems + damage, 0
         for position in positions:
             record = index.samples[position]
             num_bytes += int(record["image_size"]) + int(record["label_size"])
-            if fault := self._fault(position, record, size):
+            if fault := self._fault(position, record, size) or _misplaced(index.key(position), record, members):
                 problems.append(Problem(where, fault, _RESTORE, index.key(position)))
         return ShardReport(shard, len(positions), num_bytes, problems)
+
+    def _headers(self, name: str) -> tuple[Members | None, list[Problem]]:
+        """What the tar's own headers say; None of a tar that is not whole, or not to be had without fetching all."""
+        storage = self.reader.storage
+        if not storage.is_local:
+            return None, []
+        try:
+            members, problems = read_members(Path(storage.location) / name)
+        except OSError as error:
+            return None, [Problem(storage.describe(name), f"it cannot be read ({error.strerror})", _RESTORE)]
+        # Those of a key are of members that the index leaves out.
+        damage = [Problem(problem.file, problem.what, _RESTORE) for problem in problems if not problem.key]
+        return None if damage else members, damage
 
     def _fault(self, position: int, record: np.void, shard_bytes: int) -> str:
         """What is wrong with a sample; empty if nothing is."""
@@ -115,6 +149,16 @@ class ShardVerifier:
         if not np.array_equal(class_pixels, record["class_pixels"]):
             return "its label has other class pixels than its index says"
         return ""
+
+
+def _misplaced(key: str, record: np.void, members: Members | None) -> str:
+    """What is wrong with a sample for readers that go by the tar's headers; empty if nothing is."""
+    if members is None:
+        return ""
+    places = [Place(int(record[f"{kind}_offset"]), int(record[f"{kind}_size"])) for kind in ("image", "label")]
+    found = members.get(key, {}).values()
+    there = all(place in found for place in places if place.size)
+    return "" if there else "the tar has no members of this key where its index says"
 
 
 def _positions(index: ShardIndex, shard: int) -> range:

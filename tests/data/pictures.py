@@ -37,3 +37,28 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 def png(header: bytes, *chunks: bytes) -> bytes:
     return b"".join([SIGNATURE, chunk(b"IHDR", header), *chunks, chunk(b"IEND", b"")])
+
+
+def interlaced(image: np.ndarray) -> bytes:
+    """PIL reads Adam7 and does not write it."""
+    passes = [(0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1)]
+    rows = b""
+    for top, left, down, right in passes:
+        for row in image[top::down, left::right]:
+            rows += b"\0" + row.tobytes()
+    header = struct.pack(">IIBBBBB", image.shape[1], image.shape[0], 8, 2, 0, 0, 1)
+    return png(header, chunk(b"IDAT", zlib.compress(rows)))
+
+
+IMAGES = {
+    "jpeg": encode(picture(), "jpeg", quality=90, subsampling="4:2:0"),
+    "jpeg 4:4:4": encode(picture(), "jpeg", quality=95, subsampling="4:4:4"),
+    "progressive jpeg": encode(picture(), "jpeg", progressive=True),
+    "png": encode(picture(), "png"),
+    "interlaced png": interlaced(picture()),
+    "palettised png": encode(picture(), "png", mode="P"),
+    "grey png": encode(ids(), "png"),
+    "png with alpha": encode(picture(), "png", mode="RGBA"),
+    "webp": encode(picture(), "webp"),
+    "lossless webp": encode(picture(), "webp", lossless=True),
+}

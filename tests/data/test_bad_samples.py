@@ -154,7 +154,7 @@ def test_every_number_of_ranks_and_workers_replaces_alike(tmp_path: Path) -> Non
 def test_too_many_bad_samples_end_the_run(tmp_path: Path, num_workers: int) -> None:
     index = damaged(tmp_path, flip_a_byte)
     data = config({"source": index.location}, rare_class_sampling=False, on_error=REPLACE, num_workers=num_workers)
-    message = r"2 of \d+ source samples are bad, more than data.max_bad_share=0.001; look at them with `iccld shards .*"
+    message = r"2 bad samples among \d+ of the source are more than data.max_bad_share=0.001 \(of at least 1,000\); .*"
     with pytest.raises(ValueError, match=message):  # of the first 1,000, one
         read(data, steps=40)
 
@@ -211,7 +211,21 @@ def test_a_header_that_lies_is_refused(tmp_path: Path) -> None:
     index = make_set(tmp_path, 2)
     path = index.folder / "index.json"
     good = json.loads(path.read_text())
+    path.write_text("[" * 200_000)
+    with pytest.raises(ValueError, match="damaged"):
+        ShardIndex.open(index.location)
     for change in ({"num_samples": 3}, {"num_shards": -1}, {"class_samples": [1] * 19}, {"extra": 1}, {"min_size": []}):
         path.write_text(json.dumps(good | change))
         with pytest.raises(ValueError, match="remove"):
             ShardIndex.open(index.location)
+
+
+@pytest.mark.parametrize("array", [np.zeros(()), np.zeros((1, 2), np.uint32), np.zeros(2, np.float64)])
+def test_arrays_of_another_kind_are_refused(tmp_path: Path, array: np.ndarray) -> None:
+    index = make_set(tmp_path, 2, samples_per_shard=1)
+    for name in ("shards.npy", "samples.npy", "classes.npy"):
+        good = (index.folder / name).read_bytes()
+        np.save(index.folder / name, array)
+        with pytest.raises(ValueError, match=f"{name} does not fit index.json"):
+            ShardIndex.open(index.location)
+        (index.folder / name).write_bytes(good)

@@ -16,7 +16,7 @@ from tests.data.factory import config, layout
         ({"crop_size": [8]}, r"data.crop_size=\[8\] must be \[height, width\]"),
         ({"crop_size": [0, 8]}, r"use \[8, 8\]"),
         ({"num_workers": -1}, "data.num_workers=-1 must be at least 0"),
-        ({"rare_class_temperature": 0.0}, "data.rare_class_temperature=0.0 must be positive"),
+        ({"rare_class_temperature": 0.0}, "data.rare_class_temperature=0.0 must be at least 1e-6"),
         ({"rare_class_min_pixels": -1}, "data.rare_class_min_pixels=-1 must be at least 0"),
         ({"max_class_share": 0.0}, r"data.max_class_share=0.0 must be in \(0, 1\]"),
         ({"flip": 1.5}, "data.flip=1.5 must be a probability"),

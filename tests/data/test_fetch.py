@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from iccld.data.storage import MissingShard, StorageConfig, StorageError, fetch_file, open_storage, user_cache_folder
+from iccld.data.open_index import fetch_file, user_cache_folder
+from iccld.data.storage import MissingShard, StorageConfig, StorageError, open_storage
 from tests.services import FaultyServer
 
 Start = Callable[..., FaultyServer]

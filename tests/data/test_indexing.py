@@ -138,6 +138,8 @@ def test_all_that_is_broken_is_named_at_once(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_indexed_at_all_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nowhere: there is no such folder; give the folder of the tars"):
+        build(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"no .tar files to index"):
         build(tmp_path)
     write_tar(tmp_path / "a.tar", {})

@@ -68,7 +68,18 @@ def test_sets_without_labels_have_no_classes(tmp_path: Path, capsys: pytest.Capt
     printed = capsys.readouterr().out
     assert "3, none with labels" in printed and "traffic light" not in printed
     assert main(["shards", "info", index.location, "--chart", str(tmp_path / "x.png")]) == 2
-    assert "has no labels, so there are no classes to draw; leave it out" in capsys.readouterr().err
+    captured = capsys.readouterr()
+    assert "has no labels, so there are no classes to draw; leave it out" in captured.err and not captured.out
+
+
+def test_a_chart_that_cannot_be_written_is_said_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    index, path = make_set(tmp_path, 3), tmp_path / "nowhere" / "x.png"
+    assert main(["shards", "info", index.location, "--chart", str(path)]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.endswith(
+        f"--chart {path} cannot be written (No such file or directory); give a file in a folder that is there.\n"
+    )
+    assert captured.err.count("\n") == 1 and not captured.out
 
 
 def test_keys_are_printed_one_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -45,6 +45,8 @@ def test_a_target_set_of_ones_own_is_one_line(tmp_path: Path) -> None:
     files = {
         "drive_1/x.JPG": b"",
         "drive_1/x.txt": b"",
+        "drive_1/z.bmp": b"",
+        "drive_1/z.tiff": b"",
         "drive_2/.y.jpg": b"",
         "other/z.png": b"",
         "drive_2/y.png": b"",

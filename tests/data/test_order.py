@@ -120,7 +120,11 @@ def class_pixels() -> np.ndarray:
 
 
 def rare_order(
-    pixels: np.ndarray, members: list[list[int]] | None = None, temperature: float = 0.01, min_pixels: int = 3000
+    pixels: np.ndarray,
+    members: list[list[int]] | None = None,
+    temperature: float = 0.01,
+    min_pixels: int = 3000,
+    num_images: int | None = None,
 ) -> RareClassOrder:
     return RareClassOrder(
         pixels,
@@ -131,6 +135,7 @@ def rare_order(
         stream="source",
         temperature=temperature,
         min_pixels=min_pixels,
+        num_images=num_images,
     )
 
 
@@ -158,11 +163,12 @@ def test_rare_class_order_remembers_nothing(number: int) -> None:
 @given(st.data())
 def test_images_of_a_class_are_those_that_a_scan_would_find(data: st.DataObject) -> None:
     pixels = np.array(data.draw(st.lists(st.lists(st.integers(0, 6), min_size=5, max_size=5), min_size=1, max_size=8)))
-    min_pixels = data.draw(st.integers(0, 7))
+    min_pixels, num_images = data.draw(st.integers(0, 7)), data.draw(st.integers(1, len(pixels)))
     members = [[0, 3], [1], [2, 4]]
-    if not pixels.any():
+    if not pixels[:num_images].any():
         return
-    order = rare_order(pixels, members, temperature=10.0, min_pixels=min_pixels)
+    order = rare_order(pixels, members, temperature=10.0, min_pixels=min_pixels, num_images=num_images)
+    pixels = pixels[:num_images]
     draws = [order[n] for n in range(600)]
     for c, ids in enumerate(members):
         many = (pixels[:, ids] > min_pixels).any(1)
@@ -172,6 +178,15 @@ def test_images_of_a_class_are_those_that_a_scan_would_find(data: st.DataObject)
         if len(drawn) > 100:  # uniform, also where an image shows several of the class's train ids
             counts = np.bincount(drawn, minlength=len(pixels))[expected]
             assert counts.min() > 0.3 * counts.mean()
+
+
+@pytest.mark.parametrize("num_images", [40, 900])
+def test_the_first_images_of_a_long_list_are_drawn_evenly(num_images: int) -> None:
+    """With few of the list in reach, they are listed; with many, drawn until one is in reach."""
+    pixels = np.ones((2000, 1), np.uint32)
+    order = rare_order(pixels, min_pixels=0, num_images=num_images)
+    counts = np.bincount([order[n].index for n in range(30 * num_images)], minlength=num_images)
+    assert len(counts) == num_images and counts.min() > 8 and counts.max() < 60
 
 
 def test_rare_class_order_needs_a_labelled_pixel() -> None:

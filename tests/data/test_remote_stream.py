@@ -82,6 +82,27 @@ def test_the_cache_serves_what_was_fetched_and_heals(
     assert not user_cache.exists(), "the index is in the cache's folder, too"
 
 
+@pytest.mark.parametrize("num_workers", [0, 3])
+def test_transfers_are_what_the_server_saw(
+    folders: dict[str, str], faulty_server: Callable[..., services.FaultyServer], num_workers: int
+) -> None:
+    server = faulty_server(Path(folders["source"]), share=0.0)
+    stream = TrainingStream(config({"source": server.url}, num_workers=num_workers), seed=3, layout=layout())
+    before = server.requests  # of the index
+    with contextlib.closing(stream.batches(0)) as batches:
+        list(itertools.islice(batches, 3))
+    assert 0 < stream.counters["storage_requests"] <= server.requests - before
+
+
+def test_no_password_is_printed(nginx: Site, folders: dict[str, str]) -> None:
+    shutil.copytree(folders["source"], nginx.folder / "secret", dirs_exist_ok=True)
+    url = nginx.url.replace("http://", "http://me:sekret@")
+    for place, settings in (("nowhere", {}), ("secret", {"crop_size": [512, 512]})):
+        with pytest.raises(ValueError, match=place) as raised:
+            read(config({"source": f"{url}/{place}"}, **settings))
+        assert "sekret" not in str(raised.value)
+
+
 def test_a_remote_set_without_index_is_named(nginx: Site, folders: dict[str, str]) -> None:
     shutil.copytree(folders["target"], nginx.folder / "bare", dirs_exist_ok=True)
     shutil.rmtree(nginx.folder / "bare" / "index")

@@ -17,8 +17,9 @@ BILLION = 10**9
 START_STEP = BILLION // 2 // GLOBAL_BATCH_SIZE
 SEED = 5
 
-FIRST_BATCH = """
-import resource, sys, time
+FIRST_BATCH = r"""
+import multiprocessing, re, sys, time
+from pathlib import Path
 from iccld.data.config import BatchLayout, DataConfig, DatasetConfig
 from iccld.data.stream import TrainingStream
 
@@ -32,8 +33,11 @@ stream = TrainingStream(data, seed=5, layout=BatchLayout(size, size))
 batches = stream.batches(step)
 batch = next(batches)
 seconds = time.perf_counter() - started
-peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-print(seconds, peak / 1024, batch["source"]["numbers"][0].item(), *batch["source"]["keys"])
+# Not getrusage: what it says of a process begins with the peak of the one that started it.
+processes = ["self", *(str(child.pid) for child in multiprocessing.active_children())]
+peaks = [re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text())[1] for process in processes]
+assert len(peaks) == 2
+print(seconds, max(map(int, peaks)) / 1024, batch["source"]["numbers"][0].item(), *batch["source"]["keys"])
 """
 
 

@@ -7,8 +7,10 @@ import pytest
 from PIL import Image
 
 from iccld.cli import main
+from iccld.data import verify
 from iccld.data.decode import decode_image
 from iccld.data.index import ShardIndex
+from iccld.data.storage import StorageConfig
 from tests.data.factory import pair_members, write_folder, write_tar
 from tests.data.test_shards import assert_all_named, members, spoil
 
@@ -30,6 +32,8 @@ def test_make(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert captured.out.startswith("shard-000000-*.tar: 1 of 1, ") and captured.out.endswith("left, 5 bad pairs\n")
     assert main([*command, "24x32", "--accept-bad"]) == 0
     assert "4 samples, 5 pairs left out" in capsys.readouterr().out
+    assert main([*command, "24x32", "--accept-bad"]) == 0
+    assert "4 samples, 5 pairs left out" in capsys.readouterr().out, "also of a set that is kept"
     index = ShardIndex.open(tmp_path / "out")
     settings = index.header.settings
     assert (settings["height"], settings["image_format"], settings["quality"]) == (24, "jpg", 95)
@@ -45,6 +49,9 @@ def test_make(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--dataset", "kitty"], "--dataset kitty is unknown; use one of"),
         (["--bytes-per-shard", "1T"], "--bytes-per-shard 1T must be a number of bytes, as in 256M or 1G."),
         (["--workers", "0"], "--workers 0 must be at least 1"),
+        (["--size", "0x0"], "--size 0x0 must be HEIGHTxWIDTH in pixels, as in 512x1024."),
+        (["--size", "99999999x99999999"], "--size 99999999x99999999 is too large: an image may have 65500 pixels a"),
+        (["--output", f"{__file__}/out"], f"--output {__file__}/out cannot be a folder (Not a directory); use another"),
     ],
 )
 def test_wrong_options_are_one_line(
@@ -78,6 +85,17 @@ def test_index_without_labels(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", pair_members("x", 0) | {"x.label.png": b"not in train ids"})
     assert main(["shards", "index", str(tmp_path), "--no-labels", "--workers", "1"]) == 0
     assert not ShardIndex.open(tmp_path).header.has_labels
+
+
+@pytest.mark.parametrize("action", ["info", "verify"])
+def test_a_server_that_is_away_is_soon_given_up(
+    action: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert verify.STORAGE.retry_for_s <= 30 < StorageConfig().retry_for_s
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(f"iccld.data.{action}.STORAGE", StorageConfig(retry_for_s=0.0))
+    assert main(["shards", action, "http://127.0.0.1:1/x"]) == 2
+    assert "http://127.0.0.1:1/x/index/index.json: its size: failed (" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["make_shards", "index_shards"])

@@ -68,9 +68,13 @@ def test_keys_are_safe_for_webdataset(tmp_path: Path) -> None:
     save(tmp_path / "raw" / "images" / "a.b" / "c d.1.png", random_pair(0)[0])
     index = opened(make(tmp_path / "raw", no_labels=True))
     assert index.key(0) == "a_b_c_d_1"
-    save(tmp_path / "raw" / "images" / "a_b" / "c-d.png", random_pair(0)[0])
-    save(tmp_path / "raw" / "images" / "a.b" / "c-d.png", random_pair(0)[0])
-    with pytest.raises(ValueError, match=r"c-d.png and .*c-d.png get the same key 'a_b_c-d'; rename one"):
+    save(tmp_path / "raw" / "images" / "a_b" / "c-d.png", random_pair(1)[0])
+    save(tmp_path / "raw" / "images" / "a.b" / "c-d.png", random_pair(2)[0])
+    images = read_all(opened(make(tmp_path / "raw", no_labels=True, output=str(tmp_path / "alike"))))
+    assert list(images) == ["a_b_c_d_1", "a_b_c-d-386a9932", "a_b_c-d-727542ad"], "the same each time"
+    np.testing.assert_array_equal(images["a_b_c-d-727542ad"][0], random_pair(1)[0])
+    save(tmp_path / "raw" / "images" / "a_b" / "c-d.webp", random_pair(0)[0])
+    with pytest.raises(ValueError, match=r"c-d.png and .*c-d.webp get the same key 'a_b_c-d.*'; rename one"):
         make(tmp_path / "raw", no_labels=True, output=str(tmp_path / "other"))
 
 
@@ -217,6 +221,10 @@ def test_folders_of_others_are_not_touched(tmp_path: Path) -> None:
         ({"max_side": -1}, "must be positive"),
         ({"height": 8}, "give --size as HEIGHTxWIDTH"),
         ({"max_side": 8, "height": 8, "width": 8}, "exclude each other"),
+        ({"height": 9000, "width": 9000}, "--size 9000x9000 is too large: .* 67108864 in all with --image-format jpg"),
+        ({"height": 70_000, "width": 10}, "--size 70000x10 is too large: an image may have 65500 pixels a side"),
+        ({"max_side": 65_501}, "--max-side 65501 is too large: an image may have 65500 pixels a side"),
+        ({"max_side": 16_384, "image_format": ImageFormat.WEBP}, "may have 16383 pixels a side .*format webp"),
         ({"quality": 0}, "--quality 0 must be between 1 and 100"),
         ({"samples_per_shard": 0}, "--samples-per-shard 0 must be at least 1"),
         ({"bytes_per_shard": -1}, "--bytes-per-shard -1 must be positive"),

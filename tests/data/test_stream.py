@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iccld.data.config import BatchLayout, DataConfig
+from iccld.data.config import BatchLayout, DataConfig, DatasetConfig, SetConfig
 from iccld.data.stream import Batch, TrainingStream
 from tests.data.factory import CROP, GLOBAL_BATCH_SIZE, config, layout
 
@@ -158,3 +159,36 @@ def test_a_parent_ends_its_workers_by_sigterm(folders: dict[str, str]) -> None:
     worker.join(10)
     assert worker.exitcode == 0
     stream.close()
+
+
+def test_a_killed_worker_is_said_in_one_line(folders: dict[str, str]) -> None:
+    before = set(multiprocessing.active_children())
+    stream = TrainingStream(config(folders, num_workers=1), seed=5, layout=layout()).batches(0)
+    next(stream)
+    (worker,) = set(multiprocessing.active_children()) - before
+    assert worker.pid is not None
+    os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(ValueError, match=r"^a loader worker ended \(.*\); if memory does not suffice, .*num_workers"):
+        list(itertools.islice(stream, 20))
+
+
+def test_other_keys_and_only_those_are_another_set(folders: dict[str, str], tmp_path: Path) -> None:
+    def fingerprint(keys: list[int], percent: float = 100) -> dict[str, Any]:
+        path = tmp_path / "keys.txt"
+        path.write_text("".join(f"frame_{key:03d}\n" for key in keys))
+        source = DatasetConfig("s", folders["source"], first_percent=percent, keys=str(path) if keys else "")
+        return TrainingStream(config(folders, source=source), seed=0, layout=layout()).fingerprints()["source"]
+
+    assert fingerprint([1, 2, 3]) == fingerprint([3, 1, 2]) != fingerprint([1, 2, 4])
+    assert fingerprint([]) == fingerprint([], 100) != fingerprint([], 50)
+
+
+def test_sets_are_told_apart_by_name_not_by_place(folders: dict[str, str]) -> None:
+    def keys(names: tuple[str, ...]) -> list[str]:
+        also = {name: SetConfig(shards=folders["source"], weight=len(name)) for name in names}
+        source = DatasetConfig("s", folders["source"], also=also)
+        return next(TrainingStream(config(folders, source=source), seed=0, layout=layout()).batches(0))["source"][
+            "keys"
+        ]
+
+    assert keys(("b", "ccc")) == keys(("ccc", "b"))

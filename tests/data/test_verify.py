@@ -1,3 +1,5 @@
+import errno
+import json
 import os
 import shutil
 import zlib
@@ -70,6 +72,23 @@ def test_a_set_without_labels_has_no_problems(tmp_path: Path) -> None:
     assert verify(make_set(tmp_path, 3, labels=False)) == []
 
 
+def change_tar(index: ShardIndex, offset: int, data: bytes) -> None:
+    """Overwrites bytes of the tar from `offset` on, counted from the start of the header of the sample at POSITION."""
+    with (Path(index.location) / SHARD).open("r+b") as file:
+        file.seek(int(index.samples["image_offset"][POSITION]) - 512 + offset)
+        file.write(data)
+
+
+def remove_end_mark(index: ShardIndex) -> None:
+    path = Path(index.location) / SHARD
+    path.write_bytes(path.read_bytes().rstrip(b"\0").ljust(path.stat().st_size, b"\1"))
+
+
+def change_header(index: ShardIndex, **values: object) -> None:
+    path = index.folder / "index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
 BREAKS: dict[str, tuple[Callable[[ShardIndex], object], list[str]]] = {
     "image bytes": (
         lambda index: overwrite(index, "image", b"\0"),
@@ -93,7 +112,10 @@ BREAKS: dict[str, tuple[Callable[[ShardIndex], object], list[str]]] = {
     ),
     "samples.npy": (
         lambda index: flip(index.folder / "samples.npy", -1),
-        ["index/samples.npy: it is not what index.json says (checksum); restore it, or remove index/"],
+        [
+            "index/samples.npy: it is not what index.json says (checksum); restore it, or remove index/",
+            "shard-000002.tar: sample 'frame_008': the tar has no members of this key where its index says",
+        ],
     ),
     "classes.npy": (
         lambda index: flip(index.folder / "classes.npy", -4),
@@ -111,6 +133,36 @@ BREAKS: dict[str, tuple[Callable[[ShardIndex], object], list[str]]] = {
         lambda index: change_index(index, class_pixels=3),
         [f"{SHARD}: sample '{KEY}': its label has other class pixels than its index says"],
     ),
+    "member header": (
+        lambda index: change_tar(index, 0, b"other"),
+        [f"{SHARD}: it is no whole, uncompressed tar: cut off or damaged from byte "],
+    ),
+    "empty member header": (
+        lambda index: change_tar(index, 0, bytes(512)),
+        [f"{SHARD}: sample 'frame_00{i}': the tar has no members of this key where its index says" for i in (5, 6, 7)],
+    ),
+    "end mark": (
+        remove_end_mark,
+        [f"{SHARD}: it is no whole, uncompressed tar: cut off or damaged from byte "],
+    ),
+    "key": (
+        lambda index: change_index(index, key=b"frame_555"),
+        [f"{SHARD}: sample 'frame_555': the tar has no members of this key where its index says; restore it, or make"],
+    ),
+    **{
+        f"total of {name}": (
+            lambda index, name=name, change=change: change_header(index, **{name: change(getattr(index.header, name))}),
+            [f"index/index.json: its {name} is not that of samples.npy; restore it, or remove index/"],
+        )
+        for name, change in {
+            "num_bytes": lambda total: total + 1,
+            "has_labels": lambda total: not total,
+            "min_size": lambda size: [size[0], size[1] - 1],
+            "max_size": lambda size: [size[0] + 1, size[1]],
+            "class_pixels": lambda counts: [counts[0] + 1, *counts[1:]],
+            "class_samples": lambda counts: counts[::-1],  # of the same sum, which opening a set checks
+        }.items()
+    },
 }
 
 
@@ -122,6 +174,14 @@ def test_what_is_broken_is_named(index: ShardIndex, what: str) -> None:
     assert len(problems) == len(expected), problems
     for problem, start in zip(problems, expected, strict=True):
         assert problem.startswith(start)
+
+
+def test_what_the_disk_does_not_give_is_named(index: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr("iccld.data.verify.read_members", fail)
+    assert verify(index)[1].startswith(f"{SHARD}: it cannot be read (Input/output error); restore it")
 
 
 def test_all_that_is_broken_is_named_in_order(index: ShardIndex) -> None:

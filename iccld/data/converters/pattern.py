@@ -1,7 +1,7 @@
 """Path patterns such as `gt/{split}/{city}/{frame}_gt.png`: matched against paths, and filled in to make them.
 
 `{name}` stands for a path component or a part of one, `{name*}` for one or several components, and `{suffix}` for the
-ending of an image file.
+ending of an image file of a format that is read.
 """
 
 import re
@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "bmp", "webp", "tif", "tiff")
+from iccld.data.decode import IMAGE_EXTENSIONS
+
 _PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)(\*?)\}")
 
 
@@ -58,7 +59,7 @@ class Pattern:
         regex, end, seen = "", 0, set[str]()
         for placeholder in _PLACEHOLDER.finditer(self.text):
             name, several = placeholder.groups()
-            body = f"(?i:{'|'.join(IMAGE_SUFFIXES)})" if name == "suffix" else ".+" if several else "[^/]+"
+            body = f"(?i:{'|'.join(IMAGE_EXTENSIONS)})" if name == "suffix" else ".+" if several else "[^/]+"
             regex += re.escape(self.text[end : placeholder.start()])
             regex += f"(?P={name})" if name in seen else f"(?P<{name}>{body})"
             seen.add(name)

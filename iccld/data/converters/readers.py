@@ -1,6 +1,5 @@
 """How labels are stored, and from there to `(H, W)` uint8 train ids."""
 
-import io
 import json
 from collections.abc import Callable, Mapping
 from enum import Enum
@@ -9,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from iccld.data.decode import MAX_PIXELS, decode_image, decode_label, image_size
+from iccld.data.decode import MAX_PIXELS, decode_image, decode_label, open_image
 from iccld.labels import IGNORE_INDEX
 
 _MAX_COORDINATE = 1_000_000
@@ -60,15 +59,12 @@ def read_red16(data: bytes, train_ids: Mapping[int, int]) -> np.ndarray:
     PIL has no such mode and keeps the high byte of each big-endian value. Told that the file is little-endian, it
     keeps the other byte, which is the low one.
     """
-    height, width = image_size(data)
-    if height * width > MAX_PIXELS:
-        raise ValueError(f"it has {height}x{width} pixels; a label may have {MAX_PIXELS}")
     high, low = (_red_bytes(data, order=order) for order in "BL")
     return map_ids(high.astype(np.uint16) << 8 | low, train_ids)
 
 
 def _red_bytes(data: bytes, *, order: str) -> np.ndarray:
-    with Image.open(io.BytesIO(data)) as image:
+    with open_image(data) as image:
         tile = image.tile[0] if image.tile else None
         if tile is None or tile.args not in ("RGB;16B", "RGBA;16B"):
             raise ValueError(f"its pixels are of mode {image.mode}; labels must be colour PNGs of 16 bits a channel")

@@ -1,0 +1,108 @@
+"""The index of a set wherever it lies: a folder's is opened there, a remote one is copied once a node."""
+
+import fcntl
+import glob
+import os
+import time
+import uuid
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from iccld.data.durable import sync, write_whole
+from iccld.data.index import ARRAY_FILES, HEADER_FILE, INDEX_FOLDER, ShardIndex, file_checksum, parse_header
+from iccld.data.storage import MissingShard, Storage, StorageError, check_name, is_remote, local_folder, without_secrets
+
+_LEFT_OVER_AFTER_S = 86_400.0
+
+
+def open_index(
+    storage: Storage, location: str, *, setting: str = "shards", cache_folder: str | Path = ""
+) -> ShardIndex:
+    """The index of the set at `location`; a remote one is copied once a node, and again when it has changed."""
+    if not is_remote(location):
+        return ShardIndex.open(local_folder(location), setting=setting)
+    public = without_secrets(location)
+    where = f"{setting}={public}: {INDEX_FOLDER}/{HEADER_FILE}"
+    indexed = storage.below(INDEX_FOLDER)
+    try:
+        text = indexed.read_all(HEADER_FILE)
+    except MissingShard as error:
+        raise ValueError(f"{where} is missing ({error}); upload the folder {INDEX_FOLDER}/ with the shards.") from error
+    header = parse_header(text, where)
+    version = "-".join(f"{sum_:08x}" for sum_ in (zlib.crc32(text), *(header.checksums[name] for name in ARRAY_FILES)))
+    folder = (Path(cache_folder) if cache_folder else user_cache_folder()) / INDEX_FOLDER / version
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ARRAY_FILES:  # whole where they are there at all: reading a billion records again takes minutes
+        if not (folder / name).is_file():
+            fetch_file(indexed, name, folder, checksum=header.checksums[name])
+    if not (folder / HEADER_FILE).is_file():
+        write_whole(folder / HEADER_FILE, text)
+    return ShardIndex.open(public, setting=setting, folder=folder)
+
+
+def user_cache_folder() -> Path:
+    """Where this user's copies of remote indices go if no folder is set: `$XDG_CACHE_HOME` or `~/.cache`, `/iccld`."""
+    if folder := os.environ.get("XDG_CACHE_HOME"):
+        return Path(folder) / "iccld"
+    try:
+        return Path.home() / ".cache" / "iccld"
+    except RuntimeError as error:
+        raise ValueError("This user has no home folder for copies of indices; set data.cache.folder.") from error
+
+
+def fetch_file(storage: Storage, name: str, folder: Path, *, checksum: int | None = None) -> Path:
+    """Copies a file into `folder`, in pieces; it appears there whole or not at all. Returns its path.
+
+    With `checksum` (CRC-32), a copy that has it is kept, and what arrives is checked. Ranks that ask for it at once
+    wait for the one that copies it. Raises what reading raises, and StorageError where the checksum differs.
+    """
+    check_name(name, storage.location)
+    path = folder / name
+    while checksum is None or not path.is_file() or file_checksum(path) != checksum:
+        before = _version(path)
+        with _one_at_a_time(folder / f".{name}.lock"):
+            if _version(path) == before:
+                _copy(storage, name, path, checksum)
+                return path
+        if checksum is None:  # another rank has copied it in the meantime
+            return path
+    return path
+
+
+def _version(path: Path) -> tuple[int, int] | None:
+    with suppress(FileNotFoundError):
+        status = path.stat()
+        return status.st_ino, status.st_mtime_ns
+    return None
+
+
+@contextmanager
+def _one_at_a_time(path: Path) -> Iterator[None]:
+    """Where the file system has no locks, all copy, each to a name of its own: slower, and as right."""
+    with path.open("ab") as file:
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _copy(storage: Storage, name: str, path: Path, checksum: int | None) -> None:
+    for left_over in path.parent.glob(f".{glob.escape(name)}.*.tmp"):
+        with suppress(FileNotFoundError):
+            if time.time() - left_over.stat().st_mtime > _LEFT_OVER_AFTER_S:
+                left_over.unlink()
+    temporary, found = path.parent / f".{name}.{uuid.uuid4().hex}.tmp", 0
+    try:
+        with temporary.open("xb") as file:
+            for piece in storage.pieces(name):
+                file.write(piece)
+                found = zlib.crc32(piece, found)
+        if checksum not in (None, found):
+            raise StorageError(
+                f"{storage.describe(name)}: its checksum is {found:08x}, it should be {checksum:08x}; upload it again."
+            )
+        sync(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

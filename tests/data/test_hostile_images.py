@@ -1,0 +1,187 @@
+"""Damaged and hostile images: refused by their headers, cheaply, and with nothing but ValueError."""
+
+import struct
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from iccld.data import decode
+from iccld.data.converters.readers import read_red16
+from iccld.data.decode import MAX_PIXELS, Window, decode_image, decode_label, image_size, open_image
+from iccld.data.grey_png import encode_grey_png
+from tests.data.pictures import HEIGHT, IMAGES, WIDTH, chunk, encode, ids, picture, png
+
+
+def lying_header(data: bytes, at: int, size: bytes) -> bytes:
+    return data[:at] + size + data[at + len(size) :]
+
+
+def huge() -> dict[str, bytes]:
+    """Small files whose headers announce more than MAX_PIXELS."""
+    jpeg_size_at = IMAGES["jpeg"].index(b"\xff\xc0") + 5
+    animation = encode(picture(), "webp", save_all=True, append_images=[Image.fromarray(picture()[::-1])])
+    header = lying_header(IMAGES["png"][:33], 16, struct.pack(">II", 60_000, 60_000))
+    return {
+        "jpeg": lying_header(IMAGES["jpeg"], jpeg_size_at, struct.pack(">HH", 65_000, 65_000)),
+        "png": png(header[16:29], IMAGES["png"][33:]),
+        "grey png": png(struct.pack(">IIBBBBB", 60_000, 60_000, 8, 0, 0, 0, 0), encode_grey_png(ids())[33:]),
+        "webp": lying_header(animation, 24, b"\xff\xff\x00\xff\xff\x00"),
+    }
+
+
+@pytest.mark.parametrize("name", huge())
+def test_absurd_sizes_are_refused_by_the_header(name: str) -> None:
+    with pytest.raises(ValueError, match=r"pixels; an image may have 1 to 67108864|DecompressionBombError"):
+        decode_image(huge()[name])
+
+
+READERS = {
+    "image": decode_image,
+    "window": lambda data: decode_image(data, window=Window(2, 3, 16, 16)),
+    "label": decode_label,
+    "red16": lambda data: read_red16(data, {0: 0}),
+}
+
+
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+@pytest.mark.parametrize("side", [44, 9_000])
+def test_a_second_header_does_not_count(read: Callable[[bytes], object], side: int) -> None:
+    """PIL believes the last one."""
+    depth = 16 if read is READERS["red16"] else 8
+    headers = [struct.pack(">IIBBBBB", length, length, depth, 2, 0, 0, 0) for length in (40, side)]
+    data = png(headers[0], chunk(b"IHDR", headers[1]), chunk(b"IDAT", zlib.compress(bytes(44 * (1 + 6 * 44)))))
+    with pytest.raises(ValueError, match=rf"it has {side}x{side} pixels, its first header says 40x40"):
+        read(data)
+
+
+@pytest.mark.parametrize("read", [*READERS.values(), image_size], ids=[*READERS, "size"])
+def test_a_png_begins_with_its_header(read: Callable[[bytes], object]) -> None:
+    data = IMAGES["png"]
+    for bad in (data[:8] + chunk(b"tEXt", bytes(13)) + data[8:], data[:20], data[:8]):
+        with pytest.raises(ValueError, match="it does not begin with a PNG's header"):
+            read(bad)
+
+
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+def test_a_frame_that_is_smaller_than_its_image_is_refused(read: Callable[[bytes], object]) -> None:
+    """An animated PNG's first frame; PIL would leave the rest black, and misread a window."""
+    depth = 16 if read is READERS["red16"] else 8
+    frame = struct.pack(">IIIIIHHBB", 0, WIDTH, 3, 0, 0, 0, 0, 0, 0)
+    chunks = chunk(b"acTL", struct.pack(">II", 2, 0)), chunk(b"fcTL", frame), IMAGES["png"][33:]
+    with pytest.raises(ValueError, match="its first frame does not fill it"):
+        read(png(struct.pack(">IIBBBBB", WIDTH, HEIGHT, depth, 2, 0, 0, 0), *chunks))
+
+
+def without_palette() -> bytes:
+    header = struct.pack(">IIBBBBB", WIDTH, HEIGHT, 8, 3, 0, 0, 0)
+    return png(header, chunk(b"tRNS", b"\xff\0"), chunk(b"IDAT", zlib.compress(bytes(HEIGHT * (1 + WIDTH)))))
+
+
+@pytest.mark.parametrize("read", [READERS["image"], READERS["window"]])
+def test_indices_without_a_palette_are_no_image(read: Callable[[bytes], object]) -> None:
+    with pytest.raises(ValueError, match="it has the indices of a palette, and no palette"):
+        read(without_palette())
+
+
+def test_whatever_pil_raises_is_an_error_of_the_file() -> None:
+    with (
+        pytest.raises(ValueError, match=r"PIL cannot read it \(AssertionError"),
+        open_image(without_palette()) as image,
+    ):
+        image.convert("RGB")
+
+
+@pytest.mark.parametrize("read", [*READERS.values(), image_size], ids=[*READERS, "size"])
+def test_whatever_simplejpeg_raises_is_an_error_of_the_file(read: Callable[[bytes], object]) -> None:
+    """A KeyError here, of a subsampling (4:4:1) that it has no name for."""
+    data = IMAGES["jpeg"]
+    at = data.index(b"\xff\xc0") + 11
+    with pytest.raises(ValueError, match=r"simplejpeg cannot read it \(KeyError|no image of a known format"):
+        read(data[:at] + b"\x14" + data[at + 1 :])
+
+
+def test_want_of_memory_is_no_error_of_the_file() -> None:
+    with pytest.raises(MemoryError), open_image(IMAGES["png"]):
+        raise MemoryError
+
+
+def test_too_many_bytes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "MAX_BYTES", 100)
+    for read in (*READERS.values(), image_size):
+        with pytest.raises(ValueError, match=r"it has \d+ bytes; an image may have 100"):
+            read(IMAGES["png"])
+
+
+def test_a_jpeg_of_endless_scans_is_refused() -> None:
+    data = IMAGES["progressive jpeg"]
+    last = data.rindex(b"\xff\xda")
+    with pytest.raises(ValueError, match=r"it has 1\d\d scans; a JPEG may have 100"):
+        decode_image(data[:-2] + data[last:-2] * 120 + data[-2:])
+
+
+BOMB = """
+import resource, struct, zlib
+import psutil
+from tests.data.pictures import chunk, png
+from iccld.data.decode import decode_image, decode_label, image_size
+compressor = zlib.compressobj()
+zeros = b"".join(compressor.compress(bytes(1 << 20)) for _ in range(256)) + compressor.flush()
+header = lambda side, color: struct.pack(">IIBBBBB", side, side, 8, color, 0, 0, 0)
+bombs = [
+    png(header(40, 0), chunk(b"IDAT", zeros)),
+    png(header(40, 2), chunk(b"IDAT", zeros)),
+    png(header(40, 2), chunk(b"zTXt", b"a\\0\\0" + zeros), chunk(b"IDAT", zeros)),
+    png(header(40, 2), chunk(b"iCCP", b"a\\0\\0" + zeros), chunk(b"IDAT", zeros)),
+    png(header(40, 0), chunk(b"iTXt", b"a\\0\\1\\0\\0\\0" + zeros), chunk(b"IDAT", zeros)),
+]
+del zeros
+resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + (100 << 20),) * 2)
+for bomb in bombs:
+    for read in (decode_image, decode_label, image_size):
+        try:
+            read(bomb)
+        except ValueError:
+            pass
+"""
+
+
+def test_bombs_take_little_memory() -> None:
+    """Each would grow to 256 MiB; 100 are allowed."""
+    subprocess.run([sys.executable, "-c", BOMB], check=True)
+
+
+def damage(data: bytes, draw: st.DataObject) -> bytes:
+    """Cut, with bytes changed, removed or put in; the first ones, where headers are, most often."""
+    broken = bytearray(data)
+    if draw.draw(st.booleans()):
+        del broken[draw.draw(st.integers(0, len(broken))) :]
+    for _ in range(draw.draw(st.integers(0, 4))):
+        if not broken:
+            break
+        at = draw.draw(st.integers(0, len(broken) - 1) | st.integers(0, min(60, len(broken) - 1)))
+        size = draw.draw(st.integers(0, 2))
+        broken[at : at + size] = draw.draw(st.binary(max_size=4))
+    return bytes(broken)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [*IMAGES, "unfiltered", "16 bits"])
+@given(draw=st.data())
+@settings(max_examples=60, deadline=None)
+def test_damage_raises_nothing_but_value_errors(name: str, draw: st.DataObject) -> None:
+    labels = {"unfiltered": encode_grey_png(ids()), "16 bits": encode(ids().astype(np.uint16), "png")}
+    broken = damage({**IMAGES, **labels}[name], draw)
+    for read in (decode_image, decode_label, image_size, lambda data: decode_image(data, window=Window(8, 9, 20, 30))):
+        try:
+            result = read(broken)
+        except ValueError as error:
+            assert str(error)
+        else:
+            assert isinstance(result, tuple) or result.size <= 3 * MAX_PIXELS
