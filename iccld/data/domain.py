@@ -120,8 +120,12 @@ class DomainStream:
         labels = _allocate(len(numbers), height, width)
         valid = torch.empty(len(numbers), height, 1, dtype=torch.bool)
         bad: list[BadSample] = []
-        fetched = self._fetch([self.order[n] for n in numbers])
-        keys = [self._fill(n, fetched[j], bad, (images[j], labels[j], valid[j])) for j, n in enumerate(numbers)]
+        draws = [self.order[n] for n in numbers]
+        fetched = self._fetch(draws)
+        keys = [
+            self._fill(n, draws[j], raw=fetched[j], bad=bad, places=(images[j], labels[j], valid[j]))
+            for j, n in enumerate(numbers)
+        ]
         batch: MicroBatch = {"images": images.permute(0, 3, 1, 2), "valid": valid, "keys": keys}
         batch["numbers"] = torch.tensor(list(numbers), dtype=torch.int64)
         if self.table is not None:
@@ -138,12 +142,19 @@ class DomainStream:
         return [fetched[j] for j in range(len(draws))]
 
     def _fill(
-        self, number: int, fetched: RawSample | BadSample, bad: list[BadSample], places: tuple[Tensor, ...]
+        self,
+        number: int,
+        draw: Draw,
+        *,
+        raw: RawSample | BadSample,
+        bad: list[BadSample],
+        places: tuple[Tensor, ...],
     ) -> str:
         """Writes sample `number`, or its replacement, into its places in the batch and returns its key."""
         for attempt in range(MAX_REPLACEMENTS):
-            draw = self.order[number + attempt]
-            raw = self._fetch([draw])[0] if attempt else fetched
+            if attempt:
+                draw = self.order[number + attempt]
+                raw = self._fetch([draw])[0]
             try:
                 if isinstance(raw, BadSample):
                     raise raw

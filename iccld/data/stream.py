@@ -160,7 +160,7 @@ class _MicroBatches(IterableDataset):
             try:
                 batch = {name: domain.batch(numbers) for name, domain in self.domains.items()}
             except (ValueError, OSError) as error:
-                yield _Delivery({}, first, {}, failure=str(error))
+                yield _Delivery({}, first, {}, failure=str(error) or repr(error))
                 return
             except MemoryError:
                 yield _Delivery({}, first, {}, failure="a batch does not fit in memory; set a smaller micro-batch.")
@@ -186,6 +186,8 @@ def _with_one_line_errors(deliveries: Iterator[_Delivery]) -> Iterator[_Delivery
     try:
         yield from deliveries
     except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):  # any other is a fault of the program, and stays one
+            raise
         raise ValueError(
             f"a loader worker ended ({' '.join(str(error).split())}); if memory does not suffice, set fewer "
             f"data.num_workers or a smaller micro-batch."

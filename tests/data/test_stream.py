@@ -4,7 +4,7 @@ import multiprocessing
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -149,12 +149,17 @@ def test_workers_outlive_the_scheduler_s_signals_and_end_with_the_stream(folders
         assert worker.exitcode == 0
 
 
-def test_a_parent_ends_its_workers_by_sigterm(folders: dict[str, str]) -> None:
+def with_worker(folders: dict[str, str]) -> tuple[Generator[Batch, None, None], Any]:
+    """A stream that has begun, and its worker."""
     before = set(multiprocessing.active_children())
     stream = TrainingStream(config(folders, num_workers=1), seed=5, layout=layout()).batches(0)
     next(stream)
     (worker,) = set(multiprocessing.active_children()) - before
-    assert worker.pid is not None
+    return stream, worker
+
+
+def test_a_parent_ends_its_workers_by_sigterm(folders: dict[str, str]) -> None:
+    stream, worker = with_worker(folders)
     os.kill(worker.pid, signal.SIGTERM)
     worker.join(10)
     assert worker.exitcode == 0
@@ -162,14 +167,17 @@ def test_a_parent_ends_its_workers_by_sigterm(folders: dict[str, str]) -> None:
 
 
 def test_a_killed_worker_is_said_in_one_line(folders: dict[str, str]) -> None:
-    before = set(multiprocessing.active_children())
-    stream = TrainingStream(config(folders, num_workers=1), seed=5, layout=layout()).batches(0)
-    next(stream)
-    (worker,) = set(multiprocessing.active_children()) - before
-    assert worker.pid is not None
+    stream, worker = with_worker(folders)
     os.kill(worker.pid, signal.SIGKILL)
     with pytest.raises(ValueError, match=r"^a loader worker ended \(.*\); if memory does not suffice, .*num_workers"):
         list(itertools.islice(stream, 20))
+
+
+def test_a_fault_of_the_program_is_not_taken_for_a_killed_worker(folders: dict[str, str]) -> None:
+    stream = TrainingStream(config(folders), seed=5, layout=layout())
+    stream.domains["source"].batch = lambda numbers: torch.ones(2) @ torch.ones(3)  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="size"):
+        next(stream.batches(0))
 
 
 def test_other_keys_and_only_those_are_another_set(folders: dict[str, str], tmp_path: Path) -> None:
