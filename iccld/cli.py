@@ -16,6 +16,7 @@ Train segmentation models on labelled source images and unlabelled target images
   iccld predict runs/a image.jpg out/                        label PNG and overlay
   iccld shards make --dataset gta5 --input DIR --output DIR  turn a data set into shards
   iccld shards index|verify|info DIR                         index tars, check, describe
+  iccld checkpoint list|verify|export|convert ...            look at checkpoints, get models out of them
 
 Any setting is changed by key=value; `iccld config experiment=...` shows all of them.
 For several ranks on this machine: python launch/local.py NUM_RANKS VERB ...
@@ -66,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     predict.set_defaults(run=_predict)
 
     _add_shards(verbs)
+    _add_checkpoint(verbs)
     return parser
 
 
@@ -84,6 +86,23 @@ def _add_shards(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         parser_of_action = actions.add_parser(name, help=summary)
         action.add_arguments(parser_of_action)
         parser_of_action.set_defaults(run=_shards, act=action.run)
+
+
+def _add_checkpoint(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    checkpoint = verbs.add_parser("checkpoint", help="list, verify, export or convert checkpoints")
+    checkpoint.set_defaults(run=_checkpoint)
+    actions = checkpoint.add_subparsers(dest="action", required=True, metavar="ACTION")
+    for name, summary in (("list", "steps, sizes, engine, ranks"), ("verify", "compare every file's checksum")):
+        action = actions.add_parser(name, help=summary)
+        action.add_argument("folder", type=Path, help="a run directory, or one checkpoint")
+    export = actions.add_parser("export", help="write a model folder that ICCLD.from_pretrained loads")
+    export.add_argument("--weights", choices=["teacher", "student"], default="teacher")
+    about = "copy into another number of files (to resume on other ranks or engines, nothing needs converting)"
+    convert = actions.add_parser("convert", help=about, description=about)
+    convert.add_argument("--num-files", type=int, required=True)
+    for action in (export, convert):
+        action.add_argument("folder", type=Path, metavar="checkpoint")
+        action.add_argument("output", type=Path)
 
 
 # The verbs import what they need when they run, so that `--help` and shard making do not wait for torch.
@@ -131,6 +150,12 @@ def _predict(arguments: argparse.Namespace) -> None:
         config=EvaluationConfig(image_size=image_size, sliding_window=arguments.sliding_window),
         attention=AttentionBackend[arguments.attention],
     )
+
+
+def _checkpoint(arguments: argparse.Namespace) -> int:
+    from iccld.programs.checkpoint import run
+
+    return run(arguments)
 
 
 def _shards(arguments: argparse.Namespace) -> int:

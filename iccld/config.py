@@ -144,6 +144,14 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise ValueError(f"{path} {' '.join(overrides)}: not the settings of a run ({_one_line(error)}).") from error
 
 
+def config_from(values: Mapping[str, Any], *, where: str) -> Config:
+    """What `to_dict` gave, as the settings it came from. Raises ValueError where they do not fit the schema."""
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values))  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{where}: not the settings of a run ({_one_line(error)}).") from error
+
+
 def differences(old: Config, new: Config) -> list[str]:
     """`key: old -> new` of every setting that must not differ between two attempts at one run."""
     before, after = _flat(to_dict(old)), _flat(to_dict(new))

@@ -1,6 +1,7 @@
 """The loop. It runs any stage over any stream; it knows neither models nor data sets."""
 
 import contextlib
+import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -8,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from iccld.runtime.checkpoint import CheckpointConfig, CheckpointError, CheckpointStore
+from iccld.runtime.checkpoint import Checkpoint, CheckpointConfig, CheckpointError, CheckpointStore
 from iccld.runtime.engine import Engine
 from iccld.runtime.metrics import MetricsLogger
 from iccld.runtime.preemption import Preemption
@@ -67,6 +68,7 @@ class Trainer:
     config: TrainerConfig
     about: Mapping[str, Any]  # goes into every checkpoint's manifest
     evaluate: Callable[[], Mapping[str, float]] | None = None
+    after_step: Callable[[int], None] = lambda step: None  # on every rank
 
     def run(self) -> bool:
         """Train to the end; False if a signal ended it early, its position saved."""
@@ -75,14 +77,21 @@ class Trainer:
         engine.attach(
             self.stage.module,
             self.stage.param_groups(),
+            micro_batch_size=config.micro_batch_size,
             num_accumulation=num_accumulation,
             gradient_clip=config.gradient_clip,
+            replicated=self.stage.replicated(),
         )
+        for average, methods in self.stage.averages().items():
+            engine.backend.shard(average, methods=methods)
+        self.stage.start()
         start_step = self._resume()
         if start_step == config.num_steps:
             return True
         with contextlib.closing(self.stream.batches(start_step)) as batches:
-            return self._run_steps(start_step, engine.prefetch(batches), num_accumulation)
+            finished = self._run_steps(start_step, engine.prefetch(batches), num_accumulation)
+        self.checkpoints.wait()
+        return finished
 
     def _run_steps(self, start_step: int, batches: Iterator[Mapping[str, Any]], num_accumulation: int) -> bool:
         engine, config, timer = self.engine, self.config, PhaseTimer()
@@ -101,6 +110,7 @@ class Trainer:
                 engine.step()
             with timer.phase("average"):
                 self.stage.after_step(step)
+                self.after_step(step)
             self.metrics.record(step, losses, metrics)
             is_save = step + 1 == config.num_steps or (step + 1) % config.checkpoint.save_every == 0
             if is_save or self.metrics.is_due(step):
@@ -131,6 +141,7 @@ class Trainer:
         if is_new:
             self._flush(timer)
             self._save(step)
+            self.checkpoints.wait()
         self.metrics.event("preempted", step=step)
 
     def _accumulate(self, inputs: list[StageInputs]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -139,9 +150,9 @@ class Trainer:
         metrics: dict[str, Tensor] = {}
         for i, micro_batch in enumerate(inputs):
             is_last = i + 1 == len(inputs)
-            with self.engine.forward_context(is_last=is_last):
+            with self.engine.micro_batch(is_last=is_last):
                 output = self.engine.module(micro_batch)
-            self.engine.backward(torch.stack(list(output.losses.values())).sum(), is_last=is_last)
+                self.engine.backward(torch.stack(list(output.losses.values())).sum())
             for name, loss in output.losses.items():
                 losses[name] = losses.get(name, 0) + loss.detach() / len(inputs)
             for name, value in output.metrics.items():
@@ -165,10 +176,11 @@ class Trainer:
         )
 
     def _save(self, step: int) -> None:
-        parts = self.engine.state_dicts() | {"stage": self.stage.state_dict()}
         about = dict(self.about, layout=self.engine.layout(), logger_id=self.metrics.logger_id)
-        self.checkpoints.save(step, parts, about)
-        self.metrics.event("saved", step=step)
+        self.checkpoints.save(step, self.engine.runs(self._stage_state()), about)
+
+    def _stage_state(self) -> dict[str, Tensor]:
+        return {f"stage/{name}": tensor for name, tensor in self.stage.state_dict().items()}
 
     def _resume(self) -> int:
         """Load the newest whole checkpoint and return the step to go on with."""
@@ -176,13 +188,23 @@ class Trainer:
         manifest = checkpoint.manifest if checkpoint else {}
         if checkpoint:
             self._check_origin(manifest)
-            self.engine.load_state_dicts({part: checkpoint.load(part) for part in ("module", "optimizer")})
-            self.stage.load_state_dict(checkpoint.load("stage"))
+            self._load(checkpoint)
         step = checkpoint.step if checkpoint else 0
         config = self.about.get("config", {})
         self.metrics.start(step=step, logger_id=manifest.get("logger_id"), config=config)
         self.metrics.event("started", step=step, layout=self.engine.layout())
         return step
+
+    def _load(self, checkpoint: Checkpoint) -> None:
+        start = time.perf_counter()
+        self.engine.load(checkpoint.reader, checkpoint.step, self._stage_state())
+        seconds = time.perf_counter() - start
+        old, new = checkpoint.manifest["layout"], self.engine.layout()
+        if (old["engine"], old["world_size"]) != (new["engine"], new["world_size"]):
+            self.metrics.event("converted", step=checkpoint.step, layout=old, new_layout=new, seconds=seconds)
+            if self.engine.is_main:
+                said = [f"{layout['engine']} x {layout['world_size']}" for layout in (old, new)]
+                print(f"checkpoint of {said[0]} loaded as {said[1]} in {seconds:.1f} s", flush=True)
 
     def _check_origin(self, manifest: Mapping[str, Any]) -> None:
         for name in ("stage", "model", "data", "origin"):

@@ -1,7 +1,8 @@
 """Run an iccld verb with N ranks on this machine: `python launch/local.py 2 train experiment=... run_dir=...`.
 
-The ranks are formed by `accelerate launch` from accelerate_configs/ddp.yaml; one rank needs no launcher. Without a GPU
-they are CPU ranks over gloo, with the machine's cores shared among them.
+`--engine zero2` after the number takes another of accelerate_configs/ than ddp.yaml: zero1, zero2 or fsdp2. The ranks
+are formed by `accelerate launch`; one rank of DDP needs no launcher. Without a GPU they are CPU ranks over gloo, with
+the machine's cores shared among them.
 """
 
 import logging
@@ -16,15 +17,20 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 ROOT = Path(__file__).resolve().parents[1]
+ENGINES = ("ddp", "zero1", "zero2", "fsdp2")
 
 
 def main(arguments: list[str]) -> int:
     """Launch and return the exit status of the first rank that failed, or 0."""
-    if len(arguments) < 2 or not arguments[0].isdigit() or int(arguments[0]) < 1:
-        print("usage: python launch/local.py NUM_RANKS VERB [ARGUMENTS]", file=sys.stderr)
+    engine = "ddp"
+    if len(arguments) > 2 and arguments[1] == "--engine":
+        engine, arguments = arguments[2], [arguments[0], *arguments[3:]]
+    if len(arguments) < 2 or not arguments[0].isdigit() or int(arguments[0]) < 1 or engine not in ENGINES:
+        usage = f"python launch/local.py NUM_RANKS [--engine {'|'.join(ENGINES)}] VERB [ARGUMENTS]"
+        print(f"usage: {usage}", file=sys.stderr)
         return 2
     num_ranks = int(arguments[0])
-    if num_ranks == 1:
+    if num_ranks == 1 and engine == "ddp":
         os.execv(sys.executable, [sys.executable, "-m", "iccld", *arguments[1:]])
     if not torch.cuda.is_available():
         os.environ["ACCELERATE_USE_CPU"] = "true"
@@ -33,7 +39,7 @@ def main(arguments: list[str]) -> int:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     # The agent passes SIGTERM on, waits up to 30 s for the ranks to save, and would leave them behind on SIGUSR1.
     signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-    options = ["--config_file", str(ROOT / "accelerate_configs" / "ddp.yaml")]
+    options = ["--config_file", str(ROOT / "accelerate_configs" / f"{engine}.yaml")]
     options += ["--num_processes", str(num_ranks), "--main_process_port", "0"]
     try:
         launch_command(launch_command_parser().parse_args([*options, "--module", "iccld", *arguments[1:]]))

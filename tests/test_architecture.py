@@ -48,7 +48,7 @@ ONLY_TORCH_AND_NUMPY = {"labels", "rng", "diffusion", "losses", "uda"}
 OWNERS = {
     "xformers": {"models/attention.py"},
     "accelerate": {"runtime/engine.py"},
-    "deepspeed": {"runtime/engine.py"},
+    "deepspeed": {"runtime/zero.py"},
     "wandb": {"runtime/metrics.py"},
     "transformers": {"models/encoder.py"},
     "hydra": {"config.py"},
@@ -61,7 +61,7 @@ OWNERS = {
     "tenacity": {"data/remote.py"},
     "zlib_ng": {"data/grey_png.py"},
     "matplotlib": {"data/info.py"},
-    "safetensors": {"models/iccld.py", "runtime/checkpoint.py"},
+    "safetensors": {"models/iccld.py", "programs/ema.py", "runtime/pieces.py"},
     "pickle": set(),
     "timm": set(),  # needs torchvision, which has no build for every torch
     "torchvision": set(),

@@ -18,7 +18,7 @@ from iccld.data.stream import read_validation
 from iccld.evaluation import EvaluationResult, Predict, evaluate, results_table
 from iccld.models.iccld import ICCLD
 from iccld.models.model_card import ModelStage
-from iccld.runtime.checkpoint import write_text_durably
+from iccld.runtime.durable import write_text_durably
 from iccld.runtime.engine import Engine
 
 

@@ -1,10 +1,10 @@
 """`iccld train`: the stages of a run, one after the other, each from where it stopped; then their scores.
 
-A stage ends with its model folders `stageN/final/teacher` and `stageN/final/student`; where they exist, it is finished.
+Killed anywhere, the same command goes on: within a stage from its newest whole checkpoint, between the stages from what
+the first left (`hand_off`).
 """
 
 import copy
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from itertools import islice
@@ -14,13 +14,13 @@ from typing import Any
 import torch
 
 from iccld import __version__
-from iccld.config import Config, StageName, Weights, differences, read_config, to_dict, to_yaml
+from iccld.config import Config, StageName, differences, read_config, to_dict, to_yaml
 from iccld.data.config import BatchLayout
 from iccld.data.stream import TrainingStream, read_validation
 from iccld.models.attention import check_backend
 from iccld.models.discriminator import Discriminator
 from iccld.models.iccld import ICCLD
-from iccld.models.model_card import WEIGHTS_NAME
+from iccld.programs.ema import write_due_snapshot
 from iccld.programs.evaluate import (
     evaluate_models,
     evaluate_predictor,
@@ -28,7 +28,9 @@ from iccld.programs.evaluate import (
     predict_function,
     unscored_stages,
 )
-from iccld.runtime.checkpoint import CheckpointStore, file_checksum, write_text_durably
+from iccld.programs.hand_off import final_folder, hand_over, handed_over, is_finished
+from iccld.runtime.checkpoint import CheckpointStore
+from iccld.runtime.durable import write_text_durably
 from iccld.runtime.engine import Engine
 from iccld.runtime.lock import locked
 from iccld.runtime.metrics import MetricsLogger
@@ -59,14 +61,6 @@ def train(config: Config) -> bool:
     return True
 
 
-def final_folder(run_dir: Path, name: StageName) -> Path:
-    return run_dir / name.value / "final"
-
-
-def is_finished(run_dir: Path, name: StageName) -> bool:
-    return final_folder(run_dir, name).is_dir()
-
-
 def _check_alone(run_dir: Path, holder: str, engine: Engine) -> None:
     holder = engine.gather_objects(holder)[0]
     if holder:
@@ -86,6 +80,11 @@ def _check_settings(config: Config, engine: Engine) -> None:
     elif any(_plan(name, config).evaluate_every for name in config.stages):
         raise ValueError(
             "trainer.evaluate_every is set, but data.validation.shards is empty; set it, or evaluate_every=0."
+        )
+    if engine.is_sharded and StageName.stage1 in config.stages and not config.stage1.objective.use_teacher:
+        raise ValueError(
+            "stage1.objective.use_teacher=false asks the student for pseudo-labels, which FSDP2 holds in shards; "
+            "launch with ddp, zero1 or zero2."
         )
     if not config.data.target.shards and (config.stage1.objective.adapt or StageName.stage2 in config.stages):
         raise ValueError(
@@ -123,7 +122,37 @@ def _run_stage(name: StageName, config: Config, engine: Engine, preemption: Pree
     stream = _stream(name, config, layout)
     stage = build_stage(name, config, engine.device)
     folder = Path(config.run_dir) / name.value
-    metrics = MetricsLogger(
+    metrics = _metrics(name, config, engine)
+    finished = Trainer(
+        stage=stage,
+        stream=stream,
+        engine=engine,
+        checkpoints=CheckpointStore(
+            folder / "checkpoints",
+            plan.checkpoint,
+            engine,
+            announce=lambda step: metrics.event("saved", step=step),
+        ),
+        metrics=metrics,
+        preemption=preemption,
+        config=plan,
+        about=_about(name, config, stream),
+        evaluate=lambda: _validate(stage, config, engine),
+        after_step=lambda step: write_due_snapshot(stage, folder / "ema", engine, num_steps=step + 1),
+    ).run()
+    if finished:
+        stage = _whole_stage(stage, config, engine)
+        if engine.is_main:
+            stage.finish(_first_batches(name, config))
+            hand_over(stage, config, step=plan.num_steps)
+        engine.barrier()
+        metrics.event("finished", step=plan.num_steps)
+    metrics.close()
+    return finished
+
+
+def _metrics(name: StageName, config: Config, engine: Engine) -> MetricsLogger:
+    return MetricsLogger(
         Path(config.run_dir),
         config.metrics,
         stage=name.value,
@@ -131,24 +160,6 @@ def _run_stage(name: StageName, config: Config, engine: Engine, preemption: Pree
         world_size=engine.world_size,
         sum_values=engine.sum_values,
     )
-    finished = Trainer(
-        stage=stage,
-        stream=stream,
-        engine=engine,
-        checkpoints=CheckpointStore(folder / "checkpoints", plan.checkpoint, engine, report=print),
-        metrics=metrics,
-        preemption=preemption,
-        config=plan,
-        about=_about(name, config, stream),
-        evaluate=lambda: _validate(stage, config, engine),
-    ).run()
-    if finished:
-        if engine.is_main:
-            _export(stage, name, config, folder)
-        engine.barrier()
-        metrics.event("finished", step=plan.num_steps)
-    metrics.close()
-    return finished
 
 
 def _plan(name: StageName, config: Config) -> TrainerConfig:
@@ -175,12 +186,7 @@ def build_stage(name: StageName, config: Config, device: torch.device) -> Stage:
         if config.initial_model:
             _load_initial(model, Path(config.initial_model))
         return SegmentationStage(model.to(device), config.stage1.objective, seed=config.seed, reference=reference)
-    origin = _origin(config)
-    if not origin.is_dir():
-        raise ValueError(
-            f"stages=[stage2] needs stage 1's model in {origin}; run with stage=all, or stage=segmentation first."
-        )
-    model = ICCLD.from_pretrained(origin, num_classes=num_classes)
+    model = ICCLD.from_pretrained(handed_over(config)[0], num_classes=num_classes)
     model.start_denoiser(config.model.denoiser)
     assert model.denoiser is not None
     sees_middle = config.stage2.objective.adversary_input is AdversaryInput.features
@@ -189,14 +195,21 @@ def build_stage(name: StageName, config: Config, device: torch.device) -> Stage:
     return AdversarialStage(model.to(device), discriminator.to(device), config.stage2.objective, seed=config.seed)
 
 
-def _origin(config: Config) -> Path:
-    """Stage 2 takes E and D from stage 1's teacher."""
-    return final_folder(Path(config.run_dir), StageName.stage1) / Weights.teacher.value
+def _whole_stage(stage: Stage, config: Config, engine: Engine) -> Stage:
+    """The stage itself, or, where ranks hold shards, one like it with the whole weights. Call on every rank."""
+    if not engine.is_sharded:
+        return stage
+    module, state = engine.backend.full(stage.module.state_dict()), engine.backend.full(stage.state_dict())
+    copy_ = build_stage(StageName(stage.name), config, engine.device)
+    copy_.module.load_state_dict(module)
+    for name, tensor in copy_.state_dict().items():
+        tensor.copy_(state[name])
+    return copy_
 
 
 def _validate(stage: Stage, config: Config, engine: Engine) -> dict[str, float]:
     """The teacher's score in mid-training: with the fewest denoising steps where there is a denoiser."""
-    model = stage.models()["teacher"]
+    model = _whole_stage(stage, config, engine).models()["teacher"]
     num_steps = min(config.inference.num_steps) if model.denoiser is not None else 0
     predict = predict_function(model, num_steps=num_steps, seed=config.seed)
     return {"miou": evaluate_predictor(predict, config, engine).miou}
@@ -222,21 +235,9 @@ def _about(name: StageName, config: Config, stream: TrainingStream) -> Mapping[s
         "stage": name.value,
         "model": model | {"denoiser": denoiser},
         "data": stream.fingerprints(),
-        "origin": file_checksum(_origin(config) / WEIGHTS_NAME) if name is StageName.stage2 else config.initial_model,
+        "origin": handed_over(config)[1].model_sha256 if name is StageName.stage2 else config.initial_model,
         "config": resolved,
     }
-
-
-def _export(stage: Stage, name: StageName, config: Config, folder: Path) -> None:
-    """Write the finished models; the folder appears whole."""
-    stage.finish(_first_batches(name, config))
-    scratch = folder / "final.tmp"
-    shutil.rmtree(scratch, ignore_errors=True)
-    classes = config.data.class_set.build()
-    for weights, model in stage.models().items():
-        origin = {"run_dir": config.run_dir, "stage": stage.name, "weights": weights, "version": __version__}
-        model.save_pretrained(scratch / weights, class_names=classes.names, palette=classes.palette, origin=origin)
-    scratch.rename(folder / "final")
 
 
 def _first_batches(name: StageName, config: Config) -> Iterator[Mapping[str, Any]]:

@@ -1,9 +1,10 @@
-"""The one owner of Accelerate: ranks, devices, precision, gradient averaging, clipping and the optimiser."""
+"""The one owner of Accelerate: ranks, devices and precision; which backend trains is said by accelerate's YAML."""
 
 import atexit
 import contextlib
+import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import Enum
@@ -15,6 +16,9 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
 
+from iccld.runtime.backend import Backend, Plan, Replicated
+from iccld.runtime.engine_kind import EngineKind, join_alone, kind_of_launch, without_plugins
+from iccld.runtime.pieces import Run, TensorReader
 from iccld.runtime.prefetch import prefetch
 
 # A dimension of size 1 has any stride: DDP warns of 1x1 and depthwise kernels, in vain.
@@ -24,10 +28,11 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
 class Precision(Enum):
-    """fp16 is left out: its loss scaling hides what the discriminator's small gradients do."""
+    """Of the forward and backward pass; weights, moments and averages are fp32."""
 
     fp32 = "no"
     bf16 = "bf16"
+    fp16 = "fp16"  # named to be refused with a reason
 
 
 @dataclass
@@ -37,24 +42,32 @@ class EngineConfig:
     precision: Precision = Precision.fp32
     compile: bool = False
 
+    def __post_init__(self) -> None:
+        if Precision.fp16 in (self.precision, Precision(os.environ.get("ACCELERATE_MIXED_PRECISION") or "no")):
+            raise ValueError(
+                "engine.precision=fp16 is refused: the discriminator's small gradients vanish in it, and loss scaling "
+                "skips steps, so that the position would no longer be the number of updates; use bf16 or fp32."
+            )
+
 
 class Engine:
-    """Ranks and device of this process; after `attach`, also the wrapped module and its optimiser."""
+    """Ranks and device of this process; after `attach`, also the module's backend."""
 
-    module: nn.Module
-    optimizer: Any
+    backend: Backend
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
-        self.accelerator = Accelerator(
-            cpu=not torch.cuda.is_available(),
-            mixed_precision=config.precision.value,
-            step_scheduler_with_optimizer=False,
-            kwargs_handlers=[
-                DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
-                InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT),
-            ],
-        )
+        self.kind = kind_of_launch()
+        with without_plugins():
+            self.accelerator = Accelerator(
+                cpu=not torch.cuda.is_available(),
+                mixed_precision=config.precision.value,
+                step_scheduler_with_optimizer=False,
+                kwargs_handlers=[
+                    DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
+                    InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT),
+                ],
+            )
         if self.accelerator.distributed_type not in (
             DistributedType.NO,
             DistributedType.MULTI_CPU,
@@ -62,39 +75,71 @@ class Engine:
         ):
             raise ValueError(
                 f"accelerate's distributed_type={self.accelerator.distributed_type.value} is not supported; "
-                f"launch with accelerate_configs/cpu.yaml or ddp.yaml."
+                f"launch with one of accelerate_configs/."
             )
         self.device = self.accelerator.device
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
-        # A group of its own on the host: agreeing on a flag must not wait for the device.
-        self._host_group = torch.distributed.new_group(backend="gloo") if self.world_size > 1 else None
+        if self.kind is not EngineKind.ddp and not torch.distributed.is_initialized():
+            join_alone(self.device)
+        # Groups of their own on the host: agreeing on a flag must not wait for the device, a save not for training.
+        groups = [torch.distributed.new_group(backend="gloo") if self.world_size > 1 else None for _ in range(2)]
+        self._host_group, self._save_group = groups
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether a rank holds only a part of the weights."""
+        return self.kind is EngineKind.fsdp2
 
     def attach(
         self,
         module: nn.Module,
         param_groups: list[dict[str, Any]],
         *,
+        micro_batch_size: int = 1,
         num_accumulation: int,
         gradient_clip: float = 0.0,
+        replicated: Iterable[nn.Module] = (),
     ) -> None:
         """Wrap the module for the ranks and build AdamW over the groups.
 
-        `gradient_clip`: the largest norm; 0 is off.
+        `gradient_clip`: the largest norm; 0 is off. `replicated`: parts that no engine may shard.
         """
         self.accelerator.free_memory()  # an earlier stage's module and optimiser
-        self.num_accumulation, self.gradient_clip = num_accumulation, gradient_clip
         self._base_rates = [group["lr"] for group in param_groups]
-        optimizer = torch.optim.AdamW(param_groups, fused=self.device.type == "cuda" or None)
-        self._raw = module.to(self.device)
+        raw = module.to(self.device)
         if self.config.compile:
-            self._raw.compile()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # accelerate's argument
-            self.module, self.optimizer = self.accelerator.prepare(self._raw, optimizer)
+            raw.compile()
+        optimizer = torch.optim.AdamW(param_groups, fused=self.device.type == "cuda" or None)
+        plan = Plan(self.device, self.rank, self.world_size, micro_batch_size, num_accumulation, gradient_clip)
+        self.backend = self._backend(raw, optimizer, plan, replicated)
+
+    def _backend(self, raw: nn.Module, optimizer: Any, plan: Plan, replicated: Iterable[nn.Module]) -> Backend:
+        if self.kind is EngineKind.ddp:
+            return Replicated(raw, optimizer, self.accelerator, plan)
+        raw = self.accelerator.prepare_model(raw, evaluation_mode=True)  # autocast alone
+        if self.kind is EngineKind.fsdp2:
+            from iccld.runtime.fsdp2 import FSDP2
+
+            return FSDP2(
+                raw,
+                optimizer,
+                plan,
+                replicated=replicated,
+                min_num_params=int(float(os.environ.get("FSDP_MIN_NUM_PARAMS", "1e6"))),
+                reshard_after_forward=os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true") == "true",
+            )
+        from iccld.runtime.zero import Zero  # deepspeed takes seconds to import
+
+        return Zero(raw, optimizer, plan, stage=1 if self.kind is EngineKind.zero1 else 2)
+
+    @property
+    def module(self) -> Any:
+        """What is called for a forward pass with gradients."""
+        return self.backend.module
 
     def autocast(self) -> contextlib.AbstractContextManager[None]:
         return self.accelerator.autocast()
@@ -104,28 +149,19 @@ class Engine:
         return prefetch(batches, self.device)
 
     def set_learning_rate(self, factor: float) -> None:
-        for group, rate in zip(self.optimizer.param_groups, self._base_rates, strict=True):
+        for group, rate in zip(self.backend.optimizer.param_groups, self._base_rates, strict=True):
             group["lr"] = rate * factor
 
-    def backward(self, loss: Tensor, *, is_last: bool) -> None:
-        """Add the micro-batch's gradient; ranks exchange gradients in the last one of a step only."""
-        with self._synchronisation(is_last):
-            self.accelerator.backward(loss / self.num_accumulation)
+    def micro_batch(self, *, is_last: bool) -> contextlib.AbstractContextManager[None]:
+        """Around forward and backward of a micro-batch; ranks exchange gradients in the last one of a step only."""
+        return self.backend.micro_batch(is_last=is_last)
 
-    @contextlib.contextmanager
-    def forward_context(self, *, is_last: bool) -> Iterator[None]:
-        """DDP decides in the forward pass whether the backward pass will exchange gradients."""
-        with self._synchronisation(is_last):
-            yield
-
-    def _synchronisation(self, is_last: bool) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.module)
+    def backward(self, loss: Tensor) -> None:
+        """Add the micro-batch's gradient, so that the step's is the mean over its micro-batches."""
+        self.backend.backward(loss)
 
     def step(self) -> None:
-        if self.gradient_clip:
-            self.accelerator.clip_grad_norm_(self.module.parameters(), self.gradient_clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.backend.step()
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """The sum over ranks; the tensor itself on one rank."""
@@ -152,10 +188,17 @@ class Engine:
 
     def gather_objects(self, value: Any) -> list[Any]:
         """One small picklable value of each rank, on every rank."""
-        if self._host_group is None:
+        return self._gather(value, self._host_group)
+
+    def gather_saved(self, value: Any) -> list[Any]:
+        """As `gather_objects`, for one background thread a rank, while the ranks train."""
+        return self._gather(value, self._save_group)
+
+    def _gather(self, value: Any, group: Any) -> list[Any]:
+        if group is None:
             return [value]
         values: list[Any] = [None] * self.world_size
-        torch.distributed.all_gather_object(values, value, group=self._host_group)
+        torch.distributed.all_gather_object(values, value, group=group)
         return values
 
     def barrier(self) -> None:
@@ -164,19 +207,20 @@ class Engine:
     def layout(self) -> dict[str, Any]:
         """What decides whether a checkpoint of this engine resumes to the bit."""
         return {
-            "engine": "ddp",
+            "engine": self.kind.value,
             "world_size": self.world_size,
-            "num_accumulation": self.num_accumulation,
+            "num_accumulation": self.backend.plan.num_accumulation,
             "precision": self.config.precision.name,
         }
 
-    def state_dicts(self) -> dict[str, dict[str, Any]]:
-        """The module's and the optimiser's state, each under the name of its checkpoint part."""
-        return {"module": self._raw.state_dict(), "optimizer": self.optimizer.state_dict()}
+    def runs(self, extra: Mapping[str, Tensor]) -> dict[str, Run]:
+        """What this rank writes of module, optimiser and `extra` into a checkpoint."""
+        return self.backend.runs(extra)
 
-    def load_state_dicts(self, states: Mapping[str, Mapping[str, Any]]) -> None:
-        self._raw.load_state_dict(states["module"])
-        self.optimizer.load_state_dict(states["optimizer"])
+    def load(self, reader: TensorReader, step: int, extra: Mapping[str, Tensor]) -> None:
+        """Fill module, optimiser and `extra`, in place, from a checkpoint of any engine and number of ranks."""
+        self.backend.load(reader, step)
+        self.backend.fill(extra, reader)
 
     def __enter__(self) -> Self:
         return self

@@ -1,29 +1,133 @@
-"""One job a run directory."""
+"""One job a run directory, on one machine or on many.
+
+Two things hold it. The operating system's `flock` ends with the process, however that ends, and decides at once between
+jobs of one machine. On a shared file system it may reach no further than the machine, so the lock file also holds a
+lease: who has it, and a beat that a thread of the holder rewrites every `BEAT_S`. A job elsewhere that finds a beat
+watches it for up to `LEASE_S`: it moves, then the job is refused; it stands still, then the holder has crashed. A clean
+end says so in the file, and nobody waits.
+"""
 
 import contextlib
+import errno
 import fcntl
 import os
 import socket
+import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+
+BEAT_S = 2.0
+LEASE_S = 20.0  # as long as nothing but a crash, or a machine that stands still, keeps a beat from moving
+
+_RELEASED = "released"
+_RECORD_BYTES = 512  # records of one length are replaced by one write, so that none is read by halves
+_held: set[int] = set()
+
+
+def _let_go() -> None:
+    """In a forked child: a descriptor inherited from the holder would keep the lock beyond the holder's end."""
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[str]:
-    """Holds the folder's lock file; yields who holds it instead, or "" where it is ours.
+    """Holds the folder's lock file; yields who holds it instead ("process 7 on node3"), or "" where it is ours.
 
-    The lock is the operating system's (`flock`): it ends with the process, however that ends. On a shared file system
-    it reaches as far as that system's locks do.
+    Takes up to `LEASE_S` seconds where a job on another machine held it last and did not end cleanly. A holder that
+    stood still for so long that another took its lease ends at once, with a line on stderr and exit status 2: it must
+    not write any more. Raises OSError where the folder cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            yield file.read().strip() or "another process"
-            return
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        yield ""
+    path = folder / "lock"
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    _held.add(descriptor)
+    try:
+        if holder := _holder(path, descriptor):
+            yield holder
+        else:
+            with _beating(path, descriptor):
+                yield ""
+    finally:
+        if descriptor in _held:
+            _held.remove(descriptor)
+            os.close(descriptor)
+
+
+def _holder(path: Path, descriptor: int) -> str:
+    """Who holds the lock; "" once it can be taken."""
+    flock_decides = True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _name(_read(path))
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+            raise
+        flock_decides = False  # a file system mounted without locks
+    record = _read(path)
+    if record in ("", _RELEASED) or (flock_decides and _machine() in record):
+        return ""
+    print(f"{path} names {_name(record)}; waiting up to {LEASE_S:.0f} s for a sign of life", flush=True)
+    limit = time.monotonic() + LEASE_S
+    while (now := _read(path)) == record:
+        if time.monotonic() > limit:
+            return ""
+        time.sleep(BEAT_S / 4)
+    return "" if now in ("", _RELEASED) else _name(now)
+
+
+@contextlib.contextmanager
+def _beating(path: Path, descriptor: int) -> Iterator[None]:
+    stop, claim = threading.Event(), f"process {os.getpid()} {_machine()}"
+    _write(descriptor, f"{claim}\nbeat 0")
+    thread = threading.Thread(target=_beat, args=(path, descriptor, claim, stop), name="lock", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        if descriptor in _held:  # not in a forked child that unwinds
+            stop.set()
+            thread.join()
+            with contextlib.suppress(OSError):  # then it ends as a crash does
+                if _read(path).startswith(claim):
+                    _write(descriptor, _RELEASED)
+
+
+def _beat(path: Path, descriptor: int, claim: str, stop: threading.Event) -> None:
+    beat = 0
+    while not stop.wait(BEAT_S):
+        beat += 1
+        with contextlib.suppress(OSError):  # a file system may be away for a while
+            record = _read(path)
+            # Of two that took it at the same time, the one that wrote last finds itself here, and keeps it.
+            if record not in ("", _RELEASED) and not record.startswith(claim):
+                print(f"{path} was taken over by {_name(record)}; this process ends", file=sys.stderr, flush=True)
+                os._exit(2)
+            _write(descriptor, f"{claim}\nbeat {beat}")
+
+
+def _machine() -> str:
+    """Names this machine as it runs now: neither copies of one image nor a reboot make two machines one."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return f"on {socket.gethostname()}\nboot {boot.read_text().strip() if boot.exists() else 'unknown'}"
+
+
+def _name(record: str) -> str:
+    return record.partition("\n")[0] if record not in ("", _RELEASED) else "another process"
+
+
+def _read(path: Path) -> str:
+    """The record; opened anew, since a network file system looks at the server when a file is opened."""
+    return path.read_bytes().decode(errors="replace").strip()
+
+
+def _write(descriptor: int, record: str) -> None:
+    os.pwrite(descriptor, record.encode().ljust(_RECORD_BYTES - 1) + b"\n", 0)
+    os.fsync(descriptor)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iccld.runtime.checkpoint import write_text_durably
+from iccld.runtime.durable import write_text_durably
 
 
 class WandbMode(Enum):

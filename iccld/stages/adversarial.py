@@ -25,6 +25,7 @@ from iccld.models.latent import latent_pair
 from iccld.models.model_card import ModelStage
 from iccld.stages.base import Stage, StageInputs, StageOutput, decayed_groups, pair, to_float
 from iccld.uda.classmix import class_mask, paste
+from iccld.uda.ema_profile import EmaProfileConfig
 from iccld.uda.photometric import NUM_DRAWS, PhotometricConfig, strong_augment
 from iccld.uda.teacher import Teacher
 
@@ -53,6 +54,7 @@ class AdversarialConfig:
     adversary_input: AdversaryInput = AdversaryInput.noise
     domain_weights: list[float] = field(default_factory=lambda: [1.0, 1.0, 1.0])
     photometric: PhotometricConfig = field(default_factory=PhotometricConfig)
+    ema_profile: EmaProfileConfig = field(default_factory=EmaProfileConfig)
 
     def __post_init__(self) -> None:
         if len(self.domain_weights) != 3 or min(self.domain_weights) < 0 or sum(self.domain_weights) == 0:
@@ -130,7 +132,8 @@ class AdversarialStage(Stage):
             if part is not None:
                 part.requires_grad_(False).eval()
         self.module = AdversarialModule(model, discriminator, config)
-        self.teacher = Teacher(self.module.denoiser, max_decay=config.teacher_decay)
+        self.student, self.ema_profile = self.module.denoiser, config.ema_profile
+        self.teacher = Teacher(self.student, max_decay=config.teacher_decay)
 
     def prepare(self, batch: Mapping[str, Any], step: int) -> StageInputs:
         numbers, device = batch["source"]["numbers"], batch["source"]["images"].device
@@ -193,16 +196,10 @@ class AdversarialStage(Stage):
             },
         ]
 
-    def after_step(self, step: int) -> None:
-        self.teacher.update(self.module.denoiser, step)
-
     def models(self) -> dict[str, ICCLD]:
         teacher = copy.deepcopy(self.model)
         teacher.denoiser = self.teacher.module
         return {"teacher": teacher, "student": self.model}
 
-    def state_dict(self) -> dict[str, Tensor]:
-        return self.teacher.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self.teacher.load_state_dict(state)
+    def replicated(self) -> list[nn.Module]:
+        return [self.module.discriminator]

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from iccld.models.iccld import ICCLD
+from iccld.uda.ema_profile import EmaProfileConfig, PowerAverages
+from iccld.uda.teacher import Teacher
 
 
 class StageInputs(NamedTuple):
@@ -35,6 +37,11 @@ class Stage(ABC):
     name: str
     module: Any
     """What the engine wraps, an `nn.Module`: `forward(StageInputs) -> StageOutput`."""
+    student: Any
+    """The part of it that is averaged, an `nn.Module`."""
+    teacher: Teacher[Any]
+    ema_profile: EmaProfileConfig
+    profiles: PowerAverages | None = None
 
     @abstractmethod
     def prepare(self, batch: Mapping[str, Any], step: int) -> StageInputs:
@@ -45,22 +52,34 @@ class Stage(ABC):
         """Optimiser groups: what trains, at which learning rate."""
 
     @abstractmethod
-    def after_step(self, step: int) -> None:
-        """Called after the optimiser's step `step` (0-based)."""
-
-    @abstractmethod
     def models(self) -> dict[str, ICCLD]:
         """The models as they are now, under `teacher` and `student`."""
 
     def finish(self, batches: Iterable[Mapping[str, Any]]) -> None:  # noqa: B027, most stages have nothing to measure
         """Called on one rank after the last step, with the stream's first batches: measure what comes after needs."""
 
-    @abstractmethod
-    def state_dict(self) -> dict[str, Tensor]:
-        """Whatever changes in training and is not in the engine."""
+    def start(self) -> None:
+        """Called when the engine holds the module: what is averaged from here on is what this rank holds of it."""
+        if self.ema_profile.widths:
+            self.profiles = PowerAverages(dict(self.student.named_parameters()), self.ema_profile.widths)
 
-    @abstractmethod
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None: ...
+    def after_step(self, step: int) -> None:
+        """Called after the optimiser's step `step` (0-based)."""
+        self.teacher.update(self.student, step)
+        if self.profiles is not None:
+            self.profiles.update(dict(self.student.named_parameters()), step)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Whatever changes in training and is not in the engine: the tensors themselves, filled in place on resume."""
+        return self.teacher.state_dict() | (self.profiles.state_dict() if self.profiles is not None else {})
+
+    def averages(self) -> dict[nn.Module, tuple[str, ...]]:
+        """Modules to be sharded as the trained one is, and their methods that are called like `forward`."""
+        return {self.teacher.module: ()}
+
+    def replicated(self) -> list[nn.Module]:
+        """Parts of `module` that no engine may shard: their parameters are used beside their own forward pass."""
+        return []
 
 
 def decayed_groups(

@@ -18,6 +18,7 @@ from iccld.models.iccld import ICCLD
 from iccld.models.latent import channel_moments, raw_latent_pair
 from iccld.stages.base import Stage, StageInputs, StageOutput, decayed_groups, pair, to_float
 from iccld.uda.classmix import class_mask, paste
+from iccld.uda.ema_profile import EmaProfileConfig
 from iccld.uda.masking import block_mask
 from iccld.uda.photometric import NUM_DRAWS, PhotometricConfig, strong_augment
 from iccld.uda.pseudo_labels import PseudoLabels, pseudo_labels
@@ -47,6 +48,7 @@ class SegmentationConfig:
     mask_latent_drop: float = 0.5  # share of samples whose inter-coder connection is dropped in the reconstruction
     mask_latent_noise: float = 0.5  # standard deviation of the noise on the latent in the reconstruction
     photometric: PhotometricConfig = field(default_factory=PhotometricConfig)
+    ema_profile: EmaProfileConfig = field(default_factory=EmaProfileConfig)
 
     def __post_init__(self) -> None:
         for name in ("teacher_decay", "confidence_threshold", "masked_ratio", "mask_latent_drop"):
@@ -133,6 +135,7 @@ class SegmentationStage(Stage):
         self.model, self.config, self.seed = model, config, seed
         _check_feature_distance(model, config, reference)
         self.module = SegmentationModule(model, config)
+        self.student, self.ema_profile = model, config.ema_profile
         self.teacher = Teacher(model, max_decay=config.teacher_decay)
         self.reference = reference.to(model.alpha_bar.device).eval() if reference is not None else None
 
@@ -209,9 +212,6 @@ class SegmentationStage(Stage):
             *decayed_groups(rest, learning_rate=config.decoder_learning_rate, weight_decay=config.weight_decay),
         ]
 
-    def after_step(self, step: int) -> None:
-        self.teacher.update(self.model, step)
-
     def models(self) -> dict[str, ICCLD]:
         return {"teacher": self.teacher.module, "student": self.model}
 
@@ -232,11 +232,8 @@ class SegmentationStage(Stage):
         latents = raw_latent_pair(model, clean_images=images, strong_images=strong, labels=labels)
         return channel_moments(latents.z_0), channel_moments(latents.condition)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        return self.teacher.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self.teacher.load_state_dict(state)
+    def averages(self) -> dict[nn.Module, tuple[str, ...]]:
+        return {self.teacher.module: ("segment",)}
 
 
 def _check_feature_distance(model: ICCLD, config: SegmentationConfig, reference: Encoder | None) -> None:

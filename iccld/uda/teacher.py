@@ -1,11 +1,11 @@
 """The exponential-moving-average teacher: an fp32 copy outside the engine, always in eval mode."""
 
 import copy
-from collections.abc import Mapping
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -18,7 +18,8 @@ def ema_decay(step: int, *, max_decay: float) -> float:
 class Teacher(Generic[ModuleT]):
     """Holds `module`, the moving average of a student's parameters; buffers are copied.
 
-    The copy is fp32 whatever the student's dtype: in bf16 an average with decay 0.999 stalls.
+    The copy is fp32 whatever the student's dtype: in bf16 an average with decay 0.999 stalls. Where both are sharded
+    alike (FSDP2), a rank averages its own shards.
     """
 
     def __init__(self, student: ModuleT, *, max_decay: float) -> None:
@@ -29,8 +30,8 @@ class Teacher(Generic[ModuleT]):
     def update(self, student: ModuleT, step: int) -> None:
         """Move towards the student after optimiser step `step`."""
         weight = 1.0 - ema_decay(step, max_decay=self.max_decay)
-        averages: list[Tensor] = list(self.module.parameters())
-        current = [p.detach().to(a.dtype) for a, p in zip(averages, student.parameters(), strict=True)]
+        averages = [_local(p) for p in self.module.parameters()]
+        current = [_local(p).to(a.dtype) for a, p in zip(averages, student.parameters(), strict=True)]
         torch._foreach_lerp_(averages, current, weight)  # pyright: ignore[reportPrivateImportUsage]
         for average, buffer in zip(self.module.buffers(), student.buffers(), strict=True):
             average.copy_(buffer)
@@ -38,5 +39,7 @@ class Teacher(Generic[ModuleT]):
     def state_dict(self) -> dict[str, Tensor]:
         return self.module.state_dict()
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self.module.load_state_dict(state)
+
+def _local(parameter: Tensor) -> Tensor:
+    """The rank's shard, where student and teacher are sharded alike: no rank needs another's to average."""
+    return parameter.to_local().detach() if isinstance(parameter, DTensor) else parameter.detach()

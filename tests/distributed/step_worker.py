@@ -33,8 +33,9 @@ def check_two_optimisers(engine: Engine) -> None:
         with torch.no_grad():
             first = 8 * step + 4 * engine.rank  # each rank has samples of its own
             inputs = share(engine, single.prepare(random_batch(num_classes=19, numbers=range(first, first + 4)), step))
-        losses = engine.module(inputs).losses
-        engine.backward(torch.stack(list(losses.values())).sum(), is_last=True)
+        with engine.micro_batch(is_last=True):
+            losses = engine.module(inputs).losses
+            engine.backward(torch.stack(list(losses.values())).sum())
         engine.step()
         two_optimiser_step(double, inputs, optimisers)
     for name, value in single.module.state_dict().items():
@@ -52,9 +53,9 @@ def check_equal_weights(engine: Engine) -> None:
         with torch.no_grad():
             inputs = stage.prepare(random_batch(num_classes=19, numbers=numbers), 0)
         is_last = i % 2 == 1
-        with engine.forward_context(is_last=is_last):
+        with engine.micro_batch(is_last=is_last):
             losses = engine.module(inputs).losses
-        engine.backward(torch.stack(list(losses.values())).sum(), is_last=is_last)
+            engine.backward(torch.stack(list(losses.values())).sum())
         if is_last:
             engine.step()
     weights = torch.cat([p.detach().flatten() for p in stage.module.parameters()])

@@ -1,7 +1,8 @@
 """Checkpoints appear whole or not at all, and a damaged one is named and passed over."""
 
 import json
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from iccld.runtime.checkpoint import CheckpointConfig, CheckpointError, CheckpointStore, verify
+from iccld.runtime.pieces import whole
 
 
 class OneRank:
@@ -17,22 +19,18 @@ class OneRank:
     def gather_objects(self, value: Any) -> list[Any]:
         return [value]
 
+    gather_saved = gather_objects
 
-def store(folder: Path, reports: list[str] | None = None) -> CheckpointStore:
-    return CheckpointStore(
-        folder, CheckpointConfig(), OneRank(), report=(reports if reports is not None else []).append
-    )
+
+def store(folder: Path, reports: list[str] | None = None, *, asynchronous: bool = False) -> CheckpointStore:
+    reports = reports if reports is not None else []
+    return CheckpointStore(folder, CheckpointConfig(asynchronous=asynchronous), OneRank(), report=reports.append)
 
 
 def save(checkpoints: CheckpointStore, step: int) -> Path:
-    parts = {
-        "module": {"weight": torch.full((64,), float(step))},
-        "optimizer": {
-            "state": {0: {"step": torch.tensor(float(step))}},
-            "param_groups": [{"lr": 0.1, "betas": (0.9, 0.99)}],
-        },
-    }
-    return checkpoints.save(step, parts, {"stage": "stage1"})
+    runs = {"module/weight": whole(torch.full((8, 8), float(step))), "exp_avg/weight": whole(torch.ones(8, 8))}
+    checkpoints.save(step, runs, {"stage": "stage1"})
+    return checkpoints.folder / f"step_{step:08d}"
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path):
@@ -41,9 +39,33 @@ def test_what_is_saved_is_loaded(tmp_path: Path):
     save(checkpoints, 7)
     checkpoint = checkpoints.newest()
     assert checkpoint and checkpoint.step == 7 and checkpoint.manifest["stage"] == "stage1"
-    assert torch.equal(checkpoint.load("module")["weight"], torch.full((64,), 7.0))
-    assert checkpoint.load("optimizer")["param_groups"] == [{"lr": 0.1, "betas": (0.9, 0.99)}]
+    assert torch.equal(checkpoint.reader.tensor("module/weight"), torch.full((8, 8), 7.0))
     assert (tmp_path / "latest").read_text() == "step_00000007"
+
+
+def test_a_background_save_keeps_what_was_when_it_was_asked_for(tmp_path: Path):
+    announced: list[int] = []
+    config = CheckpointConfig(asynchronous=True)
+    checkpoints = CheckpointStore(tmp_path, config, OneRank(), announce=announced.append)
+    weight = torch.zeros(1_000_000)
+    for step in range(1, 4):
+        weight.fill_(step)
+        checkpoints.save(step, {"module/weight": whole(weight)}, {})
+        weight.fill_(-1.0)  # training goes on
+    checkpoints.wait()
+    assert announced == [1, 2, 3]
+    checkpoint = checkpoints.newest()
+    assert checkpoint and torch.equal(checkpoint.reader.tensor("module/weight"), torch.full((1_000_000,), 3.0))
+
+
+def test_a_background_save_that_failed_is_reported_by_the_next(tmp_path: Path, small_disk: Path):
+    checkpoints = store(small_disk, asynchronous=True)
+    save(checkpoints, 1)
+    checkpoints.save(2, {"module/weight": whole(torch.zeros(4_000_000))}, {})
+    with pytest.raises(CheckpointError, match=r"step_00000002 was not written.*No space left on device"):
+        save(checkpoints, 3)
+    newest = checkpoints.newest()
+    assert newest and newest.step == 1
 
 
 def test_older_ones_go_only_after_a_newer_is_whole(tmp_path: Path):
@@ -64,7 +86,7 @@ def flip(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [truncate, flip, Path.unlink])
-@pytest.mark.parametrize("name", ["module.safetensors", "optimizer.pt", "manifest.json"])
+@pytest.mark.parametrize("name", ["rank_00000.safetensors", "manifest.json"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     tmp_path: Path, name: str, damage: Callable[[Path], None]
 ):
@@ -85,12 +107,12 @@ def test_a_save_after_a_fall_back_keeps_the_whole_ones_and_drops_the_damaged(tmp
     checkpoints = store(tmp_path)
     for step in (100, 200, 300):
         save(checkpoints, step)
-    flip(tmp_path / "step_00000300" / "module.safetensors")
+    flip(tmp_path / "step_00000300" / "rank_00000.safetensors")
     save(checkpoints, 250)  # as after going on from 200
     assert [folder.name for folder in checkpoints.folders()] == ["step_00000200", "step_00000250"]
 
 
-@pytest.mark.parametrize("key", ["parts", "step", "files", "format"])
+@pytest.mark.parametrize("key", ["tensors", "step", "files", "format"])
 def test_a_manifest_that_lacks_a_key_is_damage(tmp_path: Path, key: str):
     path = save(store(tmp_path), 1) / "manifest.json"
     manifest = json.loads(path.read_text())
@@ -108,22 +130,31 @@ def test_torn_saves_are_cleared_by_the_next(tmp_path: Path):
 
 def test_when_all_are_damaged_the_run_does_not_start_anew_in_silence(tmp_path: Path):
     checkpoints = store(tmp_path)
-    (save(checkpoints, 1) / "module.safetensors").unlink()
+    (save(checkpoints, 1) / "rank_00000.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"all 1 are damaged; remove the folder"):
         checkpoints.newest()
 
 
-def test_a_torn_save_leaves_the_last_whole_one_and_is_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    checkpoints = store(tmp_path)
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], capture_output=True, check=False
+    )
+    if done.returncode:
+        pytest.skip("mounting a small file system needs privileges")
+    yield folder
+    subprocess.run(["mount", "-o", "remount,rw", str(folder)], check=True)
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_costs_nothing_that_was_saved(small_disk: Path):
+    checkpoints = store(small_disk)
     save(checkpoints, 1)
-
-    def fail(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", fail)
-        with pytest.raises(CheckpointError, match=r"was not written; .* Make room, .*rank 0: .*No space left"):
-            save(checkpoints, 2)
+    with pytest.raises(CheckpointError, match=r"was not written; .* Make room, .*rank 0: .*No space left"):
+        checkpoints.save(2, {"module/weight": whole(torch.zeros(4_000_000))}, {})
     newest = checkpoints.newest()
     assert newest and newest.step == 1
     save(checkpoints, 2)
@@ -131,11 +162,21 @@ def test_a_torn_save_leaves_the_last_whole_one_and_is_overwritten(tmp_path: Path
     assert newest and newest.step == 2
 
 
+def test_a_folder_that_cannot_be_written_is_named(small_disk: Path):
+    checkpoints = store(small_disk)
+    save(checkpoints, 1)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(CheckpointError, match=r"step_00000002 was not written.*Read-only file system"):
+        save(checkpoints, 2)
+    newest = checkpoints.newest()
+    assert newest and newest.step == 1
+
+
 def test_another_format_is_refused(tmp_path: Path):
     folder = save(store(tmp_path), 1)
     manifest = json.loads((folder / "manifest.json").read_text()) | {"format": 99}
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match="has format 99, not 1"):
+    with pytest.raises(CheckpointError, match="has format 99; this version of iccld reads 2"):
         verify(folder)
 
 

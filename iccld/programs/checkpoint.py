@@ -1,0 +1,140 @@
+"""`iccld checkpoint list|verify|export|convert`: what checkpoints there are, whether they are whole, models and copies.
+
+A checkpoint is stored independently of engine and ranks: to go on under another layout nothing needs converting.
+"""
+
+import argparse
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from iccld import __version__
+from iccld.config import Config, StageName, Weights, config_from
+from iccld.programs.train import build_stage
+from iccld.runtime.checkpoint import MANIFEST, Checkpoint, CheckpointError, read_manifest, verify
+from iccld.runtime.durable import sync, write_text_durably
+from iccld.runtime.pieces import Run, join_tables, share_out, write_runs
+from iccld.stages.base import Stage
+
+GIB = 1 << 30
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Status 1 where something is damaged. Raises ValueError for what the user got wrong."""
+    if arguments.action == "list":
+        return list_checkpoints(arguments.folder)
+    if arguments.action == "verify":
+        return verify_checkpoints(arguments.folder)
+    if arguments.output.exists():
+        raise ValueError(f"{arguments.output} exists; give a folder that does not.")
+    checkpoint = verify(_one(arguments.folder))
+    if arguments.action == "export":
+        export_model(checkpoint, arguments.output, weights=Weights(arguments.weights))
+    else:
+        convert_checkpoint(checkpoint, arguments.output, num_files=arguments.num_files)
+    return 0
+
+
+def list_checkpoints(folder: Path) -> int:
+    """A table; sizes are compared, contents not."""
+    table = Table("stage", "step", "GiB", "written by", "files", "state")
+    whole = True
+    for path in _checkpoints(folder):
+        latest = path.parent / "latest"
+        marks = ["latest"] if latest.is_file() and latest.read_text().strip() == path.name else []
+        try:
+            manifest = read_manifest(path)
+        except CheckpointError as error:
+            whole = False
+            table.add_row(path.parts[-3], path.name, "", "", "", str(error))
+            continue
+        layout, files = manifest["layout"], manifest["files"]
+        sizes = [path.joinpath(name).stat().st_size if (path / name).is_file() else 0 for name in files]
+        if sizes != [facts["size"] for facts in files.values()]:
+            whole, marks = False, [*marks, "damaged"]
+        size = f"{sum(sizes) / GIB:.2f}"
+        by = f"{layout['engine']} x {layout['world_size']}"
+        table.add_row(manifest["stage"], str(manifest["step"]), size, by, str(len(files)), ", ".join(marks))
+    Console().print(table)
+    return 0 if whole else 1
+
+
+def verify_checkpoints(folder: Path) -> int:
+    damaged = 0
+    for path in _checkpoints(folder):
+        try:
+            verify(path)
+            print(f"{path}: whole")
+        except CheckpointError as error:
+            damaged += 1
+            print(error)
+    return 1 if damaged else 0
+
+
+def export_model(checkpoint: Checkpoint, output: Path, *, weights: Weights) -> None:
+    """The teacher's or the student's model as it was at this step; stage 2's needs stage 1's folder beside it."""
+    manifest = checkpoint.manifest
+    config = config_from(manifest["config"], where=str(checkpoint.folder / MANIFEST))
+    stage = _filled_stage(checkpoint, config)
+    model, classes = stage.models()[weights.value], config.data.class_set.build()
+    origin = {"checkpoint": str(checkpoint.folder), "weights": weights.value, "version": __version__}
+    model.save_pretrained(output, class_names=classes.names, palette=classes.palette, origin=origin)
+    print(f"{output}: {manifest['stage']}'s {weights.value} after {checkpoint.step} steps")
+
+
+def _filled_stage(checkpoint: Checkpoint, config: Config) -> Stage:
+    # The stage is built where the checkpoint lies: a run directory may have moved. All weights come from there.
+    config.run_dir, config.initial_model = str(checkpoint.folder.parents[2]), ""
+    stage = build_stage(StageName(checkpoint.manifest["stage"]), config, torch.device("cpu"))
+    reader = checkpoint.reader
+    stage.module.load_state_dict(reader.tensors("module/"))
+    for name, tensor in stage.state_dict().items():
+        tensor.copy_(reader.tensor(f"stage/{name}"))
+    return stage
+
+
+def convert_checkpoint(checkpoint: Checkpoint, output: Path, *, num_files: int) -> None:
+    """A copy in `num_files` files of about equal size. Its folder appears whole."""
+    if num_files < 1:
+        raise ValueError(f"--num-files {num_files} must be at least 1.")
+    if output.name != checkpoint.folder.name:
+        output = output / checkpoint.folder.name  # the name says the step
+    scratch = output.with_name(output.name + ".tmp")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    reader = checkpoint.reader
+    sizes = {name: math.prod(reader.shape(name)) for name in reader.names()}
+    nothing = {name: Run(reader.shape(name), 0, torch.empty(size, device="meta")) for name, size in sizes.items()}
+    files, tables = {}, []
+    for rank in range(num_files):
+        mine = share_out(nothing, rank=rank, world_size=num_files)
+        runs = {n: Run(r.shape, r.start, reader.read(n, r.start, r.start + len(r.data))) for n, r in mine.items()}
+        facts = write_runs(scratch / f"rank_{rank:05d}.safetensors", runs)
+        tables.append(facts.pop("tensors"))
+        files[f"rank_{rank:05d}.safetensors"] = facts
+    manifest = {**checkpoint.manifest, "files": files, "tensors": join_tables(tables)}
+    write_text_durably(scratch / MANIFEST, json.dumps(manifest))
+    scratch.rename(output)
+    sync(output.parent)
+    print(f"{output}: {num_files} files")
+
+
+def _one(folder: Path) -> Path:
+    if not (folder / MANIFEST).is_file():
+        raise ValueError(
+            f"{folder} is no checkpoint (no {MANIFEST}); give a folder like RUN_DIR/stage1/checkpoints/step_..."
+        )
+    return folder.resolve()
+
+
+def _checkpoints(folder: Path) -> Iterator[Path]:
+    found = [folder] if folder.name.startswith("step_") else sorted(folder.glob("stage*/checkpoints/step_*[0-9]"))
+    if not found or not found[0].is_dir():
+        raise ValueError(f"there are no checkpoints in {folder}; give a run directory that train wrote.")
+    yield from (path.resolve() for path in found)

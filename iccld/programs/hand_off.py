@@ -1,0 +1,89 @@
+"""What a finished stage leaves, and what the next one takes of it.
+
+    stage1/final/teacher/  stage1/final/student/      model folders
+    stage1/final/hand_off.json                        which weights go on, and how to know them
+
+The folder appears whole, after the stage's last checkpoint: killed in between, a run makes it again from there.
+"""
+
+import dataclasses
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from iccld import __version__
+from iccld.config import Config, StageName, Weights
+from iccld.models.model_card import WEIGHTS_NAME, build
+from iccld.runtime.durable import file_checksum, write_text_durably
+from iccld.stages.base import Stage
+
+HAND_OFF_NAME = "hand_off.json"
+STATISTICS = ("latent_mean", "latent_std", "condition_mean", "condition_std")
+
+
+@dataclass(frozen=True)
+class HandOff:
+    """`weights`: the folder that goes on. The statistics are the latent's per channel, as the model's buffers."""
+
+    weights: str
+    step: int
+    class_names: list[str]
+    latent_mean: list[float]
+    latent_std: list[float]
+    condition_mean: list[float]
+    condition_std: list[float]
+    model_sha256: str
+
+
+def final_folder(run_dir: Path, name: StageName) -> Path:
+    return run_dir / name.value / "final"
+
+
+def is_finished(run_dir: Path, name: StageName) -> bool:
+    return final_folder(run_dir, name).is_dir()
+
+
+def hand_over(stage: Stage, config: Config, *, step: int) -> None:
+    """Write the finished stage's models, and which of them goes on: the teacher. Call on one rank."""
+    folder = final_folder(Path(config.run_dir), StageName(stage.name))
+    scratch = folder.with_suffix(".tmp")
+    shutil.rmtree(scratch, ignore_errors=True)
+    classes = config.data.class_set.build()
+    for weights, model in stage.models().items():
+        origin = {"run_dir": config.run_dir, "stage": stage.name, "weights": weights, "version": __version__}
+        model.save_pretrained(scratch / weights, class_names=classes.names, palette=classes.palette, origin=origin)
+    weights = Weights.teacher.value
+    statistics = {name: stage.models()[weights].get_buffer(name).tolist() for name in STATISTICS}
+    names, checksum = list(classes.names), file_checksum(scratch / weights / WEIGHTS_NAME)
+    facts = HandOff(weights=weights, step=step, class_names=names, model_sha256=checksum, **statistics)
+    write_text_durably(scratch / HAND_OFF_NAME, json.dumps(dataclasses.asdict(facts), indent=1))
+    scratch.rename(folder)
+
+
+def handed_over(config: Config) -> tuple[Path, HandOff]:
+    """The model folder that stage 2 starts from, checked against what stage 1 wrote of it.
+
+    Raises ValueError where stage 1 is not finished, the file is no hand-off, the weights are not those that stage 1
+    left, or the classes are not this run's.
+    """
+    final = final_folder(Path(config.run_dir), StageName.stage1)
+    if not final.is_dir():
+        raise ValueError(
+            f"stages=[stage2] needs stage 1's model in {final}; run with stage=all, or stage=segmentation first."
+        )
+    path = final / HAND_OFF_NAME
+    remedy = f"remove {final}, and the same command with stage=all makes it again from stage 1's last checkpoint"
+    try:
+        facts = build(HandOff, json.loads(path.read_text()), where=str(path))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); {remedy}.") from error
+    classes = list(config.data.class_set.build().names)
+    if facts.class_names != classes:
+        raise ValueError(
+            f"{path}: stage 1 learnt {len(facts.class_names)} classes, not data.class_set's {len(classes)}."
+        )
+    folder = final / facts.weights
+    if not (folder / WEIGHTS_NAME).is_file() or file_checksum(folder / WEIGHTS_NAME) != facts.model_sha256:
+        raise ValueError(f"{folder / WEIGHTS_NAME} is not what stage 1 left (its checksum differs); {remedy}.")
+    return folder, facts

@@ -1,0 +1,180 @@
+"""Averages of a training's weights under power-function profiles, and any other such average out of a few of them.
+
+After Karras et al. 2024 (arXiv 2312.02696), section 3 and appendix C. A profile of exponent gamma at time t weighs the
+weights of time tau <= t by (gamma + 1) tau^gamma / t^(gamma + 1); its standard deviation relative to t is its `width`
+(sigma_rel in the paper). The time t is the number of optimiser steps done: after step `step`, t = step + 1.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+WIDEST = 1 / math.sqrt(12)
+"""The width of exponent 0, the plain mean of all steps."""
+
+
+@dataclass
+class EmaProfileConfig:
+    """Which averages are kept beside the teacher, and how often they are written. No widths: none are."""
+
+    widths: list[float] = field(default_factory=list)  # two, as [0.05, 0.10], span all others
+    snapshot_every: int = 0
+
+    def __post_init__(self) -> None:
+        setting = f"ema_profile.widths={self.widths}"
+        for width in self.widths:
+            exponent(width, setting=setting)
+        if len({label(width) for width in self.widths}) < len(self.widths):
+            raise ValueError(f"{setting} must differ in their first three decimals; use [0.05, 0.10].")
+        if self.snapshot_every < 0 or (self.snapshot_every > 0) != bool(self.widths):
+            raise ValueError(
+                f"ema_profile.snapshot_every={self.snapshot_every} with {setting} must be a positive number of steps "
+                f"if there are widths, else 0; set both, or neither."
+            )
+
+
+class Profile(NamedTuple):
+    """An average at time t = `step`, the number of optimiser steps done."""
+
+    step: int
+    width: float
+
+
+def label(width: float) -> str:
+    """`ema_0.050`: what the names of an average's tensors begin with."""
+    return f"ema_{width:.3f}"
+
+
+def exponent(width: float, *, setting: str = "") -> float:
+    """The exponent gamma >= 0 of a relative width: (gamma + 2)^2 (gamma + 3) = (gamma + 1) / width^2.
+
+    Raises ValueError, naming `setting`, outside of (0, 0.2886].
+    """
+    if not 0 < width <= WIDEST:
+        raise ValueError(
+            f"{setting or f'width={width}'} must be between 0 and 0.2886 (the plain mean of all steps); "
+            f"0.05 and 0.10 are usual."
+        )
+    inverse = width**-2
+    roots = np.roots([1.0, 7.0, 16.0 - inverse, 12.0 - inverse])
+    return max(0.0, float(roots.real.max()))
+
+
+def relative_width(gamma: float) -> float:
+    """The inverse of `exponent`."""
+    return math.sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)))
+
+
+def decay(step: int, *, gamma: float) -> float:
+    """beta of the update after optimiser step `step`, (1 - 1/t)^(gamma + 1): 0 after step 0."""
+    return (step / (step + 1)) ** (gamma + 1)
+
+
+def inner_products(first: Sequence[Profile], second: Sequence[Profile]) -> np.ndarray:
+    """The integrals of the products of all pairs of profiles, `(len(first), len(second))` float64, in 1/steps.
+
+    With t_min^(gamma_a + gamma_b + 1) / (t_a^(gamma_a + 1) t_b^(gamma_b + 1)) written as a power of t_min / t_max, over
+    t_max, nothing overflows: that power has the exponent of the later profile.
+    """
+    steps_a, gammas_a = (column[:, None] for column in _columns(first))
+    steps_b, gammas_b = (column[None, :] for column in _columns(second))
+    latest = np.maximum(steps_a, steps_b)
+    power = (np.minimum(steps_a, steps_b) / latest) ** np.where(steps_a < steps_b, gammas_b, gammas_a)
+    return (gammas_a + 1) * (gammas_b + 1) / (gammas_a + gammas_b + 1) * power / latest
+
+
+def snapshot_weights(snapshots: Sequence[Profile], wanted: Profile) -> np.ndarray:
+    """The combination of snapshots that is nearest to the wanted profile in the mean square: `(N,)` float64, sum 1.
+
+    The sum is a constraint that the paper does without: by it, a weight that never moved comes back as it is, also
+    from few snapshots. A profile that is among the snapshots is that snapshot alone.
+    """
+    if wanted in snapshots:
+        return np.eye(len(snapshots))[list(snapshots).index(wanted)]
+    gram = inner_products(snapshots, snapshots)
+    # In units of the profiles' norms: early profiles are high and short, and would spoil the condition.
+    norms = np.sqrt(np.diag(gram))
+    border = (1 / norms)[:, None]
+    scale = np.linalg.norm(border)
+    system = np.block([[gram / np.outer(norms, norms), border / scale], [border.T / scale, np.zeros((1, 1))]])
+    right = np.append(inner_products(snapshots, [wanted])[:, 0] / norms, 1 / scale)
+    return np.linalg.solve(system, right)[:-1] / norms
+
+
+def profile_error(snapshots: Sequence[Profile], weights: np.ndarray, wanted: Profile) -> float:
+    """The distance of the combined profile from the wanted one, relative to the wanted one's norm."""
+    norm = inner_products([wanted], [wanted])[0, 0]
+    cross = inner_products(snapshots, [wanted])[:, 0]
+    squared = weights @ inner_products(snapshots, snapshots) @ weights - 2 * weights @ cross + norm
+    return math.sqrt(max(0.0, squared) / norm)
+
+
+class PowerAverages:
+    """One fp32 average per width of named tensors. DTensors are averaged shard by shard, without communication."""
+
+    def __init__(self, parameters: Mapping[str, Tensor], widths: Sequence[float]) -> None:
+        self.gammas = {label(width): exponent(width) for width in widths}
+        self.averages: dict[str, dict[str, Tensor]] = {
+            prefix: {name: tensor.detach().to(torch.float32, copy=True) for name, tensor in parameters.items()}
+            for prefix in self.gammas
+        }
+
+    @torch.no_grad()
+    def update(self, parameters: Mapping[str, Tensor], step: int) -> None:
+        """Move towards the student after optimiser step `step` (from 0); after step 0 all averages are the student."""
+        for prefix, averages in self.averages.items():
+            if averages.keys() != parameters.keys():
+                raise ValueError(_other_names("parameters", averages, parameters))
+            held = [_local(average) for average in averages.values()]
+            current = [_local(parameters[name].detach()).to(torch.float32) for name in averages]
+            weight = 1.0 - decay(step, gamma=self.gammas[prefix])
+            torch._foreach_lerp_(held, current, weight)  # pyright: ignore[reportPrivateImportUsage]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """`ema_0.050/<name>` to the average itself, not a copy: fp32, sharded as the parameter is."""
+        return {f"{prefix}/{name}": t for prefix, of_width in self.averages.items() for name, t in of_width.items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take what `state_dict` gave; a full tensor is also taken where the average is sharded.
+
+        Raises ValueError where names or shapes are others.
+        """
+        own = self.state_dict()
+        if own.keys() != state.keys():
+            raise ValueError(_other_names("state", own, state))
+        for name, average in own.items():
+            value = state[name]
+            if value.shape != average.shape:
+                raise ValueError(
+                    f"ema_profile: {name} has shape {tuple(value.shape)} in the state, {tuple(average.shape)} here; "
+                    f"resume with the model settings of the run."
+                )
+            if isinstance(average, DTensor) and not isinstance(value, DTensor):
+                value = distribute_tensor(
+                    value.to(average.device), average.device_mesh, average.placements, src_data_rank=None
+                )
+            average.copy_(value)
+
+
+def _columns(profiles: Sequence[Profile]) -> tuple[np.ndarray, np.ndarray]:
+    steps = np.array([profile.step for profile in profiles], dtype=np.float64)
+    return steps, np.array([exponent(profile.width) for profile in profiles])
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _other_names(what: str, own: Iterable[str], other: Iterable[str]) -> str:
+    lacking, unknown = sorted(set(own) - set(other)), sorted(set(other) - set(own))
+    return (
+        f"ema_profile: the {what} lack {len(lacking)} averages ({', '.join(lacking[:3])}) and have {len(unknown)} "
+        f"unknown ones ({', '.join(unknown[:3])}); keep ema_profile.widths and the model of the run."
+    )

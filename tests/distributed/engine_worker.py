@@ -1,0 +1,94 @@
+"""Runs on two ranks of any engine; asserts what must hold of gradients and weights after a step."""
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from iccld.runtime.engine import Engine, EngineConfig
+from iccld.stages.base import Stage, StageInputs
+from tests.factory import random_batch
+from tests.stages.test_adversarial import make_stage
+
+
+def micro_batch(stage: Stage, number: int) -> StageInputs:
+    with torch.no_grad():
+        return stage.prepare(random_batch(num_classes=19, numbers=[number]), 0)
+
+
+def mean_gradients(numbers: Iterable[int]) -> dict[str, Tensor]:
+    """The mean over micro-batches of one sample each, without any engine."""
+    stage, numbers = make_stage(), list(numbers)
+    for number in numbers:
+        losses = stage.module(micro_batch(stage, number)).losses
+        (torch.stack(list(losses.values())).sum() / len(numbers)).backward()
+    return {name: p.grad.clone() for name, p in stage.module.named_parameters() if p.grad is not None}
+
+
+def train_step(engine: Engine, stage: Stage, num_accumulation: int, *, first: int) -> None:
+    for i in range(num_accumulation):
+        inputs = micro_batch(stage, first + num_accumulation * engine.rank + i)
+        with engine.micro_batch(is_last=i + 1 == num_accumulation):
+            losses = engine.module(inputs).losses
+            engine.backward(torch.stack(list(losses.values())).sum())
+    engine.step()
+
+
+def whole_tensors(engine: Engine, prefix: str) -> dict[str, Tensor]:
+    """From what each rank would write into a checkpoint."""
+    whole: dict[str, Tensor] = {}
+    for held in engine.gather_objects({n: run for n, run in engine.runs({}).items() if n.startswith(prefix)}):
+        for name, (shape, start, data) in held.items():
+            flat = whole.setdefault(name.removeprefix(prefix), torch.full(shape, torch.nan)).view(-1)
+            flat[start : start + len(data)] = data
+    return whole
+
+
+def check_gradients(engine: Engine, num_accumulation: int) -> None:
+    """After one step from zero AdamW's first moment is (1 - beta_1) times the gradient: that of all micro-batches.
+
+    A second step must not see the first one's gradients again.
+    """
+    stage = make_stage()
+    engine.attach(stage.module, stage.param_groups(), num_accumulation=num_accumulation, replicated=stage.replicated())
+    engine.set_learning_rate(0.0)  # so that a second step's gradients are comparable too
+    count = num_accumulation * engine.world_size
+    expected = [mean_gradients(range(first, first + count)) for first in (0, 100)]
+    for step, first in enumerate((0, 100)):
+        train_step(engine, stage, num_accumulation, first=first)
+        moments = whole_tensors(engine, "exp_avg/")
+        assert moments.keys() == expected[0].keys()
+        for name, moment in moments.items():
+            old = 0.1 * expected[0][name]
+            wanted = old if step == 0 else 0.9 * old + 0.1 * expected[1][name]
+            torch.testing.assert_close(moment, wanted, rtol=1e-4, atol=1e-7, msg=f"{name} in step {step}")
+
+
+def check_equal_weights(engine: Engine) -> None:
+    """After steps on different data every rank holds the same weights."""
+    stage = make_stage()
+    before = {name: p.detach().clone() for name, p in stage.module.named_parameters()}
+    engine.attach(stage.module, stage.param_groups(), num_accumulation=2, replicated=stage.replicated())
+    for first in (0, 50):
+        train_step(engine, stage, 2, first=first)
+    mine = engine.backend.full({name: p.detach() for name, p in stage.module.named_parameters()})
+    for theirs in engine.gather_objects(mine):
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert any(not torch.equal(mine[name], before[name]) for name in mine)
+
+
+def main(done: Path, kind: str) -> None:
+    torch.set_num_threads(1)
+    for num_accumulation in (1, 2, 4):
+        with Engine(EngineConfig()) as engine:
+            assert (engine.world_size, engine.kind.value) == (2, kind)
+            check_gradients(engine, num_accumulation)
+    with Engine(EngineConfig()) as engine:
+        check_equal_weights(engine)
+    (done / f"all_held_{engine.rank}").touch()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])

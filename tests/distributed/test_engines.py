@@ -1,0 +1,88 @@
+"""Whatever the engine and the number of ranks: the same training, and checkpoints that go on from one to another."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.distributed.launch import run_jobs, run_module, run_on_two_nodes
+from tests.distributed.test_resume import losses, overrides, stored
+
+STEPS = 20
+ENGINES = ("ddp", "zero1", "zero2", "fsdp2")
+# Splitting a batch changes the order of sums; AdamW divides by the gradient's size, so that the sign of a gradient
+# near 0 may turn and move a weight by a whole learning rate: weights are compared to a few of these.
+LOSS_TOLERANCE = {"rel": 2e-3, "abs": 2e-5}
+
+
+def job(shards: Path, run_dir: Path, *, per_rank: int, num_accumulation: int = 1, stop_at: int | None = None) -> dict:
+    settings = overrides(shards, run_dir, micro_batch_size=per_rank // num_accumulation, steps=STEPS)
+    return {"overrides": [*settings, *(f"stage{i}.trainer.global_batch_size=8" for i in (1, 2))], "stop_at": stop_at}
+
+
+@pytest.fixture(scope="module")
+def one_process(scene_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that all others are compared with."""
+    run_dir = tmp_path_factory.mktemp("one") / "run"
+    run_jobs([job(scene_shards, run_dir, per_rank=8)], num_processes=1)
+    return run_dir
+
+
+def assert_like(reference: Path, run_dir: Path) -> None:
+    """The same losses at every step, and the same weights, moments and teacher at the end, to float tolerance."""
+    for (stage, step, a), (_, _, b) in zip(losses(reference), losses(run_dir), strict=True):
+        assert a.keys() == b.keys()
+        assert all(a[k] == pytest.approx(b[k], **LOSS_TOLERANCE) for k in a if k.startswith("loss")), (stage, step)
+    for stage in ("stage1", "stage2"):
+        one, other = stored(reference, stage, STEPS), stored(run_dir, stage, STEPS)
+        assert one.keys() == other.keys()
+        for name, tensor in one.items():
+            if tensor.is_floating_point():
+                torch.testing.assert_close(tensor, other[name], rtol=2e-2, atol=2e-3, msg=f"{stage} {name}")
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_ranks_train_as_one(scene_shards: Path, tmp_path: Path, one_process: Path, engine: str):
+    """20 steps of both stages, a rank's half of the batch in 1, 2 or 4 micro-batches."""
+    jobs = [job(scene_shards, tmp_path / f"{n}", per_rank=4, num_accumulation=n) for n in (1, 2, 4)]
+    run_jobs(jobs, num_processes=2, engine=engine)
+    for num_accumulation in (1, 2, 4):
+        assert_like(one_process, tmp_path / f"{num_accumulation}")
+
+
+@pytest.mark.distributed
+def test_a_run_goes_on_under_every_other_engine(scene_shards: Path, tmp_path: Path, one_process: Path):
+    """One run a chain of engines and of 1 and 2 ranks, each leg from the checkpoint of the one before.
+
+    Every engine follows every other once; legs cross from stage 1 to stage 2.
+    """
+    chain = [
+        ("ddp", 2), ("zero1", 2), ("ddp", 1), ("zero2", 2), ("fsdp2", 2), ("zero2", 1), ("zero1", 2), ("fsdp2", 2),
+        ("ddp", 2), ("fsdp2", 1), ("zero1", 1), ("zero2", 2), ("ddp", 2),
+    ]  # fmt: skip
+    run_dir = tmp_path / "run"
+    for i, (engine, ranks) in enumerate(chain):
+        stop_at = 4 if i + 1 < len(chain) else None
+        run_jobs([job(scene_shards, run_dir, per_rank=8 // ranks, stop_at=stop_at)], num_processes=ranks, engine=engine)
+    assert_like(one_process, run_dir)
+    events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+    moved = [(e["layout"]["engine"], e["new_layout"]["engine"]) for e in events if e["event"] == "converted"]
+    assert {(a, b) for a in ENGINES for b in ENGINES if a != b} - set(moved) == set(), moved
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("engine", ENGINES)
+def test_gradients_are_exchanged_and_none_is_lost(tmp_path: Path, engine: str):
+    """Equal weights on all ranks after steps on different data; every micro-batch of 1, 2 and 4 counts."""
+    run_module("tests.distributed.engine_worker", str(tmp_path), engine, num_processes=2, engine=engine)
+    assert list(tmp_path.iterdir())
+
+
+@pytest.mark.distributed
+def test_two_machines_with_a_rank_each_train_as_one(scene_shards: Path, tmp_path: Path, one_process: Path):
+    """The same file and experiment, started once a node."""
+    settings = job(scene_shards, tmp_path / "run", per_rank=4)["overrides"]
+    run_on_two_nodes("iccld", "train", *settings, engine="zero2")
+    assert_like(one_process, tmp_path / "run")

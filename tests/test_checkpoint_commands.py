@@ -1,0 +1,112 @@
+"""`iccld checkpoint`: what is there, whether it is whole, models and copies out of it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from iccld.cli import main
+from iccld.config import load_config
+from iccld.models.iccld import ICCLD
+from iccld.programs.train import train
+from iccld.runtime.checkpoint import verify
+from tests.factory import scene_overrides
+
+NO_TRAINING_PACKAGES = """
+import sys
+from iccld.models.iccld import ICCLD
+ICCLD.from_pretrained(sys.argv[1])
+assert not {"accelerate", "deepspeed", "hydra", "omegaconf", "webdataset", "wandb"} & set(sys.modules)
+"""
+
+
+@pytest.fixture(scope="module")
+def run_dir(scene_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two stages of two steps, a checkpoint after each step."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    settings = [f"stage{i}.trainer.{s}" for i in (1, 2) for s in ("num_steps=2", "checkpoint.save_every=1")]
+    train(load_config([*scene_overrides(scene_shards, folder), *settings, "data.validation.shards="]))
+    return folder
+
+
+def checkpoint(run_dir: Path, stage: int, step: int) -> Path:
+    return run_dir / f"stage{stage}" / "checkpoints" / f"step_{step:08d}"
+
+
+def test_list_and_verify(run_dir: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["checkpoint", "list", str(run_dir)]) == 0
+    table = capsys.readouterr().out
+    assert table.count("ddp x 1") == 4 and table.count("latest") == 2
+    assert main(["checkpoint", "verify", str(run_dir)]) == 0
+    assert capsys.readouterr().out.count(": whole") == 4
+
+
+def test_damage_is_named_and_the_status_says_so(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    copy = tmp_path / "stage1" / "checkpoints"
+    copy.mkdir(parents=True)
+    assert (
+        main(["checkpoint", "convert", str(checkpoint(run_dir, 1, 2)), str(copy / "step_00000002"), "--num-files", "2"])
+        == 0
+    )
+    content = bytearray((copy / "step_00000002" / "rank_00001.safetensors").read_bytes())
+    content[-1] ^= 1
+    (copy / "step_00000002" / "rank_00001.safetensors").write_bytes(content)
+    assert main(["checkpoint", "verify", str(tmp_path)]) == 1
+    assert "rank_00001.safetensors does not match its checksum" in capsys.readouterr().out
+    (copy / "step_00000002" / "rank_00000.safetensors").unlink()
+    assert main(["checkpoint", "list", str(tmp_path)]) == 1
+    assert "damaged" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("num_files", [1, 3])
+def test_a_copy_in_other_files_is_equal_to_the_bit(run_dir: Path, tmp_path: Path, num_files: int):
+    assert (
+        main(
+            [
+                "checkpoint",
+                "convert",
+                str(checkpoint(run_dir, 2, 2)),
+                str(tmp_path / "c"),
+                "--num-files",
+                str(num_files),
+            ]
+        )
+        == 0
+    )
+    one, other = verify(checkpoint(run_dir, 2, 2)), verify(tmp_path / "c" / "step_00000002")
+    assert len(other.manifest["files"]) == num_files
+    a, b = one.reader.tensors(""), other.reader.tensors("")
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    same = {"step", "stage", "config", "layout", "origin"}
+    assert all(one.manifest[key] == other.manifest[key] for key in same)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("weights", ["teacher", "student"])
+def test_an_exported_model_is_the_one_of_that_step(run_dir: Path, tmp_path: Path, stage: int, weights: str):
+    output = tmp_path / "model"
+    command = ["checkpoint", "export", str(checkpoint(run_dir, stage, 2)), str(output), "--weights", weights]
+    assert main(command) == 0
+    exported = ICCLD.from_pretrained(output).state_dict()
+    final = ICCLD.from_pretrained(run_dir / f"stage{stage}" / "final" / weights).state_dict()
+    measured_at_the_end = ("latent_", "condition_") if stage == 1 else ()
+    assert exported.keys() == final.keys()
+    for name, tensor in exported.items():
+        assert name.startswith(measured_at_the_end) or torch.equal(tensor, final[name]), name
+    subprocess.run([sys.executable, "-c", NO_TRAINING_PACKAGES, str(output)], check=True)
+
+
+def test_what_the_user_got_wrong_is_one_line(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    whole = str(checkpoint(run_dir, 1, 2))
+    for command, message in (
+        (["list", str(tmp_path)], "there are no checkpoints in"),
+        (["verify", str(tmp_path / "step_00000001")], "there are no checkpoints in"),
+        (["export", str(run_dir), str(tmp_path / "x")], "is no checkpoint (no manifest.json)"),
+        (["export", whole, str(tmp_path)], "exists; give a folder that does not"),
+        (["convert", whole, str(tmp_path / "x"), "--num-files", "0"], "--num-files 0 must be at least 1"),
+    ):
+        assert main(["checkpoint", *command]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1, error
