@@ -1,0 +1,124 @@
+"""Killed anywhere by SIGKILL and started again by the same command, a run ends as if nothing had been."""
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+TOOLS = Path(__file__).parents[2] / "tools"
+DIRECTED = {"save", "rename", "latest", "retention", "export", "hand_off", "stage2"}
+
+
+@pytest.mark.distributed
+def test_a_killed_run_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
+    command = [sys.executable, str(TOOLS / "kill_drill.py"), "--kills", "10", "--json", "kills.json"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
+    assert not done.returncode, done.stdout + done.stderr
+    figures = json.loads((tmp_path / "kills.json").read_text())
+    kinds = figures["kinds"]
+    assert figures["kills"] == sum(kinds.values()) == 10 and figures["runs"] >= 1
+    assert figures["bit_identical"] is True
+    assert figures["samples_lost"] == figures["samples_repeated"] == 0
+    assert all(kinds[kind] for kind in DIRECTED), kinds
+    assert list(tmp_path.iterdir()) == [tmp_path / "kills.json"]
+
+
+# What the drill itself would miss, or see:
+
+
+@pytest.fixture(scope="module")
+def compare_runs() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("compare_runs", TOOLS / "compare_runs.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def write_run(folder: Path) -> None:
+    for stage in ("stage1", "stage2"):
+        for name in ("checkpoints/step_00000002/rank_00000", "final/teacher/model"):
+            path = folder / stage / f"{name}.safetensors"
+            path.parent.mkdir(parents=True)
+            save_file({"weight": torch.arange(3.0)}, path)
+        (folder / stage / "checkpoints" / "latest").write_text("step_00000002")
+    entries = [{"stage": stage, "step": step, "loss": 0.5} for stage in ("stage1", "stage2") for step in range(2)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+
+
+def change_a_bit(path: Path) -> None:
+    weight = load_file(path)["weight"]
+    weight.view(torch.int32)[1] ^= 1
+    save_file({"weight": weight}, path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda run: None, ""),
+        (lambda run: change_a_bit(run / "stage2/final/teacher/model.safetensors"), "other tensors in stage2/final"),
+        (
+            lambda run: change_a_bit(run / "stage1/checkpoints/step_00000002/rank_00000.safetensors"),
+            "other tensors in stage1/checkpoints",
+        ),
+        (lambda run: shutil.rmtree(run / "stage1/final"), "other files in stage1/final"),
+        (
+            lambda run: (run / "stage1/checkpoints/latest").write_text("step_00000001"),
+            "stage1: latest is step_00000001",
+        ),
+        (
+            lambda run: (run / "metrics.jsonl").write_text(
+                (run / "metrics.jsonl").read_text().replace("0.5", "0.6", 1)
+            ),
+            "other losses in stage1, step 0",
+        ),
+    ],
+)
+def test_the_comparison_sees(
+    tmp_path: Path, compare_runs: ModuleType, change: Callable[[Path], None], message: str
+) -> None:
+    for name in ("one", "two"):
+        write_run(tmp_path / name)
+    change(tmp_path / "two")
+    found = list(compare_runs.differences(tmp_path / "one", tmp_path / "two", num_steps=2))
+    assert len(found) == bool(message) and all(what.startswith(message) for what in found)
+
+
+@pytest.mark.parametrize(
+    ("event", "pattern", "work"),
+    [
+        ("open", r"/a\.tmp/", "open(f'{folder}/a.tmp/b', 'w')"),
+        ("os.mkdir", r"/new$", "os.mkdir(f'{folder}/new')"),
+        ("os.rename", r"/final$", "pathlib.Path(folder, 'a.tmp').rename(pathlib.Path(folder, 'final'))"),
+        ("os.rename", r"/latest$", "pathlib.Path(folder, 'a.tmp').replace(pathlib.Path(folder, 'latest'))"),
+        ("os.remove", r"/a\.tmp/", "shutil.rmtree(f'{folder}/a.tmp')"),
+    ],
+)
+def test_a_rank_dies_just_before_the_chosen_operation(tmp_path: Path, event: str, pattern: str, work: str) -> None:
+    folder, log = tmp_path / "work", tmp_path / "log"
+    (folder / "a.tmp").mkdir(parents=True)
+    (folder / "a.tmp" / "file").write_text("")
+    before = sorted(folder.rglob("*"))
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(TOOLS / "kill_points"),
+        "KILL_DRILL_POINT": f"kind {event} {pattern} 1 rank",
+        "KILL_DRILL_LOG": str(log),
+    }
+    code = f"import os, pathlib, shutil\nfolder = {str(folder)!r}\n{work}"
+    done = subprocess.run([sys.executable, "-c", code], env=environment | {"RANK": "0"}, timeout=60)
+    assert done.returncode == -signal.SIGKILL and log.read_text() == "kind\n"
+    assert sorted(folder.rglob("*")) == before
+    done = subprocess.run([sys.executable, "-c", code], env=environment, timeout=60)  # no rank
+    assert done.returncode == 0 and sorted(folder.rglob("*")) != before

@@ -1,0 +1,46 @@
+"""Whether two finished runs are the same to the bit: models, last checkpoints, and the losses of every step."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+STAGES = ("stage1", "stage2")
+
+
+def differences(expected: Path, run_dir: Path, *, num_steps: int) -> Iterator[str]:
+    """What of a finished run is not, to the bit, as in the expected one."""
+    runs = (expected, run_dir)
+    for stage in STAGES:
+        last = f"{stage}/checkpoints/step_{num_steps:08d}"
+        for folder in (last, f"{stage}/final"):
+            names, others = (sorted(p.relative_to(run) for p in (run / folder).rglob("*.safetensors")) for run in runs)
+            if names != others or not names:
+                yield f"other files in {folder}"
+                continue
+            for name in names:
+                one, other = load_file(expected / name), load_file(run_dir / name)
+                if one.keys() != other.keys() or not all(torch.equal(one[key], other[key]) for key in one):
+                    yield f"other tensors in {name}"
+        newest = (run_dir / stage / "checkpoints" / "latest").read_text().strip()
+        if newest != Path(last).name:
+            yield f"{stage}: latest is {newest}"
+    one, other = _losses(expected), _losses(run_dir)
+    yield from (f"other losses in {place}" for place in one if one[place] != other.get(place))
+
+
+def _losses(run_dir: Path) -> dict[str, dict[str, float]]:
+    return {
+        f"{line['stage']}, step {line['step']}": {
+            name: value for name, value in line.items() if name.startswith("loss")
+        }
+        for line in lines(run_dir / "metrics.jsonl")
+    }
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """The entries of a file with one JSON object a line."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
