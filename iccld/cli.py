@@ -16,7 +16,7 @@ Train segmentation models on labelled source images and unlabelled target images
   iccld predict runs/a image.jpg out/                        label PNG and overlay
   iccld shards make --dataset gta5 --input DIR --output DIR  turn a data set into shards
   iccld shards index|verify|info DIR                         index tars, check, describe
-  iccld checkpoint list|verify|export|convert ...            look at checkpoints, get models out of them
+  iccld checkpoint list|verify|export|convert DIR            look at them, get models out of them
 
 Any setting is changed by key=value; `iccld config experiment=...` shows all of them.
 For several ranks on this machine: python launch/local.py NUM_RANKS VERB ...
@@ -42,21 +42,21 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("iccld", description=DESCRIPTION, formatter_class=argparse.RawTextHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
-    train = verbs.add_parser("train", help="train the stages of a run, or go on with them")
+    train = verbs.add_parser("train")
     train.set_defaults(run=_train)
-    config = verbs.add_parser("config", help="show the composed settings")
+    config = verbs.add_parser("config")
     config.set_defaults(run=_config)
     for parser_of_verb in (train, config):
         parser_of_verb.add_argument("overrides", nargs="*", metavar="key=value")
         parser_of_verb.add_argument("--config-dir", default="", help="a folder with YAML groups of your own")
 
-    evaluate = verbs.add_parser("evaluate", help="score finished stages on the validation set")
+    evaluate = verbs.add_parser("evaluate")
     evaluate.add_argument("run_dir", type=Path)
     evaluate.add_argument("overrides", nargs="*", metavar="key=value")
     evaluate.add_argument("--model", default="", help="a model folder to score instead of the run's own")
     evaluate.set_defaults(run=_evaluate)
 
-    predict = verbs.add_parser("predict", help="segment an image or a folder")
+    predict = verbs.add_parser("predict")
     predict.add_argument("model", type=Path, help="a model folder or a run directory")
     predict.add_argument("input", type=Path)
     predict.add_argument("output", type=Path)
@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_shards(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    shards = verbs.add_parser("shards", help="make, index, verify or describe shards")
+    shards = verbs.add_parser("shards")
     actions = shards.add_subparsers(dest="action", required=True, metavar="ACTION")
     from iccld.data import indexing, info, verify
     from iccld.data import shards as making
@@ -89,7 +89,7 @@ def _add_shards(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
 
 
 def _add_checkpoint(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    checkpoint = verbs.add_parser("checkpoint", help="list, verify, export or convert checkpoints")
+    checkpoint = verbs.add_parser("checkpoint")
     checkpoint.set_defaults(run=_checkpoint)
     actions = checkpoint.add_subparsers(dest="action", required=True, metavar="ACTION")
     for name, summary in (("list", "steps, sizes, engine, ranks"), ("verify", "compare every file's checksum")):

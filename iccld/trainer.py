@@ -99,8 +99,9 @@ class Trainer:
             engine.set_learning_rate(learning_rate_factor(step, num_steps=config.num_steps, config=config.schedule))
             with timer.phase("data"):
                 micro_batches, failure = self._fetch(batches, num_accumulation)
-            if engine.any(bool(failure) or self.preemption.requested):
+            if engine.any(bool(failure) or self.preemption.requested or self.checkpoints.has_failed):
                 self._raise_together(failure)
+                self.checkpoints.wait()  # raises if a save failed
                 self._stop(step, timer, is_new=step > start_step)
                 return False
             with timer.phase("prepare"), torch.no_grad(), engine.autocast():

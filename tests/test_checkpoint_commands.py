@@ -16,9 +16,10 @@ from tests.factory import scene_overrides
 
 NO_TRAINING_PACKAGES = """
 import sys
+blocked = "accelerate deepspeed wandb hydra omegaconf xformers kornia webdataset diffusers".split()
+sys.modules.update(dict.fromkeys(blocked))  # None: as if it were not installed
 from iccld.models.iccld import ICCLD
 ICCLD.from_pretrained(sys.argv[1])
-assert not {"accelerate", "deepspeed", "hydra", "omegaconf", "webdataset", "wandb"} & set(sys.modules)
 """
 
 

@@ -71,7 +71,10 @@ class Drill:
         """Start the command on `run_dir`, killing it by `kind`; whether it came to its end."""
         log = self.folder / "killed"
         log.unlink(missing_ok=True)
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "KILL_DRILL_LOG": str(log)}
+        scraps = self.folder / "scraps"  # what a killed launcher leaves
+        scraps.mkdir(exist_ok=True)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TMPDIR": str(scraps)}
+        environment["KILL_DRILL_LOG"] = str(log)
         if kind in POINTS:
             event, pattern, last = POINTS[kind]
             who = self.draw.choice(("rank", "launch"))

@@ -90,6 +90,7 @@ class CheckpointStore:
     ) -> None:
         self.folder, self.config, self.ranks = folder, config, ranks
         self.report, self.announce = report, announce
+        self._newest_saved: int | None = None
         self._buffers: dict[str, Tensor] = {}
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._saving: Future[None] | None = None
@@ -98,13 +99,20 @@ class CheckpointStore:
         """Write what this rank holds (`runs`) and `about` (JSON, the same on all ranks) as the checkpoint of `step`.
 
         Call on every rank. Returns when the runs are in host memory, or, not asynchronous, when the checkpoint is
-        durable. Raises CheckpointError for the save before, if that failed.
+        durable; at once for the step that was saved last. Raises CheckpointError for the save before, if that failed.
         """
         self.wait()
+        if step == self._newest_saved:
+            return
         held = self._to_host(runs)
         self._saving = self._thread.submit(self._write, step, held, dict(about))
         if not self.config.asynchronous:
             self.wait()
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the last save has failed, as `wait` would say."""
+        return self._saving is not None and self._saving.done() and self._saving.exception() is not None
 
     def wait(self) -> None:
         """Until the last save is durable. Raises CheckpointError on all ranks if it failed on one."""
@@ -140,6 +148,7 @@ class CheckpointStore:
         files = {name: facts for of_rank in written for name, facts in of_rank.items()}
         manifest = {"format": FORMAT_VERSION, "step": step, **about}
         _together(gather, lambda: self._commit(scratch, final, manifest, files) if is_main else None, failure)
+        self._newest_saved = step
         self.announce(step)
 
     def _clear(self, scratch: Path) -> None:

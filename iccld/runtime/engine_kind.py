@@ -48,5 +48,6 @@ def without_plugins() -> Iterator[None]:
 
 def join_alone(device: torch.device) -> None:
     """A process group of one rank, for backends that need one."""
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
     backend = "nccl" if device.type == "cuda" else "gloo"
     torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)  # pyright: ignore[reportPrivateImportUsage]

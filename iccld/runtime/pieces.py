@@ -10,6 +10,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,10 +71,11 @@ def write_runs(path: Path, runs: Mapping[str, Run]) -> dict[str, Any]:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
-    with path.open("wb") as file:
+    with path.open("wb") as file, ThreadPoolExecutor(1) as other:
         for block in (len(text).to_bytes(8, "little"), text, *(_bytes(run.data) for run in runs.values())):
-            digest.update(block)
+            hashed = other.submit(digest.update, block)
             file.write(block)
+            hashed.result()
         file.flush()
         os.fsync(file.fileno())
         size = file.tell()

@@ -15,6 +15,9 @@ from iccld.runtime.pieces import Run, TensorReader
 # Compiled at start on a CPU otherwise, in a minute and with a compiler; gloo does what it does.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
+# DeepSpeed's default, ten times as many, holds 2 GB for gradients on their way.
+BUCKET_ELEMENTS = 50_000_000
+
 
 class Zero(Backend):
     """`stage`: 1 or 2."""
@@ -27,7 +30,11 @@ class Zero(Backend):
             "train_batch_size": plan.micro_batch_size * plan.num_accumulation * plan.world_size,
             "gradient_clipping": plan.gradient_clip,
             "zero_allow_untested_optimizer": True,
-            "zero_optimization": {"stage": stage},
+            "zero_optimization": {
+                "stage": stage,
+                "reduce_bucket_size": BUCKET_ELEMENTS,
+                "allgather_bucket_size": BUCKET_ELEMENTS,
+            },
             "steps_per_print": 1 << 60,
         }
         deepspeed.logger.setLevel("WARNING")

@@ -1,11 +1,12 @@
 """Started on every rank by `launch.run_jobs`: trains one job after another in this process.
 
-A job is `{"overrides": [...], "stop_at": step or null, "record": folder or null}`. `stop_at` asks for a stop at that
-step
-boundary, as a signal would; `record` keeps every prepared tensor by sample number.
+A job is `{"overrides": [...], "stop_at": step or null, "record": folder or null, "engine": name or null}`. `stop_at`
+asks for a stop at that step boundary, as a signal would; `record` keeps every prepared tensor by sample number;
+`engine` trains under another engine than the launch's.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,14 @@ from iccld.config import load_config
 from iccld.programs import train as program
 from iccld.runtime.preemption import Preemption
 from iccld.stages.base import Stage, StageInputs
+
+ENGINES = {
+    "ddp": {},
+    "zero1": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"},
+    "zero2": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
+    "fsdp2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_MIN_NUM_PARAMS": "1000"},
+}
+"""What accelerate's launcher leaves in the environment of a rank."""
 
 
 class StopAt(Preemption):
@@ -68,6 +77,10 @@ def run(job: dict[str, Any]) -> None:
 def main() -> None:
     torch.set_num_threads(1)
     for job in json.loads(Path(sys.argv[1]).read_text()):
+        if job.get("engine"):
+            for name in {name for of_engine in ENGINES.values() for name in of_engine}:
+                os.environ.pop(name, None)
+            os.environ.update(ENGINES[job["engine"]])
         run(job)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -61,11 +62,24 @@ def test_a_background_save_keeps_what_was_when_it_was_asked_for(tmp_path: Path):
 def test_a_background_save_that_failed_is_reported_by_the_next(tmp_path: Path, small_disk: Path):
     checkpoints = store(small_disk, asynchronous=True)
     save(checkpoints, 1)
+    assert not checkpoints.has_failed
     checkpoints.save(2, {"module/weight": whole(torch.zeros(4_000_000))}, {})
+    limit = time.monotonic() + 60
+    while not checkpoints.has_failed and time.monotonic() < limit:
+        time.sleep(0.01)
     with pytest.raises(CheckpointError, match=r"step_00000002 was not written.*No space left on device"):
         save(checkpoints, 3)
+    assert not checkpoints.has_failed
     newest = checkpoints.newest()
     assert newest and newest.step == 1
+
+
+def test_the_step_that_was_saved_last_is_not_written_again(tmp_path: Path):
+    """A stop just after a save must not take away the checkpoint that it is about to replace."""
+    checkpoints = store(tmp_path)
+    before = save(checkpoints, 5).stat().st_ino
+    assert save(checkpoints, 5).stat().st_ino == before
+    assert save(checkpoints, 6).stat().st_ino != before
 
 
 def test_older_ones_go_only_after_a_newer_is_whole(tmp_path: Path):

@@ -118,8 +118,9 @@ def test_a_holder_whose_lease_was_taken_ends_at_once(tmp_path: Path) -> None:
         with locked(tmp_path) as holder:
             assert holder == ""
             process.send_signal(signal.SIGCONT)
-            _, errors = process.communicate(timeout=20)
-            assert process.returncode == 2
+            assert process.wait(timeout=20) == 2
+            assert process.stderr
+            errors = process.stderr.read()
             assert f"was taken over by process {os.getpid()} on" in errors and "this process ends" in errors
             time.sleep(0.2)
             assert (tmp_path / "lock").read_text().startswith(f"process {os.getpid()} on ")

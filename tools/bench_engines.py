@@ -1,0 +1,217 @@
+"""What an engine costs: peak memory, bytes sent and seconds a step of each rank, at an equal global batch.
+
+    python tools/bench_engines.py --json engines.json           a denoiser of 100 million parameters, two ranks, minutes
+
+Stage 2 of the method trains on random images through each engine in turn, launched as a run is, by a file of
+accelerate_configs/. On a GPU the memory is the device's peak; on a CPU it is the resident memory's peak above what the
+process had before the model was made. The bytes are those that a rank writes to its sockets (gloo), so on a GPU they
+are not counted. `ema` is the share of a step that the teacher's update takes.
+"""
+
+import argparse
+import importlib
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from iccld.config import load_config
+from iccld.models.discriminator import Discriminator
+from iccld.models.iccld import ICCLD
+from iccld.runtime.engine import Engine, EngineConfig
+from iccld.runtime.engine_kind import EngineKind
+from iccld.stages.adversarial import AdversarialConfig, AdversarialStage
+
+ROOT = Path(__file__).resolve().parents[1]
+ENGINES = ("ddp", "zero1", "zero2", "fsdp2")
+MIB = 1 << 20
+
+
+def make_stage(num_params: float) -> AdversarialStage:
+    """Stage 2 with the narrowest denoiser of at least so many parameters, and a small encoder and decoder."""
+    for width in range(16, 4096, 16):
+        settings = ["model=tiny", f"model.denoiser.width={width}", f"model.denoiser.head_dim={width // 2}"]
+        config = load_config([*settings, "model.denoiser.channel_multipliers=[1,2,4]"]).model
+        with torch.device("meta"):
+            denoiser = ICCLD(config=config, num_classes=19).denoiser
+        assert denoiser is not None
+        if sum(p.numel() for p in denoiser.parameters()) >= num_params:
+            torch.manual_seed(0)
+            discriminator = Discriminator(config=config.discriminator, in_channels=config.latent_channels)
+            return AdversarialStage(ICCLD(config=config, num_classes=19), discriminator, AdversarialConfig(), seed=0)
+    raise ValueError(f"--params: no denoiser has {num_params / 1e6:g} million; use fewer.")
+
+
+def random_batch(numbers: range, size: int) -> dict[str, Any]:
+    """A training batch of noise images `(B, 3, size, size)` and of labels in blocks."""
+    batch: dict[str, Any] = {}
+    for name in ("source", "target"):
+        generator = torch.Generator().manual_seed(len(name) + numbers.start)
+        shape = (len(numbers), 3, size, size)
+        images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+        labels = images[:, 0, ::8, ::8].remainder(19).repeat_interleave(8, 1).repeat_interleave(8, 2)
+        batch[name] = {"images": images, "labels": labels, "numbers": torch.tensor(list(numbers))}
+    return batch
+
+
+class Memory:
+    """Peak bytes from here on: of the device, or of this process above what it has now."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark is what it has now
+            self.before = _status("VmHWM")
+
+    def peak(self) -> int:
+        return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else _status("VmHWM") - self.before
+
+
+def _status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(key))
+
+
+def _bytes_written() -> int:
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("wchar"))
+
+
+def measure(num_params: float, *, num_steps: int, batch_size: int, size: int) -> dict[str, Any]:
+    """On every rank: train for some steps; the figures of all ranks. The first step is not timed."""
+    with Engine(EngineConfig()) as engine:
+        if engine.kind in (EngineKind.zero1, EngineKind.zero2):
+            importlib.import_module("iccld.runtime.zero")  # the library itself is no part of the memory
+        memory = Memory(engine.device)
+        stage = make_stage(num_params)
+        engine.attach(
+            stage.module,
+            stage.param_groups(),
+            micro_batch_size=batch_size // engine.world_size,
+            num_accumulation=1,
+            replicated=stage.replicated(),
+        )
+        stage.model.to(engine.device)
+        for average, methods in stage.averages().items():
+            engine.backend.shard(average.to(engine.device), methods=methods)
+        stage.start()
+        times, averaging, sent = [], [], []
+        for step in range(num_steps + 1):
+            written, start = _bytes_written(), time.perf_counter()
+            _train_step(engine, stage, step, batch_size=batch_size, size=size)
+            middle = time.perf_counter()
+            sent.append(_bytes_written() - written)
+            stage.after_step(step)
+            _wait(engine)
+            averaging.append(time.perf_counter() - middle)
+            times.append(time.perf_counter() - start)
+        own = {
+            "peak_bytes": memory.peak(),
+            "sent_bytes": statistics.median(sent[1:]),
+            "step_s": statistics.median(times[1:]),
+            "ema_over_step": statistics.median(e / s for e, s in zip(averaging[1:], times[1:], strict=True)),
+        }
+        ranks = engine.gather_objects(own)
+        count = sum(math.prod(p.shape) for p in stage.module.parameters())
+        return {"num_params": count, "device": engine.device.type, "ranks": ranks}
+
+
+def _train_step(engine: Engine, stage: AdversarialStage, step: int, *, batch_size: int, size: int) -> None:
+    local = batch_size // engine.world_size
+    first = step * batch_size + engine.rank * local
+    with torch.no_grad():
+        batch = random_batch(range(first, first + local), size)
+        for domain in batch.values():
+            domain.update({name: domain[name].to(engine.device) for name in ("images", "labels")})
+        inputs = stage.prepare(batch, step)
+    with engine.micro_batch(is_last=True):
+        losses = engine.module(inputs).losses
+        engine.backward(torch.stack(list(losses.values())).sum())
+    engine.step()
+    _wait(engine)
+
+
+def _wait(engine: Engine) -> None:
+    if engine.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def launch(engine: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure one engine on ranks of its own; the mean over ranks, but the most memory."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    if not torch.cuda.is_available():
+        threads = max(1, (os.cpu_count() or 1) // arguments.ranks)
+        environment |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": str(threads)}
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    command += ["--config_file", str(ROOT / "accelerate_configs" / f"{engine}.yaml")]
+    command += ["--num_processes", str(arguments.ranks), __file__, "--ranks", str(arguments.ranks)]
+    with tempfile.TemporaryDirectory(prefix="bench_engines-") as folder:
+        command += ["--measure", f"{folder}/figures.json", "--params", str(arguments.params)]
+        command += ["--steps", str(arguments.steps), "--batch-size", str(arguments.batch_size)]
+        done = subprocess.run([*command, "--size", str(arguments.size)], env=environment, check=False)
+        if done.returncode:
+            raise ValueError(f"measuring {engine} ended with status {done.returncode}; its message stands above.")
+        figures = json.loads(Path(folder, "figures.json").read_text())
+    ranks = figures.pop("ranks")
+    means = {key: statistics.fmean(rank[key] for rank in ranks) for key in ranks[0]}
+    return {**figures, **means, "peak_bytes": max(rank["peak_bytes"] for rank in ranks)}
+
+
+def table_of(figures: dict[str, dict[str, Any]], arguments: argparse.Namespace) -> Table:
+    first = next(iter(figures.values()))
+    count, device = f"{first['num_params'] / 1e6:.0f} million parameters", first["device"]
+    title = f"{count}, {arguments.ranks} ranks ({device}), global batch {arguments.batch_size}"
+    table = Table("", "peak MiB a rank", "MiB sent a rank and step", "s a step", "EMA, % of a step", title=title)
+    for engine, own in figures.items():
+        sent = "" if device == "cuda" else f"{own['sent_bytes'] / MIB:.0f}"
+        share = f"{100 * own['ema_over_step']:.2f}"
+        table.add_row(engine, f"{own['peak_bytes'] / MIB:.0f}", sent, f"{own['step_s']:.2f}", share)
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--params", type=float, default=100, help="millions, of the denoiser (default %(default)s)")
+    add("--ranks", type=int, default=2, help="default %(default)s")
+    add("--batch-size", type=int, default=4, help="samples a step over all ranks (default %(default)s)")
+    add("--size", type=int, default=256, help="side of the images in pixels (default %(default)s)")
+    add("--steps", type=int, default=5, help="that are timed (default %(default)s)")
+    add("--engines", nargs="+", choices=ENGINES, default=ENGINES, help="default: all")
+    add("--json", type=Path, help="all figures")
+    add("--measure", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.batch_size % arguments.ranks or arguments.size % 32:
+        parser.error("--batch-size must be a multiple of --ranks, and --size of 32.")
+    if arguments.measure:
+        options = {"num_steps": arguments.steps, "batch_size": arguments.batch_size, "size": arguments.size}
+        figures = measure(1e6 * arguments.params, **options)
+        arguments.measure.write_text(json.dumps(figures))  # the same on every rank
+        return
+    figures = {engine: launch(engine, arguments) for engine in arguments.engines}
+    Console().print(table_of(figures, arguments))
+    if arguments.json:
+        settings = {name: vars(arguments)[name] for name in ("params", "ranks", "batch_size", "size", "steps")}
+        versions = {name: version(name) for name in ("torch", "accelerate", "deepspeed")}
+        whole = {"engines": figures, "settings": settings, "versions": versions}
+        arguments.json.write_text(json.dumps(whole, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"bench_engines: {error}")
