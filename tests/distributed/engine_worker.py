@@ -6,9 +6,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from iccld.runtime.engine import Engine, EngineConfig
+from iccld.runtime.engine import Engine, EngineConfig, Precision
 from iccld.stages.base import Stage, StageInputs
+from iccld.uda.teacher import Teacher
 from tests.factory import random_batch
 from tests.stages.test_adversarial import make_stage
 
@@ -79,6 +81,43 @@ def check_equal_weights(engine: Engine) -> None:
     assert any(not torch.equal(mine[name], before[name]) for name in mine)
 
 
+def check_teacher(engine: Engine) -> None:
+    """The teacher, sharded or not, equals to the bit one that averages the whole weights."""
+    stage = make_stage()
+    copy = make_stage().module.denoiser
+    expected = Teacher(copy, max_decay=stage.config.teacher_decay)
+    engine.attach(stage.module, stage.param_groups(), num_accumulation=1, replicated=stage.replicated())
+    for average, methods in stage.averages().items():
+        engine.backend.shard(average, methods=methods)
+    for step in range(3):
+        train_step(engine, stage, 1, first=10 * step)
+        stage.after_step(step)
+        copy.load_state_dict(engine.backend.full(stage.student.state_dict()))
+        expected.update(copy, step)
+    assert engine.is_sharded == any(isinstance(p, DTensor) for p in stage.teacher.module.parameters())
+    for name, tensor in engine.backend.full(stage.teacher.state_dict()).items():
+        assert torch.equal(tensor, expected.state_dict()[name]), name
+
+
+def check_bf16(engine: Engine) -> None:
+    """Gradients are those of fp32 to bf16's precision; weights, moments and teacher stay fp32."""
+    stage = make_stage()
+    engine.attach(stage.module, stage.param_groups(), num_accumulation=1, replicated=stage.replicated())
+    with engine.autocast():
+        train_step(engine, stage, 1, first=0)
+    expected = mean_gradients(range(engine.world_size))
+    moments = whole_tensors(engine, "exp_avg/")
+    cosine = torch.cosine_similarity(
+        torch.cat([0.1 * expected[name].flatten() for name in moments]),
+        torch.cat([moment.flatten() for moment in moments.values()]),
+        dim=0,
+    )
+    exact = all(torch.equal(moments[name], 0.1 * expected[name]) for name in moments)
+    assert cosine > 0.99 and not exact, cosine
+    held = [*engine.runs({}).values()]
+    assert all(run.data.dtype is torch.float32 for run in held if run.data.is_floating_point())
+
+
 def main(done: Path, kind: str) -> None:
     torch.set_num_threads(1)
     for num_accumulation in (1, 2, 4):
@@ -87,6 +126,9 @@ def main(done: Path, kind: str) -> None:
             check_gradients(engine, num_accumulation)
     with Engine(EngineConfig()) as engine:
         check_equal_weights(engine)
+        check_teacher(engine)
+    with Engine(EngineConfig(precision=Precision.bf16)) as engine:
+        check_bf16(engine)
     (done / f"all_held_{engine.rank}").touch()
 
 
