@@ -4,8 +4,9 @@
 
 Stage 2 of the method trains on random images through each engine in turn, launched as a run is, by a file of
 accelerate_configs/. On a GPU the memory is the device's peak; on a CPU it is the resident memory's peak above what the
-process had before the model was made. The bytes are those that a rank writes to its sockets (gloo), so on a GPU they
-are not counted. `ema` is the share of a step that the teacher's update takes.
+process had before the model was made: of the start with its first step, and of the steps after it. The bytes are those
+that a rank writes to its sockets (gloo), so on a GPU they are not counted. `ema` is the share of a step that the
+teacher's update takes.
 """
 
 import argparse
@@ -66,18 +67,21 @@ def random_batch(numbers: range, size: int) -> dict[str, Any]:
 
 
 class Memory:
-    """Peak bytes from here on: of the device, or of this process above what it has now."""
+    """Peak bytes: of the device, or of this process above what it has now."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark is what it has now
-            self.before = _status("VmHWM")
+        self.device, self.before = device, _status("VmRSS")
+        self.take_peak()
 
-    def peak(self) -> int:
-        return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else _status("VmHWM") - self.before
+    def take_peak(self) -> int:
+        """The peak since the last call."""
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            return peak
+        peak = _status("VmHWM") - self.before
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark becomes what it has now
+        return peak
 
 
 def _status(key: str) -> int:
@@ -108,7 +112,7 @@ def measure(num_params: float, *, num_steps: int, batch_size: int, size: int) ->
         for average, methods in stage.averages().items():
             engine.backend.shard(average.to(engine.device), methods=methods)
         stage.start()
-        times, averaging, sent = [], [], []
+        times, averaging, sent, start_peak = [], [], [], 0
         for step in range(num_steps + 1):
             written, start = _bytes_written(), time.perf_counter()
             _train_step(engine, stage, step, batch_size=batch_size, size=size)
@@ -118,8 +122,11 @@ def measure(num_params: float, *, num_steps: int, batch_size: int, size: int) ->
             _wait(engine)
             averaging.append(time.perf_counter() - middle)
             times.append(time.perf_counter() - start)
+            if step == 0:
+                start_peak = memory.take_peak()
         own = {
-            "peak_bytes": memory.peak(),
+            "peak_bytes": memory.take_peak(),
+            "start_peak_bytes": start_peak,
             "sent_bytes": statistics.median(sent[1:]),
             "step_s": statistics.median(times[1:]),
             "ema_over_step": statistics.median(e / s for e, s in zip(averaging[1:], times[1:], strict=True)),
@@ -167,18 +174,22 @@ def launch(engine: str, arguments: argparse.Namespace) -> dict[str, Any]:
         figures = json.loads(Path(folder, "figures.json").read_text())
     ranks = figures.pop("ranks")
     means = {key: statistics.fmean(rank[key] for rank in ranks) for key in ranks[0]}
-    return {**figures, **means, "peak_bytes": max(rank["peak_bytes"] for rank in ranks)}
+    peaks = {key: max(rank[key] for rank in ranks) for key in ("peak_bytes", "start_peak_bytes")}
+    return {**figures, **means, **peaks}
 
 
 def table_of(figures: dict[str, dict[str, Any]], arguments: argparse.Namespace) -> Table:
     first = next(iter(figures.values()))
     count, device = f"{first['num_params'] / 1e6:.0f} million parameters", first["device"]
     title = f"{count}, {arguments.ranks} ranks ({device}), global batch {arguments.batch_size}"
-    table = Table("", "peak MiB a rank", "MiB sent a rank and step", "s a step", "EMA, % of a step", title=title)
+    table = Table(
+        "", "peak MiB a rank", "at the start", "MiB sent a rank and step", "s a step", "EMA, % of a step", title=title
+    )
     for engine, own in figures.items():
         sent = "" if device == "cuda" else f"{own['sent_bytes'] / MIB:.0f}"
         share = f"{100 * own['ema_over_step']:.2f}"
-        table.add_row(engine, f"{own['peak_bytes'] / MIB:.0f}", sent, f"{own['step_s']:.2f}", share)
+        peaks = [f"{own[key] / MIB:.0f}" for key in ("peak_bytes", "start_peak_bytes")]
+        table.add_row(engine, *peaks, sent, f"{own['step_s']:.2f}", share)
     return table
 
 

@@ -47,7 +47,7 @@ def list_checkpoints(folder: Path) -> int:
     whole = True
     for path in _checkpoints(folder):
         latest = path.parent / "latest"
-        marks = ["latest"] if latest.is_file() and latest.read_text().strip() == path.name else []
+        marks = ["latest"] if latest.is_file() and latest.read_text(errors="replace").strip() == path.name else []
         try:
             manifest = read_manifest(path)
         except CheckpointError as error:
