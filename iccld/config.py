@@ -19,6 +19,8 @@ from iccld.evaluation import EvaluationConfig
 from iccld.models.iccld import ModelConfig
 from iccld.runtime.engine import EngineConfig
 from iccld.runtime.metrics import MetricsConfig
+from iccld.runtime.preemption import PreemptionConfig
+from iccld.runtime.watchdog import WatchdogConfig
 from iccld.stages.adversarial import AdversarialConfig
 from iccld.stages.segmentation import SegmentationConfig
 from iccld.trainer import TrainerConfig
@@ -75,6 +77,8 @@ class Config:
     stage1: Stage1Config = field(default_factory=Stage1Config)
     stage2: Stage2Config = field(default_factory=Stage2Config)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    preemption: PreemptionConfig = field(default_factory=PreemptionConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     inference: InferenceConfig = field(default_factory=InferenceConfig)
@@ -91,7 +95,7 @@ class Config:
 FREE_SETTINGS = (
     "run_dir", "stages", "metrics.", "evaluation.", "inference.", "data.num_workers", "data.validation.",
     "data.source.shards", "data.target.shards", "data.storage.", "data.cache.", "data.on_error",
-    "data.max_bad_share", "engine.compile",
+    "data.max_bad_share", "engine.compile", "preemption.", "watchdog.",
     "stage1.trainer.micro_batch_size", "stage2.trainer.micro_batch_size", "stage1.trainer.checkpoint.",
     "stage2.trainer.checkpoint.", "stage1.trainer.evaluate_every", "stage2.trainer.evaluate_every",
     "model.denoiser.activation_checkpointing",
