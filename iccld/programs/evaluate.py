@@ -46,19 +46,22 @@ def evaluate_predictor(
 
     `give_up` is asked before each image; where a rank says yes, all raise Preempted.
     """
+
+    def reduce(counts: Tensor) -> Tensor:
+        if engine.any(give_up()):
+            raise Preempted("scoring was given up")
+        return engine.all_reduce_sum(counts)
+
     samples = read_validation(config.data, rank=engine.rank, world_size=engine.world_size)
     with torch.no_grad(), engine.autocast():
-        result = evaluate(
+        return evaluate(
             takewhile(lambda _: not give_up(), samples),
             predict,
             class_set=config.data.class_set.build(),
             config=config.evaluation,
             device=engine.device,
-            all_reduce=engine.all_reduce_sum,
+            all_reduce=reduce,
         )
-    if engine.any(give_up()):
-        raise Preempted("evaluation was given up")
-    return result
 
 
 def evaluate_run(config: Config, *, model_folder: str = "") -> dict[str, Any]:

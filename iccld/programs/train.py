@@ -28,6 +28,7 @@ from iccld.programs.evaluate import (
     predict_function,
     unscored_stages,
 )
+from iccld.programs.fitness import check_fitness, check_room
 from iccld.programs.hand_off import final_folder, hand_over, handed_over, is_finished
 from iccld.runtime.checkpoint import CheckpointStore
 from iccld.runtime.engine import Engine
@@ -51,6 +52,8 @@ def train(config: Config, preemption: Preemption | None = None) -> bool:
         check_settings(config, engine)
         check_run_dir(run_dir, config, engine)
         with watch(config, engine) as watchdog:
+            watchdog.phase("preflight")
+            check_fitness(config, engine)
             return _run_stages(config, engine, preemption, watchdog)
 
 
@@ -98,6 +101,7 @@ def _run_stage(name: StageName, config: Config, engine: Engine, preemption: Pree
     )
     stream = _stream(name, config, layout)
     stage = build_stage(name, config, engine.device)
+    check_room(stage, plan, config, engine)
     folder = Path(config.run_dir) / name.value
     metrics = _metrics(name, config, engine)
     finished = Trainer(
@@ -105,10 +109,7 @@ def _run_stage(name: StageName, config: Config, engine: Engine, preemption: Pree
         stream=stream,
         engine=engine,
         checkpoints=CheckpointStore(
-            folder / "checkpoints",
-            plan.checkpoint,
-            engine,
-            announce=lambda step: metrics.event("saved", step=step),
+            folder / "checkpoints", plan.checkpoint, engine, announce=lambda step: metrics.event("saved", step=step)
         ),
         metrics=metrics,
         preemption=preemption,

@@ -12,62 +12,22 @@ Collectives time out later than the watchdog ends the process, since they cannot
 
 import contextlib
 import faulthandler
-import math
 import os
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Self
 
 from iccld.runtime.collectives import is_failure, num_begun, write_record
 from iccld.runtime.heartbeat import Heartbeat, Peers, held_up_by, write_heartbeat
+from iccld.runtime.limits import WATCHED_BEATS, WatchdogConfig
 from iccld.runtime.metrics import write_event
 from iccld.runtime.preemption import STOPPED_BY_WATCHDOG, host_name, say
 
 LOST_BEATS = 3  # a beat that stands still for so many is a rank that is gone
-WATCHED_BEATS = 5  # before its limit, a rank begins to look at the others'
 SAID = 4  # names in one line, at most
 END_S = 30.0  # for whatever may hang at the end
-
-
-@dataclass
-class WatchdogConfig:
-    """Seconds without progress after which a rank is ended, by what it does.
-
-    `start_s`: until the first step of a stage is done (weights are fetched, code compiled), and after its last;
-    `step_s`: in every phase of later steps; `save_s`, `evaluate_s` (an image): in those. `collective_step_s`,
-    `collective_s`: of the collectives in later steps, and of all others; longer, so that the watchdog speaks first.
-    """
-
-    enabled: bool = True
-    beat_s: float = 5.0
-    start_s: float = 1800.0
-    step_s: float = 600.0
-    save_s: float = 1800.0
-    evaluate_s: float = 1800.0
-    collective_s: float = 3600.0
-    collective_step_s: float = 900.0
-
-    def __post_init__(self) -> None:
-        for name in ("beat_s", "start_s", "step_s", "save_s", "evaluate_s", "collective_s", "collective_step_s"):
-            seconds = getattr(self, name)
-            if not (math.isfinite(seconds) and seconds > 0):
-                raise ValueError(f"watchdog.{name}={seconds} must be above 0 seconds; enabled=false switches it off.")
-        longest = max(self.start_s, self.save_s, self.evaluate_s)
-        for name, limit in (("collective_step_s", self.step_s), ("collective_s", max(longest, self.step_s))):
-            if getattr(self, name) <= limit:
-                raise ValueError(
-                    f"watchdog.{name}={getattr(self, name)} must be above {limit}, the limit of what it is for, so "
-                    f"that the watchdog, which can name the rank, is first; use {1.5 * limit:g}."
-                )
-        least = (WATCHED_BEATS + 1) * self.beat_s
-        if min(self.step_s, self.start_s, self.save_s, self.evaluate_s) < least:
-            raise ValueError(
-                f"watchdog.beat_s={self.beat_s} leaves too few beats within the shortest limit; use limits of at "
-                f"least {least:g} s, or a shorter beat."
-            )
 
 
 class _Place(NamedTuple):
@@ -119,16 +79,11 @@ class Watchdog:
     def _go(self, **where: str | int) -> None:
         place = self._place
         self._place = place._replace(moves=place.moves + 1, since=time.monotonic(), **where)  # type: ignore[arg-type]
-        is_step = self._limit(self._place.phase) == self.config.step_s
+        is_step = self.config.limit(self._place.phase, is_first=self._steps_begun < 2) == self.config.step_s
         timeout = self.config.collective_step_s if is_step else self.config.collective_s
         if timeout != self._timeout:
             self._timeout = timeout
             self._set_timeout(timeout)
-
-    def _limit(self, phase: str) -> float:
-        config = self.config
-        own = {"save": config.save_s, "evaluate": config.evaluate_s, "start": config.start_s, "finish": config.start_s}
-        return own.get(phase, config.step_s if self._steps_begun > 1 else config.start_s)
 
     def __enter__(self) -> Self:
         self._go()
@@ -152,7 +107,11 @@ class Watchdog:
 
     def _run(self) -> None:
         while not self._stop.wait(self.config.beat_s):
-            place, now, limit = self._place, time.monotonic(), self._limit(self._place.phase)
+            place, now, limit = (
+                self._place,
+                time.monotonic(),
+                self.config.limit(self._place.phase, is_first=self._steps_begun < 2),
+            )
             # Rearmed by each beat: it comes only where this thread cannot run.
             faulthandler.dump_traceback_later(limit + WATCHED_BEATS * self.config.beat_s, exit=True, file=2)
             with contextlib.suppress(OSError):  # a file system may be away for a while

@@ -110,3 +110,12 @@ def test_a_run_that_goes_on_is_left_alone(scene_shards: Path, tmp_path: Path) ->
         assert (heartbeat.stage, heartbeat.phase, heartbeat.ended) == ("evaluation", "evaluate", "in order")
     assert not (run_dir / "logs").exists()
     assert json.loads((run_dir / "report/results.json").read_text())["stage1"]
+
+
+def test_a_node_that_cannot_read_its_shards_is_named_before_the_run(scene_shards: Path, tmp_path: Path) -> None:
+    run_dir, fault = tmp_path / "run", {"at": "shards", "rank": 1, "do": "raise"}
+    with Ranks(overrides(scene_shards, run_dir), tmp_path / "logs", fault=fault) as ranks:
+        assert ranks.wait() == [STOPPED_BY_WATCHDOG] * 2
+        assert "preflight: n1: shards: a fault of the program; leave the node out (--exclude)" in ranks.log()
+    (event,) = events(run_dir)
+    assert (event["event"], event["host"]) == ("unfit", "n1") and not (run_dir / "stage1").exists()
