@@ -109,13 +109,17 @@ def _add_checkpoint(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from iccld.config import load_config
-    from iccld.programs.train import train
+    from iccld.runtime.preemption import Preemption
 
-    finished = train(load_config(arguments.overrides, config_dir=arguments.config_dir))
+    with Preemption() as preemption:  # before the imports, which take seconds
+        from iccld.config import load_config
+        from iccld.programs.train import train
+
+        config = load_config(arguments.overrides, config_dir=arguments.config_dir)
+        finished = train(config, preemption)
     if not finished and os.environ.get("RANK", "0") == "0":
         print("iccld train: stopped by a signal; the same command goes on", flush=True)
-    return 0
+    return 0 if finished else config.preemption.exit_status
 
 
 def _config(arguments: argparse.Namespace) -> None:
