@@ -12,6 +12,7 @@ DESCRIPTION = """\
 Train segmentation models on labelled source images and unlabelled target images.
 
   iccld train experiment=gta5_to_cityscapes run_dir=runs/a   train; the same command resumes
+  iccld submit --nodes 2 train run_dir=runs/a                the same as a SLURM job, requeued until it is finished
   iccld evaluate runs/a inference.num_steps=[1,4]            score the finished stages
   iccld predict runs/a image.jpg out/                        label PNG and overlay
   iccld shards make --dataset gta5 --input DIR --output DIR  turn a data set into shards
@@ -23,8 +24,17 @@ For several ranks on this machine: python launch/local.py NUM_RANKS VERB ...
 """
 
 
+STOPPED = 75
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb. What the user got wrong is one line on stderr and exit status 2."""
+    status = run(argv)
+    return 0 if status == STOPPED else status
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """As `main`, but `STOPPED` where a signal ended the work early, its position saved."""
     arguments = _parser().parse_args(argv)
     try:
         return arguments.run(arguments) or 0
@@ -65,6 +75,12 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--sliding-window", action="store_true")
     predict.add_argument("--attention", choices=["sdpa", "xformers"], default="sdpa", help="back end of the denoiser")
     predict.set_defaults(run=_predict)
+
+    from iccld.programs import submit
+
+    submission = verbs.add_parser("submit", help="train or evaluate as a SLURM job", description=submit.DESCRIPTION)
+    submit.add_arguments(submission)
+    submission.set_defaults(run=_submit)
 
     _add_shards(verbs)
     _add_checkpoint(verbs)
@@ -115,7 +131,7 @@ def _train(arguments: argparse.Namespace) -> int:
     finished = train(load_config(arguments.overrides, config_dir=arguments.config_dir))
     if not finished and os.environ.get("RANK", "0") == "0":
         print("iccld train: stopped by a signal; the same command goes on", flush=True)
-    return 0
+    return 0 if finished else STOPPED
 
 
 def _config(arguments: argparse.Namespace) -> None:
@@ -150,6 +166,12 @@ def _predict(arguments: argparse.Namespace) -> None:
         config=EvaluationConfig(image_size=image_size, sliding_window=arguments.sliding_window),
         attention=AttentionBackend[arguments.attention],
     )
+
+
+def _submit(arguments: argparse.Namespace) -> int:
+    from iccld.programs.submit import submit
+
+    return submit(arguments)
 
 
 def _checkpoint(arguments: argparse.Namespace) -> int:
