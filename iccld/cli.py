@@ -24,7 +24,7 @@ For several ranks on this machine: python launch/local.py NUM_RANKS VERB ...
 """
 
 
-STOPPED = 75
+STOPPED = 85
 
 
 def main(argv: Sequence[str] | None = None) -> int:

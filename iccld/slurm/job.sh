@@ -4,7 +4,7 @@
 #     launch COMMAND...       srun and the ranks; over when srun is, or when no rank has given a sign of life for long
 #     end_attempt             finished: status 0; refused: status 2; else requeued, to go on from the newest checkpoint
 #
-# What decides is what rank 0 left in $state/outcome (0: finished, 75: stopped by a signal, position saved, 2: refused)
+# What decides is what rank 0 left in $state/outcome (0: finished, 85: stopped by a signal, position saved, 2: refused)
 # and which checkpoints there are. srun's own status is that of the rank that was first, or lost, and decides nothing.
 
 max_stalled=${max_stalled:-3} # attempts in a row that end without a newer checkpoint
@@ -96,7 +96,7 @@ end_attempt() {
         [ "$restart" != 0 ] || { say "refused; not started again"; exit 2; }
         say "refused"
         ;;
-    75) say "stopped by a signal; saved: $(progress)" ;;
+    85) say "stopped by a signal; saved: $(progress)" ;;
     *)
         say "ended with status $status; there is: $(progress)"
         blame_first_to_end
@@ -111,9 +111,10 @@ requeue() {
     [ "$requeue" = yes ] || { say "not requeued, as was asked for; submit again, and it goes on"; exit 1; }
     now=$(scontrol show job "$SLURM_JOB_ID" --oneliner | grep -o 'JobState=[A-Z_]*' | head -n 1)
     case $now in
-    JobState=RUNNING | JobState=TIMEOUT)
+    JobState=RUNNING)
         say "requeued"
-        scontrol requeue "$SLURM_JOB_ID" && sleep 60 # until it is ended for that
+        trap "" TERM
+        scontrol requeue "$SLURM_JOB_ID" && sleep 60 && exit 1 # ended by the requeue
         say "could not be requeued; submit again, and it goes on"
         ;;
     *) say "not requeued: ${now#JobState=}" ;; # cancelled, or requeued already
@@ -128,13 +129,20 @@ blame() {
     say "node $1 failed: $2"
 }
 
-# srun names the node of each task that ends badly; the first one is the cause, if it is alone.
+# srun names the node of each task that ends badly. The first is the cause, where a signal ended it, or where no other
+# ended in the same way: what the program gets wrong, it gets wrong on all.
 blame_first_to_end() {
-    local line
-    line=$(tail -c "+$((log_begin + 1))" "$log" 2>/dev/null | grep -m 1 -E '^srun: error: .*: tasks? [0-9]|^srun: error: Node failure on')
-    if [[ $line =~ ^srun:\ error:\ Node\ failure\ on\ ([A-Za-z0-9._-]+) ]] ||
-        [[ $line =~ ^srun:\ error:\ ([A-Za-z0-9._-]+):\ task ]]; then
-        blame "${BASH_REMATCH[1]}" "${line#srun: error: }"
+    local ends first how
+    ends=$(tail -c "+$((log_begin + 1))" "$log" 2>/dev/null |
+        grep -E '^srun: error: (Node failure on [A-Za-z0-9._-]+|[A-Za-z0-9._-]+: task [0-9]+: )')
+    first=${ends%%$'\n'*} first=${first#srun: error: }
+    if [[ $first =~ ^Node\ failure\ on\ ([A-Za-z0-9._-]+) ]]; then
+        blame "${BASH_REMATCH[1]}" "$first"
+    elif [[ $first =~ ^([A-Za-z0-9._-]+):\ task\ [0-9]+:\ (.*) ]]; then
+        how=${BASH_REMATCH[2]}
+        if [[ $how != Exited* ]] || [ "$(grep -cF ": $how" <<<"$ends")" = 1 ]; then
+            blame "${BASH_REMATCH[1]}" "$first"
+        fi
     fi
 }
 

@@ -124,7 +124,7 @@ def _mount(folder: str) -> Iterator[str]:
 def _agent(config: SubmitConfig, work: Work) -> str:
     """For `bash -c` on each node. The agent would die of USR1, which is meant for the ranks."""
     options = [
-        f"--config_file {shlex.quote(f'{work.code}/{work.engine_file}')}",
+        f"--config_file {shlex.quote(work.engine_file)}",
         f"--num_machines {config.nodes} --num_processes {config.num_ranks}",
         '--machine_rank "$SLURM_NODEID" --main_process_ip "$SLURM_LAUNCH_NODE_IPADDR"',
         f"--main_process_port $(({FIRST_PORT} + SLURM_JOB_ID % {NUM_PORTS}))",

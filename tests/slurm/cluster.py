@@ -155,6 +155,15 @@ class Cluster:
                     found.append(int(folder.name))
         return found
 
+    def step_daemons(self, node: str) -> list[int]:
+        """The slurmstepd of the node's job steps, but the batch step's."""
+        found = []
+        for pid in self.processes(node, program="iccld.programs.rank"):
+            parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+            if b"slurmstepd" in Path(f"/proc/{parent}/cmdline").read_bytes():
+                found.append(parent)
+        return found
+
     def run(self, *command: str, timeout_s: float = 60, check: bool = True) -> str:
         """Run a client's command, and return what it prints."""
         done = subprocess.run(
