@@ -21,9 +21,9 @@ def rank_environment(environment: Mapping[str, str]) -> dict[str, str]:
         world_size, node_rank = environment["SLURM_STEP_NUM_TASKS"], environment["SLURM_NODEID"]
         # srun's own node is the job's first, where rank 0 is; its address is right also where names do not resolve.
         address, job = environment["SLURM_LAUNCH_NODE_IPADDR"], environment["SLURM_JOB_ID"]
+        tasks = tasks_per_node(environment["SLURM_STEP_TASKS_PER_NODE"])
     except KeyError as error:
         raise ValueError(f"{error.args[0]} is not set: this is no task of a job step; start it with srun.") from error
-    tasks = tasks_per_node(environment["SLURM_STEP_TASKS_PER_NODE"])
     formed = {
         "RANK": rank,
         "WORLD_SIZE": world_size,

@@ -102,23 +102,24 @@ def _launch(config: SubmitConfig, work: Work) -> str:
     step = 'launch srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK"'
     python = shlex.quote(config.python)
     if config.launcher is Launcher.accelerate:
-        return f"{step} bash -c '{_agent(config, work)}' agent \"${{command[@]}}\"\n"
-    mounts = [mount for folder in (work.run_dir, work.code, work.folder) for mount in _mount(folder)]
+        return f"{step} \\\n    bash -c '{_agent(config, work)}' agent \"${{command[@]}}\"\n"
     if config.container is Container.enroot:
-        every = ",".join([*dict.fromkeys(mounts), *config.mounts])
+        every = ",".join([*_mounts(work), *config.mounts])
         image = f"--container-image={shlex.quote(config.image)} --container-mounts={shlex.quote(every)}"
         step += f" \\\n    {image} --container-workdir={shlex.quote(work.folder)}"
     elif config.container is Container.apptainer:
-        binds = " ".join(f"--bind {shlex.quote(mount)}" for mount in [*dict.fromkeys(mounts), *config.mounts])
+        binds = " ".join(f"--bind {shlex.quote(mount)}" for mount in [*_mounts(work), *config.mounts])
         gpu = " --nv" if config.gpus_per_node else ""
         step += f" \\\n    apptainer exec{gpu} {binds} --pwd {shlex.quote(work.folder)} {shlex.quote(config.image)}"
     return f'{step} \\\n    {python} -m iccld.programs.rank "${{command[@]}}"\n'
 
 
-def _mount(folder: str) -> Iterator[str]:
-    if set(folder) & set(",: "):
-        raise ValueError(f"{folder!r} cannot be mounted into a container: it holds a comma, colon or space.")
-    yield f"{folder}:{folder}"
+def _mounts(work: Work) -> list[str]:
+    """What the job reads and writes of its own, each folder at its own place; what lies in another comes with it."""
+    own = sorted({work.run_dir, work.code, work.folder})
+    if any(set(folder) & set(",: ") for folder in own):
+        raise ValueError(f"one of {', '.join(own)} holds a comma, colon or space: a container cannot be given it.")
+    return [f"{f}:{f}" for f in own if not any(f.startswith(f"{other.rstrip('/')}/") for other in own)]
 
 
 def _agent(config: SubmitConfig, work: Work) -> str:
@@ -129,6 +130,6 @@ def _agent(config: SubmitConfig, work: Work) -> str:
         '--machine_rank "$SLURM_NODEID" --main_process_ip "$SLURM_LAUNCH_NODE_IPADDR"',
         f"--main_process_port $(({FIRST_PORT} + SLURM_JOB_ID % {NUM_PORTS}))",
     ]
-    launch = f"{shlex.quote(config.python)} -m accelerate.commands.launch {' '.join(options)}"
-    line = f'trap "" USR1; exec {launch} --module iccld.programs.rank "$@"'
+    launch = " \\\n        ".join([f"{shlex.quote(config.python)} -m accelerate.commands.launch", *options])
+    line = f'trap "" USR1; exec {launch} \\\n        --module iccld.programs.rank "$@"'
     return line.replace("'", "'\\''")
