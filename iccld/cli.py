@@ -24,17 +24,8 @@ For several ranks on this machine: python launch/local.py NUM_RANKS VERB ...
 """
 
 
-STOPPED = 85
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb. What the user got wrong is one line on stderr and exit status 2."""
-    status = run(argv)
-    return 0 if status == STOPPED else status
-
-
-def run(argv: Sequence[str] | None = None) -> int:
-    """As `main`, but `STOPPED` where a signal ended the work early, its position saved."""
     arguments = _parser().parse_args(argv)
     try:
         return arguments.run(arguments) or 0
@@ -125,13 +116,17 @@ def _add_checkpoint(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from iccld.config import load_config
-    from iccld.programs.train import train
+    from iccld.runtime.preemption import Preemption
 
-    finished = train(load_config(arguments.overrides, config_dir=arguments.config_dir))
+    with Preemption() as preemption:  # before the imports, which take seconds
+        from iccld.config import load_config
+        from iccld.programs.train import train
+
+        config = load_config(arguments.overrides, config_dir=arguments.config_dir)
+        finished = train(config, preemption)
     if not finished and os.environ.get("RANK", "0") == "0":
         print("iccld train: stopped by a signal; the same command goes on", flush=True)
-    return 0 if finished else STOPPED
+    return 0 if finished else config.preemption.exit_status
 
 
 def _config(arguments: argparse.Namespace) -> None:

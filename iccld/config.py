@@ -18,7 +18,9 @@ from iccld.data.config import DataConfig
 from iccld.evaluation import EvaluationConfig
 from iccld.models.iccld import ModelConfig
 from iccld.runtime.engine import EngineConfig
+from iccld.runtime.limits import WatchdogConfig
 from iccld.runtime.metrics import MetricsConfig
+from iccld.runtime.preemption import PreemptionConfig
 from iccld.stages.adversarial import AdversarialConfig
 from iccld.stages.segmentation import SegmentationConfig
 from iccld.trainer import TrainerConfig
@@ -69,12 +71,15 @@ class Config:
     seed: int = 0
     stages: list[StageName] = field(default_factory=lambda: [StageName.stage1, StageName.stage2])
     initial_model: str = ""
+    preflight: bool = True  # devices, disk, shards and a collective are tried before a run
     statistics_samples: int = 256  # images of each domain over which the latent's mean and std are measured
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     stage1: Stage1Config = field(default_factory=Stage1Config)
     stage2: Stage2Config = field(default_factory=Stage2Config)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    preemption: PreemptionConfig = field(default_factory=PreemptionConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     inference: InferenceConfig = field(default_factory=InferenceConfig)
@@ -91,7 +96,7 @@ class Config:
 FREE_SETTINGS = (
     "run_dir", "stages", "metrics.", "evaluation.", "inference.", "data.num_workers", "data.validation.",
     "data.source.shards", "data.target.shards", "data.storage.", "data.cache.", "data.on_error",
-    "data.max_bad_share", "engine.compile",
+    "data.max_bad_share", "engine.compile", "preemption.", "watchdog.", "preflight",
     "stage1.trainer.micro_batch_size", "stage2.trainer.micro_batch_size", "stage1.trainer.checkpoint.",
     "stage2.trainer.checkpoint.", "stage1.trainer.evaluate_every", "stage2.trainer.evaluate_every",
     "model.denoiser.activation_checkpointing",

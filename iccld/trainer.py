@@ -12,9 +12,10 @@ from torch import Tensor
 from iccld.runtime.checkpoint import Checkpoint, CheckpointConfig, CheckpointError, CheckpointStore
 from iccld.runtime.engine import Engine
 from iccld.runtime.metrics import MetricsLogger
-from iccld.runtime.preemption import Preemption
+from iccld.runtime.preemption import Preempted, Preemption
 from iccld.runtime.profiling import PhaseTimer
 from iccld.runtime.schedule import ScheduleConfig, learning_rate_factor
+from iccld.runtime.watchdog import Watchdog
 from iccld.stages.base import Stage, StageInputs
 
 
@@ -69,6 +70,7 @@ class Trainer:
     about: Mapping[str, Any]  # goes into every checkpoint's manifest
     evaluate: Callable[[], Mapping[str, float]] | None = None
     after_step: Callable[[int], None] = lambda step: None  # on every rank
+    watchdog: Watchdog = field(default_factory=Watchdog)
 
     def run(self) -> bool:
         """Train to the end; False if a signal ended it early, its position saved."""
@@ -90,12 +92,17 @@ class Trainer:
             return True
         with contextlib.closing(self.stream.batches(start_step)) as batches:
             finished = self._run_steps(start_step, engine.prefetch(batches), num_accumulation)
+        self.watchdog.phase("save")
         self.checkpoints.wait()
+        self.watchdog.phase("finish")
         return finished
 
     def _run_steps(self, start_step: int, batches: Iterator[Mapping[str, Any]], num_accumulation: int) -> bool:
-        engine, config, timer = self.engine, self.config, PhaseTimer()
+        engine, config, timer = self.engine, self.config, PhaseTimer(self.watchdog.phase)
+        if self._is_scored(start_step - 1) and engine.any(self.metrics.owes_scores(start_step - 1)):
+            self._score(start_step - 1, timer)
         for step in range(start_step, config.num_steps):
+            self.watchdog.step(step)
             engine.set_learning_rate(learning_rate_factor(step, num_steps=config.num_steps, config=config.schedule))
             with timer.phase("data"):
                 micro_batches, failure = self._fetch(batches, num_accumulation)
@@ -118,10 +125,18 @@ class Trainer:
             if is_save:
                 with timer.phase("save"):
                     self._save(step + 1)
-            if self.evaluate and config.evaluate_every and (step + 1) % config.evaluate_every == 0:
-                with timer.phase("evaluate"):
-                    self.metrics.write({"stage": self.stage.name, "step": step, **self.evaluate()})
+            if self._is_scored(step):
+                self._score(step, timer)
         return True
+
+    def _is_scored(self, step: int) -> bool:
+        every = self.config.evaluate_every
+        return bool(self.evaluate and every and (step + 1) % every == 0)
+
+    def _score(self, step: int, timer: PhaseTimer) -> None:
+        assert self.evaluate is not None
+        with timer.phase("evaluate"), contextlib.suppress(Preempted):  # the next attempt begins with it
+            self.metrics.write({"stage": self.stage.name, "step": step, **self.evaluate()})
 
     def _fetch(self, batches: Iterator[Mapping[str, Any]], count: int) -> tuple[list[Any], str]:
         """The step's micro-batches on the device, or why this rank has none."""
@@ -140,8 +155,9 @@ class Trainer:
         """Asked to stop before `step`: save, unless this attempt has nothing new."""
         if is_new:
             self._flush(timer)
-            self._save(step)
-            self.checkpoints.wait()
+            with timer.phase("save"):
+                self._save(step)
+                self.checkpoints.wait()
         self.metrics.event("preempted", step=step)
 
     def _accumulate(self, inputs: list[StageInputs]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

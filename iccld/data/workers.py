@@ -6,6 +6,8 @@ import threading
 
 import torch
 
+ORPHANED_S = 2.0  # between two looks at whether the parent still lives
+
 
 def initialize_worker(worker_id: int) -> None:
     """Prepares a loader worker (the `worker_init_fn` of its loader).
@@ -19,10 +21,13 @@ def initialize_worker(worker_id: int) -> None:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     # A loader that closes, or an interpreter that exits, ends its workers by SIGTERM: that one must work.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # an ignored one need not be queued
     threading.Thread(target=_obey_the_parent, args=(os.getppid(),), daemon=True).start()
 
 
 def _obey_the_parent(parent: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
+    while os.getppid() == parent:  # one that ended at once has told nobody
+        came = signal.sigtimedwait({signal.SIGTERM}, ORPHANED_S)
+        if came is not None and came.si_pid == parent:
+            break
     os._exit(0)  # 0, so that the parent does not take it for a worker that failed

@@ -4,7 +4,9 @@ import dataclasses
 import json
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from iccld.models.iccld import ICCLD
 from iccld.models.model_card import ModelStage
 from iccld.runtime.durable import write_text_durably
 from iccld.runtime.engine import Engine
+from iccld.runtime.preemption import Preempted
 
 
 def predict_function(model: ICCLD, *, num_steps: int, seed: int, noise_seed: int = 0) -> Predict:
@@ -36,16 +39,28 @@ def predict_function(model: ICCLD, *, num_steps: int, seed: int, noise_seed: int
     return predict
 
 
-def evaluate_predictor(predict: Predict, config: Config, engine: Engine) -> EvaluationResult:
-    """Scores on the validation set, its images divided over the ranks."""
+def evaluate_predictor(
+    predict: Predict, config: Config, engine: Engine, *, give_up: Callable[[], bool] = lambda: False
+) -> EvaluationResult:
+    """Scores on the validation set, its images divided over the ranks. Call on every rank.
+
+    `give_up` is asked before each image; where a rank says yes, all raise Preempted.
+    """
+
+    def reduce(counts: Tensor) -> Tensor:
+        if engine.any(give_up()):
+            raise Preempted("scoring was given up")
+        return engine.all_reduce_sum(counts)
+
+    samples = read_validation(config.data, rank=engine.rank, world_size=engine.world_size)
     with torch.no_grad(), engine.autocast():
         return evaluate(
-            read_validation(config.data, rank=engine.rank, world_size=engine.world_size),
+            takewhile(lambda _: not give_up(), samples),
             predict,
             class_set=config.data.class_set.build(),
             config=config.evaluation,
             device=engine.device,
-            all_reduce=engine.all_reduce_sum,
+            all_reduce=reduce,
         )
 
 
@@ -64,7 +79,9 @@ def finished_models(config: Config) -> list[Path]:
     return [folder for stage in StageName if (folder := run_dir / stage.value / "final" / weights).is_dir()]
 
 
-def evaluate_models(folders: Sequence[Path], config: Config, engine: Engine) -> dict[str, Any]:
+def evaluate_models(
+    folders: Sequence[Path], config: Config, engine: Engine, *, give_up: Callable[[], bool] = lambda: False
+) -> dict[str, Any]:
     """Score model folders and write `report/results.json` (`results_student.json` for the student).
 
     Returns `{"stage1": scores, "stage2": {"1": scores, ...}, "stage2_mean_latent": scores}`, as far as they exist, and
@@ -74,7 +91,8 @@ def evaluate_models(folders: Sequence[Path], config: Config, engine: Engine) -> 
     for folder in folders:
         if engine.is_main:
             print(f"scoring {folder}", flush=True)
-        results |= _score_model(load_model(folder, config).to(engine.device), config, engine)
+        score = partial(evaluate_predictor, config=config, engine=engine, give_up=give_up)
+        results |= _score_model(load_model(folder, config).to(engine.device), config, score)
     if engine.is_main:
         about = {
             "models": [str(folder) for folder in folders],
@@ -113,19 +131,15 @@ def load_model(folder: Path, config: Config) -> ICCLD:
     return model
 
 
-def _score_model(model: ICCLD, config: Config, engine: Engine) -> dict[str, Any]:
+def _score_model(model: ICCLD, config: Config, score: Callable[[Predict], EvaluationResult]) -> dict[str, Any]:
     if model.stage is not ModelStage.adversarial:
-        return {
-            "stage1": _scores(
-                [evaluate_predictor(predict_function(model, num_steps=0, seed=config.seed), config, engine)]
-            )
-        }
+        return {"stage1": _scores([score(predict_function(model, num_steps=0, seed=config.seed))])}
     by_steps = {}
     for num_steps in config.inference.num_steps:
         seeds = range(config.inference.noise_seeds)
         predictors = [predict_function(model, num_steps=num_steps, seed=config.seed, noise_seed=s) for s in seeds]
-        by_steps[str(num_steps)] = _scores([evaluate_predictor(predict, config, engine) for predict in predictors])
-    mean_latent = evaluate_predictor(lambda images, _: model.segment_mean_latent(images), config, engine)
+        by_steps[str(num_steps)] = _scores([score(predict) for predict in predictors])
+    mean_latent = score(lambda images, _: model.segment_mean_latent(images))
     return {"stage2": by_steps, "stage2_mean_latent": _scores([mean_latent])}
 
 

@@ -17,6 +17,8 @@ from iccld import cli
 from iccld.runtime.durable import write_text_durably
 from iccld.slurm.ranks import interface_towards, rank_environment
 
+EXIT_STATUS, STOPPED = "preemption.exit_status=", 85
+
 
 def main(argv: Sequence[str]) -> int:
     """Form the rank, run the verb, leave word of its end."""
@@ -28,10 +30,12 @@ def main(argv: Sequence[str]) -> int:
     is_main, outcome = os.environ["RANK"] == "0", os.environ.get("ICCLD_OUTCOME")
     if is_main and outcome:
         write_text_durably(Path(outcome).parent / "packages.txt", _packages())
-    status = cli.run(argv)
+    if argv[0] == "train":
+        argv = [*(word for word in argv if not word.startswith(EXIT_STATUS)), f"{EXIT_STATUS}{STOPPED}"]
+    status = cli.main(argv)
     if is_main and outcome:
         write_text_durably(Path(outcome), f"{status}\n")
-    return 0 if status == cli.STOPPED else status
+    return 0 if status == STOPPED else status
 
 
 def _show_life(folder: Path) -> None:

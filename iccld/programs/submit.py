@@ -23,6 +23,7 @@ DESCRIPTION = """\
 Options of the allocation come before the verb, settings of the run after it:
 iccld submit --nodes 2 --gpus-per-node 4 --time 4:00:00 train experiment=gta5_to_cityscapes run_dir=runs/gta5
 """
+GRACE = "preemption.grace_s="
 _LISTS = ("exclude", "after", "mounts", "modules", "setup", "directives")
 
 
@@ -62,6 +63,8 @@ def submit(arguments: argparse.Namespace) -> int:
     run_dir = run_dir_of(command)
     config = _with_history(settings, run_dir)
     variants = [(name, settings_of) for name, *settings_of in arguments.variant]
+    if command[0] == "train" and not any(word.startswith(GRACE) for word in command):
+        command = [*command, f"{GRACE}{max(config.lead_s - 30, config.lead_s // 2)}"]  # before SLURM's own end
     jobs = jobs_of(
         command, num_ranks=config.num_ranks, engine=engine, chain=arguments.chain, seeds=arguments.seeds,
         variants=variants,

@@ -5,7 +5,7 @@ the first left (`hand_off`).
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from iccld import __version__
-from iccld.config import Config, StageName, differences, read_config, to_dict, to_yaml
+from iccld.config import Config, StageName, to_dict
 from iccld.data.config import BatchLayout
-from iccld.data.stream import TrainingStream, read_validation
-from iccld.models.attention import check_backend
+from iccld.data.stream import TrainingStream
 from iccld.models.discriminator import Discriminator
 from iccld.models.iccld import ICCLD
+from iccld.programs.checks import check_alone, check_run_dir, check_settings, plan_of, watch
 from iccld.programs.ema import write_due_snapshot
 from iccld.programs.evaluate import (
     evaluate_models,
@@ -28,90 +28,70 @@ from iccld.programs.evaluate import (
     predict_function,
     unscored_stages,
 )
+from iccld.programs.fitness import check_fitness, check_room
 from iccld.programs.hand_off import final_folder, hand_over, handed_over, is_finished
 from iccld.runtime.checkpoint import CheckpointStore
-from iccld.runtime.durable import write_text_durably
 from iccld.runtime.engine import Engine
 from iccld.runtime.lock import locked
-from iccld.runtime.metrics import MetricsLogger
-from iccld.runtime.preemption import Preemption
+from iccld.runtime.metrics import MetricsLogger, write_event
+from iccld.runtime.preemption import Preempted, Preemption
+from iccld.runtime.watchdog import Watchdog
 from iccld.stages.adversarial import AdversarialStage, AdversaryInput
 from iccld.stages.base import Stage
 from iccld.stages.segmentation import SegmentationStage
-from iccld.trainer import Trainer, TrainerConfig
+from iccld.trainer import Trainer
 
 
-def train(config: Config) -> bool:
-    """Run the configured stages; False if a signal ended the run early. Call on every rank."""
-    preemption = Preemption().install()
+def train(config: Config, preemption: Preemption | None = None) -> bool:
+    """Run the configured stages, then score them; False if a signal ended the run early. Call on every rank."""
+    preemption = preemption or Preemption()
+    preemption.config = config.preemption
     run_dir = Path(config.run_dir)
     with Engine(config.engine) as engine, locked(run_dir) if engine.is_main else nullcontext("") as holder:
-        _check_alone(run_dir, holder, engine)
-        _check_settings(config, engine)
-        _check_run_dir(run_dir, config, engine)
-        for name in config.stages:
-            if is_finished(run_dir, name):
-                if engine.is_main:
-                    print(f"{name.value} is finished: {final_folder(run_dir, name)}", flush=True)
-            elif not _run_stage(name, config, engine, preemption):
-                return False
-        preemption.remove()  # nothing more is lost by ending at once
-        if config.data.validation.shards and unscored_stages(config):
-            evaluate_models(finished_models(config), config, engine)
+        check_alone(run_dir, holder, engine)
+        check_settings(config, engine)
+        check_run_dir(run_dir, config, engine)
+        with watch(config, engine) as watchdog:
+            watchdog.phase("preflight")
+            check_fitness(config, engine)
+            return _run_stages(config, engine, preemption, watchdog)
+
+
+def _run_stages(config: Config, engine: Engine, preemption: Preemption, watchdog: Watchdog) -> bool:
+    run_dir = Path(config.run_dir)
+    for name in config.stages:
+        watchdog.begin(name.value)
+        if is_finished(run_dir, name):
+            if engine.is_main:
+                print(f"{name.value} is finished: {final_folder(run_dir, name)}", flush=True)
+        elif engine.any(preemption.came):
+            return _stopped(config, engine, name.value)
+        elif not _run_stage(name, config, engine, preemption, watchdog):
+            return False
+    if config.data.validation.shards and unscored_stages(config):
+        watchdog.begin("evaluation")
+        watchdog.phase("evaluate")
+        try:
+            evaluate_models(finished_models(config), config, engine, give_up=_asks(preemption, watchdog))
+        except Preempted:
+            return _stopped(config, engine, "evaluation")
     return True
 
 
-def _check_alone(run_dir: Path, holder: str, engine: Engine) -> None:
-    holder = engine.gather_objects(holder)[0]
-    if holder:
-        raise ValueError(f"run_dir={run_dir} is in use by {holder}; wait for it, end it, or use another run_dir.")
+def _asks(preemption: Preemption, watchdog: Watchdog) -> Callable[[], bool]:
+    """Asked before each image that is scored."""
+    return lambda: watchdog.tick() or preemption.came
 
 
-def _check_settings(config: Config, engine: Engine) -> None:
-    """Whatever a later stage would stumble over, before time is spent on an earlier one."""
-    for name in config.stages:
-        _plan(name, config).num_accumulation(engine.world_size)
-    if StageName.stage2 in config.stages:
-        check_backend(config.model.denoiser.attention, engine.device.type)
-    class_set = config.data.class_set.build()
-    class_set.subset(config.evaluation.num_classes or class_set.num_classes)
-    if config.data.validation.shards:
-        read_validation(config.data)
-    elif any(_plan(name, config).evaluate_every for name in config.stages):
-        raise ValueError(
-            "trainer.evaluate_every is set, but data.validation.shards is empty; set it, or evaluate_every=0."
-        )
-    if engine.is_sharded and StageName.stage1 in config.stages and not config.stage1.objective.use_teacher:
-        raise ValueError(
-            "stage1.objective.use_teacher=false asks the student for pseudo-labels, which FSDP2 holds in shards; "
-            "launch with ddp, zero1 or zero2."
-        )
-    if not config.data.target.shards and (config.stage1.objective.adapt or StageName.stage2 in config.stages):
-        raise ValueError(
-            "data.target.shards is empty, but adaptation needs target images; set it, or use stage=source_only."
-        )
-
-
-def _check_run_dir(run_dir: Path, config: Config, engine: Engine) -> None:
-    """A run directory belongs to one config, but for the settings of a stage that has not begun."""
-    path = run_dir / "config.yaml"
-    if path.exists() and any((run_dir / stage.value).exists() for stage in StageName):
-        unbegun = tuple(f"{stage.value}." for stage in StageName if not (run_dir / stage.value).exists())
-        changed = [change for change in differences(read_config(path), config) if not change.startswith(unbegun)]
-        if changed:
-            raise ValueError(
-                f"run_dir={run_dir} holds a run of another config ({'; '.join(changed[:5])}); "
-                f"use another run_dir, or the settings in {path}."
-            )
-    engine.barrier()  # nobody writes before all have compared
+def _stopped(config: Config, engine: Engine, stage: str) -> bool:
+    """Asked to stop where there is nothing to save."""
     if engine.is_main:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        write_text_durably(path, to_yaml(config))
-    engine.barrier()
+        write_event(Path(config.run_dir), "preempted", stage=stage)
+    return False
 
 
-def _run_stage(name: StageName, config: Config, engine: Engine, preemption: Preemption) -> bool:
-    plan = _plan(name, config)
+def _run_stage(name: StageName, config: Config, engine: Engine, preemption: Preemption, watchdog: Watchdog) -> bool:
+    plan = plan_of(name, config)
     layout = BatchLayout(
         global_batch_size=plan.global_batch_size,
         micro_batch_size=plan.micro_batch_size,
@@ -121,6 +101,7 @@ def _run_stage(name: StageName, config: Config, engine: Engine, preemption: Pree
     )
     stream = _stream(name, config, layout)
     stage = build_stage(name, config, engine.device)
+    check_room(stage, plan, config, engine)
     folder = Path(config.run_dir) / name.value
     metrics = _metrics(name, config, engine)
     finished = Trainer(
@@ -128,16 +109,14 @@ def _run_stage(name: StageName, config: Config, engine: Engine, preemption: Pree
         stream=stream,
         engine=engine,
         checkpoints=CheckpointStore(
-            folder / "checkpoints",
-            plan.checkpoint,
-            engine,
-            announce=lambda step: metrics.event("saved", step=step),
+            folder / "checkpoints", plan.checkpoint, engine, announce=lambda step: metrics.event("saved", step=step)
         ),
         metrics=metrics,
         preemption=preemption,
+        watchdog=watchdog,
         config=plan,
         about=_about(name, config, stream),
-        evaluate=lambda: _validate(stage, config, engine),
+        evaluate=lambda: _validate(stage, config, engine, _asks(preemption, watchdog)),
         after_step=lambda step: write_due_snapshot(stage, folder / "ema", engine, num_steps=step + 1),
     ).run()
     if finished:
@@ -160,10 +139,6 @@ def _metrics(name: StageName, config: Config, engine: Engine) -> MetricsLogger:
         world_size=engine.world_size,
         sum_values=engine.sum_values,
     )
-
-
-def _plan(name: StageName, config: Config) -> TrainerConfig:
-    return config.stage1.trainer if name is StageName.stage1 else config.stage2.trainer
 
 
 def _stream(name: StageName, config: Config, layout: BatchLayout) -> TrainingStream:
@@ -207,12 +182,12 @@ def _whole_stage(stage: Stage, config: Config, engine: Engine) -> Stage:
     return copy_
 
 
-def _validate(stage: Stage, config: Config, engine: Engine) -> dict[str, float]:
+def _validate(stage: Stage, config: Config, engine: Engine, give_up: Callable[[], bool]) -> dict[str, float]:
     """The teacher's score in mid-training: with the fewest denoising steps where there is a denoiser."""
     model = _whole_stage(stage, config, engine).models()["teacher"]
     num_steps = min(config.inference.num_steps) if model.denoiser is not None else 0
     predict = predict_function(model, num_steps=num_steps, seed=config.seed)
-    return {"miou": evaluate_predictor(predict, config, engine).miou}
+    return {"miou": evaluate_predictor(predict, config, engine, give_up=give_up).miou}
 
 
 def _load_initial(model: ICCLD, folder: Path) -> None:

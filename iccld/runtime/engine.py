@@ -17,6 +17,7 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType, Ini
 from torch import Tensor, nn
 
 from iccld.runtime.backend import Backend, Plan, Replicated
+from iccld.runtime.collectives import keep_record, set_timeout
 from iccld.runtime.engine_kind import EngineKind, join_alone, kind_of_launch, without_plugins
 from iccld.runtime.pieces import Run, TensorReader
 from iccld.runtime.prefetch import prefetch
@@ -58,6 +59,7 @@ class Engine:
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
         self.kind = kind_of_launch()
+        keep_record()
         with without_plugins():
             self.accelerator = Accelerator(
                 cpu=not torch.cuda.is_available(),
@@ -203,6 +205,10 @@ class Engine:
 
     def barrier(self) -> None:
         self.gather_objects(None)
+
+    def set_timeout(self, seconds: float, *, of_saves: bool = False) -> None:
+        """Of the collectives that begin from now on, also, or not, of those of background saves."""
+        set_timeout(seconds, but=[] if of_saves else [self._save_group])
 
     def layout(self) -> dict[str, Any]:
         """What decides whether a checkpoint of this engine resumes to the bit."""

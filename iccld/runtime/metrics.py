@@ -155,18 +155,41 @@ class MetricsLogger:
             return
         with (self.run_dir / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(entry) + "\n")
-        if self._wandb is not None:
-            self._wandb.log({k: v for k, v in entry.items() if k != "stage"}, step=entry["step"])
+        facts = {name: value for name, value in entry.items() if name != "stage"}
+        self._tell_wandb(lambda run: run.log(facts, step=entry["step"]))
+
+    def _tell_wandb(self, tell: Callable[[Any], None]) -> None:
+        """A scheduler ends wandb's own process by the SIGTERM that asks for a save; the save does not fail with it."""
+        if self._wandb is None:
+            return
+        try:
+            tell(self._wandb)
+        except OSError as error:  # the connection to it
+            self._wandb = None
+            print(f"wandb: its process ended ({error}); metrics.jsonl goes on", flush=True)
 
     def event(self, kind: str, **facts: Any) -> None:
         """One line of events.jsonl: what happened to the run, and when."""
         if self.is_main:
-            with (self.run_dir / "events.jsonl").open("a") as file:
-                file.write(json.dumps({"time": time.time(), "event": kind, "stage": self.stage, **facts}) + "\n")
+            write_event(self.run_dir, kind, stage=self.stage, **facts)
+
+    def owes_scores(self, step: int) -> bool:
+        """On the main rank: whether the step was logged, but not what `evaluate` gave after it."""
+        path = self.run_dir / "metrics.jsonl"
+        if not self.is_main or not path.exists():
+            return False
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        entries = [line for line in lines if (line["stage"], line["step"]) == (self.stage, step)]
+        return any("loss" in entry for entry in entries) and all("loss" in entry for entry in entries)
 
     def close(self) -> None:
-        if self._wandb is not None:
-            self._wandb.finish()
+        self._tell_wandb(lambda run: run.finish())
+
+
+def write_event(run_dir: Path, kind: str, **facts: Any) -> None:
+    """One line of events.jsonl."""
+    with (run_dir / "events.jsonl").open("a") as file:
+        file.write(json.dumps({"time": time.time(), "event": kind, **facts}) + "\n")
 
 
 def _rates(timings: Mapping[str, float], num_steps: int, global_batch_size: int) -> dict[str, float]:

@@ -1,26 +1,166 @@
-"""Being asked to stop: a signal sets a flag, and the trainer acts on it at the next step boundary."""
+"""Being asked to stop: a signal sets a flag, all ranks agree on it, the run saves and ends.
 
+SIGUSR1 (a scheduler, before the time limit), SIGTERM (preemption) and SIGINT (Ctrl-C) ask. Asked once more, or when
+`grace_s` is over, the process ends at once; checkpoints appear by rename, so the whole ones stay whole.
+
+Exit statuses of `iccld train`:
+
+    0      finished; or stopped by a signal with its position saved, unless `exit_status` says another
+    1      a fault of the program (traceback), or a process that could not even say what held it (its stacks)
+    2      what the user got wrong, in one line: the same command ends the same way again
+    75     STOPPED_BY_WATCHDOG: a rank hung or was lost, a node is unfit: start the same command again
+    76     FORCED: asked twice or grace over; nothing was saved since the last whole checkpoint: start it again
+    128+n  killed by signal n
+
+Stopped is told from finished by `exit_status`, or by the last line of `events.jsonl`, which then is `preempted`.
+"""
+
+import os
+import select
 import signal
+import threading
+import time
+from dataclasses import dataclass
 from types import FrameType
+from typing import Any, Self
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+STOPPED_BY_WATCHDOG = 75
+FORCED = 76
+
+
+@dataclass
+class PreemptionConfig:
+    """What follows a signal that asks for a stop.
+
+    `grace_s`: seconds to the exit at once, 0 for no limit; more than a save takes. `debounce_s`: schedulers and
+    launchers send one request several times; later than this, it is another. `exit_status`: of a run that was asked
+    to stop and has saved.
+    """
+
+    grace_s: float = 600.0
+    debounce_s: float = 3.0
+    exit_status: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.debounce_s <= 60:
+            raise ValueError(f"preemption.debounce_s={self.debounce_s} must be 0 to 60 seconds; 3 is usual.")
+        if self.grace_s and not self.grace_s > self.debounce_s:
+            raise ValueError(
+                f"preemption.grace_s={self.grace_s} must be above debounce_s={self.debounce_s}, or 0 for no limit; "
+                f"use several times what a save takes."
+            )
+        taken = (1, 2, STOPPED_BY_WATCHDOG, FORCED)
+        if not 0 <= self.exit_status < 128 or self.exit_status in taken:
+            raise ValueError(
+                f"preemption.exit_status={self.exit_status} must be 0 to 127 and none of {taken}, which mean "
+                f"something else; 85 is usual."
+            )
+
+
+class Preempted(Exception):
+    """Work that can be done again was given up, on all ranks, since a signal came."""
 
 
 class Preemption:
-    """Remembers that SIGTERM, SIGUSR1 or SIGINT (Ctrl-C) came. All ranks must agree (engine's `any`) to act on it."""
+    """Remembers that a signal came. All ranks must agree (engine's `any`) to act on it.
 
-    def __init__(self) -> None:
-        self.requested = False
+    A context: within, signals are remembered; a process that leaves it after one came is ending, and ignores more.
+    A thread, told of signals by the C handler, ends the process where its main thread no longer reacts.
+    """
 
-    def install(self) -> "Preemption":
-        for number in SIGNALS:
-            signal.signal(number, self._handle)
+    came = False
+    """Whether a signal came."""
+
+    def __init__(self, config: PreemptionConfig | None = None) -> None:
+        self.config = config or PreemptionConfig()
+        self._before: dict[int, Any] = {}
+        self._wakeup = -1
+
+    @property
+    def requested(self) -> bool:
+        """`came`, as the loop asks at each step boundary."""
+        return self.came
+
+    def __enter__(self) -> Self:
+        global _installed
+        reader, self._wakeup = os.pipe()
+        os.set_blocking(self._wakeup, False)
+        signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
+        _installed = self
+        threading.Thread(target=self._wait, args=(reader,), name="preemption", daemon=True).start()
+        self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
         return self
 
-    def remove(self) -> None:
-        """Let the signals do again what they do by default."""
-        for number in SIGNALS:
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    def __exit__(self, *_: object) -> None:
+        global _installed
+        for number, before in self._before.items():
+            signal.signal(number, signal.SIG_IGN if self.came else before)
+        signal.set_wakeup_fd(-1)
+        _installed = None
+        os.close(self._wakeup)  # the thread reads the end, and ends
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
+        self.came = True
+
+    def _wait(self, reader: int) -> None:
+        first: float | None = None
+        while True:
+            limit = first + self.config.grace_s if first is not None and self.config.grace_s else None
+            left = max(limit - time.monotonic(), 0.0) if limit is not None else None
+            numbers = os.read(reader, 4096) if select.select([reader], [], [], left)[0] else None
+            if numbers == b"":
+                os.close(reader)
+                return
+            now, asked = time.monotonic(), [number for number in numbers or b"" if number in SIGNALS]
+            if asked and first is None:
+                self.came, first = True, now
+            elif asked and first is not None and now - first > self.config.debounce_s:
+                _force(f"{signal.Signals(asked[-1]).name} came {now - first:.0f} s after a first signal")
+            elif limit is not None and now >= limit:
+                _force(f"preemption.grace_s={self.config.grace_s:g} seconds are over since a signal came")
+
+
+def _force(why: str) -> None:
+    who = f"rank {os.environ.get('RANK', '0')} on {host_name()}"
+    say(f"{who} ends at once: {why}; what was saved stays whole, and the same command goes on from there")
+    os._exit(FORCED)
+
+
+def host_name() -> str:
+    """The node's name as the scheduler knows it, else the machine's."""
+    return os.environ.get("SLURMD_NODENAME") or os.uname().nodename
+
+
+def say(line: str) -> None:
+    """A line on stderr, also while another thread, or nobody, holds Python's stream."""
+    os.write(2, f"{line}\n".encode())
+
+
+_installed: Preemption | None = None
+_mask: set[int] = set()
+
+
+def _hold() -> None:
+    """While forking: a signal that met the child before `_forget` would go through the pipe to its parent."""
+    global _mask
+    _mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
+def _release() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _mask)
+
+
+def _forget() -> None:
+    """In a forked child (a loader worker): the request is its parent's, and the pipe too."""
+    global _installed
+    if _installed is not None:
+        signal.set_wakeup_fd(-1)
+        os.close(_installed._wakeup)
+        _installed = None
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)  # a scheduler signals every process; the parent ends its children
+    _release()
+
+
+os.register_at_fork(before=_hold, after_in_parent=_release, after_in_child=_forget)

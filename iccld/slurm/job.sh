@@ -62,6 +62,7 @@ give_up() {
 launch() {
     local signs last silent=0 poll_s=$((ICCLD_SILENCE_S < 50 ? 1 : 5)) waiting
     log=$(readlink -f "/proc/$$/fd/1") log_begin=$(stat -c %s "$log" 2>/dev/null || echo 0)
+    events_begin=$(stat -c %s "$run_dir/events.jsonl" 2>/dev/null || echo 0)
     last=$(signs_of_life)
     "$@" &
     launched=$!
@@ -129,10 +130,15 @@ blame() {
     say "node $1 failed: $2"
 }
 
-# srun names the node of each task that ends badly. The first is the cause, where a signal ended it, or where no other
+# srun names the node of each task that ends badly, unless a watchdog has named it before. The first is the cause, where a signal ended it, or where no other
 # ended in the same way: what the program gets wrong, it gets wrong on all.
 blame_first_to_end() {
-    local ends first how
+    local ends first how stopped
+    stopped=$(tail -c "+$((events_begin + 1))" "$run_dir/events.jsonl" 2>/dev/null | grep -m 1 '"event": "stopped"')
+    if [[ $stopped =~ \"host\":\ \"([A-Za-z0-9._-]+)\" ]]; then # a watchdog has named the rank that held up the others
+        blame "${BASH_REMATCH[1]}" "$stopped"
+        return
+    fi
     ends=$(tail -c "+$((log_begin + 1))" "$log" 2>/dev/null |
         grep -E '^srun: error: (Node failure on [A-Za-z0-9._-]+|[A-Za-z0-9._-]+: task [0-9]+: )')
     first=${ends%%$'\n'*} first=${first#srun: error: }

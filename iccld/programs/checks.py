@@ -1,0 +1,90 @@
+"""What is checked before a run begins: that it is alone, that its settings fit, that the folder is its own."""
+
+import os
+import time
+from pathlib import Path
+
+from iccld.config import Config, StageName, differences, read_config, to_yaml
+from iccld.data.stream import read_validation
+from iccld.models.attention import check_backend
+from iccld.runtime.durable import write_text_durably
+from iccld.runtime.engine import Engine
+from iccld.runtime.watchdog import Watchdog
+from iccld.trainer import TrainerConfig
+
+
+def check_alone(run_dir: Path, holder: str, engine: Engine) -> None:
+    holder = engine.gather_objects(holder)[0]
+    if holder:
+        raise ValueError(f"run_dir={run_dir} is in use by {holder}; wait for it, end it, or use another run_dir.")
+
+
+def check_settings(config: Config, engine: Engine) -> None:
+    """Whatever a later stage would stumble over, before time is spent on an earlier one."""
+    for name in config.stages:
+        plan_of(name, config).num_accumulation(engine.world_size)
+    if StageName.stage2 in config.stages:
+        check_backend(config.model.denoiser.attention, engine.device.type)
+    class_set = config.data.class_set.build()
+    class_set.subset(config.evaluation.num_classes or class_set.num_classes)
+    if config.data.validation.shards:
+        read_validation(config.data)
+    elif any(plan_of(name, config).evaluate_every for name in config.stages):
+        raise ValueError(
+            "trainer.evaluate_every is set, but data.validation.shards is empty; set it, or evaluate_every=0."
+        )
+    if engine.is_sharded and StageName.stage1 in config.stages and not config.stage1.objective.use_teacher:
+        raise ValueError(
+            "stage1.objective.use_teacher=false asks the student for pseudo-labels, which FSDP2 holds in shards; "
+            "launch with ddp, zero1 or zero2."
+        )
+    if not config.data.target.shards and (config.stage1.objective.adapt or StageName.stage2 in config.stages):
+        raise ValueError(
+            "data.target.shards is empty, but adaptation needs target images; set it, or use stage=source_only."
+        )
+
+
+def check_run_dir(run_dir: Path, config: Config, engine: Engine) -> None:
+    """A run directory belongs to one config, but for the settings of a stage that has not begun."""
+    path = run_dir / "config.yaml"
+    if path.exists() and any((run_dir / stage.value).exists() for stage in StageName):
+        unbegun = tuple(f"{stage.value}." for stage in StageName if not (run_dir / stage.value).exists())
+        changed = [change for change in differences(read_config(path), config) if not change.startswith(unbegun)]
+        if changed:
+            raise ValueError(
+                f"run_dir={run_dir} holds a run of another config ({'; '.join(changed[:5])}); "
+                f"use another run_dir, or the settings in {path}."
+            )
+    engine.barrier()  # nobody writes before all have compared
+    if engine.is_main:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_text_durably(path, to_yaml(config))
+    engine.barrier()
+
+
+def watch(config: Config, engine: Engine) -> Watchdog:
+    """The watchdog of this attempt, not yet started. Call on every rank."""
+    limits, retry_for_s = config.watchdog, config.data.storage.retry_for_s
+    if limits.enabled and limits.step_s <= retry_for_s and "://" in f"{config.data.source} {config.data.target}":
+        raise ValueError(
+            f"watchdog.step_s={limits.step_s} must be above data.storage.retry_for_s={retry_for_s}, so that a store "
+            f"that comes back in time is waited for; use {2 * retry_for_s:g}."
+        )
+    engine.set_timeout(limits.collective_s, of_saves=True)
+    run_dir, attempt = Path(config.run_dir), engine.gather_objects(f"{time.time()} {os.getpid()}")[0]
+    if engine.is_main:
+        for path in (run_dir / "heartbeats").glob("rank_*.json"):  # of an attempt on more ranks
+            path.unlink()
+    engine.barrier()
+    return Watchdog(
+        run_dir,
+        limits,
+        rank=engine.rank,
+        world_size=engine.world_size,
+        attempt=attempt,
+        set_timeout=engine.set_timeout,
+    )
+
+
+def plan_of(name: StageName, config: Config) -> TrainerConfig:
+    return config.stage1.trainer if name is StageName.stage1 else config.stage2.trainer

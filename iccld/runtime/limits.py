@@ -1,0 +1,61 @@
+"""How long a rank may be without progress before the watchdog ends it."""
+
+import math
+from dataclasses import dataclass
+
+WATCHED_BEATS = 5  # before its limit, a rank begins to look at the others'
+
+
+@dataclass
+class WatchdogConfig:
+    """Seconds without progress after which a rank is ended, by what it does.
+
+    `preflight_s`: in the checks before all; `start_s`: until the first step of a stage is done (weights are fetched,
+    code compiled), and after its last; `step_s`: in every phase of later steps; `save_s`, `evaluate_s` (an image): in
+    those. `collective_step_s`, `collective_s`: of the collectives in later steps, and of all others; longer, so that
+    the watchdog speaks first.
+    """
+
+    enabled: bool = True
+    beat_s: float = 5.0
+    preflight_s: float = 180.0
+    start_s: float = 1800.0
+    step_s: float = 600.0
+    save_s: float = 1800.0
+    evaluate_s: float = 1800.0
+    collective_s: float = 3600.0
+    collective_step_s: float = 900.0
+
+    def __post_init__(self) -> None:
+        for name in (
+            "beat_s",
+            "preflight_s",
+            "start_s",
+            "step_s",
+            "save_s",
+            "evaluate_s",
+            "collective_s",
+            "collective_step_s",
+        ):
+            seconds = getattr(self, name)
+            if not (math.isfinite(seconds) and seconds > 0):
+                raise ValueError(f"watchdog.{name}={seconds} must be above 0 seconds; enabled=false switches it off.")
+        longest = max(self.start_s, self.save_s, self.evaluate_s)
+        for name, limit in (("collective_step_s", self.step_s), ("collective_s", max(longest, self.step_s))):
+            if getattr(self, name) <= limit:
+                raise ValueError(
+                    f"watchdog.{name}={getattr(self, name)} must be above {limit}, the limit of what it is for, so "
+                    f"that the watchdog, which can name the rank, is first; use {1.5 * limit:g}."
+                )
+        least = (WATCHED_BEATS + 1) * self.beat_s
+        if min(self.step_s, self.start_s, self.save_s, self.evaluate_s) < least:
+            raise ValueError(
+                f"watchdog.beat_s={self.beat_s} leaves too few beats within the shortest limit; use limits of at "
+                f"least {least:g} s, or a shorter beat."
+            )
+
+    def limit(self, phase: str, *, is_first: bool) -> float:
+        """`is_first`: the first step of a stage is not done."""
+        own = {"preflight": self.preflight_s, "save": self.save_s, "evaluate": self.evaluate_s}
+        own |= {"start": self.start_s, "finish": self.start_s}
+        return own.get(phase, self.start_s if is_first else self.step_s)

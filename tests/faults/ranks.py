@@ -1,0 +1,75 @@
+"""Ranks as a scheduler starts them: plain processes, each with its place in the environment, and no agent over them."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+ROOT = Path(__file__).parents[2]
+
+
+class Ranks:
+    """`iccld train` on nodes n0, n1, ..., one rank each, all on this machine; `fault` is done to it (worker.py)."""
+
+    def __init__(
+        self, overrides: list[str], folder: Path, *, num_ranks: int = 2, fault: dict[str, Any] | None = None
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.logs = [folder / f"log_{rank}" for rank in range(num_ranks)]
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        common = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+        common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num_ranks)}
+        common |= {"FAULT": json.dumps(fault or {}), "LOCAL_RANK": "0", "PYTHONUNBUFFERED": "1"}
+        self.processes = []
+        for rank, log in enumerate(self.logs):
+            environment = common | {"RANK": str(rank), "SLURMD_NODENAME": f"n{rank}"}
+            command = [sys.executable, "-m", "tests.faults.worker", "train", *overrides]
+            with log.open("w") as file:
+                process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+            self.processes.append(process)
+
+    def log(self) -> str:
+        return "".join(log.read_text() for log in self.logs)
+
+    def until(self, condition: Callable[[], bool], timeout_s: float = 240) -> None:
+        limit = time.monotonic() + timeout_s
+        while not condition():
+            alive = any(process.poll() is None for process in self.processes)
+            assert alive and time.monotonic() < limit, self.log()[-6000:]
+            time.sleep(0.02)
+
+    def until_said(self, words: str, timeout_s: float = 240) -> None:
+        self.until(lambda: words in self.log(), timeout_s)
+
+    def signal(self, number: signal.Signals, *ranks: int) -> None:
+        for rank in ranks or range(len(self.processes)):
+            self.processes[rank].send_signal(number)
+
+    def wait(self, timeout_s: float = 240) -> list[int]:
+        """The ranks' exit statuses."""
+        limit = time.monotonic() + timeout_s
+        try:
+            return [process.wait(max(limit - time.monotonic(), 0.1)) for process in self.processes]
+        except subprocess.TimeoutExpired:
+            raise AssertionError(self.log()[-6000:]) from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+
+def events(run_dir: Path) -> list[dict[str, Any]]:
+    path = run_dir / "events.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

@@ -1,0 +1,86 @@
+"""One rank of `ranks.Ranks`: the command itself, with a fault done to the program around it.
+
+FAULT is `{"at": place, "rank": rank or null, "step": step, "do": what}`: at that place of that step, the rank sleeps
+("sleep"), keeps the interpreter's lock ("gil"), waits for a collective that no other rank joins ("collective"), raises
+("raise"), or says "FAULT" and sleeps for a moment ("slow").
+"""
+
+import ctypes
+import json
+import os
+import sys
+import time
+from typing import Any
+
+import torch
+
+from iccld.cli import main
+from iccld.data.domain import DomainStream
+from iccld.programs import evaluate, fitness, train
+from iccld.runtime import checkpoint
+
+FAULT = json.loads(os.environ["FAULT"])
+FOREVER_S = 300
+_groups: list[Any] = []
+
+
+def fail(place: str, step: int) -> None:
+    if FAULT.get("at") != place or FAULT.get("rank") not in (None, int(os.environ["RANK"])):
+        return
+    if FAULT.get("step") not in (None, step):
+        return
+    print(f"FAULT at {place} of step {step}", flush=True)
+    match FAULT["do"]:
+        case "sleep":
+            time.sleep(FOREVER_S)
+        case "slow":
+            time.sleep(FAULT["seconds"])
+        case "gil":
+            ctypes.PyDLL(None).sleep(FOREVER_S)  # PyDLL keeps the lock during the call
+        case "collective":
+            torch.distributed.barrier(group=_groups[0])
+        case "raise":
+            raise RuntimeError("a fault of the program")
+
+
+def wrap(owner: Any, name: str, place: str, step_of: Any) -> None:
+    function = getattr(owner, name)
+
+    def wrapped(*args: Any, **options: Any) -> Any:
+        fail(place, step_of(*args))
+        return function(*args, **options)
+
+    setattr(owner, name, wrapped)
+
+
+def inject() -> None:
+    build_stage = train.build_stage
+
+    def build(*args: Any) -> Any:
+        fail("build", 0)
+        if torch.distributed.is_initialized():
+            _groups.append(torch.distributed.new_group(backend="gloo"))
+        stage = build_stage(*args)
+        current = {"step": 0}
+
+        def note(batch: Any, step: int) -> int:
+            current["step"] = step
+            return step
+
+        wrap(stage, "prepare", "prepare", note)
+        wrap(stage.module, "forward", "compute", lambda *_: current["step"])
+        return stage
+
+    train.build_stage = build
+    batch_size = int(os.environ.get("FAULT_GLOBAL_BATCH", "4"))
+    wrap(DomainStream, "batch", "data", lambda self, numbers: int(numbers[0]) // batch_size)
+    wrap(checkpoint, "write_runs", "save", lambda path, runs: int(path.parent.name[5:13]))
+    wrap(evaluate, "evaluate", "evaluate", lambda *_: 0)
+    wrap(fitness, "_read_shards", "shards", lambda *_: 0)
+    wrap(train, "hand_over", "hand_over", lambda *_: 0)
+
+
+if __name__ == "__main__":
+    if FAULT:
+        inject()
+    sys.exit(main(sys.argv[1:]))
