@@ -97,10 +97,13 @@ end_attempt() {
         [ "$restart" != 0 ] || { say "refused; not started again"; exit 2; }
         say "refused"
         ;;
-    85) say "stopped by a signal; saved: $(progress)" ;;
+    85)
+        say "stopped by a signal; saved: $(progress)"
+        blame_node_failure
+        ;;
     *)
         say "ended with status $status; there is: $(progress)"
-        blame_first_to_end
+        blame_node_failure || blame_first_to_end
         ;;
     esac
     [ "$(progress)" != "$progress_before" ] || [ $((stalled + 1)) -lt "$max_stalled" ] || give_up
@@ -130,21 +133,25 @@ blame() {
     say "node $1 failed: $2"
 }
 
+# What this attempt has added to the log.
+own_log() { tail -c "+$((log_begin + 1))" "$log" 2>/dev/null; }
+
+blame_node_failure() {
+    [[ $(own_log) =~ srun:\ error:\ Node\ failure\ on\ ([A-Za-z0-9._-]+) ]] && blame "${BASH_REMATCH[1]}" "down while the job ran on it"
+}
+
 # srun names the node of each task that ends badly, unless a watchdog has named it before. The first is the cause, where a signal ended it, or where no other
 # ended in the same way: what the program gets wrong, it gets wrong on all.
 blame_first_to_end() {
     local ends first how stopped
-    stopped=$(tail -c "+$((events_begin + 1))" "$run_dir/events.jsonl" 2>/dev/null | grep -m 1 '"event": "stopped"')
+    stopped=$(tail -c "+$((events_begin + 1))" "$run_dir/events.jsonl" 2>/dev/null | grep -m 1 -E '"event": "(stopped|unfit)"')
     if [[ $stopped =~ \"host\":\ \"([A-Za-z0-9._-]+)\" ]]; then # a watchdog has named the rank that held up the others
         blame "${BASH_REMATCH[1]}" "$stopped"
         return
     fi
-    ends=$(tail -c "+$((log_begin + 1))" "$log" 2>/dev/null |
-        grep -E '^srun: error: (Node failure on [A-Za-z0-9._-]+|[A-Za-z0-9._-]+: task [0-9]+: )')
+    ends=$(own_log | grep -E '^srun: error: [A-Za-z0-9._-]+: task [0-9]+: ')
     first=${ends%%$'\n'*} first=${first#srun: error: }
-    if [[ $first =~ ^Node\ failure\ on\ ([A-Za-z0-9._-]+) ]]; then
-        blame "${BASH_REMATCH[1]}" "$first"
-    elif [[ $first =~ ^([A-Za-z0-9._-]+):\ task\ [0-9]+:\ (.*) ]]; then
+    if [[ $first =~ ^([A-Za-z0-9._-]+):\ task\ [0-9]+:\ (.*) ]]; then
         how=${BASH_REMATCH[2]}
         if [[ $how != Exited* ]] || [ "$(grep -cF ": $how" <<<"$ends")" = 1 ]; then
             blame "${BASH_REMATCH[1]}" "$first"

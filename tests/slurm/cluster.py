@@ -100,7 +100,7 @@ class Cluster:
             f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=2 RealMemory=4000"
             for name, port in zip(self.names, ports[1:], strict=True)
         )
-        return _CONFIG.format(home=self.home, controller=f"{host}(127.0.0.1)", controller_port=ports[0], nodes=nodes)
+        return config_text(self.home, f"{host}(127.0.0.1)", ports[0], nodes)
 
     def on_controller(self) -> list[str]:
         """What stands before a command that runs where the controller runs."""
@@ -196,6 +196,11 @@ class Cluster:
         logs = [*self.home.glob("slurmctld.log"), *self.home.glob("slurmd_*.log")]
         said = "\n".join(f"== {log.name}\n{log.read_text(errors='replace')[-1500:]}" for log in sorted(logs))
         return f"{self.run('squeue', '--all', check=False)}\n{said}"
+
+
+def config_text(home: Path, controller: str, port: int, nodes: str) -> str:
+    """slurm.conf; the shortest of SLURM's waits, since tests wait for them."""
+    return _CONFIG.format(home=home, controller=controller, controller_port=port, nodes=nodes)
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float, what: str, tail: Callable[[], str] = str) -> None:

@@ -31,7 +31,7 @@ def settings(shards: Path, run_dir: Path, *, batch: int = 2) -> list[str]:
 
 def iccld(cluster: Cluster, *words: str, variables: dict[str, str] | None = None) -> str:
     done = subprocess.run(
-        [sys.executable, "-m", "iccld", *words],
+        [*cluster.on_controller(), sys.executable, "-m", "iccld", *words],
         env={**cluster.environment, "PYTHONPATH": str(ROOT), **(variables or {})},
         cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
@@ -60,7 +60,7 @@ class PacedRun:
 
     def __init__(self, cluster: Cluster, shards: Path, folder: Path, *, pace_s: float = 1.0, batch: int = 2) -> None:
         self.cluster, self.run_dir, self.pace_file = cluster, folder / "run", folder / "pace"
-        self.words = ["train", *settings(shards, self.run_dir, batch=batch)]
+        self.words = ["train", *settings(shards, self.run_dir, batch=batch), "watchdog.beat_s=1"]
         self.pace(pace_s)
         self.jobs: list[str] = []
 
