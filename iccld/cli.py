@@ -12,11 +12,10 @@ DESCRIPTION = """\
 Train segmentation models on labelled source images and unlabelled target images.
 
   iccld train experiment=gta5_to_cityscapes run_dir=runs/a   train; the same command resumes
-  iccld submit --nodes 2 train run_dir=runs/a                the same as a SLURM job, requeued until it is finished
+  iccld submit --nodes 2 train run_dir=runs/a                the same as a SLURM job
   iccld evaluate runs/a inference.num_steps=[1,4]            score the finished stages
   iccld predict runs/a image.jpg out/                        label PNG and overlay
-  iccld shards make --dataset gta5 --input DIR --output DIR  turn a data set into shards
-  iccld shards index|verify|info DIR                         index tars, check, describe
+  iccld shards make --dataset gta5 --input DIR --output DIR  make (index, verify, info) shards
   iccld checkpoint list|verify|export|convert ...            look at checkpoints, get models out of them
 
 Any setting is changed by key=value; `iccld config experiment=...` shows all of them.
@@ -40,7 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("iccld", description=DESCRIPTION, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "iccld", description=DESCRIPTION, formatter_class=argparse.RawTextHelpFormatter, add_help=False
+    )
+    parser.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     train = verbs.add_parser("train", help="train the stages of a run, or go on with them")
