@@ -12,6 +12,7 @@ DESCRIPTION = """\
 Train segmentation models on labelled source images and unlabelled target images.
 
   iccld train experiment=gta5_to_cityscapes run_dir=runs/a   train; the same command resumes
+  iccld submit --nodes 2 train run_dir=runs/a                the same as a SLURM job
   iccld evaluate runs/a inference.num_steps=[1,4]            score the finished stages
   iccld predict runs/a image.jpg out/                        label PNG and overlay
   iccld shards make --dataset gta5 --input DIR --output DIR  turn a data set into shards
@@ -39,7 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("iccld", description=DESCRIPTION, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "iccld", description=DESCRIPTION, formatter_class=argparse.RawTextHelpFormatter, add_help=False
+    )
+    parser.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     train = verbs.add_parser("train")
@@ -65,6 +69,12 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--sliding-window", action="store_true")
     predict.add_argument("--attention", choices=["sdpa", "xformers"], default="sdpa", help="back end of the denoiser")
     predict.set_defaults(run=_predict)
+
+    from iccld.programs import submit
+
+    submission = verbs.add_parser("submit", description=submit.DESCRIPTION)
+    submit.add_arguments(submission)
+    submission.set_defaults(run=_submit)
 
     _add_shards(verbs)
     _add_checkpoint(verbs)
@@ -154,6 +164,12 @@ def _predict(arguments: argparse.Namespace) -> None:
         config=EvaluationConfig(image_size=image_size, sliding_window=arguments.sliding_window),
         attention=AttentionBackend[arguments.attention],
     )
+
+
+def _submit(arguments: argparse.Namespace) -> int:
+    from iccld.programs.submit import submit
+
+    return submit(arguments)
 
 
 def _checkpoint(arguments: argparse.Namespace) -> int:

@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "models": {"diffusion"},
     "data": {"labels"},
     "runtime": set(),
+    "slurm": set(),
     "stages": {"models", "diffusion", "losses", "uda"},
     "trainer": {"runtime", "stages.base"},
     "scores": {"labels"},

@@ -10,6 +10,7 @@ copy to host memory; a thread on each rank does the rest. Nothing is ever unpick
 
 import json
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -136,6 +137,7 @@ class CheckpointStore:
 
     def _write(self, step: int, runs: Mapping[str, Run], about: Mapping[str, Any]) -> None:
         """In the background thread of every rank."""
+        begin = time.monotonic()
         final = self.folder / f"step_{step:08d}"
         scratch = final.with_suffix(".tmp")
         failure = (
@@ -146,7 +148,7 @@ class CheckpointStore:
         _together(gather, lambda: self._clear(scratch) if is_main else None, failure)
         written = _together(gather, lambda: {file: write_runs(scratch / file, runs)}, failure)
         files = {name: facts for of_rank in written for name, facts in of_rank.items()}
-        manifest = {"format": FORMAT_VERSION, "step": step, **about}
+        manifest = {"format": FORMAT_VERSION, "step": step, "save_s": round(time.monotonic() - begin, 3), **about}
         _together(gather, lambda: self._commit(scratch, final, manifest, files) if is_main else None, failure)
         self._newest_saved = step
         self.announce(step)

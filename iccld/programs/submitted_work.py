@@ -1,0 +1,120 @@
+"""What the jobs of a submission run: one job that goes on by itself, a chain, or an array of runs."""
+
+import argparse
+import itertools
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from iccld.config import Config, load_config
+from iccld.slurm.config import Variant, Work
+from iccld.slurm.engine_file import FOLDER, engine_path, engine_variables
+from iccld.slurm.snapshot import code_hash
+
+Element = tuple[str, list[str]]
+
+
+def run_dir_of(command: Sequence[str]) -> Path:
+    """The run that `train ...` or `evaluate ...` works on. Raises ValueError for settings that it would refuse."""
+    verb, *rest = command or [""]
+    if verb == "train":
+        return Path(_config(rest).run_dir).absolute()
+    run_dirs = [word for word in rest if not word.startswith("-") and "=" not in word]
+    if verb != "evaluate" or not run_dirs:
+        raise ValueError(f"{verb!r} cannot be submitted; end with `train key=value ...` or `evaluate RUN_DIR ...`.")
+    return Path(run_dirs[0]).absolute()
+
+
+def _config(overrides: Sequence[str]) -> Config:
+    parser = argparse.ArgumentParser("iccld submit ... train", add_help=False)
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--config-dir", default="")
+    arguments = parser.parse_args(overrides)
+    return load_config(arguments.overrides, config_dir=arguments.config_dir)
+
+
+def jobs_of(
+    command: Sequence[str],
+    *,
+    num_ranks: int,
+    engine: str = "ddp",
+    chain: bool = False,
+    seeds: str = "",
+    variants: Sequence[tuple[str, list[str]]] = (),
+) -> list[tuple[str, Work]]:
+    """What each job adds to the name, and its work; each waits for the one before it. Raises ValueError."""
+    run_dir, path = run_dir_of(command), engine_path(engine)
+    code = run_dir / "code" / code_hash()
+    work = Work(
+        run_dir=str(run_dir),
+        code=str(code),
+        folder=str(Path.cwd()),
+        variables=engine_variables(path),
+        engine_file=str(code / FOLDER.name / path.name if path.parent == FOLDER else path.absolute()),
+    )
+    elements = list(_elements(seeds, variants))
+    if command[0] != "train" and (chain or elements):
+        raise ValueError("--chain, --seeds and --variant are of `train`; scoring is one job.")
+    jobs = []
+    for suffix, words in _chain(command) if chain else [("", list(command))]:
+        of_elements = tuple(_variant(element, words, run_dir) for element in elements)
+        for arguments in [variant.arguments for variant in of_elements] or [words]:
+            _check_batches(arguments, num_ranks)
+        jobs.append((suffix, replace(work, arguments=tuple(words), variants=of_elements)))
+    return jobs
+
+
+def _check_batches(command: Sequence[str], num_ranks: int) -> None:
+    """That the ranks can share the batch, before they wait in a queue to find out."""
+    if command[0] == "train":
+        config = _config(command[1:])
+        for name in config.stages:
+            getattr(config, name.value).trainer.num_accumulation(num_ranks)
+
+
+def _chain(command: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """A job a stage, then one that finds them finished and scores them."""
+    config = _config(command[1:])
+    for name in config.stages:
+        settings = [f"stages=[{name.value}]"]
+        if not getattr(config, name.value).trainer.evaluate_every:
+            settings.append("data.validation.shards=")  # scoring is the last job's
+        yield f"-{name.value}", _with_settings(command, settings)
+    yield "-scores", list(command)
+
+
+def _elements(seeds: str, variants: Iterable[tuple[str, list[str]]]) -> Iterator[Element]:
+    """Every variant with every seed."""
+    if seeds and not re.fullmatch(r"[1-9]\d*|\d+(,\d+)+", seeds):
+        raise ValueError(f"--seeds {seeds} must be how many, as in 3, or which, as in 0,5,7.")
+    numbers = seeds.split(",") if "," in seeds else [str(seed) for seed in range(int(seeds or 0))]
+    of_seeds = [(f"seed_{seed}", [f"seed={seed}"]) for seed in numbers]
+    named = list(variants)
+    for name, settings in named:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", name):
+            raise ValueError(f"--variant {name!r} names a folder: letters, digits and ._+- only.")
+        if wrong := [setting for setting in settings if "=" not in setting]:
+            raise ValueError(f"--variant {name}: {wrong[0]!r} must be key=value.")
+    if of_seeds and named:
+        for (name, settings), (seed, of_seed) in itertools.product(named, of_seeds):
+            yield f"{name}_{seed}", [*settings, *of_seed]
+    else:
+        yield from named or of_seeds
+
+
+def _variant(element: Element, words: Sequence[str], run_dir: Path) -> Variant:
+    name, settings = element
+    own = run_dir / name
+    return Variant(str(own), tuple(_with_settings(words, [*settings, f"run_dir={_hydra_value(own)}"])))
+
+
+def _with_settings(words: Sequence[str], settings: Sequence[str]) -> list[str]:
+    """The settings last, in place of earlier ones of the same name."""
+    names = {setting.partition("=")[0] for setting in settings}
+    return [*(word for word in words if word.partition("=")[0] not in names), *settings]
+
+
+def _hydra_value(path: Path) -> str:
+    text = str(path)
+    return text if re.fullmatch(r"[\w./+@%-]+", text) else "'" + text.replace("'", "\\'") + "'"

@@ -1,0 +1,1 @@
+"""SLURM: the job script as text, the life of a job, and how its tasks become ranks."""

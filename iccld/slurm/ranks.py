@@ -1,0 +1,68 @@
+"""One task of a job step is one rank: its place, and where rank 0 waits, from SLURM's variables. No agent between."""
+
+import fcntl
+import socket
+import struct
+from collections.abc import Mapping
+
+FIRST_PORT, NUM_PORTS = 10_000, 20_000  # below the range from which systems hand out ports themselves
+_SIOCGIFADDR = 0x8915
+
+
+def rank_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables that torch and accelerate read, from those that srun sets; what is already set is kept.
+
+    Nothing where a launcher has formed the ranks. Raises ValueError outside a job step.
+    """
+    if "RANK" in environment:
+        return {}
+    try:
+        rank, local_rank = environment["SLURM_PROCID"], environment["SLURM_LOCALID"]
+        world_size, node_rank = environment["SLURM_STEP_NUM_TASKS"], environment["SLURM_NODEID"]
+        # srun's own node is the job's first, where rank 0 is; its address is right also where names do not resolve.
+        address, job = environment["SLURM_LAUNCH_NODE_IPADDR"], environment["SLURM_JOB_ID"]
+        tasks = tasks_per_node(environment["SLURM_STEP_TASKS_PER_NODE"])
+    except KeyError as error:
+        raise ValueError(f"{error.args[0]} is not set: this is no task of a job step; start it with srun.") from error
+    formed = {
+        "RANK": rank,
+        "WORLD_SIZE": world_size,
+        "LOCAL_RANK": local_rank,
+        "LOCAL_WORLD_SIZE": str(tasks[int(node_rank)]),
+        "NODE_RANK": node_rank,
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(master_port(int(job))),
+    }
+    return {name: value for name, value in formed.items() if name not in environment}
+
+
+def tasks_per_node(text: str) -> list[int]:
+    """SLURM's `2(x3),1` as [2, 2, 2, 1]."""
+    tasks: list[int] = []
+    for part in text.split(","):
+        count, _, times = part.partition("(x")
+        tasks += [int(count)] * int(times.rstrip(")") or 1)
+    return tasks
+
+
+def master_port(job: int) -> int:
+    """The same on every node without asking; jobs that share nodes have other numbers."""
+    return FIRST_PORT + job % NUM_PORTS
+
+
+def interface_towards(address: str) -> str:
+    """The network interface by which this machine reaches another; "" where it has no name.
+
+    Gloo would look up the machine's own name, and where that does not resolve, tell the others 127.0.0.1.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((address, 9))  # sends nothing
+        own = probe.getsockname()[0]
+        for _, name in socket.if_nameindex():
+            try:
+                answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+            except OSError:  # an interface without an IPv4 address
+                continue
+            if socket.inet_ntoa(answer[20:24]) == own:
+                return name
+    return ""

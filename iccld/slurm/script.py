@@ -1,0 +1,135 @@
+"""The text of a job script: a function of what is asked and what is run, and of nothing else."""
+
+import shlex
+from collections.abc import Iterator
+
+from iccld.slurm.config import Container, Launcher, SubmitConfig, Work
+from iccld.slurm.ranks import FIRST_PORT, NUM_PORTS
+
+NCCL = """\
+# NCCL chooses its network itself; where it chooses wrongly, say:
+# export NCCL_SOCKET_IFNAME=ib0    # the interface for its first contact, where a node has several
+# export NCCL_IB_HCA=mlx5          # which InfiniBand adapters; NCCL_IB_DISABLE=1 for none
+# export NCCL_DEBUG=INFO           # once, to read in the log what it has chosen
+"""
+
+
+def sbatch_text(config: SubmitConfig, work: Work) -> str:
+    """The script that sbatch takes."""
+    parts = [
+        "#!/bin/bash\n" + "".join(f"#SBATCH {line}\n" for line in _directives(config, work)),
+        "".join(_what_is_run(work)),
+        "".join(_environment(config, work)),
+        f'source "$code/iccld/slurm/job.sh"\nbegin_attempt "$run_dir"\n{_launch(config, work)}end_attempt\n',
+    ]
+    return "\n".join(parts)
+
+
+def _directives(config: SubmitConfig, work: Work) -> Iterator[str]:
+    is_array = bool(work.variants)
+    yield f"--job-name={config.job_name}"
+    for name in ("account", "partition", "qos", "constraint"):
+        if value := getattr(config, name):
+            yield f"--{name}={_directive_value(value)}"
+    agents = config.launcher is Launcher.accelerate
+    yield f"--nodes={config.nodes}"
+    yield f"--ntasks-per-node={1 if agents else config.tasks_per_node}"
+    yield f"--cpus-per-task={config.cpus_per_task * (config.tasks_per_node if agents else 1)}"
+    if config.gpus_per_node:
+        yield f"--gres=gpu:{config.gpus_per_node}"
+    if config.memory:
+        yield f"--mem={config.memory}"
+    yield f"--time={config.time}"
+    if config.exclude:
+        yield f"--exclude={','.join(config.exclude)}"
+    if config.after:
+        yield f"--dependency={'aftercorr' if is_array else 'afterok'}:{':'.join(config.after)}"
+        yield "--kill-on-invalid-dep=yes"
+    if is_array:
+        yield f"--array=0-{len(work.variants) - 1}" + (f"%{config.max_running}" if config.max_running else "")
+    yield f"--signal=USR1@{config.lead_s}"
+    yield "--requeue" if config.requeue else "--no-requeue"
+    yield "--open-mode=append"
+    log = f"{work.run_dir.replace('%', '%%')}/logs/%x-{'%A_%a' if is_array else '%j'}.log"
+    yield f"--output={_directive_value(log)}"
+    yield f"--chdir={_directive_value(work.folder)}"
+    yield from config.directives
+
+
+def _directive_value(value: str) -> str:
+    """In double quotes where sbatch would end it at a space, a quote or a comment."""
+    if not set(value) & set(" \"'#"):
+        return value
+    return '"' + value.replace('"', '\\"') + '"'
+
+
+def _what_is_run(work: Work) -> Iterator[str]:
+    yield f"code={shlex.quote(work.code)}\n"
+    if not work.variants:
+        yield f"run_dir={shlex.quote(work.run_dir)}\n{_array(work.arguments)}"
+        return
+    yield "case $SLURM_ARRAY_TASK_ID in\n"
+    for number, variant in enumerate(work.variants):
+        words = " ".join(shlex.quote(argument) for argument in variant.arguments)
+        yield f"{number}) run_dir={shlex.quote(variant.run_dir)} command=({words}) ;;\n"
+    yield "esac\n"
+
+
+def _array(arguments: tuple[str, ...]) -> str:
+    return "command=(\n" + "".join(f"    {shlex.quote(argument)}\n" for argument in arguments) + ")\n"
+
+
+def _environment(config: SubmitConfig, work: Work) -> Iterator[str]:
+    for module in config.modules:
+        yield f"module load {module}\n"
+    for line in config.setup:
+        yield f"{line}\n"
+    yield "export PYTHONPATH=$code${PYTHONPATH:+:$PYTHONPATH} PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1\n"
+    yield f"export OMP_NUM_THREADS={config.cpus_per_task}\n"
+    if config.launcher is Launcher.srun:
+        yield from (f"export {name}={shlex.quote(value)}\n" for name, value in work.variables.items())
+    elif not config.gpus_per_node:
+        yield "export ACCELERATE_USE_CPU=true\n"
+    if config.gpus_per_node:
+        yield NCCL
+    if config.max_stalled != SubmitConfig.max_stalled:
+        yield f"max_stalled={config.max_stalled}\n"
+    if not config.requeue:
+        yield "requeue=no\n"
+
+
+def _launch(config: SubmitConfig, work: Work) -> str:
+    step = 'launch srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK"'
+    python = shlex.quote(config.python)
+    if config.launcher is Launcher.accelerate:
+        return f"{step} \\\n    bash -c '{_agent(config, work)}' agent \"${{command[@]}}\"\n"
+    if config.container is Container.enroot:
+        every = ",".join([*_mounts(work), *config.mounts])
+        image = f"--container-image={shlex.quote(config.image)} --container-mounts={shlex.quote(every)}"
+        step += f" \\\n    {image} --container-workdir={shlex.quote(work.folder)}"
+    elif config.container is Container.apptainer:
+        binds = " ".join(f"--bind {shlex.quote(mount)}" for mount in [*_mounts(work), *config.mounts])
+        gpu = " --nv" if config.gpus_per_node else ""
+        step += f" \\\n    apptainer exec{gpu} {binds} --pwd {shlex.quote(work.folder)} {shlex.quote(config.image)}"
+    return f'{step} \\\n    {python} -m iccld.programs.rank "${{command[@]}}"\n'
+
+
+def _mounts(work: Work) -> list[str]:
+    """What the job reads and writes of its own, each folder at its own place; what lies in another comes with it."""
+    own = sorted({work.run_dir, work.code, work.folder})
+    if any(set(folder) & set(",: ") for folder in own):
+        raise ValueError(f"one of {', '.join(own)} holds a comma, colon or space: a container cannot be given it.")
+    return [f"{f}:{f}" for f in own if not any(f.startswith(f"{other.rstrip('/')}/") for other in own)]
+
+
+def _agent(config: SubmitConfig, work: Work) -> str:
+    """For `bash -c` on each node. The agent would die of USR1, which is meant for the ranks."""
+    options = [
+        f"--config_file {shlex.quote(work.engine_file)}",
+        f"--num_machines {config.nodes} --num_processes {config.num_ranks}",
+        '--machine_rank "$SLURM_NODEID" --main_process_ip "$SLURM_LAUNCH_NODE_IPADDR"',
+        f"--main_process_port $(({FIRST_PORT} + SLURM_JOB_ID % {NUM_PORTS}))",
+    ]
+    launch = " \\\n        ".join([f"{shlex.quote(config.python)} -m accelerate.commands.launch", *options])
+    line = f'trap "" USR1; exec {launch} \\\n        --module iccld.programs.rank "$@"'
+    return line.replace("'", "'\\''")

@@ -1,0 +1,69 @@
+"""The code as it was when a job was submitted: what is edited afterwards changes no job that waits."""
+
+import hashlib
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parents[1]
+EXTRAS = ("accelerate_configs",)  # beside the package, in a checkout
+
+
+def code_files() -> Iterator[tuple[str, Path]]:
+    """Where each file lies in the copy, and where it is now."""
+    for folder in (PACKAGE, *(PACKAGE.parent / name for name in EXTRAS)):
+        for path in sorted(folder.rglob("*")):
+            if path.is_file() and "__pycache__" not in path.parts:
+                yield path.relative_to(PACKAGE.parent).as_posix(), path
+
+
+def code_hash() -> str:
+    """Of every file's name and content."""
+    digest = hashlib.sha256()
+    for name, path in code_files():
+        content = path.read_bytes()
+        digest.update(f"{name} {len(content)}\n".encode() + content)
+    return digest.hexdigest()[:12]
+
+
+def copy_code(folder: Path) -> Path:
+    """`folder`/HASH with the package; made once for each state of the code, whole or not at all."""
+    target = folder / code_hash()
+    if not target.is_dir():
+        scratch = target.with_suffix(".tmp")
+        shutil.rmtree(scratch, ignore_errors=True)
+        for name, path in code_files():
+            (scratch / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, scratch / name)
+        scratch.rename(target)
+    return target
+
+
+def code_version(version: str) -> str:
+    """Version, commit, what differs from it, and who submitted where."""
+    changed = _git("status", "--porcelain", "--", "iccld", *EXTRAS).splitlines()
+    facts = {
+        "iccld": version,
+        "code": code_hash(),
+        "commit": _git("rev-parse", "HEAD") or "not a git checkout",
+        "changed": ", ".join(line[3:] for line in changed) or "nothing",
+        "python": sys.version.split()[0],
+        "submitted": f"{time.strftime('%F %T')} on {platform.node()}",
+    }
+    return "".join(f"{name}: {value}\n" for name, value in facts.items())
+
+
+def _git(*arguments: str) -> str:
+    """What git says of the checkout; "" where the package is installed, or git is not there."""
+    if not (PACKAGE.parent / ".git").exists():
+        return ""
+    try:
+        command = ["git", "-C", str(PACKAGE.parent), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.rstrip() if done.returncode == 0 else ""

@@ -1,0 +1,117 @@
+"""Nodes, processes and daemons that are lost: the job is requeued and ends with the weights of an undisturbed one."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.cluster import Cluster, wait_until
+from tests.slurm.jobs import PacedRun, assert_same_run, iccld
+
+LIMIT_S = 120  # from the loss of something to the next attempt's first step
+
+
+@pytest.fixture
+def run(cluster: Cluster, scene_shards: Path, tmp_path: Path) -> PacedRun:
+    """Two nodes, past the first checkpoint of stage 1."""
+    run = PacedRun(cluster, scene_shards, tmp_path)
+    run.submit()
+    run.wait_for_step(4)
+    return run
+
+
+def second_node(run: PacedRun) -> str:
+    """A node of the job that the batch shell is not on."""
+    nodes = run.cluster.run("scontrol", "show", "hostnames", run.cluster.fact(run.jobs[0], "NodeList")).split()
+    return next(node for node in nodes if node != run.cluster.fact(run.jobs[0], "BatchHost"))
+
+
+def assert_goes_on(run: PacedRun, undisturbed: Path, since: float) -> None:
+    wait_until(lambda: run.attempts() >= 2, LIMIT_S, "the next attempt", run.tail)
+    assert time.monotonic() - since < LIMIT_S
+    run.finish()
+    assert_same_run(undisturbed, run.run_dir)
+
+
+def test_a_node_set_down(run: PacedRun, undisturbed: Path):
+    node, since = second_node(run), time.monotonic()
+    run.cluster.run("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
+    try:
+        assert_goes_on(run, undisturbed, since)
+        assert f"node {node} failed: down while the job ran on it" in run.log
+    finally:
+        run.cluster.run("scontrol", "update", f"nodename={node}", "state=resume", check=False)
+
+
+def test_a_node_whose_processes_are_killed(run: PacedRun, undisturbed: Path):
+    """Daemon, step daemon and rank at once, as where a machine dies."""
+    node, since = second_node(run), time.monotonic()
+    run.cluster.daemons[node].kill()
+    run.cluster.daemons[node].wait(10)
+    kill(run.cluster.step_daemons(node), run.cluster.processes(node))
+    try:
+        assert_goes_on(run, undisturbed, since)
+    finally:
+        run.cluster.start_node(node)
+
+
+def test_a_step_daemon_killed_with_its_rank(run: PacedRun, undisturbed: Path):
+    """srun would wait for the dead daemon for ever."""
+    node, since = second_node(run), time.monotonic()
+    kill(run.cluster.step_daemons(node), run.cluster.processes(node))
+    assert_goes_on(run, undisturbed, since)
+    assert "srun is left behind" in run.log
+
+
+def test_a_step_daemon_killed_while_its_node_and_its_rank_live(run: PacedRun, undisturbed: Path):
+    """SLURM does not notice; the rank does."""
+    node, since = second_node(run), time.monotonic()
+    kill(run.cluster.step_daemons(node))
+    assert_goes_on(run, undisturbed, since)
+    assert "lost the process that started it" in run.log and f"node {node} failed" in run.log
+
+
+def test_a_rank_that_hangs_is_named_with_its_node(
+    cluster: Cluster, scene_shards: Path, undisturbed: Path, tmp_path: Path
+):
+    run = PacedRun(cluster, scene_shards, tmp_path)
+    run.words.append("watchdog.step_s=12")
+    job = run.submit()
+    run.wait_for_step(4)
+    node, since = cluster.fact(job, "BatchHost"), time.monotonic()
+    run.pace(600)
+    wait_until(lambda: f"watchdog: rank 0 on {node}" in run.log, 60, "the watchdog", run.tail)
+    run.pace(0)
+    assert_goes_on(run, undisturbed, since)
+    assert f"node {node} failed" in run.log
+
+
+def test_a_killed_rank_is_named_with_its_node_and_the_node_excluded_the_second_time(run: PacedRun, undisturbed: Path):
+    node = second_node(run)
+    kill(run.cluster.processes(node, program="iccld.programs.rank"))
+    wait_until(lambda: run.attempts() >= 2, LIMIT_S, "the next attempt", run.tail)
+    assert f"node {node} failed" in run.log
+    ledger = run.run_dir / "slurm" / "failed_nodes"
+    assert "--exclude" not in iccld(run.cluster, "submit", "--dry-run", *run.words)
+    ledger.write_text(ledger.read_text() + f"{node}\t2026-01-01 00:00:00\tjob 99, restart 0\tkilled\n")
+    assert f"#SBATCH --exclude={node}\n" in iccld(run.cluster, "submit", "--dry-run", *run.words)
+    run.finish()
+    assert_same_run(undisturbed, run.run_dir)
+
+
+def test_a_broken_job_is_not_requeued_for_ever(cluster: Cluster, scene_shards: Path, tmp_path: Path):
+    run = PacedRun(cluster, scene_shards, tmp_path)
+    job = run.submit("--python", "/bin/false", "--max-stalled", "2")
+    assert cluster.wait(job) == "FAILED"
+    assert cluster.fact(job, "Restarts") == "1"
+    assert "2 attempts without a newer checkpoint; not started again" in run.log
+    assert not (run.run_dir / "slurm" / "failed_nodes").exists()  # both nodes failed alike
+
+
+def kill(*processes: list[int]) -> None:
+    found = [pid for group in processes for pid in group]
+    assert found
+    for pid in found:
+        os.kill(pid, signal.SIGKILL)

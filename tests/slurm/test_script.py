@@ -1,0 +1,194 @@
+"""The text of job scripts: launch/slurm holds what `sbatch_text` writes, and no name breaks out of it."""
+
+import shlex
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from iccld.programs.submitted_work import jobs_of
+from iccld.slurm.config import Container, Launcher, SubmitConfig, Variant, Work, seconds_of
+from iccld.slurm.history import failing_nodes, lead_time_s
+from iccld.slurm.script import sbatch_text
+
+ROOT = Path(__file__).parents[2]
+WORK = Work(
+    run_dir="/shared/runs/gta5",
+    code="/shared/iccld",
+    folder="/shared",
+    arguments=("train", "experiment=gta5_to_cityscapes", "run_dir=/shared/runs/gta5"),
+)
+GPUS = SubmitConfig(job_name="gta5", account="vision", partition="gpu", gpus_per_node=4, memory="200G", time="4:00:00")
+ARRAY = replace(
+    WORK,
+    arguments=(),
+    variants=tuple(
+        Variant(
+            f"/shared/runs/gta5/{name}",
+            ("train", "experiment=gta5_to_cityscapes", *settings, f"run_dir=/shared/runs/gta5/{name}"),
+        )
+        for name, settings in (
+            ("full_seed_0", ["seed=0"]),
+            ("full_seed_1", ["seed=1"]),
+            ("no_teacher_seed_0", ["stage1.objective.use_teacher=false", "seed=0"]),
+        )
+    ),
+)
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
+APPTAINER = replace(
+    GPUS,
+    nodes=2,
+    container=Container.apptainer,
+    image="/shared/iccld.sif",
+    mounts=("/data:/data:ro",),
+    python="python3",
+)
+TEMPLATES = {
+    "one_node": (replace(GPUS, modules=("cuda/12.8",)), WORK),
+    "several_nodes": (replace(GPUS, nodes=4, constraint="a100&ib", exclude=("n07",)), replace(WORK, variables=FSDP2)),
+    "array": (replace(GPUS, max_running=2), ARRAY),
+    "apptainer": (APPTAINER, WORK),
+    "enroot": (replace(APPTAINER, container=Container.enroot, image="/shared/iccld.sqsh"), WORK),
+    "accelerate": (
+        replace(GPUS, nodes=2, launcher=Launcher.accelerate),
+        replace(WORK, engine_file="/shared/iccld/accelerate_configs/zero2.yaml"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_template_is_what_would_be_submitted(name: str):
+    template = (ROOT / "launch" / "slurm" / f"{name}.sbatch").read_text()
+    about, _, script = template.partition("\n#SBATCH")
+    assert sbatch_text(*TEMPLATES[name]) == f"#!/bin/bash\n#SBATCH{script}"
+    assert about.startswith("#!/bin/bash\n# ") and all(line.startswith("#") for line in about.splitlines())
+
+
+def test_every_template_is_tested():
+    assert {path.stem for path in (ROOT / "launch" / "slurm").glob("*.sbatch")} == set(TEMPLATES)
+
+
+HOSTILE = ["a b", "a'b", 'a"b', "a;touch x", "a$(touch x)", "a`touch x`", "a#b", "a&b|c", "*", "ä", "a%jb", "--a"]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_words_reach_the_program_as_they_are(tmp_path: Path, name: str):
+    """The script itself is run, with `launch` in place of SLURM printing what it was given."""
+    folder = tmp_path / name
+    (folder / "iccld" / "slurm").mkdir(parents=True)
+    (folder / "iccld" / "slurm" / "job.sh").write_text(
+        "begin_attempt() { printf '%s\\0' \"$1\"; }\nend_attempt() { :; }\nlaunch() { printf '%s\\0' \"$@\"; }\n"
+    )
+    words = ("train", f"a={name}", name)
+    work = Work(run_dir=f"{folder}/run", code=str(folder), folder=str(folder), arguments=words)
+    script = tmp_path / "script"
+    script.write_text(sbatch_text(SubmitConfig(), work))
+    done = subprocess.run(
+        ["bash", "-u", str(script)], capture_output=True, cwd=tmp_path, timeout=20, check=True,
+        env={"SLURM_CPUS_PER_TASK": "1", "PATH": "/usr/bin:/bin"},
+    )  # fmt: skip
+    given = done.stdout.decode().split("\0")[:-1]
+    assert given[0] == f"{folder}/run" and tuple(given[-3:]) == words
+    assert not (tmp_path / "x").exists()
+    [output] = [line for line in script.read_text().splitlines() if line.startswith("#SBATCH --output=")]
+    log = f"{folder}/run/logs/%x-%j.log".replace(name, name.replace("%", "%%"))
+    assert shlex.split(output.removeprefix("#SBATCH ")) == [f"--output={log}"]
+
+
+@pytest.mark.parametrize("setting", ["job_name", "account", "partition", "qos", "memory", "time", "constraint"])
+@pytest.mark.parametrize("value", ["a b", "a;b", "a'b", 'a"b', "a\n#SBATCH --uid=0", "a#b", "$(x)"])
+def test_hostile_names_in_directives_are_refused(setting: str, value: str):
+    with pytest.raises(ValueError, match=f"^{setting}="):
+        SubmitConfig(**{setting: value})
+
+
+@pytest.mark.parametrize("setting", ["exclude", "after", "mounts", "modules", "directives", "setup"])
+def test_lists_take_no_line_breaks(setting: str):
+    with pytest.raises(ValueError, match=f"^{setting}="):
+        SubmitConfig(**{setting: ("a\nb",)})
+
+
+@pytest.mark.parametrize("where", ["run_dir", "code", "folder", "arguments"])
+def test_work_takes_no_line_breaks(where: str):
+    with pytest.raises(ValueError, match="line break"):
+        replace(WORK, **{where: ("a\nb",) if where == "arguments" else "/a\nb"})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"nodes": 0}, "nodes=0 must be at least 1"),
+        ({"lead_s": 300, "time": "5"}, "twice lead_s"),
+        ({"container": Container.apptainer}, "need each other"),
+        ({"image": "a.sif", "container": Container.enroot, "launcher": Launcher.accelerate}, "use launcher=srun"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(settings: dict[str, object], message: str):
+    with pytest.raises(ValueError, match=message):
+        SubmitConfig(**settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"), [("90", 5400), ("1:30", 90), ("2:00:00", 7200), ("1-12", 129600), ("1-0:30:00", 88200)]
+)
+def test_times_are_read_as_slurm_does(time: str, seconds: int):
+    assert seconds_of(time) == seconds
+
+
+def test_the_lead_time_follows_the_longest_save(tmp_path: Path):
+    assert lead_time_s(tmp_path) == 300
+    for step, seconds in ((1, 10.0), (2, 40.0)):
+        folder = tmp_path / "stage1" / "checkpoints" / f"step_{step:08d}"
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text(f'{{"save_s": {seconds}}}')
+    (tmp_path / "metrics.jsonl").write_text('{"step_s": 5.0}\n{"step_')
+    assert lead_time_s(tmp_path) == 60 + 3 * 40 + 2 * 5
+
+
+def test_a_node_is_left_out_after_two_attempts_that_it_ended(tmp_path: Path):
+    (tmp_path / "slurm").mkdir()
+    ledger = tmp_path / "slurm" / "failed_nodes"
+    ledger.write_text("n1\tnow\tjob 1, restart 0\tx\nn1\tnow\tjob 1, restart 0\tx\nn2\tnow\tjob 1, restart 0\tx\n")
+    assert failing_nodes(tmp_path) == []
+    ledger.write_text(ledger.read_text() + "n2\tnow\tjob 1, restart 1\tx\n")
+    assert failing_nodes(tmp_path) == ["n2"]
+
+
+TRAIN = ["train", "model=tiny", "dataset=scenes", "run_dir=runs/a b", "stage1.trainer.micro_batch_size=1"]
+
+
+def test_seeds_and_variants_multiply():
+    [(_, work)] = jobs_of(
+        TRAIN, num_ranks=1, seeds="2", variants=[("x", ["seed=9", "statistics_samples=4"]), ("y", [])]
+    )
+    assert [Path(variant.run_dir).name for variant in work.variants] == ["x_seed_0", "x_seed_1", "y_seed_0", "y_seed_1"]
+    last = work.variants[1].arguments
+    assert [word for word in last if word.startswith("seed=")] == ["seed=9", "seed=1"]
+    assert [word for word in last if word.startswith("run_dir=")] == [
+        f"run_dir='{Path('runs/a b').absolute()}/x_seed_1'"
+    ]
+
+
+def test_a_chain_is_a_job_a_stage_and_one_for_the_scores():
+    names, works = zip(*jobs_of(TRAIN, num_ranks=1, chain=True), strict=True)
+    assert names == ("-stage1", "-stage2", "-scores")
+    assert "stages=[stage1]" in works[0].arguments and "data.validation.shards=" in works[0].arguments
+    assert list(works[2].arguments) == TRAIN
+
+
+@pytest.mark.parametrize(
+    ("words", "options", "message"),
+    [
+        (["train", "sed=1"], {}, "sed"),
+        (["predict", "x"], {}, "cannot be submitted"),
+        ([], {}, "cannot be submitted"),
+        (TRAIN, {"num_ranks": 3}, "micro_batch_size"),
+        (TRAIN, {"seeds": "0"}, "--seeds 0"),
+        (TRAIN, {"variants": [("../x", [])]}, "names a folder"),
+        (["evaluate", "runs/a"], {"chain": True}, "are of `train`"),
+    ],
+)
+def test_what_the_job_would_refuse_is_refused_before_it_waits(words: list[str], options: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        jobs_of(words, **{"num_ranks": 1, **options})
