@@ -59,6 +59,7 @@ class Watchdog:
         self._place, self._steps_begun, self._timeout = _Place(since=time.monotonic()), 0, 0.0
         self._beat, self._started_by, self._stop = 0, os.getppid(), threading.Event()
         self._peers, self._ending = self._new_peers(), threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
     def begin(self, stage: str) -> None:
         """A stage, or what comes after the last one."""
@@ -90,7 +91,7 @@ class Watchdog:
         if self.config.enabled:
             (self.run_dir / "heartbeats").mkdir(parents=True, exist_ok=True)
             self._write()
-            threading.Thread(target=self._run, name="watchdog", daemon=True).start()
+            self._thread.start()
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
@@ -99,6 +100,7 @@ class Watchdog:
         if error is not None and self.world_size > 1 and is_failure(error):
             self._lost(error)
         self._stop.set()
+        self._thread.join(END_S)  # met in C++ by the interpreter's end, a thread would abort the process
         faulthandler.cancel_dump_traceback_later()
         with contextlib.suppress(OSError):  # the file system may be what failed
             self._write(ended=f"{type(error).__name__}: {error}".splitlines()[0] if error else "in order")

@@ -49,11 +49,14 @@ def test_a_rank_that_hangs_is_named(
     step = 3 if phase == "save" else 2
     named = rf"watchdog: rank 1 on n1 \(process \d+\) stopped in phase {phase} of stage1 step {step}, \d+ s ago"
     assert re.search(named, lines), lines
-    assert "rank 0 on n0" not in re.sub(r"; rank 0 on n0 \(process \d+\) waits in .*", "", lines), lines
+    # Of two ranks that wait in different collectives, each holds up the other; of more, the fewer are named.
+    is_alone = fault["do"] != "collective"
+    assert ("rank 0 on n0" not in re.sub(r"; rank 0 on n0 \(process \d+\) waits in .*", "", lines)) == is_alone, lines
     stacks = (run_dir / "logs/stacks_rank_00001.txt").read_text()
     assert ("in fail" in stacks) == (fault["at"] != "data"), "the line that hangs; a worker is another process"
-    (event,) = [event for event in events(run_dir) if event["event"] == "stopped"]
-    assert (event["rank"], event["host"], event["phase"], event["step"]) == (1, "n1", phase, step)
+    noted = [event for event in events(run_dir) if event["event"] == "stopped"]
+    assert [event["rank"] for event in noted] == ([1] if is_alone else [0, 1])
+    assert (noted[-1]["host"], noted[-1]["phase"], noted[-1]["step"]) == ("n1", phase, step)
     assert statuses(command, tmp_path / "again", 2) == [0, 0], "the same command goes on"
 
 
