@@ -16,7 +16,7 @@ Train segmentation models on labelled source images and unlabelled target images
   iccld evaluate runs/a inference.num_steps=[1,4]            score the finished stages
   iccld predict runs/a image.jpg out/                        label PNG and overlay
   iccld shards make --dataset gta5 --input DIR --output DIR  make (index, verify, info) shards
-  iccld checkpoint list|verify|export|convert ...            look at checkpoints, get models out of them
+  iccld checkpoint list|verify|export|convert ...            look at checkpoints, export models
 
 Any setting is changed by key=value; `iccld config experiment=...` shows all of them.
 For several ranks on this machine: python launch/local.py NUM_RANKS VERB ...
