@@ -78,6 +78,7 @@ launch() {
         if [ "$silent" -gt "$ICCLD_SILENCE_S" ]; then # a step daemon that was killed: srun would wait for ever
             say "no rank has given a sign of life for $ICCLD_SILENCE_S s; srun is left behind"
             kill -KILL "$launched"
+            wait "$launched" 2>/dev/null
             status=137
             break
         fi
@@ -140,22 +141,18 @@ blame_node_failure() {
     [[ $(own_log) =~ srun:\ error:\ Node\ failure\ on\ ([A-Za-z0-9._-]+) ]] && blame "${BASH_REMATCH[1]}" "down while the job ran on it"
 }
 
-# srun names the node of each task that ends badly, unless a watchdog has named it before. The first is the cause, where a signal ended it, or where no other
-# ended in the same way: what the program gets wrong, it gets wrong on all.
+# A watchdog or the check before the start has named a rank's node; else srun names that of a task which a signal ended.
+# Only the first: it ends the others. What ended by itself, with a traceback, says nothing of the node.
 blame_first_to_end() {
-    local ends first how stopped
-    stopped=$(tail -c "+$((events_begin + 1))" "$run_dir/events.jsonl" 2>/dev/null | grep -m 1 -E '"event": "(stopped|unfit)"')
-    if [[ $stopped =~ \"host\":\ \"([A-Za-z0-9._-]+)\" ]]; then # a watchdog has named the rank that held up the others
-        blame "${BASH_REMATCH[1]}" "$stopped"
+    local named first
+    named=$(tail -c "+$((events_begin + 1))" "$run_dir/events.jsonl" 2>/dev/null | grep -m 1 -E '"event": "(stopped|unfit)"')
+    if [[ $named =~ \"host\":\ \"([A-Za-z0-9._-]+)\" ]]; then
+        blame "${BASH_REMATCH[1]}" "$named"
         return
     fi
-    ends=$(own_log | grep -E '^srun: error: [A-Za-z0-9._-]+: task [0-9]+: ')
-    first=${ends%%$'\n'*} first=${first#srun: error: }
-    if [[ $first =~ ^([A-Za-z0-9._-]+):\ task\ [0-9]+:\ (.*) ]]; then
-        how=${BASH_REMATCH[2]}
-        if [[ $how != Exited* ]] || [ "$(grep -cF ": $how" <<<"$ends")" = 1 ]; then
-            blame "${BASH_REMATCH[1]}" "$first"
-        fi
+    first=$(own_log | grep -m 1 -E '^srun: error: [^:]+: tasks? [0-9,-]+: ')
+    if [[ $first =~ ^srun:\ error:\ ([A-Za-z0-9._-]+:\ task\ [0-9]+:\ .*) && $first != *": Exited"* ]]; then
+        blame "${BASH_REMATCH[1]%%:*}" "${BASH_REMATCH[1]}"
     fi
 }
 

@@ -6,6 +6,7 @@ import struct
 from collections.abc import Mapping
 
 FIRST_PORT, NUM_PORTS = 10_000, 20_000  # below the range from which systems hand out ports themselves
+STRIDE = 7919
 _SIOCGIFADDR = 0x8915
 
 
@@ -31,7 +32,7 @@ def rank_environment(environment: Mapping[str, str]) -> dict[str, str]:
         "LOCAL_WORLD_SIZE": str(tasks[int(node_rank)]),
         "NODE_RANK": node_rank,
         "MASTER_ADDR": address,
-        "MASTER_PORT": str(master_port(int(job))),
+        "MASTER_PORT": str(master_port(int(job), restart=int(environment.get("SLURM_RESTART_COUNT", "0")))),
     }
     return {name: value for name, value in formed.items() if name not in environment}
 
@@ -45,9 +46,11 @@ def tasks_per_node(text: str) -> list[int]:
     return tasks
 
 
-def master_port(job: int) -> int:
-    """The same on every node without asking; jobs that share nodes have other numbers."""
-    return FIRST_PORT + job % NUM_PORTS
+def master_port(job: int, *, restart: int = 0) -> int:
+    """The same on every node without asking. Jobs that share a node have other numbers, and so have attempts of one
+    job: what an earlier one left behind may hold its port.
+    """
+    return FIRST_PORT + (job + STRIDE * restart) % NUM_PORTS
 
 
 def interface_towards(address: str) -> str:

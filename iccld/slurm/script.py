@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Iterator
 
 from iccld.slurm.config import Container, Launcher, SubmitConfig, Work
-from iccld.slurm.ranks import FIRST_PORT, NUM_PORTS
+from iccld.slurm.ranks import FIRST_PORT, NUM_PORTS, STRIDE
 
 NCCL = """\
 # NCCL chooses its network itself; where it chooses wrongly, say:
@@ -124,11 +124,12 @@ def _mounts(work: Work) -> list[str]:
 
 def _agent(config: SubmitConfig, work: Work) -> str:
     """For `bash -c` on each node. The agent would die of USR1, which is meant for the ranks."""
+    job = f"(SLURM_JOB_ID + {STRIDE} * ${{SLURM_RESTART_COUNT:-0}})"
     options = [
         f"--config_file {shlex.quote(work.engine_file)}",
         f"--num_machines {config.nodes} --num_processes {config.num_ranks}",
         '--machine_rank "$SLURM_NODEID" --main_process_ip "$SLURM_LAUNCH_NODE_IPADDR"',
-        f"--main_process_port $(({FIRST_PORT} + SLURM_JOB_ID % {NUM_PORTS}))",
+        f"--main_process_port $(({FIRST_PORT} + {job} % {NUM_PORTS}))",
     ]
     launch = " \\\n        ".join([f"{shlex.quote(config.python)} -m accelerate.commands.launch", *options])
     line = f'trap "" USR1; exec {launch} \\\n        --module iccld.programs.rank "$@"'

@@ -45,6 +45,7 @@ ReturnToService=2
 MinJobAge=3600
 MpiDefault=none
 JobRequeue=1
+FirstJobId={first_job}
 {nodes}
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
@@ -200,7 +201,8 @@ class Cluster:
 
 def config_text(home: Path, controller: str, port: int, nodes: str) -> str:
     """slurm.conf; the shortest of SLURM's waits, since tests wait for them."""
-    return _CONFIG.format(home=home, controller=controller, controller_port=port, nodes=nodes)
+    first_job = 1 + os.getpid() % 30 * 500  # clusters on one machine have jobs, and so ports, of their own
+    return _CONFIG.format(home=home, controller=controller, controller_port=port, nodes=nodes, first_job=first_job)
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float, what: str, tail: Callable[[], str] = str) -> None:
