@@ -15,8 +15,8 @@ from iccld.runtime.pieces import Run, TensorReader
 # Compiled at start on a CPU otherwise, in a minute and with a compiler; gloo does what it does.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
-# DeepSpeed's default, ten times as many, holds 2 GB for gradients on their way.
-BUCKET_ELEMENTS = 50_000_000
+# As DDP, tens of MB; by default DeepSpeed holds 2 GB for gradients on their way.
+BUCKET_ELEMENTS = 10_000_000
 
 
 class Zero(Backend):
