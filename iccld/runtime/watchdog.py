@@ -179,7 +179,8 @@ class Watchdog:
             say("watchdog: " + "; ".join([*words, f"stacks in {self._logs()}"]))
         with contextlib.suppress(OSError):
             if self.rank == speaks:
-                self._note(causes or {self.rank: f"{own} waits in {own.place}"}, {**seen, self.rank: own})
+                everybody = {rank: f"rank {rank} waits, as all do" for rank in range(self.world_size)}
+                self._note(causes or everybody, {**seen, self.rank: own})
             self._dump()
         if self.rank not in causes and self.world_size > 1:
             time.sleep(2 * self.config.beat_s)
@@ -189,7 +190,9 @@ class Watchdog:
         for rank, what in list(causes.items())[:SAID]:
             known = seen.get(rank)
             where = {"host": known.host, "phase": known.phase, "step": known.step} if known else {}
-            write_event(self.run_dir, "stopped", stage=self._place.stage, rank=rank, **where, what=what)
+            sure = len(causes) < self.world_size or self.world_size == 1  # else no rank could be told from the others
+            facts = {"stage": self._place.stage, "rank": rank, **where, "sure": sure, "what": what}
+            write_event(self.run_dir, "stopped", **facts)
 
     def _logs(self) -> Path:
         return self.run_dir / "logs"

@@ -47,7 +47,7 @@ def test_a_rank_that_hangs_is_named(
         assert time.monotonic() - begin < BOUND_S + 8 * (phase == "save")
         lines = said(ranks)
     step = 3 if phase == "save" else 2
-    named = rf"watchdog: rank 1 on n1 \(process \d+\) stopped in phase {phase} of stage1 step {step}, \d+ s ago"
+    named = rf"rank 1 on n1 \(process \d+\) stopped in phase {phase} of stage1 step {step}, \d+ s ago"
     assert re.search(named, lines), lines
     # Of two ranks that wait in different collectives, each holds up the other; of more, the fewer are named.
     is_alone = fault["do"] != "collective"
@@ -56,6 +56,7 @@ def test_a_rank_that_hangs_is_named(
     assert ("in fail" in stacks) == (fault["at"] != "data"), "the line that hangs; a worker is another process"
     noted = [event for event in events(run_dir) if event["event"] == "stopped"]
     assert [event["rank"] for event in noted] == ([1] if is_alone else [0, 1])
+    assert all(event["sure"] is is_alone for event in noted)
     assert (noted[-1]["host"], noted[-1]["phase"], noted[-1]["step"]) == ("n1", phase, step)
     assert statuses(command, tmp_path / "again", 2) == [0, 0], "the same command goes on"
 
