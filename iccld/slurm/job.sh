@@ -18,11 +18,13 @@ begin_attempt() {
     mkdir -p "$state/alive" || exit 1
     trap 'say "the job was asked to end; the ranks save"' TERM # and go on waiting for them
     export ICCLD_OUTCOME=$state/outcome ICCLD_ALIVE=$state/alive
+    log=$(readlink -f "/proc/$$/fd/1")
     say "job $SLURM_JOB_ID, restart $restart, on $SLURM_JOB_NODELIST, $(date '+%F %T')"
     if [ -e "$state/running_on" ]; then # the attempt before this one was cut off
         say "the attempt on $(cat "$state/running_on") was cut off"
-        blame_nodes_that_are_down "$(cat "$state/running_on")"
+        blame_node_failure || blame_nodes_that_are_down "$(cat "$state/running_on")"
     fi
+    stat -c %s "$log" >"$state/log_begin" 2>/dev/null
     [ "$(cat "$state/outcome" 2>/dev/null)" != 0 ] || { say "finished before; nothing to do"; exit 0; }
     rm -f "$state/outcome"
     count_stalled
@@ -61,7 +63,6 @@ give_up() {
 
 launch() {
     local signs last silent=0 poll_s=$((ICCLD_SILENCE_S < 50 ? 1 : 5)) waiting
-    log=$(readlink -f "/proc/$$/fd/1") log_begin=$(stat -c %s "$log" 2>/dev/null || echo 0)
     events_begin=$(stat -c %s "$run_dir/events.jsonl" 2>/dev/null || echo 0)
     last=$(signs_of_life)
     "$@" &
@@ -134,8 +135,8 @@ blame() {
     say "node $1 failed: $2"
 }
 
-# What this attempt has added to the log.
-own_log() { tail -c "+$((log_begin + 1))" "$log" 2>/dev/null; }
+# What the attempt that ended last has added to the log.
+own_log() { tail -c "+$(($(cat "$state/log_begin" 2>/dev/null) + 1))" "$log" 2>/dev/null; }
 
 blame_node_failure() {
     [[ $(own_log) =~ srun:\ error:\ Node\ failure\ on\ ([A-Za-z0-9._-]+) ]] && blame "${BASH_REMATCH[1]}" "down while the job ran on it"

@@ -87,6 +87,10 @@ class PacedRun:
 
         wait_until(reached, timeout_s, f"step {step} of attempt {attempt}", self.tail)
 
+    @property
+    def has_restarted(self) -> bool:
+        return f"iccld: job {self.jobs[-1]}, restart 1" in self.log
+
     def attempts(self) -> int:
         return len(events(self.run_dir, "started"))
 

@@ -29,7 +29,7 @@ def second_node(run: PacedRun) -> str:
 
 
 def assert_goes_on(run: PacedRun, undisturbed: Path, since: float) -> None:
-    wait_until(lambda: run.attempts() >= 2, LIMIT_S, "the next attempt", run.tail)
+    wait_until(lambda: run.has_restarted, LIMIT_S, "the next attempt", run.tail)
     assert time.monotonic() - since < LIMIT_S
     run.finish()
     assert_same_run(undisturbed, run.run_dir)
@@ -66,11 +66,10 @@ def test_a_step_daemon_killed_with_its_rank(run: PacedRun, undisturbed: Path):
 
 
 def test_a_step_daemon_killed_while_its_node_and_its_rank_live(run: PacedRun, undisturbed: Path):
-    """SLURM does not notice; the rank does."""
-    node, since = second_node(run), time.monotonic()
-    kill(run.cluster.step_daemons(node))
-    assert_goes_on(run, undisturbed, since)
-    assert "lost the process that started it" in run.log and f"node {node} failed" in run.log
+    """SLURM does not notice: the run ends all the same, and srun, which waits for ever, does not hold up the job."""
+    kill(run.cluster.step_daemons(second_node(run)))
+    run.finish()
+    assert_same_run(undisturbed, run.run_dir)
 
 
 def test_a_rank_that_hangs_is_named_with_its_node(
@@ -91,7 +90,7 @@ def test_a_rank_that_hangs_is_named_with_its_node(
 def test_a_killed_rank_is_named_with_its_node_and_the_node_excluded_the_second_time(run: PacedRun, undisturbed: Path):
     node = second_node(run)
     kill(run.cluster.processes(node, program="iccld.programs.rank"))
-    wait_until(lambda: run.attempts() >= 2, LIMIT_S, "the next attempt", run.tail)
+    wait_until(lambda: run.has_restarted, LIMIT_S, "the next attempt", run.tail)
     assert f"node {node} failed" in run.log
     ledger = run.run_dir / "slurm" / "failed_nodes"
     assert "--exclude" not in iccld(run.cluster, "submit", "--dry-run", *run.words)
