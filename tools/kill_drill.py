@@ -24,6 +24,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 from compare_runs import STAGES, differences, lines
@@ -152,6 +153,16 @@ class Drill:
         if not found:
             shutil.rmtree(run_dir)
 
+    def figures(self) -> dict[str, Any]:
+        return {
+            "kills": self.kinds.total(),
+            "runs": self.runs,
+            "bit_identical": not self.differences,
+            "samples_lost": self.samples_lost,
+            "samples_repeated": self.samples_repeated,
+            "kinds": {kind: self.kinds[kind] for kind in KINDS},
+        }
+
     def _next(self) -> str:
         if not self.upcoming:
             self.upcoming = self.draw.sample(KINDS, len(KINDS))
@@ -220,25 +231,15 @@ def main() -> int:
     begin, draw = time.monotonic(), random.Random(arguments.seed)
     drill = Drill(Path(tempfile.mkdtemp(prefix="kill_drill_")), arguments.engine, draw)
     _make_shards(drill.folder)
-    expected = drill.undisturbed()
+    expected, figures = drill.undisturbed(), drill.figures()
     while drill.kinds.total() < arguments.kills:
-        before = drill.kinds.total()
         drill.run(expected, arguments.kills)
         verdict = "; ".join(drill.differences) or "all runs equal the undisturbed one"
-        total = drill.kinds.total()
-        print(f"run {drill.runs}: {total - before} kills, {total} in all; {verdict}", flush=True)
-    figures = {
-        "kills": drill.kinds.total(),
-        "runs": drill.runs,
-        "bit_identical": not drill.differences,
-        "samples_lost": drill.samples_lost,
-        "samples_repeated": drill.samples_repeated,
-        "kinds": {kind: drill.kinds[kind] for kind in KINDS},
-        "seconds": round(time.monotonic() - begin, 1),
-    }
+        print(f"run {drill.runs}: {drill.kinds.total()} kills in all; {verdict}", flush=True)
+        figures = drill.figures() | {"seconds": round(time.monotonic() - begin, 1)}
+        if arguments.json:  # after every run: a drill of hours may be interrupted too
+            arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
     print(json.dumps(figures))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
     if not drill.differences:
         shutil.rmtree(drill.folder)
     return int(bool(drill.differences))
