@@ -9,8 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from iccld.runtime.checkpoint import Checkpoint, CheckpointConfig, CheckpointError, CheckpointStore
+from iccld.runtime.checkpoint import CheckpointConfig, CheckpointStore
 from iccld.runtime.engine import Engine
+from iccld.runtime.manifest import Checkpoint, CheckpointError
 from iccld.runtime.metrics import MetricsLogger
 from iccld.runtime.preemption import Preempted, Preemption
 from iccld.runtime.profiling import PhaseTimer

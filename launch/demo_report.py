@@ -17,7 +17,7 @@ from iccld.evaluation import results_table
 from iccld.models.iccld import ICCLD
 from iccld.predict import colourise, comparison_picture
 from iccld.programs.evaluate import named_results, predict_function
-from iccld.runtime.checkpoint import write_text_durably
+from iccld.runtime.durable import write_text_durably
 
 NUM_PICTURES = 6
 

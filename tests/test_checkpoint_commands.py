@@ -11,7 +11,7 @@ from iccld.cli import main
 from iccld.config import load_config
 from iccld.models.iccld import ICCLD
 from iccld.programs.train import train
-from iccld.runtime.checkpoint import verify
+from iccld.runtime.manifest import verify
 from tests.factory import scene_overrides
 
 NO_TRAINING_PACKAGES = """

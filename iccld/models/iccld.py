@@ -196,12 +196,16 @@ class ICCLD(nn.Module):
             )
         return self.denoiser
 
-    def _make_card(self, names: Sequence[str], palette: Sequence[Sequence[int]], origin: dict[str, Any]) -> ModelCard:
-        """The backbone's whole config takes the place of its hub id: rebuilding needs no network."""
+    def rebuilding_config(self) -> dict[str, Any]:
+        """The `ModelConfig` as plain values; the backbone's whole config replaces its hub id: no network is needed."""
         backbone = self.encoder.backbone.config.to_dict()
-        encoder = replace(self.config.encoder, pretrained="", backbone_config=backbone)
+        return to_plain(
+            replace(self.config, encoder=replace(self.config.encoder, pretrained="", backbone_config=backbone))
+        )
+
+    def _make_card(self, names: Sequence[str], palette: Sequence[Sequence[int]], origin: dict[str, Any]) -> ModelCard:
         origin = {"encoder": self.config.encoder.pretrained, **origin}
-        model = to_plain(replace(self.config, encoder=encoder))
+        model = self.rebuilding_config()
         return ModelCard(FORMAT_VERSION, self.stage, list(names), [list(map(int, c)) for c in palette], model, origin)
 
     def _load_weights(self, path: Path, *, trained: bool) -> None:

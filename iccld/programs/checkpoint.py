@@ -4,7 +4,6 @@ A checkpoint is stored independently of engine and ranks: to go on under another
 """
 
 import argparse
-import json
 import math
 import shutil
 from collections.abc import Iterator
@@ -16,9 +15,12 @@ from rich.table import Table
 
 from iccld import __version__
 from iccld.config import Config, StageName, Weights, config_from
+from iccld.models.iccld import ModelConfig
+from iccld.models.model_card import build
 from iccld.programs.train import build_stage
-from iccld.runtime.checkpoint import MANIFEST, Checkpoint, CheckpointError, read_manifest, verify
-from iccld.runtime.durable import sync, write_text_durably
+from iccld.runtime.checkpoint import FOLDER
+from iccld.runtime.durable import sync
+from iccld.runtime.manifest import MANIFEST, Checkpoint, CheckpointError, read_manifest, verify, write_manifest
 from iccld.runtime.pieces import Run, join_tables, share_out, write_runs
 from iccld.stages.base import Stage
 
@@ -52,7 +54,7 @@ def list_checkpoints(folder: Path) -> int:
             manifest = read_manifest(path)
         except CheckpointError as error:
             whole = False
-            table.add_row(path.parts[-3], path.name, "", "", "", str(error))
+            table.add_row("", path.name, "", "", "", str(error))
             continue
         layout, files = manifest["layout"], manifest["files"]
         sizes = [path.joinpath(name).stat().st_size if (path / name).is_file() else 0 for name in files]
@@ -89,8 +91,14 @@ def export_model(checkpoint: Checkpoint, output: Path, *, weights: Weights) -> N
 
 
 def _filled_stage(checkpoint: Checkpoint, config: Config) -> Stage:
-    # The stage is built where the checkpoint lies: a run directory may have moved. All weights come from there.
-    config.run_dir, config.initial_model = str(checkpoint.folder.parents[2]), ""
+    # The stage is built where the checkpoint lies, as a run directory may have moved; a copy's, where the run was.
+    above = checkpoint.folder.parents[min(2, len(checkpoint.folder.parents) - 1)]
+    if (above / checkpoint.manifest["stage"]).is_dir():
+        config.run_dir = str(above)
+    # All weights come from the checkpoint, so that no hub is asked.
+    config.initial_model, config.stage1.objective.feature_distance_weight = "", 0.0
+    model = build(ModelConfig, checkpoint.manifest["rebuilding_config"], where=str(checkpoint.folder / MANIFEST))
+    config.model = model
     stage = build_stage(StageName(checkpoint.manifest["stage"]), config, torch.device("cpu"))
     reader = checkpoint.reader
     stage.module.load_state_dict(reader.tensors("module/"))
@@ -118,8 +126,8 @@ def convert_checkpoint(checkpoint: Checkpoint, output: Path, *, num_files: int) 
         facts = write_runs(scratch / f"rank_{rank:05d}.safetensors", runs)
         tables.append(facts.pop("tensors"))
         files[f"rank_{rank:05d}.safetensors"] = facts
-    manifest = {**checkpoint.manifest, "files": files, "tensors": join_tables(tables)}
-    write_text_durably(scratch / MANIFEST, json.dumps(manifest))
+    write_manifest(scratch, {**checkpoint.manifest, "files": files, "tensors": join_tables(tables)})
+    sync(scratch)
     scratch.rename(output)
     sync(output.parent)
     print(f"{output}: {num_files} files")
@@ -134,7 +142,9 @@ def _one(folder: Path) -> Path:
 
 
 def _checkpoints(folder: Path) -> Iterator[Path]:
-    found = [folder] if folder.name.startswith("step_") else sorted(folder.glob("stage*/checkpoints/step_*[0-9]"))
+    places = ("", "checkpoints/", "stage*/checkpoints/")  # a run directory, a stage's folder, or one with copies
+    found = [path for place in places for path in sorted(folder.glob(f"{place}step_*")) if FOLDER.fullmatch(path.name)]
+    found = [folder] if FOLDER.fullmatch(folder.name) else found
     if not found or not found[0].is_dir():
         raise ValueError(f"there are no checkpoints in {folder}; give a run directory that train wrote.")
     yield from (path.resolve() for path in found)

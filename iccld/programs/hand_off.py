@@ -15,7 +15,7 @@ from pathlib import Path
 from iccld import __version__
 from iccld.config import Config, StageName, Weights
 from iccld.models.model_card import WEIGHTS_NAME, build
-from iccld.runtime.durable import file_checksum, write_text_durably
+from iccld.runtime.durable import file_checksum, sync, write_text_durably
 from iccld.stages.base import Stage
 
 HAND_OFF_NAME = "hand_off.json"
@@ -58,7 +58,10 @@ def hand_over(stage: Stage, config: Config, *, step: int) -> None:
     names, checksum = list(classes.names), file_checksum(scratch / weights / WEIGHTS_NAME)
     facts = HandOff(weights=weights, step=step, class_names=names, model_sha256=checksum, **statistics)
     write_text_durably(scratch / HAND_OFF_NAME, json.dumps(dataclasses.asdict(facts), indent=1))
+    for written in (*stage.models(), "."):
+        sync(scratch / written)
     scratch.rename(folder)
+    sync(folder.parent)
 
 
 def handed_over(config: Config) -> tuple[Path, HandOff]:

@@ -61,7 +61,7 @@ def _run_stages(config: Config, engine: Engine, preemption: Preemption, watchdog
     run_dir = Path(config.run_dir)
     for name in config.stages:
         watchdog.begin(name.value)
-        if is_finished(run_dir, name):
+        if engine.gather_objects(is_finished(run_dir, name))[0]:  # as rank 0 sees it: file systems cache
             if engine.is_main:
                 print(f"{name.value} is finished: {final_folder(run_dir, name)}", flush=True)
         elif engine.any(preemption.came):
@@ -115,7 +115,7 @@ def _run_stage(name: StageName, config: Config, engine: Engine, preemption: Pree
         preemption=preemption,
         watchdog=watchdog,
         config=plan,
-        about=_about(name, config, stream),
+        about=_about(stage, config, stream),
         evaluate=lambda: _validate(stage, config, engine, _asks(preemption, watchdog)),
         after_step=lambda step: write_due_snapshot(stage, folder / "ema", engine, num_steps=step + 1),
     ).run()
@@ -126,6 +126,7 @@ def _run_stage(name: StageName, config: Config, engine: Engine, preemption: Pree
             hand_over(stage, config, step=plan.num_steps)
         engine.barrier()
         metrics.event("finished", step=plan.num_steps)
+    engine.detach()
     metrics.close()
     return finished
 
@@ -174,11 +175,10 @@ def _whole_stage(stage: Stage, config: Config, engine: Engine) -> Stage:
     """The stage itself, or, where ranks hold shards, one like it with the whole weights. Call on every rank."""
     if not engine.is_sharded:
         return stage
-    module, state = engine.backend.full(stage.module.state_dict()), engine.backend.full(stage.state_dict())
-    copy_ = build_stage(StageName(stage.name), config, engine.device)
-    copy_.module.load_state_dict(module)
-    for name, tensor in copy_.state_dict().items():
-        tensor.copy_(state[name])
+    copy_, state = build_stage(StageName(stage.name), config, engine.device), stage.state_dict()
+    copy_.module.load_state_dict(engine.backend.full(stage.module.state_dict()))
+    for name, tensor in copy_.state_dict().items():  # one after another; without the averages of an EMA profile
+        tensor.copy_(engine.backend.full({name: state[name]})[name])
     return copy_
 
 
@@ -201,16 +201,17 @@ def _load_initial(model: ICCLD, folder: Path) -> None:
         ) from error
 
 
-def _about(name: StageName, config: Config, stream: TrainingStream) -> Mapping[str, Any]:
+def _about(stage: Stage, config: Config, stream: TrainingStream) -> Mapping[str, Any]:
     resolved = to_dict(config)
     model = {part: value for part, value in resolved["model"].items() if part != "denoiser"}
     denoiser = {key: value for key, value in resolved["model"]["denoiser"].items() if key != "activation_checkpointing"}
     return {
         "version": __version__,
-        "stage": name.value,
+        "stage": stage.name,
         "model": model | {"denoiser": denoiser},
         "data": stream.fingerprints(),
-        "origin": handed_over(config)[1].model_sha256 if name is StageName.stage2 else config.initial_model,
+        "origin": handed_over(config)[1].model_sha256 if stage.name == "stage2" else config.initial_model,
+        "rebuilding_config": stage.models()["student"].rebuilding_config(),
         "config": resolved,
     }
 

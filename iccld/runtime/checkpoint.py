@@ -8,24 +8,23 @@ tensor lies), the folder is renamed, `latest` replaced, and only then are older 
 copy to host memory; a thread on each rank does the rest. Nothing is ever unpickled.
 """
 
-import json
+import re
 import shutil
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from iccld.runtime.durable import file_checksum, sync, write_text_durably
-from iccld.runtime.pieces import Run, TensorReader, join_tables, write_runs
+from iccld.runtime.durable import sync, write_text_durably
+from iccld.runtime.manifest import Checkpoint, CheckpointError, DamagedError, ForeignFormatError, verify, write_manifest
+from iccld.runtime.pieces import Run, join_tables, write_runs
 
-FORMAT_VERSION = 2
-MANIFEST = "manifest.json"
+FOLDER = re.compile(r"step_\d{8}")
 
 
 class Ranks(Protocol):
@@ -57,26 +56,6 @@ class CheckpointConfig:
             raise ValueError(f"trainer.checkpoint.keep={self.keep} must be at least 2, so that one may be damaged.")
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used, and why."""
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A whole, verified checkpoint."""
-
-    folder: Path
-    manifest: dict[str, Any]
-
-    @property
-    def step(self) -> int:
-        return self.manifest["step"]
-
-    @cached_property
-    def reader(self) -> TensorReader:
-        return TensorReader(self.folder, self.manifest["tensors"])
-
-
 class CheckpointStore:
     """The checkpoints of one stage of one run. `announce` is called on every rank when a step is durable."""
 
@@ -92,6 +71,7 @@ class CheckpointStore:
         self.folder, self.config, self.ranks = folder, config, ranks
         self.report, self.announce = report, announce
         self._newest_saved: int | None = None
+        self._damaged: set[str] = set()  # what rank 0 found so
         self._buffers: dict[str, Tensor] = {}
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._saving: Future[None] | None = None
@@ -148,10 +128,13 @@ class CheckpointStore:
         _together(gather, lambda: self._clear(scratch) if is_main else None, failure)
         written = _together(gather, lambda: {file: write_runs(scratch / file, runs)}, failure)
         files = {name: facts for of_rank in written for name, facts in of_rank.items()}
-        manifest = {"format": FORMAT_VERSION, "step": step, "save_s": round(time.monotonic() - begin, 3), **about}
+        manifest = {"step": step, "save_s": round(time.monotonic() - begin, 3), **about}
         _together(gather, lambda: self._commit(scratch, final, manifest, files) if is_main else None, failure)
         self._newest_saved = step
-        self.announce(step)
+        try:
+            self.announce(step)
+        except OSError as error:  # it is durable, whether or not that could be said
+            self.report(f"checkpoint {final} is whole, but that could not be written down ({error})")
 
     def _clear(self, scratch: Path) -> None:
         for torn in self.folder.glob("step_*.tmp"):
@@ -161,26 +144,38 @@ class CheckpointStore:
     def _commit(self, scratch: Path, final: Path, manifest: Mapping[str, Any], files: Mapping[str, Any]) -> None:
         tensors = join_tables([facts["tensors"] for facts in files.values()])
         sizes = {name: {"size": facts["size"], "sha256": facts["sha256"]} for name, facts in files.items()}
-        manifest = {**manifest, "files": sizes, "tensors": tensors}
-        write_text_durably(scratch / MANIFEST, json.dumps(manifest))
+        write_manifest(scratch, {**manifest, "files": sizes, "tensors": tensors})
         sync(scratch)
-        shutil.rmtree(final, ignore_errors=True)  # only a damaged one can be in the way
+        self._make_way(final)
         scratch.rename(final)
         sync(self.folder)
         write_text_durably(self.folder / "latest", final.name)
-        # What has a higher number than the one just written was passed over as damaged when the run went on.
-        kept = [folder for folder in self.folders() if folder.name <= final.name][-self.config.keep :]
-        for old in set(self.folders()) - set(kept):
+        self._prune(final)
+
+    def _make_way(self, final: Path) -> None:
+        """Of what was passed over when the run went on, only what is damaged is removed."""
+        if final.name in self._damaged:
+            shutil.rmtree(final)
+            self._damaged.remove(final.name)
+        elif final.exists():
+            aside = final.with_suffix(f".aside_{time.time_ns()}")
+            final.rename(aside)
+            self.report(f"{final} was passed over; it is kept as {aside.name}")
+
+    def _prune(self, newest: Path) -> None:
+        damaged = [folder for folder in self.folders() if folder.name in self._damaged]
+        whole = [folder for folder in self.folders() if folder.name <= newest.name and folder not in damaged]
+        for old in whole[: -self.config.keep] + damaged:
             shutil.rmtree(old)
 
     def folders(self) -> list[Path]:
         """The committed checkpoints' folders, oldest first."""
-        return sorted(p for p in self.folder.glob("step_*") if p.is_dir() and p.suffix != ".tmp")
+        return sorted(p for p in self.folder.glob("step_*") if p.is_dir() and FOLDER.fullmatch(p.name))
 
     def newest(self) -> Checkpoint | None:
         """The newest whole checkpoint; rank 0 looks for it, so that all ranks go on from the same one.
 
-        Broken ones are reported by name and passed over; all broken is an error.
+        Broken and unreadable ones are reported by name and passed over; where no other is left, that is an error.
         """
         failure = f"no checkpoint in {self.folder} can be used"
         find = self._find_newest if self.ranks.rank == 0 else lambda: None
@@ -191,11 +186,17 @@ class CheckpointStore:
         for folder in reversed(folders):
             try:
                 return verify(folder)
-            except CheckpointError as error:
+            except ForeignFormatError:
+                raise
+            except DamagedError as error:
+                self._damaged.add(folder.name)
                 self.report(str(error))
+            except OSError as error:
+                self.report(f"checkpoint {folder} cannot be read ({error}); it is passed over, and kept.")
         if folders:
             raise CheckpointError(
-                f"all {len(folders)} are damaged; remove the folder to start anew, or restore one from a copy"
+                f"all {len(folders)} are damaged or unreadable; mend the disk, restore one from a copy, or remove the "
+                f"folder to start anew"
             )
         return None
 
@@ -211,42 +212,3 @@ def _together(gather: Callable[[Any], list[Any]], work: Callable[[], Any], failu
     if failures:
         raise CheckpointError(f"{failure} ({'; '.join(failures)}).")
     return [value for value, _ in outcomes]
-
-
-def verify(folder: Path) -> Checkpoint:
-    """Read the manifest and check every file's size and checksum. Raises CheckpointError naming the file."""
-    manifest = read_manifest(folder)
-    for name, facts in manifest["files"].items():
-        size, checksum = facts["size"], facts["sha256"]
-        path = folder / name
-        if not path.is_file():
-            raise CheckpointError(f"checkpoint {folder} is damaged: {name} is missing.")
-        if path.stat().st_size != size:
-            raise CheckpointError(
-                f"checkpoint {folder} is damaged: {name} has {path.stat().st_size} bytes, not {size}."
-            )
-        if file_checksum(path) != checksum:
-            raise CheckpointError(f"checkpoint {folder} is damaged: {name} does not match its checksum.")
-    return Checkpoint(folder, manifest)
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest, whole in itself. Raises CheckpointError where it is damaged or of another format."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        version = manifest["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"checkpoint {folder} is damaged: {MANIFEST} cannot be read ({error}).") from error
-    if version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"checkpoint {folder} has format {version}; this version of iccld reads {FORMAT_VERSION}."
-        )
-    try:
-        sizes = {name: (facts["size"], facts["sha256"]) for name, facts in manifest["files"].items()}
-        named = {file for entry in manifest["tensors"].values() for file, _, _ in entry["pieces"]}
-        fits = named <= sizes.keys() and folder.name == f"step_{manifest['step']:08d}"
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"checkpoint {folder} is damaged: {MANIFEST} cannot be read ({error}).") from error
-    if not fits:
-        raise CheckpointError(f"checkpoint {folder} is damaged: {MANIFEST} does not fit the folder.")
-    return manifest

@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import gc
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -25,6 +26,7 @@ from iccld.runtime.prefetch import prefetch
 # A dimension of size 1 has any stride: DDP warns of 1x1 and depthwise kernels, in vain.
 warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
 
+PLAIN_TYPES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
@@ -70,11 +72,7 @@ class Engine:
                     InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT),
                 ],
             )
-        if self.accelerator.distributed_type not in (
-            DistributedType.NO,
-            DistributedType.MULTI_CPU,
-            DistributedType.MULTI_GPU,
-        ):
+        if self.accelerator.distributed_type not in PLAIN_TYPES:
             raise ValueError(
                 f"accelerate's distributed_type={self.accelerator.distributed_type.value} is not supported; "
                 f"launch with one of accelerate_configs/."
@@ -110,7 +108,7 @@ class Engine:
 
         `gradient_clip`: the largest norm; 0 is off. `replicated`: parts that no engine may shard.
         """
-        self.accelerator.free_memory()  # an earlier stage's module and optimiser
+        self.detach()
         self._base_rates = [group["lr"] for group in param_groups]
         raw = module.to(self.device)
         if self.config.compile:
@@ -137,6 +135,12 @@ class Engine:
         from iccld.runtime.zero import Zero  # deepspeed takes seconds to import
 
         return Zero(raw, optimizer, plan, stage=1 if self.kind is EngineKind.zero1 else 2)
+
+    def detach(self) -> None:
+        """Let go of the module and its optimiser, so that the next ones have the memory."""
+        self.accelerator.free_memory()
+        self.__dict__.pop("backend", None)
+        gc.collect()  # DeepSpeed's engines hold themselves in cycles
 
     @property
     def module(self) -> Any:

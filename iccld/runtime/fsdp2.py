@@ -34,18 +34,18 @@ class FSDP2(Backend):
         self.raw = self.module = raw
         self.plan, self.optimizer = plan, optimizer
         self._mesh = init_device_mesh(plan.device.type, (plan.world_size,))
-        self._min_num_params, self._reshard = min_num_params, reshard_after_forward
+        self._min_num_params = min_num_params
         self._whole = [p for module in replicated for p in module.parameters()]
         before = dict(raw.named_parameters())
-        self._shard(raw, set(self._whole))
+        self._shard(raw, set(self._whole), reshard=reshard_after_forward)
         after = dict(raw.named_parameters())
         replaced = {id(before[name]): after[name] for name in before}
         for group in optimizer.param_groups:
             group["params"] = [replaced[id(p)] for p in group["params"]]
 
-    def _shard(self, module: nn.Module, whole_params: set[nn.Parameter]) -> None:
+    def _shard(self, module: nn.Module, whole_params: set[nn.Parameter], *, reshard: bool) -> None:
         """Layers of some size gather their parameters one after another; what is left gathers with the root."""
-        options: dict[str, Any] = {"mesh": self._mesh, "reshard_after_forward": self._reshard}
+        options: dict[str, Any] = {"mesh": self._mesh, "reshard_after_forward": reshard}
         layers = [layer for group in module.modules() if isinstance(group, nn.ModuleList) for layer in group]
         for layer in reversed(layers):  # inner layers before those that hold them
             size = sum(p.numel() for p in layer.parameters() if not isinstance(p, DTensor))
@@ -55,7 +55,7 @@ class FSDP2(Backend):
         fully_shard(module, **options, ignored_params=whole_params)
 
     def shard(self, module: nn.Module, *, methods: Iterable[str]) -> None:
-        self._shard(module, set())
+        self._shard(module, set(), reshard=True)  # no backward pass comes that would
         for method in methods:
             register_fsdp_forward_method(module, method)
 

@@ -1,5 +1,6 @@
 """Runs on two ranks of any engine; asserts what must hold of gradients and weights after a step."""
 
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -68,6 +69,25 @@ def check_gradients(engine: Engine, num_accumulation: int) -> None:
             torch.testing.assert_close(moment, wanted, rtol=1e-4, atol=1e-7, msg=f"{name} in step {step}")
 
 
+def check_clipping(engine: Engine) -> None:
+    """The gradient of all micro-batches and ranks is cut to the norm, sharded or not."""
+    stage, clip = make_stage(), 0.05
+    engine.attach(
+        stage.module,
+        stage.param_groups(),
+        num_accumulation=2,
+        gradient_clip=clip,
+        replicated=stage.replicated(),
+    )
+    train_step(engine, stage, 2, first=0)
+    expected = mean_gradients(range(4))
+    norm = torch.cat([gradient.flatten() for gradient in expected.values()]).norm()
+    assert norm > 2 * clip, norm
+    for name, moment in whole_tensors(engine, "exp_avg/").items():
+        wanted = 0.1 * expected[name] * clip / norm
+        torch.testing.assert_close(moment, wanted, rtol=1e-3, atol=1e-7, msg=name)
+
+
 def check_equal_weights(engine: Engine) -> None:
     """After steps on different data every rank holds the same weights."""
     stage = make_stage()
@@ -126,9 +146,13 @@ def main(done: Path, kind: str) -> None:
             check_gradients(engine, num_accumulation)
     with Engine(EngineConfig()) as engine:
         check_equal_weights(engine)
+        check_clipping(engine)
         check_teacher(engine)
     with Engine(EngineConfig(precision=Precision.bf16)) as engine:
         check_bf16(engine)
+    os.environ["FSDP_RESHARD_AFTER_FORWARD"] = "false"
+    with Engine(EngineConfig()) as engine:
+        check_teacher(engine)
     (done / f"all_held_{engine.rank}").touch()
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from iccld.runtime.checkpoint import verify
+from iccld.runtime.manifest import verify
 from tests.distributed.launch import run_jobs
 from tests.factory import scene_overrides
 

@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 import pytest
 
-from iccld.runtime.checkpoint import verify
+from iccld.runtime.manifest import verify
 from iccld.runtime.preemption import FORCED
 from tests.factory import scene_overrides
 from tests.faults.ranks import Ranks, events
