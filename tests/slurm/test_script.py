@@ -149,7 +149,9 @@ def test_the_lead_time_follows_the_longest_save(tmp_path: Path):
 def test_a_node_is_left_out_after_two_attempts_that_it_ended(tmp_path: Path):
     (tmp_path / "slurm").mkdir()
     ledger = tmp_path / "slurm" / "failed_nodes"
-    ledger.write_text("n1\tnow\tjob 1, restart 0\tx\nn1\tnow\tjob 1, restart 0\tx\nn2\tnow\tjob 1, restart 0\tx\n")
+    ledger.write_text(
+        "n1\tnow\tjob 1, restart 0\tx\nn1\tnow\tjob 1, restart 0\tx\nn2\tnow\tjob 1, restart 0\tx\n\nn1\n"
+    )
     assert failing_nodes(tmp_path) == []
     ledger.write_text(ledger.read_text() + "n2\tnow\tjob 1, restart 1\tx\n")
     assert failing_nodes(tmp_path) == ["n2"]
