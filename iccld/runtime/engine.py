@@ -25,6 +25,7 @@ from iccld.runtime.prefetch import prefetch
 # A dimension of size 1 has any stride: DDP warns of 1x1 and depthwise kernels, in vain.
 warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
 
+INIT_TIMEOUT = timedelta(minutes=5)  # for all ranks to come together, once the first is there
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
@@ -67,7 +68,7 @@ class Engine:
                 step_scheduler_with_optimizer=False,
                 kwargs_handlers=[
                     DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
-                    InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT),
+                    InitProcessGroupKwargs(timeout=INIT_TIMEOUT),
                 ],
             )
         if self.accelerator.distributed_type not in (
@@ -86,6 +87,7 @@ class Engine:
         # Groups of their own on the host: agreeing on a flag must not wait for the device, a save not for training.
         groups = [torch.distributed.new_group(backend="gloo") if self.world_size > 1 else None for _ in range(2)]
         self._host_group, self._save_group = groups
+        self.set_timeout(COLLECTIVE_TIMEOUT.total_seconds(), of_saves=True)
 
     @property
     def is_main(self) -> bool:

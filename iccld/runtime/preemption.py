@@ -90,6 +90,7 @@ class Preemption:
         _installed = self
         threading.Thread(target=self._wait, args=(reader,), name="preemption", daemon=True).start()
         self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # one that came while the program started comes now
         return self
 
     def __exit__(self, *_: object) -> None:

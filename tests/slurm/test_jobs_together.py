@@ -84,6 +84,18 @@ def test_a_chain_and_a_finished_job_again(cluster: Cluster, scene_shards: Path, 
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.parametrize("name", ["a b", "a'b", 'a"b', "a#b", "a%jb"])
+def test_hostile_run_directories_reach_sbatch_as_they_are(cluster: Cluster, tmp_path: Path, name: str):
+    """The log lies where it should, and the job says there that it ended."""
+    run_dir = tmp_path / name
+    hydra = "run_dir='" + str(run_dir).replace("'", "\\'") + "'"
+    words = ["train", "model=tiny", "dataset=scenes", hydra, "stage1.trainer.micro_batch_size=1"]
+    [job] = submit(cluster, "--python", "/bin/false", "--no-requeue", *words, nodes=1)
+    assert cluster.wait(job) == "FAILED"
+    [log] = (run_dir / "logs").iterdir()
+    assert log.name.endswith(f"-{job}.log") and "iccld: not requeued, as was asked for" in log.read_text()
+
+
 def test_a_failing_parent_leaves_no_child_waiting(cluster: Cluster, scene_shards: Path, tmp_path: Path):
     words = ["train", *quick(scene_shards, tmp_path), f"data.source.shards={tmp_path}/nothing"]
     parent, child, grandchild = submit(cluster, "--chain", *words, nodes=1)
