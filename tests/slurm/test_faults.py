@@ -53,6 +53,7 @@ def test_a_node_whose_processes_are_killed(run: PacedRun, undisturbed: Path):
     kill(run.cluster.step_daemons(node), run.cluster.processes(node))
     try:
         assert_goes_on(run, undisturbed, since)
+        assert f"node {node} failed" in run.log
     finally:
         run.cluster.start_node(node)
 
