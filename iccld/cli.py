@@ -7,6 +7,12 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from iccld.config import Config
+
+STOPPED = 85  # the outcome of a submitted job that a signal ended, for its script
 
 DESCRIPTION = """\
 Train segmentation models on labelled source images and unlabelled target images.
@@ -127,9 +133,14 @@ def _train(arguments: argparse.Namespace) -> int:
 
         config = load_config(arguments.overrides, config_dir=arguments.config_dir)
         finished = train(config, preemption)
-    if not finished and os.environ.get("RANK", "0") == "0":
-        print("iccld train: stopped by a signal; the same command goes on", flush=True)
-    return 0 if finished else config.preemption.exit_status
+    return 0 if finished else _stopped(config, "iccld train: stopped by a signal; the same command goes on")
+
+
+def _stopped(config: "Config", message: str) -> int:
+    """A job script is told in its own way, whatever the configured status."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, flush=True)
+    return STOPPED if "ICCLD_OUTCOME" in os.environ else config.preemption.exit_status
 
 
 def _config(arguments: argparse.Namespace) -> None:
@@ -138,14 +149,19 @@ def _config(arguments: argparse.Namespace) -> None:
     print(to_yaml(load_config(arguments.overrides, config_dir=arguments.config_dir)), end="")
 
 
-def _evaluate(arguments: argparse.Namespace) -> None:
-    from iccld.config import read_config
-    from iccld.programs.evaluate import evaluate_run
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from iccld.runtime.preemption import Preemption
 
     if not (arguments.run_dir / "config.yaml").is_file():
         raise ValueError(f"there is no run in {arguments.run_dir} (no config.yaml); give a folder that train wrote.")
-    overrides = [*arguments.overrides, f"run_dir={arguments.run_dir}"]
-    evaluate_run(read_config(arguments.run_dir / "config.yaml", overrides), model_folder=arguments.model)
+    with Preemption() as preemption:
+        from iccld.config import read_config
+        from iccld.programs.evaluate import evaluate_run
+
+        overrides = [*arguments.overrides, f"run_dir={arguments.run_dir}"]
+        config = read_config(arguments.run_dir / "config.yaml", overrides)
+        finished = evaluate_run(config, preemption, model_folder=arguments.model)
+    return 0 if finished else _stopped(config, "iccld evaluate: stopped by a signal; the same command begins again")
 
 
 def _predict(arguments: argparse.Namespace) -> None:

@@ -62,8 +62,8 @@ def check_run_dir(run_dir: Path, config: Config, engine: Engine) -> None:
     engine.barrier()
 
 
-def watch(config: Config, engine: Engine) -> Watchdog:
-    """The watchdog of this attempt, not yet started. Call on every rank."""
+def watch(config: Config, engine: Engine, *, beats_in: Path | None = None) -> Watchdog:
+    """The watchdog of this attempt, not yet started. Call on every rank. `beats_in`: not in the run's own folder."""
     limits, retry_for_s = config.watchdog, config.data.storage.retry_for_s
     if limits.enabled and limits.step_s <= retry_for_s and "://" in f"{config.data.source} {config.data.target}":
         raise ValueError(
@@ -73,7 +73,7 @@ def watch(config: Config, engine: Engine) -> Watchdog:
     engine.set_timeout(limits.collective_s, of_saves=True)
     run_dir, attempt = Path(config.run_dir), engine.gather_objects(f"{time.time()} {os.getpid()}")[0]
     if engine.is_main:
-        for path in (run_dir / "heartbeats").glob("rank_*.json"):  # of an attempt on more ranks
+        for path in ((beats_in or run_dir) / "heartbeats").glob("rank_*.json"):  # of an attempt on more ranks
             path.unlink()
     engine.barrier()
     return Watchdog(
@@ -82,6 +82,7 @@ def watch(config: Config, engine: Engine) -> Watchdog:
         rank=engine.rank,
         world_size=engine.world_size,
         attempt=attempt,
+        beats_in=beats_in,
         set_timeout=engine.set_timeout,
     )
 

@@ -20,9 +20,12 @@ from iccld.data.stream import read_validation
 from iccld.evaluation import EvaluationResult, Predict, evaluate, results_table
 from iccld.models.iccld import ICCLD
 from iccld.models.model_card import ModelStage
+from iccld.programs.checks import watch
 from iccld.runtime.durable import write_text_durably
 from iccld.runtime.engine import Engine
-from iccld.runtime.preemption import Preempted
+from iccld.runtime.metrics import write_event
+from iccld.runtime.preemption import Preempted, Preemption
+from iccld.runtime.watchdog import Watchdog
 
 
 def predict_function(model: ICCLD, *, num_steps: int, seed: int, noise_seed: int = 0) -> Predict:
@@ -64,13 +67,35 @@ def evaluate_predictor(
         )
 
 
-def evaluate_run(config: Config, *, model_folder: str = "") -> dict[str, Any]:
-    """Score the run's finished stages, or one model folder; call on every rank. Returns `evaluate_models`' scores."""
+def asks(preemption: Preemption, watchdog: Watchdog) -> Callable[[], bool]:
+    """Asked before each image that is scored."""
+    return lambda: watchdog.tick() or preemption.came
+
+
+def stopped(config: Config, engine: Engine, stage: str) -> bool:
+    """Asked to stop where there is nothing to save; False."""
+    if engine.is_main:
+        write_event(Path(config.run_dir), "preempted", stage=stage)
+    return False
+
+
+def evaluate_run(config: Config, preemption: Preemption | None = None, *, model_folder: str = "") -> bool:
+    """Score the run's finished stages, or one model folder; False if a signal ended it. Call on every rank."""
+    preemption = preemption or Preemption()
+    preemption.config = config.preemption
     folders = [Path(model_folder)] if model_folder else finished_models(config)
     if not folders:
         raise ValueError(f"run_dir={config.run_dir} holds no finished stage (stage1/final, stage2/final); train first.")
-    with Engine(config.engine) as engine:
-        return evaluate_models(folders, config, engine)
+    # The run may be training meanwhile, with heartbeats of its own.
+    beats = Path(config.run_dir) / "heartbeats" / "evaluate"
+    with Engine(config.engine) as engine, watch(config, engine, beats_in=beats) as watchdog:
+        watchdog.begin("evaluation")
+        watchdog.phase("evaluate")
+        try:
+            evaluate_models(folders, config, engine, give_up=asks(preemption, watchdog))
+        except Preempted:
+            return stopped(config, engine, "evaluation")
+    return True
 
 
 def finished_models(config: Config) -> list[Path]:

@@ -6,6 +6,7 @@ file $ICCLD_OUTCOME, and a rank of each node shows in the folder $ICCLD_ALIVE th
 
 import contextlib
 import os
+import signal
 import sys
 import threading
 import time
@@ -15,38 +16,63 @@ from pathlib import Path
 
 from iccld import cli
 from iccld.runtime.durable import write_text_durably
+from iccld.runtime.preemption import SIGNALS, STOPPED_BY_WATCHDOG, host_name, say
 from iccld.slurm.ranks import interface_towards, rank_environment
 
-EXIT_STATUS, STOPPED = "preemption.exit_status=", 85
+GATHER_S = 240.0  # less than the engine waits for ranks, since it could not name them
 
 
 def main(argv: Sequence[str]) -> int:
     """Form the rank, run the verb, leave word of its end."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the verb can hear them
     os.environ.update(rank_environment(os.environ))
     if interface := interface_towards(os.environ["MASTER_ADDR"]):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-    if os.environ["LOCAL_RANK"] == "0" and (folder := os.environ.get("ICCLD_ALIVE")):
-        threading.Thread(target=_show_life, args=(Path(folder),), name="alive", daemon=True).start()
     is_main, outcome = os.environ["RANK"] == "0", os.environ.get("ICCLD_OUTCOME")
+    if folder := os.environ.get("ICCLD_ALIVE"):
+        threading.Thread(target=_show_life, args=(Path(folder),), name="alive", daemon=True).start()
+        if is_main and outcome:
+            awaits = (Path(folder), Path(outcome).parents[2])
+            threading.Thread(target=_await_others, args=awaits, name="awaits", daemon=True).start()
     if is_main and outcome:
         write_text_durably(Path(outcome).parent / "packages.txt", _packages())
-    if argv[0] == "train":
-        argv = [*(word for word in argv if not word.startswith(EXIT_STATUS)), f"{EXIT_STATUS}{STOPPED}"]
     status = cli.main(argv)
     if is_main and outcome:
         write_text_durably(Path(outcome), f"{status}\n")
-    return 0 if status == STOPPED else status
+    return 0 if status == cli.STOPPED else status
 
 
 def _show_life(folder: Path) -> None:
-    """A counter that moves several times in the span after which the job script takes silence for death."""
+    """A file a rank; in that of a node's first, a counter that moves several times in the span after which the job
+    script takes silence for death.
+    """
     period_s = float(os.environ.get("ICCLD_SILENCE_S", "60")) / 6
-    path, count = folder / f"rank_{os.environ['RANK']}", 0
+    path, count = folder / f"{host_name()}_{os.environ['RANK']}", 0
     while True:
         count += 1
         with contextlib.suppress(OSError):  # a file system may be away for a while
             path.write_text(f"{os.getpid()} {count}\n")
+            if os.environ["LOCAL_RANK"] != "0":
+                return
         time.sleep(period_s)
+
+
+def _await_others(folder: Path, run_dir: Path) -> None:
+    """Where ranks are missing so long after the first began, say on which nodes, and end."""
+    time.sleep(float(os.environ.get("ICCLD_GATHER_S", GATHER_S)))
+    there = {path.name for path in folder.iterdir()}
+    ranks = {int(name.rpartition("_")[2]) for name in there}
+    if not (missing := sorted(set(range(int(os.environ["WORLD_SIZE"]))) - ranks)):
+        return
+    hosts = set(os.environ.get("ICCLD_HOSTS", "").split()) - {name.rpartition("_")[0] for name in there}
+    on = f", none on {', '.join(sorted(hosts))}" if hosts else ""
+    what = f"{len(missing)} ranks have not begun (the first is rank {missing[0]}){on}"
+    say(f"iccld: {what}")
+    from iccld.runtime.metrics import write_event  # takes seconds
+
+    for host in sorted(hosts):
+        write_event(run_dir, "unfit", host=host, check="start", what=what)
+    os._exit(STOPPED_BY_WATCHDOG)
 
 
 def _packages() -> str:

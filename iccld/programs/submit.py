@@ -11,12 +11,11 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from iccld import __version__
 from iccld.slurm.config import SETTINGS, SubmitConfig, Work
 from iccld.slurm.history import failing_nodes, lead_time_s
 from iccld.slurm.script import sbatch_text
+from iccld.slurm.settings_file import read_settings
 from iccld.slurm.snapshot import code_version, copy_code
 
 DESCRIPTION = """\
@@ -45,7 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_setting(parser: argparse.ArgumentParser, setting: dataclasses.Field[Any]) -> None:
     options: dict[str, Any] = {"default": None, "metavar": "X"}
     if setting.name in _LISTS:
-        options |= {"action": "append", "help": "may be repeated"}
+        example = ", as in --directives=--reservation=NAME" if setting.name == "directives" else ""
+        options |= {"action": "append", "help": f"may be repeated{example}"}
     elif isinstance(setting.default, Enum):
         options |= {"choices": [choice.value for choice in type(setting.default)], "metavar": None}
     elif isinstance(setting.default, int):
@@ -122,11 +122,7 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """Options of the command line over those of the file."""
     settings: dict[str, Any] = {}
     if arguments.settings:
-        loaded = yaml.safe_load(arguments.settings.read_text()) or {}
-        unknown = sorted(set(loaded) - {*SETTINGS, "engine"}) if isinstance(loaded, dict) else ["no settings"]
-        if unknown:
-            raise ValueError(f"{arguments.settings}: {', '.join(unknown)}; known are {', '.join(SETTINGS)}.")
-        settings |= loaded
+        settings |= read_settings(arguments.settings)
     settings |= {name: given for name in (*SETTINGS, "engine") if (given := getattr(arguments, name)) not in (None, "")}
     for name in settings.keys() & set(_LISTS):
         settings[name] = tuple(str(value) for value in settings[name])

@@ -22,10 +22,12 @@ from iccld.models.iccld import ICCLD
 from iccld.programs.checks import check_alone, check_run_dir, check_settings, plan_of, watch
 from iccld.programs.ema import write_due_snapshot
 from iccld.programs.evaluate import (
+    asks,
     evaluate_models,
     evaluate_predictor,
     finished_models,
     predict_function,
+    stopped,
     unscored_stages,
 )
 from iccld.programs.fitness import check_fitness, check_room
@@ -33,7 +35,7 @@ from iccld.programs.hand_off import final_folder, hand_over, handed_over, is_fin
 from iccld.runtime.checkpoint import CheckpointStore
 from iccld.runtime.engine import Engine
 from iccld.runtime.lock import locked
-from iccld.runtime.metrics import MetricsLogger, write_event
+from iccld.runtime.metrics import MetricsLogger
 from iccld.runtime.preemption import Preempted, Preemption
 from iccld.runtime.watchdog import Watchdog
 from iccld.stages.adversarial import AdversarialStage, AdversaryInput
@@ -49,9 +51,9 @@ def train(config: Config, preemption: Preemption | None = None) -> bool:
     run_dir = Path(config.run_dir)
     with Engine(config.engine) as engine, locked(run_dir) if engine.is_main else nullcontext("") as holder:
         check_alone(run_dir, holder, engine)
-        check_settings(config, engine)
-        check_run_dir(run_dir, config, engine)
         with watch(config, engine) as watchdog:
+            check_settings(config, engine)
+            check_run_dir(run_dir, config, engine)
             watchdog.phase("preflight")
             check_fitness(config, engine)
             return _run_stages(config, engine, preemption, watchdog)
@@ -65,29 +67,17 @@ def _run_stages(config: Config, engine: Engine, preemption: Preemption, watchdog
             if engine.is_main:
                 print(f"{name.value} is finished: {final_folder(run_dir, name)}", flush=True)
         elif engine.any(preemption.came):
-            return _stopped(config, engine, name.value)
+            return stopped(config, engine, name.value)
         elif not _run_stage(name, config, engine, preemption, watchdog):
             return False
     if config.data.validation.shards and unscored_stages(config):
         watchdog.begin("evaluation")
         watchdog.phase("evaluate")
         try:
-            evaluate_models(finished_models(config), config, engine, give_up=_asks(preemption, watchdog))
+            evaluate_models(finished_models(config), config, engine, give_up=asks(preemption, watchdog))
         except Preempted:
-            return _stopped(config, engine, "evaluation")
+            return stopped(config, engine, "evaluation")
     return True
-
-
-def _asks(preemption: Preemption, watchdog: Watchdog) -> Callable[[], bool]:
-    """Asked before each image that is scored."""
-    return lambda: watchdog.tick() or preemption.came
-
-
-def _stopped(config: Config, engine: Engine, stage: str) -> bool:
-    """Asked to stop where there is nothing to save."""
-    if engine.is_main:
-        write_event(Path(config.run_dir), "preempted", stage=stage)
-    return False
 
 
 def _run_stage(name: StageName, config: Config, engine: Engine, preemption: Preemption, watchdog: Watchdog) -> bool:
@@ -116,7 +106,7 @@ def _run_stage(name: StageName, config: Config, engine: Engine, preemption: Pree
         watchdog=watchdog,
         config=plan,
         about=_about(stage, config, stream),
-        evaluate=lambda: _validate(stage, config, engine, _asks(preemption, watchdog)),
+        evaluate=lambda: _validate(stage, config, engine, asks(preemption, watchdog)),
         after_step=lambda step: write_due_snapshot(stage, folder / "ema", engine, num_steps=step + 1),
     ).run()
     if finished:

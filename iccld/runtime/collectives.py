@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch.distributed import distributed_c10d
 
+from iccld.runtime.limits import WatchdogConfig
+
 # Of PyTorch's private names, these are used: `_world.pg_map`, `_set_pg_timeout`, `_get_sequence_number_for_group` and
 # `_dump_nccl_trace`; there are no public ones.
 
@@ -34,8 +36,12 @@ def num_begun() -> list[int]:
 
 
 def keep_record() -> None:
-    """Let NCCL remember its last collectives, for `write_record`. Before the first group is made."""
+    """Before the first group is made: let NCCL remember its last collectives, for `write_record`, and not end the
+    process by itself before the watchdog has said whom it waits for.
+    """
     if torch.cuda.is_available():
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")  # give up the communicator, go on living
+        os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", f"{2 * WatchdogConfig.collective_s:.0f}")
         os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")
 
 

@@ -27,6 +27,7 @@ from iccld.runtime.prefetch import prefetch
 warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
 
 PLAIN_TYPES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+INIT_TIMEOUT = timedelta(minutes=5)  # for all ranks to come together, once the first is there
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
@@ -69,7 +70,7 @@ class Engine:
                 step_scheduler_with_optimizer=False,
                 kwargs_handlers=[
                     DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
-                    InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT),
+                    InitProcessGroupKwargs(timeout=INIT_TIMEOUT),
                 ],
             )
         if self.accelerator.distributed_type not in PLAIN_TYPES:
@@ -84,6 +85,7 @@ class Engine:
         # Groups of their own on the host: agreeing on a flag must not wait for the device, a save not for training.
         groups = [torch.distributed.new_group(backend="gloo") if self.world_size > 1 else None for _ in range(2)]
         self._host_group, self._save_group = groups
+        self.set_timeout(COLLECTIVE_TIMEOUT.total_seconds(), of_saves=True)
 
     @property
     def is_main(self) -> bool:
@@ -104,9 +106,9 @@ class Engine:
         gradient_clip: float = 0.0,
         replicated: Iterable[nn.Module] = (),
     ) -> None:
-        """Wrap the module for the ranks and build AdamW over the groups.
+        """Wrap the module for the ranks and build AdamW over the groups. `replicated`: parts that no engine may shard.
 
-        `gradient_clip`: the largest norm; 0 is off. `replicated`: parts that no engine may shard.
+        `gradient_clip`: the largest norm; 0 is off.
         """
         self.detach()
         self._base_rates = [group["lr"] for group in param_groups]
@@ -236,14 +238,12 @@ class Engine:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Let another engine be made in this process; it joins the same process group, left when the process ends."""
+        """Let another engine be made in this process; it joins the same process group, left at the process's end."""
         AcceleratorState._reset_state()
         GradientState._reset_state()
 
 
+@atexit.register
 def _leave_process_group() -> None:
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-
-
-atexit.register(_leave_process_group)

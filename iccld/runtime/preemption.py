@@ -15,6 +15,7 @@ Exit statuses of `iccld train`:
 Stopped is told from finished by `exit_status`, or by the last line of `events.jsonl`, which then is `preempted`.
 """
 
+import contextlib
 import os
 import select
 import signal
@@ -90,6 +91,7 @@ class Preemption:
         _installed = self
         threading.Thread(target=self._wait, args=(reader,), name="preemption", daemon=True).start()
         self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # one that came while the program started comes now
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -133,8 +135,9 @@ def host_name() -> str:
 
 
 def say(line: str) -> None:
-    """A line on stderr, also while another thread, or nobody, holds Python's stream."""
-    os.write(2, f"{line}\n".encode())
+    """A line on stderr, also while another thread, or nobody, holds Python's stream, and if nobody reads it."""
+    with contextlib.suppress(OSError):  # the scheduler's daemon at the other end may be gone
+        os.write(2, f"{line}\n".encode())
 
 
 _installed: Preemption | None = None

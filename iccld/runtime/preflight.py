@@ -49,7 +49,8 @@ class Finding:
 def preflight(checks: Mapping[str, Callable[[], None]], ranks: Ranks) -> list[Finding]:
     """Do all checks on every rank; what was found, one finding a host and check, the same on every rank.
 
-    A check named `device` or `collective` is always of the node. `collective` comes last, where all others went well.
+    A check named `device` or `collective` is always of the node; on one host, so is what the system refuses (OSError).
+    `collective` comes last, where all others went well.
     """
     found = _share({name: _try(check) for name, check in checks.items() if name != "collective"}, ranks)
     if not found and "collective" in checks:
@@ -57,23 +58,24 @@ def preflight(checks: Mapping[str, Callable[[], None]], ranks: Ranks) -> list[Fi
     return found
 
 
-def _try(check: Callable[[], None]) -> str:
+def _try(check: Callable[[], None]) -> tuple[str, bool]:
+    """What is wrong, and whether it is the system that said so."""
     try:
         check()
     except (ValueError, OSError, RuntimeError) as error:
-        return " ".join(str(error).split()) or repr(error)
-    return ""
+        return " ".join(str(error).split()) or repr(error), isinstance(error, OSError)
+    return "", False
 
 
-def _share(outcomes: Mapping[str, str], ranks: Ranks) -> list[Finding]:
+def _share(outcomes: Mapping[str, tuple[str, bool]], ranks: Ranks) -> list[Finding]:
     of_ranks = ranks.gather_objects((host_name(), dict(outcomes)))
     hosts = {host for host, _ in of_ranks}
     found: dict[tuple[str, str], Finding] = {}
     for host, outcome in of_ranks:
-        for name, what in outcome.items():
-            where = {other for other, of_other in of_ranks if of_other[name]}
+        for name, (what, is_system) in outcome.items():
+            where = {other for other, of_other in of_ranks if of_other[name][0]}
             if what:
-                of_node = name in ("device", "collective") or where != hosts
+                of_node = name in ("device", "collective") or where != hosts or (is_system and len(hosts) == 1)
                 found.setdefault((host, name), Finding(host, name, what, of_node))
     return list(found.values())
 

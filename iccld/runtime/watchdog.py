@@ -41,7 +41,8 @@ class _Place(NamedTuple):
 class Watchdog:
     """Where this rank is; as a context, also the thread that watches over it.
 
-    `set_timeout` sets the collectives' time limit. `attempt` is the same on all ranks, and new in each attempt.
+    `set_timeout` sets the collectives' time limit. `beats_in` holds the heartbeats in place of `run_dir`. `attempt` is
+    the same on all ranks, and new in each attempt.
     """
 
     def __init__(
@@ -52,9 +53,10 @@ class Watchdog:
         rank: int = 0,
         world_size: int = 1,
         attempt: str = "",
+        beats_in: Path | None = None,
         set_timeout: Callable[[float], None] = lambda seconds: None,
     ) -> None:
-        self.run_dir, self.config = run_dir, config or WatchdogConfig()
+        self.run_dir, self.config, self.beats_in = run_dir, config or WatchdogConfig(), beats_in or run_dir
         self.rank, self.world_size, self.attempt, self._set_timeout = rank, world_size, attempt, set_timeout
         self._place, self._steps_begun, self._timeout = _Place(since=time.monotonic()), 0, 0.0
         self._beat, self._started_by, self._stop = 0, os.getppid(), threading.Event()
@@ -89,7 +91,7 @@ class Watchdog:
     def __enter__(self) -> Self:
         self._go()
         if self.config.enabled:
-            (self.run_dir / "heartbeats").mkdir(parents=True, exist_ok=True)
+            (self.beats_in / "heartbeats").mkdir(parents=True, exist_ok=True)
             self._write()
             self._thread.start()
         return self
@@ -130,7 +132,7 @@ class Watchdog:
                 self._end(held_up_by(seen, still, world_size=self.world_size), seen)
 
     def _new_peers(self) -> Peers:
-        return Peers(self.run_dir, attempt=self.attempt, world_size=self.world_size)
+        return Peers(self.beats_in, attempt=self.attempt, world_size=self.world_size)
 
     def _heartbeat(self, ended: str = "") -> Heartbeat:
         place = self._place
@@ -152,7 +154,7 @@ class Watchdog:
 
     def _write(self, ended: str = "") -> None:
         self._beat += 1
-        write_heartbeat(self.run_dir, self._heartbeat(ended))
+        write_heartbeat(self.beats_in, self._heartbeat(ended))
 
     def _lost(self, error: BaseException) -> None:
         """A collective failed: wait until it can be said which rank is gone."""

@@ -141,6 +141,8 @@ class Work:
     def __post_init__(self) -> None:
         for name in ("run_dir", "code", "folder", "engine_file"):
             check_line(name, getattr(self, name))
+        if ":" in self.run_dir + self.code:
+            raise ValueError(f"run_dir={self.run_dir!r} must be without colons, at which PYTHONPATH is divided.")
         if "\\" in self.run_dir + self.folder:
             raise ValueError(f"run_dir={self.run_dir!r}: SLURM takes no backslash in the path of a log; use another.")
         for argument in (*self.arguments, *(a for variant in self.variants for a in variant.arguments)):

@@ -13,8 +13,9 @@ def failing_nodes(run_dir: Path) -> list[str]:
     attempts: dict[str, set[str]] = defaultdict(set)
     for path in (run_dir / "slurm" / "failed_nodes", *run_dir.glob("*/slurm/failed_nodes")):
         for line in path.read_text().splitlines() if path.is_file() else []:
-            node, _, attempt, *_ = line.split("\t")
-            attempts[node].add(attempt)
+            parts = line.split("\t")
+            if len(parts) >= 3:  # else torn, or left by an editor
+                attempts[parts[0]].add(parts[2])
     return sorted(node for node, failed in attempts.items() if len(failed) >= FAILURES)
 
 

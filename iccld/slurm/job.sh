@@ -7,17 +7,28 @@
 # What decides is what rank 0 left in $state/outcome (0: finished, 85: stopped by a signal, position saved, 2: refused)
 # and which checkpoints there are. srun's own status is that of the rank that was first, or lost, and decides nothing.
 
-max_stalled=${max_stalled:-3} # attempts in a row that end without a newer checkpoint
+set +efuC +o pipefail # whatever the lines of `setup` have set
+shopt -u nullglob failglob
+max_stalled=${max_stalled:-3} # attempts in a row that fail without a newer checkpoint
+max_cut_short=20              # the same of attempts that were preempted, or lost a node
 requeue=${requeue:-yes}
-export ICCLD_SILENCE_S=${ICCLD_SILENCE_S:-60} # without a sign of life from any rank
+lead_s=${lead_s:-300}                         # from USR1 to the time limit
+ICCLD_START_S=${ICCLD_START_S:-1800}          # to the first sign of life: an image is fetched, an environment is cold
+export ICCLD_SILENCE_S=${ICCLD_SILENCE_S:-60} # without a further one, from any rank
 
 say() { echo "iccld: $*"; }
 
 begin_attempt() {
     run_dir=$1 state=$1/slurm/job_$SLURM_JOB_ID restart=${SLURM_RESTART_COUNT:-0}
-    mkdir -p "$state/alive" || exit 1
+    # Of an array's elements, the last has the number of the array: by it, scontrol would requeue them all.
+    id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID} id=${id:-$SLURM_JOB_ID}
+    alive=$state/alive/$restart # what an earlier attempt left behind may still write into its own
+    rm -rf "$alive"
+    mkdir -p "$alive" || exit 1
     trap 'say "the job was asked to end; the ranks save"' TERM # and go on waiting for them
-    export ICCLD_OUTCOME=$state/outcome ICCLD_ALIVE=$state/alive
+    export ICCLD_OUTCOME=$state/outcome ICCLD_ALIVE=$alive
+    ICCLD_HOSTS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd " ")
+    export ICCLD_HOSTS
     log=$(readlink -f "/proc/$$/fd/1")
     say "job $SLURM_JOB_ID, restart $restart, on $SLURM_JOB_NODELIST, $(date '+%F %T')"
     if [ -e "$state/running_on" ]; then # the attempt before this one was cut off
@@ -44,27 +55,35 @@ progress() {
     )
 }
 
+# Attempts since the newest checkpoint, those that failed and those that were cut short. What is written down at the
+# beginning holds if this one is cut off; `end_attempt` knows better.
 count_stalled() {
-    stalled=0
+    local failed=0 cut_short=0
     progress_before=$(progress)
     if [ -e "$state/progress" ] && [ "$progress_before" = "$(cat "$state/progress")" ]; then
-        stalled=$(($(cat "$state/stalled") + 1))
+        read -r failed cut_short <"$state/stalled"
     fi
-    echo "$stalled" >"$state/stalled"
+    give_up_if_stalled "$failed" "$cut_short"
+    stalled=$failed spared=$cut_short
     echo "$progress_before" >"$state/progress"
-    [ "$stalled" -lt "$max_stalled" ] || give_up
+    echo "$stalled $((spared + 1))" >"$state/stalled"
+}
+
+give_up_if_stalled() {
+    [ "$1" -lt "$max_stalled" ] || give_up "$max_stalled"
+    [ "$2" -lt "$max_cut_short" ] || give_up "$max_cut_short"
 }
 
 give_up() {
-    say "$max_stalled attempts without a newer checkpoint; not started again. Mend what the log names, and submit again."
+    say "$1 attempts without a newer checkpoint; not started again. Mend what the log names, and submit again."
     rm -f "$state/running_on"
     exit 1
 }
 
 launch() {
-    local signs last silent=0 poll_s=$((ICCLD_SILENCE_S < 50 ? 1 : 5)) waiting
+    local signs last="" silent=0 limit_s=$ICCLD_START_S poll_s=$((ICCLD_SILENCE_S < 50 ? 1 : 5)) waiting
+    status=1
     events_begin=$(stat -c %s "$run_dir/events.jsonl" 2>/dev/null || echo 0)
-    last=$(signs_of_life)
     "$@" &
     launched=$!
     while kill -0 "$launched" 2>/dev/null; do
@@ -73,20 +92,21 @@ launch() {
         wait -n "$launched" "$waiting"
         status=$?
         kill "$waiting" 2>/dev/null
-        signs=$(signs_of_life)
+        signs=$(cat "$alive"/* 2>/dev/null)
         silent=$((silent + poll_s))
-        if [ "$signs" != "$last" ]; then last=$signs silent=0; fi
-        if [ "$silent" -gt "$ICCLD_SILENCE_S" ]; then # a step daemon that was killed: srun would wait for ever
-            say "no rank has given a sign of life for $ICCLD_SILENCE_S s; srun is left behind"
+        if [ "$signs" != "$last" ]; then last=$signs silent=0 limit_s=$ICCLD_SILENCE_S; fi
+        if [ "$silent" -gt "$limit_s" ]; then # a step daemon that was killed: srun would wait for ever
+            say "no rank has given a sign of life for $limit_s s; srun is left behind"
             kill -KILL "$launched"
             wait "$launched" 2>/dev/null
             status=137
-            break
+            return
         fi
     done
+    wait "$launched" 2>/dev/null # the status seen last may be that of a wait which a signal ended
+    waiting=$?
+    [ "$waiting" = 127 ] || status=$waiting # 127: it was seen
 }
-
-signs_of_life() { cat "$state"/alive/* 2>/dev/null | cksum; }
 
 end_attempt() {
     rm -f "$state/running_on"
@@ -98,29 +118,43 @@ end_attempt() {
     2) # what is wrong on the first attempt will be wrong on the next
         [ "$restart" != 0 ] || { say "refused; not started again"; exit 2; }
         say "refused"
+        stalled=$((stalled + 1))
         ;;
     85)
         say "stopped by a signal; saved: $(progress)"
         blame_node_failure
+        spared=$((spared + 1))
         ;;
     *)
         say "ended with status $status; there is: $(progress)"
-        blame_node_failure || blame_first_to_end
+        if blame_node_failure; then spared=$((spared + 1)); else blame_first_to_end; stalled=$((stalled + 1)); fi
         ;;
     esac
-    [ "$(progress)" != "$progress_before" ] || [ $((stalled + 1)) -lt "$max_stalled" ] || give_up
+    compare_lead
+    echo "$stalled $spared" >"$state/stalled"
+    [ "$(progress)" != "$progress_before" ] || give_up_if_stalled "$stalled" "$spared"
     requeue
+}
+
+# The lead was chosen before saves could be measured, or when they were shorter.
+compare_lead() {
+    local newest needed
+    newest=$(ls -t "$run_dir"/stage*/checkpoints/step_*[0-9]/manifest.json 2>/dev/null | head -n 1)
+    [[ $(cat "$newest" 2>/dev/null) =~ \"save_s\":\ *([0-9]+) ]] || return 0
+    needed=$((60 + 3 * BASH_REMATCH[1]))
+    [ "$needed" -le "$lead_s" ] ||
+        say "a save took ${BASH_REMATCH[1]} s: a signal $lead_s s before the limit is late; submit again, with --lead-s $needed"
 }
 
 requeue() {
     local now
     [ "$requeue" = yes ] || { say "not requeued, as was asked for; submit again, and it goes on"; exit 1; }
-    now=$(scontrol show job "$SLURM_JOB_ID" --oneliner | grep -o 'JobState=[A-Z_]*' | head -n 1)
+    now=$(scontrol show job "$id" --oneliner | grep -o 'JobState=[A-Z_]*' | head -n 1)
     case $now in
     JobState=RUNNING)
         say "requeued"
         trap "" TERM
-        scontrol requeue "$SLURM_JOB_ID" && sleep 60 && exit 1 # ended by the requeue
+        scontrol requeue "$id" && sleep 60 && exit 1 # ended by the requeue
         say "could not be requeued; submit again, and it goes on"
         ;;
     *) say "not requeued: ${now#JobState=}" ;; # cancelled, or requeued already
@@ -138,22 +172,31 @@ blame() {
 # What the attempt that ended last has added to the log.
 own_log() { tail -c "+$(($(cat "$state/log_begin" 2>/dev/null) + 1))" "$log" 2>/dev/null; }
 
+# SLURM's word; several nodes are one expression, as gpu[01-02].
 blame_node_failure() {
-    [[ $(own_log) =~ srun:\ error:\ Node\ failure\ on\ ([A-Za-z0-9._-]+) ]] && blame "${BASH_REMATCH[1]}" "down while the job ran on it"
+    local nodes node
+    nodes=$(own_log | sed -n 's/^srun: error: Node failure on \([^[:space:]]*\).*/\1/p' | sort -u)
+    [ -n "$nodes" ] || return 1
+    for node in $(scontrol show hostnames "$(echo "$nodes" | paste -sd ,)"); do
+        blame "$node" "down while the job ran on it"
+    done
 }
 
-# A watchdog or the check before the start has named a rank's node; else srun names that of a task which a signal ended.
-# Only the first: it ends the others. What ended by itself, with a traceback, says nothing of the node.
+# A watchdog or the check before the start has named ranks of one node; else srun names that of a task which was killed
+# or met a bus error. Only the first: it ends the others. What ended by itself, by a signal that asks, or for want of
+# memory, says nothing of the node.
 blame_first_to_end() {
-    local named first
-    named=$(tail -c "+$((events_begin + 1))" "$run_dir/events.jsonl" 2>/dev/null | grep -m 1 -E '"event": "(stopped|unfit)"')
-    if [[ $named =~ \"host\":\ \"([A-Za-z0-9._-]+)\" ]]; then
-        blame "${BASH_REMATCH[1]}" "$named"
+    local named hosts first
+    named=$(tail -c "+$((events_begin + 1))" "$run_dir/events.jsonl" 2>/dev/null |
+        grep -E '"event": "(stopped|unfit)"' | grep -v '"sure": false')
+    if [ -n "$named" ]; then
+        hosts=$(echo "$named" | sed -n 's/.*"host": "\([A-Za-z0-9._-]*\)".*/\1/p' | sort -u)
+        [ -z "$hosts" ] || [ "$(echo "$hosts" | wc -l)" != 1 ] || blame "$hosts" "$(echo "$named" | head -n 1)"
         return
     fi
-    first=$(own_log | grep -m 1 -E '^srun: error: [^:]+: tasks? [0-9,-]+: ')
-    if [[ $first =~ ^srun:\ error:\ ([A-Za-z0-9._-]+:\ task\ [0-9]+:\ .*) && $first != *": Exited"* ]]; then
-        blame "${BASH_REMATCH[1]%%:*}" "${BASH_REMATCH[1]}"
+    first=$(own_log | grep -m 1 -E '^srun: error: [^:]+: tasks? [0-9,-]+: |CANCELLED AT|oom.kill')
+    if [[ $first =~ ^srun:\ error:\ ([A-Za-z0-9._-]+):\ (task\ [0-9]+:\ (Killed|Bus\ error).*) ]]; then
+        blame "${BASH_REMATCH[1]}" "${BASH_REMATCH[2]}"
     fi
 }
 

@@ -92,8 +92,9 @@ def _environment(config: SubmitConfig, work: Work) -> Iterator[str]:
         yield "export ACCELERATE_USE_CPU=true\n"
     if config.gpus_per_node:
         yield NCCL
-    if config.max_stalled != SubmitConfig.max_stalled:
-        yield f"max_stalled={config.max_stalled}\n"
+    for name in ("max_stalled", "lead_s"):
+        if (value := getattr(config, name)) != getattr(SubmitConfig, name):
+            yield f"{name}={value}\n"
     if not config.requeue:
         yield "requeue=no\n"
 

@@ -40,6 +40,18 @@ def start(code: str) -> subprocess.Popen[str]:
     return process
 
 
+def test_a_request_that_came_while_signals_were_held_back_is_heard() -> None:
+    """As a rank holds them back while it starts."""
+    process = start("""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGTERM})
+    os.kill(os.getpid(), signal.SIGUSR1)
+    print("ready", flush=True)
+    with Preemption() as preemption:
+        asked(preemption)
+    """)
+    assert process.wait(20) == 0
+
+
 HUNG = """
     with Preemption(PreemptionConfig(grace_s={grace_s}, debounce_s={debounce_s})):
         print("ready", flush=True)

@@ -33,14 +33,17 @@ def test_what_was_found_has_a_host_and_a_remedy(tmp_path: Path, monkeypatch: pyt
     def broken() -> None:
         raise RuntimeError("CUDA error:\n  uncorrectable ECC")
 
+    def of_another_set() -> None:
+        raise ValueError("the index is of another set")
+
     with Engine(EngineConfig()) as engine:
-        checks = {"device": broken, "run_dir": partial(check_folder, file, 0)}
-        device, folder = preflight(checks, engine)
+        checks = {"device": broken, "run_dir": partial(check_folder, file, 0), "shards": of_another_set}
+        device, folder, shards = preflight(checks, engine)
     assert str(device) == (
         "node7: device: CUDA error: uncorrectable ECC; leave the node out (--exclude), and start again"
     )
-    assert folder.host == "node7" and "Not a directory" in folder.what and not folder.of_node
-    assert str(folder).endswith("; mend it, and start again")
+    assert folder.host == "node7" and "Not a directory" in folder.what and folder.of_node
+    assert not shards.of_node and str(shards).endswith("; mend it, and start again")
 
 
 class WrongSum:

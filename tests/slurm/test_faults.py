@@ -53,6 +53,7 @@ def test_a_node_whose_processes_are_killed(run: PacedRun, undisturbed: Path):
     kill(run.cluster.step_daemons(node), run.cluster.processes(node))
     try:
         assert_goes_on(run, undisturbed, since)
+        assert f"node {node} failed" in run.log
     finally:
         run.cluster.start_node(node)
 
@@ -66,10 +67,11 @@ def test_a_step_daemon_killed_with_its_rank(run: PacedRun, undisturbed: Path):
 
 
 def test_a_step_daemon_killed_while_its_node_and_its_rank_live(run: PacedRun, undisturbed: Path):
-    """SLURM does not notice: the run ends all the same, and srun, which waits for ever, does not hold up the job."""
+    """SLURM does not notice, and srun would wait for ever: the rank that has lost its daemon ends the attempt."""
+    since = time.monotonic()
     kill(run.cluster.step_daemons(second_node(run)))
-    run.finish()
-    assert_same_run(undisturbed, run.run_dir)
+    assert_goes_on(run, undisturbed, since)
+    assert "lost the process that started it" in (run.run_dir / "events.jsonl").read_text()
 
 
 def test_a_rank_that_hangs_is_named_with_its_node(

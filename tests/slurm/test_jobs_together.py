@@ -55,6 +55,20 @@ def test_an_array_of_three_seeds_two_at_a_time(cluster: Cluster, scene_shards: P
         assert (run_dir / "stage1" / "final").is_dir(), log_of(tmp_path / "runs", f"{job}_{seed}")
 
 
+def test_an_element_that_is_preempted_leaves_the_others_alone(cluster: Cluster, scene_shards: Path, tmp_path: Path):
+    """The last one, whose number is the array's own."""
+    run = PacedRun(cluster, scene_shards, tmp_path)
+    job = run.submit("--seeds", "3", nodes=1)
+    logs = [run.run_dir / f"seed_{seed}" / "metrics.jsonl" for seed in range(3)]
+    wait_until(lambda: all(path.exists() for path in logs), 150, "the first steps", cluster.tail)
+    cluster.run("scancel", "--signal=USR1", f"{job}_2")
+    wait_until(lambda: cluster.fact(f"{job}_2", "Restarts") == "1", 60, "the requeue", cluster.tail)
+    others = [[cluster.fact(f"{job}_{i}", name) for name in ("JobState", "Restarts")] for i in range(2)]
+    assert others == [["RUNNING", "0"]] * 2
+    cluster.run("scancel", job)
+    wait_until(lambda: not cluster.run("squeue", "-h", "-j", job, check=False), 60, "the array's end", cluster.tail)
+
+
 def test_a_chain_and_a_finished_job_again(cluster: Cluster, scene_shards: Path, tmp_path: Path):
     words = ["train", *quick(scene_shards, tmp_path)]
     jobs = submit(cluster, "--chain", *words, nodes=1)
@@ -68,6 +82,18 @@ def test_a_chain_and_a_finished_job_again(cluster: Cluster, scene_shards: Path, 
     assert cluster.wait(again) == "COMPLETED"
     assert "stage2 is finished" in log_of(tmp_path, again)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["a b", "a'b", 'a"b', "a#b", "a%jb"])
+def test_hostile_run_directories_reach_sbatch_as_they_are(cluster: Cluster, tmp_path: Path, name: str):
+    """The log lies where it should, and the job says there that it ended."""
+    run_dir = tmp_path / name
+    hydra = "run_dir='" + str(run_dir).replace("'", "\\'") + "'"
+    words = ["train", "model=tiny", "dataset=scenes", hydra, "stage1.trainer.micro_batch_size=1"]
+    [job] = submit(cluster, "--python", "/bin/false", "--no-requeue", *words, nodes=1)
+    assert cluster.wait(job) == "FAILED"
+    [log] = (run_dir / "logs").iterdir()
+    assert log.name.endswith(f"-{job}.log") and "iccld: not requeued, as was asked for" in log.read_text()
 
 
 def test_a_failing_parent_leaves_no_child_waiting(cluster: Cluster, scene_shards: Path, tmp_path: Path):

@@ -1,5 +1,6 @@
 """The text of job scripts: launch/slurm holds what `sbatch_text` writes, and no name breaks out of it."""
 
+import re
 import shlex
 import subprocess
 from dataclasses import replace
@@ -11,6 +12,7 @@ from iccld.programs.submitted_work import jobs_of
 from iccld.slurm.config import Container, Launcher, SubmitConfig, Variant, Work, seconds_of
 from iccld.slurm.history import failing_nodes, lead_time_s
 from iccld.slurm.script import sbatch_text
+from iccld.slurm.settings_file import read_settings
 
 ROOT = Path(__file__).parents[2]
 WORK = Work(
@@ -115,6 +117,45 @@ def test_work_takes_no_line_breaks(where: str):
         replace(WORK, **{where: ("a\nb",) if where == "arguments" else "/a\nb"})
 
 
+def test_a_run_directory_takes_no_colon():
+    with pytest.raises(ValueError, match="without colons"):
+        replace(WORK, run_dir="/a:b")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("time: 4:00:00", 'time=14400 must be quoted, as in time: "4:00:00"'),
+        ("account: 123", "account=123 must be quoted"),
+        ("nodes: '2'", "nodes='2' must be a whole number, without quotes"),
+        ("nodes: true", "nodes=True must be a whole number"),
+        ("requeue: 'no'", "requeue='no' must be true or false"),
+        ("launcher: torchrun", "launcher='torchrun' must be one of srun, accelerate"),
+        ("exclude: {a: b}", "must be a list of words"),
+        ("exclude: [1.5]", "must be a list of words"),
+        ("partition:", "partition=None must be quoted"),
+        ("nods: 2", "nods; known are"),
+        ("- nodes", "no settings; known are"),
+        ("a: b: c", "is no YAML"),
+    ],
+)
+def test_settings_of_another_type_are_refused_in_a_line(tmp_path: Path, line: str, message: str):
+    (path := tmp_path / "cluster.yaml").write_text(line + "\n")
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        read_settings(path)
+    assert "\n" not in str(error.value)
+
+
+def test_settings_are_read_as_what_they_are(tmp_path: Path):
+    (path := tmp_path / "cluster.yaml").write_text(
+        'exclude: n01\nafter: 4711\nmodules: [cuda, gcc]\nrequeue: false\nlauncher: accelerate\ntime: "4:00:00"\n'
+    )
+    assert read_settings(path) == {
+        "exclude": ("n01",), "after": ("4711",), "modules": ("cuda", "gcc"), "requeue": False,
+        "launcher": Launcher.accelerate, "time": "4:00:00",
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -149,7 +190,9 @@ def test_the_lead_time_follows_the_longest_save(tmp_path: Path):
 def test_a_node_is_left_out_after_two_attempts_that_it_ended(tmp_path: Path):
     (tmp_path / "slurm").mkdir()
     ledger = tmp_path / "slurm" / "failed_nodes"
-    ledger.write_text("n1\tnow\tjob 1, restart 0\tx\nn1\tnow\tjob 1, restart 0\tx\nn2\tnow\tjob 1, restart 0\tx\n")
+    ledger.write_text(
+        "n1\tnow\tjob 1, restart 0\tx\nn1\tnow\tjob 1, restart 0\tx\nn2\tnow\tjob 1, restart 0\tx\n\nn1\n"
+    )
     assert failing_nodes(tmp_path) == []
     ledger.write_text(ledger.read_text() + "n2\tnow\tjob 1, restart 1\tx\n")
     assert failing_nodes(tmp_path) == ["n2"]

@@ -1,0 +1,53 @@
+"""`--settings`: what YAML says of an allocation, each value of its setting's type."""
+
+from dataclasses import fields
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from iccld.slurm.config import SETTINGS, SubmitConfig
+
+_DEFAULTS = {setting.name: setting.default for setting in fields(SubmitConfig)} | {"engine": ""}
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """By name. Raises ValueError for what no setting takes, in one line."""
+    try:
+        loaded = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    unknown = sorted(map(str, loaded.keys() - _DEFAULTS)) if isinstance(loaded, dict) else ["no settings"]
+    if unknown:
+        raise ValueError(f"{path}: {', '.join(unknown)}; known are {', '.join((*SETTINGS, 'engine'))}.")
+    return {name: _typed(f"{path}: {name}={value!r}", name, value) for name, value in loaded.items()}
+
+
+def _typed(given: str, name: str, value: Any) -> Any:
+    default = _DEFAULTS[name]
+    if isinstance(default, Enum):
+        choices = [str(choice.value) for choice in type(default)]
+        if value not in choices:
+            raise ValueError(f"{given} must be one of {', '.join(choices)}.")
+        return type(default)(value)
+    if isinstance(default, bool):
+        return _of_type(value, bool, f"{given} must be true or false, without quotes.")
+    if isinstance(default, int):
+        return _of_type(value, int, f"{given} must be a whole number, without quotes.")
+    if isinstance(default, tuple):
+        values = value if isinstance(value, list) else [value]
+        return tuple(_word(one, f"{given} must be a list of words, as in [a, b].") for one in values)
+    # YAML reads an unquoted 4:00:00 as 14400, and 0123 as 83.
+    example = ', as in time: "4:00:00"' if name == "time" else ""
+    return _of_type(value, str, f"{given} must be quoted{example}.")
+
+
+def _of_type(value: Any, kind: type, message: str) -> Any:
+    if type(value) is not kind:
+        raise ValueError(message)
+    return value
+
+
+def _word(value: Any, message: str) -> str:
+    return str(value) if type(value) is int else _of_type(value, str, message)

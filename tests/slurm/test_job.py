@@ -1,0 +1,170 @@
+"""What job.sh makes of an attempt's end, without a cluster: `scontrol` writes down what it was asked."""
+
+import os
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.cluster import wait_until
+
+JOB = Path(__file__).parents[2] / "iccld" / "slurm" / "job.sh"
+SCONTROL = """\
+#!/bin/bash
+echo "$*" >>"$ASKED"
+case "$1 $2" in
+"show job") echo "JobId=7 JobState=RUNNING Reason=None" ;;
+"show hostnames") eval "printf '%s\\n' $(sed 's/\\[\\(.*\\)-\\(.*\\)\\]/{\\1..\\2}/' <<<"$3")" ;;
+requeue*) exit 1 ;;
+esac
+"""
+STOPPED = 'mkdir -p "$(dirname "$ICCLD_OUTCOME")"; echo 85 >"$ICCLD_OUTCOME"'
+
+
+@dataclass
+class Job:
+    """One job, attempt by attempt; `ranks` is what runs in place of srun."""
+
+    folder: Path
+    restarts: int = 0
+
+    def attempt(self, ranks: str, *, setup: str = "", **variables: str) -> str:
+        """The next attempt; what it adds to the log."""
+        (script := self.folder / "script").write_text(
+            f'{setup}\nsource "{JOB}"\nbegin_attempt "{self.run_dir}"\nlaunch bash -c \'{ranks}\'\nend_attempt\n'
+        )
+        before = len(self.log)
+        with (self.folder / "log").open("a") as log:
+            self.process = subprocess.Popen(
+                ["bash", str(script)], stdout=log, stderr=log, env=self._environment() | variables
+            )
+            self.restarts += 1
+            if "in background" not in setup:
+                self.process.wait(60)
+        return self.log[before:]
+
+    def _environment(self) -> dict[str, str]:
+        (self.folder / "scontrol").write_text(SCONTROL)
+        (self.folder / "scontrol").chmod(0o755)
+        own = {"PATH": f"{self.folder}:{os.environ['PATH']}", "ASKED": str(self.folder / "asked")}
+        job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "gpu[01-02]", "SLURM_RESTART_COUNT": str(self.restarts)}
+        return own | job
+
+    @property
+    def run_dir(self) -> Path:
+        return self.folder / "run"
+
+    @property
+    def log(self) -> str:
+        path = self.folder / "log"
+        return path.read_text() if path.exists() else ""
+
+    @property
+    def requeued(self) -> list[str]:
+        return [line for line in (self.folder / "asked").read_text().splitlines() if line.startswith("requeue")]
+
+    @property
+    def blamed(self) -> list[str]:
+        path = self.run_dir / "slurm" / "failed_nodes"
+        return [line.split("\t")[0] for line in path.read_text().splitlines()] if path.exists() else []
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    return Job(tmp_path)
+
+
+def test_an_element_of_an_array_requeues_itself_alone(job: Job):
+    """The last element's own number is the array's."""
+    job.attempt(STOPPED, SLURM_ARRAY_JOB_ID="7", SLURM_ARRAY_TASK_ID="2")
+    assert job.requeued == ["requeue 7_2"]
+
+
+def test_a_slow_start_is_no_silence_and_silence_is_the_end(job: Job):
+    ranks = 'sleep 4; for i in 1 2 3; do echo $i >"$ICCLD_ALIVE/a"; sleep 1; done; sleep 30'
+    said = job.attempt(ranks, ICCLD_SILENCE_S="2", ICCLD_START_S="20")
+    assert "no rank has given a sign of life for 2 s" in said and "status 137" in said
+    assert (job.run_dir / "slurm" / "job_7" / "alive" / "0" / "a").read_text() == "3\n"
+    assert "no rank has given a sign of life for 3 s" in job.attempt("sleep 30", ICCLD_SILENCE_S="2", ICCLD_START_S="3")
+
+
+def test_a_setup_that_sets_shell_options_changes_nothing(job: Job):
+    said = job.attempt("exit 9", setup="set -eufC -o pipefail; shopt -s nullglob failglob")
+    assert "ended with status 9" in said and job.requeued == ["requeue 7"]
+
+
+def test_the_status_is_the_ranks_own_also_where_a_signal_came(job: Job):
+    job.attempt("sleep 3; exit 9", setup="# in background")
+    wait_until(lambda: "going on from" in job.log, 20, "the start")
+    job.process.terminate()
+    job.process.wait(30)
+    assert "the ranks save" in job.log and "ended with status 9" in job.log
+
+
+def ends(*lines: str) -> str:
+    return "; ".join(f'echo "{line}"' for line in lines) + "; exit 1"
+
+
+@pytest.mark.parametrize(
+    ("line", "nodes"),
+    [
+        ("srun: error: gpu01: task 0: Killed", ["gpu01"]),
+        ("srun: error: gpu01: task 0: Bus error (core dumped)", ["gpu01"]),
+        *(
+            (f"srun: error: gpu01: task 0: {end}", [])
+            for end in (
+                "User defined signal 1", "Terminated", "Out Of Memory", "Segmentation fault (core dumped)", "Aborted",
+                "Exited with exit code 1",
+            )
+        ),
+        ("srun: error: gpu01: tasks 0-3: Killed", []),
+        ("slurmstepd: error: Detected 1 oom_kill event in StepId=7.0", []),
+        ("slurmstepd: error: *** STEP 7.0 ON gpu01 CANCELLED AT 2026-01-01T00:00:00 ***", []),
+        ("srun: error: Node failure on gpu[01-02]", ["gpu01", "gpu02"]),
+        ("rank 0 quotes srun: error: Node failure on gpu01", []),
+    ],
+)  # fmt: skip
+def test_only_what_a_node_may_have_caused_is_held_against_it(job: Job, line: str, nodes: list[str]):
+    job.attempt(ends(line, "srun: error: gpu02: task 1: Killed") if not nodes else ends(line))
+    quoted = "rank 0" in line
+    assert job.blamed == (["gpu02"] if quoted else nodes)
+
+
+@pytest.mark.parametrize(
+    ("named", "nodes"),
+    [
+        ([("gpu02", "true"), ("gpu02", "true")], ["gpu02"]),
+        ([("gpu01", "true"), ("gpu02", "true")], []),
+        ([("gpu01", "false")], []),
+    ],
+)
+def test_a_node_is_blamed_where_it_alone_was_named(job: Job, named: list[tuple[str, str]], nodes: list[str]):
+    job.run_dir.mkdir()
+    lines = [f'{{"event": "stopped", "host": "{host}", "sure": {sure}}}\n' for host, sure in named]
+    (job.folder / "events").write_text("".join(lines))
+    job.attempt(f'cat "{job.folder}/events" >>"{job.run_dir}/events.jsonl"; exit 1')
+    assert job.blamed == nodes
+
+
+def test_attempts_that_fail_and_attempts_that_are_cut_short_are_counted_apart(job: Job):
+    for _ in range(4):
+        assert "not started again" not in job.attempt(STOPPED)
+    assert "not started again" not in job.attempt("exit 1")
+    assert "not started again" not in job.attempt("echo srun: error: Node failure on gpu01; exit 1")
+    assert "2 attempts without a newer checkpoint; not started again" in job.attempt("exit 1", max_stalled="2")
+    assert len(job.requeued) == 6
+
+
+def test_attempts_that_are_always_cut_short_have_a_limit_too(job: Job):
+    job.attempt(STOPPED)
+    (job.run_dir / "slurm" / "job_7" / "stalled").write_text("0 19\n")
+    assert "20 attempts without a newer checkpoint; not started again" in job.attempt(STOPPED)
+
+
+def test_a_save_that_is_too_long_for_the_lead_is_said(job: Job):
+    folder = job.run_dir / "stage1" / "checkpoints" / "step_00000001"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text('{"save_s": 90.5}')
+    assert "with --lead-s 330" in job.attempt(STOPPED)
+    assert "--lead-s" not in job.attempt(STOPPED, lead_s="330")

@@ -1,0 +1,51 @@
+"""What a rank of a job leaves for the job script, without a cluster."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from iccld.cli import main
+from iccld.runtime.preemption import STOPPED_BY_WATCHDOG
+from tests.factory import scene_overrides
+from tests.slurm.cluster import free_ports, wait_until
+from tests.slurm.jobs import events
+
+
+def start(run_dir: Path, *words: str, num_ranks: int = 1, **variables: str) -> subprocess.Popen[str]:
+    """Rank 0 on node gpu01, which has given its first sign of life."""
+    job = run_dir / "slurm" / "job_7"
+    (alive := job / "alive").mkdir(parents=True)
+    [port] = free_ports(1)
+    formed = {"RANK": "0", "WORLD_SIZE": str(num_ranks), "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    told = {"ICCLD_OUTCOME": f"{job}/outcome", "ICCLD_ALIVE": str(alive), "SLURMD_NODENAME": "gpu01"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "iccld.programs.rank", *words],
+        env=os.environ | formed | {"MASTER_PORT": str(port)} | told | variables,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_until((alive / "gpu01_0").exists, 60, "a sign of life")
+    return process
+
+
+def test_scoring_that_is_preempted_while_it_starts_says_so(scene_shards: Path, tmp_path: Path):
+    run_dir = tmp_path / "run"
+    quick = ["stages=[stage1]", "stage1.trainer.num_steps=1", "inference.num_steps=[1]"]
+    assert main(["train", *scene_overrides(scene_shards, run_dir), *quick]) == 0
+    process = start(run_dir, "evaluate", str(run_dir))
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(120) == 0
+    assert (run_dir / "slurm" / "job_7" / "outcome").read_text() == "85\n"
+    assert events(run_dir)[-1]["event"] == "preempted" and events(run_dir)[-1]["stage"] == "evaluation"
+
+
+def test_nodes_on_which_no_rank_begins_are_named(tmp_path: Path):
+    words = ["train", "model=tiny", "dataset=scenes", f"run_dir={tmp_path}"]
+    process = start(tmp_path, *words, num_ranks=4, ICCLD_GATHER_S="3", ICCLD_HOSTS="gpu01 gpu02")
+    (tmp_path / "slurm" / "job_7" / "alive" / "gpu01_1").write_text("1 1\n")
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == STOPPED_BY_WATCHDOG
+    assert "2 ranks have not begun (the first is rank 2), none on gpu02" in said
+    assert [(event["event"], event["host"]) for event in events(tmp_path)] == [("unfit", "gpu02")]
