@@ -172,7 +172,7 @@ class Watchdog:
         self._ending.acquire()  # never released: the thread and the main thread do not both end it
         faulthandler.dump_traceback_later(END_S + 2 * self.config.beat_s, exit=True, file=2)
         own = self._heartbeat()
-        waiting = [rank for rank in range(self.world_size) if rank not in causes]
+        waiting = [rank for rank in sorted(seen) if rank not in causes]
         speaks = waiting[0] if waiting else min(causes)
         if self.rank == speaks or self.rank in list(causes)[:SAID]:
             words = list(causes.values())[:SAID] + [f"and {len(causes) - SAID} more"] * (len(causes) > SAID)
