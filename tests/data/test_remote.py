@@ -135,7 +135,7 @@ def client_packages() -> None:
 
 
 def test_no_one_at_the_address(options: dict[str, str], caplog: pytest.LogCaptureFixture):
-    place = StorageConfig(5.0, 1.0, {"endpoint_url": "http://127.0.0.1:9", **options})
+    place = StorageConfig(5.0, 4.0, {"endpoint_url": "http://127.0.0.1:9", **options})
     storage = open_storage("s3://set" if options else "http://127.0.0.1:9", place)
     with pytest.raises(StorageError, match=r"failed after \d+ attempts .*onnect.*; check the server"):
         storage.read("a.tar", 0, 1)
