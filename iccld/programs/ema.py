@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from iccld import __version__
 from iccld.config import Config, StageName
-from iccld.data.durable import sync
 from iccld.evaluation import EvaluationResult
 from iccld.models.iccld import ICCLD
 from iccld.models.model_card import ModelStage, write_atomically
 from iccld.programs.evaluate import evaluate_predictor, load_model, predict_function
+from iccld.runtime.durable import sync
 from iccld.runtime.engine import Engine
 from iccld.stages.base import Stage
 from iccld.uda.ema_profile import Profile, label, profile_error, snapshot_weights
