@@ -8,6 +8,7 @@ tensor lies), the folder is renamed, `latest` replaced, and only then are older 
 copy to host memory; a thread on each rank does the rest. Nothing is ever unpickled.
 """
 
+import contextlib
 import re
 import shutil
 import time
@@ -181,11 +182,17 @@ class CheckpointStore:
         find = self._find_newest if self.ranks.rank == 0 else lambda: None
         return _together(self.ranks.gather_objects, find, failure)[0]
 
+    def _point_at(self, newest: Path) -> None:
+        """Let `latest` name it, as it does not after a kill that came between the two, or after damage."""
+        latest = self.folder / "latest"
+        if not latest.is_file() or latest.read_text(errors="replace").strip() != newest.name:
+            write_text_durably(latest, newest.name)
+
     def _find_newest(self) -> Checkpoint | None:
         folders = self.folders()
         for folder in reversed(folders):
             try:
-                return verify(folder)
+                checkpoint = verify(folder)
             except ForeignFormatError:
                 raise
             except DamagedError as error:
@@ -193,6 +200,10 @@ class CheckpointStore:
                 self.report(str(error))
             except OSError as error:
                 self.report(f"checkpoint {folder} cannot be read ({error}); it is passed over, and kept.")
+            else:
+                with contextlib.suppress(OSError):  # a folder that cannot be written fails at the next save, by name
+                    self._point_at(folder)
+                return checkpoint
         if folders:
             raise CheckpointError(
                 f"all {len(folders)} are damaged or unreadable; mend the disk, restore one from a copy, or remove the "

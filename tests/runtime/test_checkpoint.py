@@ -127,6 +127,21 @@ def test_a_save_after_a_fall_back_keeps_the_whole_ones_and_drops_the_damaged(tmp
     assert [folder.name for folder in checkpoints.folders()] == ["step_00000200", "step_00000250"]
 
 
+@pytest.mark.parametrize("said", ["step_00000001", "", None])
+def test_latest_names_the_newest_whole_one_again(tmp_path: Path, said: str | None):
+    """A kill between the rename and `latest` of a run's last save would leave it behind for ever."""
+    checkpoints = store(tmp_path)
+    for step in (1, 2):
+        save(checkpoints, step)
+    latest = tmp_path / "latest"
+    latest.unlink() if said is None else latest.write_text(said)
+    assert checkpoints.newest()
+    assert latest.read_text() == "step_00000002"
+    flip(tmp_path / "step_00000002" / "rank_00000.safetensors")
+    assert checkpoints.newest()
+    assert latest.read_text() == "step_00000001"
+
+
 def test_no_bit_of_a_manifest_can_be_flipped_unseen(tmp_path: Path):
     path = save(store(tmp_path), 1) / "manifest.json"
     content = path.read_bytes()

@@ -78,12 +78,16 @@ class PacedRun:
         return log_of(self.run_dir, self.jobs[-1])
 
     def wait_for_step(self, step: int, *, attempt: int = 1, stage: str = "stage1", timeout_s: float = 150) -> None:
-        """Until the job's `attempt`-th attempt (over all jobs of the run) has logged this step."""
+        """Until the `attempt`-th attempt, over all jobs of the run, has logged this step or a later one."""
 
         def reached() -> bool:
             path = self.run_dir / "metrics.jsonl"
-            lines = path.read_text().splitlines() if path.exists() else []
-            return self.attempts() >= attempt and f'"stage": "{stage}", "step": {step},' in (lines or [""])[-1]
+            lines = [line for line in path.read_text().splitlines(True) if line[-1] == "\n"] if path.exists() else []
+            starts = [(event["stage"], event["step"]) for event in events(self.run_dir, "started")]
+            if len(starts) < attempt or not lines:
+                return False
+            last = json.loads(lines[-1])
+            return (last["stage"], last["step"]) >= max((stage, step), starts[-1])
 
         wait_until(reached, timeout_s, f"step {step} of attempt {attempt}", self.tail)
 
