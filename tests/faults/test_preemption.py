@@ -97,7 +97,10 @@ def scores(run_dir: Path) -> list[dict[str, Any]]:
     return [entry for entry in entries if "miou" in entry]
 
 
-def test_a_score_in_mid_training_that_was_given_up_is_made_up_for(scene_shards: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_score_in_mid_training_that_was_given_up_is_made_up_for(
+    scene_shards: Path, tmp_path: Path, number: signal.Signals
+) -> None:
     """So are the counts of what the workers loaded: every process of the job gets the signal, as from a scheduler."""
     more = ["stages=[stage1]", "stage1.trainer.evaluate_every=3", "data.num_workers=1", "metrics.wandb=offline"]
     more += ["stage1.trainer.checkpoint.save_every=4"]
@@ -110,7 +113,7 @@ def test_a_score_in_mid_training_that_was_given_up_is_made_up_for(scene_shards: 
         children = process.children(recursive=True)
         assert len({"wandb" in child.name() for child in children}) == 2, "loader workers, and wandb's own"
         for each in [*children, process]:
-            each.send_signal(signal.SIGTERM)
+            each.send_signal(number)
         assert ranks.wait() == [STOPPED]
     assert scores(run_dir) == [] and last(run_dir) == ("preempted", "stage1")
     assert statuses(command, tmp_path / "c", 1) == [0]

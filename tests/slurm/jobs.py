@@ -68,9 +68,9 @@ class PacedRun:
         """From the next step on."""
         self.pace_file.write_text(str(seconds))
 
-    def submit(self, *options: str, nodes: int = 2) -> str:
-        variables = {"ICCLD_TEST_PACE": str(self.pace_file), "PYTHONPATH": f"{ROOT}:{Path(__file__).parent / 'pace'}"}
-        self.jobs = submit(self.cluster, *options, *self.words, nodes=nodes, variables=variables)
+    def submit(self, *options: str, nodes: int = 2, variables: dict[str, str] | None = None) -> str:
+        paced = {"ICCLD_TEST_PACE": str(self.pace_file), "PYTHONPATH": f"{ROOT}:{Path(__file__).parent / 'pace'}"}
+        self.jobs = submit(self.cluster, *options, *self.words, nodes=nodes, variables=paced | (variables or {}))
         return self.jobs[0]
 
     @property

@@ -1,7 +1,10 @@
 """Nodes, processes and daemons that are lost: the job is requeued and ends with the weights of an undisturbed one."""
 
+import json
 import os
+import re
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -74,19 +77,29 @@ def test_a_step_daemon_killed_while_its_node_and_its_rank_live(run: PacedRun, un
     assert "lost the process that started it" in (run.run_dir / "events.jsonl").read_text()
 
 
+@pytest.mark.parametrize(
+    ("at", "do", "phase"),
+    [("data", "sleep", "data"), ("compute", "sleep", "compute"), ("prepare", "collective", "prepare")],
+    ids=["data", "compute", "collective"],
+)
 def test_a_rank_that_hangs_is_named_with_its_node(
-    cluster: Cluster, scene_shards: Path, undisturbed: Path, tmp_path: Path
+    cluster: Cluster, scene_shards: Path, undisturbed: Path, tmp_path: Path, at: str, do: str, phase: str
 ):
-    run = PacedRun(cluster, scene_shards, tmp_path)
-    run.words.append("watchdog.step_s=12")
-    job = run.submit()
-    run.wait_for_step(4)
-    node, since = cluster.fact(job, "BatchHost"), time.monotonic()
-    run.pace(600)
-    wait_until(lambda: f"watchdog: rank 0 on {node}" in run.log, 60, "the watchdog", run.tail)
-    run.pace(0)
+    """In the job's first attempt, rank 1 hangs: in a loader worker, in its forward pass, or in a collective alone."""
+    run = PacedRun(cluster, scene_shards, tmp_path, pace_s=0)
+    run.words += ["watchdog.step_s=12", "data.num_workers=1"]
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nshift 2\nexec {sys.executable} -m tests.slurm.faulty_rank "$@"\n')
+    python.chmod(0o755)
+    fault = json.dumps({"at": at, "do": do, "rank": 1, "step": 4})
+    run.submit("--python", str(python), variables={"FAULT": fault, "FAULT_GLOBAL_BATCH": "2"})
+    wait_until(lambda: f"FAULT at {at} of step 4" in run.log, 150, "the fault", run.tail)
+    node, since = second_node(run), time.monotonic()
     assert_goes_on(run, undisturbed, since)
-    assert f"node {node} failed" in run.log
+    named = rf"watchdog: .*rank 1 on {node} \(process \d+\) stopped in phase {phase} of stage1 step 4, \d+ s ago"
+    assert re.search(named, run.log)
+    if do != "collective":  # of two ranks that wait for each other, neither is to blame
+        assert f"node {node} failed" in run.log
 
 
 def test_a_killed_rank_is_named_with_its_node_and_the_node_excluded_the_second_time(run: PacedRun, undisturbed: Path):
