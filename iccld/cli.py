@@ -24,6 +24,7 @@ Train segmentation models on labelled source images and unlabelled target images
   iccld shards make --dataset gta5 --input DIR --output DIR  turn a data set into shards
   iccld shards index|verify|info DIR                         index tars, check, describe
   iccld checkpoint list|verify|export|convert DIR            look at them, get models out of them
+  iccld goodput runs/a                                       where its wall time went, over all restarts
 
 Any setting is changed by key=value; `iccld config experiment=...` shows all of them.
 For several ranks on this machine: python launch/local.py NUM_RANKS VERB ...
@@ -76,15 +77,21 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--attention", choices=["sdpa", "xformers"], default="sdpa", help="back end of the denoiser")
     predict.set_defaults(run=_predict)
 
-    from iccld.programs import submit
-
-    submission = verbs.add_parser("submit", description=submit.DESCRIPTION)
-    submit.add_arguments(submission)
-    submission.set_defaults(run=_submit)
-
+    _add_submit_and_goodput(verbs)
     _add_shards(verbs)
     _add_checkpoint(verbs)
     return parser
+
+
+def _add_submit_and_goodput(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    from iccld.programs import goodput, submit
+
+    submission = verbs.add_parser("submit", description=submit.DESCRIPTION)
+    submit.add_arguments(submission)
+    submission.set_defaults(run=submit.submit)
+    ledger = verbs.add_parser("goodput")
+    goodput.add_arguments(ledger)
+    ledger.set_defaults(run=goodput.run)
 
 
 def _add_shards(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -127,12 +134,13 @@ def _add_checkpoint(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def _train(arguments: argparse.Namespace) -> int:
     from iccld.runtime.preemption import Preemption
 
+    began = float(os.environ.get("ICCLD_ATTEMPT_BEGAN") or time.time())  # the job script's word, else now
     with Preemption() as preemption:  # before the imports, which take seconds
         from iccld.config import load_config
         from iccld.programs.train import train
 
         config = load_config(arguments.overrides, config_dir=arguments.config_dir)
-        finished = train(config, preemption)
+        finished = train(config, preemption, began=began)
     return 0 if finished else _stopped(config, "iccld train: stopped by a signal; the same command goes on")
 
 
@@ -180,12 +188,6 @@ def _predict(arguments: argparse.Namespace) -> None:
         config=EvaluationConfig(image_size=image_size, sliding_window=arguments.sliding_window),
         attention=AttentionBackend[arguments.attention],
     )
-
-
-def _submit(arguments: argparse.Namespace) -> int:
-    from iccld.programs.submit import submit
-
-    return submit(arguments)
 
 
 def _checkpoint(arguments: argparse.Namespace) -> int:

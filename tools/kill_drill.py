@@ -131,8 +131,9 @@ class Drill:
         """The run that the others are compared with."""
         run_dir, start = self.folder / "undisturbed", time.time()
         assert self.attempt(run_dir)
-        times = [event["time"] for event in lines(run_dir / "events.jsonl")]
-        self.start_s, self.work_s = times[0] - start, times[-1] - times[0]
+        events = lines(run_dir / "events.jsonl")
+        begin = next(event["time"] for event in events if event["event"] == "started")
+        self.start_s, self.work_s = begin - start, events[-1]["time"] - begin
         return run_dir
 
     def run(self, expected: Path, kills: int) -> None:

@@ -5,6 +5,7 @@ the first left (`hand_off`).
 """
 
 import copy
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from itertools import islice
@@ -35,7 +36,7 @@ from iccld.programs.hand_off import final_folder, hand_over, handed_over, is_fin
 from iccld.runtime.checkpoint import CheckpointStore
 from iccld.runtime.engine import Engine
 from iccld.runtime.lock import locked
-from iccld.runtime.metrics import MetricsLogger
+from iccld.runtime.metrics import MetricsLogger, write_event
 from iccld.runtime.preemption import Preempted, Preemption
 from iccld.runtime.watchdog import Watchdog
 from iccld.stages.adversarial import AdversarialStage, AdversaryInput
@@ -44,8 +45,12 @@ from iccld.stages.segmentation import SegmentationStage
 from iccld.trainer import Trainer
 
 
-def train(config: Config, preemption: Preemption | None = None) -> bool:
-    """Run the configured stages, then score them; False if a signal ended the run early. Call on every rank."""
+def train(config: Config, preemption: Preemption | None = None, *, began: float | None = None) -> bool:
+    """Run the configured stages, then score them; False if a signal ended the run early. Call on every rank.
+
+    `began`: when this attempt did, in seconds since the epoch; now, if not given.
+    """
+    began = began or time.time()
     preemption = preemption or Preemption()
     preemption.config = config.preemption
     run_dir = Path(config.run_dir)
@@ -54,6 +59,8 @@ def train(config: Config, preemption: Preemption | None = None) -> bool:
         with watch(config, engine) as watchdog:
             check_settings(config, engine)
             check_run_dir(run_dir, config, engine)
+            if engine.is_main:
+                write_event(run_dir, "launched", since=began)
             watchdog.phase("preflight")
             check_fitness(config, engine)
             return _run_stages(config, engine, preemption, watchdog)

@@ -140,6 +140,8 @@ class MetricsLogger:
         entry |= self._totals(counters or {}, device=next(iter(flat.values())).device)
         entry |= _rates(timings, len(steps), global_batch_size)
         self.write(entry)
+        seconds = {name: round(value, 3) for name, value in timings.items()}
+        self.event("progress", step=steps[-1] + 1, num_steps=len(steps), seconds=seconds)
         if self.is_main:
             eta_s = (num_steps - 1 - steps[-1]) * entry["step_s"]
             print(_terminal_line(entry, num_steps, eta_s), flush=True)

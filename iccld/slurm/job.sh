@@ -28,7 +28,8 @@ begin_attempt() {
     trap 'say "the job was asked to end; the ranks save"' TERM # and go on waiting for them
     export ICCLD_OUTCOME=$state/outcome ICCLD_ALIVE=$alive
     ICCLD_HOSTS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd " ")
-    export ICCLD_HOSTS
+    ICCLD_ATTEMPT_BEGAN=$(date +%s)
+    export ICCLD_HOSTS ICCLD_ATTEMPT_BEGAN
     log=$(readlink -f "/proc/$$/fd/1")
     say "job $SLURM_JOB_ID, restart $restart, on $SLURM_JOB_NODELIST, $(date '+%F %T')"
     if [ -e "$state/running_on" ]; then # the attempt before this one was cut off

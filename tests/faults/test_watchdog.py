@@ -121,5 +121,5 @@ def test_a_node_that_cannot_read_its_shards_is_named_before_the_run(scene_shards
     with Ranks(overrides(scene_shards, run_dir), tmp_path / "logs", fault=fault) as ranks:
         assert ranks.wait() == [STOPPED_BY_WATCHDOG] * 2
         assert "preflight: n1: shards: a fault of the program; leave the node out (--exclude)" in ranks.log()
-    (event,) = events(run_dir)
+    _launched, event = events(run_dir)
     assert (event["event"], event["host"]) == ("unfit", "n1") and not (run_dir / "stage1").exists()
