@@ -8,7 +8,6 @@ an attempt did after the step from which the next one went on had to be done aga
 import json
 import time
 from argparse import ArgumentParser, Namespace
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,7 +45,7 @@ class Attempt:
     ended: float
     num_steps: int = 0
     last: str = ""  # its last event
-    seconds: Counter[str] = field(default_factory=Counter)
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(CATEGORIES, 0.0))
 
 
 def read_events(run_dir: Path) -> list[Event]:
@@ -99,7 +98,8 @@ def _attempt(events: list[Event], resumed: Mapping[str, int]) -> Attempt:
         if kind == "progress":
             inside = event["seconds"]["total"]
             attempt.seconds["other"] += max(seconds - inside, 0.0)
-            attempt.seconds.update(_steps(event, resumed.get(event["stage"])))
+            for name, share in _steps(event, resumed.get(event["stage"])).items():
+                attempt.seconds[name] += share
             attempt.num_steps += event["num_steps"]
         elif kind in REST:
             attempt.seconds[REST[kind]] += seconds
@@ -119,13 +119,14 @@ def _steps(event: Event, resumed: int | None) -> dict[str, float]:
     return {**kept, "training": training, "redone": redone * seconds["total"]}
 
 
-def total_of(found: Iterable[Attempt]) -> Counter[str]:
-    return sum((attempt.seconds for attempt in found), Counter())
+def total_of(found: list[Attempt]) -> dict[str, float]:
+    """The seconds of all attempts together, by category."""
+    return {name: sum(attempt.seconds[name] for attempt in found) for name in CATEGORIES}
 
 
 def tables_of(found: list[Attempt]) -> list[Table]:
     total = total_of(found)
-    wall = max(total.total(), 1e-9)
+    wall = max(sum(total.values()), 1e-9)
     title = f"goodput {100 * total['training'] / wall:.1f} % of {_hours(wall)} in {len(found)} attempts"
     overview = Table("", "h:mm:ss", "%", "", title=title)
     for name, (meaning, _) in CATEGORIES.items():
@@ -156,7 +157,7 @@ def draw(found: list[Attempt], path: Path) -> None:
     axes = figure.subplots()
     left = [0.0] * len(rows)
     for name, (_, colour) in CATEGORIES.items():
-        shares = [100 * seconds[name] / max(seconds.total(), 1e-9) for _, seconds in rows]
+        shares = [100 * seconds[name] / max(sum(seconds.values()), 1e-9) for _, seconds in rows]
         axes.barh([label for label, _ in rows], shares, left=left, color=colour, label=name, height=0.7)
         left = [begin + share for begin, share in zip(left, shares, strict=True)]
     axes.set(xlim=(0, 100), xlabel="% of wall time, an attempt's including the time down before it")
@@ -177,13 +178,13 @@ def run(arguments: Namespace) -> int:
     found = attempts(read_events(arguments.run_dir))
     folder = arguments.output or arguments.run_dir / "profile"
     total = total_of(found)
-    wall = total.total()
+    wall = sum(total.values())
     figures = {
         "goodput": total["training"] / max(wall, 1e-9),
         "wall_s": wall,
-        "seconds": {name: total[name] for name in CATEGORIES},
+        "seconds": total,
         "attempts": [
-            {"began": each.began, "ended": each.ended, "num_steps": each.num_steps, "seconds": dict(each.seconds)}
+            {"began": each.began, "ended": each.ended, "num_steps": each.num_steps, "seconds": each.seconds}
             for each in found
         ],
     }
