@@ -84,15 +84,10 @@ class Drill:
             environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         engine = [] if self.engine == "ddp" else ["--engine", self.engine]
         command = [sys.executable, str(ROOT / "launch" / "local.py"), "2", *engine, "train"]
+        command += _overrides(self.folder, run_dir)
         started = _num_started(run_dir)
         with (self.folder / "output").open("w") as output:
-            launch = subprocess.Popen(
-                [*command, *_overrides(self.folder, run_dir)],
-                env=environment,
-                cwd=ROOT,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
+            launch = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
             try:
                 if kind.startswith("random"):
                     self._kill_at_random(launch, kind, log, until=lambda: _num_started(run_dir) > started)
@@ -214,7 +209,8 @@ def _overrides(folder: Path, run_dir: Path) -> list[str]:
         *("dataset=scenes", f"data.source.shards={folder}/source", f"data.target.shards={folder}/target"),
         *("data.validation.shards=", "data.crop_size=[48,64]", "data.num_workers=0", "data.rare_class_min_pixels=20"),
         *(f"stage{i}.trainer.{length}" for i in (1, 2) for length in (*lengths, "schedule.warmup_steps=2")),
-        *("metrics.wandb=disabled", "metrics.log_every=1", "statistics_samples=4"),
+        # A rank whose peer was killed is certain of it after a few beats.
+        *("metrics.wandb=disabled", "metrics.log_every=1", "statistics_samples=4", "watchdog.beat_s=0.5"),
         *("stage1.objective.confidence_threshold=0.06", f"run_dir={run_dir}"),
     ]
 
