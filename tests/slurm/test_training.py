@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.cluster import Cluster
-from tests.slurm.jobs import assert_same_run, log_of, settings, submit, train_here
+from tests.slurm.jobs import assert_same_run, events, log_of, settings, submit, train_here
 
 
 @pytest.mark.parametrize("launcher", ["srun", "accelerate"])
@@ -30,5 +30,5 @@ def test_the_other_engines_too(cluster: Cluster, scene_shards: Path, tmp_path: P
     [job] = submit(cluster, "--engine", engine, "train", *settings(scene_shards, there))
     train_here(settings(scene_shards, here), engine=engine)
     assert cluster.wait(job) == "COMPLETED", log_of(there, job)
-    assert json.loads((there / "events.jsonl").read_text().splitlines()[0])["layout"]["engine"] == engine
+    assert [event["layout"]["engine"] for event in events(there, "started")] == [engine] * 2
     assert_same_run(here, there)
