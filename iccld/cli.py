@@ -24,7 +24,7 @@ Train segmentation models on labelled source images and unlabelled target images
   iccld shards make --dataset gta5 --input DIR --output DIR  turn a data set into shards
   iccld shards index|verify|info DIR                         index tars, check, describe
   iccld checkpoint list|verify|export|convert DIR            look at them, get models out of them
-  iccld goodput runs/a                                       where its wall time went, over all restarts
+  iccld goodput runs/a                                       where the wall time went
 
 Any setting is changed by key=value; `iccld config experiment=...` shows all of them.
 For several ranks on this machine: python launch/local.py NUM_RANKS VERB ...
