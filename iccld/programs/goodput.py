@@ -131,7 +131,7 @@ def tables_of(found: list[Attempt]) -> list[Table]:
     overview = Table("", "h:mm:ss", "%", "", title=title)
     for name, (meaning, _) in CATEGORIES.items():
         overview.add_row(name, _hours(total[name]), f"{100 * total[name] / wall:.1f}", meaning)
-    each = Table("launched", "down before", "steps", "of them redone", "lasted", "last event", title="attempts")
+    each = Table("launched", "down before", "steps", "redone", "lasted", "last event", title="attempts")
     for attempt in found:
         began = time.strftime("%F %T", time.localtime(attempt.began))
         lasted = attempt.ended - attempt.began

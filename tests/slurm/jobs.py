@@ -95,9 +95,6 @@ class PacedRun:
     def has_restarted(self) -> bool:
         return f"iccld: job {self.jobs[-1]}, restart 1" in self.log
 
-    def attempts(self) -> int:
-        return len(events(self.run_dir, "started"))
-
     def finish(self, *, timeout_s: float = 150) -> None:
         """Let it go on at full speed, to its end."""
         self.pace(0)
