@@ -6,6 +6,7 @@ an attempt did after the step from which the next one went on had to be done aga
 """
 
 import json
+import math
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable, Mapping
@@ -74,10 +75,10 @@ def attempts(events: list[Event]) -> list[Attempt]:
         raise ValueError("events.jsonl holds no event `launched`: nothing has been started, or by an older version.")
     found: list[Attempt] = []
     for number, part in enumerate(parts):
-        attempt = _attempt(part, _resumed_at(event for others in parts[number + 1 :] for event in others))
-        if found:
-            attempt.seconds["down"] = max(attempt.began - found[-1].ended, 0.0)
-        found.append(attempt)
+        resumed = _resumed_at(event for others in parts[number + 1 :] for event in others)
+        found.append(_attempt(part, resumed, after=found[-1].ended if found else -math.inf))
+        if number:
+            found[-1].seconds["down"] = found[-1].began - found[-2].ended
     return found
 
 
@@ -90,9 +91,11 @@ def _resumed_at(later: Iterable[Event]) -> dict[str, int]:
     return steps
 
 
-def _attempt(events: list[Event], resumed: Mapping[str, int]) -> Attempt:
-    began = cursor = events[0].get("since", events[0]["time"])
-    attempt = Attempt(began, max(event["time"] for event in events), last=events[-1]["event"])
+def _attempt(events: list[Event], resumed: Mapping[str, int], *, after: float) -> Attempt:
+    """`after`: the end of the one before it, which the clock of another node may put later than the beginning."""
+    began = cursor = max(events[0].get("since", events[0]["time"]), after)
+    ended = max(began, *(event["time"] for event in events))
+    attempt = Attempt(began, ended, last=events[-1]["event"])
     for event in events:
         seconds, kind = max(event["time"] - cursor, 0.0), event["event"]
         if kind == "progress":
