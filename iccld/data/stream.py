@@ -18,7 +18,7 @@ from iccld.data.decode import DECODE_ERRORS, decode_image
 from iccld.data.domain import DomainStream, MicroBatch, View, decode_train_ids, relabel
 from iccld.data.parts import Part, domain_order, open_parts
 from iccld.data.processes import say
-from iccld.data.workers import initialize_worker
+from iccld.data.workers import hearing_deaths_within, initialize_worker
 
 Batch = dict[str, MicroBatch]
 MIN_DRAWN = 1000
@@ -184,7 +184,7 @@ class _MicroBatches(IterableDataset):
 def _with_one_line_errors(deliveries: Iterator[_Delivery]) -> Iterator[_Delivery]:
     """The loader's deliveries; that a worker was killed is said as every other error of the data is."""
     try:
-        yield from deliveries
+        yield from hearing_deaths_within(deliveries)
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):  # any other is a fault of the program, and stays one
             raise

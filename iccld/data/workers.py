@@ -1,10 +1,14 @@
-"""What a loader worker does first: one thread, and no reaction to signals that are meant for the training process."""
+"""Loader workers and signals: those meant for the training process, in a worker; a worker's death, in the process."""
 
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from typing import Any, TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 ORPHANED_S = 2.0  # between two looks at whether the parent still lives
 
@@ -31,3 +35,27 @@ def _obey_the_parent(parent: int) -> None:
         if came is not None and came.si_pid == parent:
             break
     os._exit(0)  # 0, so that the parent does not take it for a worker that failed
+
+
+def hearing_deaths_within(deliveries: Iterator[T]) -> Iterator[T]:
+    """The deliveries of a loader just made.
+
+    torch's handler of SIGCHLD raises wherever the main thread is when a worker dies, in the midst of a step too. Here
+    it does so while a delivery is awaited, and then also for a worker that died before.
+    """
+    if threading.current_thread() is not threading.main_thread():  # where there are no handlers
+        yield from deliveries
+        return
+    handler: Any = signal.getsignal(signal.SIGCHLD)
+    try:
+        while True:
+            signal.signal(signal.SIGCHLD, handler)
+            if callable(handler):
+                handler(signal.SIGCHLD, None)
+            delivery = next(deliveries)
+            handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            yield delivery
+    except StopIteration:
+        return
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
