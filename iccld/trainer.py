@@ -6,7 +6,6 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from iccld.runtime.checkpoint import CheckpointConfig, CheckpointStore
@@ -14,10 +13,11 @@ from iccld.runtime.engine import Engine
 from iccld.runtime.manifest import Checkpoint, CheckpointError
 from iccld.runtime.metrics import MetricsLogger
 from iccld.runtime.preemption import Preempted, Preemption
-from iccld.runtime.profiling import PhaseTimer
+from iccld.runtime.profiling import OVERLAPPED, PhaseTimer
 from iccld.runtime.schedule import ScheduleConfig, learning_rate_factor
 from iccld.runtime.watchdog import Watchdog
-from iccld.stages.base import Stage, StageInputs
+from iccld.stages.base import Stage
+from iccld.training_step import TrainingStep
 
 
 @dataclass
@@ -92,14 +92,17 @@ class Trainer:
         if start_step == config.num_steps:
             return True
         with contextlib.closing(self.stream.batches(start_step)) as batches:
-            finished = self._run_steps(start_step, engine.prefetch(batches), num_accumulation)
+            finished = self._run_steps(start_step, batches, num_accumulation)
         self.watchdog.phase("save")
         self.checkpoints.wait()
         self.watchdog.phase("finish")
         return finished
 
     def _run_steps(self, start_step: int, batches: Iterator[Mapping[str, Any]], num_accumulation: int) -> bool:
-        engine, config, timer = self.engine, self.config, PhaseTimer(self.watchdog.phase)
+        engine, config = self.engine, self.config
+        timer = PhaseTimer(engine.device, self.watchdog.phase)
+        train = TrainingStep(self.stage, engine, timer)
+        batches = engine.prefetch(batches, copying=lambda: timer.span(OVERLAPPED))
         if self._is_scored(start_step - 1) and engine.any(self.metrics.owes_scores(start_step - 1)):
             self._score(start_step - 1, timer)
         for step in range(start_step, config.num_steps):
@@ -107,19 +110,17 @@ class Trainer:
             engine.set_learning_rate(learning_rate_factor(step, num_steps=config.num_steps, config=config.schedule))
             with timer.phase("data"):
                 micro_batches, failure = self._fetch(batches, num_accumulation)
-            if engine.any(bool(failure) or self.preemption.requested or self.checkpoints.has_failed):
+            with timer.span("agree"):
+                is_end = engine.any(bool(failure) or self.preemption.requested or self.checkpoints.has_failed)
+            if is_end:
                 self._raise_together(failure)
                 self.checkpoints.wait()  # raises if a save failed
                 self._stop(step, timer, is_new=step > start_step)
                 return False
-            with timer.phase("prepare"), torch.no_grad(), engine.autocast():
-                inputs = self._share_denominators([self.stage.prepare(batch, step) for batch in micro_batches])
-            with timer.phase("compute"):
-                losses, metrics = self._accumulate(inputs)
-                engine.step()
+            losses, metrics = train(micro_batches, step)
             with timer.phase("average"):
-                self.stage.after_step(step)
                 self.after_step(step)
+            timer.end_step()
             self.metrics.record(step, losses, metrics)
             is_save = step + 1 == config.num_steps or (step + 1) % config.checkpoint.save_every == 0
             if is_save or self.metrics.is_due(step):
@@ -162,34 +163,11 @@ class Trainer:
                 self.checkpoints.wait()
         self.metrics.event("preempted", step=step)
 
-    def _accumulate(self, inputs: list[StageInputs]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Forward and backward of one step's micro-batches; the means of their losses and the sums of their metrics."""
-        losses: dict[str, Tensor] = {}
-        metrics: dict[str, Tensor] = {}
-        for i, micro_batch in enumerate(inputs):
-            is_last = i + 1 == len(inputs)
-            with self.engine.micro_batch(is_last=is_last):
-                output = self.engine.module(micro_batch)
-                self.engine.backward(torch.stack(list(output.losses.values())).sum())
-            for name, loss in output.losses.items():
-                losses[name] = losses.get(name, 0) + loss.detach() / len(inputs)
-            for name, value in output.metrics.items():
-                metrics[name] = metrics.get(name, 0) + value
-        return losses, metrics
-
-    def _share_denominators(self, inputs: list[StageInputs]) -> list[StageInputs]:
-        """Every micro-batch gets the mean denominator of the global batch; never 0, so that an empty batch loses 0."""
-        names = inputs[0].denominators
-        local = {name: torch.stack([i.denominators[name] for i in inputs]).sum() for name in names}
-        count = len(inputs) * self.engine.world_size
-        shared = {name: (total / count).clamp(min=1e-6) for name, total in self.engine.sum_values(local).items()}
-        return [i._replace(denominators=shared) for i in inputs]
-
     def _flush(self, timer: PhaseTimer) -> None:
         self.metrics.flush(
             global_batch_size=self.config.global_batch_size,
             num_steps=self.config.num_steps,
-            timings=timer.take(),
+            take_timings=timer.take,
             counters=self.stream.counters,
         )
 

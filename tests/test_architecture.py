@@ -33,7 +33,8 @@ MAY_IMPORT = {
     "runtime": set(),
     "slurm": set(),
     "stages": {"models", "diffusion", "losses", "uda"},
-    "trainer": {"runtime", "stages.base"},
+    "training_step": {"runtime", "stages.base"},
+    "trainer": {"training_step", "runtime", "stages.base"},
     "scores": {"labels"},
     "evaluation": {"labels", "scores"},
     "predict": {"labels"},
@@ -187,7 +188,7 @@ def no_bare_except(source: Source) -> Iterator[Finding]:
 
 def the_trainer_knows_no_task(source: Source) -> Iterator[Finding]:
     """Names, attributes, arguments and strings of the trainer; docstrings and comments may explain."""
-    if source.room != "trainer":
+    if source.room not in ("trainer", "training_step"):
         return
     prose = {id(node.value) for node in ast.walk(source.tree) if isinstance(node, ast.Expr)}
     for node in ast.walk(source.tree):

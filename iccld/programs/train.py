@@ -136,6 +136,7 @@ def _metrics(name: StageName, config: Config, engine: Engine) -> MetricsLogger:
         is_main=engine.is_main,
         world_size=engine.world_size,
         sum_values=engine.sum_values,
+        gather=engine.gather_objects,
     )
 
 

@@ -152,9 +152,9 @@ class Engine:
     def autocast(self) -> contextlib.AbstractContextManager[None]:
         return self.accelerator.autocast()
 
-    def prefetch(self, batches: Iterator[Any]) -> Iterator[Any]:
+    def prefetch(self, batches: Iterator[Any], **options: Any) -> Iterator[Any]:
         """The batches on this rank's device; see `prefetch`."""
-        return prefetch(batches, self.device)
+        return prefetch(batches, self.device, **options)
 
     def set_learning_rate(self, factor: float) -> None:
         for group, rate in zip(self.backend.optimizer.param_groups, self._base_rates, strict=True):

@@ -3,6 +3,7 @@
 import json
 import math
 import secrets
+import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 from iccld.runtime.durable import write_text_durably
+from iccld.runtime.profiling import Seconds, peak_bytes, summed
+from iccld.runtime.throughput import RankSeconds, rates, slow_rank_words
 
 
 class WandbMode(Enum):
@@ -24,15 +27,18 @@ class WandbMode(Enum):
 
 @dataclass
 class MetricsConfig:
-    """`log_every`: in steps; losses stay on the device in between."""
+    """`log_every`: in steps; losses stay on the device in between. `peak_tflops`: what a device could do, for MFU."""
 
     log_every: int = 50
+    peak_tflops: float = 0.0  # 10^12 floating-point operations a second; 0: by the device's name, where it is known
     wandb: WandbMode = WandbMode.offline
     wandb_project: str = "iccld"
 
     def __post_init__(self) -> None:
         if self.log_every < 1:
             raise ValueError(f"metrics.log_every={self.log_every} must be at least 1 step.")
+        if self.peak_tflops < 0:
+            raise ValueError(f"metrics.peak_tflops={self.peak_tflops} must be 0 (by the device's name) or above.")
 
 
 class NonFiniteLossError(ValueError):
@@ -42,7 +48,8 @@ class NonFiniteLossError(ValueError):
 class MetricsLogger:
     """Collects a stage's losses without waiting for the device; `flush` reduces, checks and writes them.
 
-    `sum_values` sums named tensors over the ranks; every rank must record and flush the same steps.
+    `sum_values` sums named tensors over the ranks, `gather` collects an object of each; every rank must record and
+    flush the same steps. `flops`: a sample's floating-point operations; `peak_flops`: a rank's a second (0: unknown).
     """
 
     def __init__(
@@ -54,9 +61,13 @@ class MetricsLogger:
         is_main: bool,
         world_size: int,
         sum_values: Callable[[Mapping[str, Tensor]], dict[str, Tensor]],
+        gather: Callable[[Any], list[Any]] = lambda value: [value],
+        flops: float = 0.0,
+        peak_flops: float = 0.0,
     ) -> None:
         self.run_dir, self.config, self.stage, self.is_main = run_dir, config, stage, is_main
-        self._world_size, self._sum_values = world_size, sum_values
+        self._world_size, self._sum_values, self._gather = world_size, sum_values, gather
+        self.flops, self.peak_flops = flops, peak_flops
         self._losses: dict[int, dict[str, Tensor]] = {}
         self._metrics: dict[str, Tensor] = {}
         self._wandb: Any = None
@@ -110,11 +121,13 @@ class MetricsLogger:
         *,
         global_batch_size: int,
         num_steps: int,
-        timings: Mapping[str, float],
+        take_timings: Callable[[], list[Seconds]],
         counters: Mapping[str, int] | None = None,
     ) -> None:
         """Reduce over ranks, check that every loss is finite, write one line. Raises NonFiniteLossError.
 
+        `take_timings` gives the seconds of this rank's steps by phase; it is asked when the losses have been read, and
+        the device with them.
         `counters` are this rank's sums since the start, of the same names on every rank; their totals are written.
         """
         if not self._losses:
@@ -138,13 +151,25 @@ class MetricsLogger:
         entry |= {f"loss/{name}": value for name, value in last.items()}
         entry |= {name: total / count for name, (total, count) in pairs.items() if count}
         entry |= self._totals(counters or {}, device=next(iter(flat.values())).device)
-        entry |= _rates(timings, len(steps), global_batch_size)
+        entry |= self._rates(take_timings(), flat, steps[-1] + 1, global_batch_size)
         self.write(entry)
-        seconds = {name: round(value, 3) for name, value in timings.items()}
-        self.event("progress", step=steps[-1] + 1, num_steps=len(steps), seconds=seconds)
         if self.is_main:
-            eta_s = (num_steps - 1 - steps[-1]) * entry["step_s"]
-            print(_terminal_line(entry, num_steps, eta_s), flush=True)
+            print(_terminal_line(entry, num_steps), flush=True)
+
+    def _rates(
+        self, timed: list[Seconds], losses: Mapping[str, Tensor], step: int, global_batch_size: int
+    ) -> dict[str, Any]:
+        """How fast the ranks were in the steps up to `step`; rank 0's seconds also go into events.jsonl."""
+        device = next(iter(losses.values())).device
+        own = RankSeconds(socket.gethostname(), summed(timed), peak_bytes(device))
+        ranks = self._gather(own)
+        if not timed:
+            return {}
+        seconds = {name: round(value, 3) for name, value in own.seconds.items()}
+        self.event("progress", step=step, num_steps=len(timed), seconds=seconds)
+        return rates(
+            ranks, len(timed), global_batch_size=global_batch_size, flops=self.flops, peak_flops=self.peak_flops
+        )
 
     def _totals(self, counters: Mapping[str, int], *, device: torch.device) -> dict[str, int]:
         """Sums over ranks, without those that are 0."""
@@ -194,21 +219,11 @@ def write_event(run_dir: Path, kind: str, **facts: Any) -> None:
         file.write(json.dumps({"time": time.time(), "event": kind, **facts}) + "\n")
 
 
-def _rates(timings: Mapping[str, float], num_steps: int, global_batch_size: int) -> dict[str, float]:
-    """Seconds a step, as a whole and by phase; saving and evaluation are phases of their own and no part of a step."""
-    outside = timings.get("save", 0.0) + timings.get("evaluate", 0.0)
-    total = max(timings["total"] - outside, 1e-9)
-    by_phase = {f"time/{name}_s": seconds / num_steps for name, seconds in timings.items() if name != "total"}
-    return {
-        "step_s": total / num_steps,
-        "samples_per_s": num_steps * global_batch_size / total,
-        "data_wait": timings.get("data", 0.0) / total,
-        **by_phase,
-    }
-
-
-def _terminal_line(entry: Mapping[str, Any], num_steps: int, eta_s: float) -> str:
-    minutes, seconds = divmod(round(eta_s), 60)
-    rates = f"{entry['samples_per_s']:.1f} samples/s  data wait {100 * entry['data_wait']:.0f} %"
-    step = f"{entry['stage']} step {entry['step'] + 1}/{num_steps}"
-    return f"{step}  loss {entry['loss']:.4f}  {rates}  ETA {minutes}:{seconds:02d}"
+def _terminal_line(entry: Mapping[str, Any], num_steps: int) -> str:
+    line = f"{entry['stage']} step {entry['step'] + 1}/{num_steps}  loss {entry['loss']:.4f}"
+    if "step_s" not in entry:
+        return line
+    line += f"  {entry['samples_per_s']:.1f} samples/s  data wait {100 * entry['data_wait']:.0f} %"
+    line += f"  MFU {100 * entry['mfu']:.0f} %" if "mfu" in entry else ""
+    minutes, seconds = divmod(round((num_steps - 1 - entry["step"]) * entry["step_s"]), 60)
+    return f"{line}  ETA {minutes}:{seconds:02d}{slow_rank_words(entry)}"

@@ -1,14 +1,20 @@
 """Brings batches to the device: while a step computes on one, the next is being copied."""
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def prefetch(batches: Iterator[Any], device: torch.device) -> Iterator[Any]:
-    """The batches in their order, their tensors on `device`; the host waits for no copy.
+def prefetch(
+    batches: Iterator[Any],
+    device: torch.device,
+    *,
+    copying: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Iterator[Any]:
+    """The batches in their order, their tensors on `device`; the host waits for no copy. `copying` is around each.
 
     On CUDA, one batch is taken ahead of the one handed out, and tensors should come from pinned memory. What goes
     wrong while it is taken is raised when its turn comes.
@@ -16,11 +22,13 @@ def prefetch(batches: Iterator[Any], device: torch.device) -> Iterator[Any]:
     if device.type != "cuda":
         yield from batches
         return
-    copying = torch.cuda.Stream(device)
+    stream = torch.cuda.Stream(device)
 
     def copy(batch: Any) -> tuple[Any, Any]:
-        with torch.cuda.stream(copying):
-            return map_tensors(batch, lambda tensor: tensor.to(device, non_blocking=True)), copying.record_event()
+        with torch.cuda.stream(stream):
+            with copying():
+                copied = map_tensors(batch, lambda tensor: tensor.to(device, non_blocking=True))
+            return copied, stream.record_event()
 
     def keep(tensor: Tensor) -> None:
         """Its memory is the copying stream's, which would reuse it for a later batch while the step still reads it."""

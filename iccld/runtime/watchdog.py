@@ -59,6 +59,7 @@ class Watchdog:
         self.run_dir, self.config, self.beats_in = run_dir, config or WatchdogConfig(), beats_in or run_dir
         self.rank, self.world_size, self.attempt, self._set_timeout = rank, world_size, attempt, set_timeout
         self._place, self._steps_begun, self._timeout = _Place(since=time.monotonic()), 0, 0.0
+        self._armed = 0.0
         self._beat, self._started_by, self._stop = 0, os.getppid(), threading.Event()
         self._peers, self._ending = self._new_peers(), threading.Lock()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
@@ -82,11 +83,22 @@ class Watchdog:
     def _go(self, **where: str | int) -> None:
         place = self._place
         self._place = place._replace(moves=place.moves + 1, since=time.monotonic(), **where)  # type: ignore[arg-type]
-        is_step = self.config.limit(self._place.phase, is_first=self._steps_begun < 2) == self.config.step_s
-        timeout = self.config.collective_step_s if is_step else self.config.collective_s
+        limit = self._limit()
+        if limit != self._armed and self._thread.is_alive():
+            self._arm(limit)  # not at the next beat: there may be none
+        timeout = self.config.collective_step_s if limit == self.config.step_s else self.config.collective_s
         if timeout != self._timeout:
             self._timeout = timeout
             self._set_timeout(timeout)
+
+    def _limit(self) -> float:
+        """Seconds that the rank may spend where it is."""
+        return self.config.limit(self._place.phase, is_first=self._steps_begun < 2)
+
+    def _arm(self, limit: float) -> None:
+        """Rearmed by each beat, the timer in C comes only where the thread cannot run."""
+        self._armed = limit
+        faulthandler.dump_traceback_later(limit + WATCHED_BEATS * self.config.beat_s, exit=True, file=2)
 
     def __enter__(self) -> Self:
         self._go()
@@ -111,13 +123,8 @@ class Watchdog:
 
     def _run(self) -> None:
         while not self._stop.wait(self.config.beat_s):
-            place, now, limit = (
-                self._place,
-                time.monotonic(),
-                self.config.limit(self._place.phase, is_first=self._steps_begun < 2),
-            )
-            # Rearmed by each beat: it comes only where this thread cannot run.
-            faulthandler.dump_traceback_later(limit + WATCHED_BEATS * self.config.beat_s, exit=True, file=2)
+            place, now, limit = self._place, time.monotonic(), self._limit()
+            self._arm(limit)
             with contextlib.suppress(OSError):  # a file system may be away for a while
                 self._write()
             if os.getppid() != self._started_by and "RANK" in os.environ:

@@ -68,7 +68,7 @@ def inject() -> None:
             return step
 
         wrap(stage, "prepare", "prepare", note)
-        wrap(stage.module, "forward", "compute", lambda *_: current["step"])
+        wrap(stage.module, "forward", "forward", lambda *_: current["step"])
         return stage
 
     train.build_stage = build

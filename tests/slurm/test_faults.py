@@ -79,8 +79,8 @@ def test_a_step_daemon_killed_while_its_node_and_its_rank_live(run: PacedRun, un
 
 @pytest.mark.parametrize(
     ("at", "do", "phase"),
-    [("data", "sleep", "data"), ("compute", "sleep", "compute"), ("prepare", "collective", "prepare")],
-    ids=["data", "compute", "collective"],
+    [("data", "sleep", "data"), ("forward", "sleep", "forward"), ("prepare", "collective", "prepare")],
+    ids=["data", "forward", "collective"],
 )
 def test_a_rank_that_hangs_is_named_with_its_node(
     cluster: Cluster, scene_shards: Path, undisturbed: Path, tmp_path: Path, at: str, do: str, phase: str
