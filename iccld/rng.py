@@ -30,10 +30,17 @@ def torch_generator(seed: int, purpose: str, *numbers: int) -> torch.Generator:
 def normal(shape: tuple[int, ...], *, seed: int, purpose: str, numbers: Tensor, device: torch.device | str) -> Tensor:
     """Standard normal noise, one keyed draw a sample: `(len(numbers), *shape)` float32 on `device`."""
     draws = [torch.randn(shape, generator=torch_generator(seed, purpose, int(n))) for n in numbers.tolist()]
-    return torch.stack(draws).to(device, non_blocking=True)
+    return to_device(torch.stack(draws), device)
 
 
 def uniform(count: int, *, seed: int, purpose: str, numbers: Tensor) -> Tensor:
     """`count` uniform draws in [0, 1) a sample: `(len(numbers), count)` float64 on the CPU."""
     generators = (torch_generator(seed, purpose, int(n)) for n in numbers.tolist())
     return torch.stack([torch.rand(count, generator=generator, dtype=torch.float64) for generator in generators])
+
+
+def to_device(draws: Tensor, device: torch.device | str) -> Tensor:
+    """Host memory to `device`; the host does not wait: CUDA copies from pinned memory, in its own time."""
+    if torch.device(device).type == "cuda" and not draws.is_cuda:
+        draws = draws.pin_memory()
+    return draws.to(device, non_blocking=True)

@@ -45,8 +45,11 @@ def check_backend(backend: AttentionBackend, device_type: str) -> None:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, backend: AttentionBackend) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v. All `(B, N, M, D)` of one float dtype, also the result."""
-    if backend is AttentionBackend.xformers:
+    """softmax(q k^T / sqrt(D)) v. All `(B, N, M, D)` of one float dtype, also the result.
+
+    Tensors without memory (device meta) get the shape, whatever the back end.
+    """
+    if backend is AttentionBackend.xformers and not q.is_meta:
         from xformers.ops import memory_efficient_attention
 
         return memory_efficient_attention(q, k, v)

@@ -17,7 +17,7 @@ from iccld.models.blocks import LATENT_STRIDE
 from iccld.models.decoder import Decoder, DecoderConfig
 from iccld.models.denoiser import Denoiser, DenoiserConfig
 from iccld.models.discriminator import DiscriminatorConfig
-from iccld.models.encoder import Encoder, EncoderConfig
+from iccld.models.encoder import Encoder, EncoderConfig, EncoderOutput
 from iccld.models.latent import LatentKind, denormalise, make_mask_encoder, moments_to_statistics, normalise
 from iccld.models.model_card import (
     CARD_NAME,
@@ -90,8 +90,11 @@ class ICCLD(nn.Module):
 
     def segment(self, images: Tensor) -> Tensor:
         """D(E(x)): `(B, 3, H, W)` float in [0, 1] to logits `(B, K, H, W)`."""
-        encoded = self.encoder(images)
-        return _to_image_size(self.decoder(encoded.latent, encoded.features), images)
+        return self.decode(self.encoder(images), images.shape[-2:])
+
+    def decode(self, encoded: EncoderOutput, size: Sequence[int]) -> Tensor:
+        """D of what E gave: logits `(B, K, *size)`, `size` that of the images."""
+        return _to_image_size(self.decoder(encoded.latent, encoded.features), size)
 
     def denoise_segment(self, images: Tensor, *, noise: Tensor, num_steps: int) -> Tensor:
         """Encode, denoise from `noise` (`latent_shape` per image) in `num_steps`, decode: logits `(B, K, H, W)`."""
@@ -105,13 +108,13 @@ class ICCLD(nn.Module):
         condition = normalise(encoded.latent, mean=self.condition_mean, std=self.condition_std)
         z_0 = sample(lambda z_t, t: denoiser(z_t, t, condition).noise_pred.float(), noise, self.alpha_bar, num_steps)
         latent = denormalise(z_0, mean=self.latent_mean, std=self.latent_std)
-        return _to_image_size(self.decoder(latent, encoded.features), images)
+        return self.decode(EncoderOutput(latent, encoded.features), images.shape[-2:])
 
     def segment_mean_latent(self, images: Tensor) -> Tensor:
         """A control: D sees the image's features, but the data's mean latent. Logits `(B, K, H, W)`."""
         encoded = self.encoder(images)
         latent = self.latent_mean.view(1, -1, 1, 1).expand_as(encoded.latent)
-        return _to_image_size(self.decoder(latent, encoded.features), images)
+        return self.decode(EncoderOutput(latent, encoded.features), images.shape[-2:])
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """`(C, h, w)` of the latent of one image of this size."""
@@ -230,7 +233,7 @@ def _shape(tensors: dict[str, Tensor], name: str) -> torch.Size | None:
     return tensors[name].shape if name in tensors else None
 
 
-def _to_image_size(logits: Tensor, images: Tensor) -> Tensor:
+def _to_image_size(logits: Tensor, size: Sequence[int]) -> Tensor:
     """Upsample stride-4 logits, which cover the image rounded up to whole latent cells, and crop to the image."""
     logits = F.interpolate(logits, scale_factor=float(LOGITS_STRIDE), mode="bilinear", align_corners=False)
-    return logits[..., : images.shape[-2], : images.shape[-1]]
+    return logits[..., : size[0], : size[1]]

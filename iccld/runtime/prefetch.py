@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+ON_HOST = ("numbers",)  # the samples' numbers, which draws are keyed by: the host reads them in every step
+
 
 def prefetch(
     batches: Iterator[Any],
@@ -14,8 +16,9 @@ def prefetch(
     *,
     copying: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Iterator[Any]:
-    """The batches in their order, their tensors on `device`; the host waits for no copy. `copying` is around each.
+    """The batches in their order, their tensors on `device` but those `ON_HOST`; the host waits for no copy.
 
+    `copying` is around each copy.
     On CUDA, one batch is taken ahead of the one handed out, and tensors should come from pinned memory. What goes
     wrong while it is taken is raised when its turn comes.
     """
@@ -41,11 +44,11 @@ def prefetch(
 
 
 def map_tensors(batch: Any, function: Callable[[Tensor], Any]) -> Any:
-    """A nested batch of dictionaries with `function` of every tensor; whatever else is in it stays as it is."""
+    """A nested batch of dictionaries with `function` of every tensor but those `ON_HOST`; all else stays as it is."""
     if isinstance(batch, Tensor):
         return function(batch)
     if isinstance(batch, Mapping):
-        return {key: map_tensors(value, function) for key, value in batch.items()}
+        return {key: value if key in ON_HOST else map_tensors(value, function) for key, value in batch.items()}
     return batch
 
 

@@ -20,6 +20,7 @@ from iccld import rng
 from iccld.diffusion import add_noise, predict_z_0
 from iccld.losses import domain_confusion, domain_cross_entropy, noise_mse
 from iccld.models.discriminator import Discriminator
+from iccld.models.encoder import EncoderOutput
 from iccld.models.iccld import ICCLD
 from iccld.models.latent import latent_pair
 from iccld.models.model_card import ModelStage
@@ -137,13 +138,13 @@ class AdversarialStage(Stage):
 
     def prepare(self, batch: Mapping[str, Any], step: int) -> StageInputs:
         numbers, device = batch["source"]["numbers"], batch["source"]["images"].device
-        clean, labels = self._domains(batch)
+        clean, labels, clean_latent = self._domains(batch)
         draws = torch.cat([self._uniform(NUM_DRAWS, f"strong view {domain}", numbers) for domain in DOMAINS])
         strong = strong_augment(clean, draws, self.config.photometric)
-        z_0, condition = latent_pair(self.model, clean_images=clean, strong_images=strong, labels=labels)
+        z_0, condition = latent_pair(self.model, clean=clean_latent, strong_images=strong, labels=labels)
         num_steps = len(self.model.alpha_bar)
         t = torch.cat([self._uniform(1, f"timestep {domain}", numbers)[:, 0] for domain in DOMAINS])
-        t = (t * num_steps).long().to(device)
+        t = rng.to_device((t * num_steps).long(), device)
         noise = torch.cat(
             [
                 rng.normal(z_0.shape[1:], seed=self.seed, purpose=f"noise {domain}", numbers=numbers, device=device)
@@ -151,6 +152,8 @@ class AdversarialStage(Stage):
             ]
         )
         domains = torch.arange(3, device=device).repeat_interleave(len(numbers))
+        # Filled on the device: a tensor made from the host's numbers is a copy that the host waits for.
+        weights = self.config.domain_weights
         ramp = min(1.0, (step + 1) / max(1, self.config.adversarial_ramp_steps))
         tensors = {
             "z_t": add_noise(z_0, noise, t, self.model.alpha_bar),
@@ -158,26 +161,33 @@ class AdversarialStage(Stage):
             "noise": noise,
             "condition": condition,
             "domains": domains,
-            "diffusion_weights": torch.tensor(self.config.domain_weights, device=device)[domains],
-            "adversarial_weight": torch.tensor(ramp * self.config.adversarial_weight, device=device),
+            "diffusion_weights": torch.cat([torch.full((len(numbers),), w, device=device) for w in weights]),
+            "adversarial_weight": torch.full((), ramp * self.config.adversarial_weight, device=device),
         }
         return StageInputs(
             tensors,
             {
                 "diffusion": tensors["diffusion_weights"].sum(),
-                "adversarial": torch.tensor(float(len(t)), device=device),
+                "adversarial": torch.full((), float(len(t)), device=device),
             },
         )
 
-    def _domains(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """Images `(3B, 3, H, W)` and labels `(3B, H, W)` of the source, target and mixed domain, in this order."""
+    def _domains(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """Images `(3B, 3, H, W)`, labels `(3B, H, W)` and E's latent `(3B, C, h, w)` of source, target, mixed.
+
+        E passes an image once: the target's features are also what its pseudo-labels are decoded from.
+        """
         source, target = to_float(batch["source"]["images"]), to_float(batch["target"]["images"])
         source_labels = batch["source"]["labels"]
         scores = self._uniform(self.model.num_classes, "classmix", batch["target"]["numbers"])
         mask = class_mask(source_labels, scores)
-        target_labels = self.model.segment(target).argmax(dim=1).to(source_labels.dtype)
-        images = torch.cat([source, target, paste(mask, source, target)])
-        return images, torch.cat([source_labels, target_labels, paste(mask, source_labels, target_labels)])
+        encoded = self.model.encoder(torch.cat([source, target]))
+        of_target = EncoderOutput(encoded.latent[len(source) :], tuple(f[len(source) :] for f in encoded.features))
+        target_labels = self.model.decode(of_target, target.shape[-2:]).argmax(dim=1).to(source_labels.dtype)
+        mixed = paste(mask, source, target)
+        images = torch.cat([source, target, mixed])
+        labels = torch.cat([source_labels, target_labels, paste(mask, source_labels, target_labels)])
+        return images, labels, torch.cat([encoded.latent, self.model.encoder(mixed).latent])
 
     def _uniform(self, count: int, purpose: str, numbers: Tensor) -> Tensor:
         return rng.uniform(count, seed=self.seed, purpose=f"stage2 {purpose}", numbers=numbers)
@@ -195,6 +205,9 @@ class AdversarialStage(Stage):
                 "weight_decay": 0.0,
             },
         ]
+
+    def parts(self) -> dict[str, nn.Module]:
+        return dict(self.model.named_children()) | super().parts()
 
     def models(self) -> dict[str, ICCLD]:
         teacher = copy.deepcopy(self.model)

@@ -55,6 +55,10 @@ class Stage(ABC):
     def models(self) -> dict[str, ICCLD]:
         """The models as they are now, under `teacher` and `student`."""
 
+    def parts(self) -> dict[str, nn.Module]:
+        """Whose work is told apart in a step, by name."""
+        return dict(self.module.named_children())
+
     def finish(self, batches: Iterable[Mapping[str, Any]]) -> None:  # noqa: B027, most stages have nothing to measure
         """Called on one rank after the last step, with the stream's first batches: measure what comes after needs."""
 
@@ -100,4 +104,6 @@ def to_float(images: Tensor) -> Tensor:
 
 def pair(total: Tensor, count: Tensor | float) -> Tensor:
     """A metric's (sum, count), detached, float32."""
-    return torch.stack([total.detach().float(), torch.as_tensor(count, device=total.device).detach().float()])
+    if not isinstance(count, Tensor):
+        count = torch.full((), float(count), device=total.device)
+    return torch.stack([total.detach().float(), count.detach().float()])

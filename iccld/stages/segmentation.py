@@ -132,7 +132,7 @@ class SegmentationStage(Stage):
         self, model: ICCLD, config: SegmentationConfig, *, seed: int, reference: Encoder | None = None
     ) -> None:
         """`reference`: the encoder as it was published, whose features the feature distance keeps to."""
-        self.model, self.config, self.seed = model, config, seed
+        self.model, self.config, self.seed, self.num_classes = model, config, seed, model.num_classes
         _check_feature_distance(model, config, reference)
         self.module = SegmentationModule(model, config)
         self.student, self.ema_profile = model, config.ema_profile
@@ -188,7 +188,7 @@ class SegmentationStage(Stage):
         height, width = images.shape[-2:]
         rows, columns = -(-height // self.config.masked_block), -(-width // self.config.masked_block)
         draws = rng.uniform(rows * columns, seed=self.seed, purpose="masking", numbers=numbers)
-        draws = draws.view(-1, rows, columns).to(images.device)
+        draws = rng.to_device(draws.view(-1, rows, columns), images.device)
         return block_mask(draws, height=height, width=width, ratio=self.config.masked_ratio)
 
     def _mask_latent_draws(self, source: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -196,12 +196,8 @@ class SegmentationStage(Stage):
         shape = (self.model.config.latent_channels, labels.shape[1] // 8, labels.shape[2] // 8)
         drop = rng.uniform(1, seed=self.seed, purpose="connection drop", numbers=numbers)[:, 0]
         noise = rng.normal(shape, seed=self.seed, purpose="mask latent noise", numbers=numbers, device=labels.device)
-        keep = (drop >= self.config.mask_latent_drop).to(labels.device)
+        keep = rng.to_device(drop >= self.config.mask_latent_drop, labels.device)
         return {"mask_latent_noise": noise, "mask_latent_keep": keep}
-
-    @property
-    def num_classes(self) -> int:
-        return self.model.num_classes
 
     def param_groups(self) -> list[dict[str, Any]]:
         config = self.config
@@ -211,6 +207,10 @@ class SegmentationStage(Stage):
             *decayed_groups(backbone, learning_rate=config.encoder_learning_rate, weight_decay=config.weight_decay),
             *decayed_groups(rest, learning_rate=config.decoder_learning_rate, weight_decay=config.weight_decay),
         ]
+
+    def parts(self) -> dict[str, nn.Module]:
+        teacher = {f"teacher {name}": part for name, part in self.teacher.module.named_children()}
+        return super().parts() | teacher | ({"reference": self.reference} if self.reference is not None else {})
 
     def models(self) -> dict[str, ICCLD]:
         return {"teacher": self.teacher.module, "student": self.model}
@@ -226,10 +226,11 @@ class SegmentationStage(Stage):
 
     def _moments(self, model: ICCLD, domain: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         images = to_float(domain["images"])
-        labels = domain["labels"] if "labels" in domain else model.segment(images).argmax(dim=1)
+        encoded = model.encoder(images)
+        labels = domain["labels"] if "labels" in domain else model.decode(encoded, images.shape[-2:]).argmax(dim=1)
         draws = rng.uniform(NUM_DRAWS, seed=self.seed, purpose="latent statistics", numbers=domain["numbers"])
         strong = strong_augment(images, draws, self.config.photometric)
-        latents = raw_latent_pair(model, clean_images=images, strong_images=strong, labels=labels)
+        latents = raw_latent_pair(model, clean=encoded.latent, strong_images=strong, labels=labels)
         return channel_moments(latents.z_0), channel_moments(latents.condition)
 
     def averages(self) -> dict[nn.Module, tuple[str, ...]]:

@@ -6,6 +6,7 @@
 import torch
 from torch import Tensor
 
+from iccld import rng
 from iccld.labels import IGNORE_INDEX
 
 
@@ -20,7 +21,7 @@ def class_mask(labels: Tensor, scores: Tensor) -> Tensor:
     present = torch.zeros(len(labels), num_classes + 1, device=labels.device)
     present.scatter_(1, classes.flatten(1), 1.0)
     present = present[:, :num_classes]
-    ranked = torch.where(present > 0, scores.to(labels.device, torch.float32), -1.0)
+    ranked = torch.where(present > 0, rng.to_device(scores.float(), labels.device), -1.0)
     rank = ranked.argsort(dim=1, descending=True).argsort(dim=1)
     num_taken = torch.ceil(present.sum(dim=1, keepdim=True) / 2)
     taken = torch.cat([(rank < num_taken) & (present > 0), torch.zeros_like(present[:, :1], dtype=torch.bool)], dim=1)

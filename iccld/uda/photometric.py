@@ -8,6 +8,8 @@ from kornia.enhance import adjust_saturation_with_gray_subtraction as adjust_sat
 from kornia.filters import gaussian_blur2d
 from torch import Tensor
 
+from iccld import rng
+
 NUM_DRAWS = 7
 _BLUR_KERNEL = 9  # 3.5 sigma of the strongest blur
 
@@ -36,15 +38,18 @@ class PhotometricConfig:
 def strong_augment(images: Tensor, draws: Tensor, config: PhotometricConfig) -> Tensor:
     """Jitter brightness, contrast, saturation and hue, then blur; each with its probability.
 
-    images: `(B, 3, H, W)` float in [0, 1]; draws: `(B, 7)` in [0, 1). Returns the same shape and range.
+    images: `(B, 3, H, W)` float in [0, 1]; draws: `(B, 7)` in [0, 1), on the host.
+    Returns the images' shape and range.
     """
-    draws = draws.to(images.device, torch.float32)
+    draws = draws.float()
+    # Kornia reads sigma to check it: on the device, the host would wait there for all that is queued.
+    sigma = config.blur_sigma_min + draws[:, 6:7] * (config.blur_sigma_max - config.blur_sigma_min)
+    draws = rng.to_device(draws, images.device)
     spread = (2 * draws[:, 1:5] - 1) * config.jitter
     jittered = adjust_brightness_accumulative(images, 1 + spread[:, 0])
     jittered = adjust_contrast_with_mean_subtraction(jittered, 1 + spread[:, 1])
     jittered = adjust_saturation(jittered, 1 + spread[:, 2])
     jittered = adjust_hue(jittered, 2 * torch.pi * spread[:, 3])
     images = torch.where((draws[:, 0] < config.jitter_probability).view(-1, 1, 1, 1), jittered, images)
-    sigma = config.blur_sigma_min + draws[:, 6:7] * (config.blur_sigma_max - config.blur_sigma_min)
     blurred = gaussian_blur2d(images, _BLUR_KERNEL, sigma.expand(-1, 2))
     return torch.where((draws[:, 5] < config.blur_probability).view(-1, 1, 1, 1), blurred, images).clamp(0, 1)

@@ -101,3 +101,9 @@ def test_on_a_gpu_the_host_waits_for_no_copy() -> None:
         assert sum(1 for _ in prefetch(batches, device)) == 20
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_numbers_of_samples_stay_on_the_host() -> None:
+    batch = {"source": {"images": torch.zeros(2), "numbers": torch.arange(2), "keys": ["a", "b"]}}
+    moved = map_tensors(batch, lambda tensor: tensor.to("meta"))["source"]
+    assert moved["images"].is_meta and moved["numbers"].tolist() == [0, 1] and moved["keys"] == ["a", "b"]

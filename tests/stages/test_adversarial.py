@@ -162,7 +162,7 @@ def test_ignored_source_pixels_are_no_class_to_paste():
     stage = make_stage()
     batch = random_batch(num_classes=19, numbers=range(4))
     batch["source"]["labels"].fill_(IGNORE_INDEX)
-    images, _ = stage._domains(batch)
+    images, *_ = stage._domains(batch)
     _, target, mixed = images.chunk(3)
     assert torch.equal(target, mixed)
 
