@@ -13,6 +13,7 @@ from iccld.models.discriminator import Discriminator
 from iccld.models.iccld import ICCLD
 from iccld.models.latent import LatentKind
 from iccld.stages.adversarial import AdversarialConfig, AdversarialStage, AdversaryInput
+from iccld.uda.photometric import PhotometricConfig
 from tests.factory import random_batch, tiny_model_config
 
 INPUTS = list(AdversaryInput)
@@ -93,6 +94,27 @@ def test_encoder_and_decoder_do_not_change_by_a_bit(latent: LatentKind):
     for part, state in zip(frozen, before, strict=True):
         assert all(torch.equal(value, state[name]) for name, value in part.state_dict().items())
         assert all(p.grad is None and id(p) not in trained for p in part.parameters())
+
+
+@pytest.mark.parametrize(("latent", "images_a_sample"), [(LatentKind.image, 6), (LatentKind.mask, 3)])
+def test_the_encoder_sees_each_image_once_a_step(latent: LatentKind, images_a_sample: int):
+    """Source, target and mixed, and the strong view of each where the latent is of the image."""
+    always = PhotometricConfig(jitter_probability=1.0)  # no strong view is the clean one
+    stage, seen = make_stage(latent=latent, photometric=always), []
+    hook = stage.model.encoder.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs[0]))
+    inputs = prepared(stage)
+    hook.remove()
+    stage.module(inputs)
+    assert len(seen) == 4 * images_a_sample
+    assert not any(torch.equal(one, other) for i, one in enumerate(seen) for other in seen[:i])
+
+
+def test_the_targets_labels_are_what_the_model_segments():
+    stage, batch = make_stage(), random_batch(num_classes=19, numbers=range(4))
+    with torch.no_grad():
+        images, labels, latent = stage._domains(batch)
+        assert torch.equal(labels.chunk(3)[1], stage.model.segment(images.chunk(3)[1]).argmax(dim=1).to(torch.uint8))
+        torch.testing.assert_close(latent, stage.model.encoder(images).latent)
 
 
 def two_optimiser_step(stage: AdversarialStage, inputs: Any, optimisers: list[torch.optim.Optimizer]) -> list[float]:
