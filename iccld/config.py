@@ -19,6 +19,7 @@ from iccld.evaluation import EvaluationConfig
 from iccld.models.iccld import ModelConfig
 from iccld.runtime.engine import EngineConfig
 from iccld.runtime.limits import WatchdogConfig
+from iccld.runtime.memory import MemoryConfig
 from iccld.runtime.metrics import MetricsConfig
 from iccld.runtime.preemption import PreemptionConfig
 from iccld.stages.adversarial import AdversarialConfig
@@ -78,6 +79,7 @@ class Config:
     stage1: Stage1Config = field(default_factory=Stage1Config)
     stage2: Stage2Config = field(default_factory=Stage2Config)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     preemption: PreemptionConfig = field(default_factory=PreemptionConfig)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
@@ -96,7 +98,7 @@ class Config:
 FREE_SETTINGS = (
     "run_dir", "stages", "metrics.", "evaluation.", "inference.", "data.num_workers", "data.validation.",
     "data.source.shards", "data.target.shards", "data.storage.", "data.cache.", "data.on_error",
-    "data.max_bad_share", "engine.compile", "preemption.", "watchdog.", "preflight",
+    "data.max_bad_share", "engine.compile", "preemption.", "watchdog.", "preflight", "memory.",
     "stage1.trainer.micro_batch_size", "stage2.trainer.micro_batch_size", "stage1.trainer.checkpoint.",
     "stage2.trainer.checkpoint.", "stage1.trainer.evaluate_every", "stage2.trainer.evaluate_every",
     "model.denoiser.activation_checkpointing",

@@ -12,6 +12,7 @@ from iccld.runtime.checkpoint import CheckpointConfig, CheckpointStore
 from iccld.runtime.engine import Engine
 from iccld.runtime.manifest import Checkpoint, CheckpointError
 from iccld.runtime.metrics import MetricsLogger
+from iccld.runtime.micro_batch import check_micro_batch_size, num_accumulation
 from iccld.runtime.preemption import Preempted, Preemption
 from iccld.runtime.profiling import OVERLAPPED, PhaseTimer
 from iccld.runtime.schedule import ScheduleConfig, learning_rate_factor
@@ -26,28 +27,29 @@ class TrainerConfig:
 
     num_steps: int = 40_000
     global_batch_size: int = 4
-    micro_batch_size: int = 2
+    micro_batch_size: int | str = 2  # auto: the largest that fits in memory
     gradient_clip: float = 0.0  # the largest norm of all gradients together; 0 is off
     evaluate_every: int = 0  # 0: never while training
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
-        for name in ("num_steps", "global_batch_size", "micro_batch_size"):
+        check_micro_batch_size(self.micro_batch_size)
+        for name in ("num_steps", "global_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"trainer.{name}={getattr(self, name)} must be at least 1.")
         if self.gradient_clip < 0:
             raise ValueError(f"trainer.gradient_clip={self.gradient_clip} must be 0 (off) or above.")
 
+    @property
+    def chosen_micro_batch_size(self) -> int:
+        """The number; 1 while it is left to be chosen."""
+        return self.micro_batch_size if isinstance(self.micro_batch_size, int) else 1
+
     def num_accumulation(self, world_size: int) -> int:
         """Micro-batches a rank and step. Raises ValueError where the global batch cannot be divided so."""
-        divisor = self.micro_batch_size * world_size
-        if self.global_batch_size % divisor:
-            raise ValueError(
-                f"trainer.global_batch_size={self.global_batch_size} must be a multiple of micro_batch_size="
-                f"{self.micro_batch_size} x {world_size} ranks; use a multiple of {divisor}, or a smaller micro-batch."
-            )
-        return self.global_batch_size // divisor
+        size = self.chosen_micro_batch_size
+        return num_accumulation(self.global_batch_size, micro_batch_size=size, world_size=world_size)
 
 
 class Stream(Protocol):
@@ -55,6 +57,21 @@ class Stream(Protocol):
     def counters(self) -> Mapping[str, int]: ...
 
     def batches(self, start_step: int) -> Generator[Mapping[str, Any], None, None]: ...
+
+
+def attach(stage: Stage, engine: Engine, config: TrainerConfig) -> None:
+    """Hand the stage's module to the engine, and its averages where ranks hold shards."""
+    engine.attach(
+        stage.module,
+        stage.param_groups(),
+        micro_batch_size=config.chosen_micro_batch_size,
+        num_accumulation=config.num_accumulation(engine.world_size),
+        gradient_clip=config.gradient_clip,
+        replicated=stage.replicated(),
+    )
+    for average, methods in stage.averages().items():
+        engine.backend.shard(average, methods=methods)
+    stage.start()
 
 
 @dataclass
@@ -77,17 +94,7 @@ class Trainer:
         """Train to the end; False if a signal ended it early, its position saved."""
         engine, config = self.engine, self.config
         num_accumulation = config.num_accumulation(engine.world_size)
-        engine.attach(
-            self.stage.module,
-            self.stage.param_groups(),
-            micro_batch_size=config.micro_batch_size,
-            num_accumulation=num_accumulation,
-            gradient_clip=config.gradient_clip,
-            replicated=self.stage.replicated(),
-        )
-        for average, methods in self.stage.averages().items():
-            engine.backend.shard(average, methods=methods)
-        self.stage.start()
+        attach(self.stage, engine, config)
         start_step = self._resume()
         if start_step == config.num_steps:
             return True

@@ -72,11 +72,7 @@ def watch(config: Config, engine: Engine, *, beats_in: Path | None = None) -> Wa
         )
     engine.set_timeout(limits.collective_s, of_saves=True)
     run_dir, attempt = Path(config.run_dir), engine.gather_objects(f"{time.time()} {os.getpid()}")[0]
-    if engine.is_main:
-        for path in ((beats_in or run_dir) / "heartbeats").glob("rank_*.json"):  # of an attempt on more ranks
-            path.unlink()
-    engine.barrier()
-    return Watchdog(
+    watchdog = Watchdog(
         run_dir,
         limits,
         rank=engine.rank,
@@ -85,6 +81,12 @@ def watch(config: Config, engine: Engine, *, beats_in: Path | None = None) -> Wa
         beats_in=beats_in,
         set_timeout=engine.set_timeout,
     )
+    if engine.is_main:
+        watchdog.refusal.forget()
+        for path in ((beats_in or run_dir) / "heartbeats").glob("rank_*.json"):  # of an attempt on more ranks
+            path.unlink()
+    engine.barrier()
+    return watchdog
 
 
 def plan_of(name: StageName, config: Config) -> TrainerConfig:

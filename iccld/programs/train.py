@@ -7,7 +7,8 @@ the first left (`hand_off`).
 import copy
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ from iccld.programs.evaluate import (
 )
 from iccld.programs.fitness import check_fitness, check_room
 from iccld.programs.hand_off import final_folder, hand_over, handed_over, is_finished
+from iccld.programs.micro_batch import Trials, with_micro_batch_size
+from iccld.programs.out_of_memory import explained_out_of_memory
 from iccld.runtime.checkpoint import CheckpointStore
 from iccld.runtime.engine import Engine
 from iccld.runtime.lock import locked
@@ -42,7 +45,7 @@ from iccld.runtime.watchdog import Watchdog
 from iccld.stages.adversarial import AdversarialStage, AdversaryInput
 from iccld.stages.base import Stage
 from iccld.stages.segmentation import SegmentationStage
-from iccld.trainer import Trainer
+from iccld.trainer import Trainer, TrainerConfig
 
 
 def train(config: Config, preemption: Preemption | None = None, *, began: float | None = None) -> bool:
@@ -88,34 +91,29 @@ def _run_stages(config: Config, engine: Engine, preemption: Preemption, watchdog
 
 
 def _run_stage(name: StageName, config: Config, engine: Engine, preemption: Preemption, watchdog: Watchdog) -> bool:
-    plan = plan_of(name, config)
-    layout = BatchLayout(
-        global_batch_size=plan.global_batch_size,
-        micro_batch_size=plan.micro_batch_size,
-        num_accumulation=plan.num_accumulation(engine.world_size),
-        rank=engine.rank,
-        world_size=engine.world_size,
-    )
-    stream = _stream(name, config, layout)
+    plan = with_micro_batch_size(name.value, _trials(name, config, engine, watchdog))
+    stream = _stream(name, config, _layout(plan, engine))
     stage = build_stage(name, config, engine.device)
     check_room(stage, plan, config, engine)
     folder = Path(config.run_dir) / name.value
     metrics = _metrics(name, config, engine)
-    finished = Trainer(
-        stage=stage,
-        stream=stream,
-        engine=engine,
-        checkpoints=CheckpointStore(
-            folder / "checkpoints", plan.checkpoint, engine, announce=lambda step: metrics.event("saved", step=step)
-        ),
-        metrics=metrics,
-        preemption=preemption,
-        watchdog=watchdog,
-        config=plan,
-        about=_about(stage, config, stream),
-        evaluate=lambda: _validate(stage, config, engine, asks(preemption, watchdog)),
-        after_step=lambda step: write_due_snapshot(stage, folder / "ema", engine, num_steps=step + 1),
-    ).run()
+    checkpoints = CheckpointStore(
+        folder / "checkpoints", plan.checkpoint, engine, announce=lambda step: metrics.event("saved", step=step)
+    )
+    with explained_out_of_memory(stage, plan, config, engine, watchdog=watchdog, checkpoints=checkpoints):
+        finished = Trainer(
+            stage=stage,
+            stream=stream,
+            engine=engine,
+            checkpoints=checkpoints,
+            metrics=metrics,
+            preemption=preemption,
+            watchdog=watchdog,
+            config=plan,
+            about=_about(stage, config, stream),
+            evaluate=lambda: _validate(stage, config, engine, asks(preemption, watchdog)),
+            after_step=lambda step: write_due_snapshot(stage, folder / "ema", engine, num_steps=step + 1),
+        ).run()
     if finished:
         stage = _whole_stage(stage, config, engine)
         if engine.is_main:
@@ -126,6 +124,31 @@ def _run_stage(name: StageName, config: Config, engine: Engine, preemption: Pree
     engine.detach()
     metrics.close()
     return finished
+
+
+def _layout(plan: TrainerConfig, engine: Engine) -> BatchLayout:
+    return BatchLayout(
+        global_batch_size=plan.global_batch_size,
+        micro_batch_size=plan.chosen_micro_batch_size,
+        num_accumulation=plan.num_accumulation(engine.world_size),
+        rank=engine.rank,
+        world_size=engine.world_size,
+    )
+
+
+def _trials(name: StageName, config: Config, engine: Engine, watchdog: Watchdog) -> Trials:
+    """How a micro-batch size can be tried: on a stage and a stream of its own."""
+    without_workers = replace(config, data=replace(config.data, num_workers=0))
+
+    def first_samples(size: int) -> Mapping[str, Any]:
+        layout = BatchLayout(size * engine.world_size, size, rank=engine.rank, world_size=engine.world_size)
+        with closing(_stream(name, without_workers, layout).batches(0)) as batches:
+            return next(batches)
+
+    def build() -> Stage:
+        return build_stage(name, config, engine.device)
+
+    return Trials(plan_of(name, config), config, engine, watchdog, build, first_samples)
 
 
 def _metrics(name: StageName, config: Config, engine: Engine) -> MetricsLogger:

@@ -4,8 +4,9 @@ The loop tells it where it is (stage, step, phase), which costs an assignment. A
 than its limit looks at the heartbeats of all, names who is behind in one line on stderr and in `events.jsonl`, dumps
 the stacks of its threads to `run_dir/logs/stacks_rank_00003.txt` (and what NCCL remembers of its collectives), and ends
 with status STOPPED_BY_WATCHDOG. So do ranks whose collective failed since another is gone, and a rank whose launcher is
-gone. Where no thread can run (code that keeps the interpreter's lock), a timer in C writes the stacks to stderr and
-ends the process with status 1; the others name it.
+gone; where one has refused for all (`refusal`), the others end with its status. Where no thread can run (code that
+keeps the interpreter's lock), a timer in C writes the stacks to stderr and ends the process with status 1; the others
+name it.
 
 Collectives time out later than the watchdog ends the process, since they cannot say whom they waited for.
 """
@@ -24,6 +25,7 @@ from iccld.runtime.heartbeat import Heartbeat, Peers, held_up_by, write_heartbea
 from iccld.runtime.limits import WATCHED_BEATS, WatchdogConfig
 from iccld.runtime.metrics import write_event
 from iccld.runtime.preemption import STOPPED_BY_WATCHDOG, host_name, say
+from iccld.runtime.refusal import REFUSED, Refusal
 
 LOST_BEATS = 3  # a beat that stands still for so many is a rank that is gone
 SAID = 4  # names in one line, at most
@@ -62,6 +64,7 @@ class Watchdog:
         self._armed = 0.0
         self._beat, self._started_by, self._stop = 0, os.getppid(), threading.Event()
         self._peers, self._ending = self._new_peers(), threading.Lock()
+        self.refusal = Refusal(self.beats_in / "heartbeats", attempt)
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
     def begin(self, stage: str) -> None:
@@ -75,6 +78,9 @@ class Watchdog:
 
     def phase(self, name: str) -> None:
         self._go(phase=name)
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} on {host_name()} in {self._heartbeat().place}"
 
     def tick(self) -> None:
         """Something was done within the phase."""
@@ -127,6 +133,8 @@ class Watchdog:
             self._arm(limit)
             with contextlib.suppress(OSError):  # a file system may be away for a while
                 self._write()
+            if self.refusal.is_said():
+                self._follow()
             if os.getppid() != self._started_by and "RANK" in os.environ:
                 self._end({self.rank: f"{self._heartbeat()} lost the process that started it"}, {})
             if now - place.since < limit - WATCHED_BEATS * self.config.beat_s:
@@ -137,6 +145,11 @@ class Watchdog:
                 still = self._peers.still(now, for_s=LOST_BEATS * self.config.beat_s) - {self.rank}
                 seen = self._peers.seen
                 self._end(held_up_by(seen, still, world_size=self.world_size), seen)
+
+    def _follow(self) -> None:
+        """The main thread ends this rank when its collective breaks; one that waits for a device may never see that."""
+        if not self._stop.wait(LOST_BEATS * self.config.beat_s):
+            os._exit(REFUSED)
 
     def _new_peers(self) -> Peers:
         return Peers(self.beats_in, attempt=self.attempt, world_size=self.world_size)
@@ -168,6 +181,8 @@ class Watchdog:
         peers, limit = self._new_peers(), time.monotonic() + (LOST_BEATS + 2) * self.config.beat_s
         still: set[int] = set()
         while time.monotonic() < limit and not still and not peers.ended():
+            if self.refusal.is_said():
+                os._exit(REFUSED)
             time.sleep(self.config.beat_s / 4)
             peers.look(time.monotonic())
             still = peers.still(time.monotonic(), for_s=LOST_BEATS * self.config.beat_s) - {self.rank}
