@@ -142,24 +142,21 @@ def _choose(trials: Trials) -> tuple[int, str]:
     sizes = divisors(trials.plan.global_batch_size // engine.world_size)
     if sizes == [1]:
         return 1, "no other divides a rank's samples"
-    memory.restart_peak(device)
+    trials.fits(1)  # first, so that libraries, threads and communicators have taken theirs
     num_sharing = engine.gather_objects(host_name()).count(host_name())
     free = memory.free_memory(device, num_sharing=num_sharing)
     limit = memory.taken_memory(device) + share * free
     said = f"{100 * share:.0f} % of the {memory.gib(free)} that were free to a rank"
     if device.type == "cuda" and trials.is_local:
         with memory.limited(device, int(min(engine.gather_objects(limit)))):
-            size = largest_by_trial(sizes, trials.fits)
-        tried = ", ".join(
-            f"{size} {'fits' if peak < float('inf') else 'does not'}" for size, peak in trials.peaks.items()
-        )
-        how = f"tried in {said}: {tried}"
+            size = largest_by_trial(sizes[1:], trials.fits) or 1
+        tried = [f"{size} {'fits' if peak < float('inf') else 'does not'}" for size, peak in trials.peaks.items()]
+        how = f"tried in {said}: {', '.join(tried)}"
     else:
-        for tried in (1, 2):
-            trials.fits(tried)
+        trials.fits(2)
         size = min(engine.gather_objects(largest_by_line(sizes, trials.peaks, limit=limit)))
         peaks = ", ".join(f"{memory.gib(peak)} with {size}" for size, peak in trials.peaks.items())
-        how = f"the line through peaks of {peaks} stays below {memory.gib(limit)}, {said}"
+        how = f"the line through peaks of {peaks} stays below {memory.gib(limit)}, with {said}"
     if engine.config.compile:
         torch.compiler.reset()  # shapes that it has seen change would be compiled as dynamic
     return size, how

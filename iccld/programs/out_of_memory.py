@@ -82,5 +82,5 @@ def remedies(name: str, plan: TrainerConfig, config: Config, engine: Engine) -> 
     if engine.accelerator.mixed_precision == "no":
         yield "engine.precision=bf16"
     if engine.kind is not EngineKind.fsdp2:
-        yield "accelerate_configs/fsdp2.yaml with more ranks, which then share weights, optimiser and averages"
+        yield "accelerate_configs/fsdp2.yaml with more ranks, which share weights, moments and averages"
     yield "a smaller data.crop_size, which is another experiment"

@@ -110,7 +110,7 @@ def training_parts(backend: Backend) -> dict[str, dict[str, Tensor]]:
         copy = {} if id(p) in names else {"copy": p}
         optimiser |= {f"{kind}/{name}": t for kind, t in {**state, **copy}.items() if isinstance(t, Tensor)}
     gradients = {name: p.grad for name, p in weights.items() if p.grad is not None}
-    return {"weights": weights, "gradients": gradients, "optimiser": optimiser}
+    return {"weights": weights, "gradients": gradients, "optimiser moments": optimiser}
 
 
 def bytes_of(tensor: Tensor) -> int:
@@ -136,7 +136,7 @@ class OutOfMemory:
         return cls(_readable(found[1]) if found else "more", peak, total_memory(device), held)
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{name} {gib(size)}" for name, size in self.parts.items())
+        parts = ", ".join(f"{name} {gib(size)}" for name, size in self.parts.items() if size)
         return f"asked for {self.asked}; at its peak it held {gib(self.peak)} of {gib(self.total)} ({parts})"
 
 

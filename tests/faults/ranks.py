@@ -19,7 +19,13 @@ class Ranks:
     """`iccld train` on nodes n0, n1, ..., one rank each, all on this machine; `fault` is done to it (worker.py)."""
 
     def __init__(
-        self, overrides: list[str], folder: Path, *, num_ranks: int = 2, fault: dict[str, Any] | None = None
+        self,
+        overrides: list[str],
+        folder: Path,
+        *,
+        num_ranks: int = 2,
+        fault: dict[str, Any] | None = None,
+        environment: dict[str, str] | None = None,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.logs = [folder / f"log_{rank}" for rank in range(num_ranks)]
@@ -28,6 +34,7 @@ class Ranks:
         common = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
         common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num_ranks)}
         common |= {"FAULT": json.dumps(fault or {}), "LOCAL_RANK": "0", "PYTHONUNBUFFERED": "1"}
+        common |= environment or {}
         self.processes = []
         for rank, log in enumerate(self.logs):
             environment = common | {"RANK": str(rank), "SLURMD_NODENAME": f"n{rank}"}

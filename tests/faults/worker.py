@@ -2,12 +2,13 @@
 
 FAULT is `{"at": place, "rank": rank or null, "step": step, "do": what}`: at that place of that step, the rank sleeps
 ("sleep"), keeps the interpreter's lock ("gil"), waits for a collective that no other rank joins ("collective"), raises
-("raise"), or says "FAULT" and sleeps for a moment ("slow").
+("raise"), says "FAULT" and sleeps for a moment ("slow"), or may take no more memory than "bytes" ("limit").
 """
 
 import ctypes
 import json
 import os
+import resource
 import sys
 import time
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from iccld.cli import main
 from iccld.data.domain import DomainStream
 from iccld.programs import evaluate, fitness, train
-from iccld.runtime import checkpoint
+from iccld.runtime import checkpoint, host_memory
 
 FAULT = json.loads(os.environ["FAULT"])
 FOREVER_S = 300
@@ -39,6 +40,10 @@ def fail(place: str, step: int) -> None:
             ctypes.PyDLL(None).sleep(FOREVER_S)  # PyDLL keeps the lock during the call
         case "collective":
             torch.distributed.barrier(group=_groups[0])
+        case "limit":
+            taken = host_memory.process_memory("VmSize")
+            resource.setrlimit(resource.RLIMIT_AS, (taken + FAULT["bytes"], resource.RLIM_INFINITY))
+            FAULT["at"] = ""  # once
         case "raise":
             raise RuntimeError("a fault of the program")
 
