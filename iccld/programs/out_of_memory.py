@@ -43,7 +43,8 @@ def explained_out_of_memory(
         if engine.world_size > 1:
             watchdog.refusal.claim()
         message = _leave_word(error, _parts(stage, engine), Path(config.run_dir), watchdog, engine)
-        message += f"; set {'; or '.join(remedies(stage.name, plan, config, engine))}"
+        found = remedies(stage.name, plan, config, engine, phase=watchdog.phase_now)
+        message += f"; set {'; or '.join(found)}"
         if engine.world_size > 1:
             watchdog.refusal.refuse(message)
         raise ValueError(message) from None
@@ -69,8 +70,11 @@ def _parts(stage: Stage, engine: Engine) -> Parts:
     return {**trained, "averages": stage.state_dict(), "frozen weights": dict(frozen.values())}
 
 
-def remedies(name: str, plan: TrainerConfig, config: Config, engine: Engine) -> Iterator[str]:
+def remedies(name: str, plan: TrainerConfig, config: Config, engine: Engine, *, phase: str) -> Iterator[str]:
     """Settings that need less memory, those first that change least."""
+    if phase == "evaluate":
+        yield "evaluation.batch_size=1; or evaluation.sliding_window=true; or a smaller evaluation.image_size"
+        return
     of_rank, now = plan.global_batch_size // engine.world_size, plan.chosen_micro_batch_size
     if smaller := max((size for size in range(1, now) if of_rank % size == 0), default=0):
         yield (

@@ -20,7 +20,7 @@ class Bound(NamedTuple):
 
 def bounds() -> list[Bound]:
     machine = _table(Path("/proc/meminfo"))
-    found = [Bound(machine["MemTotal"], machine["MemAvailable"], True), *_control_groups()]
+    found = [Bound(machine["MemTotal"], machine["MemAvailable"], True), *control_groups()]
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit != resource.RLIM_INFINITY:
         found.append(Bound(limit, limit - process_memory("VmSize"), False))
@@ -58,13 +58,15 @@ def _table(path: Path) -> dict[str, int]:
     return {words[0].rstrip(":"): 1024 * int(words[1]) for words in lines}
 
 
-def _control_groups() -> Iterator[Bound]:
+def control_groups(
+    membership: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")
+) -> Iterator[Bound]:
     """Of this process's groups and of those around them, each that has a limit."""
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
+    for line in membership.read_text().splitlines():
         _, controllers, place = line.split(":", 2)
         if controllers not in ("", "memory"):
             continue
-        root = Path("/sys/fs/cgroup", controllers)
+        root = mounted / controllers
         names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
         group = root / place.strip("/")
         for folder in (group, *group.parents):

@@ -82,6 +82,10 @@ class Watchdog:
     def __str__(self) -> str:
         return f"rank {self.rank} on {host_name()} in {self._heartbeat().place}"
 
+    @property
+    def phase_now(self) -> str:
+        return self._place.phase
+
     def tick(self) -> None:
         """Something was done within the phase."""
         self._place = self._place._replace(since=time.monotonic())

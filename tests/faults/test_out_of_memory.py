@@ -33,13 +33,15 @@ def test_one_rank_that_is_out_of_memory_ends_both_with_one_message(scene_shards:
     run_dir = tmp_path / "run"
     fault = {"at": "prepare", "rank": 1, "step": 2, "do": "limit", "bytes": 4 * MIB}
     settings = command(scene_shards, run_dir)
-    with Ranks(settings, tmp_path / "logs", fault=fault, environment=ENVIRONMENT) as ranks:
+    environment = ENVIRONMENT | {"ICCLD_OUTCOME": str(tmp_path / "outcome")}  # as in a job
+    with Ranks(settings, tmp_path / "logs", fault=fault, environment=environment) as ranks:
         ranks.until_said("FAULT at prepare of step 2")
         begin = time.monotonic()
         assert ranks.wait() == [REFUSED, REFUSED], ranks.log()[-3000:]
         assert time.monotonic() - begin < 60, "no limit of the watchdog was waited for"
         (message,) = said(ranks)
         assert "Traceback" not in ranks.log() and "watchdog: " not in ranks.log()
+    assert (tmp_path / "outcome").read_text() == "2\n", "the job is not started again"
     where = r"iccld: out of memory: rank 1 on n1 in phase prepare of stage1 step 2 "
     assert re.match(where + r"asked for [\d.]+ (MiB|KiB|bytes)", message), message
     assert "optimiser moments 3.0 MiB" in message and "activations and the rest" in message
