@@ -23,7 +23,8 @@ class DenoiserConfig:
     attention_levels: list[int] = field(default_factory=lambda: [1, 2])  # the middle always has attention
     head_dim: int = 64
     attention: AttentionBackend = AttentionBackend.sdpa
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool | int = False
+    """Recompute blocks in the backward pass: all of them, or those of so many of the finest levels."""
 
     def __post_init__(self) -> None:
         if not self.channel_multipliers or min(self.channel_multipliers) < 1:
@@ -33,6 +34,11 @@ class DenoiserConfig:
         for name, low in (("width", 4), ("num_blocks", 1), ("head_dim", 1)):
             if getattr(self, name) < low:
                 raise ValueError(f"model.denoiser.{name}={getattr(self, name)} must be at least {low}.")
+        if self.num_recomputed_levels < 0 or self.activation_checkpointing > self.num_levels:
+            raise ValueError(
+                f"model.denoiser.activation_checkpointing={self.activation_checkpointing} must be true, false, or a "
+                f"number of levels, 0 to {self.num_levels}."
+            )
         outside = [level for level in self.attention_levels if not 0 <= level < self.num_levels]
         if outside:
             raise ValueError(
@@ -49,6 +55,12 @@ class DenoiserConfig:
     @property
     def num_levels(self) -> int:
         return len(self.channel_multipliers)
+
+    @property
+    def num_recomputed_levels(self) -> int:
+        """From the finest; the middle counts as the last."""
+        every = self.activation_checkpointing is True
+        return self.num_levels + 1 if every else int(self.activation_checkpointing)
 
     @property
     def channels(self) -> list[int]:
@@ -105,19 +117,19 @@ class Denoiser(nn.Module):
         x = self.stem(torch.cat([z_t, condition], dim=1))
         skips: list[list[Tensor]] = []
         for level, blocks in enumerate(self.down):
-            x, outputs = self._descend(blocks, x, time)
+            x, outputs = self._descend(blocks, x, time, level)
             skips.append(outputs)
             if level < len(self.shrink):
                 x = self.shrink[level](x)
         for block in self.middle:
-            x = self._run(block, x, time)
+            x = self._run(block, x, time, self.config.num_levels)
         middle = x
-        for level, blocks in enumerate(self.up):
+        for i, blocks in enumerate(self.up):
             outputs = skips.pop()
-            if level > 0:
+            if i > 0:
                 x = F.interpolate(x, size=outputs[-1].shape[-2:], mode="nearest")
-                x = self.grow[level - 1](x)
-            x = self._ascend(blocks, x, outputs, time)
+                x = self.grow[i - 1](x)
+            x = self._ascend(blocks, x, outputs, time, len(skips))
         return DenoiserOutput(noise_from_velocity(z_t, self.head(x), t, self.alpha_bar), middle)
 
     def _residual(self, in_channels: int, out_channels: int) -> ResidualBlock:
@@ -134,23 +146,23 @@ class Denoiser(nn.Module):
             for _ in range(self.config.num_blocks)
         )
 
-    def _descend(self, blocks: nn.Module, x: Tensor, time: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def _descend(self, blocks: nn.Module, x: Tensor, time: Tensor, level: int) -> tuple[Tensor, list[Tensor]]:
         outputs = []
         for parts in blocks.children():
             for part in parts.children():
-                x = self._run(part, x, time)
+                x = self._run(part, x, time, level)
             outputs.append(x)
         return x, outputs
 
-    def _ascend(self, blocks: nn.Module, x: Tensor, skips: list[Tensor], time: Tensor) -> Tensor:
+    def _ascend(self, blocks: nn.Module, x: Tensor, skips: list[Tensor], time: Tensor, level: int) -> Tensor:
         for parts, skip in zip(blocks.children(), reversed(skips), strict=True):
             x = torch.cat([x, skip], dim=1)
             for part in parts.children():
-                x = self._run(part, x, time)
+                x = self._run(part, x, time, level)
         return x
 
-    def _run(self, part: nn.Module, x: Tensor, time: Tensor) -> Tensor:
-        if self.config.activation_checkpointing and torch.is_grad_enabled():
+    def _run(self, part: nn.Module, x: Tensor, time: Tensor, level: int) -> Tensor:
+        if level < self.config.num_recomputed_levels and torch.is_grad_enabled():
             # No layer draws random numbers, so there is no generator state to save.
             return checkpoint(part, x, time, use_reentrant=False, preserve_rng_state=False)
         return part(x, time)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import types
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -123,6 +124,8 @@ def _parse(hint: Any, value: Any, *, where: str) -> Any:
             return hint(value)
         except ValueError:
             raise ValueError(f"{where}={value!r} must be one of {[member.value for member in hint]}.") from None
+    if isinstance(hint, types.UnionType) and type(value) in typing.get_args(hint):
+        return value
     expected = typing.get_origin(hint) or hint
     if expected is Any:
         return value

@@ -72,8 +72,9 @@ def test_samples_do_not_mix():
     torch.testing.assert_close(together[1:], alone, rtol=1e-4, atol=1e-5)
 
 
-def test_activation_checkpointing_changes_no_output_and_no_gradient():
-    plain, saving = make_denoiser(), make_denoiser(replace(CONFIG, activation_checkpointing=True))
+@pytest.mark.parametrize("recomputed", [True, 1, 2])
+def test_activation_checkpointing_changes_no_output_and_no_gradient(recomputed: bool | int):
+    plain, saving = make_denoiser(), make_denoiser(replace(CONFIG, activation_checkpointing=recomputed))
     outputs = []
     for denoiser in (plain, saving):
         output = denoiser(*random_inputs())
@@ -98,7 +99,10 @@ def test_activation_checkpointing_keeps_fewer_activations():
             denoiser(*random_inputs(16, 16))
         return total
 
-    assert kept(make_denoiser(replace(CONFIG, activation_checkpointing=True))) < 0.5 * kept(make_denoiser())
+    none, finest, two, every = (
+        kept(make_denoiser(replace(CONFIG, activation_checkpointing=recomputed))) for recomputed in (False, 1, 2, True)
+    )
+    assert every < two < finest < none and every < 0.5 * none
 
 
 def test_bf16_autocast_runs():
@@ -141,6 +145,8 @@ def test_timesteps_are_told_apart():
         ({"width": 2}, r"model\.denoiser\.width=2 must be at least 4"),
         ({"num_blocks": 0}, r"model\.denoiser\.num_blocks=0 must be at least 1"),
         ({"head_dim": 0}, r"model\.denoiser\.head_dim=0 must be at least 1"),
+        ({"activation_checkpointing": 4}, r"activation_checkpointing=4 must be true, false, or a number .* 0 to 3"),
+        ({"activation_checkpointing": -1}, r"activation_checkpointing=-1 must be"),
         ({"attention_levels": [3]}, r"attention_levels=\[3\] must be between 0 and 2"),
         ({"head_dim": 48}, r"head_dim=48 must divide the 256 channels of level 1; change head_dim or width"),
     ],
