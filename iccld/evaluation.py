@@ -119,6 +119,7 @@ def _at_size(predict: Predict, size: list[int], images: Tensor, numbers: Tensor)
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")  # images come in many sizes; what is compiled is for the training's
 def evaluate(
     samples: Iterable[Mapping[str, Any]],
     predict: Predict,

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from iccld.runtime.backend import Backend, Plan, Replicated
 from iccld.runtime.collectives import keep_record, set_timeout
+from iccld.runtime.compilation import compile_in_place
 from iccld.runtime.engine_kind import EngineKind, join_alone, kind_of_launch, without_plugins
 from iccld.runtime.pieces import Run, TensorReader
 from iccld.runtime.prefetch import prefetch
@@ -60,8 +61,7 @@ class Engine:
     backend: Backend
 
     def __init__(self, config: EngineConfig) -> None:
-        self.config = config
-        self.kind = kind_of_launch()
+        self.config, self.kind = config, kind_of_launch()
         keep_record()
         with without_plugins():
             self.accelerator = Accelerator(
@@ -105,16 +105,17 @@ class Engine:
         num_accumulation: int,
         gradient_clip: float = 0.0,
         replicated: Iterable[nn.Module] = (),
+        frozen: Iterable[nn.Module] = (),
     ) -> None:
         """Wrap the module for the ranks and build AdamW over the groups. `replicated`: parts that no engine may shard.
 
-        `gradient_clip`: the largest norm; 0 is off.
+        `gradient_clip`: the largest norm; 0 is off. `frozen`: what a step calls beside the module, without gradient.
         """
         self.detach()
         self._base_rates = [group["lr"] for group in param_groups]
         raw = module.to(self.device)
         if self.config.compile:
-            raw.compile()
+            compile_in_place([raw, *frozen])
         optimizer = torch.optim.AdamW(param_groups, fused=self.device.type == "cuda" or None)
         plan = Plan(self.device, self.rank, self.world_size, micro_batch_size, num_accumulation, gradient_clip)
         self.backend = self._backend(raw, optimizer, plan, replicated)

@@ -129,9 +129,8 @@ class AdversarialStage(Stage):
     def __init__(self, model: ICCLD, discriminator: Discriminator, config: AdversarialConfig, *, seed: int) -> None:
         self.model, self.config, self.seed = model, config, seed
         model.stage = ModelStage.adversarial
-        for part in (model.encoder, model.decoder, model.mask_encoder):
-            if part is not None:
-                part.requires_grad_(False).eval()
+        for part in self.frozen():
+            part.requires_grad_(False).eval()
         self.module = AdversarialModule(model, discriminator, config)
         self.student, self.ema_profile = self.module.denoiser, config.ema_profile
         self.teacher = Teacher(self.student, max_decay=config.teacher_decay)
@@ -213,6 +212,10 @@ class AdversarialStage(Stage):
         teacher = copy.deepcopy(self.model)
         teacher.denoiser = self.teacher.module
         return {"teacher": teacher, "student": self.model}
+
+    def frozen(self) -> list[nn.Module]:
+        parts = [self.model.encoder, self.model.decoder, self.model.mask_encoder]
+        return [part for part in parts if part is not None]
 
     def replicated(self) -> list[nn.Module]:
         return [self.module.discriminator]

@@ -81,6 +81,10 @@ class Stage(ABC):
         """Modules to be sharded as the trained one is, and their methods that are called like `forward`."""
         return {self.teacher.module: ()}
 
+    def frozen(self) -> list[nn.Module]:
+        """What `prepare` calls, each by its own `__call__`, for an engine that compiles."""
+        return []
+
     def replicated(self) -> list[nn.Module]:
         """Parts of `module` that no engine may shard: their parameters are used beside their own forward pass."""
         return []

@@ -91,10 +91,8 @@ class SegmentationModule(nn.Module):
         losses |= self._reference_loss(tensors, source_features) | self._mask_latent_loss(
             tensors, denominators, source_features
         )
-        metrics = (
-            {"confident": pair(tensors["confident"].sum(), len(tensors["confident"]))} if "confident" in tensors else {}
-        )
-        return StageOutput(losses, metrics)
+        confident = tensors.get("confident")
+        return StageOutput(losses, {} if confident is None else {"confident": pair(confident.sum(), len(confident))})
 
     def _reference_loss(self, tensors: dict[str, Tensor], features: list[Tensor]) -> dict[str, Tensor]:
         if "reference_features" not in tensors:
@@ -216,6 +214,7 @@ class SegmentationStage(Stage):
         return {"teacher": self.teacher.module, "student": self.model}
 
     @torch.no_grad()
+    @torch.compiler.set_stance("force_eager")  # its batches are not the steps'
     def finish(self, batches: Iterable[Mapping[str, Any]]) -> None:
         """The latent's mean and std per channel, so that stage 2 diffuses a latent of unit variance (as in LDM)."""
         domains = [domain for batch in batches for domain in batch.values()]
@@ -235,6 +234,10 @@ class SegmentationStage(Stage):
 
     def averages(self) -> dict[nn.Module, tuple[str, ...]]:
         return {self.teacher.module: ("segment",)}
+
+    def frozen(self) -> list[nn.Module]:
+        predictor = self.teacher.module if self.config.use_teacher else self.model
+        return [part for part in (predictor.encoder, predictor.decoder, self.reference) if part is not None]
 
 
 def _check_feature_distance(model: ICCLD, config: SegmentationConfig, reference: Encoder | None) -> None:
