@@ -18,9 +18,8 @@ def prefetch(
 ) -> Iterator[Any]:
     """The batches in their order, their tensors on `device` but those `ON_HOST`; the host waits for no copy.
 
-    `copying` is around each copy.
     On CUDA, one batch is taken ahead of the one handed out, and tensors should come from pinned memory. What goes
-    wrong while it is taken is raised when its turn comes.
+    wrong while it is taken is raised when its turn comes. `copying` is around each copy.
     """
     if device.type != "cuda":
         yield from batches
