@@ -17,7 +17,7 @@ from iccld import __version__
 from iccld.config import Config, StageName, Weights, config_from
 from iccld.models.iccld import ModelConfig
 from iccld.models.model_card import build
-from iccld.programs.train import build_stage
+from iccld.programs.building import build_stage
 from iccld.runtime.checkpoint import FOLDER
 from iccld.runtime.durable import sync
 from iccld.runtime.manifest import MANIFEST, Checkpoint, CheckpointError, read_manifest, verify, write_manifest

@@ -1,0 +1,54 @@
+"""Batches without data, of the shapes that the experiment's have: what a step costs is in the shapes."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from iccld.config import Config, StageName
+from iccld.data.config import BatchLayout
+from iccld.programs.checks import plan_of
+from iccld.runtime.flops import StepFlops, count_step
+from iccld.stages.base import Stage
+
+BLOCK = 16  # pixels; one class each, so that there is something to paste
+
+
+def synthetic_batch(config: Config, numbers: Sequence[int]) -> dict[str, Any]:
+    """A micro-batch of these samples as the stream gives it: images of noise, labels in blocks."""
+    height, width = config.data.crop_size
+    num_classes = config.data.class_set.build().num_classes
+    batch: dict[str, Any] = {}
+    for domain in ("source", "target"):
+        generator = torch.Generator().manual_seed(len(domain) + numbers[0])
+        size = (len(numbers), -(-height // BLOCK), -(-width // BLOCK))
+        blocks = torch.randint(num_classes, size, generator=generator, dtype=torch.uint8)
+        labels = blocks.repeat_interleave(BLOCK, 1).repeat_interleave(BLOCK, 2)[:, :height, :width].contiguous()
+        shape = (len(numbers), 3, height, width)
+        batch[domain] = {
+            "images": torch.randint(256, shape, generator=generator, dtype=torch.uint8),
+            "labels": labels,
+            "valid": torch.ones(len(numbers), height, 1, dtype=torch.bool),
+            "keys": [str(number) for number in numbers],
+            "numbers": torch.tensor(list(numbers), dtype=torch.int64),
+        }
+    return batch
+
+
+def synthetic_batches(config: Config, layout: BatchLayout, start_step: int) -> Iterator[dict[str, Any]]:
+    """This rank's micro-batches, without end; they are made once, and their numbers go on."""
+    made = synthetic_batch(config, range(layout.micro_batch_size))
+    if torch.cuda.is_available():
+        for domain in made.values():
+            domain |= {name: value.pin_memory() for name, value in domain.items() if isinstance(value, torch.Tensor)}
+    position = start_step * layout.num_accumulation
+    while True:
+        numbers = torch.tensor(list(layout.numbers(*divmod(position, layout.num_accumulation))), dtype=torch.int64)
+        yield {name: domain | {"numbers": numbers} for name, domain in made.items()}
+        position += 1
+
+
+def flops_per_sample(stage: Stage, config: Config) -> StepFlops:
+    """Of a step late in the stage, when nothing is left out. Call it before an engine shards the stage."""
+    step = plan_of(StageName(stage.name), config).num_steps - 1
+    return count_step(stage, synthetic_batch(config, [0]), step)

@@ -1,0 +1,68 @@
+"""What a device could do at best: by its name, or measured."""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+BF16_TFLOPS = {
+    "B200": 2250.0,
+    "GH200": 989.4,
+    "H200": 989.4,
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "H100": 989.4,
+    "A100": 311.8,
+    "L40S": 362.1,
+    "A10G": 70.0,
+    "L4": 121.0,
+    "RTX A6000": 154.8,
+    "RTX 4090": 165.2,
+}
+"""10^12 a second of dense bf16 products, by NVIDIA's data sheets; the first name that fits the device's counts."""
+
+ROUNDS = 5
+
+
+def nominal_flops(device: torch.device, precision: str) -> float:
+    """A second; 0 where the device is not known. `precision`: bf16, or `no` for fp32.
+
+    For fp32 it is half, as TF32 has it: what torch's convolutions use there, unless told otherwise.
+    """
+    if device.type != "cuda":
+        return 0.0
+    name = torch.cuda.get_device_name(device)
+    tflops = next((tflops for known, tflops in BF16_TFLOPS.items() if known in name), 0.0)
+    return 1e12 * tflops / (1 if precision == "bf16" else 2)
+
+
+def measured_flops(device: torch.device, precision: str) -> float:
+    """A second, of a matrix product large enough to keep the device busy."""
+    side, dtype = (8192 if device.type == "cuda" else 1024), torch.bfloat16 if precision == "bf16" else torch.float32
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    return 2 * side**3 / _seconds(lambda: a @ b, device)
+
+
+def measured_bandwidth(device: torch.device) -> float:
+    """Bytes a second, read and written, of a copy within the device's memory."""
+    source = torch.zeros(2**28 if device.type == "cuda" else 2**24, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() * source.element_size() / _seconds(lambda: target.copy_(source), device)
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    """The median of some rounds after a first."""
+    times = []
+    for _ in range(ROUNDS + 1):
+        start = time.perf_counter()
+        work()
+        wait_for(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def wait_for(device: torch.device) -> None:
+    """Until all that was asked of the device is done; for measurements, never on the step path."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
