@@ -24,7 +24,8 @@ Train segmentation models on labelled source images and unlabelled target images
   iccld shards make --dataset gta5 --input DIR --output DIR  turn a data set into shards
   iccld shards index|verify|info DIR                         index tars, check, describe
   iccld checkpoint list|verify|export|convert DIR            look at them, get models out of them
-  iccld goodput runs/a                                       where the wall time went
+  iccld profile experiment=... run_dir=runs/a                where a step's time and memory go
+  iccld goodput runs/a                                       where the wall time of a run went
 
 Any setting is changed by key=value; `iccld config experiment=...` shows all of them.
 For several ranks on this machine: python launch/local.py NUM_RANKS VERB ...
@@ -77,18 +78,28 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--attention", choices=["sdpa", "xformers"], default="sdpa", help="back end of the denoiser")
     predict.set_defaults(run=_predict)
 
-    _add_submit_and_goodput(verbs)
+    _add_program_verbs(verbs)
     _add_shards(verbs)
     _add_checkpoint(verbs)
     return parser
 
 
-def _add_submit_and_goodput(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_program_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     from iccld.programs import goodput, submit
 
     submission = verbs.add_parser("submit", description=submit.DESCRIPTION)
     submit.add_arguments(submission)
     submission.set_defaults(run=submit.submit)
+    profiler = verbs.add_parser("profile")
+    add = profiler.add_argument
+    add("overrides", nargs="*", metavar="key=value", help="as for train")
+    add("--config-dir", default="", help="a folder with YAML groups of your own")
+    add("--num-steps", type=int, default=20, help="that are timed (default %(default)s)")
+    add("--num-warmup", type=int, default=5, help="left out before them (default %(default)s)")
+    add("--num-traced", type=int, default=3, help="in a trace, after them (default %(default)s)")
+    add("--synthetic", action="store_true", help="batches from memory: what is left is not the loader's")
+    add("--output", type=Path, metavar="FOLDER", help="for the reports (RUN_DIR/profile)")
+    profiler.set_defaults(run=_profile)
     ledger = verbs.add_parser("goodput")
     goodput.add_arguments(ledger)
     ledger.set_defaults(run=goodput.run)
@@ -155,6 +166,12 @@ def _config(arguments: argparse.Namespace) -> None:
     from iccld.config import load_config, to_yaml
 
     print(to_yaml(load_config(arguments.overrides, config_dir=arguments.config_dir)), end="")
+
+
+def _profile(arguments: argparse.Namespace) -> int:
+    from iccld.programs.profile import run
+
+    return run(arguments)
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:

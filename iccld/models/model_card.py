@@ -124,7 +124,9 @@ def _parse(hint: Any, value: Any, *, where: str) -> Any:
             return hint(value)
         except ValueError:
             raise ValueError(f"{where}={value!r} must be one of {[member.value for member in hint]}.") from None
-    if isinstance(hint, types.UnionType) and type(value) in typing.get_args(hint):
+    if isinstance(hint, types.UnionType):
+        if type(value) not in typing.get_args(hint):
+            raise ValueError(f"{where}={value!r} must be of type {hint}.")
         return value
     expected = typing.get_origin(hint) or hint
     if expected is Any:

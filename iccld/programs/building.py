@@ -56,7 +56,20 @@ def build_stage(name: StageName, config: Config, device: torch.device) -> Stage:
         if config.initial_model:
             _load_initial(model, Path(config.initial_model))
         return SegmentationStage(model.to(device), config.stage1.objective, seed=config.seed, reference=reference)
-    model = ICCLD.from_pretrained(handed_over(config)[0], num_classes=num_classes)
+    return _second_stage(ICCLD.from_pretrained(handed_over(config)[0], num_classes=num_classes), config, device)
+
+
+def fresh_stage(name: StageName, config: Config, device: torch.device) -> Stage:
+    """As `build_stage`, without what a stage takes from the one before it: to measure, not to learn."""
+    if name is StageName.stage1:
+        return build_stage(name, config, device)
+    torch.manual_seed(config.seed)
+    num_classes = config.data.class_set.build().num_classes
+    model = ICCLD(config=config.model, num_classes=num_classes, with_denoiser=False)
+    return _second_stage(model, config, device)
+
+
+def _second_stage(model: ICCLD, config: Config, device: torch.device) -> AdversarialStage:
     model.start_denoiser(config.model.denoiser)
     assert model.denoiser is not None
     sees_middle = config.stage2.objective.adversary_input is AdversaryInput.features

@@ -42,7 +42,7 @@ def explained_out_of_memory(
                 checkpoints.wait()
         if engine.world_size > 1:
             watchdog.refusal.claim()
-        message = _leave_word(error, _parts(stage, engine), Path(config.run_dir), watchdog, engine)
+        message = _leave_word(error, parts_held(stage, engine), Path(config.run_dir), watchdog, engine)
         found = remedies(stage.name, plan, config, engine, phase=watchdog.phase_now)
         message += f"; set {'; or '.join(found)}"
         if engine.world_size > 1:
@@ -61,7 +61,8 @@ def _leave_word(error: BaseException, parts: Parts, run_dir: Path, watchdog: Wat
     return f"{message}; who holds what is in {path}"
 
 
-def _parts(stage: Stage, engine: Engine) -> Parts:
+def parts_held(stage: Stage, engine: Engine) -> Parts:
+    """What this rank holds of the training, by part."""
     attached = hasattr(engine, "backend")
     trained = training_parts(engine.backend) if attached else {"weights": stage.module.state_dict(keep_vars=True)}
     known = {id(tensor) for tensor in trained["weights"].values()}

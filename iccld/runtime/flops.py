@@ -99,6 +99,11 @@ class FlopCounter(TorchFunctionMode):
         for hook in self._hooks:
             hook.remove()
 
+    @property
+    def running(self) -> str:
+        """The part that is running."""
+        return self._running[-1]
+
     def _start(self, name: str, *_: Any) -> None:
         self._running.append(name)
 
@@ -122,9 +127,9 @@ class FlopCounter(TorchFunctionMode):
         if rule := RULES.get(name):
             operands = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
             flops, num_gradients = rule(out, *operands)
-            self.forward[self._running[-1]] += flops
+            self.forward[self.running] += flops
             if out.grad_fn is not None and num_gradients:
-                self._backward.append((out.grad_fn, self._running[-1], num_gradients * flops))
+                self._backward.append((out.grad_fn, self.running, num_gradients * flops))
         return out
 
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from iccld.runtime.durable import write_text_durably
-from iccld.runtime.profiling import Seconds, peak_bytes, summed
+from iccld.runtime.memory import peak_memory
+from iccld.runtime.profiling import Seconds, summed
 from iccld.runtime.throughput import RankSeconds, rates, slow_rank_words
 
 
@@ -161,7 +162,7 @@ class MetricsLogger:
     ) -> dict[str, Any]:
         """How fast the ranks were in the steps up to `step`; rank 0's seconds also go into events.jsonl."""
         device = next(iter(losses.values())).device
-        own = RankSeconds(socket.gethostname(), summed(timed), peak_bytes(device))
+        own = RankSeconds(socket.gethostname(), summed(timed), peak_memory(device))
         ranks = self._gather(own)
         if not timed:
             return {}

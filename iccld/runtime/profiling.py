@@ -8,7 +8,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -147,10 +147,21 @@ def summed(steps: list[Seconds]) -> Seconds:
     return dict(total)
 
 
-def peak_bytes(device: torch.device) -> int:
-    """The most memory that this rank has held: of the device, or, on a CPU, of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource  # not on every platform
+class Ranges:
+    """An observer of phases that makes each a named range in the trace of `torch.profiler`."""
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    def __init__(self) -> None:
+        self._range: Any = None
+
+    def begin(self, name: str) -> None:
+        self.__exit__()
+        self._range = torch.profiler.record_function(f"phase: {name}")
+        self._range.__enter__()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._range is not None:
+            self._range.__exit__(None, None, None)
+            self._range = None
