@@ -145,7 +145,8 @@ def evaluate(
         logits = any_size(images.permute(0, 3, 1, 2).float() / 255, numbers)
         for sample, part in zip(batch, logits, strict=True):
             labels = _checked_labels(sample, class_set, num_channels=len(part))
-            scores.add(_resized(part[None], labels.shape)[0].argmax(0), torch.from_numpy(labels).to(device))
+            predicted = _resized(part[None], labels.shape)[0].max(0).indices  # as argmax, which is slow on a CPU
+            scores.add(predicted, torch.from_numpy(labels).to(device))
     scores.counts = all_reduce(scores.counts)
     return scores.result(class_set, config.num_classes)
 
