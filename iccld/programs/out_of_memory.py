@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,6 +38,8 @@ def explained_out_of_memory(
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
+        if engine.device.type == "cpu":  # what follows needs memory, too
+            traceback.clear_frames(error.__traceback__)
         if checkpoints is not None:
             with contextlib.suppress(ValueError):  # that it failed is not what ends the run
                 checkpoints.wait()
@@ -54,9 +57,8 @@ def _leave_word(error: BaseException, parts: Parts, run_dir: Path, watchdog: Wat
     """The snapshot and the event; returns what happened, in words."""
     found = OutOfMemory.of(error, parts, engine.device)
     message, facts = f"out of memory: {watchdog} {found}", dataclasses.asdict(found)
-    path = write_snapshot(
-        run_dir / "profile" / f"out_of_memory_rank_{engine.rank:05d}", parts, {"what": message, **facts}, error
-    )
+    stem = run_dir / "profile" / f"out_of_memory_rank_{engine.rank:05d}"
+    path = write_snapshot(stem, parts, {"what": message, **facts})
     write_event(run_dir, "out_of_memory", rank=engine.rank, what=message, **facts)
     return f"{message}; who holds what is in {path}"
 

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import re
-import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,17 +147,15 @@ def _readable(asked: str) -> str:
     return gib(int(asked.split()[0])) if asked.endswith("bytes") else asked
 
 
-def write_snapshot(stem: Path, parts: Parts, facts: Mapping[str, Any], error: BaseException) -> Path:
-    """Before anything is freed: on CUDA the allocator's, for pytorch.org/memory_viz; else the tensors that are held,
-    largest first, as JSON. Returns the file.
+def write_snapshot(stem: Path, parts: Parts, facts: Mapping[str, Any]) -> Path:
+    """On CUDA the allocator's, for pytorch.org/memory_viz; else the tensors of the parts, largest first, as JSON.
+    Returns the file.
     """
     stem.parent.mkdir(parents=True, exist_ok=True)
     if torch.cuda.is_available():
         path = stem.with_suffix(".pickle")
         torch.cuda.memory._dump_snapshot(str(path))
         return path
-    kernel = host_memory.status_lines()
-    traceback.clear_frames(error.__traceback__)  # what follows needs memory, too
     tensors = [
         {"part": part, "name": name, "shape": list(local_tensor(t).shape), "dtype": str(t.dtype), "bytes": bytes_of(t)}
         for part, of_part in parts.items()
@@ -166,5 +163,5 @@ def write_snapshot(stem: Path, parts: Parts, facts: Mapping[str, Any], error: Ba
     ]
     tensors.sort(key=lambda tensor: -tensor["bytes"])
     path = stem.with_suffix(".json")
-    path.write_text(json.dumps({**facts, "process": kernel, "tensors": tensors}, indent=1))
+    path.write_text(json.dumps({**facts, "process": host_memory.status_lines(), "tensors": tensors}, indent=1))
     return path

@@ -83,6 +83,6 @@ def test_on_a_gpu_a_limit_is_met_and_the_allocator_is_written_down(tmp_path: Pat
         torch.empty(256 * MIB, dtype=torch.uint8, device=device)
     found = OutOfMemory.of(raised.value, {}, device)
     assert found.asked == "256.00 MiB" and found.total > 256 * MIB
-    path = write_snapshot(tmp_path / "profile/out_of_memory_rank_00000", {}, {}, raised.value)
+    path = write_snapshot(tmp_path / "profile/out_of_memory_rank_00000", {}, {})
     assert path.suffix == ".pickle" and path.stat().st_size > 0
     torch.empty(256 * MIB, dtype=torch.uint8, device=device)  # the limit is gone
