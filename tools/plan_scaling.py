@@ -22,6 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from scaling_links import Link, Network, measure_link, nominal, read_link
@@ -42,7 +43,6 @@ def plan(profiles: Sequence[Profile], network: Network, arguments: argparse.Name
     rows = []
     for engine in arguments.engines:
         profile = next((own for own in profiles if own.engine == engine), profiles[0])
-        rate = profile.micro_batch_size * profile.num_accumulation / profile.own_s  # of one GPU
         failures = Failures(
             node_mttf_s=HOUR * arguments.mttf_node_hours,
             restart_s=arguments.restart_s,
@@ -52,7 +52,7 @@ def plan(profiles: Sequence[Profile], network: Network, arguments: argparse.Name
         for num_ranks in arguments.gpus:
             row: Row = {"engine": engine, "num_ranks": num_ranks}
             try:
-                step = predict(profile, engine, network, num_ranks, arguments.global_batch)
+                one, step = (predict(profile, engine, network, n, arguments.global_batch) for n in (1, num_ranks))
             except ValueError as error:
                 rows.append(row | {"refused": str(error)})
                 continue
@@ -60,7 +60,7 @@ def plan(profiles: Sequence[Profile], network: Network, arguments: argparse.Name
             figures = {
                 "step_s": step.step_s,
                 "samples_per_s": step.samples_per_s,
-                "efficiency": step.samples_per_s / (num_ranks * rate),
+                "efficiency": step.samples_per_s / (num_ranks * one.samples_per_s),
                 "save_every_s": failures.interval_s(step.num_nodes, step.step_s),
                 "goodput": 1 / slowdown,
                 "hours": arguments.steps * step.step_s * slowdown / HOUR,
@@ -70,15 +70,15 @@ def plan(profiles: Sequence[Profile], network: Network, arguments: argparse.Name
 
 
 def table_of(rows: Sequence[Row], title: str) -> Table:
-    shares, run = ("compute", "links", "slowest"), ("save", "goodput", "hours")
-    table = Table(
-        "GPUs", "step s", *shares, "MB sent", "samples/s", "efficient", "save", "goodput", "hours", title=title
-    )
+    shares, run = ("work %", "links %", "slow %"), ("save min", "good- put %", "hours")
+    table = Table(title=title, box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    for header in ("GPUs", "step s", *shares, "sent MB", "samples /s", "effi- cient %", *run):
+        table.add_column(header.replace(" ", "\n"), justify="right")
     for row in rows:
-        part = [f"{100 * row[key] / row['step_s']:.0f} %" for key in ("own_s", "exposed_s", "straggler_s")]
-        speed = [f"{row['sent_bytes'] / 1e6:.0f}", f"{row['samples_per_s']:.4g}", f"{100 * row['efficiency']:.0f} %"]
-        run = [f"{row['save_every_s'] / 60:.0f} min", f"{100 * row['goodput']:.1f} %", f"{row['hours']:.4g}"]
-        table.add_row(str(row["num_ranks"]), f"{row['step_s']:.4g}", *part, *speed, *run)
+        parts = [f"{abs(100 * row[key] / row['step_s']):.1f}" for key in ("own_s", "exposed_s", "straggler_s")]
+        speed = [f"{row['sent_bytes'] / 1e6:.0f}", f"{row['samples_per_s']:.4g}", f"{100 * row['efficiency']:.1f}"]
+        run = [f"{row['save_every_s'] / 60:.1f}", f"{100 * row['goodput']:.2f}", f"{row['hours']:.4g}"]
+        table.add_row(str(row["num_ranks"]), f"{row['step_s']:.4g}", *parts, *speed, *run)
     return table
 
 
@@ -94,8 +94,9 @@ def draw(rows: Sequence[Row], path: Path, title: str) -> None:
     for engine in dict.fromkeys(row["engine"] for row in rows):
         own = [row for row in rows if row["engine"] == engine]
         at = [row["num_ranks"] for row in own]
-        speed.plot(at, [row["samples_per_s"] for row in own], "o-", ms=3, label=engine)
-        efficiency.plot(at, [100 * row["efficiency"] for row in own], "o-", ms=3, label=engine)
+        style = "o:" if engine == "zero2" else "o-"  # often the same as zero1
+        speed.plot(at, [row["samples_per_s"] for row in own], style, ms=3, label=engine)
+        efficiency.plot(at, [100 * row["efficiency"] for row in own], style, ms=3, label=engine)
     speed.set(xscale="log", yscale="log", xlabel="GPUs", ylabel="samples/s")
     efficiency.set(xscale="log", ylim=(0, 105), xlabel="GPUs", ylabel="efficiency, %")
     for axes in (speed, efficiency):

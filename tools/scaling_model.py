@@ -88,7 +88,7 @@ def exposed(window: float, messages: Sequence[tuple[float, Took]]) -> float:
         else:
             now, busy = now + work + busy, 0.0
         free, busy = max(free, now) + took.seconds, busy + took.busy
-    return max(free, now) - window
+    return max(free - window, now - window, 0.0)
 
 
 def exposed_seconds(bursts: Sequence[Burst], phases: dict[str, float], network: Network, num_ranks: int) -> float:
