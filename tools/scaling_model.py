@@ -29,8 +29,8 @@ ASSUMPTIONS = (
     "FSDP2 gathers weights twice in each micro-batch and reduce-scatters gradients in the last: 1.5 times DDP's bytes, "
     "in units of 25 MiB, on a GPU beside computing, on a CPU alone (Zhao et al., PyTorch FSDP, VLDB 2023). In stage 1 "
     "it gathers the teacher too.",
-    "Step times of ranks are independent and log-normal, with median and 90th percentile of the profile; a step waits "
-    "for the slowest of N, the median times exp(s z), z the expected largest of N standard normals (Blom 1958).",
+    "Step times of ranks are log-normal and independent, their spread s that of the profile from step to step; a step "
+    "waits for the slowest of N, the median times exp(s z), z the expected largest of N standard normals (Blom 1958).",
     "Failures of nodes are independent and exponential. Saves come at Daly's interval (FGCS 2006; first order: Young "
     "1974), but not before the last is written; the length of a run is by Daly's complete formula. A failure costs the "
     "restart, the time that a save takes to be written in the background, and what was done since the save.",

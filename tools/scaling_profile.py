@@ -5,6 +5,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -71,11 +72,14 @@ def _profile(figures: Mapping[str, Any]) -> Profile:
 
 
 def log_spread(seconds: Sequence[float]) -> float:
-    """Of the log-normal with their median and 90th percentile: what is slow decides how long others wait."""
-    if len(seconds) < 2:
+    """Of log-normal times, from step to step: of a drift that all ranks share, none has to wait.
+
+    By the 90th percentile of the changes of their logarithms, which spread by the square root of 2 more.
+    """
+    changes = [abs(math.log(after / before)) for before, after in pairwise(seconds)]
+    if len(changes) < 2:
         return 0.0
-    tenths = statistics.quantiles(seconds, n=10, method="inclusive")
-    return math.log(tenths[8] / tenths[4]) / NORMAL.inv_cdf(0.9)
+    return statistics.quantiles(changes, n=10, method="inclusive")[8] / NORMAL.inv_cdf(0.95) / math.sqrt(2)
 
 
 def slowest(num_ranks: int) -> float:

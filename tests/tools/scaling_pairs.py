@@ -118,7 +118,7 @@ def _do(name: str, *words: str) -> None:
 
 
 def compare(
-    engine: str, words: Sequence[int], *, rounds: int, steps: int = 2, namespaces: Sequence[str] = ()
+    engine: str, words: Sequence[int], *, rounds: int, steps: int = 3, namespaces: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Step times in seconds of one rank and of two, predicted from the one rank and the link, and measured."""
     pairs = alone(engine, words), together(engine, words, namespaces=namespaces)
@@ -131,7 +131,7 @@ def compare(
             # The first step of a turn finds cold caches, and a peer that was not told at the same moment.
             apart.append([own[1:] for own in pairs[0].tell(f"steps {steps + 1}")])
             joint.append([own[1:] for own in pairs[1].tell(f"steps {steps + 1}")])
-            if number % 3 == 0:
+            if number % 5 == 0:
                 link.append(pairs[1].tell("link"))
         return figures_of(engine, words, num_parameters, apart, joint, link)
     finally:
@@ -179,6 +179,7 @@ def figures_of(
         "one": {"predicted_s": one.step_s, "measured_s": statistics.median(s["step_s"] for s in steps)},
         "two": {"predicted_s": two.step_s, "measured_s": statistics.median(measured)},
         "over_measured": two.step_s / statistics.median(measured),
+        "rounds": _ratios(apart, joint),
         "exposed_s": two.exposed_s,
         "straggler_s": two.straggler_s,
         "num_parameters": num_parameters,
@@ -189,6 +190,14 @@ def figures_of(
             for name in steps[0]["phases"]
         },
     }
+
+
+def _ratios(apart: list[Any], joint: list[Any]) -> list[float]:
+    """Step time of two over that of one, in each round."""
+    medians = [
+        [statistics.median(s["step_s"] for own in turn for s in own) for turn in kind] for kind in (joint, apart)
+    ]
+    return [together / alone for together, alone in zip(*medians, strict=True)]
 
 
 def main() -> None:
