@@ -127,9 +127,11 @@ def _runner(collective: str, size: int, device: torch.device) -> Callable[[], An
         return lambda: dist.all_reduce(whole)
     part = torch.zeros(len(whole) // dist.get_world_size(), device=device)
     whole = whole[: len(part) * dist.get_world_size()]
-    if collective == "all_gather":
-        return lambda: dist.all_gather_into_tensor(whole, part)
-    return lambda: dist.reduce_scatter_tensor(part, whole)
+    if collective == "all_gather":  # the first names are those of torch from 2.13 on
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        return lambda: gather(whole, part)
+    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    return lambda: scatter(part, whole)
 
 
 def _timed(run: Callable[[], Any]) -> Took:

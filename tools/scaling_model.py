@@ -157,7 +157,6 @@ def predict(profile: Profile, engine: str, network: Network, num_ranks: int, glo
     own_s = sum(phases.values())
     bursts = bursts_of(engine, profile, num_accumulation)
     micro_batch = {name: seconds / num_accumulation for name, seconds in phases.items()}
-    later = slowest(num_ranks) - slowest(profile.world_size)  # the profile's steps waited for its slowest
     sent = [times * sent_bytes(*m, num_ranks) for _, times, units in bursts for unit in units for m in unit]
     return Step(
         engine=engine,
@@ -167,7 +166,7 @@ def predict(profile: Profile, engine: str, network: Network, num_ranks: int, glo
         num_accumulation=num_accumulation,
         own_s=own_s,
         exposed_s=exposed_seconds(bursts, micro_batch, network, num_ranks),
-        straggler_s=own_s * math.expm1(profile.spread * later),
+        straggler_s=own_s * math.expm1(profile.spread * slowest(num_ranks)),
         sent_bytes=sum(sent),
     )
 
