@@ -1,0 +1,173 @@
+"""How fast training is, ours and others' side by side in one run; a ratio above 1 means that ours is faster.
+
+    python tools/bench_train.py                     minutes on two cores; on a GPU at full size, compiled too
+    python tools/bench_train.py --json FILE         keeps the figures, as results/bench_train_cpu.json has them
+    python tools/bench_train.py --check [FILE]      names each ratio that fell by more than 10 % of the kept one
+    python tools/bench_train.py --check FILE --against JSON          the same of an earlier --json
+
+1 denoiser   forward and backward pass against diffusers' UNet2DModel of as many parameters
+2 steps      stage 2 against a loop with two optimisers, stage 1 against DAFormer's order of work, on equal modules
+3 scaling    two ranks over twice one rank at one batch a rank; and over two processes that exchange nothing
+3 data       the share of a step that real runs wait for batches from shards (less is better)
+4 attention  xformers against SDPA (needs CUDA)
+5 device     samples a second, MFU and peak memory of both stages, eager and compiled (needs CUDA)
+
+Contenders take turns; a figure is the median of the rounds' ratios. On a CPU they have one thread (--threads), as more
+would measure the scheduler of a machine that others use. E and D of stage 2 have random weights.
+"""
+
+import argparse
+import json
+import platform
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import train_attention
+from rich.console import Console
+from rich.table import Table
+from train_denoisers import compare_denoisers
+from train_guard import GOALS, is_met, regressions, unmeasured
+from train_processes import data_wait, weak_scaling
+from train_sizes import SIZES, STAGES, Size
+from train_steps import compare_steps, measure_stage
+
+from iccld.runtime.engine import Precision
+
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = ("denoiser", "steps", "scaling", "data", "attention", "device")
+MASK_READING = ("model.latent=mask", "model.latent_channels=4")
+Found = Iterator[tuple[str, dict[str, Any]]]
+
+
+def arguments() -> argparse.Namespace:
+    has_cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--size", choices=SIZES, default="gpu" if has_cuda else "cpu", help="default here: %(default)s")
+    add("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all")
+    add("--rounds", type=int, help="turns of each contender (default: the size's)")
+    add("--batch-size", type=int, help="of each domain (default: the size's)")
+    add("--threads", type=int, default=1, help="on a CPU (default %(default)s)")
+    add("--compiled", action=argparse.BooleanOptionalAction, default=has_cuda, help="the denoisers compiled, too")
+    add("--json", type=Path, help="all figures")
+    kept = ROOT / "results" / f"bench_train_{'gpu' if has_cuda else 'cpu'}.json"
+    add("--check", type=Path, nargs="?", const=kept, help=f"against these figures (default {kept.relative_to(ROOT)})")
+    add("--against", type=Path, help="with --check: an earlier --json, in place of a run")
+    chosen = parser.parse_args()
+    if chosen.against and not chosen.check:
+        parser.error("--against names what --check compares; give both.")
+    return chosen
+
+
+def measure(chosen: argparse.Namespace) -> Found:
+    """The figures one after another; of parts that cannot run here, why."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    given = {"rounds": chosen.rounds, "batch_size": chosen.batch_size}
+    size = replace(SIZES[chosen.size], **{key: value for key, value in given.items() if value})
+    if "denoiser" in chosen.parts:
+        for kind in ("", "_compiled") if chosen.compiled else ("",):
+            yield f"denoiser_over_diffusers{kind}", compare_denoisers(size, device, compiled=bool(kind))
+    if "steps" in chosen.parts:
+        yield from measure_steps(size, device)
+    if "scaling" in chosen.parts:
+        found = weak_scaling("stage2", chosen.size)
+        yield "weak_scaling_2", found
+        yield "weak_scaling_2_over_independent", found["over_independent"]
+    if "data" in chosen.parts:
+        yield "data_wait", data_wait(size)
+    if "attention" in chosen.parts:
+        lacking = train_attention.why_not(device)
+        compared = {"skipped": lacking} if lacking else train_attention.compare_attention(size, device)
+        yield "xformers_over_sdpa", compared
+    if "device" in chosen.parts and device.type == "cuda":
+        for name in STAGES:
+            for kind, found in measure_stage(name, size, Precision.bf16).items():
+                yield f"{name}_{kind}", found
+
+
+def measure_steps(size: Size, device: torch.device) -> Found:
+    precision = Precision.bf16 if device.type == "cuda" else Precision.fp32
+    yield "stage2_over_two_optimisers", compare_steps("stage2", size, precision)
+    yield "stage2_over_two_optimisers_mask", compare_steps("stage2", size, precision, *MASK_READING)
+    yield "stage1_over_daformer_order", compare_steps("stage1", size, precision)
+    if precision is not Precision.fp32:
+        yield "stage1_over_daformer_order_fp32", compare_steps("stage1", size, precision, is_fp32=True)
+
+
+def run(chosen: argparse.Namespace) -> dict[str, Any]:
+    if not torch.cuda.is_available():
+        torch.set_num_threads(chosen.threads)
+    details = {}
+    for name, found in measure(chosen):
+        details[name] = found
+        print(f"{name}: {found.get('skipped') or round(found.get('ratio', 0.0), 3) or 'measured'}", flush=True)
+    has_cuda = torch.cuda.is_available()
+    return {
+        **{name: found["ratio"] for name, found in details.items() if "ratio" in found},
+        "details": details,
+        "size": chosen.size,
+        "device_type": "cuda" if has_cuda else "cpu",
+        "device": torch.cuda.get_device_name() if has_cuda else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "command": " ".join(["python", "tools/bench_train.py", *sys.argv[1:]]),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "versions": {name: version(name) for name in ("torch", "accelerate", "diffusers", "transformers")},
+    }
+
+
+def tables(figures: dict[str, Any]) -> Iterator[Table]:
+    table = Table("", "ratio", "quartiles", "ours s", "theirs s", "goal", title=f"Size {figures['size']}")
+    for name in (name for name in GOALS if name in figures["details"]):
+        own, goal = figures["details"][name], GOALS[name].get(figures["device_type"])
+        if "skipped" in own:
+            table.add_row(name, "-", own["skipped"], "", "", "")
+            continue
+        quartiles = f"{own['low']:.2f} - {own['high']:.2f}" if "low" in own else ""
+        seconds = [f"{own[key]:.4f}" if key in own else "" for key in ("ours_s", "theirs_s")]
+        met = "" if goal is None else f"{goal} {'met' if is_met(name, own['ratio'], goal) else 'missed'}"
+        table.add_row(name, f"{own['ratio']:.3f}", quartiles, *seconds, met)
+    yield table
+    rates = {name: own for name, own in figures["details"].items() if "samples_per_s" in own and "mfu" in own}
+    if rates:
+        table = Table("", "samples/s", "MFU", "peak GiB", title=figures["device"])
+        for name, own in rates.items():
+            mfu = "" if own["mfu"] is None else f"{own['mfu']:.1%}"
+            table.add_row(name, f"{own['samples_per_s']:.1f}", mfu, f"{own['peak_gib']:.1f}")
+        yield table
+
+
+def check(path: Path, figures: dict[str, Any]) -> bool:
+    """Say what is worse than what the file keeps; whether anything is."""
+    kept = json.loads(path.read_text())
+    worse = regressions(kept, figures)
+    for line in worse:
+        print(f"worse: {line}")
+    if left := unmeasured(kept, figures):
+        print(f"kept, but not measured: {', '.join(left)}")
+    print(f"{len(worse)} ratios are worse than in {path}")
+    return bool(worse)
+
+
+def main() -> int:
+    chosen = arguments()
+    if chosen.against:
+        return int(check(chosen.check, json.loads(chosen.against.read_text())))
+    figures = run(chosen)
+    for table in tables(figures):
+        Console().print(table)
+    if chosen.json:
+        chosen.json.write_text(json.dumps(figures, indent=1) + "\n")
+    return int(check(chosen.check, figures)) if chosen.check else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (ValueError, OSError) as error:
+        sys.exit(f"bench_train: {error}")

@@ -1,0 +1,199 @@
+"""Part 3 of bench_train.py: weak scaling over real ranks, and the wait for data of a real run.
+
+A rank is this file as a script: it builds a stage, then trains for so many seconds whenever it is told to, and says how
+many samples a second it had. So one process, two ranks and two processes that know nothing of each other can take
+turns. The last are the upper bound: they share the machine's memory and clock, as two ranks do, but exchange nothing.
+"""
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from train_sizes import SIZES, STAGES, Ours, Size, config_of, make_stage, random_batch
+from train_turns import NUM_WARMUP, spread, wait
+
+from iccld.runtime.engine import Engine, EngineConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+NUM_RANKS = 2
+TURN_TIMEOUT_S = 300.0
+SCALING_ROUNDS = 6
+LOG_EVERY = 4
+LOGGED_WARMUP = 2  # lines: the loader's workers start, and its queue fills
+
+
+def train_when_told(name: str, size: Size) -> None:
+    """A rank: for each number of seconds on stdin, train at least so long and answer with samples a second."""
+    torch.set_num_threads(1)
+    with Engine(EngineConfig()) as engine:
+        batch = random_batch(size, first=engine.rank * size.batch_size)
+        ours = Ours(make_stage(name, config_of(size), engine.device), engine, batch)
+        for _ in range(NUM_WARMUP):
+            ours()
+        print("ready", flush=True)
+        for line in sys.stdin:
+            count, started, ends = 0, time.perf_counter(), False
+            while not ends:
+                ours()
+                wait(engine.device)
+                count += 1
+                ends = engine.any(time.perf_counter() - started >= float(line))
+            print(count * size.batch_size / (time.perf_counter() - started), flush=True)
+
+
+class Processes:
+    """Ranks of one group, or processes of their own."""
+
+    def __init__(self, name: str, size_name: str, *, count: int, together: bool, on_gpus: bool) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.processes: list[subprocess.Popen[str]] = []
+        for rank in range(count):
+            environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+            environment |= {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(count)))} if on_gpus else HIDDEN_GPUS
+            if together:
+                environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+                environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            elif on_gpus:
+                environment["CUDA_VISIBLE_DEVICES"] = str(rank)
+            command = [sys.executable, __file__, name, size_name]
+            pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            self.processes.append(subprocess.Popen(command, env=environment, **pipes))
+
+    def answers(self) -> list[str]:
+        """A line of each. Raises ValueError where one ends or is silent for too long."""
+        timer = threading.Timer(TURN_TIMEOUT_S, self.kill)
+        timer.start()
+        lines = [str(process.stdout and process.stdout.readline()).strip() for process in self.processes]
+        timer.cancel()
+        if not all(lines):
+            raise ValueError("a rank of the scaling part ended or hung; what it said stands above.")
+        return lines
+
+    def rate(self, seconds: float) -> float:
+        """Samples a second, of all together."""
+        for process in self.processes:
+            assert process.stdin
+            process.stdin.write(f"{seconds}\n")
+            process.stdin.flush()
+        return sum(float(line) for line in self.answers())
+
+    def kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+
+HIDDEN_GPUS = {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+
+
+@contextmanager
+def started(name: str, size_name: str, *, count: int, together: bool, on_gpus: bool) -> Iterator[Processes]:
+    processes = Processes(name, size_name, count=count, together=together, on_gpus=on_gpus)
+    try:
+        assert set(processes.answers()) == {"ready"}
+        yield processes
+    finally:
+        processes.kill()
+
+
+def weak_scaling(name: str, size_name: str) -> dict[str, Any]:
+    """Rates of two ranks over twice that of one, and over that of two independent processes, at one batch a rank.
+
+    On GPUs where there are two; else on the CPU, a thread each.
+    """
+    on_gpus = torch.cuda.device_count() >= NUM_RANKS
+    size_name = size_name if on_gpus or size_name == "toy" else "cpu"
+    seconds = SIZES[size_name].seconds
+    with ExitStack() as stack:
+        one, two, apart = (
+            stack.enter_context(started(name, size_name, count=count, together=together, on_gpus=on_gpus))
+            for count, together in ((1, False), (NUM_RANKS, True), (NUM_RANKS, False))
+        )
+        groups = {"one": one, "two": two, "independent": apart}
+        rates: dict[str, list[float]] = {group: [] for group in groups}
+        for number in range(SCALING_ROUNDS if size_name != "toy" else 2):
+            order = list(groups) if number % 2 == 0 else list(reversed(groups))
+            for group in order:
+                rates[group].append(groups[group].rate(seconds))
+    perfect = [NUM_RANKS * rate for rate in rates["one"]]
+    return {
+        **spread([rate / bound for rate, bound in zip(rates["two"], perfect, strict=True)]),
+        "over_independent": spread([r / bound for r, bound in zip(rates["two"], rates["independent"], strict=True)]),
+        "independent": spread([rate / bound for rate, bound in zip(rates["independent"], perfect, strict=True)]),
+        "samples_per_s": {group: statistics.median(own) for group, own in rates.items()},
+        "device": "cuda" if on_gpus else "cpu, a thread each",
+        "size": size_name,
+    }
+
+
+def data_wait(size: Size) -> dict[str, Any]:
+    """Share of the step's time that a real run of both stages waits for its batches, by stage, after the warm-up."""
+    with tempfile.TemporaryDirectory(prefix="bench_train-") as folder:
+        _run("tools/draw_scenes.py", "--output", f"{folder}/data", *_scenes(size))
+        for dataset, name, split in (("gta5", "source", ()), ("cityscapes", "target", ("--split", "train"))):
+            given = ["--dataset", dataset, "--input", f"{folder}/data/{dataset}", *split]
+            _run("-m", "iccld", "shards", "make", *given, "--output", f"{folder}/{name}")
+        _run("launch/local.py", "1", "train", *_overrides(size, folder))
+        lines = [json.loads(line) for line in Path(folder, "run/metrics.jsonl").read_text().splitlines()]
+    found: dict[str, Any] = {}
+    for name in STAGES:
+        own = [line for line in lines if line["stage"] == name and "data_wait" in line][LOGGED_WARMUP:]
+        total = sum(line["step_s"] for line in own)
+        found[name] = {
+            "data_wait": sum(line["step_s"] * line["data_wait"] for line in own) / total,
+            "step_s": total / len(own),
+        }
+    return {"ratio": max(own["data_wait"] for own in found.values()), **found}
+
+
+def _scenes(size: Size) -> list[str]:
+    count = str(size.scenes)
+    return ["--source", count, "--target", count, "--validation", "1", "--size", f"{size.crop}x{2 * size.crop}"]
+
+
+def _overrides(size: Size, folder: str) -> list[str]:
+    batch = size.batch_size
+    trainers = [f"stage{i}.trainer.{key}" for i in (1, 2) for key in _trainer(size.steps, batch)]
+    return [
+        *(override for override in size.model),
+        *("dataset=scenes", f"run_dir={folder}/run", f"data.source.shards={folder}/source", "preflight=false"),
+        *(
+            f"data.target.shards={folder}/target",
+            "data.validation.shards=''",
+            f"data.crop_size=[{size.crop},{size.crop}]",
+        ),
+        *("metrics.wandb=disabled", f"metrics.log_every={LOG_EVERY}", "statistics_samples=4", *trainers),
+    ]
+
+
+def _trainer(steps: int, batch: int) -> list[str]:
+    return [f"num_steps={steps}", f"global_batch_size={batch}", f"micro_batch_size={batch}"]
+
+
+def _run(*arguments: str) -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"{' '.join(arguments[:3])} ended with status {done.returncode}: {done.stderr[-2000:]}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="A rank of bench_train.py's scaling part.")
+    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("size", choices=SIZES)
+    chosen = parser.parse_args()
+    train_when_told(chosen.stage, SIZES[chosen.size])

@@ -1,0 +1,136 @@
+"""The sizes at which bench_train.py measures, and what is built at one: stages with fresh weights, random batches."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from iccld.config import Config, load_config
+from iccld.models.discriminator import Discriminator
+from iccld.models.iccld import ICCLD
+from iccld.runtime.engine import Engine
+from iccld.stages.adversarial import AdversarialStage
+from iccld.stages.base import Stage
+from iccld.stages.segmentation import SegmentationStage
+
+NUM_CLASSES = 19
+STAGES = ("stage1", "stage2")
+
+
+@dataclass(frozen=True)
+class Size:
+    """`model`: overrides of the packaged config; `crop`: side in pixels; `batch_size`: of each domain, a rank.
+
+    `rounds`: turns of each contender; `seconds`: of a turn in the scaling part; `steps`: of the runs on real shards,
+    whose scenes are `scenes` images of `crop` x twice that.
+    """
+
+    model: tuple[str, ...]
+    crop: int
+    batch_size: int
+    rounds: int
+    seconds: float
+    steps: int
+    scenes: int
+
+
+def _segformer(depths: str, hidden_sizes: str, heads: str) -> tuple[str, ...]:
+    backbone = f"model_type: segformer, depths: {depths}, hidden_sizes: {hidden_sizes}, num_attention_heads: {heads}"
+    return ("model=mit_b5", "model.encoder.pretrained=''", f"+model.encoder.backbone_config={{{backbone}}}")
+
+
+def _denoiser(width: int, head_dim: int) -> tuple[str, ...]:
+    return (f"model.denoiser.width={width}", f"model.denoiser.head_dim={head_dim}")
+
+
+SIZES = {
+    "toy": Size(("model=tiny",), crop=64, batch_size=2, rounds=2, seconds=0.5, steps=16, scenes=12),
+    "cpu": Size(
+        (
+            *_segformer("[2, 2, 2, 2]", "[32, 64, 160, 256]", "[1, 2, 5, 8]"),  # MiT-B0
+            *("model.encoder.width=96", "model.decoder.width=96", "model.discriminator.width=32"),
+            *_denoiser(96, 32),
+        ),
+        crop=128,
+        batch_size=2,
+        rounds=9,
+        seconds=4.0,
+        steps=40,
+        scenes=64,
+    ),
+    "gpu": Size(
+        (*_segformer("[3, 6, 40, 3]", "[64, 128, 320, 512]", "[1, 2, 5, 8]"), *_denoiser(352, 64)),
+        crop=512,
+        batch_size=8,
+        rounds=15,
+        seconds=5.0,
+        steps=100,
+        scenes=256,
+    ),
+}
+
+
+def config_of(size: Size, *overrides: str) -> Config:
+    return load_config([*size.model, *overrides])
+
+
+def make_stage(name: str, config: Config, device: torch.device) -> Stage:
+    """The stage as a run begins it, but E and D of stage 2 untrained. The same weights at every call."""
+    torch.manual_seed(config.seed)
+    if name == "stage1":
+        model = ICCLD(config=config.model, num_classes=NUM_CLASSES, with_denoiser=False).to(device)
+        return SegmentationStage(model, config.stage1.objective, seed=config.seed)
+    model = ICCLD(config=config.model, num_classes=NUM_CLASSES).to(device)
+    discriminator = Discriminator(config=config.model.discriminator, in_channels=config.model.latent_channels)
+    return AdversarialStage(model, discriminator.to(device), config.stage2.objective, seed=config.seed)
+
+
+def random_batch(size: Size, *, first: int = 0) -> dict[str, Any]:
+    """A training batch as the stream gives it, on the host, of noise images and of labels in blocks."""
+    batch: dict[str, Any] = {}
+    generator = torch.Generator().manual_seed(first)
+    for name in ("source", "target"):
+        shape = (size.batch_size, 3, size.crop, size.crop)
+        images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+        images = images.contiguous(memory_format=torch.channels_last)
+        labels = images[:, 0, ::8, ::8].remainder(NUM_CLASSES).repeat_interleave(8, 1).repeat_interleave(8, 2)
+        batch[name] = {
+            "images": images,
+            "labels": labels,
+            "valid": torch.ones(size.batch_size, size.crop, 1, dtype=torch.bool),
+            "numbers": torch.arange(first, first + size.batch_size),
+        }
+    return batch
+
+
+class Ours:
+    """A stage's step, called as the trainer calls it."""
+
+    def __init__(self, stage: Stage, engine: Engine, batch: dict[str, Any]) -> None:
+        self.stage, self.engine, self.step = stage, engine, 0
+        self.batch = next(engine.prefetch(iter([batch])))
+        engine.attach(
+            stage.module,
+            stage.param_groups(),
+            micro_batch_size=len(batch["source"]["numbers"]),
+            num_accumulation=1,
+            replicated=stage.replicated(),
+        )
+        for average, methods in stage.averages().items():
+            engine.backend.shard(average, methods=methods)
+        stage.start()
+
+    def __call__(self) -> None:
+        engine = self.engine
+        engine.set_learning_rate(1.0)
+        with torch.no_grad(), engine.autocast():
+            inputs = self.stage.prepare(self.batch, self.step)
+            totals = engine.sum_values(inputs.denominators).items()
+            shared = {name: (total / engine.world_size).clamp(min=1e-6) for name, total in totals}
+            inputs = inputs._replace(denominators=shared)
+        with engine.micro_batch(is_last=True):
+            output = engine.module(inputs)
+            engine.backward(torch.stack(list(output.losses.values())).sum())
+        engine.step()
+        self.stage.after_step(self.step)
+        self.step += 1

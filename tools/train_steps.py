@@ -1,0 +1,68 @@
+"""Parts 2 and 5 of bench_train.py: whole steps, ours and others' on equal modules and batches; ours alone on a GPU."""
+
+import statistics
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from train_peers import DAFormerOrder, TwoOptimisers
+from train_sizes import Ours, Size, config_of, make_stage, random_batch
+from train_turns import NUM_WARMUP, ratio_of, seconds_of, take_turns
+
+from iccld.runtime.engine import Engine, EngineConfig, Precision
+
+PEERS: dict[str, Any] = {"stage1": DAFormerOrder, "stage2": TwoOptimisers}
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, as their makers say
+
+
+def compare_steps(
+    name: str,
+    size: Size,
+    precision: Precision,
+    *overrides: str,
+    **peer: Any,
+) -> dict[str, Any]:
+    """Ours against the stage's peer, made with the options `peer`; equal weights at the start, one batch for all."""
+    config, batch = config_of(size, *overrides), random_batch(size)
+    with Engine(EngineConfig(precision=precision)) as engine:
+        ours = Ours(make_stage(name, config, engine.device), engine, batch)
+        theirs = PEERS[name](make_stage(name, config, engine.device), batch, **peer)
+        seconds = take_turns({"ours": ours, "theirs": theirs}, engine.device, rounds=size.rounds)
+        engine.detach()
+    return ratio_of(seconds["ours"], seconds["theirs"], batch_size=size.batch_size)
+
+
+def measure_stage(name: str, size: Size, precision: Precision) -> dict[str, dict[str, Any]]:
+    """On a GPU, eager and compiled: samples a second (of the source; as many of the target), MFU, peak memory."""
+    found, flops = {}, 0
+    for kind in ("eager", "compiled"):
+        torch.cuda.reset_peak_memory_stats()
+        with Engine(EngineConfig(precision=precision, compile=kind == "compiled")) as engine:
+            ours = Ours(make_stage(name, config_of(size), engine.device), engine, random_batch(size))
+            flops = flops or flops_of_step(ours)
+            for _ in range(NUM_WARMUP):
+                ours()
+            seconds = statistics.median(seconds_of(ours, engine.device) for _ in range(size.rounds))
+            engine.detach()
+        found[kind] = {
+            "samples_per_s": size.batch_size / seconds,
+            "step_s": seconds,
+            "flops": flops,
+            "mfu": utilisation(flops, seconds),
+            "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+        }
+    return found
+
+
+def flops_of_step(ours: Ours) -> int:
+    """Of one step, as torch counts them; the passes of the teacher and of the frozen parts are among them."""
+    with FlopCounterMode(display=False) as counter:
+        ours()
+    return counter.get_total_flops()
+
+
+def utilisation(flops: float, seconds: float) -> float | None:
+    """Of the device's bf16 peak; None for a device whose peak is not known here."""
+    name = torch.cuda.get_device_name()
+    peak = next((value for known, value in PEAK_FLOPS.items() if known in name), None)
+    return flops / seconds / peak if peak else None

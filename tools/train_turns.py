@@ -1,0 +1,50 @@
+"""Contenders take turns, so that whatever else the machine does hits all of them; ratios are of the same round."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+NUM_WARMUP = 2
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds_of(call: Callable[[], object], device: torch.device) -> float:
+    wait(device)
+    started = time.perf_counter()
+    call()
+    wait(device)
+    return time.perf_counter() - started
+
+
+def take_turns(
+    contenders: Mapping[str, Callable[[], object]], device: torch.device, *, rounds: int
+) -> dict[str, list[float]]:
+    """Seconds of a call of each contender in each round; who begins changes from round to round."""
+    for call in contenders.values():
+        for _ in range(NUM_WARMUP):
+            call()
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(rounds):
+        order = list(contenders.items())
+        for name, call in order if number % 2 == 0 else reversed(order):
+            seconds[name].append(seconds_of(call, device))
+    return seconds
+
+
+def spread(ratios: Sequence[float]) -> dict[str, float]:
+    """The median of the rounds' ratios, and their quartiles."""
+    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else [ratios[0]] * 3
+    return {"ratio": statistics.median(ratios), "low": low, "high": high}
+
+
+def ratio_of(ours: Sequence[float], theirs: Sequence[float], **facts: Any) -> dict[str, Any]:
+    """How much faster ours is, of seconds round by round; with the medians and what else there is to say."""
+    own = spread([other / mine for mine, other in zip(ours, theirs, strict=True)])
+    return {**own, "ours_s": statistics.median(ours), "theirs_s": statistics.median(theirs), **facts}
