@@ -12,8 +12,8 @@
 4 attention  xformers against SDPA (needs CUDA)
 5 device     samples a second, MFU and peak memory of both stages, eager and compiled (needs CUDA)
 
-Contenders take turns; a figure is the median of the rounds' ratios. On a CPU they have one thread (--threads), as more
-would measure the scheduler of a machine that others use. E and D of stage 2 have random weights.
+Contenders take turns; a figure is the median of the rounds' ratios. On a CPU, 1 and 2 have one thread (--threads) and
+count the processor's time, 3 has a thread a rank and counts wall time. E and D of stage 2 have random weights.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def arguments() -> argparse.Namespace:
     add("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all")
     add("--rounds", type=int, help="turns of each contender (default: the size's)")
     add("--batch-size", type=int, help="of each domain (default: the size's)")
-    add("--threads", type=int, default=1, help="on a CPU (default %(default)s)")
+    add("--threads", type=int, default=1, help="on a CPU; more than 1 count wall time (default %(default)s)")
     add("--compiled", action=argparse.BooleanOptionalAction, default=has_cuda, help="the denoisers compiled, too")
     add("--json", type=Path, help="all figures")
     kept = ROOT / "results" / f"bench_train_{'gpu' if has_cuda else 'cpu'}.json"
@@ -123,11 +123,9 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
 
 def tables(figures: dict[str, Any]) -> Iterator[Table]:
     table = Table("", "ratio", "quartiles", "ours s", "theirs s", "goal", title=f"Size {figures['size']}")
-    for name in (name for name in GOALS if name in figures["details"]):
+    table.columns[0].no_wrap = True
+    for name in (name for name in GOALS if name in figures):
         own, goal = figures["details"][name], GOALS[name].get(figures["device_type"])
-        if "skipped" in own:
-            table.add_row(name, "-", own["skipped"], "", "", "")
-            continue
         quartiles = f"{own['low']:.2f} - {own['high']:.2f}" if "low" in own else ""
         seconds = [f"{own[key]:.4f}" if key in own else "" for key in ("ours_s", "theirs_s")]
         met = "" if goal is None else f"{goal} {'met' if is_met(name, own['ratio'], goal) else 'missed'}"

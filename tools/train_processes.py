@@ -1,8 +1,8 @@
 """Part 3 of bench_train.py: weak scaling over real ranks, and the wait for data of a real run.
 
-A rank is this file as a script: it builds a stage, then trains for so many seconds whenever it is told to, and says how
-many samples a second it had. So one process, two ranks and two processes that know nothing of each other can take
-turns. The last are the upper bound: they share the machine's memory and clock, as two ranks do, but exchange nothing.
+A rank is this file as a script: it builds a stage, then trains for some steps whenever it is told to, and says how long
+they took. So one process, two ranks and two processes that know nothing of each other can take turns. The last are the
+upper bound: they share the machine's memory and clock, as two ranks do, but exchange nothing. All time is wall time.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,27 +31,30 @@ ROOT = Path(__file__).resolve().parents[1]
 NUM_RANKS = 2
 TURN_TIMEOUT_S = 300.0
 SCALING_ROUNDS = 6
+TURN_STEPS = 2
 LOG_EVERY = 4
 LOGGED_WARMUP = 2  # lines: the loader's workers start, and its queue fills
 
 
 def train_when_told(name: str, size: Size) -> None:
-    """A rank: for each number of seconds on stdin, train at least so long and answer with samples a second."""
+    """A rank: for each line on stdin, train for a turn and answer with the seconds of its steps."""
     torch.set_num_threads(1)
+    size = replace(size, batch_size=size.ranks_batch_size)
     with Engine(EngineConfig()) as engine:
         batch = random_batch(size, first=engine.rank * size.batch_size)
         ours = Ours(make_stage(name, config_of(size), engine.device), engine, batch)
         for _ in range(NUM_WARMUP):
             ours()
+        wait(engine.device)
         print("ready", flush=True)
-        for line in sys.stdin:
-            count, started, ends = 0, time.perf_counter(), False
-            while not ends:
+        for _ in sys.stdin:
+            seconds = []
+            for _ in range(TURN_STEPS):
+                started = time.perf_counter()
                 ours()
                 wait(engine.device)
-                count += 1
-                ends = engine.any(time.perf_counter() - started >= float(line))
-            print(count * size.batch_size / (time.perf_counter() - started), flush=True)
+                seconds.append(time.perf_counter() - started)
+            print(json.dumps(seconds), flush=True)
 
 
 class Processes:
@@ -83,13 +87,13 @@ class Processes:
             raise ValueError("a rank of the scaling part ended or hung; what it said stands above.")
         return lines
 
-    def rate(self, seconds: float) -> float:
-        """Samples a second, of all together."""
+    def turn(self) -> list[list[float]]:
+        """The seconds of each one's steps."""
         for process in self.processes:
             assert process.stdin
-            process.stdin.write(f"{seconds}\n")
+            process.stdin.write("go\n")
             process.stdin.flush()
-        return sum(float(line) for line in self.answers())
+        return [json.loads(line) for line in self.answers()]
 
     def kill(self) -> None:
         for process in self.processes:
@@ -111,33 +115,44 @@ def started(name: str, size_name: str, *, count: int, together: bool, on_gpus: b
 
 
 def weak_scaling(name: str, size_name: str) -> dict[str, Any]:
-    """Rates of two ranks over twice that of one, and over that of two independent processes, at one batch a rank.
+    """The rate of two ranks over twice that of one, and over that of two independent processes, at one batch a rank.
 
     On GPUs where there are two; else on the CPU, a thread each.
     """
     on_gpus = torch.cuda.device_count() >= NUM_RANKS
     size_name = size_name if on_gpus or size_name == "toy" else "cpu"
-    seconds = SIZES[size_name].seconds
     with ExitStack() as stack:
-        one, two, apart = (
-            stack.enter_context(started(name, size_name, count=count, together=together, on_gpus=on_gpus))
-            for count, together in ((1, False), (NUM_RANKS, True), (NUM_RANKS, False))
-        )
-        groups = {"one": one, "two": two, "independent": apart}
-        rates: dict[str, list[float]] = {group: [] for group in groups}
+        groups = {
+            group: stack.enter_context(started(name, size_name, count=count, together=together, on_gpus=on_gpus))
+            for group, count, together in (
+                ("one", 1, False),
+                ("two", NUM_RANKS, True),
+                ("independent", NUM_RANKS, False),
+            )
+        }
+        turns: dict[str, list[list[list[float]]]] = {group: [] for group in groups}
         for number in range(SCALING_ROUNDS if size_name != "toy" else 2):
-            order = list(groups) if number % 2 == 0 else list(reversed(groups))
-            for group in order:
-                rates[group].append(groups[group].rate(seconds))
-    perfect = [NUM_RANKS * rate for rate in rates["one"]]
-    return {
-        **spread([rate / bound for rate, bound in zip(rates["two"], perfect, strict=True)]),
-        "over_independent": spread([r / bound for r, bound in zip(rates["two"], rates["independent"], strict=True)]),
-        "independent": spread([rate / bound for rate, bound in zip(rates["independent"], perfect, strict=True)]),
-        "samples_per_s": {group: statistics.median(own) for group, own in rates.items()},
-        "device": "cuda" if on_gpus else "cpu, a thread each",
-        "size": size_name,
+            for group in list(groups) if number % 2 == 0 else list(reversed(groups)):
+                turns[group].append(groups[group].turn())
+    means = {group: [statistics.fmean(map(statistics.fmean, turn)) for turn in own] for group, own in turns.items()}
+    fastest = {
+        group: min(max(step) for turn in own for step in zip(*turn, strict=True)) for group, own in turns.items()
     }
+    return {
+        **spread(_ratios(means, "one", "two")),
+        "of_fastest_steps": fastest["one"] / fastest["two"],
+        "over_independent": spread(_ratios(means, "independent", "two")),
+        "independent": spread(_ratios(means, "one", "independent")),
+        "step_s": {group: statistics.median(own) for group, own in means.items()},
+        "fastest_step_s": fastest,
+        "device": "cuda" if on_gpus else "cpu, a thread each",
+        "batch_size": SIZES[size_name].ranks_batch_size,
+    }
+
+
+def _ratios(seconds: dict[str, list[float]], bound: str, group: str) -> list[float]:
+    """At one batch a process, rates go as seconds a step."""
+    return [one / other for one, other in zip(seconds[bound], seconds[group], strict=True)]
 
 
 def data_wait(size: Size) -> dict[str, Any]:

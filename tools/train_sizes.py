@@ -21,15 +21,15 @@ STAGES = ("stage1", "stage2")
 class Size:
     """`model`: overrides of the packaged config; `crop`: side in pixels; `batch_size`: of each domain, a rank.
 
-    `rounds`: turns of each contender; `seconds`: of a turn in the scaling part; `steps`: of the runs on real shards,
-    whose scenes are `scenes` images of `crop` x twice that.
+    `rounds`: turns of each contender; `ranks_batch_size`: as `batch_size`, in the scaling part; `steps`: of the runs on
+    real shards, whose scenes are `scenes` images of `crop` x twice that.
     """
 
     model: tuple[str, ...]
     crop: int
     batch_size: int
     rounds: int
-    seconds: float
+    ranks_batch_size: int
     steps: int
     scenes: int
 
@@ -44,7 +44,7 @@ def _denoiser(width: int, head_dim: int) -> tuple[str, ...]:
 
 
 SIZES = {
-    "toy": Size(("model=tiny",), crop=64, batch_size=2, rounds=2, seconds=0.5, steps=16, scenes=12),
+    "toy": Size(("model=tiny",), crop=64, batch_size=2, rounds=2, ranks_batch_size=2, steps=16, scenes=12),
     "cpu": Size(
         (
             *_segformer("[2, 2, 2, 2]", "[32, 64, 160, 256]", "[1, 2, 5, 8]"),  # MiT-B0
@@ -54,7 +54,7 @@ SIZES = {
         crop=128,
         batch_size=2,
         rounds=9,
-        seconds=4.0,
+        ranks_batch_size=8,
         steps=40,
         scenes=64,
     ),
@@ -63,7 +63,7 @@ SIZES = {
         crop=512,
         batch_size=8,
         rounds=15,
-        seconds=5.0,
+        ranks_batch_size=8,
         steps=100,
         scenes=256,
     ),
