@@ -34,7 +34,7 @@ For several ranks on this machine: python launch/local.py NUM_RANKS VERB ...
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb. What the user got wrong is one line on stderr and exit status 2."""
-    arguments = _parser().parse_args(argv)
+    arguments = parser().parse_args(argv)
     try:
         return arguments.run(arguments) or 0
     except (ValueError, OSError) as error:
@@ -47,12 +47,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """Of all verbs; light, as long as none is run."""
+    top = argparse.ArgumentParser(
         "iccld", description=DESCRIPTION, formatter_class=argparse.RawTextHelpFormatter, add_help=False
     )
-    parser.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    top.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     train = verbs.add_parser("train")
     train.set_defaults(run=_train)
@@ -81,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_program_verbs(verbs)
     _add_shards(verbs)
     _add_checkpoint(verbs)
-    return parser
+    return top
 
 
 def _add_program_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

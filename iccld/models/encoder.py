@@ -82,7 +82,7 @@ class Encoder(nn.Module):
         """`(B, 3, H, W)` float RGB in [0, 1], any size."""
         height, width = (-(-side // LATENT_STRIDE) * LATENT_STRIDE for side in images.shape[-2:])
         padded = _pad((images - self.get_buffer("image_mean")) / self.get_buffer("image_std"))
-        # Convolutions keep the layout of their input; the weights stay contiguous, as engines and checkpoints want them.
+        # Convolutions keep their input's layout; the weights stay contiguous, as engines and checkpoints want them.
         padded = padded.contiguous(memory_format=torch.channels_last)
         features = []
         for x, stride in zip(self._maps(padded), FEATURE_STRIDES, strict=True):

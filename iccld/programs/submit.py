@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if setting.name != "requeue":
             _add_setting(parser, setting)
     parser.add_argument("--no-requeue", dest="requeue", action="store_const", const=False, help="once, and no more")
-    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="train|evaluate ...")
+    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="train|profile|evaluate ...")
 
 
 def _add_setting(parser: argparse.ArgumentParser, setting: dataclasses.Field[Any]) -> None:

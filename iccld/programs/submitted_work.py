@@ -1,12 +1,12 @@
 """What the jobs of a submission run: one job that goes on by itself, a chain, or an array of runs."""
 
-import argparse
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from iccld.cli import parser
 from iccld.config import Config, load_config
 from iccld.slurm.config import Variant, Work
 from iccld.slurm.engine_file import FOLDER, engine_path, engine_variables
@@ -16,21 +16,21 @@ Element = tuple[str, list[str]]
 
 
 def run_dir_of(command: Sequence[str]) -> Path:
-    """The run that `train ...` or `evaluate ...` works on. Raises ValueError for settings that it would refuse."""
+    """The run that `train`, `profile` or `evaluate` works on. Raises ValueError for settings that it would refuse."""
     verb, *rest = command or [""]
-    if verb == "train":
-        return Path(_config(rest).run_dir).absolute()
+    if verb in ("train", "profile"):
+        return Path(_config(command).run_dir).absolute()
     run_dirs = [word for word in rest if not word.startswith("-") and "=" not in word]
     if verb != "evaluate" or not run_dirs:
-        raise ValueError(f"{verb!r} cannot be submitted; end with `train key=value ...` or `evaluate RUN_DIR ...`.")
+        raise ValueError(
+            f"{verb!r} cannot be submitted; end with `train key=value ...`, `profile key=value ...` or "
+            f"`evaluate RUN_DIR ...`."
+        )
     return Path(run_dirs[0]).absolute()
 
 
-def _config(overrides: Sequence[str]) -> Config:
-    parser = argparse.ArgumentParser("iccld submit ... train", add_help=False)
-    parser.add_argument("overrides", nargs="*")
-    parser.add_argument("--config-dir", default="")
-    arguments = parser.parse_args(overrides)
+def _config(command: Sequence[str]) -> Config:
+    arguments = parser().parse_args(command)
     return load_config(arguments.overrides, config_dir=arguments.config_dir)
 
 
@@ -55,7 +55,7 @@ def jobs_of(
     )
     elements = list(_elements(seeds, variants))
     if command[0] != "train" and (chain or elements):
-        raise ValueError("--chain, --seeds and --variant are of `train`; scoring is one job.")
+        raise ValueError("--chain, --seeds and --variant are of `train`; scoring and profiling are one job.")
     jobs = []
     for suffix, words in _chain(command) if chain else [("", list(command))]:
         of_elements = tuple(_variant(element, words, run_dir) for element in elements)
@@ -67,15 +67,15 @@ def jobs_of(
 
 def _check_batches(command: Sequence[str], num_ranks: int) -> None:
     """That the ranks can share the batch, before they wait in a queue to find out."""
-    if command[0] == "train":
-        config = _config(command[1:])
+    if command[0] != "evaluate":
+        config = _config(command)
         for name in config.stages:
             getattr(config, name.value).trainer.num_accumulation(num_ranks)
 
 
 def _chain(command: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
     """A job a stage, then one that finds them finished and scores them."""
-    config = _config(command[1:])
+    config = _config(command)
     for name in config.stages:
         settings = [f"stages=[{name.value}]"]
         if not getattr(config, name.value).trainer.evaluate_every:
