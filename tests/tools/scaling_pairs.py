@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import socket
 import statistics
 import subprocess
@@ -207,6 +208,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--size", nargs=3, type=int, default=(5_000_000, 2, 64), help="parameters, batch, pixels")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # namespaces and ranks go, whatever ends it
     with two_namespaces(arguments.slow) if arguments.slow else contextlib.nullcontext(()) as names:
         print(
             json.dumps(compare(arguments.engine, arguments.size, rounds=arguments.rounds, namespaces=names), indent=1)
