@@ -28,9 +28,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import train_attention
+from rich import box
 from rich.console import Console
 from rich.table import Table
+from train_attention import attention_figures
 from train_denoisers import compare_denoisers
 from train_guard import GOALS, is_met, regressions, unmeasured
 from train_processes import data_wait, weak_scaling
@@ -82,9 +83,7 @@ def measure(chosen: argparse.Namespace) -> Found:
     if "data" in chosen.parts:
         yield "data_wait", data_wait(size)
     if "attention" in chosen.parts:
-        lacking = train_attention.why_not(device)
-        compared = {"skipped": lacking} if lacking else train_attention.compare_attention(size, device)
-        yield "xformers_over_sdpa", compared
+        yield "xformers_over_sdpa", attention_figures(size, device)
     if "device" in chosen.parts and device.type == "cuda":
         for name in STAGES:
             for kind, found in measure_stage(name, size, Precision.bf16).items():
@@ -122,12 +121,13 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
 
 
 def tables(figures: dict[str, Any]) -> Iterator[Table]:
-    table = Table("", "ratio", "quartiles", "ours s", "theirs s", "goal", title=f"Size {figures['size']}")
+    title = f"Size {figures['size']}: ratios, and seconds of a pass or step"
+    table = Table("", "ratio", "quartiles", "ours", "theirs", "goal", title=title, box=box.SIMPLE_HEAD)
     table.columns[0].no_wrap = True
     for name in (name for name in GOALS if name in figures):
         own, goal = figures["details"][name], GOALS[name].get(figures["device_type"])
-        quartiles = f"{own['low']:.2f} - {own['high']:.2f}" if "low" in own else ""
-        seconds = [f"{own[key]:.4f}" if key in own else "" for key in ("ours_s", "theirs_s")]
+        quartiles = f"{own['low']:.2f}-{own['high']:.2f}" if "low" in own else ""
+        seconds = [f"{own[key]:.3f}" if key in own else "" for key in ("ours_s", "theirs_s")]
         met = "" if goal is None else f"{goal} {'met' if is_met(name, own['ratio'], goal) else 'missed'}"
         table.add_row(name, f"{own['ratio']:.3f}", quartiles, *seconds, met)
     yield table

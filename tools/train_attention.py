@@ -14,13 +14,13 @@ from iccld.models.blocks import LATENT_STRIDE
 TOLERANCE = 2e-2  # of bf16 results, relative to the largest
 
 
-def why_not(device: torch.device) -> str:
-    """Why the two cannot be compared here; empty if they can."""
+def attention_figures(size: Size, device: torch.device) -> dict[str, Any]:
+    """How the two compare, or why they cannot be compared here, under `skipped`."""
     try:
         check_backend(AttentionBackend.xformers, device.type)
-    except ValueError as error:
-        return str(error)
-    return ""
+        return compare_attention(size, device)
+    except (ValueError, NotImplementedError) as error:  # the latter: it was built without kernels for this device
+        return {"skipped": " ".join(str(error).split())}
 
 
 def compare_attention(size: Size, device: torch.device) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def _compare(shape: tuple[int, ...], device: torch.device, *, rounds: int) -> di
     pairs = zip(run(AttentionBackend.xformers), run(AttentionBackend.sdpa), strict=True)
     off = max(float((one - other).abs().max() / other.abs().max()) for one, other in pairs)
     if off > TOLERANCE:
-        raise ValueError(f"xformers and SDPA differ by {off:.3f} of the largest value at {shape}; use sdpa.")
+        raise RuntimeError(f"xformers and SDPA differ by {off:.3f} of the largest value at {shape}")
     calls = {backend.name: lambda backend=backend: run(backend) for backend in AttentionBackend}
     seconds = take_turns(calls, device, rounds=rounds)
     return ratio_of(seconds["xformers"], seconds["sdpa"], difference=off, shape=list(shape))

@@ -177,3 +177,24 @@ def test_ranks_and_real_runs_are_measured(tmp_path: Path) -> None:
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert min(figures["weak_scaling_2"], figures["weak_scaling_2_over_independent"]) > 0
     assert 0 <= figures["data_wait"] < 1 and figures["details"]["data_wait"]["stage2"]["step_s"] > 0
+
+
+@pytest.mark.gpu
+def test_a_gpu_also_gets_rates_memory_and_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = [
+        "bench_train",
+        "--size",
+        "toy",
+        "--parts",
+        "attention",
+        "device",
+        "--json",
+        str(tmp_path / "figures.json"),
+    ]
+    monkeypatch.setattr(sys, "argv", command)
+    assert bench_train.main() == 0
+    details = json.loads((tmp_path / "figures.json").read_text())["details"]
+    for name in ("stage1_eager", "stage1_compiled", "stage2_eager", "stage2_compiled"):
+        assert min(details[name][key] for key in ("samples_per_s", "flops", "peak_gib")) > 0
+    found = details["xformers_over_sdpa"]
+    assert "skipped" in found or found["faster"] == ("xformers" if found["ratio"] > 1 else "sdpa")
