@@ -104,7 +104,9 @@ class TwoOptimisers:
                 labels = torch.cat([labels, guessed, paste(mask, labels, guessed)])
             clean = torch.cat([source, target, paste(mask, source, target)])
             strong = strong_augment(clean, draws.photometric, self.config.photometric)
-            z_0, condition = latent_pair(self.model, clean_images=clean, strong_images=strong, labels=labels)
+            z_0, condition = latent_pair(
+                self.model, clean=self.model.encoder(clean).latent, strong_images=strong, labels=labels
+            )
         domains = torch.arange(DOMAINS, device=clean.device).repeat_interleave(len(source))
         return add_noise(z_0, draws.noise, draws.t, self.model.alpha_bar), condition, domains
 

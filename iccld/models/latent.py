@@ -40,18 +40,20 @@ def make_mask_encoder(kind: LatentKind, *, num_classes: int, latent_channels: in
     return MaskEncoder(num_classes=num_classes, latent_channels=latent_channels)
 
 
-def raw_latent_pair(model: "ICCLD", *, clean: Tensor, strong_images: Tensor, labels: Tensor) -> LatentPair:
+def raw_latent_pair(model: "ICCLD", *, clean: Tensor, strong_images: Tensor, labels: Tensor | None) -> LatentPair:
     """z_0 and condition as the encoders give them; their statistics are measured at the end of stage 1.
 
     clean: E's latent of the clean view, `(B, C, h, w)`. strong_images: `(B, 3, H, W)` float in [0, 1].
-    labels: `(B, H, W)` uint8 or int64, 255 is ignored.
+    labels: `(B, H, W)` uint8 or int64, 255 is ignored; only
+    the reading `mask` asks for them.
     """
     if model.mask_encoder is None:
         return LatentPair(clean, model.encoder(strong_images).latent)
+    assert labels is not None
     return LatentPair(model.mask_encoder(labels), clean)
 
 
-def latent_pair(model: "ICCLD", *, clean: Tensor, strong_images: Tensor, labels: Tensor) -> LatentPair:
+def latent_pair(model: "ICCLD", *, clean: Tensor, strong_images: Tensor, labels: Tensor | None) -> LatentPair:
     """`raw_latent_pair`, both normalised to zero mean and unit variance per channel, float32."""
     pair = raw_latent_pair(model, clean=clean, strong_images=strong_images, labels=labels)
     return LatentPair(

@@ -171,22 +171,25 @@ class AdversarialStage(Stage):
             },
         )
 
-    def _domains(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    def _domains(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor | None, Tensor]:
         """Images `(3B, 3, H, W)`, labels `(3B, H, W)` and E's latent `(3B, C, h, w)` of source, target, mixed.
 
-        E passes an image once: the target's features are also what its pseudo-labels are decoded from.
+        E passes an image once: the target's features are also what its pseudo-labels are decoded from. Where z_0 is
+        not of labels, there are none.
         """
         source, target = to_float(batch["source"]["images"]), to_float(batch["target"]["images"])
         source_labels = batch["source"]["labels"]
         scores = self._uniform(self.model.num_classes, "classmix", batch["target"]["numbers"])
         mask = class_mask(source_labels, scores)
-        encoded = self.model.encoder(torch.cat([source, target]))
-        of_target = EncoderOutput(encoded.latent[len(source) :], tuple(f[len(source) :] for f in encoded.features))
-        target_labels = self.model.decode(of_target, target.shape[-2:]).argmax(dim=1).to(source_labels.dtype)
         mixed = paste(mask, source, target)
         images = torch.cat([source, target, mixed])
+        encoded = self.model.encoder(images)
+        if self.model.mask_encoder is None:
+            return images, None, encoded.latent
+        of_target = EncoderOutput(encoded.latent.chunk(3)[1], tuple(f.chunk(3)[1] for f in encoded.features))
+        target_labels = self.model.decode(of_target, target.shape[-2:]).argmax(dim=1).to(source_labels.dtype)
         labels = torch.cat([source_labels, target_labels, paste(mask, source_labels, target_labels)])
-        return images, labels, torch.cat([encoded.latent, self.model.encoder(mixed).latent])
+        return images, labels, encoded.latent
 
     def _uniform(self, count: int, purpose: str, numbers: Tensor) -> Tensor:
         return rng.uniform(count, seed=self.seed, purpose=f"stage2 {purpose}", numbers=numbers)
