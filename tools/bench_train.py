@@ -122,8 +122,7 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
 
 def tables(figures: dict[str, Any]) -> Iterator[Table]:
     title = f"Size {figures['size']}: ratios, and seconds of a pass or step"
-    table = Table("", "ratio", "quartiles", "ours", "theirs", "goal", title=title, box=box.SIMPLE_HEAD)
-    table.columns[0].no_wrap = True
+    table = Table("", "ratio", "quartiles", "ours", "theirs", "goal", title=title, box=box.SIMPLE_HEAD, pad_edge=False)
     for name in (name for name in GOALS if name in figures):
         own, goal = figures["details"][name], GOALS[name].get(figures["device_type"])
         quartiles = f"{own['low']:.2f}-{own['high']:.2f}" if "low" in own else ""
