@@ -31,12 +31,12 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from train_attention import attention_figures
-from train_denoisers import compare_denoisers
-from train_guard import GOALS, is_met, regressions, unmeasured
-from train_processes import data_wait, weak_scaling
-from train_sizes import SIZES, STAGES, Size
-from train_steps import compare_steps, measure_stage
+from training_peers.attention import attention_figures
+from training_peers.denoisers import compare_denoisers
+from training_peers.guard import GOALS, is_met, regressions, unmeasured
+from training_peers.processes import data_wait, weak_scaling
+from training_peers.sizes import SIZES, STAGES, Size
+from training_peers.steps import compare_steps, measure_stage
 
 from iccld.runtime.engine import Precision
 

@@ -25,9 +25,9 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from scaling_links import Link, Network, measure_link, nominal, read_link
-from scaling_model import ASSUMPTIONS, Failures, predict
-from scaling_profile import ENGINES, Profile, read_profile
+from scaling.links import Link, Network, measure_link, nominal, read_link
+from scaling.model import ASSUMPTIONS, Failures, predict
+from scaling.profile import ENGINES, Profile, read_profile
 
 GPUS = tuple(1 << n for n in range(13))
 ALPHA_US = (5.0, 10.0)

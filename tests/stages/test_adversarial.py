@@ -110,9 +110,10 @@ def test_the_encoder_sees_each_image_once_a_step(latent: LatentKind, images_a_sa
 
 
 def test_the_targets_labels_are_what_the_model_segments():
-    stage, batch = make_stage(), random_batch(num_classes=19, numbers=range(4))
+    stage, batch = make_stage(latent=LatentKind.mask), random_batch(num_classes=19, numbers=range(4))
     with torch.no_grad():
         images, labels, latent = stage._domains(batch)
+        assert labels is not None
         assert torch.equal(labels.chunk(3)[1], stage.model.segment(images.chunk(3)[1]).argmax(dim=1).to(torch.uint8))
         torch.testing.assert_close(latent, stage.model.encoder(images).latent)
 

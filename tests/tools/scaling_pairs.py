@@ -18,9 +18,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from scaling_links import Network, Took, read_link, summary
-from scaling_model import predict
-from scaling_profile import read_profile
+from scaling.links import Network, Took, read_link, summary
+from scaling.model import predict
+from scaling.profile import read_profile
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENTS = {

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from bench_engines import make_stage, random_batch
-from scaling_links import time_collectives
+from scaling.links import time_collectives
 
 from iccld.runtime.engine import Engine, EngineConfig
 from iccld.stages.adversarial import AdversarialStage

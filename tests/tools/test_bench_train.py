@@ -20,11 +20,11 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
 import bench_train  # noqa: E402  (a script: its parts lie beside it)
-import train_denoisers  # noqa: E402
-from train_guard import regressions, unmeasured  # noqa: E402
-from train_peers import AdversarialDraws, DAFormerOrder, MixingDraws, TwoOptimisers  # noqa: E402
-from train_sizes import SIZES, Ours, config_of, make_stage, random_batch  # noqa: E402
-from train_turns import ratio_of, take_turns  # noqa: E402
+import training_peers.denoisers  # noqa: E402
+from training_peers.guard import regressions, unmeasured  # noqa: E402
+from training_peers.peers import AdversarialDraws, DAFormerOrder, MixingDraws, TwoOptimisers  # noqa: E402
+from training_peers.sizes import SIZES, Ours, config_of, make_stage, random_batch  # noqa: E402
+from training_peers.turns import ratio_of, take_turns  # noqa: E402
 
 TOY, CPU = SIZES["toy"], torch.device("cpu")
 RATIOS = {"denoiser_over_diffusers": 1.2, "stage2_over_two_optimisers": 1.0, "data_wait": 0.01}
@@ -99,11 +99,11 @@ def uniform(count: int, purpose: str, numbers: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", SIZES)
 def test_the_unets_have_as_many_parameters_and_see_the_same(name: str) -> None:
     with torch.device("meta"):
-        passes = train_denoisers.contenders(SIZES[name], torch.device("meta"), compiled=False)
+        passes = training_peers.denoisers.contenders(SIZES[name], torch.device("meta"), compiled=False)
     mine, other = passes.values()
     assert all(a is b for a, b in zip(mine.inputs, other.inputs, strict=True))
-    counts = [train_denoisers.num_parameters(one.module) for one in passes.values()]
-    assert abs(counts[1] / counts[0] - 1) <= train_denoisers.TOLERANCE
+    counts = [training_peers.denoisers.num_parameters(one.module) for one in passes.values()]
+    assert abs(counts[1] / counts[0] - 1) <= training_peers.denoisers.TOLERANCE
     attention = [
         {m.in_features for m in one.module.modules() if isinstance(m, nn.Linear) and m.out_features == m.in_features}
         for one in passes.values()

@@ -15,9 +15,9 @@ import pytest
 import scaling_pairs
 from hypothesis import given
 from hypothesis import strategies as st
-from scaling_links import PASSES, Cost, Network, Took, fit, nominal, summary
-from scaling_model import MIB, Failures, accumulation, buckets, exposed, predict
-from scaling_profile import ENGINES, NORMAL, Profile, log_spread, read_profile, slowest
+from scaling.links import PASSES, Cost, Network, Took, fit, nominal, summary
+from scaling.model import MIB, Failures, accumulation, buckets, exposed, predict
+from scaling.profile import ENGINES, NORMAL, Profile, log_spread, read_profile, slowest
 
 ROOT = Path(__file__).parents[2]
 INSTANT = Network(*[nominal(alpha_us=0, gb_per_s=math.inf)] * 2, 8)

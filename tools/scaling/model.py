@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from scaling_links import Network, Took, sent_bytes
-from scaling_profile import Profile, slowest
+from scaling.links import Network, Took, sent_bytes
+from scaling.profile import Profile, slowest
 
 MIB = 1 << 20
 FIRST_BUCKET, BUCKET = 1 * MIB, 25 * MIB  # DDP's

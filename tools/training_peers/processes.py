@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from train_sizes import SIZES, STAGES, Ours, Size, config_of, make_stage, random_batch
-from train_turns import NUM_WARMUP, spread, wait
+from training_peers.sizes import SIZES, STAGES, Ours, Size, config_of, make_stage, random_batch
+from training_peers.turns import NUM_WARMUP, spread, wait
 
 from iccld.runtime.engine import Engine, EngineConfig
 

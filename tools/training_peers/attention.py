@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from train_denoisers import DOMAINS
-from train_sizes import Size, config_of
-from train_turns import ratio_of, take_turns
+from training_peers.denoisers import DOMAINS
+from training_peers.sizes import Size, config_of
+from training_peers.turns import ratio_of, take_turns
 
 from iccld.models.attention import AttentionBackend, attention, check_backend
 from iccld.models.blocks import LATENT_STRIDE

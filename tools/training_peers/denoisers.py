@@ -16,8 +16,8 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from train_sizes import Size, config_of
-from train_turns import ratio_of, take_turns
+from training_peers.sizes import Size, config_of
+from training_peers.turns import ratio_of, take_turns
 
 from iccld.models.blocks import LATENT_STRIDE, ResidualBlock, group_norm
 from iccld.models.denoiser import Denoiser, DenoiserConfig

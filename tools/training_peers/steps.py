@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from train_peers import DAFormerOrder, TwoOptimisers
-from train_sizes import Ours, Size, config_of, make_stage, random_batch
-from train_turns import NUM_WARMUP, ratio_of, seconds_of, take_turns
+from training_peers.peers import DAFormerOrder, TwoOptimisers
+from training_peers.sizes import Ours, Size, config_of, make_stage, random_batch
+from training_peers.turns import NUM_WARMUP, ratio_of, seconds_of, take_turns
 
 from iccld.runtime.engine import Engine, EngineConfig, Precision
 
