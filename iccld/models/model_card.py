@@ -128,7 +128,7 @@ def _parse(hint: Any, value: Any, *, where: str) -> Any:
         if type(value) not in typing.get_args(hint):
             raise ValueError(f"{where}={value!r} must be of type {hint}.")
         return value
-    expected = typing.get_origin(hint) or hint
+    expected: Any = typing.get_origin(hint) or hint
     if expected is Any:
         return value
     if expected is float and isinstance(value, int) and not isinstance(value, bool):
