@@ -116,7 +116,7 @@ class Engine:
         raw = module.to(self.device)
         if self.config.compile:
             compile_in_place([raw, *frozen])
-        optimizer = torch.optim.AdamW(param_groups, fused=self.device.type == "cuda" or None)
+        optimizer = torch.optim.AdamW(param_groups, fused=True)
         plan = Plan(self.device, self.rank, self.world_size, micro_batch_size, num_accumulation, gradient_clip)
         self.backend = self._backend(raw, optimizer, plan, replicated)
 
