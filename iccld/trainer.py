@@ -68,6 +68,7 @@ def attach(stage: Stage, engine: Engine, config: TrainerConfig) -> None:
         num_accumulation=config.num_accumulation(engine.world_size),
         gradient_clip=config.gradient_clip,
         replicated=stage.replicated(),
+        frozen=stage.frozen(),
     )
     for average, methods in stage.averages().items():
         engine.backend.shard(average, methods=methods)

@@ -62,7 +62,7 @@ OWNERS = {
     "aiohttp": {"data/remote.py"},
     "tenacity": {"data/remote.py"},
     "zlib_ng": {"data/grey_png.py"},
-    "matplotlib": {"data/info.py", "programs/goodput.py"},
+    "matplotlib": {"data/info.py", "programs/goodput.py", "programs/profile_report.py"},
     "safetensors": {"models/iccld.py", "programs/ema.py", "runtime/pieces.py"},
     "pickle": set(),
     "timm": set(),  # needs torchvision, which has no build for every torch

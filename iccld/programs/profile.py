@@ -6,7 +6,7 @@ but the report: `RUN_DIR/profile/stage1/` with profile.json, profile.png and a t
 
 import statistics
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -26,6 +26,7 @@ from iccld.programs.roofline import roofline, work_by_part
 from iccld.programs.synthetic import flops_per_sample, synthetic_batches
 from iccld.runtime import memory
 from iccld.runtime.engine import Engine
+from iccld.runtime.flops import StepFlops
 from iccld.runtime.peak_flops import measured_flops, nominal_flops, wait_for
 from iccld.runtime.preemption import host_name
 from iccld.runtime.profiling import OUTSIDE, OVERLAPPED, PHASES, PhaseTimer, Ranges, Seconds
@@ -89,50 +90,77 @@ def profile_stage(
     with explained_out_of_memory(stage, plan, config, engine, watchdog=watchdog):
         attach(stage, engine, plan)
         steps, traced = _run(stage, plan, config, engine, options, folder)
-    peak_flops, source = _peak(config, engine)
-    held = {part: sum(map(memory.bytes_of, of.values())) for part, of in parts_held(stage, engine).items()}
-    own = {
-        "rank": engine.rank,
-        "host": host_name(),
-        "peak_bytes": memory.peak_memory(engine.device),
-        "held_bytes": held,
-        "step_s": [step["total"] - sum(step.get(phase, 0.0) for phase in OUTSIDE) for step in steps],
-        "phases": {phase: _median(steps, phase) for phase in (*PHASES, OVERLAPPED) if phase not in OUTSIDE},
-        "trace": traced,
-    }
-    ranks = engine.gather_objects(own)
-    step_s = statistics.median(map(max, zip(*(rank["step_s"] for rank in ranks), strict=True)))
-    samples_per_s = plan.global_batch_size / step_s
-    achieved = flops.total * samples_per_s / engine.world_size
-    trained = sum(p.numel() for group in stage.param_groups() for p in group["params"])
+    ranks = engine.gather_objects(_of_this_rank(steps, stage, engine) | {"trace": traced})
     return {
         "format": FORMAT,
         "stage": name.value,
         **_launch(engine, plan, options, [rank["host"] for rank in ranks]),
+        **_rates(ranks, plan, flops.total, config, engine),
+        "ranks": ranks,
+        **_flops(flops),
+        **_sizes(stage, engine, ranks),
+        "roofline": roofline(stage, config, work, plan.chosen_micro_batch_size, engine),
+        "versions": {"iccld": version("iccld"), **{package: version(package) for package in VERSIONS}},
+    }
+
+
+def _of_this_rank(steps: list[Seconds], stage: Stage, engine: Engine) -> dict[str, Any]:
+    return {
+        "rank": engine.rank,
+        "host": host_name(),
+        "peak_bytes": memory.peak_memory(engine.device),
+        "held_bytes": {part: sum(map(memory.bytes_of, of.values())) for part, of in parts_held(stage, engine).items()},
+        "step_s": [step["total"] - sum(step.get(phase, 0.0) for phase in OUTSIDE) for step in steps],
+        "phases": {phase: _median(steps, phase) for phase in (*PHASES, OVERLAPPED) if phase not in OUTSIDE},
+    }
+
+
+def _rates(
+    ranks: list[dict[str, Any]], plan: TrainerConfig, flops: float, config: Config, engine: Engine
+) -> dict[str, Any]:
+    """`flops` are a sample's."""
+    step_s = statistics.median(map(max, zip(*(rank["step_s"] for rank in ranks), strict=True)))
+    samples_per_s = plan.global_batch_size / step_s
+    achieved = flops * samples_per_s / engine.world_size
+    peak_flops, source = _peak(config, engine)
+    return {
         "step_s": step_s,
         "samples_per_s": samples_per_s,
         "samples_per_s_per_rank": samples_per_s / engine.world_size,
-        "ranks": ranks,
-        "flops_per_sample": {
-            "prepare": sum(flops.prepare.values()),
-            "train": flops.total - sum(flops.prepare.values()),
-        },
-        "flops_by_part": {
-            part: {kind: getattr(flops, kind).get(part, 0) for kind in flops._fields}
-            for part in sorted({part for by_part in flops for part in by_part})
-        },
-        "num_parameters": trained,
-        "gradient_bytes": 4 * trained,
-        "teacher_bytes": sum(map(memory.bytes_of, stage.state_dict().values())),
-        "save_stall_s": _copy_to_host_s(stage, engine),
-        "checkpoint_bytes": sum(held[part] for part in ("weights", "optimiser moments", "averages")),
         "achieved_flops_per_rank": achieved,
         "peak_flops": peak_flops,
         "peak_source": source,
         "mfu": achieved / peak_flops,
-        "roofline": roofline(stage, config, work, plan.chosen_micro_batch_size, engine),
-        "versions": {"iccld": version("iccld"), **{package: version(package) for package in VERSIONS}},
     }
+
+
+def _flops(flops: StepFlops) -> dict[str, Any]:
+    prepare = sum(flops.prepare.values())
+    return {
+        "flops_per_sample": {"prepare": prepare, "train": flops.total - prepare},
+        "flops_by_part": {
+            part: {kind: getattr(flops, kind).get(part, 0) for kind in flops._fields}
+            for part in sorted({part for by_part in flops for part in by_part})
+        },
+    }
+
+
+def _sizes(stage: Stage, engine: Engine, ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a step exchanges, and what a checkpoint holds."""
+    trained = sum(p.numel() for group in stage.param_groups() for p in group["params"])
+    stored = [run.data.nbytes for run in engine.runs(_state(stage)).values()]
+    return {
+        "num_parameters": trained,
+        "gradient_bytes": 4 * trained,
+        "teacher_bytes": sum(rank["held_bytes"]["averages"] for rank in ranks)
+        // (1 if engine.is_sharded else len(ranks)),
+        "save_stall_s": _copy_to_host_s(stage, engine),
+        "checkpoint_bytes": sum(engine.gather_objects(sum(stored))),
+    }
+
+
+def _state(stage: Stage) -> dict[str, Any]:
+    return {f"stage/{name}": tensor for name, tensor in stage.state_dict().items()}
 
 
 def _launch(engine: Engine, plan: TrainerConfig, options: ProfileOptions, hosts: list[str]) -> dict[str, Any]:
@@ -213,12 +241,10 @@ def _peak(config: Config, engine: Engine) -> tuple[float, str]:
 
 def _copy_to_host_s(stage: Stage, engine: Engine) -> float:
     """What a step pays for a save: seconds of the slowest rank for the copy of its part of the state."""
-    state = {f"stage/{name}": tensor for name, tensor in stage.state_dict().items()}
-    timed: Callable[[], Any] = lambda: [run.data.to("cpu", copy=True) for run in engine.runs(state).values()]  # noqa: E731
     clock = PhaseTimer()
     wait_for(engine.device)
     for _ in range(2):  # the first makes the buffers
         with clock.span("copy"):
-            timed()
+            _ = [run.data.to("cpu", copy=True) for run in engine.runs(_state(stage)).values()]
         clock.end_step()
     return max(engine.gather_objects(clock.take()[-1]["copy"]))

@@ -198,12 +198,11 @@ class SegmentationStage(Stage):
         return {"mask_latent_noise": noise, "mask_latent_keep": keep}
 
     def param_groups(self) -> list[dict[str, Any]]:
-        config = self.config
         rest = [(name, p) for name, p in self.module.named_parameters() if not name.startswith("encoder.backbone.")]
-        backbone = self.model.encoder.backbone.named_parameters()
+        backbone, decay = self.model.encoder.backbone.named_parameters(), self.config.weight_decay
         return [
-            *decayed_groups(backbone, learning_rate=config.encoder_learning_rate, weight_decay=config.weight_decay),
-            *decayed_groups(rest, learning_rate=config.decoder_learning_rate, weight_decay=config.weight_decay),
+            *decayed_groups(backbone, learning_rate=self.config.encoder_learning_rate, weight_decay=decay),
+            *decayed_groups(rest, learning_rate=self.config.decoder_learning_rate, weight_decay=decay),
         ]
 
     def parts(self) -> dict[str, nn.Module]:
