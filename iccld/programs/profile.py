@@ -59,16 +59,17 @@ class ProfileOptions:
 
 
 def run(arguments: Namespace) -> int:
-    """Profile the stages. Call on every rank. Raises ValueError where the user erred."""
+    """Profile the stages. Raises ValueError where the user erred."""
     options = ProfileOptions(arguments.num_steps, arguments.num_warmup, arguments.num_traced, arguments.synthetic)
     config = load_config(arguments.overrides, config_dir=arguments.config_dir)
     output = arguments.output or Path(config.run_dir) / "profile"
     with Engine(config.engine) as engine:
-        check_settings(config, engine)
+        if not options.synthetic:
+            check_settings(config, engine)
         for name in config.stages:
             folder = output / name.value
             folder.mkdir(parents=True, exist_ok=True)
-            figures = profile_stage(name, config, engine, options, folder)
+            figures = profile_stage(name, config, engine, options, folder)  # the same on every rank
             if engine.is_main:
                 write_report(figures, folder)
             engine.detach()
@@ -120,13 +121,12 @@ def _rates(
 ) -> dict[str, Any]:
     """`flops` are a sample's."""
     step_s = statistics.median(map(max, zip(*(rank["step_s"] for rank in ranks), strict=True)))
-    samples_per_s = plan.global_batch_size / step_s
-    achieved = flops * samples_per_s / engine.world_size
+    achieved = flops * plan.global_batch_size / step_s / engine.world_size
     peak_flops, source = _peak(config, engine)
     return {
         "step_s": step_s,
-        "samples_per_s": samples_per_s,
-        "samples_per_s_per_rank": samples_per_s / engine.world_size,
+        "samples_per_s": plan.global_batch_size / step_s,
+        "samples_per_s_per_rank": plan.global_batch_size / step_s / engine.world_size,
         "achieved_flops_per_rank": achieved,
         "peak_flops": peak_flops,
         "peak_source": source,

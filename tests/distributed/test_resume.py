@@ -35,7 +35,18 @@ def overrides(
 
 def losses(run_dir: Path) -> list[tuple[str, int, dict[str, float]]]:
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    timing = ("step_s", "samples_per_s", "data_wait", "data/", "time/")
+    timing = (
+        "step_s",
+        "samples_per_s",
+        "data_wait",
+        "data/",
+        "time/",
+        "flops_per_s",
+        "mfu",
+        "peak_gib",
+        "slow_",
+        "rank_",
+    )
     return [
         (line.pop("stage"), line.pop("step"), {k: v for k, v in line.items() if not k.startswith(timing)})
         for line in lines

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Ranks:
-    """`iccld train` on nodes n0, n1, ..., one rank each, all on this machine; `fault` is done to it (worker.py)."""
+    """`iccld train`, or another verb, on nodes n0, n1, ..., one rank each; `fault` is done to it (worker.py)."""
 
     def __init__(
         self,
@@ -26,6 +26,7 @@ class Ranks:
         num_ranks: int = 2,
         fault: dict[str, Any] | None = None,
         environment: dict[str, str] | None = None,
+        verb: str = "train",
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.logs = [folder / f"log_{rank}" for rank in range(num_ranks)]
@@ -38,7 +39,7 @@ class Ranks:
         self.processes = []
         for rank, log in enumerate(self.logs):
             environment = common | {"RANK": str(rank), "SLURMD_NODENAME": f"n{rank}"}
-            command = [sys.executable, "-m", "tests.faults.worker", "train", *overrides]
+            command = [sys.executable, "-m", "tests.faults.worker", verb, *overrides]
             with log.open("w") as file:
                 process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
             self.processes.append(process)

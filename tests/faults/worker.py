@@ -17,7 +17,7 @@ import torch
 
 from iccld.cli import main
 from iccld.data.domain import DomainStream
-from iccld.programs import evaluate, fitness, train
+from iccld.programs import evaluate, fitness, profile, train
 from iccld.runtime import checkpoint, host_memory
 
 FAULT = json.loads(os.environ["FAULT"])
@@ -58,8 +58,20 @@ def wrap(owner: Any, name: str, place: str, step_of: Any) -> None:
     setattr(owner, name, wrapped)
 
 
-def inject() -> None:
-    build_stage = train.build_stage
+def wrap_method(owner: Any, name: str, place: str, step_of: Any) -> None:
+    """Of this object alone, by its class, so that a copy has a method of its own; one on device meta is spared."""
+    function = getattr(type(owner), name)
+
+    def wrapped(self: Any, *args: Any, **options: Any) -> Any:
+        if not next(getattr(self, "module", self).parameters()).is_meta:
+            fail(place, step_of(*args))
+        return function(self, *args, **options)
+
+    owner.__class__ = type(type(owner).__name__, (type(owner),), {name: wrapped})
+
+
+def faulty(build_stage: Any) -> Any:
+    """The builder of a stage whose parts fail."""
 
     def build(*args: Any) -> Any:
         fail("build", 0)
@@ -72,11 +84,16 @@ def inject() -> None:
             current["step"] = step
             return step
 
-        wrap(stage, "prepare", "prepare", note)
-        wrap(stage.module, "forward", "forward", lambda *_: current["step"])
+        wrap_method(stage, "prepare", "prepare", note)
+        wrap_method(stage.module, "forward", "forward", lambda *_: current["step"])
         return stage
 
-    train.build_stage = build
+    return build
+
+
+def inject() -> None:
+    train.build_stage, profile.build_stage = faulty(train.build_stage), faulty(profile.build_stage)
+    profile.fresh_stage = faulty(profile.fresh_stage)
     batch_size = int(os.environ.get("FAULT_GLOBAL_BATCH", "4"))
     wrap(DomainStream, "batch", "data", lambda self, numbers: int(numbers[0]) // batch_size)
     wrap(checkpoint, "write_runs", "save", lambda path, runs: int(path.parent.name[5:13]))
