@@ -32,3 +32,14 @@ def test_the_other_engines_too(cluster: Cluster, scene_shards: Path, tmp_path: P
     assert cluster.wait(job) == "COMPLETED", log_of(there, job)
     assert [event["layout"]["engine"] for event in events(there, "started")] == [engine] * 2
     assert_same_run(here, there)
+
+
+def test_a_profile_of_two_nodes(cluster: Cluster, scene_shards: Path, tmp_path: Path):
+    words = ["profile", "--num-steps", "3", "--num-warmup", "1", "--num-traced", "1", "stages=[stage1]"]
+    [job] = submit(cluster, *words, *settings(scene_shards, tmp_path))
+    assert cluster.wait(job) == "COMPLETED", log_of(tmp_path, job)
+    folder = tmp_path / "profile/stage1"
+    figures = json.loads((folder / "profile.json").read_text())
+    assert figures["num_nodes"] == 2 and len({rank["host"] for rank in figures["ranks"]}) == 2
+    assert all((folder / rank["trace"]).stat().st_size for rank in figures["ranks"])
+    assert not (tmp_path / "stage1").exists()
