@@ -9,9 +9,12 @@ from iccld.config import Config, load_config
 from iccld.models.discriminator import Discriminator
 from iccld.models.iccld import ICCLD
 from iccld.runtime.engine import Engine
+from iccld.runtime.profiling import PhaseTimer
 from iccld.stages.adversarial import AdversarialStage
 from iccld.stages.base import Stage
 from iccld.stages.segmentation import SegmentationStage
+from iccld.trainer import TrainerConfig, attach
+from iccld.training_step import TrainingStep
 
 NUM_CLASSES = 19
 STAGES = ("stage1", "stage2")
@@ -109,28 +112,13 @@ class Ours:
     def __init__(self, stage: Stage, engine: Engine, batch: dict[str, Any]) -> None:
         self.stage, self.engine, self.step = stage, engine, 0
         self.batch = next(engine.prefetch(iter([batch])))
-        engine.attach(
-            stage.module,
-            stage.param_groups(),
-            micro_batch_size=len(batch["source"]["numbers"]),
-            num_accumulation=1,
-            replicated=stage.replicated(),
-        )
-        for average, methods in stage.averages().items():
-            engine.backend.shard(average, methods=methods)
-        stage.start()
+        size = len(batch["source"]["numbers"])
+        attach(stage, engine, TrainerConfig(global_batch_size=size * engine.world_size, micro_batch_size=size))
+        self.train = TrainingStep(stage, engine, PhaseTimer(engine.device))
 
     def __call__(self) -> None:
-        engine = self.engine
-        engine.set_learning_rate(1.0)
-        with torch.no_grad(), engine.autocast():
-            inputs = self.stage.prepare(self.batch, self.step)
-            totals = engine.sum_values(inputs.denominators).items()
-            shared = {name: (total / engine.world_size).clamp(min=1e-6) for name, total in totals}
-            inputs = inputs._replace(denominators=shared)
-        with engine.micro_batch(is_last=True):
-            output = engine.module(inputs)
-            engine.backward(torch.stack(list(output.losses.values())).sum())
-        engine.step()
-        self.stage.after_step(self.step)
+        self.engine.set_learning_rate(1.0)
+        self.train([self.batch], self.step)
+        self.train.timer.end_step()
+        self.train.timer.take()
         self.step += 1

@@ -4,15 +4,15 @@ import statistics
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 from training_peers.peers import DAFormerOrder, TwoOptimisers
 from training_peers.sizes import Ours, Size, config_of, make_stage, random_batch
 from training_peers.turns import NUM_WARMUP, ratio_of, seconds_of, take_turns
 
 from iccld.runtime.engine import Engine, EngineConfig, Precision
+from iccld.runtime.flops import count_step
+from iccld.runtime.peak_flops import nominal_flops
 
 PEERS: dict[str, Any] = {"stage1": DAFormerOrder, "stage2": TwoOptimisers}
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, as their makers say
 
 
 def compare_steps(
@@ -38,8 +38,10 @@ def measure_stage(name: str, size: Size, precision: Precision) -> dict[str, dict
     for kind in ("eager", "compiled"):
         torch.cuda.reset_peak_memory_stats()
         with Engine(EngineConfig(precision=precision, compile=kind == "compiled")) as engine:
-            ours = Ours(make_stage(name, config_of(size), engine.device), engine, random_batch(size))
-            flops = flops or flops_of_step(ours)
+            stage, batch = make_stage(name, config_of(size), engine.device), random_batch(size)
+            flops = flops or count_step(stage, batch, step=0).total
+            peak = nominal_flops(engine.device, precision.value)
+            ours = Ours(stage, engine, batch)
             for _ in range(NUM_WARMUP):
                 ours()
             seconds = statistics.median(seconds_of(ours, engine.device) for _ in range(size.rounds))
@@ -48,21 +50,7 @@ def measure_stage(name: str, size: Size, precision: Precision) -> dict[str, dict
             "samples_per_s": size.batch_size / seconds,
             "step_s": seconds,
             "flops": flops,
-            "mfu": utilisation(flops, seconds),
+            "mfu": flops / seconds / peak if peak else None,
             "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
         }
     return found
-
-
-def flops_of_step(ours: Ours) -> int:
-    """Of one step, as torch counts them; the passes of the teacher and of the frozen parts are among them."""
-    with FlopCounterMode(display=False) as counter:
-        ours()
-    return counter.get_total_flops()
-
-
-def utilisation(flops: float, seconds: float) -> float | None:
-    """Of the device's bf16 peak; None for a device whose peak is not known here."""
-    name = torch.cuda.get_device_name()
-    peak = next((value for known, value in PEAK_FLOPS.items() if known in name), None)
-    return flops / seconds / peak if peak else None
