@@ -36,7 +36,7 @@ from training_peers.denoisers import compare_denoisers
 from training_peers.guard import GOALS, is_met, regressions, unmeasured
 from training_peers.processes import data_wait, weak_scaling
 from training_peers.sizes import SIZES, STAGES, Size
-from training_peers.steps import compare_steps, measure_stage
+from training_peers.steps import compare_steps, measure_stage, timing_share
 
 from iccld.runtime.engine import Precision
 
@@ -94,7 +94,9 @@ def measure_steps(size: Size, device: torch.device) -> Found:
     precision = Precision.bf16 if device.type == "cuda" else Precision.fp32
     yield "stage2_over_two_optimisers", compare_steps("stage2", size, precision)
     yield "stage2_over_two_optimisers_mask", compare_steps("stage2", size, precision, *MASK_READING)
-    yield "stage1_over_daformer_order", compare_steps("stage1", size, precision)
+    stage1 = compare_steps("stage1", size, precision)
+    yield "stage1_over_daformer_order", stage1
+    yield "timing_share", timing_share(stage1["ours_s"], device)
     if precision is not Precision.fp32:
         yield "stage1_over_daformer_order_fp32", compare_steps("stage1", size, precision, is_fp32=True)
 
@@ -105,7 +107,7 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
     details = {}
     for name, found in measure(chosen):
         details[name] = found
-        print(f"{name}: {found.get('skipped') or round(found.get('ratio', 0.0), 3) or 'measured'}", flush=True)
+        print(f"{name}: {found.get('skipped') or round(found.get('ratio', 0.0), 5) or 'measured'}", flush=True)
     has_cuda = torch.cuda.is_available()
     return {
         **{name: found["ratio"] for name, found in details.items() if "ratio" in found},
@@ -128,7 +130,7 @@ def tables(figures: dict[str, Any]) -> Iterator[Table]:
         quartiles = f"{own['low']:.2f}-{own['high']:.2f}" if "low" in own else ""
         seconds = [f"{own[key]:.3f}" if key in own else "" for key in ("ours_s", "theirs_s")]
         met = "" if goal is None else f"{goal} {'met' if is_met(name, own['ratio'], goal) else 'missed'}"
-        table.add_row(name, f"{own['ratio']:.3f}", quartiles, *seconds, met)
+        table.add_row(name, f"{own['ratio']:.3g}", quartiles, *seconds, met)
     yield table
     rates = {name: own for name, own in figures["details"].items() if "samples_per_s" in own and "mfu" in own}
     if rates:

@@ -15,10 +15,11 @@ GOALS = {
     "weak_scaling_2": {"cpu": 0.95, "cuda": 0.95},
     "weak_scaling_2_over_independent": {},
     "data_wait": {"cpu": 0.02, "cuda": 0.02},
+    "timing_share": {"cpu": 0.005, "cuda": 0.005},
     "xformers_over_sdpa": {},
 }
 """The figures, and what each should reach, by the device's type."""
-SHARES = ("data_wait",)  # where less is better; of all others, more is
+SHARES = ("data_wait", "timing_share")  # where less is better; of all others, more is
 
 
 def is_met(name: str, value: float, goal: float) -> bool:

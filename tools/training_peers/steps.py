@@ -11,7 +11,10 @@ from training_peers.turns import NUM_WARMUP, ratio_of, seconds_of, take_turns
 from iccld.runtime.engine import Engine, EngineConfig, Precision
 from iccld.runtime.flops import count_step
 from iccld.runtime.peak_flops import nominal_flops
+from iccld.runtime.profiling import PhaseTimer
+from iccld.runtime.watchdog import Watchdog
 
+NUM_TIMED = 500  # empty steps
 PEERS: dict[str, Any] = {"stage1": DAFormerOrder, "stage2": TwoOptimisers}
 
 
@@ -54,3 +57,29 @@ def measure_stage(name: str, size: Size, precision: Precision) -> dict[str, dict
             "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
         }
     return found
+
+
+def timing_share(step_s: float, device: torch.device) -> dict[str, Any]:
+    """What the timing of phases costs: of a step that has nothing else in it, over one of `step_s` seconds."""
+    timer, x = PhaseTimer(device, Watchdog().phase), torch.ones(1, device=device, requires_grad=True)
+
+    def bare() -> None:
+        x.sum().backward()
+
+    def timed() -> None:
+        for name in ("data", "prepare", "optimizer", "average"):
+            with timer.phase(name):
+                pass
+        for _ in range(2):
+            with timer.span("agree"):
+                pass
+        with timer.phase("forward"):
+            loss = x.sum()
+        with timer.backward(loss):
+            loss.backward()
+        timer.end_step()
+        timer.take()
+
+    seconds = take_turns({"bare": bare, "timed": timed}, device, rounds=NUM_TIMED)
+    cost = statistics.median(seconds["timed"]) - statistics.median(seconds["bare"])
+    return {"ratio": cost / step_s, "cost_s": cost}
