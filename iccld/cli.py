@@ -34,7 +34,7 @@ For several ranks on this machine: python launch/local.py NUM_RANKS VERB ...
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb. What the user got wrong is one line on stderr and exit status 2."""
-    arguments = parser().parse_args(argv)
+    arguments = parse(argv)
     try:
         return arguments.run(arguments) or 0
     except (ValueError, OSError) as error:
@@ -47,8 +47,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def parser() -> argparse.ArgumentParser:
-    """Of all verbs; light, as long as none is run."""
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Of all verbs; light, as long as none is run. Settings may also stand after an option."""
+    top = _parser()
+    arguments, left = top.parse_known_args(argv)
+    if stray := [word for word in left if word.startswith("-") or "=" not in word or "overrides" not in arguments]:
+        top.error(f"unrecognized arguments: {' '.join(stray)}")
+    if left:
+        arguments.overrides += left
+    return arguments
+
+
+def _parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         "iccld", description=DESCRIPTION, formatter_class=argparse.RawTextHelpFormatter, add_help=False
     )

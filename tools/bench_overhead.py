@@ -175,6 +175,10 @@ def main() -> None:
     add("--png", type=Path, default=Path("overhead.png"), help="default %(default)s")
     add("--json", type=Path, help="all figures")
     settings = parser.parse_args()
+    for name, least in (("sizes", 32), ("classes", 2), ("batch_size", 1), ("rounds", 1)):
+        given = getattr(settings, name)
+        if min(given if isinstance(given, list) else [given]) < least:
+            parser.error(f"--{name.replace('_', '-')} {given} must be at least {least}.")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the memory's profile has nothing to say
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     points = []

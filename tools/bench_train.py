@@ -61,6 +61,9 @@ def arguments() -> argparse.Namespace:
     add("--check", type=Path, nargs="?", const=kept, help=f"against these figures (default {kept.relative_to(ROOT)})")
     add("--against", type=Path, help="with --check: an earlier --json, in place of a run")
     chosen = parser.parse_args()
+    for name in ("rounds", "batch_size", "threads"):
+        if (number := getattr(chosen, name)) is not None and number < 1:
+            parser.error(f"--{name.replace('_', '-')} {number} must be at least 1.")
     if chosen.against and not chosen.check:
         parser.error("--against names what --check compares; give both.")
     return chosen
@@ -108,17 +111,24 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
     for name, found in measure(chosen):
         details[name] = found
         print(f"{name}: {found.get('skipped') or round(found.get('ratio', 0.0), 5) or 'measured'}", flush=True)
-    has_cuda = torch.cuda.is_available()
     return {
         **{name: found["ratio"] for name, found in details.items() if "ratio" in found},
         "details": details,
-        "size": chosen.size,
-        "device_type": "cuda" if has_cuda else "cpu",
-        "device": torch.cuda.get_device_name() if has_cuda else platform.machine(),
-        "threads": torch.get_num_threads(),
+        **about(chosen),
         "command": " ".join(["python", "tools/bench_train.py", *sys.argv[1:]]),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "versions": {name: version(name) for name in ("torch", "accelerate", "diffusers", "transformers")},
+    }
+
+
+def about(chosen: argparse.Namespace) -> dict[str, Any]:
+    """What two runs must have in common to be compared, and the device."""
+    has_cuda = torch.cuda.is_available()
+    return {
+        "size": chosen.size,
+        "device_type": "cuda" if has_cuda else "cpu",
+        "device": torch.cuda.get_device_name() if has_cuda else platform.machine(),
+        "threads": torch.get_num_threads() if has_cuda else chosen.threads,
     }
 
 
@@ -141,9 +151,8 @@ def tables(figures: dict[str, Any]) -> Iterator[Table]:
         yield table
 
 
-def check(path: Path, figures: dict[str, Any]) -> bool:
+def check(path: Path, kept: dict[str, Any], figures: dict[str, Any]) -> bool:
     """Say what is worse than what the file keeps; whether anything is."""
-    kept = json.loads(path.read_text())
     worse = regressions(kept, figures)
     for line in worse:
         print(f"worse: {line}")
@@ -155,14 +164,27 @@ def check(path: Path, figures: dict[str, Any]) -> bool:
 
 def main() -> int:
     chosen = arguments()
+    kept = read(chosen.check) if chosen.check else {}
     if chosen.against:
-        return int(check(chosen.check, json.loads(chosen.against.read_text())))
+        return int(check(chosen.check, kept, read(chosen.against)))
+    if chosen.json and not chosen.json.absolute().parent.is_dir():  # before minutes of work, not after
+        raise ValueError(f"--json {chosen.json}: there is no such folder; make it first.")
+    if kept:
+        regressions(kept, about(chosen))
     figures = run(chosen)
     for table in tables(figures):
         Console().print(table)
     if chosen.json:
         chosen.json.write_text(json.dumps(figures, indent=1) + "\n")
-    return int(check(chosen.check, figures)) if chosen.check else 0
+    return int(check(chosen.check, kept, figures)) if chosen.check else 0
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Raises ValueError where there is no JSON object."""
+    figures = json.loads(path.read_text())
+    if not isinstance(figures, dict):
+        raise ValueError(f"{path} holds no figures of bench_train.py.")
+    return figures
 
 
 if __name__ == "__main__":

@@ -151,6 +151,15 @@ def check(arguments: argparse.Namespace) -> None:
             raise ValueError(f"{name} {value} must be above 0.")
 
 
+def check_alike(profiles: Sequence[Profile]) -> None:
+    """Raises ValueError where several profiles are not of one work under different engines."""
+    for what in ("stage", "device", "micro_batch_size"):
+        if len(found := {str(getattr(profile, what)) for profile in profiles}) > 1:
+            raise ValueError(f"the profiles differ in {what} ({', '.join(sorted(found))}); plan one after another.")
+    if len({profile.engine for profile in profiles}) < len(profiles):
+        raise ValueError("two profiles are of one engine; give one for each.")
+
+
 def main() -> None:
     arguments = parse()
     if arguments.measure_link:
@@ -161,11 +170,12 @@ def main() -> None:
         return
     check(arguments)
     profiles = [read_profile(path) for path in arguments.profiles]
+    check_alike(profiles)
     network = network_of(arguments)
     rows = plan(profiles, network, arguments)
     console = Console()
     done = [row for row in rows if "refused" not in row]
-    for engine in arguments.engines:
+    for engine in [engine for engine in arguments.engines if any(row["engine"] == engine for row in done)]:
         title = f"{engine}, {arguments.steps:,} steps"
         console.print(table_of([row for row in done if row["engine"] == engine], title))
     for reason in dict.fromkeys(row["refused"] for row in rows if "refused" in row):
@@ -182,6 +192,8 @@ def main() -> None:
         settings = {name: value for name, value in vars(arguments).items() if name not in ("json", "png")}
         whole = {"plan": rows, "settings": settings, "assumptions": ASSUMPTIONS}
         arguments.json.write_text(json.dumps(whole, indent=1, default=str) + "\n")
+    if not done:
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -81,9 +81,8 @@ def roofline(stage: Stage, config: Config, work: Work, micro_batch_size: int, en
     return {"limits": limits, "parts": parts}
 
 
+@torch.compiler.set_stance("force_eager")  # compiled code has no place for hooks
 def _seconds_by_part(stage: Stage, config: Config, micro_batch_size: int, engine: Engine) -> dict[str, float]:
-    if engine.config.compile:
-        return {}  # compiled code has no place for hooks
     timer, step = PhaseTimer(engine.device), plan_of(StageName(stage.name), config).num_steps - 1
     running: list[Any] = []
     hooks = [

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from iccld.cli import parser
+from iccld.cli import parse
 from iccld.config import Config, load_config
 from iccld.slurm.config import Variant, Work
 from iccld.slurm.engine_file import FOLDER, engine_path, engine_variables
@@ -30,7 +30,7 @@ def run_dir_of(command: Sequence[str]) -> Path:
 
 
 def _config(command: Sequence[str]) -> Config:
-    arguments = parser().parse_args(command)
+    arguments = parse(command)
     return load_config(arguments.overrides, config_dir=arguments.config_dir)
 
 

@@ -32,7 +32,9 @@ from iccld.programs.out_of_memory import explained_out_of_memory
 from iccld.programs.synthetic import flops_per_sample
 from iccld.runtime.checkpoint import CheckpointStore
 from iccld.runtime.engine import Engine
+from iccld.runtime.engine_kind import EngineKind
 from iccld.runtime.lock import locked
+from iccld.runtime.memory import restart_peak
 from iccld.runtime.metrics import MetricsLogger, write_event
 from iccld.runtime.peak_flops import nominal_flops
 from iccld.runtime.preemption import Preempted, Preemption
@@ -88,6 +90,7 @@ def _run_stage(name: StageName, config: Config, engine: Engine, preemption: Pree
     stream = build_stream(name, config, layout_of(plan, engine))
     stage = build_stage(name, config, engine.device)
     check_room(stage, plan, config, engine)
+    restart_peak(engine.device)
     folder = Path(config.run_dir) / name.value
     metrics = _metrics(stage, config, engine)
     checkpoints = CheckpointStore(
@@ -129,9 +132,20 @@ def _metrics(stage: Stage, config: Config, engine: Engine) -> MetricsLogger:
         world_size=engine.world_size,
         sum_values=engine.sum_values,
         gather=engine.gather_objects,
-        flops=flops_per_sample(stage, config).total,
+        flops=_flops(stage, config, engine),
+        names_slow_rank=engine.kind is EngineKind.ddp,  # others exchange in every phase
         peak_flops=1e12 * config.metrics.peak_tflops or nominal_flops(engine.device, precision),
     )
+
+
+def _flops(stage: Stage, config: Config, engine: Engine) -> float:
+    """Of a sample; 0 where they cannot be counted, which ends no training."""
+    try:
+        return flops_per_sample(stage, config).total
+    except (ValueError, RuntimeError, NotImplementedError) as error:  # a backbone with an operation that has no rule
+        if engine.is_main:
+            print(f"{stage.name}: no FLOPs and no MFU: {str(error).splitlines()[0]}", flush=True)
+        return 0.0
 
 
 def _validate(stage: Stage, config: Config, engine: Engine, give_up: Callable[[], bool]) -> dict[str, float]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from iccld.runtime.durable import write_text_durably
 from iccld.runtime.memory import peak_memory
 from iccld.runtime.profiling import Seconds, summed
-from iccld.runtime.throughput import RankSeconds, rates, slow_rank_words
+from iccld.runtime.throughput import RankSeconds, rates, slow_rank_words, slowest
 
 
 class WandbMode(Enum):
@@ -50,7 +50,8 @@ class MetricsLogger:
     """Collects a stage's losses without waiting for the device; `flush` reduces, checks and writes them.
 
     `sum_values` sums named tensors over the ranks, `gather` collects an object of each; every rank must record and
-    flush the same steps. `flops`: a sample's floating-point operations; `peak_flops`: a rank's a second (0: unknown).
+    flush the same steps. `flops`: a sample's floating-point operations; `peak_flops`: a rank's a second (0: unknown);
+    `names_slow_rank`: a rank's seconds tell its own work from what it waits for others.
     """
 
     def __init__(
@@ -65,10 +66,11 @@ class MetricsLogger:
         gather: Callable[[Any], list[Any]] = lambda value: [value],
         flops: float = 0.0,
         peak_flops: float = 0.0,
+        names_slow_rank: bool = True,
     ) -> None:
         self.run_dir, self.config, self.stage, self.is_main = run_dir, config, stage, is_main
         self._world_size, self._sum_values, self._gather = world_size, sum_values, gather
-        self.flops, self.peak_flops = flops, peak_flops
+        self.flops, self.peak_flops, self.names_slow_rank = flops, peak_flops, names_slow_rank
         self._losses: dict[int, dict[str, Tensor]] = {}
         self._metrics: dict[str, Tensor] = {}
         self._wandb: Any = None
@@ -168,9 +170,9 @@ class MetricsLogger:
             return {}
         seconds = {name: round(value, 3) for name, value in own.seconds.items()}
         self.event("progress", step=step, num_steps=len(timed), seconds=seconds)
-        return rates(
-            ranks, len(timed), global_batch_size=global_batch_size, flops=self.flops, peak_flops=self.peak_flops
-        )
+        facts = {"global_batch_size": global_batch_size, "flops": self.flops, "peak_flops": self.peak_flops}
+        slow = slowest(ranks, len(timed)) if self.names_slow_rank and len(ranks) > 1 else {}
+        return rates(ranks, len(timed), **facts) | slow
 
     def _totals(self, counters: Mapping[str, int], *, device: torch.device) -> dict[str, int]:
         """Sums over ranks, without those that are 0."""

@@ -1,5 +1,6 @@
 """What a device could do at best: by its name, or measured."""
 
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ BF16_TFLOPS = {
     "A100": 311.8,
     "L40S": 362.1,
     "A10G": 70.0,
+    "L40": 181.0,
     "L4": 121.0,
     "RTX A6000": 154.8,
     "RTX 4090": 165.2,
@@ -33,7 +35,7 @@ def nominal_flops(device: torch.device, precision: str) -> float:
     if device.type != "cuda":
         return 0.0
     name = torch.cuda.get_device_name(device)
-    tflops = next((tflops for known, tflops in BF16_TFLOPS.items() if known in name), 0.0)
+    tflops = next((tflops for known, tflops in BF16_TFLOPS.items() if re.search(rf"\b{known}\b", name)), 0.0)
     return 1e12 * tflops / (1 if precision == "bf16" else 2)
 
 

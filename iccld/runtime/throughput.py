@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from iccld.runtime.profiling import OUTSIDE, WAITS, Seconds
+from iccld.runtime.profiling import OUTSIDE, OVERLAPPED, WAITS, Seconds
 
 SLOW = 1.1  # times the median
 
@@ -40,7 +40,6 @@ def rates(
         **({"mfu": achieved / peak_flops} if peak_flops else {}),
         "peak_gib": max(rank.peak_bytes for rank in ranks) / 2**30,
         **{f"time/{name}_s": _mean(ranks, name) / num_steps for name in names},
-        **_slowest(ranks, num_steps),
     }
 
 
@@ -48,16 +47,14 @@ def _mean(ranks: Sequence[RankSeconds], name: str) -> float:
     return statistics.fmean(rank.seconds.get(name, 0.0) for rank in ranks)
 
 
-def _slowest(ranks: Sequence[RankSeconds], num_steps: int) -> dict[str, Any]:
-    """Which rank the others wait for, in which phase it is behind, and what each rank's own work takes a step."""
-    if len(ranks) == 1:
-        return {}
+def slowest(ranks: Sequence[RankSeconds], num_steps: int) -> dict[str, Any]:
+    """Of several: which the others wait for, in which phase it is behind, and what each one's own work takes a step."""
     own = [own_seconds(rank.seconds) for rank in ranks]
     slow = own.index(max(own))
-    others = [rank.seconds for i, rank in enumerate(ranks) if i != slow]
-    names = ranks[slow].seconds.keys() - {"total", *WAITS, *OUTSIDE}
+    parts = [_own_parts(rank.seconds) for rank in ranks]
     behind = {
-        name: ranks[slow].seconds[name] - statistics.median(other.get(name, 0.0) for other in others) for name in names
+        name: seconds - statistics.median(part.get(name, 0.0) for part in parts[:slow] + parts[slow + 1 :])
+        for name, seconds in parts[slow].items()
     }
     return {
         "slow_rank": slow,
@@ -66,6 +63,12 @@ def _slowest(ranks: Sequence[RankSeconds], num_steps: int) -> dict[str, Any]:
         "slow_rank_over_others": own[slow] / max(statistics.median(own[:slow] + own[slow + 1 :]), 1e-9),
         "rank_own_s": [round(seconds / num_steps, 6) for seconds in own],
     }
+
+
+def _own_parts(seconds: Mapping[str, float]) -> Seconds:
+    """What `own_seconds` is the sum of; `other` is between the phases."""
+    parts = {name: value for name, value in seconds.items() if name not in ("total", OVERLAPPED, *WAITS, *OUTSIDE)}
+    return {**parts, "other": own_seconds(seconds) - sum(parts.values())}
 
 
 def slow_rank_words(facts: Mapping[str, Any]) -> str:

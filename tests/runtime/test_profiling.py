@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from iccld.runtime.profiling import HostClock, PhaseTimer, summed
-from iccld.runtime.throughput import RankSeconds, own_seconds, rates, slow_rank_words
+from iccld.runtime.throughput import RankSeconds, own_seconds, rates, slow_rank_words, slowest
 
 
 def test_phases_are_parts_of_their_step():
@@ -94,7 +94,7 @@ seconds = st.fixed_dictionaries(
 @given(st.lists(seconds, min_size=2, max_size=6))
 def test_the_slow_rank_is_the_one_that_works_longest(ranks: list[dict[str, float]]):
     records = [RankSeconds(f"n{i}", own | {"total": sum(own.values())}, i) for i, own in enumerate(ranks)]
-    facts = rates(records, 2, global_batch_size=4, flops=10.0, peak_flops=0.0)
+    facts = rates(records, 2, global_batch_size=4, flops=10.0, peak_flops=0.0) | slowest(records, 2)
     own = [own_seconds(record.seconds) for record in records]
     assert own[facts["slow_rank"]] == max(own)
     assert facts["peak_gib"] == (len(ranks) - 1) / 2**30 and "mfu" not in facts
@@ -105,7 +105,7 @@ def test_the_slow_rank_is_named_though_all_take_as_long():
     fast = {"total": 10.0, "data": 0.1, "forward": 3.0, "backward": 3.0, "sync": 3.9}
     slow = {"total": 10.0, "data": 4.0, "forward": 3.0, "backward": 2.9, "sync": 0.1}
     records = [RankSeconds("a", fast, 1), RankSeconds("b", slow, 2), RankSeconds("c", fast, 3)]
-    facts = rates(records, 5, global_batch_size=6, flops=1e9, peak_flops=1e10)
+    facts = rates(records, 5, global_batch_size=6, flops=1e9, peak_flops=1e10) | slowest(records, 5)
     assert slow_rank_words(facts) == "  slow: rank 1 on b, 1.62x in data"
     assert facts["samples_per_s"] == 3.0 and facts["samples_per_s_per_rank"] == 1.0
     assert facts["flops_per_s_per_rank"] == 1e9 and facts["mfu"] == pytest.approx(0.1)
@@ -114,5 +114,9 @@ def test_the_slow_rank_is_named_though_all_take_as_long():
 
 def test_nobody_is_called_slow_among_equals():
     even = RankSeconds("a", {"total": 1.0, "forward": 1.0}, 1)
-    facts = rates([even] * 4, 1, global_batch_size=4, flops=0.0, peak_flops=0.0)
-    assert slow_rank_words(facts) == ""
+    assert slow_rank_words(slowest([even] * 4, 1)) == ""
+    copying = even._replace(seconds=even.seconds | {"copy": 0.9})  # beside its work
+    assert (
+        slowest([even, even, copying._replace(seconds=copying.seconds | {"total": 1.5})], 1)["slow_rank_phase"]
+        == "other"
+    )

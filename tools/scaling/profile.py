@@ -11,6 +11,7 @@ from typing import Any
 
 ENGINES = ("ddp", "fsdp2", "zero1", "zero2")
 WAITS = ("sync", "agree")
+OVERLAPPED = "copy"  # beside the step
 NORMAL = statistics.NormalDist()
 
 
@@ -60,7 +61,7 @@ def _profile(figures: Mapping[str, Any]) -> Profile:
         for rank in figures["ranks"]
     ]
     slowest_rank = figures["ranks"][own.index(max(own))]
-    phases = {name: seconds for name, seconds in slowest_rank["phases"].items() if name not in WAITS}
+    phases = {name: seconds for name, seconds in slowest_rank["phases"].items() if name not in (*WAITS, OVERLAPPED)}
     keys = ("engine", "stage", "device", "world_size", "micro_batch_size", "num_accumulation", "gradient_bytes")
     known: dict[str, Any] = {key: figures[key] for key in keys}
     known |= {key: figures.get(key) or 0.0 for key in ("teacher_bytes", "save_stall_s", "checkpoint_bytes")}

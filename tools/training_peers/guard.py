@@ -28,10 +28,11 @@ def is_met(name: str, value: float, goal: float) -> bool:
 
 def regressions(kept: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """A line for each kept ratio that is worse now. Raises ValueError where the two runs are not of a kind."""
-    for key in ("size", "device_type"):
-        if kept[key] != now[key]:
+    for key in ("size", "device_type", "threads"):
+        if key not in kept or kept[key] != now[key]:
             raise ValueError(
-                f"--check: {key} of the kept ratios is {kept[key]}, of these {now[key]}; compare like with like."
+                f"--check: {key} of the kept ratios is {kept.get(key, 'not there')}, of these {now[key]}; compare like "
+                f"with like."
             )
     return [worse for name in GOALS if name in kept and name in now if (worse := _worse(name, kept[name], now[name]))]
 

@@ -1,5 +1,6 @@
 """Parts 2 and 5 of bench_train.py: whole steps, ours and others' on equal modules and batches; ours alone on a GPU."""
 
+import gc
 import statistics
 from typing import Any
 
@@ -39,6 +40,8 @@ def measure_stage(name: str, size: Size, precision: Precision) -> dict[str, dict
     """On a GPU, eager and compiled: samples a second (of the source; as many of the target), MFU, peak memory."""
     found, flops = {}, 0
     for kind in ("eager", "compiled"):
+        gc.collect()
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         with Engine(EngineConfig(precision=precision, compile=kind == "compiled")) as engine:
             stage, batch = make_stage(name, config_of(size), engine.device), random_batch(size)
@@ -49,6 +52,7 @@ def measure_stage(name: str, size: Size, precision: Precision) -> dict[str, dict
                 ours()
             seconds = statistics.median(seconds_of(ours, engine.device) for _ in range(size.rounds))
             engine.detach()
+            del stage, ours
         found[kind] = {
             "samples_per_s": size.batch_size / seconds,
             "step_s": seconds,
