@@ -25,7 +25,7 @@ def check_two_optimisers(engine: Engine) -> None:
     single, double = make_stage(), make_stage()
     engine.attach(single.module, single.param_groups(), num_accumulation=1)
     *denoiser_groups, discriminator_group = copy.copy(double.param_groups())
-    optimisers = [torch.optim.AdamW(denoiser_groups), torch.optim.AdamW([discriminator_group])]
+    optimisers = [torch.optim.AdamW(groups, fused=True) for groups in (denoiser_groups, [discriminator_group])]
     reference = double.module
     for name in ("denoiser", "discriminator"):
         setattr(reference, name, DistributedDataParallel(getattr(reference, name), gradient_as_bucket_view=True))

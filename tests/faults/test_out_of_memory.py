@@ -61,7 +61,7 @@ def test_one_rank_that_is_out_of_memory_ends_both_with_one_message(scene_shards:
 
 
 def test_ranks_that_are_out_of_memory_alike_say_it_once(scene_shards: Path, tmp_path: Path) -> None:
-    fault = {"at": "compute", "step": 1, "do": "limit", "bytes": 4 * MIB}
+    fault = {"at": "forward", "step": 1, "do": "limit", "bytes": 4 * MIB}
     settings = command(scene_shards, tmp_path / "run")
     with Ranks(settings, tmp_path / "logs", fault=fault, environment=ENVIRONMENT) as ranks:
         assert ranks.wait() == [REFUSED, REFUSED], ranks.log()[-3000:]

@@ -46,6 +46,7 @@ def _average_shards(rank: int, world_size: int, folder: str) -> None:
         assert isinstance(tensor, DTensor) and tensor.dtype == torch.float32
         assert torch.equal(tensor.full_tensor(), whole.state_dict()[name]), name
     Path(folder, f"rank_{rank}").touch()
+    torch.distributed.barrier()  # a rank that leaves while another is in a collective aborts it
     torch.distributed.destroy_process_group()
 
 
