@@ -27,7 +27,7 @@ from training_peers.turns import NUM_WARMUP, spread, wait
 
 from iccld.runtime.engine import Engine, EngineConfig
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 NUM_RANKS = 2
 TURN_TIMEOUT_S = 300.0
 SCALING_ROUNDS = 6
