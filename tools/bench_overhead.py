@@ -167,10 +167,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", choices=("tiny", *BACKBONES), default="tiny", help="default %(default)s")
-    add("--sizes", type=int, nargs="+", default=[128, 192, 256, 320], help="sides of the images in pixels")
+    add("--sizes", type=int, nargs="+", default=[128, 256, 384, 512], help="sides of the images in pixels")
     add("--classes", type=int, nargs="+", default=[13, 19, 100], help="default %(default)s")
     add("--batch-size", type=int, default=1, help="images of each domain (default %(default)s)")
-    add("--rounds", type=int, default=9, help="timed turns of each (default %(default)s)")
+    add("--rounds", type=int, default=15, help="timed turns of each (default %(default)s)")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="default %(default)s")
     add("--png", type=Path, default=Path("overhead.png"), help="default %(default)s")
     add("--json", type=Path, help="all figures")
