@@ -18,7 +18,7 @@ from iccld.data.decode import DECODE_ERRORS, decode_image
 from iccld.data.domain import DomainStream, MicroBatch, View, decode_train_ids, relabel
 from iccld.data.parts import Part, domain_order, open_parts
 from iccld.data.processes import say
-from iccld.data.workers import hearing_deaths_within, initialize_worker
+from iccld.data.workers import hearing_deaths_within, initialize_worker, signals_held
 
 Batch = dict[str, MicroBatch]
 MIN_DRAWN = 1000
@@ -82,7 +82,9 @@ class TrainingStream:
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # its own, so that starting a loader draws nothing from the global one
         )
-        for delivery in _with_one_line_errors(iter(loader)):
+        with signals_held():
+            deliveries = iter(loader)
+        for delivery in _with_one_line_errors(deliveries):
             if delivery.failure:
                 raise ValueError(delivery.failure)
             self._transfers[delivery.worker] = delivery.transfers

@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -11,6 +12,16 @@ import torch
 T = TypeVar("T")
 
 ORPHANED_S = 2.0  # between two looks at whether the parent still lives
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Around the start of workers: until `initialize_worker`, they hold back what is for their parent's handlers."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGUSR1, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def initialize_worker(worker_id: int) -> None:
