@@ -31,6 +31,7 @@ from iccld.config import load_config
 from iccld.models.encoder import EncoderConfig
 from iccld.models.iccld import ICCLD, ModelConfig
 from iccld.runtime.flops import FlopCounter, on_meta
+from iccld.runtime.peak_flops import wait_for
 from iccld.stages.base import StageInputs
 from iccld.stages.segmentation import SegmentationConfig, SegmentationModule
 
@@ -111,16 +112,11 @@ def count(mode: str, model: ICCLD, images: Tensor, labels: Tensor) -> int:
 
 
 def seconds(work: Callable[[], Any], device: torch.device) -> float:
-    wait(device)
+    wait_for(device)
     start = time.perf_counter()
     work()
-    wait(device)
+    wait_for(device)
     return time.perf_counter() - start
-
-
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 
-import torch._dynamo
 from torch import nn
 
 # Where an engine shards layer by layer, each is a graph of its own; all layers of a class share one function's cache,
@@ -15,6 +14,8 @@ def compile_in_place(modules: Iterable[nn.Module]) -> None:
 
     Where other sizes come (scoring), run eagerly: `torch.compiler.set_stance("force_eager")`.
     """
+    import torch._dynamo  # takes seconds; only where something is compiled
+
     torch._dynamo.config.recompile_limit = GRAPHS_PER_FUNCTION
     for module in modules:
         module.compile(dynamic=False)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from training_peers.denoisers import DOMAINS
 
 from iccld.diffusion import add_noise
 from iccld.labels import IGNORE_INDEX
@@ -20,8 +21,6 @@ from iccld.stages.segmentation import SegmentationStage
 from iccld.uda.classmix import class_mask, paste
 from iccld.uda.photometric import NUM_DRAWS, strong_augment
 from iccld.uda.pseudo_labels import pseudo_labels
-
-DOMAINS = 3
 
 
 def new_accelerator() -> Accelerator:

@@ -23,9 +23,10 @@ from typing import Any
 
 import torch
 from training_peers.sizes import SIZES, STAGES, Ours, Size, config_of, make_stage, random_batch
-from training_peers.turns import NUM_WARMUP, spread, wait
+from training_peers.turns import NUM_WARMUP, spread
 
 from iccld.runtime.engine import Engine, EngineConfig
+from iccld.runtime.peak_flops import wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_RANKS = 2
@@ -45,14 +46,14 @@ def train_when_told(name: str, size: Size) -> None:
         ours = Ours(make_stage(name, config_of(size), engine.device), engine, batch)
         for _ in range(NUM_WARMUP):
             ours()
-        wait(engine.device)
+        wait_for(engine.device)
         print("ready", flush=True)
         for _ in sys.stdin:
             seconds = []
             for _ in range(TURN_STEPS):
                 started = time.perf_counter()
                 ours()
-                wait(engine.device)
+                wait_for(engine.device)
                 seconds.append(time.perf_counter() - started)
             print(json.dumps(seconds), flush=True)
 

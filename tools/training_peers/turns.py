@@ -7,22 +7,19 @@ from typing import Any
 
 import torch
 
+from iccld.runtime.peak_flops import wait_for
+
 NUM_WARMUP = 2
-
-
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def seconds_of(call: Callable[[], object], device: torch.device) -> float:
     """Wall time; of one thread on a CPU the processor's time, which knows nothing of what else the machine does."""
     alone = device.type == "cpu" and torch.get_num_threads() == 1
     clock = time.process_time if alone else time.perf_counter
-    wait(device)
+    wait_for(device)
     started = clock()
     call()
-    wait(device)
+    wait_for(device)
     return clock() - started
 
 
