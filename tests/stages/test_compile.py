@@ -85,7 +85,8 @@ def test_no_graph_is_made_after_warm_up(name: str, precision: Precision):
     exact, _ = train(STAGES[name](), compiled=False, precision=precision)
     losses, graphs = train(STAGES[name](), compiled=True, precision=precision)
     assert losses == pytest.approx(exact, rel=1e-5)
-    assert graphs[-1] == graphs[WARM_START] >= 3, graphs  # the module, and what is frozen
+    num_called = 2 if name == "adversarial" else 3  # the module and what is frozen; there, nothing is decoded
+    assert graphs[-1] == graphs[WARM_START] >= num_called, graphs
     assert not counters["graph_break"]
 
 
