@@ -22,6 +22,7 @@ from iccld.data.workers import hearing_deaths_within, initialize_worker, signals
 
 Batch = dict[str, MicroBatch]
 MIN_DRAWN = 1000
+BY_VALUE = ("valid", "numbers")  # few bytes: a shared tensor is fetched from its worker, which is at work on the next
 
 
 class TrainingStream:
@@ -77,6 +78,7 @@ class TrainingStream:
         loader = DataLoader(
             _MicroBatches(self.domains, self.layout, start_step),
             batch_size=None,
+            collate_fn=_as_it_is,  # by default, arrays become tensors
             num_workers=self.config.num_workers,
             worker_init_fn=initialize_worker,
             pin_memory=torch.cuda.is_available(),
@@ -90,6 +92,7 @@ class TrainingStream:
             self._transfers[delivery.worker] = delivery.transfers
             for name, micro_batch in delivery.batch.items():
                 self._judge(name, len(micro_batch["keys"]), micro_batch.pop("replaced"))
+                micro_batch |= {key: torch.from_numpy(micro_batch[key]) for key in BY_VALUE}
             yield delivery.batch
 
     def _judge(self, domain: str, num_samples: int, bad: list[tuple[str, str, str]]) -> None:
@@ -147,8 +150,15 @@ class _Delivery(NamedTuple):
     failure: str = ""
 
 
+def _as_it_is(delivery: _Delivery) -> _Delivery:
+    return delivery
+
+
 class _MicroBatches(IterableDataset):
-    """Worker w of N makes the micro-batches w, w + N, ..., whole; the loader hands them out in turn."""
+    """Worker w of N makes the micro-batches w, w + N, ..., whole; the loader hands them out in turn.
+
+    Their tensors `BY_VALUE` are arrays.
+    """
 
     def __init__(self, domains: dict[str, DomainStream], layout: BatchLayout, start_step: int) -> None:
         self.domains, self.layout, self.start_step = domains, layout, start_step
@@ -161,6 +171,8 @@ class _MicroBatches(IterableDataset):
             numbers = self.layout.numbers(*divmod(position, self.layout.num_accumulation))
             try:
                 batch = {name: domain.batch(numbers) for name, domain in self.domains.items()}
+                for micro_batch in batch.values():
+                    micro_batch |= {key: micro_batch[key].numpy() for key in BY_VALUE}
             except (ValueError, OSError) as error:
                 yield _Delivery({}, first, {}, failure=str(error) or repr(error))
                 return

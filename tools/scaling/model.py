@@ -12,6 +12,7 @@ MIB = 1 << 20
 FIRST_BUCKET, BUCKET = 1 * MIB, 25 * MIB  # DDP's
 ZERO_BUCKET = 40_000_000  # runtime/zero.py's, in fp32
 NUM_SMALL, SMALL = 2, 8  # messages of a few bytes a step: may we go on, and the losses' denominators
+ZERO_SMALL = [("all_reduce", SMALL)] * 3 + [("all_gather", SMALL)] * 2  # flags, norms and undecayed weights, as traced
 
 ASSUMPTIONS = (
     "A rank computes what the profile's slowest rank computes. Phases that work on samples grow with the samples that "
@@ -63,7 +64,7 @@ def bursts_of(engine: str, profile: Profile, num_accumulation: int) -> list[Burs
     if engine in ("zero1", "zero2"):
         units = [[("all_reduce", part)] for part in buckets(size, ZERO_BUCKET)]
         times = num_accumulation if engine == "zero2" else 1
-        return [agree, Burst("", times, units), Burst("", 1, [[("all_gather", size)]])]
+        return [agree, Burst("", times, units), Burst("", 1, [[("all_gather", size)], ZERO_SMALL])]
     parts = buckets(size, BUCKET)
     gathers = [[("all_gather", part)] for part in parts]
     both = [[("all_gather", part), ("reduce_scatter", part)] for part in parts]
