@@ -101,7 +101,7 @@ FREE_SETTINGS = (
     "data.max_bad_share", "engine.compile", "preemption.", "watchdog.", "preflight", "memory.",
     "stage1.trainer.micro_batch_size", "stage2.trainer.micro_batch_size", "stage1.trainer.checkpoint.",
     "stage2.trainer.checkpoint.", "stage1.trainer.evaluate_every", "stage2.trainer.evaluate_every",
-    "model.denoiser.activation_checkpointing",
+    "model.encoder.activation_checkpointing", "model.denoiser.activation_checkpointing",
 )  # fmt: skip
 
 

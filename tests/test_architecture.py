@@ -52,7 +52,7 @@ OWNERS = {
     "accelerate": {"runtime/engine.py"},
     "deepspeed": {"runtime/zero.py"},
     "wandb": {"runtime/metrics.py"},
-    "transformers": {"models/encoder.py"},
+    "transformers": {"models/backbone.py"},
     "hydra": {"config.py"},
     "omegaconf": {"config.py"},
     "kornia": {"uda/photometric.py"},

@@ -18,7 +18,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,9 +29,14 @@ from rich.table import Table
 from iccld.config import load_config
 from iccld.models.discriminator import Discriminator
 from iccld.models.iccld import ICCLD
+from iccld.programs.synthetic import synthetic_batch
 from iccld.runtime.engine import Engine, EngineConfig
 from iccld.runtime.engine_kind import EngineKind
+from iccld.runtime.peak_flops import wait_for
+from iccld.runtime.profiling import PhaseTimer
 from iccld.stages.adversarial import AdversarialConfig, AdversarialStage
+from iccld.trainer import TrainerConfig, attach
+from iccld.training_step import TrainingStep
 
 ROOT = Path(__file__).resolve().parents[1]
 ENGINES = ("ddp", "zero1", "zero2", "fsdp2")
@@ -52,18 +56,6 @@ def make_stage(num_params: float) -> AdversarialStage:
             discriminator = Discriminator(config=config.discriminator, in_channels=config.latent_channels)
             return AdversarialStage(ICCLD(config=config, num_classes=19), discriminator, AdversarialConfig(), seed=0)
     raise ValueError(f"--params: no denoiser has {num_params / 1e6:g} million; use fewer.")
-
-
-def random_batch(numbers: range, size: int) -> dict[str, Any]:
-    """A training batch of noise images `(B, 3, size, size)` and of labels in blocks."""
-    batch: dict[str, Any] = {}
-    for name in ("source", "target"):
-        generator = torch.Generator().manual_seed(len(name) + numbers.start)
-        shape = (len(numbers), 3, size, size)
-        images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
-        labels = images[:, 0, ::8, ::8].remainder(19).repeat_interleave(8, 1).repeat_interleave(8, 2)
-        batch[name] = {"images": images, "labels": labels, "numbers": torch.tensor(list(numbers))}
-    return batch
 
 
 class Memory:
@@ -100,60 +92,34 @@ def measure(num_params: float, *, num_steps: int, batch_size: int, size: int) ->
         if engine.kind in (EngineKind.zero1, EngineKind.zero2):
             importlib.import_module("iccld.runtime.zero")  # the library itself is no part of the memory
         memory = Memory(engine.device)
-        stage = make_stage(num_params)
-        engine.attach(
-            stage.module,
-            stage.param_groups(),
-            micro_batch_size=batch_size // engine.world_size,
-            num_accumulation=1,
-            replicated=stage.replicated(),
-        )
+        stage, local = make_stage(num_params), batch_size // engine.world_size
         stage.model.to(engine.device)
-        for average, methods in stage.averages().items():
-            engine.backend.shard(average.to(engine.device), methods=methods)
-        stage.start()
-        times, averaging, sent, start_peak = [], [], [], 0
+        stage.teacher.module.to(engine.device)
+        attach(stage, engine, TrainerConfig(global_batch_size=batch_size, micro_batch_size=local))
+        config = load_config([f"data.crop_size=[{size},{size}]"])
+        timer, sent, start_peak = PhaseTimer(engine.device), [], 0
+        train = TrainingStep(stage, engine, timer)
         for step in range(num_steps + 1):
-            written, start = _bytes_written(), time.perf_counter()
-            _train_step(engine, stage, step, batch_size=batch_size, size=size)
-            middle = time.perf_counter()
+            first = step * batch_size + engine.rank * local
+            (batch,) = engine.prefetch(iter([synthetic_batch(config, range(first, first + local))]))
+            written = _bytes_written()
+            train([batch], step)
+            timer.end_step()
+            wait_for(engine.device)
             sent.append(_bytes_written() - written)
-            stage.after_step(step)
-            _wait(engine)
-            averaging.append(time.perf_counter() - middle)
-            times.append(time.perf_counter() - start)
             if step == 0:
                 start_peak = memory.take_peak()
+        steps = timer.take()[1:]
         own = {
             "peak_bytes": memory.take_peak(),
             "start_peak_bytes": start_peak,
             "sent_bytes": statistics.median(sent[1:]),
-            "step_s": statistics.median(times[1:]),
-            "ema_over_step": statistics.median(e / s for e, s in zip(averaging[1:], times[1:], strict=True)),
+            "step_s": statistics.median(step["total"] for step in steps),
+            "ema_over_step": statistics.median(step["average"] / step["total"] for step in steps),
         }
         ranks = engine.gather_objects(own)
         count = sum(math.prod(p.shape) for p in stage.module.parameters())
         return {"num_params": count, "device": engine.device.type, "ranks": ranks}
-
-
-def _train_step(engine: Engine, stage: AdversarialStage, step: int, *, batch_size: int, size: int) -> None:
-    local = batch_size // engine.world_size
-    first = step * batch_size + engine.rank * local
-    with torch.no_grad():
-        batch = random_batch(range(first, first + local), size)
-        for domain in batch.values():
-            domain.update({name: domain[name].to(engine.device) for name in ("images", "labels")})
-        inputs = stage.prepare(batch, step)
-    with engine.micro_batch(is_last=True):
-        losses = engine.module(inputs).losses
-        engine.backward(torch.stack(list(losses.values())).sum())
-    engine.step()
-    _wait(engine)
-
-
-def _wait(engine: Engine) -> None:
-    if engine.device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def launch(engine: str, arguments: argparse.Namespace) -> dict[str, Any]:

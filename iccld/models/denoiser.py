@@ -83,6 +83,7 @@ class Denoiser(nn.Module):
     """
 
     alpha_bar: Tensor
+    can_recompute = True
 
     def __init__(self, *, config: DenoiserConfig, latent_channels: int, condition_channels: int) -> None:
         super().__init__()

@@ -1,9 +1,8 @@
-"""E: image to latent and multi-scale features, over any backbone of `transformers` (the only file that imports it).
+"""E: image to latent and multi-scale features, over any backbone of `transformers`.
 
 `B H W` images, `C` latent channels; strides 4, 8, 16, 32 of the features, 8 of the latent.
 """
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Self
@@ -12,16 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
-from transformers.utils.logging import disable_progress_bar
 
+from iccld.models.backbone import KNOWN_TYPES, make_backbone, recompute_layers, refuse_missing
 from iccld.models.blocks import FEATURE_STRIDES, LATENT_STRIDE, FeatureFusion, conv_block
 
-logger = logging.getLogger(__name__)
-disable_progress_bar()  # of weights that load in milliseconds, once a rank
-
 COARSEST = FEATURE_STRIDES[-1]
-KNOWN_TYPES = "segformer, convnextv2, swin, mobilenet_v2, dinov2, dinov3_vit"
 FORWARD_OPTIONS = {
     # Swin's maps of a stage before it is shrunk. Without always_partition one small image would shrink the module's
     # windows for good, so that later outputs depend on earlier inputs.
@@ -35,6 +29,7 @@ class EncoderConfig:
 
     `backbone_config` is a transformers config with its `model_type`; `image_mean` and `image_std` are of RGB in [0, 1]
     and belong to the backbone (ImageNet's here; MobileNetV2 wants 0.5). `width`: channels of the latent head.
+    `activation_checkpointing`: recompute the backbone's layers in the backward pass.
     """
 
     pretrained: str = ""
@@ -42,6 +37,7 @@ class EncoderConfig:
     image_mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
     image_std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
     width: int = 256
+    activation_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         for name in ("image_mean", "image_std"):
@@ -66,13 +62,15 @@ class Encoder(nn.Module):
 
     def __init__(self, *, config: EncoderConfig, latent_channels: int) -> None:
         super().__init__()
-        self.backbone, missing = _make_backbone(config)
+        self.backbone, missing = make_backbone(config.pretrained, config.backbone_config)
         self.train()  # before anything passes the backbone, or BatchNorm would take it for data
         self.options = FORWARD_OPTIONS.get(self.backbone.config.model_type, {})
         self.register_buffer("image_mean", torch.tensor(config.image_mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("image_std", torch.tensor(config.image_std).view(1, 3, 1, 1), persistent=False)
         self.taps, self.feature_channels = self._choose_taps()
-        _refuse_missing(config, sorted(missing - self._freeze_unused()))
+        refuse_missing(config.pretrained, sorted(missing - self._freeze_unused()))
+        if config.activation_checkpointing:
+            recompute_layers(self.backbone)
         self.fusion = FeatureFusion(feature_channels=self.feature_channels, out_channels=config.width)
         self.latent_head = nn.Sequential(
             conv_block(config.width, config.width), nn.Conv2d(config.width, latent_channels, 1)
@@ -146,6 +144,10 @@ class Encoder(nn.Module):
             taps.append(max(i for i, s in enumerate(strides) if s == finer))
         return tuple(taps), tuple(states[tap].shape[1] for tap in taps)
 
+    @property
+    def can_recompute(self) -> bool:
+        return self.backbone.supports_gradient_checkpointing
+
     def _freeze_unused(self) -> set[str]:
         """Freeze the backbone's BatchNorm and whatever no feature depends on; returns the latter's names.
 
@@ -161,58 +163,6 @@ class Encoder(nn.Module):
         for name in unused:
             trainable[name].requires_grad_(False)
         return unused
-
-
-def _make_backbone(config: EncoderConfig) -> tuple[PreTrainedModel, set[str]]:
-    """The backbone in float32 without any dropout, and the names of weights that `pretrained` should have had."""
-    if bool(config.pretrained) == bool(config.backbone_config):
-        raise ValueError(
-            f"model.encoder.pretrained={config.pretrained!r} and backbone_config={config.backbone_config}: "
-            f"set exactly one, a hub id or folder with weights, or a transformers config to build without weights."
-        )
-    if not config.pretrained:
-        return AutoModel.from_config(_config_from_dict(config.backbone_config), dtype=torch.float32), set()
-    try:
-        backbone_config = _without_randomness(AutoConfig.from_pretrained(config.pretrained))
-        model, report = AutoModel.from_pretrained(
-            config.pretrained, config=backbone_config, dtype=torch.float32, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"model.encoder.pretrained={config.pretrained!r} cannot be loaded: {error} Give the hub id of a published "
-            f"backbone ({KNOWN_TYPES}) and network access, or a folder with its config.json and model.safetensors."
-        ) from error
-    if report["unexpected_keys"]:
-        logger.warning("%s: left out weights of %s", config.pretrained, sorted(report["unexpected_keys"]))
-    return model.float(), set(report["missing_keys"])
-
-
-def _config_from_dict(values: dict[str, Any]) -> PreTrainedConfig:
-    fields = dict(values)
-    try:
-        return _without_randomness(AutoConfig.for_model(fields.pop("model_type"), **fields))
-    except KeyError:
-        raise ValueError(f"model.encoder.backbone_config={values} needs a model_type: one of {KNOWN_TYPES}.") from None
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"model.encoder.backbone_config={values} is no transformers config: {error}") from error
-
-
-def _without_randomness(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Dropout, drop-path and DINOv3's jittered positions draw from the global generator; no draw may."""
-    for name, value in config.to_dict().items():
-        if "drop" in name and isinstance(value, (int, float)) and not isinstance(value, bool):
-            setattr(config, name, 0.0)
-        if name in ("pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale"):
-            setattr(config, name, None)
-    return config
-
-
-def _refuse_missing(config: EncoderConfig, missing: list[str]) -> None:
-    if missing:
-        raise ValueError(
-            f"model.encoder.pretrained={config.pretrained!r} lacks {len(missing)} of the backbone's weights "
-            f"({', '.join(missing[:3])}, ...); they would stay random. Give the whole backbone's folder or hub id."
-        )
 
 
 def _leaves(outputs: Sequence[Tensor]) -> set[int]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
-from iccld.config import Config, StageName
+from iccld.config import Config
 from iccld.runtime.checkpoint import CheckpointStore
 from iccld.runtime.engine import Engine, EngineKind
 from iccld.runtime.memory import OutOfMemory, Parts, is_out_of_memory, record_history, training_parts, write_snapshot
@@ -46,7 +46,7 @@ def explained_out_of_memory(
         if engine.world_size > 1:
             watchdog.refusal.claim()
         message = _leave_word(error, parts_held(stage, engine), Path(config.run_dir), watchdog, engine)
-        found = remedies(stage.name, plan, config, engine, phase=watchdog.phase_now)
+        found = remedies(stage, plan, config, engine, phase=watchdog.phase_now)
         message += f"; set {'; or '.join(found)}"
         if engine.world_size > 1:
             watchdog.refusal.refuse(message)
@@ -73,7 +73,7 @@ def parts_held(stage: Stage, engine: Engine) -> Parts:
     return {**trained, "averages": stage.state_dict(), "frozen weights": dict(frozen.values())}
 
 
-def remedies(name: str, plan: TrainerConfig, config: Config, engine: Engine, *, phase: str) -> Iterator[str]:
+def remedies(stage: Stage, plan: TrainerConfig, config: Config, engine: Engine, *, phase: str) -> Iterator[str]:
     """Settings that need less memory, those first that change least."""
     if phase == "evaluate":
         yield "evaluation.batch_size=1; or evaluation.sliding_window=true; or a smaller evaluation.image_size"
@@ -81,11 +81,12 @@ def remedies(name: str, plan: TrainerConfig, config: Config, engine: Engine, *, 
     of_rank, now = plan.global_batch_size // engine.world_size, plan.chosen_micro_batch_size
     if smaller := max((size for size in range(1, now) if of_rank % size == 0), default=0):
         yield (
-            f"{name}.trainer.micro_batch_size={smaller} (accumulation {of_rank // now} -> {of_rank // smaller}, the "
-            f"global batch stays {plan.global_batch_size}) or auto"
+            f"{stage.name}.trainer.micro_batch_size={smaller} (accumulation {of_rank // now} -> {of_rank // smaller}, "
+            f"the global batch stays {plan.global_batch_size}) or auto"
         )
-    if name == StageName.stage2.value and not config.model.denoiser.activation_checkpointing:
-        yield "model.denoiser.activation_checkpointing=true"
+    for part, module in stage.module.named_children():
+        if getattr(module, "can_recompute", False) and not getattr(config.model, part).activation_checkpointing:
+            yield f"model.{part}.activation_checkpointing=true"
     if engine.accelerator.mixed_precision == "no":
         yield "engine.precision=bf16"
     if engine.kind is not EngineKind.fsdp2:

@@ -24,9 +24,9 @@ def synthetic_batch(config: Config, numbers: Sequence[int]) -> dict[str, Any]:
         size = (len(numbers), -(-height // BLOCK), -(-width // BLOCK))
         blocks = torch.randint(num_classes, size, generator=generator, dtype=torch.uint8)
         labels = blocks.repeat_interleave(BLOCK, 1).repeat_interleave(BLOCK, 2)[:, :height, :width].contiguous()
-        shape = (len(numbers), 3, height, width)
+        shape = (len(numbers), height, width, 3)
         batch[domain] = {
-            "images": torch.randint(256, shape, generator=generator, dtype=torch.uint8),
+            "images": torch.randint(256, shape, generator=generator, dtype=torch.uint8).permute(0, 3, 1, 2),
             "labels": labels,
             "valid": torch.ones(len(numbers), height, 1, dtype=torch.bool),
             "keys": [str(number) for number in numbers],

@@ -158,12 +158,13 @@ def _validate(stage: Stage, config: Config, engine: Engine, give_up: Callable[[]
 
 def _about(stage: Stage, config: Config, stream: TrainingStream) -> Mapping[str, Any]:
     resolved = to_dict(config)
-    model = {part: value for part, value in resolved["model"].items() if part != "denoiser"}
-    denoiser = {key: value for key, value in resolved["model"]["denoiser"].items() if key != "activation_checkpointing"}
+    model = dict(resolved["model"])
+    for part in ("encoder", "denoiser"):
+        model[part] = {key: value for key, value in model[part].items() if key != "activation_checkpointing"}
     return {
         "version": __version__,
         "stage": stage.name,
-        "model": model | {"denoiser": denoiser},
+        "model": model,
         "data": stream.fingerprints(),
         "origin": handed_over(config)[1].model_sha256 if stage.name == "stage2" else config.initial_model,
         "rebuilding_config": stage.models()["student"].rebuilding_config(),

@@ -47,6 +47,7 @@ def test_one_rank_that_is_out_of_memory_ends_both_with_one_message(scene_shards:
     assert re.match(where + r"asked for [\d.]+ (MiB|KiB|bytes)", message), message
     assert "optimiser moments 3.0 MiB" in message and "activations and the rest" in message
     assert "stage1.trainer.micro_batch_size=2 (accumulation 2 -> 4, the global batch stays 16)" in message
+    assert "model.encoder.activation_checkpointing=true" in message
     snapshot = json.loads((run_dir / "profile/out_of_memory_rank_00001.json").read_text())
     sizes = [tensor["bytes"] for tensor in snapshot["tensors"]]
     assert sizes == sorted(sizes, reverse=True)
@@ -56,7 +57,7 @@ def test_one_rank_that_is_out_of_memory_ends_both_with_one_message(scene_shards:
     (event,) = [event for event in events(run_dir) if event["event"] == "out_of_memory"]
     assert event["rank"] == 1 and event["parts"] == snapshot["parts"]
     assert verify(run_dir / "stage1/checkpoints/step_00000002").step == 2
-    advice = ["stage1.trainer.micro_batch_size=2"]
+    advice = ["stage1.trainer.micro_batch_size=2", "model.encoder.activation_checkpointing=true"]
     assert statuses([*settings, *advice], tmp_path / "again", 2) == [0, 0], "the advice is taken, and the run goes on"
 
 

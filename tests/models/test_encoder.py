@@ -1,5 +1,7 @@
 """The encoder over every backbone family: shapes, alignment, gradients, no randomness."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -133,3 +135,25 @@ def test_bf16_autocast_runs():
         latent = encoder(random_images(1, 3, 32, 32)).latent
     latent.float().sum().backward()
     assert bool(torch.isfinite(latent).all()) and not without_gradient(encoder)
+
+
+@every_backbone
+def test_activation_checkpointing_keeps_less_and_changes_no_output_and_no_gradient(backbone: str):
+    config, images = encoder_config(backbone), random_images(2, 3, 64, 64)
+    if backbone in ("convnextv2", "mobilenet_v2"):
+        with pytest.raises(ValueError, match=rf"encoder\.activation_checkpointing=true: .*'{backbone}' cannot"):
+            Encoder(config=replace(config, activation_checkpointing=True), latent_channels=4)
+        return
+    found = []
+    for recomputed in (False, True):
+        torch.manual_seed(0)
+        encoder = Encoder(config=replace(config, activation_checkpointing=recomputed), latent_channels=4)
+        kept: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x.numel()) or x, lambda x: x):
+            latent, features = encoder(images)
+        torch.stack([x.square().mean() for x in (latent, *features)]).sum().backward()
+        gradients = {name: p.grad for name, p in encoder.named_parameters() if p.grad is not None}
+        found.append((sum(kept), latent, features, gradients))
+    plain, saving = found
+    assert saving[0] < 0.8 * plain[0]
+    torch.testing.assert_close(saving[1:], plain[1:], rtol=0, atol=0)

@@ -25,7 +25,8 @@ def test_bf16_trains_both_stages_with_fp32_weights(scene_shards: Path, tmp_path:
 
 def test_activation_checkpointing_changes_no_loss(scene_shards: Path, tmp_path: Path):
     exact = losses(scene_shards, tmp_path / "plain")
-    recomputed = losses(scene_shards, tmp_path / "recomputed", "model.denoiser.activation_checkpointing=true")
+    settings = [f"model.{part}.activation_checkpointing=true" for part in ("encoder", "denoiser")]
+    recomputed = losses(scene_shards, tmp_path / "recomputed", *settings)
     assert recomputed == pytest.approx(exact, rel=1e-6)
 
 

@@ -11,9 +11,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from bench_engines import make_stage, random_batch
+from bench_engines import make_stage
 from scaling.links import time_collectives
 
+from iccld.config import load_config
+from iccld.programs.synthetic import synthetic_batch
 from iccld.runtime.engine import Engine, EngineConfig
 from iccld.stages.adversarial import AdversarialStage
 
@@ -24,7 +26,8 @@ class Rank:
     """`batch_size` samples of `size` pixels a rank and step, in one micro-batch."""
 
     def __init__(self, engine: Engine, stage: AdversarialStage, *, batch_size: int, size: int) -> None:
-        self.engine, self.stage, self.batch_size, self.size = engine, stage, batch_size, size
+        self.engine, self.stage, self.batch_size = engine, stage, batch_size
+        self.config = load_config([f"data.crop_size=[{size},{size}]"])
         engine.attach(
             stage.module,
             stage.param_groups(),
@@ -45,7 +48,7 @@ class Rank:
         with self._phase("agree"):
             self.engine.any(False)
         with self._phase("prepare"), torch.no_grad():
-            batch = random_batch(range(first, first + self.batch_size), self.size)
+            batch = synthetic_batch(self.config, range(first, first + self.batch_size))
             inputs = self.stage.prepare(batch, number)
             self.engine.sum_values(inputs.denominators)
         with self.engine.micro_batch(is_last=True):

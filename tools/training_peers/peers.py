@@ -16,6 +16,7 @@ from iccld.labels import IGNORE_INDEX
 from iccld.losses import domain_confusion, domain_cross_entropy, noise_mse, weighted_cross_entropy
 from iccld.models.blocks import LATENT_STRIDE
 from iccld.models.latent import latent_pair
+from iccld.runtime.prefetch import map_tensors
 from iccld.stages.adversarial import AdversarialStage
 from iccld.stages.segmentation import SegmentationStage
 from iccld.uda.classmix import class_mask, paste
@@ -26,10 +27,6 @@ from iccld.uda.pseudo_labels import pseudo_labels
 def new_accelerator() -> Accelerator:
     """Its precision is that of the engine made before it in this process."""
     return Accelerator(cpu=not torch.cuda.is_available())
-
-
-def on_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    return {name: {key: tensor.to(device) for key, tensor in domain.items()} for name, domain in batch.items()}
 
 
 class AdversarialDraws(NamedTuple):
@@ -53,7 +50,7 @@ class TwoOptimisers:
         self.model, self.config, self.step = stage.model, stage.config, 0
         self.average = stage.teacher.module
         self.accelerator = new_accelerator()
-        self.batch = on_device(batch, self.accelerator.device)
+        self.batch = map_tensors(batch, lambda tensor: tensor.to(self.accelerator.device))
         *denoising, discriminating = stage.param_groups()
         self.denoiser, self.denoiser_optimizer = self.accelerator.prepare(
             stage.module.denoiser, torch.optim.AdamW(denoising)
@@ -149,7 +146,7 @@ class DAFormerOrder:
         self.config, self.step = stage.config, 0
         self.student, self.teacher = stage.model, stage.teacher.module.train()
         self.accelerator = new_accelerator()
-        self.batch = on_device(batch, self.accelerator.device)
+        self.batch = map_tensors(batch, lambda tensor: tensor.to(self.accelerator.device))
         self.optimizer = self.accelerator.prepare(torch.optim.AdamW(stage.param_groups()))
         self.segmenter = Segmenter(stage) if is_fp32 else self.accelerator.prepare(Segmenter(stage))
 

@@ -8,6 +8,7 @@ import torch
 from iccld.config import Config, load_config
 from iccld.models.discriminator import Discriminator
 from iccld.models.iccld import ICCLD
+from iccld.programs.synthetic import synthetic_batch
 from iccld.runtime.engine import Engine
 from iccld.runtime.profiling import PhaseTimer
 from iccld.stages.adversarial import AdversarialStage
@@ -57,7 +58,7 @@ SIZES = {
         crop=128,
         batch_size=2,
         rounds=9,
-        ranks_batch_size=8,
+        ranks_batch_size=32,  # as many pixels as in the published 2 crops of 512 x 512
         steps=40,
         scenes=64,
     ),
@@ -74,7 +75,7 @@ SIZES = {
 
 
 def config_of(size: Size, *overrides: str) -> Config:
-    return load_config([*size.model, *overrides])
+    return load_config([*size.model, f"data.crop_size=[{size.crop},{size.crop}]", *overrides])
 
 
 def make_stage(name: str, config: Config, device: torch.device) -> Stage:
@@ -89,21 +90,8 @@ def make_stage(name: str, config: Config, device: torch.device) -> Stage:
 
 
 def random_batch(size: Size, *, first: int = 0) -> dict[str, Any]:
-    """A training batch as the stream gives it, on the host, of noise images and of labels in blocks."""
-    batch: dict[str, Any] = {}
-    generator = torch.Generator().manual_seed(first)
-    for name in ("source", "target"):
-        shape = (size.batch_size, 3, size.crop, size.crop)
-        images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
-        images = images.contiguous(memory_format=torch.channels_last)
-        labels = images[:, 0, ::8, ::8].remainder(NUM_CLASSES).repeat_interleave(8, 1).repeat_interleave(8, 2)
-        batch[name] = {
-            "images": images,
-            "labels": labels,
-            "valid": torch.ones(size.batch_size, size.crop, 1, dtype=torch.bool),
-            "numbers": torch.arange(first, first + size.batch_size),
-        }
-    return batch
+    """A training batch as the stream gives it, on the host."""
+    return synthetic_batch(config_of(size), range(first, first + size.batch_size))
 
 
 class Ours:

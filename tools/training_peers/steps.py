@@ -19,6 +19,12 @@ NUM_TIMED = 500  # empty steps
 PEERS: dict[str, Any] = {"stage1": DAFormerOrder, "stage2": TwoOptimisers}
 
 
+def bf16_where_fast(device: torch.device) -> Precision:
+    """bf16 on GPUs and on processors with instructions for it; elsewhere it is slower than fp32."""
+    is_fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return Precision.bf16 if is_fast else Precision.fp32
+
+
 def compare_steps(
     name: str,
     size: Size,

@@ -1,0 +1,77 @@
+"""A backbone of `transformers`, built or loaded; nothing in it draws. The only file that imports the library."""
+
+import logging
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
+
+logger = logging.getLogger(__name__)
+disable_progress_bar()  # of weights that load in milliseconds, once a rank
+
+KNOWN_TYPES = "segformer, convnextv2, swin, mobilenet_v2, dinov2, dinov3_vit"
+
+
+def make_backbone(pretrained: str, backbone_config: dict[str, Any]) -> tuple[PreTrainedModel, set[str]]:
+    """The backbone in float32 without any dropout, and the names of weights that `pretrained` should have had."""
+    if bool(pretrained) == bool(backbone_config):
+        raise ValueError(
+            f"model.encoder.pretrained={pretrained!r} and backbone_config={backbone_config}: "
+            f"set exactly one, a hub id or folder with weights, or a transformers config to build without weights."
+        )
+    if not pretrained:
+        return AutoModel.from_config(_config_from_dict(backbone_config), dtype=torch.float32), set()
+    try:
+        config = _without_randomness(AutoConfig.from_pretrained(pretrained))
+        model, report = AutoModel.from_pretrained(
+            pretrained, config=config, dtype=torch.float32, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"model.encoder.pretrained={pretrained!r} cannot be loaded: {error} Give the hub id of a published "
+            f"backbone ({KNOWN_TYPES}) and network access, or a folder with its config.json and model.safetensors."
+        ) from error
+    if report["unexpected_keys"]:
+        logger.warning("%s: left out weights of %s", pretrained, sorted(report["unexpected_keys"]))
+    return model.float(), set(report["missing_keys"])
+
+
+def _config_from_dict(values: dict[str, Any]) -> PreTrainedConfig:
+    fields = dict(values)
+    try:
+        return _without_randomness(AutoConfig.for_model(fields.pop("model_type"), **fields))
+    except KeyError:
+        raise ValueError(f"model.encoder.backbone_config={values} needs a model_type: one of {KNOWN_TYPES}.") from None
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"model.encoder.backbone_config={values} is no transformers config: {error}") from error
+
+
+def _without_randomness(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Dropout, drop-path and DINOv3's jittered positions draw from the global generator; no draw may."""
+    for name, value in config.to_dict().items():
+        if "drop" in name and isinstance(value, (int, float)) and not isinstance(value, bool):
+            setattr(config, name, 0.0)
+        if name in ("pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale"):
+            setattr(config, name, None)
+    return config
+
+
+def refuse_missing(pretrained: str, missing: list[str]) -> None:
+    """Raises ValueError where there are any: names of weights."""
+    if missing:
+        raise ValueError(
+            f"model.encoder.pretrained={pretrained!r} lacks {len(missing)} of the backbone's weights "
+            f"({', '.join(missing[:3])}, ...); they would stay random. Give the whole backbone's folder or hub id."
+        )
+
+
+def recompute_layers(backbone: PreTrainedModel) -> None:
+    """In the backward pass of a backbone that trains. Raises ValueError where it cannot."""
+    if not backbone.supports_gradient_checkpointing:
+        raise ValueError(
+            f"model.encoder.activation_checkpointing=true: a backbone of type {backbone.config.model_type!r} cannot "
+            f"recompute its layers; set it to false."
+        )
+    enable = getattr(backbone, "activation_checkpointing_enable", None) or backbone.gradient_checkpointing_enable
+    enable({"use_reentrant": False, "preserve_rng_state": False})  # no layer draws, so there is no state to save
