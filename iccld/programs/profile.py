@@ -91,7 +91,7 @@ def profile_stage(
     plan = with_micro_batch_size(name.value, trials)
     plan = replace(plan, num_steps=max(plan.num_steps, options.num_all))
     stage = build()
-    flops = flops_per_sample(stage, config)
+    flops = flops_per_sample(stage, config, plan.num_steps - 1)
     work = work_by_part(stage, config, plan.chosen_micro_batch_size)
     memory.restart_peak(engine.device)
     with explained_out_of_memory(stage, plan, own, engine, watchdog=watchdog):

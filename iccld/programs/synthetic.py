@@ -5,9 +5,8 @@ from typing import Any
 
 import torch
 
-from iccld.config import Config, StageName
+from iccld.config import Config
 from iccld.data.config import BatchLayout
-from iccld.programs.checks import plan_of
 from iccld.runtime.flops import StepFlops, count_step
 from iccld.stages.base import Stage
 
@@ -48,7 +47,6 @@ def synthetic_batches(config: Config, layout: BatchLayout, start_step: int) -> I
         position += 1
 
 
-def flops_per_sample(stage: Stage, config: Config) -> StepFlops:
-    """Of a step late in the stage, when nothing is left out. Call it before an engine shards the stage."""
-    step = plan_of(StageName(stage.name), config).num_steps - 1
+def flops_per_sample(stage: Stage, config: Config, step: int) -> StepFlops:
+    """Of that step. Call it before an engine shards the stage."""
     return count_step(stage, synthetic_batch(config, [0]), step)

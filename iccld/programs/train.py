@@ -138,14 +138,16 @@ def _metrics(stage: Stage, config: Config, engine: Engine) -> MetricsLogger:
     )
 
 
-def _flops(stage: Stage, config: Config, engine: Engine) -> float:
-    """Of a sample; 0 where they cannot be counted, which ends no training."""
+def _flops(stage: Stage, config: Config, engine: Engine) -> Callable[[int], float]:
+    """Of a sample in a step: fewer in a warm start. 0 where they cannot be counted, which ends no training."""
+    begin = config.stage1.objective.warm_start_steps if stage.name == StageName.stage1.value else 0
     try:
-        return flops_per_sample(stage, config).total
+        counts = {step: flops_per_sample(stage, config, step).total for step in {0, begin}}
     except (ValueError, RuntimeError, NotImplementedError) as error:  # a backbone with an operation that has no rule
         if engine.is_main:
             print(f"{stage.name}: no FLOPs and no MFU: {str(error).splitlines()[0]}", flush=True)
-        return 0.0
+        return lambda step: 0.0
+    return lambda step: counts[0 if step < begin else begin]
 
 
 def _validate(stage: Stage, config: Config, engine: Engine, give_up: Callable[[], bool]) -> dict[str, float]:

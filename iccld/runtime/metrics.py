@@ -4,8 +4,9 @@ import json
 import math
 import secrets
 import socket
+import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -50,8 +51,8 @@ class MetricsLogger:
     """Collects a stage's losses without waiting for the device; `flush` reduces, checks and writes them.
 
     `sum_values` sums named tensors over the ranks, `gather` collects an object of each; every rank must record and
-    flush the same steps. `flops`: a sample's floating-point operations; `peak_flops`: a rank's a second (0: unknown);
-    `names_slow_rank`: a rank's seconds tell its own work from what it waits for others.
+    flush the same steps. `flops`: floating-point operations of a sample in a step; `peak_flops`: a rank's a second (0:
+    unknown); `names_slow_rank`: a rank's seconds tell its own work from what it waits for others.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class MetricsLogger:
         world_size: int,
         sum_values: Callable[[Mapping[str, Tensor]], dict[str, Tensor]],
         gather: Callable[[Any], list[Any]] = lambda value: [value],
-        flops: float = 0.0,
+        flops: Callable[[int], float] = lambda step: 0.0,
         peak_flops: float = 0.0,
         names_slow_rank: bool = True,
     ) -> None:
@@ -154,23 +155,24 @@ class MetricsLogger:
         entry |= {f"loss/{name}": value for name, value in last.items()}
         entry |= {name: total / count for name, (total, count) in pairs.items() if count}
         entry |= self._totals(counters or {}, device=next(iter(flat.values())).device)
-        entry |= self._rates(take_timings(), flat, steps[-1] + 1, global_batch_size)
+        entry |= self._rates(take_timings(), flat, steps, global_batch_size)
         self.write(entry)
         if self.is_main:
             print(_terminal_line(entry, num_steps), flush=True)
 
     def _rates(
-        self, timed: list[Seconds], losses: Mapping[str, Tensor], step: int, global_batch_size: int
+        self, timed: list[Seconds], losses: Mapping[str, Tensor], steps: Sequence[int], global_batch_size: int
     ) -> dict[str, Any]:
-        """How fast the ranks were in the steps up to `step`; rank 0's seconds also go into events.jsonl."""
+        """How fast the ranks were in the steps; rank 0's seconds also go into events.jsonl."""
         device = next(iter(losses.values())).device
         own = RankSeconds(socket.gethostname(), summed(timed), peak_memory(device))
         ranks = self._gather(own)
         if not timed:
             return {}
         seconds = {name: round(value, 3) for name, value in own.seconds.items()}
-        self.event("progress", step=step, num_steps=len(timed), seconds=seconds)
-        facts = {"global_batch_size": global_batch_size, "flops": self.flops, "peak_flops": self.peak_flops}
+        self.event("progress", step=steps[-1] + 1, num_steps=len(timed), seconds=seconds)
+        flops = statistics.fmean(map(self.flops, steps))
+        facts = {"global_batch_size": global_batch_size, "flops": flops, "peak_flops": self.peak_flops}
         slow = slowest(ranks, len(timed)) if self.names_slow_rank and len(ranks) > 1 else {}
         return rates(ranks, len(timed), **facts) | slow
 

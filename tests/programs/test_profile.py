@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from iccld.cli import main
-from iccld.config import load_config
+from iccld.config import StageName, load_config
 from iccld.data.config import BatchLayout
 from iccld.data.stream import TrainingStream
-from iccld.programs.synthetic import synthetic_batch, synthetic_batches
+from iccld.programs.building import build_stage
+from iccld.programs.synthetic import flops_per_sample, synthetic_batch, synthetic_batches
 from iccld.runtime.profiling import OUTSIDE, PHASES
 from tests.factory import scene_overrides
 from tests.faults.ranks import Ranks
@@ -97,3 +98,16 @@ def test_batches_without_data_are_shaped_as_the_stream_s(scene_shards: Path, tmp
 def test_too_few_steps_are_refused(option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["profile", option, "model=tiny", f"run_dir={tmp_path / 'run'}"]) == 2
     assert option.partition("=")[0] in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_a_training_counts_the_arithmetic_of_each_step(scene_shards: Path, tmp_path: Path):
+    """A warm start leaves out the teacher and the mixed images."""
+    settings = ["stages=[stage1]", "stage1.trainer.num_steps=4", "stage1.objective.warm_start_steps=2"]
+    assert main(["train", *scene_overrides(scene_shards, tmp_path), "data.validation.shards=", *settings]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    counts = [line["flops_per_s_per_rank"] / line["samples_per_s"] for line in lines]
+    config = load_config([*scene_overrides(scene_shards, tmp_path), *settings])
+    stage = build_stage(StageName.stage1, config, torch.device("cpu"))
+    early, late = (flops_per_sample(stage, config, step).total for step in (0, 3))
+    assert early < 0.6 * late
+    assert counts == pytest.approx([early, early, late, late])
