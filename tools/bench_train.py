@@ -6,24 +6,28 @@
     python tools/bench_train.py --check FILE --against JSON          the same of an earlier --json
 
 1 denoiser   forward and backward pass against diffusers' UNet2DModel of as many parameters
-2 steps      stage 2 against a loop with two optimisers, stage 1 against DAFormer's order of work, on equal modules;
-             DAFormer's is fp32, ours bf16 where the device computes in it; and once more at equal precision
+2 steps      stage 2 against a loop with two optimisers, stage 1 against DAFormer's order of work, on equal modules,
+             in bf16 where the device computes in it; DAFormer's in fp32, as it is, and once more at equal precision
 3 scaling    two ranks over twice one rank at one batch a rank; and over two processes that exchange nothing
 3 data       the share of a step that real runs wait for batches from shards (less is better)
 4 attention  xformers against SDPA (needs CUDA)
 5 device     samples a second, MFU and peak memory of both stages, eager and compiled (needs CUDA)
 
-Contenders take turns; a figure is the median of the rounds' ratios. On a CPU, 1 and 2 have one thread (--threads) and
+Each comparison has a process of its own, as a run has; in it contenders take turns, and a figure is the median of the
+rounds' ratios. On a CPU, 1 and 2 have one thread (--threads) and
 count the processor's time, 3 has a thread a rank and counts wall time. E and D of stage 2 have random weights.
 """
 
 import argparse
 import json
+import multiprocessing
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -75,11 +79,13 @@ def measure(chosen: argparse.Namespace) -> Found:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     given = {"rounds": chosen.rounds, "batch_size": chosen.batch_size}
     size = replace(SIZES[chosen.size], **{key: value for key, value in given.items() if value})
+    afresh = partial(in_own_process, chosen.threads if device.type == "cpu" else 0)
     if "denoiser" in chosen.parts:
         for kind in ("", "_compiled") if chosen.compiled else ("",):
-            yield f"denoiser_over_diffusers{kind}", compare_denoisers(size, device, compiled=bool(kind))
+            found = afresh(compare_denoisers, size, device, compiled=bool(kind))
+            yield f"denoiser_over_diffusers{kind}", found
     if "steps" in chosen.parts:
-        yield from measure_steps(size, device)
+        yield from measure_steps(size, device, afresh)
     if "scaling" in chosen.parts:
         found = weak_scaling("stage2", chosen.size)
         yield "weak_scaling_2", found
@@ -87,26 +93,38 @@ def measure(chosen: argparse.Namespace) -> Found:
     if "data" in chosen.parts:
         yield "data_wait", data_wait(size)
     if "attention" in chosen.parts:
-        yield "xformers_over_sdpa", attention_figures(size, device)
+        yield "xformers_over_sdpa", afresh(attention_figures, size, device)
     if "device" in chosen.parts and device.type == "cuda":
         for name in STAGES:
-            for kind, found in measure_stage(name, size, Precision.bf16).items():
+            for kind, found in afresh(measure_stage, name, size, Precision.bf16).items():
                 yield f"{name}_{kind}", found
 
 
-def measure_steps(size: Size, device: torch.device) -> Found:
-    precision = Precision.bf16 if device.type == "cuda" else Precision.fp32
-    yield "stage2_over_two_optimisers", compare_steps("stage2", size, precision)
-    yield "stage2_over_two_optimisers_mask", compare_steps("stage2", size, precision, *MASK_READING)
-    stage1 = compare_steps("stage1", size, bf16_where_fast(device), is_fp32=True)
+def measure_steps(size: Size, device: torch.device, afresh: Callable[..., dict[str, Any]]) -> Found:
+    precision = bf16_where_fast(device)
+    yield "stage2_over_two_optimisers", afresh(compare_steps, "stage2", size, precision)
+    yield "stage2_over_two_optimisers_mask", afresh(compare_steps, "stage2", size, precision, *MASK_READING)
+    stage1 = afresh(compare_steps, "stage1", size, precision, is_fp32=True)
     yield "stage1_over_daformer_order", stage1
-    yield "timing_share", timing_share(stage1["ours_s"], device)
-    yield "stage1_over_daformer_order_equal_precision", compare_steps("stage1", size, precision)
+    yield "timing_share", afresh(timing_share, stage1["ours_s"], device)
+    yield "stage1_over_daformer_order_equal_precision", afresh(compare_steps, "stage1", size, precision)
+
+
+def in_own_process(num_threads: int, function: Callable[..., dict[str, Any]], *given: Any, **options: Any) -> Any:
+    """The function's result. A comparison must not find the memory as the one before it left it: whether the allocator
+    returns memory to the system, and what then costs page faults, depends on all that was allocated before.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, initializer=_begin, initargs=(num_threads,)) as pool:
+        return pool.submit(function, *given, **options).result()
+
+
+def _begin(num_threads: int) -> None:
+    if num_threads:
+        torch.set_num_threads(num_threads)
 
 
 def run(chosen: argparse.Namespace) -> dict[str, Any]:
-    if not torch.cuda.is_available():
-        torch.set_num_threads(chosen.threads)
     details = {}
     for name, found in measure(chosen):
         details[name] = found

@@ -59,7 +59,7 @@ SIZES = {
         batch_size=2,
         rounds=9,
         ranks_batch_size=32,  # as many pixels as in the published 2 crops of 512 x 512
-        steps=40,
+        steps=120,
         scenes=64,
     ),
     "gpu": Size(
