@@ -154,6 +154,8 @@ def test_an_earlier_run_can_be_checked(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_the_toy_runs_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    for name, value in bench_train.KEPT_MEMORY.items():
+        monkeypatch.setenv(name, value)  # and taken back after it
     command = ["bench_train", "--size", "toy", "--no-compiled", "--parts", "denoiser", "steps", "attention"]
     monkeypatch.setattr(sys, "argv", [*command, "--json", str(tmp_path / "figures.json")])
     assert bench_train.main() == 0
