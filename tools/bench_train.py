@@ -13,19 +13,16 @@
 4 attention  xformers against SDPA (needs CUDA)
 5 device     samples a second, MFU and peak memory of both stages, eager and compiled (needs CUDA)
 
-Each comparison has a process of its own, as a run has; in it contenders take turns, and a figure is the median of the
-rounds' ratios. On a CPU, 1 and 2 have one thread (--threads) and
+Each comparison has a process of its own, as a run has, which keeps freed memory, as on a GPU; in it contenders take
+turns, and a figure is the median of the rounds' ratios. On a CPU, 1 and 2 have one thread (--threads) and
 count the processor's time, 3 has a thread a rank and counts wall time. E and D of stage 2 have random weights.
 """
 
 import argparse
 import json
-import multiprocessing
-import os
 import platform
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -40,7 +37,7 @@ from rich.table import Table
 from training_peers.attention import attention_figures
 from training_peers.denoisers import compare_denoisers
 from training_peers.guard import GOALS, is_met, regressions, unmeasured
-from training_peers.processes import data_wait, weak_scaling
+from training_peers.processes import data_wait, in_own_process, weak_scaling
 from training_peers.sizes import SIZES, STAGES, Size
 from training_peers.steps import bf16_where_fast, compare_steps, measure_stage, timing_share
 
@@ -49,9 +46,6 @@ from iccld.runtime.engine import Precision
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("denoiser", "steps", "scaling", "data", "attention", "device")
 MASK_READING = ("model.latent=mask", "model.latent_channels=4")
-# Freed memory is kept, as on a GPU. By default glibc gives back what lies at its end, and the page faults when it is
-# taken again were 8 to 17 % of a step, more or less by luck: quartiles of a process were close, processes differed.
-KEPT_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(10**11), "MALLOC_MMAP_THRESHOLD_": str(10**11)}
 Found = Iterator[tuple[str, dict[str, Any]]]
 
 
@@ -111,24 +105,12 @@ def measure_steps(size: Size, device: torch.device, afresh: Callable[..., dict[s
     stage1 = afresh(compare_steps, "stage1", size, precision, is_fp32=True)
     yield "stage1_over_daformer_order", stage1
     yield "timing_share", afresh(timing_share, stage1["ours_s"], device)
-    yield "stage1_over_daformer_order_equal_precision", afresh(compare_steps, "stage1", size, precision)
-
-
-def in_own_process(num_threads: int, function: Callable[..., dict[str, Any]], *given: Any, **options: Any) -> Any:
-    """The function's result, of a process that begins with no memory of the comparison before it."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context, initializer=_begin, initargs=(num_threads,)) as pool:
-        return pool.submit(function, *given, **options).result()
-
-
-def _begin(num_threads: int) -> None:
-    if num_threads:
-        torch.set_num_threads(num_threads)
+    if precision is not Precision.fp32:
+        yield "stage1_over_daformer_order_equal_precision", afresh(compare_steps, "stage1", size, precision)
 
 
 def run(chosen: argparse.Namespace) -> dict[str, Any]:
     details = {}
-    os.environ.update(KEPT_MEMORY)  # of the processes that measure
     for name, found in measure(chosen):
         details[name] = found
         print(f"{name}: {found.get('skipped') or round(found.get('ratio', 0.0), 5) or 'measured'}", flush=True)
@@ -149,6 +131,7 @@ def about(chosen: argparse.Namespace) -> dict[str, Any]:
         "size": chosen.size,
         "device_type": "cuda" if has_cuda else "cpu",
         "device": torch.cuda.get_device_name() if has_cuda else platform.machine(),
+        "precision": bf16_where_fast(torch.device("cuda" if has_cuda else "cpu")).name,  # of whole steps
         "threads": torch.get_num_threads() if has_cuda else chosen.threads,
     }
 

@@ -27,7 +27,7 @@ def signals_held() -> Iterator[None]:
 
 
 def initialize_worker(worker_id: int) -> None:
-    """Prepares a loader worker (the `worker_init_fn` of its loader).
+    """Prepares a loader worker (the `worker_init_fn` of its loader): one thread, quick to hand over, deaf to signals.
 
     A scheduler signals every process of a job. If workers took SIGUSR1 or SIGTERM the default way, they would die and
     take the training process with them before it has saved; if they kept its handlers, they would act as it does.

@@ -23,7 +23,7 @@ class DenoiserConfig:
     attention_levels: list[int] = field(default_factory=lambda: [1, 2])  # the middle always has attention
     head_dim: int = 64
     attention: AttentionBackend = AttentionBackend.sdpa
-    activation_checkpointing: bool | int = False
+    activation_checkpointing: bool | int = field(default=False, metadata={"of_training": True})
     """Recompute blocks in the backward pass: all of them, or those of so many of the finest levels."""
 
     def __post_init__(self) -> None:
@@ -83,7 +83,7 @@ class Denoiser(nn.Module):
     """
 
     alpha_bar: Tensor
-    can_recompute = True
+    can_recompute = True  # as the encoder says it
 
     def __init__(self, *, config: DenoiserConfig, latent_channels: int, condition_channels: int) -> None:
         super().__init__()

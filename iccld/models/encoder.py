@@ -37,7 +37,7 @@ class EncoderConfig:
     image_mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
     image_std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
     width: int = 256
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool = field(default=False, metadata={"of_training": True})
 
     def __post_init__(self) -> None:
         for name in ("image_mean", "image_std"):
@@ -146,6 +146,7 @@ class Encoder(nn.Module):
 
     @property
     def can_recompute(self) -> bool:
+        """Whether `activation_checkpointing` can be set."""
         return self.backbone.supports_gradient_checkpointing
 
     def _freeze_unused(self) -> set[str]:

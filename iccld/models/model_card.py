@@ -97,17 +97,22 @@ def to_plain(value: Any) -> Any:
 
 
 def build(cls: type[T], values: dict[str, Any], *, where: str) -> T:
-    """The dataclass that `to_plain` came from. Unknown and missing keys and wrong types are errors naming `where`."""
+    """The dataclass that `to_plain` came from. Unknown and missing keys and wrong types are errors naming `where`.
+
+    A field whose metadata say `of_training` is no part of what is described, and may be missing.
+    """
     known = typing.get_type_hints(cls)
     fields: dict[str, Any] = {f.name: known[f.name] for f in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
     wrong = {f"unknown {key}" for key in values.keys() - fields.keys()}
-    wrong |= {f"missing {key}" for key in fields.keys() - values.keys()}
+    needed = {f.name for f in dataclasses.fields(cls) if not f.metadata.get("of_training")}  # pyright: ignore[reportArgumentType]
+    wrong |= {f"missing {key}" for key in needed - values.keys()}
     if wrong:
         raise ValueError(
             f"{where}: {cls.__name__} has {', '.join(sorted(wrong))}; the file was edited, or written by another "
             f"version of iccld. Export the model again with this version."
         )
-    parsed = {name: _parse(hint, values[name], where=f"{where}: {name}") for name, hint in fields.items()}
+    given = {name: hint for name, hint in fields.items() if name in values}
+    parsed = {name: _parse(hint, values[name], where=f"{where}: {name}") for name, hint in given.items()}
     try:
         return cls(**parsed)
     except ValueError as error:

@@ -114,7 +114,7 @@ def with_micro_batch_size(stage_name: str, trials: Trials) -> TrainerConfig:
     plan, engine, run_dir = trials.plan, trials.engine, Path(trials.config.run_dir)
     if plan.micro_batch_size != AUTO:
         return plan
-    before = engine.gather_objects(_number_before(run_dir / stage_name, plan, engine))[0]  # as rank 0 sees it
+    before = engine.gather_objects(_number_before(run_dir / stage_name, plan, trials))[0]  # as rank 0 sees it
     size, how = (before, "as before") if before else _choose(trials)
     plan = replace(plan, micro_batch_size=size)
     if engine.is_main:
@@ -125,13 +125,17 @@ def with_micro_batch_size(stage_name: str, trials: Trials) -> TrainerConfig:
     return plan
 
 
-def _number_before(folder: Path, plan: TrainerConfig, engine: Engine) -> int:
+def _number_before(folder: Path, plan: TrainerConfig, trials: Trials) -> int:
     """That of the newest checkpoint, if it was made as this run goes on; else 0."""
+    engine, model = trials.engine, trials.config.model
     with contextlib.suppress(OSError, CheckpointError):
         name = (folder / "checkpoints" / "latest").read_text().strip()
-        layout = read_manifest(folder / "checkpoints" / name)["layout"]
-        now = (engine.kind.value, engine.world_size, engine.config.precision.name)
-        if (layout["engine"], layout["world_size"], layout["precision"]) == now:
+        manifest = read_manifest(folder / "checkpoints" / name)
+        layout, parts = manifest["layout"], manifest["config"]["model"]
+        kept = [parts[part].get("activation_checkpointing", False) for part in ("encoder", "denoiser")]
+        now = [model.encoder.activation_checkpointing, model.denoiser.activation_checkpointing]
+        now += [engine.kind.value, engine.world_size, engine.config.precision.name]
+        if [*kept, layout["engine"], layout["world_size"], layout["precision"]] == now:
             return plan.global_batch_size // (engine.world_size * layout["num_accumulation"])
     return 0
 

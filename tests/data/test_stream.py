@@ -90,8 +90,11 @@ def test_micro_batches_come_in_order(folders: dict[str, str]) -> None:
     assert numbers == [[26, 27], [30, 31], [34, 35], [38, 39], [42, 43], [46, 47]]
 
 
-def test_only_images_and_labels_are_fetched_from_a_worker(folders: dict[str, str]) -> None:
+def test_only_images_and_labels_are_fetched_from_a_worker(
+    folders: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each fetch waits for a thread of the worker, and the step for the fetch."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # there, a thread copies them to pinned memory
     (batch,) = micro_batches(config(folders, num_workers=1), layout(), 0, 1)
     tensors = {(name, key): t for name, part in batch.items() for key, t in part.items() if isinstance(t, torch.Tensor)}
     shared = {name for name, tensor in tensors.items() if tensor.is_shared()}

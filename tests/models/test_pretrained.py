@@ -127,6 +127,16 @@ def test_weights_that_do_not_fit_are_named(damage: str, tmp_path: Path):
         ICCLD.from_pretrained(tmp_path)
 
 
+def test_a_card_may_lack_what_only_training_asks_for(tmp_path: Path):
+    """As those do that an earlier version wrote."""
+    path = save(trained_model(), tmp_path) / "config.json"
+    card = json.loads(path.read_text())
+    for part in ("encoder", "denoiser"):
+        del card["model"][part]["activation_checkpointing"]
+    path.write_text(json.dumps(card))
+    assert not ICCLD.from_pretrained(tmp_path).config.encoder.activation_checkpointing
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [

@@ -51,6 +51,13 @@ def test_another_number_of_ranks_chooses_again(scene_shards: Path, tmp_path: Pat
     assert [event["chosen"] for event in choices(tmp_path / "run")] == [2, 4]
 
 
+def test_other_activation_checkpointing_chooses_again(scene_shards: Path, tmp_path: Path) -> None:
+    auto = [*overrides(scene_shards, tmp_path / "run"), "stage1.trainer.micro_batch_size=auto", "stages=[stage1]"]
+    saving = "model.encoder.activation_checkpointing=true"
+    run_jobs([{"overrides": [*auto, saving], "stop_at": STOP}, {"overrides": auto}], num_processes=1)
+    assert [event["how"] == "as before" for event in choices(tmp_path / "run")] == [False, False]
+
+
 def test_a_smaller_limit_gives_a_smaller_number_that_trains(scene_shards: Path, tmp_path: Path) -> None:
     """The limit is of the process's addresses; set by hand, the largest number meets it."""
 

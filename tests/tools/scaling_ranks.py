@@ -18,6 +18,7 @@ from iccld.config import load_config
 from iccld.programs.synthetic import synthetic_batch
 from iccld.runtime.engine import Engine, EngineConfig
 from iccld.stages.adversarial import AdversarialStage
+from iccld.trainer import TrainerConfig, attach
 
 LINK_SIZES = tuple(1 << n for n in (12, 16, 20, 22, 24, 25))
 
@@ -28,16 +29,9 @@ class Rank:
     def __init__(self, engine: Engine, stage: AdversarialStage, *, batch_size: int, size: int) -> None:
         self.engine, self.stage, self.batch_size = engine, stage, batch_size
         self.config = load_config([f"data.crop_size=[{size},{size}]"])
-        engine.attach(
-            stage.module,
-            stage.param_groups(),
-            micro_batch_size=batch_size,
-            num_accumulation=1,
-            replicated=stage.replicated(),
+        attach(
+            stage, engine, TrainerConfig(global_batch_size=batch_size * engine.world_size, micro_batch_size=batch_size)
         )
-        for average, methods in stage.averages().items():
-            engine.backend.shard(average, methods=methods)
-        stage.start()
         self.seconds: dict[str, float] = {}
 
     def step(self, number: int) -> dict[str, Any]:

@@ -154,14 +154,13 @@ def test_an_earlier_run_can_be_checked(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_the_toy_runs_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    for name, value in bench_train.KEPT_MEMORY.items():
-        monkeypatch.setenv(name, value)  # and taken back after it
     command = ["bench_train", "--size", "toy", "--no-compiled", "--parts", "denoiser", "steps", "attention"]
     monkeypatch.setattr(sys, "argv", [*command, "--json", str(tmp_path / "figures.json")])
     assert bench_train.main() == 0
     figures = json.loads((tmp_path / "figures.json").read_text())
     for name in ("denoiser_over_diffusers", "stage2_over_two_optimisers", "stage1_over_daformer_order"):
         assert figures[name] > 0 and figures["details"][name]["ours_s"] > 0
+    assert ("stage1_over_daformer_order_equal_precision" in figures) == (figures["precision"] == "bf16")
     assert figures["versions"]["torch"] and figures["command"].endswith("figures.json")
     printed = " ".join(capsys.readouterr().out.split())
     assert "goal" in printed

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scaling.links import PASSES, Cost, Network, Took, fit, nominal, summary
-from scaling.model import MIB, Failures, accumulation, buckets, exposed, predict
+from scaling.model import MIB, NUM_SMALL, ZERO_BUCKET, Failures, accumulation, buckets, exposed, predict
 from scaling.profile import ENGINES, NORMAL, Profile, log_spread, read_profile, slowest
 
 ROOT = Path(__file__).parents[2]
@@ -96,6 +96,16 @@ def test_engines_send_what_their_collectives_do(num_ranks: int) -> None:
     assert sent["ddp"] == pytest.approx(2 * (num_ranks - 1) / num_ranks * BARE.gradient_bytes, rel=1e-6)
     assert sent["fsdp2"] / sent["ddp"] == pytest.approx(1.5, rel=1e-6)
     assert sent["zero1"] / sent["ddp"] == pytest.approx(1.5, rel=1e-6)
+
+
+def test_zero_waits_for_small_messages() -> None:
+    """Three small sums and two small gathers more than DDP, whose buckets are two; each turn of a ring costs alpha."""
+    over_alpha = {}
+    for engine in ("ddp", "zero1"):
+        steps = [predict(BARE, engine, network(1e9, alpha_us=us), 2).step_s for us in (0, 1000)]
+        over_alpha[engine] = 1000 * (steps[1] - steps[0])
+    sums, gathers = 3 + math.ceil(BARE.gradient_bytes / ZERO_BUCKET), 2 + 1
+    assert over_alpha["zero1"] == pytest.approx(2 * (NUM_SMALL + sums) + gathers, rel=1e-3)
 
 
 def test_more_micro_batches_gather_more_but_average_once() -> None:

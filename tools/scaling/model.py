@@ -26,7 +26,7 @@ ASSUMPTIONS = (
     "the part of a collective that keeps the core busy.",
     "ZeRO, as the engine sets DeepSpeed up, all-reduces (ZeRO-2: in each micro-batch) and gathers weights after the "
     "update, nothing of it beside computing: 1.5 times DDP's bytes, where the paper (Rajbhandari et al., SC 2020) "
-    "has 1.",
+    "has 1; and five small messages of flags, norms and small groups.",
     "FSDP2 gathers weights twice in each micro-batch and reduce-scatters gradients in the last: 1.5 times DDP's bytes, "
     "in units of 25 MiB, on a GPU beside computing, on a CPU alone (Zhao et al., PyTorch FSDP, VLDB 2023). In stage 1 "
     "it gathers the teacher too.",

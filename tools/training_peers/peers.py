@@ -4,6 +4,7 @@ Both peers take the stage's modules, its parameter groups and its objective, and
 they stand for. They draw from torch's global generator on the device.
 """
 
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -134,7 +135,7 @@ class MixingDraws(NamedTuple):
 
 class DAFormerOrder:
     """Stage 1 in the order of DAFormer's `forward_train`: the average moves, parameter by parameter; the source passes
-    forward and backward; the teacher, in train mode and fp32, labels the target; the mixed images pass forward and
+    forward and backward; the teacher, in train mode, labels the target; the mixed images pass forward and
     backward; AdamW steps. Each loss is read for the log where it arises.
 
     Its average lags a step behind ours, so only the first step gives equal weights. Images are augmented in batch, as
@@ -142,13 +143,14 @@ class DAFormerOrder:
     """
 
     def __init__(self, stage: SegmentationStage, batch: dict[str, Any], *, is_fp32: bool = False) -> None:
-        """`is_fp32`: DAFormer's own precision, whatever ours is; else the student's is the engine's."""
+        """`is_fp32`: DAFormer's own precision, whatever ours is; else student and teacher have the engine's."""
         self.config, self.step = stage.config, 0
         self.student, self.teacher = stage.model, stage.teacher.module.train()
         self.accelerator = new_accelerator()
         self.batch = map_tensors(batch, lambda tensor: tensor.to(self.accelerator.device))
         self.optimizer = self.accelerator.prepare(torch.optim.AdamW(stage.param_groups()))
         self.segmenter = Segmenter(stage) if is_fp32 else self.accelerator.prepare(Segmenter(stage))
+        self.autocast = nullcontext if is_fp32 else self.accelerator.autocast
 
     def draw(self) -> MixingDraws:
         images = self.batch["target"]["images"]
@@ -164,7 +166,7 @@ class DAFormerOrder:
         source, target = (self.batch[name]["images"].float() / 255 for name in ("source", "target"))
         labels = self.batch["source"]["labels"]
         self._learn(source, labels, None)
-        with torch.no_grad():
+        with torch.no_grad(), self.autocast():
             pseudo = pseudo_labels(
                 self.teacher.segment(target),
                 threshold=self.config.confidence_threshold,

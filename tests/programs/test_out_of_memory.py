@@ -1,0 +1,38 @@
+"""What an out-of-memory message says to set: only what is not set yet, and what the model can do."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from iccld.config import StageName, load_config
+from iccld.programs.building import fresh_stage
+from iccld.programs.checks import plan_of
+from iccld.programs.out_of_memory import remedies
+from iccld.runtime.engine import Engine, EngineConfig
+
+CONVNEXT = (
+    "model.encoder.pretrained=",
+    "model.encoder.backbone_config={model_type: convnextv2, depths: [1, 1, 1, 1], hidden_sizes: [8, 16, 24, 32]}",
+)
+
+
+@pytest.mark.parametrize(
+    ("stage", "settings", "part"),
+    [
+        (StageName.stage1, [], "encoder"),
+        (StageName.stage1, ["model.encoder.activation_checkpointing=true"], ""),
+        (StageName.stage1, CONVNEXT, ""),
+        (StageName.stage2, [], "denoiser"),
+        (StageName.stage2, ["model.denoiser.activation_checkpointing=1"], ""),
+    ],
+)
+def test_activation_checkpointing_is_named_where_it_helps(stage: StageName, settings: Any, part: str) -> None:
+    config = load_config(["model=tiny", *settings])
+    with Engine(EngineConfig()) as engine:
+        made = fresh_stage(stage, config, torch.device("cpu"))
+        found = list(remedies(made, plan_of(stage, config), config, engine, phase="forward"))
+    assert [text for text in found if "checkpointing" in text] == (
+        [f"model.{part}.activation_checkpointing=true"] if part else []
+    )
+    assert "engine.precision=bf16" in found
