@@ -1,6 +1,5 @@
 """One domain's samples by their number: read, cropped, mapped to classes, and put together to micro-batches."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import get_worker_info
 
 from iccld import rng
 from iccld.data.augment import Crop, apply_crop, draw_crop, source_merit, valid_rows
@@ -76,14 +74,6 @@ def relabel(train_ids: np.ndarray, table: np.ndarray) -> np.ndarray:
     return np.frombuffer(mapped, np.uint8).reshape(train_ids.shape)
 
 
-def _allocate(*shape: int) -> Tensor:
-    """An uint8 tensor; in a loader worker in shared memory at once, where the loader would copy it to."""
-    if get_worker_info() is None:
-        return torch.empty(shape, dtype=torch.uint8)
-    shared = torch.UntypedStorage._new_shared(math.prod(shape))  # as torch's own collating does
-    return torch.empty(0, dtype=torch.uint8).set_(shared).resize_(shape)
-
-
 def _copy(window: np.ndarray, out: Tensor, *, flip: bool) -> None:
     """Copies an `(H, W, ...)` window, mirrored left to right or not; torch mirrors several times faster than NumPy."""
     pixels = torch.from_numpy(window)
@@ -116,8 +106,8 @@ class DomainStream:
         Besides, `replaced` lists the (key, shard, what was wrong) of every sample that was replaced.
         """
         height, width = self.view.crop_size
-        images = _allocate(len(numbers), height, width, 3)
-        labels = _allocate(len(numbers), height, width)
+        images = torch.empty(len(numbers), height, width, 3, dtype=torch.uint8)
+        labels = torch.empty(len(numbers), height, width, dtype=torch.uint8)
         valid = torch.empty(len(numbers), height, 1, dtype=torch.bool)
         bad: list[BadSample] = []
         draws = [self.order[n] for n in numbers]

@@ -15,14 +15,13 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from iccld.data.config import BatchLayout, DataConfig
 from iccld.data.decode import DECODE_ERRORS, decode_image
-from iccld.data.domain import DomainStream, MicroBatch, View, decode_train_ids, relabel
+from iccld.data.domain import DomainStream, View, decode_train_ids, relabel
 from iccld.data.parts import Part, domain_order, open_parts
 from iccld.data.processes import say
+from iccld.data.shared_batch import Batch, Packed, pack, unpack
 from iccld.data.workers import hearing_deaths_within, initialize_worker, signals_held
 
-Batch = dict[str, MicroBatch]
 MIN_DRAWN = 1000
-BY_VALUE = ("valid", "numbers")  # few bytes: a shared tensor is fetched from its worker, which is at work on the next
 
 
 class TrainingStream:
@@ -78,7 +77,6 @@ class TrainingStream:
         loader = DataLoader(
             _MicroBatches(self.domains, self.layout, start_step),
             batch_size=None,
-            collate_fn=_as_it_is,  # by default, arrays become tensors
             num_workers=self.config.num_workers,
             worker_init_fn=initialize_worker,
             pin_memory=torch.cuda.is_available(),
@@ -90,10 +88,10 @@ class TrainingStream:
             if delivery.failure:
                 raise ValueError(delivery.failure)
             self._transfers[delivery.worker] = delivery.transfers
-            for name, micro_batch in delivery.batch.items():
+            batch = unpack(delivery.packed)
+            for name, micro_batch in batch.items():
                 self._judge(name, len(micro_batch["keys"]), micro_batch.pop("replaced"))
-                micro_batch |= {key: torch.from_numpy(micro_batch[key]) for key in BY_VALUE}
-            yield delivery.batch
+            yield batch
 
     def _judge(self, domain: str, num_samples: int, bad: list[tuple[str, str, str]]) -> None:
         """Counts the samples of a micro-batch, reports bad ones once, and ends the run if there are too many."""
@@ -144,21 +142,14 @@ class _Delivery(NamedTuple):
     A worker's exception would arrive as a traceback.
     """
 
-    batch: Batch
+    packed: Packed
     worker: int
     transfers: dict[str, int]
     failure: str = ""
 
 
-def _as_it_is(delivery: Any) -> Any:
-    return delivery
-
-
 class _MicroBatches(IterableDataset):
-    """Worker w of N makes the micro-batches w, w + N, ..., whole; the loader hands them out in turn.
-
-    Their tensors `BY_VALUE` are arrays.
-    """
+    """Worker w of N makes the micro-batches w, w + N, ..., whole; the loader hands them out in turn."""
 
     def __init__(self, domains: dict[str, DomainStream], layout: BatchLayout, start_step: int) -> None:
         self.domains, self.layout, self.start_step = domains, layout, start_step
@@ -170,17 +161,17 @@ class _MicroBatches(IterableDataset):
         for position in itertools.count(self.start_step * self.layout.num_accumulation + first, stride):
             numbers = self.layout.numbers(*divmod(position, self.layout.num_accumulation))
             try:
-                batch = {name: domain.batch(numbers) for name, domain in self.domains.items()}
-                for micro_batch in batch.values():
-                    micro_batch |= {key: micro_batch[key].numpy() for key in BY_VALUE}
+                packed = pack({name: domain.batch(numbers) for name, domain in self.domains.items()})
             except (ValueError, OSError) as error:
-                yield _Delivery({}, first, {}, failure=str(error) or repr(error))
+                yield _Delivery(pack({}), first, {}, failure=str(error) or repr(error))
                 return
             except MemoryError:
-                yield _Delivery({}, first, {}, failure="a batch does not fit in memory; set a smaller micro-batch.")
+                yield _Delivery(
+                    pack({}), first, {}, failure="a batch does not fit in memory; set a smaller micro-batch."
+                )
                 return
             transfers = {name: count - before[name] for name, count in self._transfers().items()}
-            yield _Delivery(batch, first, transfers)
+            yield _Delivery(packed, first, transfers)
 
     def _transfers(self) -> dict[str, int]:
         """Of all storages and caches, since this process began."""

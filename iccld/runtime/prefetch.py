@@ -18,8 +18,8 @@ def prefetch(
 ) -> Iterator[Any]:
     """The batches in their order, their tensors on `device` but those `ON_HOST`; the host waits for no copy.
 
-    On CUDA, one batch is taken ahead of the one handed out; large tensors should come from pinned memory, others are
-    put there first. What goes wrong while it is taken is raised when its turn comes. `copying` is around each copy.
+    On CUDA, one batch is taken ahead of the one handed out, and tensors should come from pinned memory. What goes
+    wrong while it is taken is raised when its turn comes. `copying` is around each copy.
     """
     if device.type != "cuda":
         yield from batches
@@ -29,7 +29,7 @@ def prefetch(
     def copy(batch: Any) -> tuple[Any, Any]:
         with torch.cuda.stream(stream):
             with copying():
-                copied = map_tensors(batch, lambda tensor: tensor.pin_memory().to(device, non_blocking=True))
+                copied = map_tensors(batch, lambda tensor: tensor.to(device, non_blocking=True))
             return copied, stream.record_event()
 
     def keep(tensor: Tensor) -> None:

@@ -1,5 +1,6 @@
 """Ranks as a scheduler starts them: plain processes, each with its place in the environment, and no agent over them."""
 
+import contextlib
 import json
 import os
 import signal
@@ -11,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+import psutil
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,7 +38,7 @@ class Ranks:
         common = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
         common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num_ranks)}
         common |= {"FAULT": json.dumps(fault or {}), "LOCAL_RANK": "0", "PYTHONUNBUFFERED": "1"}
-        common |= environment or {}
+        common |= {"PYTHONFAULTHANDLER": "1", **(environment or {})}
         self.processes = []
         for rank, log in enumerate(self.logs):
             environment = common | {"RANK": str(rank), "SLURMD_NODENAME": f"n{rank}"}
@@ -50,8 +53,8 @@ class Ranks:
     def until(self, condition: Callable[[], bool], timeout_s: float = 240) -> None:
         limit = time.monotonic() + timeout_s
         while not condition():
-            alive = any(process.poll() is None for process in self.processes)
-            assert alive and time.monotonic() < limit, self.log()[-6000:]
+            if time.monotonic() > limit or all(process.poll() is not None for process in self.processes):
+                raise AssertionError(self._what_they_do())
             time.sleep(0.02)
 
     def until_said(self, words: str, timeout_s: float = 240) -> None:
@@ -67,7 +70,17 @@ class Ranks:
         try:
             return [process.wait(max(limit - time.monotonic(), 0.1)) for process in self.processes]
         except subprocess.TimeoutExpired:
-            raise AssertionError(self.log()[-6000:]) from None
+            raise AssertionError(self._what_they_do()) from None
+
+    def _what_they_do(self) -> str:
+        """Their statuses, their logs, and the stacks of those that live and of their loader workers."""
+        statuses = [process.poll() for process in self.processes]
+        living = [psutil.Process(process.pid) for process in self.processes if process.poll() is None]
+        for process in [*(child for parent in living for child in parent.children(recursive=True)), *living]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGABRT)  # faulthandler writes the stacks
+        psutil.wait_procs(living, timeout=10)
+        return f"statuses {statuses}\n{self.log()[-20000:]}"
 
     def __enter__(self) -> Self:
         return self

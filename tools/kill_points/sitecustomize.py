@@ -41,16 +41,18 @@ def _hook(kind: str, event: str, pattern: str, number: int, who: str) -> Callabl
 def _kill(kind: str, who: str) -> None:
     with Path(os.environ["KILL_DRILL_LOG"]).open("a") as log:
         log.write(f"{kind}\n")
-    if who == "launch":
+    if who == "launch" and os.getppid() == _started_by:  # else another rank killed it, and init's children are others
         import psutil
 
-        launcher = psutil.Process(os.getppid())
+        launcher = psutil.Process(_started_by)
         others = [launcher, *launcher.children(recursive=True)]
         for process in others:
             if process.pid != os.getpid():
                 process.kill()
     os.kill(os.getpid(), signal.SIGKILL)
 
+
+_started_by = os.getppid()
 
 if "RANK" in os.environ and "KILL_DRILL_POINT" in os.environ:
     _kind, _event, _pattern, _number, _who = os.environ["KILL_DRILL_POINT"].split(" ")

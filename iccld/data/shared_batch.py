@@ -1,0 +1,63 @@
+"""A batch's tensors side by side in one piece of memory, since each piece is fetched from a worker that is busy."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import get_worker_info
+
+ALIGNMENT = 64  # bytes
+
+Batch = dict[str, dict[str, Any]]
+
+
+class Place(NamedTuple):
+    """Where a tensor's bytes begin, and how they are read."""
+
+    begin: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    def view(self, memory: Tensor) -> Tensor:
+        length = torch.Size(self.shape).numel() * self.dtype.itemsize
+        return memory[self.begin :][:length].view(self.dtype).as_strided(self.shape, self.stride)
+
+
+class Packed(NamedTuple):
+    """A batch with a `Place` in `memory`, (N,) uint8, for each of its tensors."""
+
+    batch: Batch
+    memory: Tensor
+
+
+def pack(batch: Batch) -> Packed:
+    """The batch, its dense tensors copied to memory of their own, which in a loader worker is shared."""
+    size = 0
+    places: Batch = {name: {} for name in batch}
+    for name, part in batch.items():
+        for key, value in part.items():
+            if isinstance(value, Tensor):
+                places[name][key] = Place(size, value.dtype, tuple(value.shape), value.stride())
+                size += -(-value.nbytes // ALIGNMENT) * ALIGNMENT
+    memory = _allocate(size)
+    for name, part in places.items():
+        for key, place in part.items():
+            place.view(memory).copy_(batch[name][key])
+    return Packed({name: part | places[name] for name, part in batch.items()}, memory)
+
+
+def unpack(packed: Packed) -> Batch:
+    """The batch that was packed; its tensors are views of the memory."""
+    return {
+        name: {key: value.view(packed.memory) if isinstance(value, Place) else value for key, value in part.items()}
+        for name, part in packed.batch.items()
+    }
+
+
+def _allocate(size: int) -> Tensor:
+    """(size,) uint8; in a loader worker in shared memory at once, where the loader would copy it to."""
+    if get_worker_info() is None:
+        return torch.empty(size, dtype=torch.uint8)
+    shared = torch.UntypedStorage._new_shared(size)  # as torch's own collating does
+    return torch.empty(0, dtype=torch.uint8).set_(shared)
