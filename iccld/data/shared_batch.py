@@ -1,5 +1,6 @@
 """A batch's tensors side by side in one piece of memory, since each piece is fetched from a worker that is busy."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,8 +17,8 @@ class Place(NamedTuple):
 
     begin: int
     dtype: torch.dtype
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
+    shape: Sequence[int]  # the loader makes a list of a tuple
+    stride: Sequence[int]
 
     def view(self, memory: Tensor) -> Tensor:
         length = torch.Size(self.shape).numel() * self.dtype.itemsize
@@ -32,7 +33,7 @@ class Packed(NamedTuple):
 
 
 def pack(batch: Batch) -> Packed:
-    """The batch, its dense tensors copied to memory of their own, which in a loader worker is shared."""
+    """The batch, its tensors (which must be dense) copied into one new memory, shared in a loader worker."""
     size = 0
     places: Batch = {name: {} for name in batch}
     for name, part in batch.items():

@@ -91,6 +91,7 @@ class TrainingStream:
             batch = unpack(delivery.packed)
             for name, micro_batch in batch.items():
                 self._judge(name, len(micro_batch["keys"]), micro_batch.pop("replaced"))
+                micro_batch["numbers"] = micro_batch["numbers"].clone()  # the host keeps them, and not all the memory
             yield batch
 
     def _judge(self, domain: str, num_samples: int, bad: list[tuple[str, str, str]]) -> None:

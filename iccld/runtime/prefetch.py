@@ -16,10 +16,10 @@ def prefetch(
     *,
     copying: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Iterator[Any]:
-    """The batches in their order, their tensors on `device` but those `ON_HOST`; the host waits for no copy.
+    """The batches in their order, their tensors on `device` but those `ON_HOST`.
 
-    On CUDA, one batch is taken ahead of the one handed out, and tensors should come from pinned memory. What goes
-    wrong while it is taken is raised when its turn comes. `copying` is around each copy.
+    On CUDA, one batch is taken ahead of the one handed out, and the host waits for no copy from pinned memory. What
+    goes wrong while it is taken is raised when its turn comes. `copying` is around each copy.
     """
     if device.type != "cuda":
         yield from batches

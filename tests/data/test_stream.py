@@ -90,11 +90,14 @@ def test_micro_batches_come_in_order(folders: dict[str, str]) -> None:
     assert numbers == [[26, 27], [30, 31], [34, 35], [38, 39], [42, 43], [46, 47]]
 
 
-def test_a_batch_is_fetched_from_its_worker_at_once(folders: dict[str, str]) -> None:
+def test_a_batch_comes_from_its_worker_in_one_piece(folders: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Each fetch waits for a thread of the worker, and the step for the fetch."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # there, a thread copies it to pinned memory
     (batch,) = micro_batches(config(folders, num_workers=1), layout(), 0, 1)
-    memories = {t.untyped_storage().data_ptr() for part in batch.values() for t in part.values() if torch.is_tensor(t)}
-    assert len(memories) == 1
+    fetched = [batch[name][key] for name in batch for key in ("images", "labels", "valid") if key in batch[name]]
+    assert len(fetched) == 5 and all(tensor.is_shared() for tensor in fetched)
+    assert len({tensor.untyped_storage().data_ptr() for tensor in fetched}) == 1
+    assert not any(part["numbers"].is_shared() for part in batch.values()), "what the host keeps keeps nothing else"
 
 
 def test_an_epoch_of_the_target_loses_and_repeats_nothing(folders: dict[str, str]) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -76,11 +77,13 @@ class Ranks:
         """Their statuses, their logs, and the stacks of those that live and of their loader workers."""
         statuses = [process.poll() for process in self.processes]
         living = [psutil.Process(process.pid) for process in self.processes if process.poll() is None]
-        for process in [*(child for parent in living for child in parent.children(recursive=True)), *living]:
-            with contextlib.suppress(psutil.NoSuchProcess):
+        workers = [child for rank in living for child in rank.children(recursive=True)]
+        for process in [*living, *workers]:
+            with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+                resource.prlimit(process.pid, resource.RLIMIT_CORE, (0, 0))
                 process.send_signal(signal.SIGABRT)  # faulthandler writes the stacks
         psutil.wait_procs(living, timeout=10)
-        return f"statuses {statuses}\n{self.log()[-20000:]}"
+        return "\n".join([f"statuses {statuses}", *(log.read_text()[-10000:] for log in self.logs)])
 
     def __enter__(self) -> Self:
         return self

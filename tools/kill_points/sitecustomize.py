@@ -7,6 +7,7 @@ the regular expression PATTERN is found in, kill WHO ("rank", or "launch": every
 been added to the file KILL_DRILL_LOG.
 """
 
+import contextlib
 import os
 import re
 import signal
@@ -44,11 +45,12 @@ def _kill(kind: str, who: str) -> None:
     if who == "launch" and os.getppid() == _started_by:  # else another rank killed it, and init's children are others
         import psutil
 
-        launcher = psutil.Process(_started_by)
-        others = [launcher, *launcher.children(recursive=True)]
-        for process in others:
-            if process.pid != os.getpid():
-                process.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            launcher = psutil.Process(_started_by)
+            for process in [launcher, *launcher.children(recursive=True)]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if process.pid != os.getpid():
+                        process.kill()
     os.kill(os.getpid(), signal.SIGKILL)
 
 
