@@ -10,6 +10,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": str(ROOT),
+    "ACCELERATE_USE_CPU": "true",
+    "PYTHONFAULTHANDLER": "1",  # a rank that crashes leaves its stacks
+}
 
 
 def run_jobs(jobs: list[dict[str, Any]], *, num_processes: int, engine: str = "ddp", timeout_s: int = 300) -> None:
@@ -30,7 +36,7 @@ def run_module(module: str, *arguments: str, num_processes: int, engine: str = "
     if engine == "fsdp2":
         launch += ["--fsdp_min_num_params", "1000"]  # so that the tiny model's layers are sharded on their own
     launch += ["--num_processes", str(num_processes), "--main_process_port", "0", "--module", module, *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+    environment = os.environ | ENVIRONMENT
     done = subprocess.run(
         launch, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=timeout_s, check=False
     )
@@ -41,7 +47,7 @@ def run_on_two_nodes(module: str, *arguments: str, engine: str, timeout_s: int =
     """A launcher for each of two nodes, as on a cluster without a scheduler, both on this machine."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+    environment = os.environ | ENVIRONMENT
     launch = [sys.executable, "-m", "accelerate.commands.launch"]
     launch += ["--config_file", str(ROOT / "accelerate_configs" / f"{engine}.yaml"), "--num_machines", "2"]
     launch += ["--num_processes", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", str(port)]
