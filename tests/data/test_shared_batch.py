@@ -1,0 +1,27 @@
+"""A batch comes out of its one memory as it went in, whatever the sizes of its tensors."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from iccld.data.shared_batch import pack, unpack
+
+
+@given(st.integers(0, 5), st.integers(1, 5), st.integers(1, 5))
+def test_what_is_unpacked_is_what_was_packed(count: int, height: int, width: int) -> None:
+    pixels = torch.randint(0, 256, (count, height, width, 3), dtype=torch.uint8)
+    tensors = {
+        "valid": torch.rand(count, height, 1) < 0.5,  # of any number of bytes, before one that must be aligned
+        "numbers": torch.arange(count),
+        "images": pixels.permute(0, 3, 1, 2),
+    }
+    batch = {"source": {**tensors, "keys": ["a"]}, "target": {"labels": pixels[..., 0].clone()}}
+    packed = pack(batch)
+    found = unpack(packed)
+    assert {name: part.keys() for name, part in found.items()} == {name: part.keys() for name, part in batch.items()}
+    assert found["source"]["keys"] == ["a"]
+    for name, key in [*(("source", key) for key in tensors), ("target", "labels")]:
+        tensor, expected = found[name][key], batch[name][key]
+        assert tensor.dtype == expected.dtype and torch.equal(tensor, expected), key
+        assert tensor.stride() == expected.stride(), "in channels-last memory, as it was"
+        assert tensor.untyped_storage().data_ptr() == packed.memory.untyped_storage().data_ptr()
