@@ -1,6 +1,5 @@
 """Segment images on disk: for each a palettised label PNG and a colour overlay, and pictures to compare predictions."""
 
-import os
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
+from iccld.durable import make_folder, replacing
 from iccld.labels import ClassSet
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -44,6 +44,7 @@ def predict_path(
             unreadable.append(str(error))
             continue
         labels = _segment(image, predict, number=zlib.crc32(source.name.encode()), device=device)
+        make_folder(target.parent, within=output)
         written.append(_write_pictures(image, labels, target, class_set.palette))
     if unreadable:
         lines = "\n  ".join(unreadable)
@@ -177,13 +178,8 @@ def _files(target: Path) -> tuple[Path, Path]:
 
 def _save(picture: Image.Image, file: Path) -> None:
     """Write a PNG that appears whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        picture.save(temporary, format="PNG")
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(file, durably=False) as opened:
+        picture.save(opened, format="PNG")
 
 
 def _font(title: str, width: int, height: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:

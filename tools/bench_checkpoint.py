@@ -24,9 +24,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from iccld.durable import sync
 from iccld.models.denoiser import Denoiser, DenoiserConfig
 from iccld.runtime.checkpoint import CheckpointConfig, CheckpointStore
-from iccld.runtime.durable import sync
 from iccld.runtime.engine import Engine, EngineConfig
 
 MODES = ("asynchronous", "synchronous", "save_state")

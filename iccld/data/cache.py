@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from iccld.data.counters import Counters
+from iccld.durable import NotOursError, create, make_folder, open_lock, open_to_read
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,8 @@ class SampleCache:
         self.config = config
         self.counters = Counters(hits=0, misses=0, puts=0, evictions=0, full=0, busy=0, failures=0)
         self._bucket_bytes = int(config.max_gib * 2**30) // NUM_BUCKETS
-        self._samples = Path(config.folder) / "samples"
+        self._folder = Path(config.folder)
+        self._samples = self._folder / "samples"
         self._writes = True
         try:
             with self._locked(self._samples):
@@ -83,7 +85,7 @@ class SampleCache:
         data = None
         try:
             data = self._entry(self._path(key))
-        except OSError as error:
+        except (OSError, NotOursError) as error:
             self._report(error)
         self.counters.add(**{"misses" if data is None else "hits": 1})
         return data
@@ -101,9 +103,9 @@ class SampleCache:
             with self._locked(path.parent) as lock:
                 if lock is None:
                     self.counters.add(busy=1)
-                elif not path.exists():
+                elif not os.path.lexists(path):
                     self._insert(path, data, size, lock)
-        except OSError as error:
+        except (OSError, NotOursError) as error:
             self._writes = False
             self._report(error)
 
@@ -115,7 +117,7 @@ class SampleCache:
             with self._locked(path.parent) as lock:
                 if lock is not None:
                     os.ftruncate(lock, 0)  # to be counted again
-        except OSError as error:
+        except (OSError, NotOursError) as error:
             self._report(error)
 
     def _path(self, key: str) -> Path:
@@ -124,24 +126,24 @@ class SampleCache:
 
     def _entry(self, path: Path) -> bytes | None:
         try:
-            with path.open("rb", buffering=0) as file:
-                length, data = file.read(_LENGTH.size), file.readall()
-                age = time.time() - os.fstat(file.fileno()).st_mtime
+            descriptor = open_to_read(path)
         except FileNotFoundError:
             return None
+        with os.fdopen(descriptor, "rb", buffering=0) as file:
+            length, data = file.read(_LENGTH.size), file.readall()
+            age = time.time() - os.fstat(descriptor).st_mtime
+            if not 0 <= age < TOUCH_EVERY_S:
+                with suppress(OSError):  # another user's
+                    os.utime(descriptor)
         if len(length) < _LENGTH.size or _LENGTH.unpack(length)[0] != len(data):
             path.unlink(missing_ok=True)
             return None
-        if not 0 <= age < TOUCH_EVERY_S:
-            with suppress(OSError):  # evicted meanwhile, or another user's
-                os.utime(path)
         return data
 
     @contextmanager
     def _locked(self, bucket: Path) -> Iterator[int | None]:
         """The bucket's lock file, held; None where another holds it."""
-        bucket.mkdir(parents=True, exist_ok=True)
-        lock = os.open(bucket / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        lock = open_lock(make_folder(bucket, within=self._folder) / "lock")
         try:
             held = True
             try:
@@ -166,7 +168,7 @@ class SampleCache:
         temporary = path.parent / "incoming"
         temporary.unlink(missing_ok=True)  # of one that was killed
         try:
-            with temporary.open("xb") as file:
+            with create(temporary) as file:
                 file.write(_LENGTH.pack(len(data)))
                 file.write(data)
             temporary.rename(path)
@@ -181,7 +183,7 @@ class SampleCache:
         now, entries = time.time(), []
         for path in bucket.iterdir():
             with suppress(FileNotFoundError):  # discarded by another process
-                status = path.stat()
+                status = path.lstat()
                 entries.append((status.st_mtime, _on_disk(status.st_size), path))
         used, entries = sum(e[1] for e in entries), sorted(e for e in entries if e[2].name != "lock")
         limit = self._bucket_bytes - size
@@ -195,12 +197,11 @@ class SampleCache:
         oldest = entries[0][0] if entries else now
         return used, min(max(oldest + UNREAD_FOR_S, now + LOOK_EVERY_S), now + UNREAD_FOR_S)
 
-    def _report(self, error: OSError) -> None:
+    def _report(self, error: OSError | NotOursError) -> None:
         """The first failure of a process is said, all are counted."""
         if not self.counters["failures"]:
-            logger.warning(
-                "data.cache.folder=%s: %s; samples come from the storage.", self.config.folder, error.strerror
-            )
+            what = error.strerror if isinstance(error, OSError) else error
+            logger.warning("data.cache.folder=%s: %s; samples come from the storage.", self.config.folder, what)
         self.counters.add(failures=1)
 
 

@@ -18,12 +18,13 @@ import numpy as np
 
 from iccld.data.converters import Converter, Pair
 from iccld.data.decode import LABEL_EXTENSION
-from iccld.data.durable import MAKING_FOLDER, sync, write_whole
 from iccld.data.index import file_checksum
 from iccld.data.packing import Packed, Packing, pack_pair
 from iccld.data.processes import Progress, in_processes
 from iccld.data.records import make_record, to_array
 from iccld.data.tars import Place, Problem, Unusable
+from iccld.data.work_folder import MAKING_FOLDER
+from iccld.durable import create, sync, write_whole
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,6 @@ class ChunkPacker:
         write_whole(path, records.getvalue())
         report = ChunkReport(number, len(pairs), writer.tars, FileState.of(path), problems)
         write_whole(self._path(number, "json"), json.dumps(asdict(report)).encode())
-        sync(path.parent)
         return report
 
     def finished(self, number: int) -> ChunkReport | None:
@@ -148,7 +148,7 @@ class ChunkWriter:
         if self._writer is None:
             from webdataset.writer import TarWriter  # imports torch, for which `--help` should not wait
 
-            self._file = self._temporary.open("wb")
+            self._file = create(self._temporary)
             self._writer = TarWriter(self._file, encoder=False, mtime=0, format="PAX_FORMAT")
         image = self._append(key, packed.extension, packed.image)
         label = self._append(key, LABEL_EXTENSION, packed.label) if packed.label else Place(0, 0)

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from iccld.durable import create, write_whole
 from iccld.labels import CITYSCAPES_19
 
 FORMAT_VERSION = 2
@@ -205,7 +206,8 @@ def write_index(
     ranked = rank_samples(samples["class_pixels"])
     arrays = dict(zip(ARRAY_FILES, (shards, samples, np.concatenate(ranked)), strict=True))
     for name, array in arrays.items():
-        np.save(folder / name, array, allow_pickle=False)
+        with create(folder / name) as file:
+            np.save(file, array, allow_pickle=False)
     sizes = [[int(reduce(samples[side], initial=0)) for side in ("height", "width")] for reduce in (_least, np.max)]
     header = IndexHeader(
         dataset=dataset,
@@ -220,7 +222,7 @@ def write_index(
         checksums={name: file_checksum(folder / name) for name in arrays},
         settings=dict(settings or {}),
     )
-    (folder / HEADER_FILE).write_text(json.dumps(asdict(header), indent=2) + "\n")
+    write_whole(folder / HEADER_FILE, json.dumps(asdict(header), indent=2) + "\n")
 
 
 def _least(sides: np.ndarray, initial: int) -> int:

@@ -5,6 +5,7 @@ b.tar ── index_shard ── indexing/000001.npy ─┼── samples ── 
 ...                                          ─┘
 """
 
+import os
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping, Sequence
@@ -16,12 +17,13 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from iccld.data.decode import IMAGE_EXTENSIONS, LABEL_EXTENSION
-from iccld.data.durable import MAKING_FOLDER, alone_in, clear
 from iccld.data.index import INDEX_FOLDER, ShardIndex
 from iccld.data.processes import Progress, in_processes, say, usable_cpus
 from iccld.data.reader import MAX_SAMPLE_BYTES
 from iccld.data.records import examine, finish_index, join_records, make_record, to_array, without_conflicts
 from iccld.data.tars import LEAVE_OUT, Place, Problem, Unusable, key_fault, read_members
+from iccld.data.work_folder import MAKING_FOLDER, alone_in, clear
+from iccld.durable import create
 
 _AGAIN = f"pack it again, {LEAVE_OUT}"
 
@@ -75,9 +77,9 @@ def build_index(
 def _check_free(folder: Path) -> None:
     if not folder.is_dir():
         raise ValueError(f"{folder}: there is no such folder; give the folder of the tars.")
-    if (folder / INDEX_FOLDER).exists():
+    if os.path.lexists(folder / INDEX_FOLDER):
         raise ValueError(f"{folder / INDEX_FOLDER} is there already; remove it to build it anew.")
-    if (folder / MAKING_FOLDER).exists():
+    if os.path.lexists(folder / MAKING_FOLDER):
         raise ValueError(f"{folder}: `iccld shards make` has not finished here; give that command again.")
 
 
@@ -102,7 +104,8 @@ def _index_to(
 ) -> tuple[int, int, list[Problem]]:
     number, path = task
     records, problems = index_shard(path, number, image_extension=image_extension, label_extension=label_extension)
-    np.save(work / f"{number}.npy", records, allow_pickle=False)
+    with create(work / f"{number}.npy") as file:
+        np.save(file, records, allow_pickle=False)
     return number, path.stat().st_size, problems
 
 

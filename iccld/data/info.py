@@ -12,6 +12,7 @@ from iccld.data.index import IndexHeader, ShardIndex
 from iccld.data.open_index import open_index
 from iccld.data.storage import open_storage
 from iccld.data.verify import STORAGE
+from iccld.durable import replacing
 from iccld.labels import CITYSCAPES_NAMES, CITYSCAPES_PALETTE, IGNORE_INDEX
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
@@ -97,7 +98,8 @@ def draw_chart(index: ShardIndex, path: Path) -> None:
     title = index.header.dataset or Path(index.location).name
     figure.suptitle(f"{title}: {index.header.num_samples:,} samples", fontsize=14)
     try:
-        figure.savefig(path, dpi=120, format="png")
+        with replacing(path) as file:
+            figure.savefig(file, dpi=120, format="png")
     except OSError as error:
         raise ValueError(
             f"--chart {path} cannot be written ({error.strerror}); give a file in a folder that is there."

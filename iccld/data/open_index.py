@@ -1,18 +1,13 @@
 """The index of a set wherever it lies: a folder's is opened there, a remote one is copied once a node."""
 
-import fcntl
-import glob
 import os
-import time
-import uuid
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
-from iccld.data.durable import sync, write_whole
 from iccld.data.index import ARRAY_FILES, HEADER_FILE, INDEX_FOLDER, ShardIndex, file_checksum, parse_header
 from iccld.data.storage import MissingShard, Storage, StorageError, check_name, is_remote, local_folder, without_secrets
+from iccld.durable import locked, make_folder, remove_left_overs, replacing, write_whole
 
 _LEFT_OVER_AFTER_S = 86_400.0
 
@@ -32,8 +27,8 @@ def open_index(
         raise ValueError(f"{where} is missing ({error}); upload the folder {INDEX_FOLDER}/ with the shards.") from error
     header = parse_header(text, where)
     version = "-".join(f"{sum_:08x}" for sum_ in (zlib.crc32(text), *(header.checksums[name] for name in ARRAY_FILES)))
-    folder = (Path(cache_folder) if cache_folder else user_cache_folder()) / INDEX_FOLDER / version
-    folder.mkdir(parents=True, exist_ok=True)
+    kept = Path(cache_folder) if cache_folder else user_cache_folder()
+    folder = make_folder(kept / INDEX_FOLDER / version, within=kept)
     for name in ARRAY_FILES:  # whole where they are there at all: reading a billion records again takes minutes
         if not (folder / name).is_file():
             fetch_file(indexed, name, folder, checksum=header.checksums[name])
@@ -62,7 +57,7 @@ def fetch_file(storage: Storage, name: str, folder: Path, *, checksum: int | Non
     path = folder / name
     while checksum is None or not path.is_file() or file_checksum(path) != checksum:
         before = _version(path)
-        with _one_at_a_time(folder / f".{name}.lock"):
+        with locked(folder / f".{name}.lock"):  # without locks, all copy: slower, and as right
             if _version(path) == before:
                 _copy(storage, name, path, checksum)
                 return path
@@ -78,31 +73,14 @@ def _version(path: Path) -> tuple[int, int] | None:
     return None
 
 
-@contextmanager
-def _one_at_a_time(path: Path) -> Iterator[None]:
-    """Where the file system has no locks, all copy, each to a name of its own: slower, and as right."""
-    with path.open("ab") as file:
-        with suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def _copy(storage: Storage, name: str, path: Path, checksum: int | None) -> None:
-    for left_over in path.parent.glob(f".{glob.escape(name)}.*.tmp"):
-        with suppress(FileNotFoundError):
-            if time.time() - left_over.stat().st_mtime > _LEFT_OVER_AFTER_S:
-                left_over.unlink()
-    temporary, found = path.parent / f".{name}.{uuid.uuid4().hex}.tmp", 0
-    try:
-        with temporary.open("xb") as file:
-            for piece in storage.pieces(name):
-                file.write(piece)
-                found = zlib.crc32(piece, found)
+    remove_left_overs(path.parent, of=name, older_than_s=_LEFT_OVER_AFTER_S)
+    found = 0
+    with replacing(path) as file:
+        for piece in storage.pieces(name):
+            file.write(piece)
+            found = zlib.crc32(piece, found)
         if checksum not in (None, found):
             raise StorageError(
                 f"{storage.describe(name)}: its checksum is {found:08x}, it should be {checksum:08x}; upload it again."
             )
-        sync(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

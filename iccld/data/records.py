@@ -1,6 +1,5 @@
 """The records of an index: of one sample, from its bytes; of a set, from the parts that workers leave on the disk."""
 
-import shutil
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -9,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from iccld.data.decode import DECODE_ERRORS, decode_image, decode_label
-from iccld.data.durable import sync
 from iccld.data.index import INDEX_FOLDER, NUM_TRAIN_IDS, ShardIndex, sample_dtype, shard_dtype, write_index
 from iccld.data.tars import LEAVE_OUT, Place, Problem
+from iccld.durable import create, scratch_folder, sync
 from iccld.labels import IGNORE_INDEX
 
 _AT_ONCE = 1 << 20
@@ -79,6 +78,8 @@ def join_records(parts: Iterable[tuple[int, Path]], target: Path) -> np.ndarray:
     total, width = sum(count for count, _ in shapes), max((width for _, width in shapes), default=1)
     if not total:
         return np.empty(0, sample_dtype(width))
+    target.unlink(missing_ok=True)  # of an attempt that was interrupted
+    create(target).close()
     samples, start = np.lib.format.open_memmap(target, "w+", sample_dtype(width), (total,)), 0
     for first, path in parts:
         part = _load(path)
@@ -151,9 +152,7 @@ def finish_index(
     settings: Mapping[str, Any] | None,
 ) -> ShardIndex:
     """Writes the index of `shards`, which lie in `folder`, whole or not at all, and opens it."""
-    temporary = folder / f"{INDEX_FOLDER}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    temporary = scratch_folder(folder / INDEX_FOLDER)
     records = [(shard.name.encode(), shard.stat().st_size) for shard in shards]
     tars = np.array(records, shard_dtype(max(len(name) for name, _ in records)))
     write_index(temporary, dataset=dataset, shards=tars, samples=samples, settings=settings)

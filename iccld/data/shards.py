@@ -22,12 +22,13 @@ from typing import Any
 from iccld.data.chunks import ChunkPacker, ChunkReport, pack_chunks
 from iccld.data.converters import DATASETS, Pair, open_converter
 from iccld.data.decode import MAX_PIXELS
-from iccld.data.durable import MAKING_FOLDER, alone_in, clear, write_whole
 from iccld.data.index import INDEX_FOLDER, ShardIndex
 from iccld.data.indexing import IndexResult
 from iccld.data.packing import MAX_SIDES, ImageFormat, Packing
 from iccld.data.processes import say, usable_cpus
 from iccld.data.records import finish_index, join_records
+from iccld.data.work_folder import MAKING_FOLDER, alone_in, clear
+from iccld.durable import write_whole
 
 _NOT_CONTENT = ("output", "accept_bad", "mapping", "num_workers")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
@@ -160,6 +161,8 @@ def _prepare(output: Path, making: Path, settings: dict[str, Any], pairs: Sequen
             for path in making.glob("*.tmp"):
                 path.unlink()
             return
+    elif strange := next(output.glob("shard-*.tar"), None):
+        raise ValueError(f"--output {output} holds {strange.name}, which was not made there; use another --output.")
     for shard in output.glob("shard-*.tar"):
         shard.unlink()
     clear(making)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from iccld.diffusion import sample, scaled_linear_alpha_bar
+from iccld.durable import make_folder, replacing_by_name
 from iccld.models.attention import AttentionBackend
 from iccld.models.blocks import LATENT_STRIDE
 from iccld.models.decoder import Decoder, DecoderConfig
@@ -28,7 +29,6 @@ from iccld.models.model_card import (
     build,
     read_card,
     to_plain,
-    write_atomically,
     write_card,
 )
 
@@ -140,15 +140,15 @@ class ICCLD(nn.Module):
             raise ValueError(
                 f"{folder}: {len(class_names)} class_names for a model of {self.num_classes} classes; give one a class."
             )
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = make_folder(Path(folder), within=Path(folder))
         (folder / CARD_NAME).unlink(missing_ok=True)
         trained = self.stage is ModelStage.adversarial
         tensors = {
             k: v.detach().cpu() for k, v in self.state_dict().items() if trained or not k.startswith("denoiser.")
         }
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        write_atomically(folder / WEIGHTS_NAME, lambda path: save_file(contiguous, path))
+        with replacing_by_name(folder / WEIGHTS_NAME) as path:
+            save_file(contiguous, path)
         write_card(folder, self._make_card(class_names, palette, origin or {}))
 
     @classmethod

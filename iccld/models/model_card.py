@@ -2,14 +2,15 @@
 
 import dataclasses
 import json
-import os
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
+
+from iccld.durable import write_whole
 
 T = TypeVar("T")
 
@@ -70,17 +71,7 @@ def read_card(folder: Path) -> ModelCard:
 
 def write_card(folder: Path, card: ModelCard) -> None:
     """Write config.json, whole or not at all."""
-    text = json.dumps(to_plain(card), indent=2, sort_keys=True) + "\n"
-    write_atomically(folder / CARD_NAME, lambda path: path.write_text(text))
-
-
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """`write` a file beside `path`, flush it to disk and rename it to `path`."""
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_whole(folder / CARD_NAME, json.dumps(to_plain(card), indent=2, sort_keys=True) + "\n")
 
 
 def to_plain(value: Any) -> Any:

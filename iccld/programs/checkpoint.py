@@ -5,7 +5,7 @@ A checkpoint is stored independently of engine and ranks: to go on under another
 
 import argparse
 import math
-import shutil
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,11 +15,11 @@ from rich.table import Table
 
 from iccld import __version__
 from iccld.config import Config, StageName, Weights, config_from
+from iccld.durable import scratch_folder, sync
 from iccld.models.iccld import ModelConfig
 from iccld.models.model_card import build
 from iccld.programs.building import build_stage
 from iccld.runtime.checkpoint import FOLDER
-from iccld.runtime.durable import sync
 from iccld.runtime.manifest import MANIFEST, Checkpoint, CheckpointError, read_manifest, verify, write_manifest
 from iccld.runtime.pieces import Run, join_tables, share_out, write_runs
 from iccld.stages.base import Stage
@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
         return list_checkpoints(arguments.folder)
     if arguments.action == "verify":
         return verify_checkpoints(arguments.folder)
-    if arguments.output.exists():
+    if os.path.lexists(arguments.output):
         raise ValueError(f"{arguments.output} exists; give a folder that does not.")
     checkpoint = verify(_one(arguments.folder))
     if arguments.action == "export":
@@ -113,9 +113,7 @@ def convert_checkpoint(checkpoint: Checkpoint, output: Path, *, num_files: int) 
         raise ValueError(f"--num-files {num_files} must be at least 1.")
     if output.name != checkpoint.folder.name:
         output = output / checkpoint.folder.name  # the name says the step
-    scratch = output.with_name(output.name + ".tmp")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
+    scratch = scratch_folder(output)
     reader = checkpoint.reader
     sizes = {name: math.prod(reader.shape(name)) for name in reader.names()}
     nothing = {name: Run(reader.shape(name), 0, torch.empty(size, device="meta")) for name, size in sizes.items()}

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from iccld.config import Config, StageName, differences, read_config, to_yaml
 from iccld.data.stream import read_validation
+from iccld.durable import make_folder, write_whole
 from iccld.models.attention import check_backend
-from iccld.runtime.durable import write_text_durably
 from iccld.runtime.engine import Engine
 from iccld.runtime.watchdog import Watchdog
 from iccld.trainer import TrainerConfig
@@ -57,8 +57,8 @@ def check_run_dir(run_dir: Path, config: Config, engine: Engine) -> None:
             )
     engine.barrier()  # nobody writes before all have compared
     if engine.is_main:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        write_text_durably(path, to_yaml(config))
+        make_folder(run_dir, within=run_dir)
+        write_whole(path, to_yaml(config))
     engine.barrier()
 
 

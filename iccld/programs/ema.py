@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from iccld import __version__
 from iccld.config import Config, StageName
+from iccld.durable import make_folder, remove_left_overs, replacing_by_name
 from iccld.evaluation import EvaluationResult
 from iccld.models.iccld import ICCLD
-from iccld.models.model_card import ModelStage, write_atomically
+from iccld.models.model_card import ModelStage
 from iccld.programs.evaluate import evaluate_predictor, load_model, predict_function
-from iccld.runtime.durable import sync
 from iccld.runtime.engine import Engine
 from iccld.stages.base import Stage
 from iccld.uda.ema_profile import Profile, label, profile_error, snapshot_weights
@@ -84,15 +84,15 @@ def write_snapshot(
             f"ema_profile: after step {step}, {', '.join(broken[:3])} is not finite in {dtype}; "
             f"look for a diverged loss, or set ema_profile.widths=[]."
         )
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, within=folder.parent)
     path = folder / snapshot_name(step)
+    remove_left_overs(folder)
     metadata = {"step": str(step), "widths": json.dumps([float(width) for width in widths])}
     try:
-        write_atomically(path, lambda scratch: save_file(tensors, scratch, metadata=metadata))
+        with replacing_by_name(path) as scratch:
+            save_file(tensors, scratch, metadata=metadata)
     except SafetensorError as error:
-        path.with_name(path.name + ".tmp").unlink(missing_ok=True)
         raise OSError(f"{path} cannot be written ({error}); make room, and give the same command again.") from error
-    sync(folder)
     return path
 
 

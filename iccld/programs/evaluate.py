@@ -17,11 +17,11 @@ from torch import Tensor
 from iccld import rng
 from iccld.config import Config, StageName, Weights
 from iccld.data.stream import read_validation
+from iccld.durable import make_folder, write_whole
 from iccld.evaluation import EvaluationResult, Predict, evaluate, results_table
 from iccld.models.iccld import ICCLD
 from iccld.models.model_card import ModelStage
 from iccld.programs.checks import watch
-from iccld.runtime.durable import write_text_durably
 from iccld.runtime.engine import Engine
 from iccld.runtime.metrics import write_event
 from iccld.runtime.preemption import Preempted, Preemption
@@ -200,8 +200,8 @@ def _numbers(value: Any) -> Any:
 
 
 def _report(results: Mapping[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text_durably(path, json.dumps(results, indent=1))
+    make_folder(path.parent, within=path.parent.parent)
+    write_whole(path, json.dumps(results, indent=1))
     Console(width=None if sys.stdout.isatty() else 120).print(
         results_table(named_results(results), title=", ".join(results["about"]["models"]))
     )

@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from iccld.runtime.durable import write_text_durably
+from iccld.durable import make_folder, replacing, write_whole
 
 CATEGORIES = {
     "training": ("steps that count", "#2a7f62"),
@@ -167,7 +167,8 @@ def draw(found: list[Attempt], path: Path) -> None:
     axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper center", ncols=len(CATEGORIES), frameon=False)
-    figure.savefig(path, dpi=120, format="png")
+    with replacing(path) as file:
+        figure.savefig(file, dpi=120, format="png")
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -191,8 +192,8 @@ def run(arguments: Namespace) -> int:
             for each in found
         ],
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text_durably(folder / "goodput.json", json.dumps(figures, indent=1) + "\n")
+    make_folder(folder, within=arguments.output or arguments.run_dir)
+    write_whole(folder / "goodput.json", json.dumps(figures, indent=1) + "\n")
     draw(found, folder / "goodput.png")
     for table in tables_of(found):
         Console().print(table)

@@ -8,14 +8,13 @@ The folder appears whole, after the stage's last checkpoint: killed in between, 
 
 import dataclasses
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from iccld import __version__
 from iccld.config import Config, StageName, Weights
+from iccld.durable import file_checksum, make_folder, scratch_folder, sync, write_whole
 from iccld.models.model_card import WEIGHTS_NAME, build
-from iccld.runtime.durable import file_checksum, sync, write_text_durably
 from iccld.stages.base import Stage
 
 HAND_OFF_NAME = "hand_off.json"
@@ -47,8 +46,8 @@ def is_finished(run_dir: Path, name: StageName) -> bool:
 def hand_over(stage: Stage, config: Config, *, step: int) -> None:
     """Write the finished stage's models, and which of them goes on: the teacher. Call on one rank."""
     folder = final_folder(Path(config.run_dir), StageName(stage.name))
-    scratch = folder.with_suffix(".tmp")
-    shutil.rmtree(scratch, ignore_errors=True)
+    make_folder(folder.parent, within=Path(config.run_dir))
+    scratch = scratch_folder(folder)
     classes = config.data.class_set.build()
     for weights, model in stage.models().items():
         origin = {"run_dir": config.run_dir, "stage": stage.name, "weights": weights, "version": __version__}
@@ -57,7 +56,7 @@ def hand_over(stage: Stage, config: Config, *, step: int) -> None:
     statistics = {name: stage.models()[weights].get_buffer(name).tolist() for name in STATISTICS}
     names, checksum = list(classes.names), file_checksum(scratch / weights / WEIGHTS_NAME)
     facts = HandOff(weights=weights, step=step, class_names=names, model_sha256=checksum, **statistics)
-    write_text_durably(scratch / HAND_OFF_NAME, json.dumps(dataclasses.asdict(facts), indent=1))
+    write_whole(scratch / HAND_OFF_NAME, json.dumps(dataclasses.asdict(facts), indent=1))
     for written in (*stage.models(), "."):
         sync(scratch / written)
     scratch.rename(folder)

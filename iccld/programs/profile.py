@@ -4,6 +4,8 @@ Each configured stage is trained for some steps, as `iccld train` would, from fr
 but the report: `RUN_DIR/profile/stage1/` with profile.json, profile.png and a trace of a few steps of every rank.
 """
 
+import shutil
+import tempfile
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from contextlib import closing, nullcontext
@@ -16,6 +18,7 @@ from typing import Any
 import torch
 
 from iccld.config import Config, StageName, load_config
+from iccld.durable import make_folder, replacing
 from iccld.programs.building import build_stage, build_stream, fresh_stage, layout_of, trials_of
 from iccld.programs.checks import check_settings, watch
 from iccld.programs.hand_off import is_finished
@@ -62,14 +65,14 @@ def run(arguments: Namespace) -> int:
     options = ProfileOptions(arguments.num_steps, arguments.num_warmup, arguments.num_traced, arguments.synthetic)
     config = load_config(arguments.overrides, config_dir=arguments.config_dir)
     output = arguments.output or Path(config.run_dir) / "profile"
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output, within=arguments.output or Path(config.run_dir))
     own = replace(config, run_dir=str(output))  # whatever is written down is no part of the run
     with Engine(config.engine) as engine, watch(own, engine) as watchdog:
         if not options.synthetic:
             check_settings(config, engine)
         for name in config.stages:
             folder = output / name.value
-            folder.mkdir(exist_ok=True)
+            make_folder(folder, within=output)
             watchdog.begin(name.value)
             figures = profile_stage(name, config, engine, options, watchdog, folder)  # the same on every rank
             if engine.is_main:
@@ -145,7 +148,10 @@ def _run(
         with torch.profiler.profile() as trace, Ranges() as ranges:
             _steps(stage, engine, PhaseTimer(engine.device, ranges.begin), batches, range(first, plan.num_steps))
             wait_for(engine.device)
-        trace.export_chrome_trace(str(path))
+        with tempfile.TemporaryDirectory() as scratch, replacing(path) as file:
+            trace.export_chrome_trace(f"{scratch}/{path.name}")
+            with Path(scratch, path.name).open("rb") as written:
+                shutil.copyfileobj(written, file)
         return found | {"trace": path.name}
 
 

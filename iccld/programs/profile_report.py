@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from iccld.runtime.durable import write_text_durably
+from iccld.durable import replacing, write_whole
 from iccld.runtime.profiling import OUTSIDE, OVERLAPPED, PHASES, WAITS
 
 COLOURS = {
@@ -42,7 +42,7 @@ Figures = Mapping[str, Any]
 
 def write_report(figures: Figures, folder: Path) -> None:
     """Print the table, and write profile.json and profile.png. On one rank."""
-    write_text_durably(folder / "profile.json", json.dumps(figures, indent=1) + "\n")
+    write_whole(folder / "profile.json", json.dumps(figures, indent=1) + "\n")
     draw(figures, folder / "profile.png")
     console = Console()
     for table in (ranks_table(figures), parts_table(figures)):
@@ -130,7 +130,8 @@ def draw(figures: Figures, path: Path) -> None:
     _stack(held, labels, memory, None)
     held.set(xlabel="GiB at the peak", title="memory")
     _draw_roofline(roof, figures["roofline"])
-    figure.savefig(path, dpi=110, format="png")
+    with replacing(path) as file:
+        figure.savefig(file, dpi=110, format="png")
 
 
 def _stack(axes: Any, labels: list[str], bars: Mapping[str, list[float]], colours: list[str] | None) -> None:

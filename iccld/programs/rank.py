@@ -15,7 +15,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 from iccld import cli
-from iccld.runtime.durable import write_text_durably
+from iccld.durable import write_whole
 from iccld.runtime.preemption import SIGNALS, STOPPED_BY_WATCHDOG, host_name, say
 from iccld.slurm.ranks import interface_towards, rank_environment
 
@@ -35,10 +35,10 @@ def main(argv: Sequence[str]) -> int:
             awaits = (Path(folder), Path(outcome).parents[2])
             threading.Thread(target=_await_others, args=awaits, name="awaits", daemon=True).start()
     if is_main and outcome:
-        write_text_durably(Path(outcome).parent / "packages.txt", _packages())
+        write_whole(Path(outcome).parent / "packages.txt", _packages())
     status = cli.main(argv)
     if is_main and outcome:
-        write_text_durably(Path(outcome), f"{status}\n")
+        write_whole(Path(outcome), f"{status}\n")
     return 0 if status == cli.STOPPED else status
 
 
@@ -51,7 +51,7 @@ def _show_life(folder: Path) -> None:
     while True:
         count += 1
         with contextlib.suppress(OSError):  # a file system may be away for a while
-            path.write_text(f"{os.getpid()} {count}\n")
+            write_whole(path, f"{os.getpid()} {count}\n", durably=False)
             if os.environ["LOCAL_RANK"] != "0":
                 return
         time.sleep(period_s)
@@ -60,7 +60,7 @@ def _show_life(folder: Path) -> None:
 def _await_others(folder: Path, run_dir: Path) -> None:
     """Where ranks are missing so long after the first began, say on which nodes, and end."""
     time.sleep(float(os.environ.get("ICCLD_GATHER_S", GATHER_S)))
-    there = {path.name for path in folder.iterdir()}
+    there = {path.name for path in folder.glob("[!.]*")}
     ranks = {int(name.rpartition("_")[2]) for name in there}
     if not (missing := sorted(set(range(int(os.environ["WORLD_SIZE"]))) - ranks)):
         return

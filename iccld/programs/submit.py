@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from iccld import __version__
+from iccld.durable import make_folder, write_whole
 from iccld.slurm.config import SETTINGS, SubmitConfig, Work
 from iccld.slurm.history import failing_nodes, lead_time_s
 from iccld.slurm.script import sbatch_text
@@ -88,15 +89,15 @@ def _prepare(work: Work) -> None:
         raise ValueError("sbatch is not on PATH: submit from a login node of the cluster, or look with --dry-run.")
     run_dir = Path(work.run_dir)
     for folder in ("logs", "slurm", "code"):
-        (run_dir / folder).mkdir(parents=True, exist_ok=True)
+        make_folder(run_dir / folder, within=run_dir)
     copy_code(run_dir / "code")
-    (run_dir / "code_version.txt").write_text(code_version(__version__))
+    write_whole(run_dir / "code_version.txt", code_version(__version__))
 
 
 def _sbatch(name: str, text: str, work: Work) -> str:
     """Submit, say where it can be followed, and return the job's number."""
     script = Path(work.run_dir) / "slurm" / f"{name}.sbatch"
-    script.write_text(text)
+    write_whole(script, text)
     done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True, check=False)
     if done.returncode:
         raise ValueError(f"sbatch refused {script}: {' '.join(done.stderr.split())}")

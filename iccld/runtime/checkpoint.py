@@ -9,8 +9,8 @@ copy to host memory; a thread on each rank does the rest. Nothing is ever unpick
 """
 
 import contextlib
+import os
 import re
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,11 +21,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from iccld.runtime.durable import sync, write_text_durably
+from iccld.durable import is_real_folder, make_folder, remove_tree, scratch_folder, sync, write_whole
 from iccld.runtime.manifest import Checkpoint, CheckpointError, DamagedError, ForeignFormatError, verify, write_manifest
 from iccld.runtime.pieces import Run, join_tables, write_runs
 
 FOLDER = re.compile(r"step_\d{8}")
+SCRATCH = re.compile(r"step_\d{8}(\.[0-9a-f]{8})?\.tmp")
+FILE = re.compile(r"rank_\d{5}\.safetensors|\.?manifest\.json(\..*tmp)?")
 
 
 class Ranks(Protocol):
@@ -73,6 +75,7 @@ class CheckpointStore:
         self.report, self.announce = report, announce
         self._newest_saved: int | None = None
         self._damaged: set[str] = set()  # what rank 0 found so
+        self._said: set[str] = set()
         self._buffers: dict[str, Tensor] = {}
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._saving: Future[None] | None = None
@@ -120,13 +123,12 @@ class CheckpointStore:
         """In the background thread of every rank."""
         begin = time.monotonic()
         final = self.folder / f"step_{step:08d}"
-        scratch = final.with_suffix(".tmp")
         failure = (
             f"checkpoint {final} was not written; the one before it is whole. Make room, and run the command again"
         )
         gather, is_main = self.ranks.gather_saved, self.ranks.rank == 0
         file = f"rank_{self.ranks.rank:05d}.safetensors"
-        _together(gather, lambda: self._clear(scratch) if is_main else None, failure)
+        scratch = _together(gather, lambda: self._new_scratch(final) if is_main else None, failure)[0]
         written = _together(gather, lambda: {file: write_runs(scratch / file, runs)}, failure)
         files = {name: facts for of_rank in written for name, facts in of_rank.items()}
         manifest = {"step": step, "save_s": round(time.monotonic() - begin, 3), **about}
@@ -137,10 +139,20 @@ class CheckpointStore:
         except OSError as error:  # it is durable, whether or not that could be said
             self.report(f"checkpoint {final} is whole, but that could not be written down ({error})")
 
-    def _clear(self, scratch: Path) -> None:
+    def _new_scratch(self, final: Path) -> Path:
+        """The folder that becomes `final`; torn ones are removed, and what only has their names is left."""
+        make_folder(self.folder, within=self.folder.parent)
         for torn in self.folder.glob("step_*.tmp"):
-            shutil.rmtree(torn)
-        scratch.mkdir(parents=True)
+            if not (SCRATCH.fullmatch(torn.name) and _is_torn(torn)):
+                self._say_once(f"{torn} is no checkpoint that was torn; it is left as it is")
+            else:
+                remove_tree(torn)
+        return scratch_folder(final, is_ours=_is_torn)
+
+    def _say_once(self, what: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            self.report(what)
 
     def _commit(self, scratch: Path, final: Path, manifest: Mapping[str, Any], files: Mapping[str, Any]) -> None:
         tensors = join_tables([facts["tensors"] for facts in files.values()])
@@ -150,24 +162,27 @@ class CheckpointStore:
         self._make_way(final)
         scratch.rename(final)
         sync(self.folder)
-        write_text_durably(self.folder / "latest", final.name)
+        write_whole(self.folder / "latest", final.name)
         self._prune(final)
 
     def _make_way(self, final: Path) -> None:
         """Of what was passed over when the run went on, only what is damaged is removed."""
-        if final.name in self._damaged:
-            shutil.rmtree(final)
-            self._damaged.remove(final.name)
-        elif final.exists():
+        if final.name in self._damaged and is_real_folder(final):
+            remove_tree(final)
+        elif os.path.lexists(final):
             aside = final.with_suffix(f".aside_{time.time_ns()}")
             final.rename(aside)
             self.report(f"{final} was passed over; it is kept as {aside.name}")
+        self._damaged.discard(final.name)
 
     def _prune(self, newest: Path) -> None:
         damaged = [folder for folder in self.folders() if folder.name in self._damaged]
         whole = [folder for folder in self.folders() if folder.name <= newest.name and folder not in damaged]
         for old in whole[: -self.config.keep] + damaged:
-            shutil.rmtree(old)
+            if old.is_symlink():
+                self._say_once(f"{old} is a link; it is left as it is")
+            else:
+                remove_tree(old)
 
     def folders(self) -> list[Path]:
         """The committed checkpoints' folders, oldest first."""
@@ -186,7 +201,7 @@ class CheckpointStore:
         """Let `latest` name it, as it does not after a kill that came between the two, or after damage."""
         latest = self.folder / "latest"
         if not latest.is_file() or latest.read_text(errors="replace").strip() != newest.name:
-            write_text_durably(latest, newest.name)
+            write_whole(latest, newest.name)
 
     def _find_newest(self) -> Checkpoint | None:
         folders = self.folders()
@@ -210,6 +225,13 @@ class CheckpointStore:
                 f"folder to start anew"
             )
         return None
+
+
+def _is_torn(scratch: Path) -> bool:
+    """Whether it is a folder that holds nothing but what a save writes."""
+    return is_real_folder(scratch) and all(
+        FILE.fullmatch(path.name) and not path.is_dir() for path in scratch.iterdir()
+    )
 
 
 def _together(gather: Callable[[Any], list[Any]], work: Callable[[], Any], failure: str) -> list[Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.distributed import distributed_c10d
 
+from iccld.durable import write_whole
 from iccld.runtime.limits import WatchdogConfig
 
 # Of PyTorch's private names, these are used: `_world.pg_map`, `_set_pg_timeout`, `_get_sequence_number_for_group` and
@@ -51,7 +52,7 @@ def write_record(path: Path) -> bool:
     uses_nccl = any(torch.distributed.get_backend(group) == "nccl" for group in groups())
     if not uses_nccl or not hasattr(module, "_dump_nccl_trace"):
         return False
-    path.write_bytes(module._dump_nccl_trace())
+    write_whole(path, module._dump_nccl_trace())
     return True
 
 

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from iccld.durable import write_whole
+
 
 @dataclass(frozen=True)
 class Heartbeat:
@@ -46,9 +48,7 @@ def heartbeat_path(run_dir: Path, rank: int) -> Path:
 
 def write_heartbeat(run_dir: Path, heartbeat: Heartbeat) -> None:
     path = heartbeat_path(run_dir, heartbeat.rank)
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text(json.dumps(dataclasses.asdict(heartbeat)))
-    scratch.replace(path)
+    write_whole(path, json.dumps(dataclasses.asdict(heartbeat)), durably=False)
 
 
 def read_heartbeat(run_dir: Path, rank: int) -> Heartbeat | None:

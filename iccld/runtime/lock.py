@@ -18,6 +18,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from iccld.durable import make_folder, open_lock
+
 BEAT_S = 2.0
 LEASE_S = 20.0  # as long as nothing but a crash, or a machine that stands still, keeps a beat from moving
 
@@ -42,11 +44,10 @@ def locked(folder: Path) -> Iterator[str]:
 
     Takes up to `LEASE_S` seconds where a job on another machine held it last and did not end cleanly. A holder that
     stood still for so long that another took its lease ends at once, with a line on stderr and exit status 2: it must
-    not write any more. Raises OSError where the folder cannot be written.
+    not write any more. Raises OSError where the folder cannot be written, ValueError where the lock file is a link.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "lock"
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    path = make_folder(folder, within=folder) / "lock"
+    descriptor = open_lock(path)
     _held.add(descriptor)
     try:
         if holder := _holder(path, descriptor):

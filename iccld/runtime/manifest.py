@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from iccld.runtime.durable import file_checksum, write_text_durably
+from iccld.durable import file_checksum, write_whole
 from iccld.runtime.pieces import TensorReader
 
 FORMAT_VERSION = 2
@@ -46,7 +46,7 @@ class Checkpoint:
 def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
     """Write `facts` (JSON, with `files`, `tensors` and `step`), the format, and a checksum of both."""
     facts = json.loads(json.dumps({**facts, "format": FORMAT_VERSION}))  # as it will be read: keys are strings
-    write_text_durably(folder / MANIFEST, json.dumps({**facts, "sha256": _checksum(facts)}))
+    write_whole(folder / MANIFEST, json.dumps({**facts, "sha256": _checksum(facts)}))
 
 
 def _checksum(facts: Mapping[str, Any]) -> str:

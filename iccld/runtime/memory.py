@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from iccld.durable import make_folder, replacing_by_name, write_whole
 from iccld.runtime import host_memory
 from iccld.runtime.backend import Backend, local_tensor
 
@@ -151,10 +152,11 @@ def write_snapshot(stem: Path, parts: Parts, facts: Mapping[str, Any]) -> Path:
     """On CUDA the allocator's, for pytorch.org/memory_viz; else the tensors of the parts, largest first, as JSON.
     Returns the file.
     """
-    stem.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(stem.parent, within=stem.parent.parent)
     if torch.cuda.is_available():
         path = stem.with_suffix(".pickle")
-        torch.cuda.memory._dump_snapshot(str(path))
+        with replacing_by_name(path) as scratch:
+            torch.cuda.memory._dump_snapshot(str(scratch))
         return path
     tensors = [
         {"part": part, "name": name, "shape": list(local_tensor(t).shape), "dtype": str(t.dtype), "bytes": bytes_of(t)}
@@ -163,5 +165,5 @@ def write_snapshot(stem: Path, parts: Parts, facts: Mapping[str, Any]) -> Path:
     ]
     tensors.sort(key=lambda tensor: -tensor["bytes"])
     path = stem.with_suffix(".json")
-    path.write_text(json.dumps({**facts, "process": host_memory.status_lines(), "tensors": tensors}, indent=1))
+    write_whole(path, json.dumps({**facts, "process": host_memory.status_lines(), "tensors": tensors}, indent=1))
     return path

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iccld.runtime.durable import write_text_durably
+from iccld.durable import open_to_append, write_whole
 from iccld.runtime.memory import peak_memory
 from iccld.runtime.profiling import Seconds, summed
 from iccld.runtime.throughput import RankSeconds, rates, slow_rank_words, slowest
@@ -85,7 +85,7 @@ class MetricsLogger:
         path = self.run_dir / "metrics.jsonl"
         if path.exists():
             lines = [line for line in path.read_text().splitlines() if not self._is_ahead(line, step)]
-            write_text_durably(path, "".join(line + "\n" for line in lines))
+            write_whole(path, "".join(line + "\n" for line in lines))
         if self.config.wandb is not WandbMode.disabled:
             self._start_wandb(config)
 
@@ -185,8 +185,8 @@ class MetricsLogger:
         """One line of metrics.jsonl, and the same to wandb on the axis `step`."""
         if not self.is_main:
             return
-        with (self.run_dir / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+        with open_to_append(self.run_dir / "metrics.jsonl") as file:
+            file.write(f"{json.dumps(entry)}\n".encode())
         facts = {name: value for name, value in entry.items() if name != "stage"}
         self._tell_wandb(lambda run: run.log(facts, step=entry["step"]))
 
@@ -220,8 +220,8 @@ class MetricsLogger:
 
 def write_event(run_dir: Path, kind: str, **facts: Any) -> None:
     """One line of events.jsonl."""
-    with (run_dir / "events.jsonl").open("a") as file:
-        file.write(json.dumps({"time": time.time(), "event": kind, **facts}) + "\n")
+    with open_to_append(run_dir / "events.jsonl") as file:
+        file.write(f"{json.dumps({'time': time.time(), 'event': kind, **facts})}\n".encode())
 
 
 def _terminal_line(entry: Mapping[str, Any], num_steps: int) -> str:

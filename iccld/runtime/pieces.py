@@ -18,6 +18,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from iccld.durable import create
+
 # The names of safetensors' header; https://github.com/huggingface/safetensors#format
 SAFETENSORS_DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
@@ -71,7 +73,7 @@ def write_runs(path: Path, runs: Mapping[str, Run]) -> dict[str, Any]:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
-    with path.open("wb") as file, ThreadPoolExecutor(1) as other:
+    with create(path) as file, ThreadPoolExecutor(1) as other:
         for block in (len(text).to_bytes(8, "little"), text, *(_bytes(run.data) for run in runs.values())):
             hashed = other.submit(digest.update, block)
             file.write(block)

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-from iccld.runtime.durable import write_text_durably
+from iccld.durable import create, make_folder, write_whole
 from iccld.runtime.preemption import say
 
 REFUSED = 2
@@ -26,9 +26,9 @@ class Refusal:
 
     def claim(self) -> None:
         """Return to the first rank that asks; the others, which failed alike, end here when it has spoken."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self._path.parent, within=self._path.parent.parent)
         try:
-            self._path.with_suffix(".claim").open("x").close()
+            create(self._path.with_suffix(".claim")).close()
         except FileExistsError:
             limit = time.monotonic() + SPEAKING_S
             while not self.is_said() and time.monotonic() < limit:
@@ -41,8 +41,8 @@ class Refusal:
         say(f"iccld: {message}")
         with contextlib.suppress(OSError):
             if outcome := os.environ.get("ICCLD_OUTCOME"):  # rank 0 may be ended before it could leave word
-                write_text_durably(Path(outcome), f"{REFUSED}\n")
-            write_text_durably(self._path, f"{self._attempt}\n{message}\n")
+                write_whole(Path(outcome), f"{REFUSED}\n")
+            write_whole(self._path, f"{self._attempt}\n{message}\n")
         os._exit(REFUSED)
 
     def is_said(self) -> bool:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple, Self
 
+from iccld.durable import create, make_folder
 from iccld.runtime.collectives import is_failure, num_begun, write_record
 from iccld.runtime.heartbeat import Heartbeat, Peers, held_up_by, write_heartbeat
 from iccld.runtime.limits import WATCHED_BEATS, WatchdogConfig
@@ -113,7 +114,7 @@ class Watchdog:
     def __enter__(self) -> Self:
         self._go()
         if self.config.enabled:
-            (self.beats_in / "heartbeats").mkdir(parents=True, exist_ok=True)
+            make_folder(self.beats_in / "heartbeats", within=self.run_dir)
             self._write()
             self._thread.start()
         return self
@@ -205,7 +206,7 @@ class Watchdog:
             words += [f"{own} {why or 'waits'} in {own.place} since {own.in_phase_s:.0f} s"] * (self.rank not in causes)
             words += ["no rank is behind; a device or the network stands still"] * (not causes)
             say("watchdog: " + "; ".join([*words, f"stacks in {self._logs()}"]))
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
             if self.rank == speaks:
                 everybody = {rank: f"rank {rank} waits, as all do" for rank in range(self.world_size)}
                 self._note(causes or everybody, {**seen, self.rank: own})
@@ -226,9 +227,11 @@ class Watchdog:
         return self.run_dir / "logs"
 
     def _dump(self) -> None:
-        self._logs().mkdir(parents=True, exist_ok=True)
-        with (self._logs() / f"stacks_rank_{self.rank:05d}.txt").open("w") as file:
-            file.write(f"{self._heartbeat()} in {self._heartbeat().place}\n\n")
+        make_folder(self._logs(), within=self.run_dir)
+        path = self._logs() / f"stacks_rank_{self.rank:05d}.txt"
+        path.unlink(missing_ok=True)
+        with create(path) as file:
+            file.write(f"{self._heartbeat()} in {self._heartbeat().place}\n\n".encode())
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
         write_record(self._logs() / f"nccl_rank_{self.rank:05d}.pickle")

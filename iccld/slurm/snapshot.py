@@ -9,6 +9,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from iccld.durable import make_folder, scratch_folder
+
 PACKAGE = Path(__file__).resolve().parents[1]
 EXTRAS = ("accelerate_configs",)  # beside the package, in a checkout
 
@@ -34,10 +36,9 @@ def copy_code(folder: Path) -> Path:
     """`folder`/HASH with the package; made once for each state of the code, whole or not at all."""
     target = folder / code_hash()
     if not target.is_dir():
-        scratch = target.with_suffix(".tmp")
-        shutil.rmtree(scratch, ignore_errors=True)
+        scratch = scratch_folder(target)
         for name, path in code_files():
-            (scratch / name).parent.mkdir(parents=True, exist_ok=True)
+            make_folder((scratch / name).parent, within=scratch)
             shutil.copyfile(path, scratch / name)
         scratch.rename(target)
     return target

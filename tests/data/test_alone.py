@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from iccld.data import indexing
-from iccld.data.durable import alone_in
 from iccld.data.packing import ImageFormat
 from iccld.data.shards import MakeShardsConfig, make_shards
+from iccld.data.work_folder import alone_in
 from tests.data.factory import make_set, opened, pair_members, png, random_pair, write_folder, write_tar
 from tests.data.test_restart import content
 from tests.data.test_shards import make, read_all

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from iccld.durable import file_checksum
 from iccld.runtime.checkpoint import CheckpointConfig, CheckpointStore
-from iccld.runtime.durable import file_checksum
 from iccld.runtime.manifest import CheckpointError, DamagedError, ForeignFormatError, verify
 from iccld.runtime.pieces import whole
 

@@ -2,7 +2,6 @@
 
 import json
 import multiprocessing
-import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ from PIL import Image
 
 from iccld.data.scenes.render import render
 from iccld.data.scenes.world import Domain
+from iccld.durable import make_folder, replacing, write_whole
 from iccld.labels import CITYSCAPES_IDS, CITYSCAPES_PALETTE
 
 CITIES = ("aachen", "bremen", "cologne")
@@ -74,7 +74,7 @@ def _write_all(folder: Path, frames: Sequence[Frame], settings: Settings, *, wor
         raise ValueError(f"scenes.workers={workers} must be at least 1; 1 draws in this process.")
     _claim(folder, settings)
     for parent in {path.parent for frame in frames for path in (frame.image, frame.labels)}:
-        parent.mkdir(parents=True, exist_ok=True)
+        make_folder(parent, within=folder)
     missing = [frame for frame in frames if not (frame.image.exists() and frame.labels.exists())]
     draw = partial(_write, settings=settings)
     if workers == 1 or not missing:
@@ -97,10 +97,8 @@ def _claim(folder: Path, settings: Settings) -> None:
                 f"use the same settings, remove the folder, or name another one."
             )
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = note.with_name(f"{note.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(wanted))
-    temporary.replace(note)
+    make_folder(folder, within=folder)
+    write_whole(note, json.dumps(wanted))
 
 
 def _write(frame: Frame, *, settings: Settings) -> None:
@@ -123,6 +121,5 @@ def _palette() -> list[int]:
 
 def _save(picture: Image.Image, path: Path) -> None:
     """A file of its final name is whole: it is renamed there after it was written."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    picture.save(temporary, format="PNG", compress_level=_FAST_PNG)
-    temporary.replace(path)
+    with replacing(path, durably=False) as file:
+        picture.save(file, format="PNG", compress_level=_FAST_PNG)

@@ -1,0 +1,222 @@
+"""Files that appear whole, and folders that are made, written and cleared without following a link.
+
+A folder that the user names may lead anywhere by links. What lies in it may come from anybody: a link below it is
+never written through and nothing behind it is deleted. Temporary files have random names and are created exclusively,
+so that no name can be prepared; a rename onto a link replaces the link itself. The umask decides who may read a file.
+"""
+
+import fcntl
+import glob
+import hashlib
+import os
+import re
+import secrets
+import shutil
+import stat
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+_NO_LINK = os.O_NOFOLLOW | os.O_CLOEXEC
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]+\.tmp")
+
+
+class NotOursError(ValueError):
+    """A link, or something else that this program did not make, where it wants to write; it is left as it is."""
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_checksum(path: Path) -> str:
+    """The SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_whole(path: Path, data: bytes | str, *, durably: bool = True) -> None:
+    """Replace a file: a reader sees the old one or the new one; `durably`, a crash of the machine leaves one, too."""
+    with replacing(path, durably=durably) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+
+
+@contextmanager
+def replacing(path: Path, *, durably: bool = True) -> Iterator[BinaryIO]:
+    """A file to write that takes the place of `path` when the block ends; an error leaves what was there."""
+    with _replacing(path, durably=durably) as (_, file):
+        yield file
+
+
+@contextmanager
+def replacing_by_name(path: Path) -> Iterator[Path]:
+    """As `replacing`, for libraries that write to a path: an empty file, which they may write or replace."""
+    with _replacing(path, durably=True) as (temporary, file):
+        mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+        yield temporary
+        if stat.S_IMODE(temporary.lstat().st_mode) != mode:  # safetensors makes files of its own that are private
+            temporary.chmod(mode, follow_symlinks=False)
+
+
+@contextmanager
+def _replacing(path: Path, *, durably: bool) -> Iterator[tuple[Path, BinaryIO]]:
+    name = os.fsdecode(os.fsencode(path.name)[:200])  # with what is added, a file system takes it
+    temporary = path.with_name(f".{name}.{secrets.token_hex(4)}.tmp")
+    file = create(temporary)
+    try:
+        with file:
+            yield temporary, file
+        if durably:
+            sync(temporary)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if durably:
+        sync(path.parent)
+
+
+def create(path: Path) -> BinaryIO:
+    """A new file, open for writing. Raises FileExistsError where there is anything of this name, a link included."""
+    return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _NO_LINK, 0o666), "w+b")
+
+
+def open_to_append(path: Path) -> BinaryIO:
+    """The file, made where there is none, to be written at its end. A hard link gets a copy of its own first.
+
+    Raises NotOursError where it is a link, or no plain file.
+    """
+    descriptor = _open_plain(path, os.O_WRONLY | os.O_APPEND)
+    if os.fstat(descriptor).st_nlink > 1:
+        os.close(descriptor)
+        write_whole(path, path.read_bytes())
+        descriptor = _open_plain(path, os.O_WRONLY | os.O_APPEND)
+    return os.fdopen(descriptor, "ab")
+
+
+def open_lock(path: Path) -> int:
+    """The descriptor of a file that processes lock, made where there is none; it may be written, too.
+
+    Raises NotOursError where it is a link, a hard link, or no plain file.
+    """
+    descriptor = _open_plain(path, os.O_RDWR)
+    if os.fstat(descriptor).st_nlink > 1:
+        os.close(descriptor)
+        raise NotOursError(f"{path} is a hard link, and must be a file of its own; remove it.")
+    return descriptor
+
+
+def open_to_read(path: Path) -> int:
+    """The descriptor of a file in a folder that others write to. Raises NotOursError where it is no plain file."""
+    return _open_plain(path, os.O_RDONLY)
+
+
+def _open_plain(path: Path, flags: int) -> int:
+    refuse_unless_plain(path)
+    flags |= 0 if flags == os.O_RDONLY else os.O_CREAT
+    # Without O_NONBLOCK, a pipe of this name would be waited for.
+    descriptor = os.open(path, flags | os.O_NONBLOCK | _NO_LINK, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise NotOursError(f"{path} is no plain file, and must be one to be written; remove it.")
+    return descriptor
+
+
+def is_plain(path: Path) -> bool:
+    """Whether there is a file that no other name leads to: no link, no hard link, no folder."""
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        return False
+    return stat.S_ISREG(status.st_mode) and status.st_nlink == 1
+
+
+def is_real_folder(path: Path) -> bool:
+    """Whether there is a folder, and no link to one."""
+    return path.is_dir() and not path.is_symlink()
+
+
+def refuse_unless_plain(path: Path) -> None:
+    """Raise NotOursError where a file is to be written, and there is a link, a folder, a pipe or the like."""
+    if os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):
+        kind = f"a link to {path.readlink()}" if path.is_symlink() else "no plain file"
+        raise NotOursError(f"{path} is {kind}, and must be a file of its own to be written; remove it.")
+
+
+def refuse_links(path: Path, *, within: Path) -> None:
+    """Raise NotOursError where `path`, or a folder on the way to it from `within`, is a link."""
+    place = within
+    for part in path.relative_to(within).parts:
+        place = place / part
+        if place.is_symlink():
+            raise NotOursError(
+                f"{place} is a link to {place.readlink()}; nothing is written through a link in {within}. Remove "
+                f"it, or put all of {within} where it leads, and make {within} itself the link."
+            )
+
+
+def make_folder(folder: Path, *, within: Path) -> Path:
+    """Make a folder, and `within`, which the user named; raises NotOursError where one between them is a link."""
+    if not within.is_dir():
+        within.mkdir(parents=True, exist_ok=True)
+    place = within
+    for part in folder.relative_to(within).parts:
+        place = place / part
+        try:
+            place.mkdir()
+        except FileExistsError:
+            refuse_links(place, within=place.parent)
+            place.mkdir(exist_ok=True)
+    return folder
+
+
+def scratch_folder(path: Path, *, is_ours: Callable[[Path], bool] = is_real_folder) -> Path:
+    """A new folder beside `path`, which it becomes by a rename; what a crash has left of earlier ones is removed.
+
+    Only one process at a time may make `path`. What is called so and is not ours is left, and another name taken.
+    """
+    for left_over in scratch_folders(path):
+        if is_ours(left_over):
+            remove_tree(left_over)
+    names = [f"{path.name}.tmp", f"{path.name}.{secrets.token_hex(4)}.tmp"]
+    scratch = next(place for name in names if not os.path.lexists(place := path.with_name(name)))
+    scratch.mkdir(parents=True)
+    return scratch
+
+
+def scratch_folders(path: Path) -> list[Path]:
+    """What lies beside `path` under the names that `scratch_folder` gives."""
+    name = re.compile(re.escape(path.name) + r"(\.[0-9a-f]{8})?\.tmp")
+    return [place for place in path.parent.glob("*.tmp") if name.fullmatch(place.name)]
+
+
+def remove_tree(folder: Path) -> None:
+    """Delete a folder. Of a link in it the link is deleted; raises NotOursError where it is one itself."""
+    refuse_links(folder, within=folder.parent)
+    shutil.rmtree(folder)
+
+
+def remove_left_overs(folder: Path, *, of: str = "", older_than_s: float = 0.0) -> None:
+    """Delete the temporary files that a crash has left in a folder, or those of the file `of` in it."""
+    for path in folder.glob(f".{glob.escape(of) or '*'}.*.tmp"):
+        if _TEMPORARY.fullmatch(path.name) and is_plain(path) and time.time() - path.stat().st_mtime > older_than_s:
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock file, waiting for it; where the file system has no locks, nothing is held."""
+    descriptor = open_lock(path)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
