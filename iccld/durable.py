@@ -129,6 +129,11 @@ def _open_plain(path: Path, flags: int) -> int:
     return descriptor
 
 
+def is_plain_name(name: object) -> bool:
+    """Whether it names something in a folder, and nothing elsewhere: what a file says may lead anywhere."""
+    return isinstance(name, str) and name.isprintable() and name not in ("", ".", "..") and "/" not in name
+
+
 def is_plain(path: Path) -> bool:
     """Whether there is a file that no other name leads to: no link, no hard link, no folder."""
     try:

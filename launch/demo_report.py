@@ -13,7 +13,7 @@ from rich.console import Console
 
 from iccld.config import Config, read_config
 from iccld.data.stream import read_validation
-from iccld.durable import write_whole
+from iccld.durable import replacing, write_whole
 from iccld.evaluation import results_table
 from iccld.models.iccld import ICCLD
 from iccld.predict import colourise, comparison_picture
@@ -58,7 +58,8 @@ def draw(folder: Path, config: Config) -> None:
                 labels = predict(images, torch.tensor([sample["number"]])).argmax(1)[0]
             row.append(colourise(labels.numpy().astype(np.uint8), palette))
         rows.append(row)
-    comparison_picture(rows, ["image", "truth", *predictors]).save(folder / "comparison.png")
+    with replacing(folder / "comparison.png") as file:
+        comparison_picture(rows, ["image", "truth", *predictors]).save(file, format="PNG")
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ def test_a_failed_write_leaves_no_partial_picture(tmp_path, monkeypatch):
     Image.fromarray(PIXELS).save(tmp_path / "frame.png")
 
     def torn_save(self, file, **kwargs):
-        file.write_bytes(b"half a pict")
+        file.write(b"half a pict")
         raise OSError("disk full")
 
     monkeypatch.setattr(Image.Image, "save", torn_save)

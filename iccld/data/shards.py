@@ -28,7 +28,7 @@ from iccld.data.packing import MAX_SIDES, ImageFormat, Packing
 from iccld.data.processes import say, usable_cpus
 from iccld.data.records import finish_index, join_records
 from iccld.data.work_folder import MAKING_FOLDER, alone_in, clear
-from iccld.durable import write_whole
+from iccld.durable import make_folder, write_whole
 
 _NOT_CONTENT = ("output", "accept_bad", "mapping", "num_workers")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
@@ -125,7 +125,7 @@ def make_shards(config: MakeShardsConfig, *, progress: Callable[[str], None] = s
 def _check_output(output: Path) -> None:
     """Makes the folder, unless it is one of others."""
     try:
-        output.mkdir(parents=True, exist_ok=True)
+        make_folder(output, within=output)
         strange = any(output.iterdir())
     except OSError as error:
         raise ValueError(f"--output {output} cannot be a folder ({error.strerror}); use another --output.") from error

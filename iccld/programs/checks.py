@@ -6,11 +6,28 @@ from pathlib import Path
 
 from iccld.config import Config, StageName, differences, read_config, to_yaml
 from iccld.data.stream import read_validation
-from iccld.durable import make_folder, write_whole
+from iccld.durable import make_folder, refuse_links, refuse_unless_plain, remove_left_overs, write_whole
 from iccld.models.attention import check_backend
+from iccld.programs.hand_off import is_finished
 from iccld.runtime.engine import Engine
 from iccld.runtime.watchdog import Watchdog
 from iccld.trainer import TrainerConfig
+
+LEFT_OVER_AFTER_S = 86_400.0  # whoever wrote them is no more
+
+
+def check_links(run_dir: Path, config: Config) -> None:
+    """Refuse links where a training writes, before it has worked for days. Every rank looks, so that all end alike."""
+    parts = [
+        f"{stage.value}/{part}"
+        for stage in config.stages
+        if not is_finished(run_dir, stage)
+        for part in ("checkpoints", "final", "ema")
+    ]
+    for name in ("heartbeats", "logs", "profile", "report", "wandb", *parts):
+        refuse_links(run_dir / name, within=run_dir)
+    for name in ("lock", "metrics.jsonl", "events.jsonl"):
+        refuse_unless_plain(run_dir / name)
 
 
 def check_alone(run_dir: Path, holder: str, engine: Engine) -> None:
@@ -72,6 +89,10 @@ def watch(config: Config, engine: Engine, *, beats_in: Path | None = None) -> Wa
         )
     engine.set_timeout(limits.collective_s, of_saves=True)
     run_dir, attempt = Path(config.run_dir), engine.gather_objects(f"{time.time()} {os.getpid()}")[0]
+    beats = (beats_in or run_dir) / "heartbeats"
+    for folder in (beats, run_dir / "logs"):
+        refuse_links(folder, within=run_dir)
+    refuse_unless_plain(run_dir / "events.jsonl")
     watchdog = Watchdog(
         run_dir,
         limits,
@@ -83,8 +104,10 @@ def watch(config: Config, engine: Engine, *, beats_in: Path | None = None) -> Wa
     )
     if engine.is_main:
         watchdog.refusal.forget()
-        for path in ((beats_in or run_dir) / "heartbeats").glob("rank_*.json"):  # of an attempt on more ranks
+        for path in beats.glob("rank_*.json"):  # of an attempt on more ranks
             path.unlink()
+        for folder in (run_dir, beats):
+            remove_left_overs(folder, older_than_s=LEFT_OVER_AFTER_S)
     engine.barrier()
     return watchdog
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from iccld import rng
 from iccld.config import Config, StageName, Weights
 from iccld.data.stream import read_validation
-from iccld.durable import make_folder, write_whole
+from iccld.durable import make_folder, refuse_links, write_whole
 from iccld.evaluation import EvaluationResult, Predict, evaluate, results_table
 from iccld.models.iccld import ICCLD
 from iccld.models.model_card import ModelStage
@@ -88,6 +88,7 @@ def evaluate_run(config: Config, preemption: Preemption | None = None, *, model_
         raise ValueError(f"run_dir={config.run_dir} holds no finished stage (stage1/final, stage2/final); train first.")
     # The run may be training meanwhile, with heartbeats of its own.
     beats = Path(config.run_dir) / "heartbeats" / "evaluate"
+    refuse_links(Path(config.run_dir) / "report", within=Path(config.run_dir))
     with Engine(config.engine) as engine, watch(config, engine, beats_in=beats) as watchdog:
         watchdog.begin("evaluation")
         watchdog.phase("evaluate")

@@ -78,14 +78,18 @@ def handed_over(config: Config) -> tuple[Path, HandOff]:
     remedy = f"remove {final}, and the same command with stage=all makes it again from stage 1's last checkpoint"
     try:
         facts = build(HandOff, json.loads(path.read_text()), where=str(path))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read ({error}); {remedy}.") from error
+    if facts.weights not in [weights.value for weights in Weights]:
+        raise ValueError(f"{path}: weights={facts.weights!r} must be one of {[w.value for w in Weights]}; {remedy}.")
     classes = list(config.data.class_set.build().names)
     if facts.class_names != classes:
         raise ValueError(
             f"{path}: stage 1 learnt {len(facts.class_names)} classes, not data.class_set's {len(classes)}."
         )
     folder = final / facts.weights
+    if folder.is_symlink() or (folder / WEIGHTS_NAME).is_symlink():
+        raise ValueError(f"{folder / WEIGHTS_NAME} is reached by a link, which stage 1 did not leave; {remedy}.")
     if not (folder / WEIGHTS_NAME).is_file() or file_checksum(folder / WEIGHTS_NAME) != facts.model_sha256:
         raise ValueError(f"{folder / WEIGHTS_NAME} is not what stage 1 left (its checksum differs); {remedy}.")
     return folder, facts

@@ -14,7 +14,7 @@ from iccld import __version__
 from iccld.config import Config, StageName, to_dict
 from iccld.data.stream import TrainingStream
 from iccld.programs.building import build_stage, build_stream, first_batches, layout_of, trials_of, whole_stage
-from iccld.programs.checks import check_alone, check_run_dir, check_settings, watch
+from iccld.programs.checks import check_alone, check_links, check_run_dir, check_settings, watch
 from iccld.programs.ema import write_due_snapshot
 from iccld.programs.evaluate import (
     asks,
@@ -52,6 +52,7 @@ def train(config: Config, preemption: Preemption | None = None, *, began: float 
     preemption = preemption or Preemption()
     preemption.config = config.preemption
     run_dir = Path(config.run_dir)
+    check_links(run_dir, config)
     with Engine(config.engine) as engine, locked(run_dir) if engine.is_main else nullcontext("") as holder:
         check_alone(run_dir, holder, engine)
         with watch(config, engine) as watchdog:

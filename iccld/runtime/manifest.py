@@ -2,14 +2,15 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from iccld.durable import file_checksum, write_whole
-from iccld.runtime.pieces import TensorReader
+from iccld.durable import NotOursError, file_checksum, is_plain_name, open_to_read, write_whole
+from iccld.runtime.pieces import TensorReader, is_stored
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
@@ -54,15 +55,16 @@ def _checksum(facts: Mapping[str, Any]) -> str:
 
 
 def verify(folder: Path) -> Checkpoint:
-    """Check the manifest, and every file's size and checksum.
+    """Check the manifest, and every file's size and checksum; a link in place of a file is damage.
 
     Raises DamagedError naming the file, ForeignFormatError, or OSError where a file is there and cannot be read.
     """
     manifest = read_manifest(folder)
     for name, facts in manifest["files"].items():
         path, size = folder / name, facts["size"]
-        if not path.is_file():
-            raise DamagedError(f"checkpoint {folder} is damaged: {name} is missing.")
+        if path.is_symlink() or not path.is_file():
+            what = "a link" if path.is_symlink() else "missing"
+            raise DamagedError(f"checkpoint {folder} is damaged: {name} is {what}.")
         if path.stat().st_size != size:
             raise DamagedError(f"checkpoint {folder} is damaged: {name} has {path.stat().st_size} bytes, not {size}.")
         if file_checksum(path) != facts["sha256"]:
@@ -74,21 +76,58 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest, whole in itself. Raises as `verify` does."""
     damaged = f"checkpoint {folder} is damaged: {MANIFEST}"
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
+        with os.fdopen(open_to_read(folder / MANIFEST), "rb") as file:
+            manifest = json.loads(file.read())
+        if not isinstance(manifest, dict):
+            raise DamagedError(f"{damaged} is not one JSON object.")
+        checksum, version = manifest.pop("sha256", None), manifest.get("format")
+        found = _checksum(manifest)
     except FileNotFoundError:
         raise DamagedError(f"{damaged} is missing.") from None
+    except RecursionError as error:
+        raise DamagedError(f"{damaged} is nested too deeply.") from error
+    except NotOursError as error:
+        raise DamagedError(f"checkpoint {folder} is damaged: {error}") from error
     except ValueError as error:
-        raise DamagedError(f"{damaged} is not JSON ({error}).") from error
-    if not isinstance(manifest, dict):
-        raise DamagedError(f"{damaged} is not one JSON object.")
-    checksum, version = manifest.pop("sha256", None), manifest.get("format")
+        raise error if isinstance(error, DamagedError) else DamagedError(f"{damaged} is not JSON ({error}).") from error
     if checksum is None and isinstance(version, int) and version != FORMAT_VERSION:
         raise ForeignFormatError(
             f"checkpoint {folder} has format {version}, and this version of iccld reads {FORMAT_VERSION}; "
             f"use the version that wrote it, or another run_dir."
         )
-    if checksum != _checksum(manifest):
+    if checksum != found:
         raise DamagedError(f"{damaged} does not match its checksum.")
+    if wrong := _fault(manifest):
+        raise DamagedError(f"{damaged} has {wrong}.")
     if folder.name != f"step_{manifest['step']:08d}":
         raise DamagedError(f"{damaged} is of step {manifest['step']}.")
     return manifest
+
+
+def _fault(manifest: Mapping[str, Any]) -> str:
+    """What is wrong with the step, the files and the tensors of a manifest that anybody may have written; else ""."""
+    step, files, tensors = (manifest.get(name) for name in ("step", "files", "tensors"))
+    if not _is_count(step) or not isinstance(files, dict) or not isinstance(tensors, dict):
+        return "no step, files and tensors"
+    for name, facts in files.items():
+        if not is_plain_name(name):
+            return f"{name!r} for a file's name, which would lie elsewhere"
+        if not isinstance(facts, dict) or not _is_count(facts.get("size")) or not isinstance(facts.get("sha256"), str):
+            return f"no size and checksum of {name}"
+    broken = [name for name, entry in tensors.items() if not _is_entry(entry, files)]
+    return f"no place in its files for {broken[0]}" if broken else ""
+
+
+def _is_entry(entry: Any, files: Mapping[str, Any]) -> bool:
+    """Whether it says where a tensor lies: see `pieces`."""
+    match entry:
+        case {"shape": list(shape), "dtype": str(dtype), "pieces": list(pieces)}:
+            rows = [[piece[0], *piece[1:]] for piece in pieces if isinstance(piece, list) and len(piece) == 3]
+            is_whole = len(rows) == len(pieces) and all(isinstance(row[0], str) and row[0] in files for row in rows)
+            counts = [*shape, *(number for row in rows for number in row[1:])]
+            return is_whole and is_stored(dtype) and all(map(_is_count, counts))
+    return False
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

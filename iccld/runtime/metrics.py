@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iccld.durable import open_to_append, write_whole
+from iccld.durable import open_to_append, refuse_links, refuse_unless_plain, write_whole
 from iccld.runtime.memory import peak_memory
 from iccld.runtime.profiling import Seconds, summed
 from iccld.runtime.throughput import RankSeconds, rates, slow_rank_words, slowest
@@ -83,6 +83,7 @@ class MetricsLogger:
         if not self.is_main:
             return
         path = self.run_dir / "metrics.jsonl"
+        refuse_unless_plain(path)
         if path.exists():
             lines = [line for line in path.read_text().splitlines() if not self._is_ahead(line, step)]
             write_whole(path, "".join(line + "\n" for line in lines))
@@ -97,6 +98,7 @@ class MetricsLogger:
         return entry["stage"] == self.stage and entry["step"] >= step
 
     def _start_wandb(self, config: Mapping[str, Any]) -> None:
+        refuse_links(self.run_dir / "wandb", within=self.run_dir)
         import wandb  # 1.6 s; only where it is used
 
         self.logger_id = self.logger_id or secrets.token_hex(4)

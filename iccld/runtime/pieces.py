@@ -110,6 +110,11 @@ def join_tables(tables: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return joined
 
 
+def is_stored(dtype: str) -> bool:
+    """Whether it names a dtype that a checkpoint may hold."""
+    return dtype in {str(known).removeprefix("torch.") for known in SAFETENSORS_DTYPES}
+
+
 class TensorReader:
     """Reads the tensors of a checkpoint's folder by name, whole or in part."""
 

@@ -22,6 +22,9 @@ begin_attempt() {
     run_dir=$1 state=$1/slurm/job_$SLURM_JOB_ID restart=${SLURM_RESTART_COUNT:-0}
     # Of an array's elements, the last has the number of the array: by it, scontrol would requeue them all.
     id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID} id=${id:-$SLURM_JOB_ID}
+    for place in "$1/slurm" "$state" "$state/alive"; do # what lies behind a link is not the job's to delete
+        [ ! -L "$place" ] || { say "$place is a link; remove it, or make all of $1 the link"; exit 2; }
+    done
     alive=$state/alive/$restart # what an earlier attempt left behind may still write into its own
     rm -rf "$alive"
     mkdir -p "$alive" || exit 1

@@ -9,10 +9,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from iccld.durable import make_folder, scratch_folder
+from iccld.durable import is_real_folder, make_folder, remove_tree, scratch_folder
 
 PACKAGE = Path(__file__).resolve().parents[1]
 EXTRAS = ("accelerate_configs",)  # beside the package, in a checkout
+
+LEFT_OVER_AFTER_S = 86_400.0
 
 
 def code_files() -> Iterator[tuple[str, Path]]:
@@ -36,12 +38,22 @@ def copy_code(folder: Path) -> Path:
     """`folder`/HASH with the package; made once for each state of the code, whole or not at all."""
     target = folder / code_hash()
     if not target.is_dir():
-        scratch = scratch_folder(target)
+        scratch = scratch_folder(target, is_ours=_is_left_over)
         for name, path in code_files():
             make_folder((scratch / name).parent, within=scratch)
             shutil.copyfile(path, scratch / name)
-        scratch.rename(target)
+        try:
+            scratch.rename(target)
+        except OSError:  # made meanwhile by another submission
+            remove_tree(scratch)
+            if not target.is_dir():
+                raise
     return target
+
+
+def _is_left_over(scratch: Path) -> bool:
+    """Whether its submission is no more; another one may be copying now."""
+    return is_real_folder(scratch) and time.time() - scratch.stat().st_mtime > LEFT_OVER_AFTER_S
 
 
 def code_version(version: str) -> str:
