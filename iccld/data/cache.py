@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from iccld.data.counters import Counters
-from iccld.durable import NotOursError, create, make_folder, open_lock, open_to_read
+from iccld.durable import NotOursError, create, make_folder, open_lock, open_to_read, refuse_links
 
 logger = logging.getLogger(__name__)
 
@@ -113,8 +113,8 @@ class SampleCache:
         """Removes an entry."""
         path = self._path(key)
         try:
-            path.unlink(missing_ok=True)
             with self._locked(path.parent) as lock:
+                path.unlink(missing_ok=True)
                 if lock is not None:
                     os.ftruncate(lock, 0)  # to be counted again
         except (OSError, NotOursError) as error:
@@ -125,6 +125,7 @@ class SampleCache:
         return self._samples / f"{int(digest[:2], 16) % NUM_BUCKETS:02x}" / digest
 
     def _entry(self, path: Path) -> bytes | None:
+        refuse_links(path.parent, within=self._folder)
         try:
             descriptor = open_to_read(path)
         except FileNotFoundError:

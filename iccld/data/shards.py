@@ -28,7 +28,7 @@ from iccld.data.packing import MAX_SIDES, ImageFormat, Packing
 from iccld.data.processes import say, usable_cpus
 from iccld.data.records import finish_index, join_records
 from iccld.data.work_folder import MAKING_FOLDER, alone_in, clear
-from iccld.durable import make_folder, write_whole
+from iccld.durable import make_folder, refuse_links, write_whole
 
 _NOT_CONTENT = ("output", "accept_bad", "mapping", "num_workers")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
@@ -126,11 +126,14 @@ def _check_output(output: Path) -> None:
     """Makes the folder, unless it is one of others."""
     try:
         make_folder(output, within=output)
-        strange = any(output.iterdir())
+        strange = sorted(output.iterdir())
     except OSError as error:
         raise ValueError(f"--output {output} cannot be a folder ({error.strerror}); use another --output.") from error
+    refuse_links(output / MAKING_FOLDER, within=output)
     if strange and not any((output / name).is_dir() for name in (MAKING_FOLDER, INDEX_FOLDER)):
-        raise ValueError(f"--output {output} is not empty and was not made by this command; use another --output.")
+        raise ValueError(
+            f"--output {output} holds {strange[0]} and was not made by this command; use another --output."
+        )
 
 
 def _keep_finished(output: Path, settings: dict[str, Any], progress: Callable[[str], None]) -> IndexResult:

@@ -26,11 +26,12 @@ def clear(work: Path) -> None:
 
 def _check_ours(work: Path) -> None:
     """So that nobody's files are deleted, nor written through links with the names of ours."""
-    strange = sorted(path.name for path in work.iterdir() if not (_OURS.fullmatch(path.name) and is_plain(path)))
+    strange = sorted(path for path in work.iterdir() if not (_OURS.fullmatch(path.name) and is_plain(path)))
     if strange:
+        more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
         raise NotOursError(
-            f"{work} holds {', '.join(strange[:5])}, which this command did not make (it makes plain files only); move "
-            f"{work} away, and give the same command again."
+            f"{strange[0]}{more} is not what this command makes, plain files of its own names; move {work} away, and "
+            f"give the same command again."
         )
 
 

@@ -209,7 +209,7 @@ def test_a_finished_set_is_kept_and_other_settings_are_refused(tmp_path: Path) -
 def test_folders_of_others_are_not_touched(tmp_path: Path) -> None:
     raw = write_folder(tmp_path / "raw", 2)
     save(Path(f"{raw}-shards") / "holiday.png", random_pair(0)[0])
-    with pytest.raises(ValueError, match=r"is not empty and was not made by this command; use another --output"):
+    with pytest.raises(ValueError, match=r"holds .* and was not made by this command; use another --output"):
         make(raw)
     with pytest.raises(ValueError, match=r"--input .*nowhere: there is no such folder"):
         make(tmp_path / "nowhere")
