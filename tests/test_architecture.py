@@ -214,6 +214,45 @@ def public_parts_are_documented(source: Source) -> Iterator[Finding]:
             yield node.lineno, f"{node.name} without a docstring"
 
 
+WRITERS = re.compile(
+    r"(\.(write_text|write_bytes|mkdir|makedirs|rmtree|touch|savefig|export_chrome_trace|_dump_snapshot|open_memmap"
+    r"|copyfile|copytree|copy2|move|symlink_to|hardlink_to|mkstemp|NamedTemporaryFile)|^(np|numpy|torch)\.save"
+    r"|(^|\.)save_file)$"
+)
+MAY_WRITE = {
+    ("data/chunks.py", "np.save"),  # into memory
+    ("data/index.py", "np.save"),  # into a file of `create`
+    ("data/indexing.py", "np.save"),
+    ("data/records.py", "np.lib.format.open_memmap"),  # over a file of `create`
+    ("data/info.py", "figure.savefig"),  # into a file of `replacing`
+    ("programs/goodput.py", "figure.savefig"),
+    ("programs/profile_report.py", "figure.savefig"),
+    ("programs/profile.py", "trace.export_chrome_trace"),  # into a temporary folder
+    ("models/iccld.py", "save_file"),  # to the name of `replacing_by_name`
+    ("programs/ema.py", "save_file"),
+    ("runtime/memory.py", "torch.cuda.memory._dump_snapshot"),
+    ("runtime/host_memory.py", "Path('/proc/self/clear_refs').write_text"),  # the kernel's
+    ("slurm/snapshot.py", "shutil.copyfile"),  # into a folder of `scratch_folder`
+}
+"""The calls that write, or delete whole folders, outside `iccld/durable.py`, each into what that file has made."""
+
+
+def only_durable_writes_and_deletes(source: Source) -> Iterator[Finding]:
+    """So that no link is followed: see `iccld/durable.py`. Deleting, renaming and "x" act on a link itself."""
+    if source.room in (None, "durable"):
+        return
+    for node in ast.walk(source.tree):
+        if not isinstance(node, ast.Call):
+            continue
+        call = ast.unparse(node.func)
+        given = [ast.unparse(value) for value in (*node.args, *(keyword.value for keyword in node.keywords))]
+        opens = call.split(".")[-1] in ("open", "fdopen") and any(
+            re.fullmatch(r"'[rbt]*[wa+][rbt+]*'", word) or re.search(r"O_(WRONLY|RDWR|CREAT)", word) for word in given
+        )
+        if (opens or WRITERS.search(call)) and (source.path.removeprefix("iccld/"), call) not in MAY_WRITE:
+            yield node.lineno, f"{call} may follow a link; write and delete with iccld.durable"
+
+
 RULES = [
     imports_only_what_the_table_allows,
     leaves_import_only_torch_and_numpy,
@@ -225,6 +264,7 @@ RULES = [
     no_bare_except,
     the_trainer_knows_no_task,
     public_parts_are_documented,
+    only_durable_writes_and_deletes,
 ]
 
 
@@ -284,6 +324,10 @@ def test_experiments_open_with_command_cost_and_expected_result():
         ),
         (RULES[8], "iccld/trainer.py", "stage.teacher.update()", 1, "'teacher'"),
         (RULES[9], "iccld/losses.py", "'''Losses.'''\ndef dice(): pass", 2, "dice without a docstring"),
+        (RULES[10], "iccld/trainer.py", "(folder / 'a').write_text('')", 1, "write_text may follow a link"),
+        (RULES[10], "iccld/trainer.py", "path.open('ab')", 1, "path.open may follow a link"),
+        (RULES[10], "iccld/trainer.py", "os.open(path, os.O_RDWR | os.O_CREAT)", 1, "os.open may follow a link"),
+        (RULES[10], "iccld/data/index.py", "shutil.rmtree(folder)", 1, "shutil.rmtree may follow a link"),
     ],
 )
 def test_a_broken_rule_is_found_with_its_line(rule, path, text, line, words):
@@ -303,6 +347,7 @@ def test_a_broken_rule_is_found_with_its_line(rule, path, text, line, words):
         ("iccld/uda/photometric.py", "'''Colour.'''\nimport kornia\nimport torch"),
         ("iccld/runtime/checkpoint.py", "'''Files.'''\ntorch.load(p, weights_only=True)"),
         ("tools/make_shards.py", "from iccld.data import shards\nimport webdataset"),
+        ("iccld/runtime/pieces.py", "'''Files.'''\npath.open('rb')\nos.fdopen(number, 'rb')\nnp.load(path, 'r')"),
     ],
 )
 def test_what_the_rules_allow_is_not_found(path, text):

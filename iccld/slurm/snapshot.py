@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from iccld.durable import is_real_folder, make_folder, remove_tree, scratch_folder
+from iccld.durable import is_real_folder, make_folder, refuse_links, remove_tree, scratch_folder
 
 PACKAGE = Path(__file__).resolve().parents[1]
 EXTRAS = ("accelerate_configs",)  # beside the package, in a checkout
@@ -37,6 +37,7 @@ def code_hash() -> str:
 def copy_code(folder: Path) -> Path:
     """`folder`/HASH with the package; made once for each state of the code, whole or not at all."""
     target = folder / code_hash()
+    refuse_links(target, within=folder)  # what it leads to would be run
     if not target.is_dir():
         scratch = scratch_folder(target, is_ours=_is_left_over)
         for name, path in code_files():
