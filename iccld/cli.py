@@ -190,6 +190,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
     if not (arguments.run_dir / "config.yaml").is_file():
         raise ValueError(f"there is no run in {arguments.run_dir} (no config.yaml); give a folder that train wrote.")
+    if given := [word for word in arguments.overrides if word.lstrip("+").startswith("run_dir=")]:
+        raise ValueError(f"{given[0]}: the run is what stands first, {arguments.run_dir}; leave the setting out.")
     with Preemption() as preemption:
         from iccld.config import read_config
         from iccld.programs.evaluate import evaluate_run

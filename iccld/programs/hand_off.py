@@ -79,6 +79,7 @@ def handed_over(config: Config) -> tuple[Path, HandOff]:
     remedy = f"remove {final}, and the same command with stage=all makes it again from stage 1's last checkpoint"
     try:
         facts = build(HandOff, json.loads(path.read_text()), where=str(path))
+        Weights(facts.weights)  # a name, and no path that leads elsewhere
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read ({error}); {remedy}.") from error
     classes = list(config.data.class_set.build().names)

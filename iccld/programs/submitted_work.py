@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from iccld.cli import parse
-from iccld.config import Config, load_config
+from iccld.config import Config, config_from, load_config
 from iccld.slurm.config import Variant, Work
 from iccld.slurm.engine_file import FOLDER, engine_path, engine_variables
 from iccld.slurm.snapshot import code_hash
@@ -22,8 +22,11 @@ def run_dir_of(command: Sequence[str]) -> Path:
             f"{(command or [''])[0]!r} cannot be submitted; end with `train key=value ...`, `profile key=value ...` or "
             f"`evaluate RUN_DIR ...`."
         )
+    if command[0] != "evaluate":
+        return Path(_config(command).run_dir).absolute()
     arguments = parse(command)
-    return Path(arguments.run_dir if command[0] == "evaluate" else _config(command).run_dir).absolute()
+    config_from({}, where="evaluate", overrides=arguments.overrides)
+    return arguments.run_dir.absolute()
 
 
 def _config(command: Sequence[str]) -> Config:
