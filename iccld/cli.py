@@ -41,10 +41,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         rank = int(os.environ.get("RANK", "0"))
         if (
             rank > 0
-        ):  # ranks that fail alike are ended by the launcher before they repeat it; one that fails alone speaks
+        ):  # those that fail alike are ended by the launcher before they repeat it; one that fails alone speaks
             time.sleep(3)
-        print(f"iccld {arguments.verb}: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
+        line = f"iccld {arguments.verb}: {f'rank {rank}: ' if rank else ''}{error}"
+        print("".join(map(_printable, line)), file=sys.stderr, flush=True)
         return 2
+
+
+def _printable(character: str) -> str:
+    """What a terminal would take for a command, as text: names come from files that anyone wrote."""
+    return character if character.isprintable() or character == "\n" else repr(character)[1:-1]
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
