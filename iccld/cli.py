@@ -41,10 +41,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         rank = int(os.environ.get("RANK", "0"))
         if (
             rank > 0
-        ):  # ranks that fail alike are ended by the launcher before they repeat it; one that fails alone speaks
+        ):  # those that fail alike are ended by the launcher before they repeat it; one that fails alone speaks
             time.sleep(3)
-        print(f"iccld {arguments.verb}: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
+        line = f"iccld {arguments.verb}: {f'rank {rank}: ' if rank else ''}{error}"
+        print("".join(map(_printable, line)), file=sys.stderr, flush=True)
         return 2
+
+
+def _printable(character: str) -> str:
+    """What a terminal would take for a command, as text: names come from files that anyone wrote."""
+    return character if character.isprintable() or character == "\n" else repr(character)[1:-1]
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -190,6 +196,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
     if not (arguments.run_dir / "config.yaml").is_file():
         raise ValueError(f"there is no run in {arguments.run_dir} (no config.yaml); give a folder that train wrote.")
+    if given := [word for word in arguments.overrides if word.lstrip("+").startswith("run_dir=")]:
+        raise ValueError(f"{given[0]}: the run is what stands first, {arguments.run_dir}; leave the setting out.")
     with Preemption() as preemption:
         from iccld.config import read_config
         from iccld.programs.evaluate import evaluate_run

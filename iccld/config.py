@@ -1,5 +1,6 @@
 """The configuration: dataclasses beside the classes they configure, composed from packaged YAML by Hydra."""
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,13 +10,17 @@ from typing import Any
 
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from iccld import plain_yaml, settings
 from iccld.data.config import DataConfig
 from iccld.evaluation import EvaluationConfig
+from iccld.group_files import check_group_file, own_files, place_of, remedy_of
 from iccld.models.iccld import ModelConfig
 from iccld.runtime.engine import EngineConfig
 from iccld.runtime.limits import WatchdogConfig
@@ -108,53 +113,126 @@ FREE_SETTINGS = (
 def load_config(overrides: Sequence[str], *, config_dir: str = "") -> Config:
     """Compose the packaged YAML with `key=value` overrides. `config_dir` adds a folder with YAML groups of one's own.
 
-    Raises ValueError for unknown keys, wrong types, and values that a part refuses, in one line.
+    The text after the first `=` of a setting that is a string is its value, to the letter. Raises ValueError for
+    unknown keys, wrong types, broken files and values that a part refuses, in one line.
     """
     ConfigStore.instance().store(name="schema", node=Config)
+    parsed, folder = _parsed(overrides), Path(config_dir)
+    words = [override.input_line for override in parsed]
+    files: list[Path] = []
     if config_dir:
-        if not Path(config_dir).is_dir():
+        if not folder.is_dir():
             raise ValueError(f"--config-dir {config_dir}: there is no such folder.")
-        overrides = [*overrides, f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"]
+        words.append(f"hydra.searchpath=[{_quoted(f'file://{folder.resolve()}')}]")
+        files = own_files(folder, [(override.key_or_group, override.value()) for override in parsed])
+        for file in files:
+            check_group_file(file, Config)
     try:
         with initialize_config_module("iccld.configs", version_base="1.3"):
-            return OmegaConf.to_object(compose("config", overrides=list(overrides)))  # type: ignore[return-value]
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(f"{_one_line(error)} (`iccld config` shows all settings)") from error
+            composed: Any = compose("config", overrides=words)  # type: ignore[arg-type]
+        for key in settings.unknown_keys(composed, Config):  # Hydra adds what `+key` names, known or not
+            raise ValueError(f"{key}: there is no such setting; `iccld config` shows all settings.")
+        return OmegaConf.to_object(composed)  # type: ignore[return-value]
+    except (HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError, RecursionError) as error:
+        text = _one_line(error)
+        where = place_of(text, folder, files) if config_dir else ""
+        raise ValueError(f"{where}{text}{remedy_of(text, where)} (`iccld config` shows all settings)") from error
+
+
+def _parsed(words: Sequence[str]) -> list[Override]:
+    """The overrides as Hydra reads them. Raises ValueError for what it cannot read, or would read as something else."""
+    parser, found = OverridesParser.create(), []
+    for word in words:
+        literal = settings.string_setting(word, Config)
+        try:
+            override = parser.parse_override(f"{literal[0]}{literal[1]}={_quoted(literal[2])}" if literal else word)
+        except HydraException as error:
+            raise ValueError(
+                f"{word}: no key=value that can be read ({str(error).splitlines()[0]}); a text within [...] or {{...}}, "
+                f"and a group's choice, that holds more than letters, digits and /-.+@%_ is put into quotes."
+            ) from error
+        if override.is_sweep_override():
+            raise ValueError(
+                f"{word} gives several values; give one, a list as [a,b], or --seeds and --variant of submit."
+            )
+        given, key = override.value(), override.key_or_group
+        if isinstance(given, list | dict):
+            for key, value in settings.not_strings(given, settings.type_at(Config, key), key):
+                raise ValueError(f"{word}: {key}={value!r} must be text; put it into quotes, as in '{value}'.")
+        found.append(override)
+    return found
+
+
+def _quoted(text: str) -> str:
+    """The text as Hydra's grammar takes it to the letter."""
+    return QuotedString(_as_it_is(text), Quote.single).with_quotes()
+
+
+def _as_it_is(value: Any) -> Any:
+    """Plain values of which OmegaConf interprets no `${...}`."""
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", lambda found: 2 * found[1] + "\\${", value)
+    if isinstance(value, Mapping):
+        return {key: _as_it_is(item) for key, item in value.items()}
+    return [_as_it_is(item) for item in value] if isinstance(value, list) else value
 
 
 def _one_line(error: BaseException) -> str:
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    if isinstance(error, YAMLError):
+        return f"{getattr(getattr(error, 'problem_mark', None), 'name', '')}{plain_yaml.explain(error)}"
     text = str(cause).split("Config search path")[0]
     return " ".join(line.strip() for line in text.splitlines() if "_type" not in line).strip()
 
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Plain numbers, strings, lists and dicts, as YAML and JSON have them; enums by name."""
-    container = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
-    assert isinstance(container, dict)
-    return container  # type: ignore[return-value]
+    return _plain(config)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def to_yaml(config: Config) -> str:
-    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+    """The settings as `read_config` reads them."""
+    return plain_yaml.to_yaml(to_dict(config))
 
 
 def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """The resolved config of a run directory, with `key=value` overrides.
+    """The settings of a run directory's file, which are plain data, with `key=value` overrides.
 
     Raises ValueError naming the file where it does not fit the schema.
     """
     try:
-        layers = OmegaConf.structured(Config), OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides))
-        return OmegaConf.to_object(OmegaConf.merge(*layers))  # type: ignore[return-value]
-    except (OSError, YAMLError, OmegaConfBaseException) as error:
-        raise ValueError(f"{path} {' '.join(overrides)}: not the settings of a run ({_one_line(error)}).") from error
+        values = plain_yaml.read_yaml(path)
+    except OSError as error:
+        raise ValueError(f"{path}: not the settings of a run ({error}).") from error
+    return config_from(values, where=" ".join([str(path), *overrides]), overrides=overrides)
 
 
-def config_from(values: Mapping[str, Any], *, where: str) -> Config:
-    """What `to_dict` gave, as the settings it came from. Raises ValueError where they do not fit the schema."""
+def config_from(values: Any, *, where: str, overrides: Sequence[str] = ()) -> Config:
+    """What `to_dict` gave, also by way of YAML or JSON, as the settings it came from, with `key=value` overrides.
+
+    Nothing in the values is interpreted. Raises ValueError where they do not fit the schema.
+    """
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where}: not the settings of a run (no `key: value` lines).")
+    parsed = _parsed(overrides)
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values))  # type: ignore[return-value]
+        plain = _as_it_is(settings.with_typed_keys(values, Config))
+        config = OmegaConf.merge(OmegaConf.structured(Config), plain)
+        for override in parsed:
+            if override.is_delete() or not re.fullmatch(r"[\w.$-]+", override.get_key_element().lstrip("+")):
+                raise ValueError(f"{override.input_line}: settings that are saved take key=value, and nothing else.")
+            OmegaConf.update(config, override.key_or_group, override.value(), merge=True)
+        return OmegaConf.to_object(config)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         raise ValueError(f"{where}: not the settings of a run ({_one_line(error)}).") from error
 

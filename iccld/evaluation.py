@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -158,14 +159,14 @@ def results_table(results: Mapping[str, EvaluationResult], *, title: str = "") -
     table = Table(title=title or None)
     table.add_column("%")
     for name in results:
-        table.add_column(name, justify="right")
+        table.add_column(escape(name), justify="right")
     rows = [
         (f"mIoU-{len(names)}", [result.miou for result in results.values()]),
         (f"boundary mIoU-{len(names)}", [result.boundary_miou for result in results.values()]),
         ("pixel accuracy", [result.pixel_accuracy for result in results.values()]),
         ("mean accuracy", [result.mean_accuracy for result in results.values()]),
     ]
-    rows += [(name, [result.iou[i] for result in results.values()]) for i, name in enumerate(names)]
+    rows += [(escape(name), [result.iou[i] for result in results.values()]) for i, name in enumerate(names)]
     for i, (label, values) in enumerate(rows):
         cells = ["-" if math.isnan(value) else f"{value:.2f}" for value in values]
         table.add_row(label, *cells, style="bold" if i == 0 else None, end_section=i == 3)

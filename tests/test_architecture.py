@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 40
 
-LEAVES = {"labels", "rng"}  # every room may draw keyed numbers
+LEAVES = {"labels", "rng", "plain_yaml", "settings"}  # every room may draw keyed numbers, and read plain files
 PROGRAMS = {"__main__", "cli", "programs"}
 EVERYTHING = {"*"}  # but the programs, unless one is asking
 MAY_IMPORT = {
@@ -26,6 +26,9 @@ MAY_IMPORT = {
     "labels": set(),
     "rng": set(),
     "durable": set(),
+    "plain_yaml": set(),
+    "settings": set(),
+    "group_files": set(),
     "diffusion": set(),
     "losses": set(),
     "uda": set(),

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from iccld.config import StageName, read_config
 from iccld.evaluation import results_table
@@ -50,7 +51,9 @@ def score_widths(arguments: argparse.Namespace) -> None:
     widths = read_widths(arguments.sweep)
     rows = sweep(config, StageName(arguments.stage), widths=widths, step=arguments.step)
     named = {f"{row['weights']} x{steps}": scores for row in rows for steps, scores in row["scores"].items()}
-    Console(width=None if sys.stdout.isatty() else 120).print(results_table(named, title=f"{arguments.run_dir}"))
+    Console(width=None if sys.stdout.isatty() else 120).print(
+        results_table(named, title=escape(str(arguments.run_dir)))
+    )
     for row in rows[1:]:
         print(f"{row['weights']} after {row['step']} steps: the profile is met to {row['profile_error']:.2%}")
     if arguments.json:

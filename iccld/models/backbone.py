@@ -1,6 +1,7 @@
 """A backbone of `transformers`, built or loaded; nothing in it draws. The only file that imports the library."""
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,36 @@ disable_progress_bar()  # of weights that load in milliseconds, once a rank
 
 KNOWN_TYPES = "segformer, convnextv2, swin, mobilenet_v2, dinov2, dinov3_vit"
 
+SELF_CONTAINED = frozenset(
+    [
+        "beit",
+        "convnext",
+        "convnextv2",
+        "dinov2",
+        "dinov2_with_registers",
+        "dinov3_convnext",
+        "dinov3_vit",
+        "efficientnet",
+        "focalnet",
+        "hiera",
+        "mobilenet_v1",
+        "mobilenet_v2",
+        "poolformer",
+        "pvt",
+        "pvt_v2",
+        "regnet",
+        "resnet",
+        "segformer",
+        "swin",
+        "swinv2",
+        "vit",
+    ]
+)
+"""Types whose config alone says what is built; others name models and code that are then fetched from the hub."""
+LEADS_ELSEWHERE = frozenset(
+    ["auto_map", "backbone", "quantization_config", "use_timm_backbone", "use_pretrained_backbone"]
+)
+
 
 def make_backbone(pretrained: str, backbone_config: dict[str, Any]) -> tuple[PreTrainedModel, set[str]]:
     """The backbone in float32 without any dropout, and the names of weights that `pretrained` should have had."""
@@ -21,11 +52,18 @@ def make_backbone(pretrained: str, backbone_config: dict[str, Any]) -> tuple[Pre
             f"set exactly one, a hub id or folder with weights, or a transformers config to build without weights."
         )
     if not pretrained:
-        return AutoModel.from_config(_config_from_dict(backbone_config), dtype=torch.float32), set()
+        config = _config_from_dict(backbone_config)
+        return AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False), set()
     try:
-        config = _without_randomness(AutoConfig.from_pretrained(pretrained))
+        config = _without_randomness(AutoConfig.from_pretrained(pretrained, trust_remote_code=False))
+        _refuse_others(config)
         model, report = AutoModel.from_pretrained(
-            pretrained, config=config, dtype=torch.float32, output_loading_info=True
+            pretrained,
+            config=config,
+            dtype=torch.float32,
+            output_loading_info=True,
+            trust_remote_code=False,
+            use_safetensors=True if Path(pretrained).is_dir() else None,  # not all that is published has them
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(
@@ -38,13 +76,24 @@ def make_backbone(pretrained: str, backbone_config: dict[str, Any]) -> tuple[Pre
 
 
 def _config_from_dict(values: dict[str, Any]) -> PreTrainedConfig:
-    fields = dict(values)
+    fields = {key: value for key, value in values.items() if key != "_name_or_path"}
+    if leads := sorted(k for k in fields if k in LEADS_ELSEWHERE or k.startswith("_") or "_implementation" in k):
+        raise ValueError(f"model.encoder.backbone_config has {', '.join(leads)}, which could fetch code; leave it out.")
     try:
-        return _without_randomness(AutoConfig.for_model(fields.pop("model_type"), **fields))
+        config = _without_randomness(AutoConfig.for_model(fields.pop("model_type"), **fields))
     except KeyError:
         raise ValueError(f"model.encoder.backbone_config={values} needs a model_type: one of {KNOWN_TYPES}.") from None
     except (ValueError, TypeError) as error:
         raise ValueError(f"model.encoder.backbone_config={values} is no transformers config: {error}") from error
+    _refuse_others(config)
+    return config
+
+
+def _refuse_others(config: PreTrainedConfig) -> None:
+    if config.model_type not in SELF_CONTAINED:
+        raise ValueError(
+            f"model.encoder: a backbone of type {config.model_type!r} gives no feature maps; use one of {KNOWN_TYPES}."
+        )
 
 
 def _without_randomness(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -1,5 +1,6 @@
 """The whole figure: encoder, denoiser, decoder. `B H W` images, `C h w` latent (stride 8), `K` classes."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -7,12 +8,12 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from iccld.diffusion import sample, scaled_linear_alpha_bar
-from iccld.durable import make_folder, replacing_by_name
+from iccld.durable import file_checksum, make_folder, replacing_by_name
 from iccld.models.attention import AttentionBackend
 from iccld.models.blocks import LATENT_STRIDE
 from iccld.models.decoder import Decoder, DecoderConfig
@@ -32,7 +33,10 @@ from iccld.models.model_card import (
     write_card,
 )
 
+logger = logging.getLogger(__name__)
 LOGITS_STRIDE = LATENT_STRIDE // 2
+MAX_HEADER = 16 << 20
+"""Bytes; a model of a thousand tensors has a hundredth of it."""
 
 
 @dataclass
@@ -149,7 +153,8 @@ class ICCLD(nn.Module):
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         with replacing_by_name(folder / WEIGHTS_NAME) as path:
             save_file(contiguous, path)
-        write_card(folder, self._make_card(class_names, palette, origin or {}))
+        checksum = file_checksum(folder / WEIGHTS_NAME)
+        write_card(folder, self._make_card(class_names, palette, origin or {}, checksum))
 
     @classmethod
     def from_pretrained(
@@ -161,6 +166,9 @@ class ICCLD(nn.Module):
         attention: AttentionBackend | None = None,
     ) -> Self:
         """Rebuild a saved model in eval mode, from the folder alone; `card` then holds its names, palette and origin.
+
+        The folder may be a stranger's: no other file or host is asked, and nothing is allocated before the card's model
+        is known to have the weights' names and shapes, and the weights the card's checksum.
 
         num_classes: refuse a model of another number of classes. with_denoiser: None, as it was saved; True gives a
         model of stage 1 a fresh one. attention: another back end than the one it was trained with.
@@ -175,10 +183,18 @@ class ICCLD(nn.Module):
         config = build(ModelConfig, card.model, where=str(folder / CARD_NAME))
         if attention is not None:
             config = replace(config, denoiser=replace(config.denoiser, attention=attention))
+        if config.encoder.pretrained:
+            raise ValueError(
+                f"{folder / CARD_NAME} names an encoder, {config.encoder.pretrained!r}, in place of describing it; "
+                f"export the model again."
+            )
         trained = card.stage is ModelStage.adversarial
         wanted = trained if with_denoiser is None else with_denoiser
+        with torch.device("meta"):  # the shapes alone
+            shape = cls(config=config, num_classes=len(card.class_names), with_denoiser=wanted)
+        shape._check_weights(folder / WEIGHTS_NAME, card, trained=trained)
         model = cls(config=config, num_classes=len(card.class_names), with_denoiser=wanted)
-        model._load_weights(folder / WEIGHTS_NAME, trained=trained)
+        model._load_weights(folder / WEIGHTS_NAME)
         model.card, model.stage = card, card.stage if wanted else ModelStage.segmentation
         return model.eval()
 
@@ -206,31 +222,52 @@ class ICCLD(nn.Module):
             replace(self.config, encoder=replace(self.config.encoder, pretrained="", backbone_config=backbone))
         )
 
-    def _make_card(self, names: Sequence[str], palette: Sequence[Sequence[int]], origin: dict[str, Any]) -> ModelCard:
-        origin = {"encoder": self.config.encoder.pretrained, **origin}
-        model = self.rebuilding_config()
-        return ModelCard(FORMAT_VERSION, self.stage, list(names), [list(map(int, c)) for c in palette], model, origin)
+    def _make_card(
+        self, names: Sequence[str], palette: Sequence[Sequence[int]], origin: dict[str, Any], checksum: str
+    ) -> ModelCard:
+        origin, colours = {"encoder": self.config.encoder.pretrained, **origin}, [list(map(int, c)) for c in palette]
+        return ModelCard(
+            FORMAT_VERSION, self.stage, list(names), colours, self.rebuilding_config(), origin, weights_sha256=checksum
+        )
 
-    def _load_weights(self, path: Path, *, trained: bool) -> None:
-        try:
-            tensors = load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path} cannot be read ({error}); copy or export the model again.") from error
+    def _check_weights(self, path: Path, card: ModelCard, *, trained: bool) -> None:
+        """That a file holds this model's weights, by names, shapes and the card's checksum. Raises ValueError."""
+        shapes = _shapes(path)
         if self.denoiser is None:
-            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("denoiser.")}
-        own = {k: v.shape for k, v in self.state_dict().items() if trained or not k.startswith("denoiser.")}
-        wrong = [name for name in sorted(own.keys() | tensors.keys()) if _shape(tensors, name) != own.get(name)]
+            shapes = {name: shape for name, shape in shapes.items() if not name.startswith("denoiser.")}
+        own = {k: tuple(v.shape) for k, v in self.state_dict().items() if trained or not k.startswith("denoiser.")}
+        wrong = [name for name in sorted(own.keys() | shapes.keys()) if shapes.get(name) != own.get(name)]
         if wrong:
             version = self.config.encoder.backbone_config.get("transformers_version", "unknown")
             raise ValueError(
                 f"{path} does not fit its {CARD_NAME}: {len(wrong)} weights are missing, unknown or of another shape "
                 f"({', '.join(wrong[:3])}). Export the model again, or use the transformers of its backbone, {version}."
             )
+        if not card.weights_sha256:
+            logger.warning("%s: written by an earlier iccld, without a checksum of its weights", path)
+        elif file_checksum(path) != card.weights_sha256:
+            raise ValueError(
+                f"{path} is not what its {CARD_NAME} was written for (its checksum differs); copy both files again."
+            )
+
+    def _load_weights(self, path: Path) -> None:
+        tensors = load_file(path)
+        if self.denoiser is None:
+            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("denoiser.")}
         self.load_state_dict(tensors, strict=False)
 
 
-def _shape(tensors: dict[str, Tensor], name: str) -> torch.Size | None:
-    return tensors[name].shape if name in tensors else None
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor in a file of weights, from its header. Raises ValueError."""
+    with path.open("rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+    if header > MAX_HEADER:
+        raise ValueError(f"{path} says that its header has {header} bytes; that is no file of weights.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be read ({error}); copy or export the model again.") from error
 
 
 def _to_image_size(logits: Tensor, size: Sequence[int]) -> Tensor:

@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import math
+import re
 import types
 import typing
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,9 +16,15 @@ from iccld.durable import write_whole
 
 T = TypeVar("T")
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE = (1, 2)  # 1: without the weights' checksum
 CARD_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
+MAX_BYTES = 4 << 20
+MAX_NUMBER = 1 << 17
+MAX_COUNT = 256
+"""Of layers of a kind: a card is someone's word, and what it describes is built before it is compared with weights."""
+_COUNTS = re.compile(r"(layers|depths?|blocks|levels|stages|tokens)$|channel_multipliers$")
 
 
 class ModelStage(Enum):
@@ -28,7 +36,10 @@ class ModelStage(Enum):
 
 @dataclass(frozen=True)
 class ModelCard:
-    """`model` is a `ModelConfig` as plain values; `origin` says freely where the weights come from."""
+    """`model` is a `ModelConfig` as plain values; `origin` says freely where the weights come from.
+
+    `weights_sha256` is of the file beside the card; empty where format 1 has none.
+    """
 
     format_version: int
     stage: ModelStage
@@ -36,6 +47,7 @@ class ModelCard:
     palette: list[list[int]]
     model: dict[str, Any]
     origin: dict[str, Any]
+    weights_sha256: str = field(default="", metadata={"of_training": True})
 
     def __post_init__(self) -> None:
         names, colours = self.class_names, self.palette
@@ -43,6 +55,15 @@ class ModelCard:
             raise ValueError(
                 f"model card: {len(names)} class_names and {len(colours)} palette entries; "
                 f"every class needs a name and an (R, G, B) colour."
+            )
+        if len(names) > 255 or any(not name.isprintable() or len(name) > 100 for name in names):
+            raise ValueError("model card: class_names must be at most 255 plain names, of at most 100 letters each.")
+        if any(not 0 <= part <= 255 for colour in colours for part in colour):
+            raise ValueError("model card: palette must hold numbers from 0 to 255.")
+        if not re.fullmatch(r"[0-9a-f]{64}" if self.format_version > 1 else "", self.weights_sha256):
+            raise ValueError(
+                f"model card: weights_sha256={self.weights_sha256[:80]!r} does not belong to format_version="
+                f"{self.format_version}; format 2 has the SHA-256 of {WEIGHTS_NAME}, format 1 has none."
             )
 
 
@@ -55,18 +76,50 @@ def read_card(folder: Path) -> ModelCard:
                 f"{needed} is missing; {folder} is not a whole saved model. Give a folder that save_pretrained wrote "
                 f"({WEIGHTS_NAME} and {CARD_NAME})."
             )
-    try:
-        values = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON ({error}); export the model again.") from error
+    values = _read_json(path)
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold one JSON object; export the model again.")
-    if values.get("format_version") != FORMAT_VERSION:
+    if values.get("format_version") not in READABLE:
         raise ValueError(
-            f"{path}: format_version={values.get('format_version')!r}, this version of iccld reads {FORMAT_VERSION}; "
+            f"{path}: format_version={values.get('format_version')!r}, this version of iccld reads 1 and 2; "
             f"use the iccld that wrote the model, or export it again."
         )
-    return build(ModelCard, values, where=str(path))
+    card = build(ModelCard, values, where=str(path))
+    check_sizes(card.model, where=str(path))
+    return card
+
+
+def _read_json(path: Path) -> Any:
+    with path.open("rb") as file:
+        data = file.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise ValueError(f"{path} has more than {MAX_BYTES} bytes, which no model's card has.")
+    try:
+        return json.loads(data, object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error}); export the model again.") from error
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError("a name stands there twice")
+    return values
+
+
+def check_sizes(value: Any, *, where: str, name: str = "") -> None:
+    """Refuse numbers that no model has, before anything is made of them. Raises ValueError."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            check_sizes(item, where=f"{where}: {key}", name=key)
+    elif isinstance(value, list):
+        for item in value:
+            check_sizes(item, where=where)
+    numbers = [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, int | float)]
+    if not all(math.isfinite(number) and abs(number) <= MAX_NUMBER for number in numbers):
+        raise ValueError(f"{where}={numbers[:4]} must be numbers of at most {MAX_NUMBER}; this is no card of a model.")
+    if _COUNTS.search(name) and (sum(numbers) > MAX_COUNT or len(numbers) > 64):
+        raise ValueError(f"{where}={numbers[:4]} must be at most {MAX_COUNT} in all; this is no card of a model.")
 
 
 def write_card(folder: Path, card: ModelCard) -> None:
@@ -131,4 +184,7 @@ def _parse(hint: Any, value: Any, *, where: str) -> Any:
         return float(value)
     if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
         raise ValueError(f"{where}={value!r} must be of type {expected.__name__}.")
+    if expected is list:
+        (of_item,) = typing.get_args(hint)
+        return [_parse(of_item, item, where=f"{where}[{number}]") for number, item in enumerate(value)]
     return value

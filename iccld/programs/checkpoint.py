@@ -17,7 +17,7 @@ from iccld import __version__
 from iccld.config import Config, StageName, Weights, config_from
 from iccld.durable import scratch_folder, sync
 from iccld.models.iccld import ModelConfig
-from iccld.models.model_card import build
+from iccld.models.model_card import build, check_sizes
 from iccld.programs.building import build_stage
 from iccld.runtime.checkpoint import FOLDER
 from iccld.runtime.manifest import MANIFEST, Checkpoint, CheckpointError, read_manifest, verify, write_manifest
@@ -97,7 +97,11 @@ def _filled_stage(checkpoint: Checkpoint, config: Config) -> Stage:
         config.run_dir = str(above)
     # All weights come from the checkpoint, so that no hub is asked.
     config.initial_model, config.stage1.objective.feature_distance_weight = "", 0.0
-    model = build(ModelConfig, checkpoint.manifest["rebuilding_config"], where=str(checkpoint.folder / MANIFEST))
+    where = str(checkpoint.folder / MANIFEST)
+    check_sizes(checkpoint.manifest["rebuilding_config"], where=where)
+    model = build(ModelConfig, checkpoint.manifest["rebuilding_config"], where=where)
+    if model.encoder.pretrained:
+        raise ValueError(f"{where} names an encoder, {model.encoder.pretrained!r}, in place of describing it.")
     config.model = model
     stage = build_stage(StageName(checkpoint.manifest["stage"]), config, torch.device("cpu"))
     reader = checkpoint.reader

@@ -12,16 +12,18 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from torch import Tensor
 
 from iccld import rng
-from iccld.config import Config, StageName, Weights
+from iccld.config import Config
 from iccld.data.stream import read_validation
 from iccld.durable import make_folder, refuse_links, write_whole
 from iccld.evaluation import EvaluationResult, Predict, evaluate, results_table
 from iccld.models.iccld import ICCLD
 from iccld.models.model_card import ModelStage
 from iccld.programs.checks import watch
+from iccld.programs.results import about_of, finished_models, own_results, place_for, read_results
 from iccld.runtime.engine import Engine
 from iccld.runtime.metrics import write_event
 from iccld.runtime.preemption import Preempted, Preemption
@@ -99,16 +101,10 @@ def evaluate_run(config: Config, preemption: Preemption | None = None, *, model_
     return True
 
 
-def finished_models(config: Config) -> list[Path]:
-    """The model folders of the run's finished stages."""
-    run_dir, weights = Path(config.run_dir), config.inference.weights.value
-    return [folder for stage in StageName if (folder := run_dir / stage.value / "final" / weights).is_dir()]
-
-
 def evaluate_models(
     folders: Sequence[Path], config: Config, engine: Engine, *, give_up: Callable[[], bool] = lambda: False
 ) -> dict[str, Any]:
-    """Score model folders and write `report/results.json` (`results_student.json` for the student).
+    """Score model folders and write `report/results.json`, or a file of their own: see `programs.results`.
 
     Returns `{"stage1": scores, "stage2": {"1": scores, ...}, "stage2_mean_latent": scores}`, as far as they exist, and
     under `about` what was scored, and how. The mean latent is a control: denoising must be worth more than it.
@@ -120,27 +116,15 @@ def evaluate_models(
         score = partial(evaluate_predictor, config=config, engine=engine, give_up=give_up)
         results |= _score_model(load_model(folder, config).to(engine.device), config, score)
     if engine.is_main:
-        about = {
-            "models": [str(folder) for folder in folders],
-            "data": dataclasses.asdict(config.data.validation),
-            "noise_seeds": config.inference.noise_seeds,
-            **dataclasses.asdict(config.evaluation),
-        }
-        path = results_file(config) if folders == finished_models(config) else results_file(config, label="model")
-        _report({"about": about} | results, path)
+        about = about_of(folders, config)
+        _report({"about": about} | results, place_for(folders, config, about))
     return results
-
-
-def results_file(config: Config, *, label: str = "") -> Path:
-    label = label or config.inference.weights.value
-    name = "results.json" if label == Weights.teacher.value else f"results_{label}.json"
-    return Path(config.run_dir) / "report" / name
 
 
 def unscored_stages(config: Config) -> list[str]:
     """The finished stages that the report does not hold."""
-    path = results_file(config)
-    scored = json.loads(path.read_text()) if path.exists() else {}
+    path = own_results(config)
+    scored = read_results(path) if path.exists() else {}
     return [folder.parts[-3] for folder in finished_models(config) if folder.parts[-3] not in scored]
 
 
@@ -204,6 +188,6 @@ def _report(results: Mapping[str, Any], path: Path) -> None:
     make_folder(path.parent, within=path.parent.parent)
     write_whole(path, json.dumps(results, indent=1))
     Console(width=None if sys.stdout.isatty() else 120).print(
-        results_table(named_results(results), title=", ".join(results["about"]["models"]))
+        results_table(named_results(results), title=escape(", ".join(results["about"]["models"])))
     )
     print(f"written to {path}", flush=True)

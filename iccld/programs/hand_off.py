@@ -78,10 +78,9 @@ def handed_over(config: Config) -> tuple[Path, HandOff]:
     remedy = f"remove {final}, and the same command with stage=all makes it again from stage 1's last checkpoint"
     try:
         facts = build(HandOff, json.loads(path.read_text()), where=str(path))
+        Weights(facts.weights)  # a name, and no path that leads elsewhere
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read ({error}); {remedy}.") from error
-    if facts.weights not in [weights.value for weights in Weights]:
-        raise ValueError(f"{path}: weights={facts.weights!r} must be one of {[w.value for w in Weights]}; {remedy}.")
     classes = list(config.data.class_set.build().names)
     if facts.class_names != classes:
         raise ValueError(

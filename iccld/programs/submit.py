@@ -64,7 +64,7 @@ def submit(arguments: argparse.Namespace) -> int:
     run_dir = run_dir_of(command)
     config = _with_history(settings, run_dir)
     variants = [(name, settings_of) for name, *settings_of in arguments.variant]
-    if command[0] == "train" and not any(word.startswith(GRACE) for word in command):
+    if command[0] == "train" and not any(word.lstrip("+").startswith(GRACE) for word in command):
         command = [*command, f"{GRACE}{max(config.lead_s - 30, config.lead_s // 2)}"]  # before SLURM's own end
     jobs = jobs_of(
         command, num_ranks=config.num_ranks, engine=engine, chain=arguments.chain, seeds=arguments.seeds,

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from iccld.cli import parse
-from iccld.config import Config, load_config
+from iccld.config import Config, config_from, load_config
 from iccld.slurm.config import Variant, Work
 from iccld.slurm.engine_file import FOLDER, engine_path, engine_variables
 from iccld.slurm.snapshot import code_hash
@@ -17,16 +17,16 @@ Element = tuple[str, list[str]]
 
 def run_dir_of(command: Sequence[str]) -> Path:
     """The run that `train`, `profile` or `evaluate` works on. Raises ValueError for settings that it would refuse."""
-    verb, *rest = command or [""]
-    if verb in ("train", "profile"):
-        return Path(_config(command).run_dir).absolute()
-    run_dirs = [word for word in rest if not word.startswith("-") and "=" not in word]
-    if verb != "evaluate" or not run_dirs:
+    if not command or command[0] not in ("train", "profile", "evaluate"):
         raise ValueError(
-            f"{verb!r} cannot be submitted; end with `train key=value ...`, `profile key=value ...` or "
+            f"{(command or [''])[0]!r} cannot be submitted; end with `train key=value ...`, `profile key=value ...` or "
             f"`evaluate RUN_DIR ...`."
         )
-    return Path(run_dirs[0]).absolute()
+    if command[0] != "evaluate":
+        return Path(_config(command).run_dir).absolute()
+    arguments = parse(command)
+    config_from({}, where="evaluate", overrides=arguments.overrides)
+    return arguments.run_dir.absolute()
 
 
 def _config(command: Sequence[str]) -> Config:
@@ -106,15 +106,15 @@ def _elements(seeds: str, variants: Iterable[tuple[str, list[str]]]) -> Iterator
 def _variant(element: Element, words: Sequence[str], run_dir: Path) -> Variant:
     name, settings = element
     own = run_dir / name
-    return Variant(str(own), tuple(_with_settings(words, [*settings, f"run_dir={_hydra_value(own)}"])))
+    return Variant(str(own), tuple(_with_settings(words, [*settings, f"run_dir={own}"])))
 
 
 def _with_settings(words: Sequence[str], settings: Sequence[str]) -> list[str]:
-    """The settings last, in place of earlier ones of the same name."""
-    names = {setting.partition("=")[0] for setting in settings}
-    return [*(word for word in words if word.partition("=")[0] not in names), *settings]
+    """`train` with the settings last, in place of earlier ones of the same name."""
+    arguments, names = parse(words), {_name(setting) for setting in settings}
+    kept = [word for word in arguments.overrides if _name(word) not in names]
+    return ["train", *([f"--config-dir={arguments.config_dir}"] if arguments.config_dir else []), *kept, *settings]
 
 
-def _hydra_value(path: Path) -> str:
-    text = str(path)
-    return text if re.fullmatch(r"[\w./+@%-]+", text) else "'" + text.replace("'", "\\'") + "'"
+def _name(setting: str) -> str:
+    return setting.partition("=")[0].lstrip("+")

@@ -4,6 +4,7 @@ Killed anywhere, the same command goes on: within a stage from its newest whole 
 the first left (`hand_off`).
 """
 
+import json
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -20,7 +21,6 @@ from iccld.programs.evaluate import (
     asks,
     evaluate_models,
     evaluate_predictor,
-    finished_models,
     predict_function,
     stopped,
     unscored_stages,
@@ -29,6 +29,7 @@ from iccld.programs.fitness import check_fitness, check_room
 from iccld.programs.hand_off import final_folder, hand_over, handed_over, is_finished
 from iccld.programs.micro_batch import with_micro_batch_size
 from iccld.programs.out_of_memory import explained_out_of_memory
+from iccld.programs.results import finished_models
 from iccld.programs.synthetic import flops_per_sample
 from iccld.runtime.checkpoint import CheckpointStore
 from iccld.runtime.engine import Engine
@@ -164,7 +165,7 @@ def _about(stage: Stage, config: Config, stream: TrainingStream) -> Mapping[str,
     model = dict(resolved["model"])
     for part in ("encoder", "denoiser"):
         model[part] = {key: value for key, value in model[part].items() if key != "activation_checkpointing"}
-    return {
+    about = {
         "version": __version__,
         "stage": stage.name,
         "model": model,
@@ -173,3 +174,4 @@ def _about(stage: Stage, config: Config, stream: TrainingStream) -> Mapping[str,
         "rebuilding_config": stage.models()["student"].rebuilding_config(),
         "config": resolved,
     }
+    return json.loads(json.dumps(about))  # as a resume reads it: keys are strings

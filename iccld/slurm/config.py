@@ -31,6 +31,7 @@ _PATTERNS = {
 _NODE = re.compile(r"[A-Za-z0-9._-]+(\[[0-9,-]+\])?")
 _MOUNT = re.compile(r"[^,:\s]+(:[^,:\s]+){0,2}")
 _MODULE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+/-]*")
+_VARIABLE = re.compile(r"[A-Z][A-Z0-9_]*")
 _DIRECTIVE = re.compile(r"--[a-z][a-z-]*(=[A-Za-z0-9._:,+@/%=\[\]-]+)?")
 
 
@@ -147,6 +148,9 @@ class Work:
             raise ValueError(f"run_dir={self.run_dir!r}: SLURM takes no backslash in the path of a log; use another.")
         for argument in (*self.arguments, *(a for variant in self.variants for a in variant.arguments)):
             check_line("argument", argument)
+        for name, value in self.variables.items():
+            _check("a variable's name", name, _VARIABLE, "capital letters, digits and _")
+            check_line(name, value)
         if not re.fullmatch(r"/.*", self.run_dir) or not re.fullmatch(r"/.*", self.code):
             raise ValueError(f"run_dir={self.run_dir} and code={self.code} must be absolute paths.")
 

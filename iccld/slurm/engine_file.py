@@ -1,11 +1,16 @@
 """What accelerate's launcher would make of a file of accelerate_configs/, for ranks that it does not start."""
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
+from iccld import plain_yaml
 
 FOLDER = Path(__file__).resolve().parents[2] / "accelerate_configs"
+
+KINDS = ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP", "DEEPSPEED")
+PRECISIONS = ("no", "fp16", "bf16", "fp8")
 
 
 def engine_path(engine: str) -> Path:
@@ -19,21 +24,45 @@ def engine_path(engine: str) -> Path:
 
 def engine_variables(path: Path) -> dict[str, str]:
     """The environment of each rank. Raises ValueError for a file that is none of accelerate's."""
-    settings = yaml.safe_load(path.read_text())
+    settings = plain_yaml.read_yaml(path)
     if not isinstance(settings, dict) or "distributed_type" not in settings:
         raise ValueError(f"{path} is no file of accelerate's (no distributed_type); use one of accelerate_configs/.")
-    kind = settings["distributed_type"]
+    kind = settings["distributed_type"] or "NO"  # YAML takes an unquoted NO for false
+    _one_of(path, "distributed_type", kind, KINDS)
     variables = {}
     if precision := settings.get("mixed_precision"):
-        variables["ACCELERATE_MIXED_PRECISION"] = _word(precision)
+        variables["ACCELERATE_MIXED_PRECISION"] = _one_of(path, "mixed_precision", precision, PRECISIONS)
     if kind == "FSDP":
         variables["ACCELERATE_USE_FSDP"] = "true"
-        variables |= {name.upper(): _word(value) for name, value in settings.get("fsdp_config", {}).items()}
+        for name, value in _part(path, settings, "fsdp_config").items():
+            if not isinstance(name, str) or not re.fullmatch(r"fsdp_[a-z0-9_]+", name):
+                raise ValueError(
+                    f"{path}: fsdp_config has {name!r}; its settings are called fsdp_..., in small letters."
+                )
+            variables[name.upper()] = _word(path, name, value)
     elif kind == "DEEPSPEED":
+        stage = _part(path, settings, "deepspeed_config").get("zero_stage")
         variables["ACCELERATE_USE_DEEPSPEED"] = "true"
-        variables["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = _word(settings.get("deepspeed_config", {}).get("zero_stage"))
+        variables["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = _one_of(path, "zero_stage", stage, (0, 1, 2, 3))
     return variables
 
 
-def _word(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+def _part(path: Path, settings: dict[str, Any], name: str) -> dict[Any, Any]:
+    part = settings.get(name) or {}
+    if not isinstance(part, dict):
+        raise ValueError(f"{path}: {name}={part!r} must be `key: value` lines.")
+    return part
+
+
+def _one_of(path: Path, name: str, value: Any, choices: Sequence[str | int]) -> str:
+    if isinstance(value, bool) or value not in choices:
+        raise ValueError(f"{path}: {name}={value!r} must be one of {', '.join(map(str, choices))}.")
+    return str(value)
+
+
+def _word(path: Path, name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if not isinstance(value, str | int | float) or not str(value).isprintable():
+        raise ValueError(f"{path}: {name}={value!r} must be one word, a number, true or false.")
+    return str(value)

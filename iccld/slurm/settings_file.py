@@ -5,8 +5,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from iccld import plain_yaml
 from iccld.slurm.config import SETTINGS, SubmitConfig
 
 _DEFAULTS = {setting.name: setting.default for setting in fields(SubmitConfig)} | {"engine": ""}
@@ -14,10 +13,7 @@ _DEFAULTS = {setting.name: setting.default for setting in fields(SubmitConfig)} 
 
 def read_settings(path: Path) -> dict[str, Any]:
     """By name. Raises ValueError for what no setting takes, in one line."""
-    try:
-        loaded = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    loaded = plain_yaml.read_yaml(path) or {}
     unknown = sorted(map(str, loaded.keys() - _DEFAULTS)) if isinstance(loaded, dict) else ["no settings"]
     if unknown:
         raise ValueError(f"{path}: {', '.join(unknown)}; known are {', '.join((*SETTINGS, 'engine'))}.")

@@ -1,0 +1,52 @@
+"""YAML groups of the user's own (`--config-dir`): read before Hydra composes them, so that a defect has file and line."""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from iccld import plain_yaml, settings
+
+
+def own_files(folder: Path, choices: Iterable[tuple[str, Any]]) -> list[Path]:
+    """The files of a folder that groups and their choices name."""
+    names = [(group, name) for group, given in choices for name in (given if isinstance(given, list) else [given])]
+    files = [folder / group / re.sub(r"(\.ya?ml)?$", ".yaml", str(name), count=1) for group, name in names]
+    return [file for file in files if file.is_file()]
+
+
+def check_group_file(path: Path, schema: type) -> None:
+    """Raises ValueError where a file holds no settings, or a number where the schema has a text."""
+    values = plain_yaml.read_yaml(path, aliases=True)
+    if not isinstance(values, Mapping) or not values:
+        raise ValueError(f"{path}:1: holds no settings; write `key: value` lines.")
+    text = path.read_text(encoding="utf-8")
+    if text.startswith("\ufeff"):
+        raise ValueError(
+            f"{path}:1: begins with a byte-order mark, which hides its first line; save it as plain UTF-8."
+        )
+    package = re.search(r"^#\s*@package\s+(\S+)", text, re.MULTILINE)
+    part = schema if package and package[1] == "_global_" else settings.type_at(schema, package[1] if package else "")
+    for key, value in settings.not_strings(values, part, package[1] if package else ""):
+        line = plain_yaml.line_of(path, key)
+        raise ValueError(f"{path}:{line}: {key.rpartition('.')[2]}: {value} must be text; put it into quotes.")
+
+
+def place_of(message: str, folder: Path, files: Iterable[Path]) -> str:
+    """`FILE:LINE: ` of what Hydra's message is about; empty where it is about none of the user's files."""
+    if named := re.search(r"In '([^']+)'", message):
+        files = [path for path in [folder / f"{named[1]}.yaml"] if path.is_file()]
+    key = re.search(r"full_key: (\S+)", message)
+    for path in files:
+        line = plain_yaml.line_of(path, key[1]) if key else 0
+        if line or named:
+            return f"{path}:{line or 1}: "
+    return ""
+
+
+def remedy_of(message: str, file: str) -> str:
+    """What to do where Hydra takes a file's settings for those of a part that does not exist."""
+    key = re.search(r"Key '([^']+)' not in 'Config'", message)
+    if key and Path(file.split(":")[0]).parent.name == key[1]:
+        return "; begin the file with the line `# @package data` (or the part that it sets, or _global_)"
+    return ""
