@@ -1,15 +1,24 @@
 """`iccld checkpoint`: what is there, whether it is whole, models and copies out of it."""
 
+import json
+import os
+import re
+import shutil
+import stat
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from iccld.cli import main
-from iccld.config import load_config
+from iccld.config import StageName, load_config
 from iccld.models.iccld import ICCLD
+from iccld.programs.ema import write_reconstruction
+from iccld.programs.hand_off import handed_over
 from iccld.programs.train import train
 from iccld.runtime.manifest import verify
 from tests.factory import scene_overrides
@@ -111,3 +120,55 @@ def test_what_the_user_got_wrong_is_one_line(run_dir: Path, tmp_path: Path, caps
         assert main(["checkpoint", *command]) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1, error
+
+
+@pytest.fixture(params=[0o027, 0o077], ids=oct)
+def mode(request: pytest.FixtureRequest) -> Iterator[int]:
+    """What the umask leaves of a file's rights."""
+    before = os.umask(request.param)
+    yield 0o666 & ~request.param
+    os.umask(before)
+
+
+def modes(folder: Path) -> set[int]:
+    return {stat.S_IMODE(path.stat().st_mode) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_umask_decides_who_may_read_what_is_exported(run_dir: Path, tmp_path: Path, mode: int):
+    for action, options in (("export", []), ("convert", ["--num-files", "2"])):
+        assert main(["checkpoint", action, str(checkpoint(run_dir, 1, 2)), str(tmp_path / action), *options]) == 0
+        assert modes(tmp_path / action) == {mode}
+
+
+def test_the_umask_decides_who_may_read_a_run(scene_shards: Path, tmp_path: Path, mode: int):
+    average = "stage1.objective.ema_profile={widths:[0.05,0.1],snapshot_every:1}"
+    settings = ["stage=source_only", "stage1.trainer.num_steps=1", "data.validation.shards=", average]
+    assert main(["train", *scene_overrides(scene_shards, tmp_path / "run"), *settings]) == 0
+    write_reconstruction(tmp_path / "run", StageName.stage1, tmp_path / "ema", width=0.07)
+    assert modes(tmp_path / "run") == modes(tmp_path / "ema") == {mode}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"weights": "../../../elsewhere"}, "weights='../../../elsewhere' must be one of"),
+        ({"weights": "/etc"}, "weights='/etc' must be one of"),
+        ({"weights": "teacher/../student"}, "must be one of"),
+        ({"weights": ["teacher"]}, "must be of type str"),
+        ("[" * 100_000, "cannot be read"),
+        (None, "is reached by a link"),
+    ],
+)
+def test_a_hand_off_leads_nowhere_else(run_dir: Path, scene_shards: Path, tmp_path: Path, change: Any, words: str):
+    run = tmp_path / "run"
+    shutil.copytree(run_dir, run)
+    path = run / "stage1" / "final" / "hand_off.json"
+    if change is None:
+        shutil.copytree(path.parent / "teacher", tmp_path / "elsewhere")
+        shutil.rmtree(path.parent / "teacher")
+        (path.parent / "teacher").symlink_to(tmp_path / "elsewhere")
+    else:
+        path.write_text(change if isinstance(change, str) else json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=re.escape(words)) as error:
+        handed_over(load_config(scene_overrides(scene_shards, run)))
+    assert "\n" not in str(error.value)

@@ -26,7 +26,7 @@ def check_links(run_dir: Path, config: Config) -> None:
     ]
     for name in ("heartbeats", "logs", "profile", "report", "wandb", *parts):
         refuse_links(run_dir / name, within=run_dir)
-    for name in ("lock", "metrics.jsonl", "events.jsonl"):
+    for name in ("lock", "config.yaml", "metrics.jsonl", "events.jsonl"):
         refuse_unless_plain(run_dir / name)
 
 

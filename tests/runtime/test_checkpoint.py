@@ -1,6 +1,7 @@
 """Checkpoints appear whole or not at all, and a damaged one is named and passed over."""
 
 import json
+import os
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ import torch
 
 from iccld.durable import file_checksum
 from iccld.runtime.checkpoint import CheckpointConfig, CheckpointStore
-from iccld.runtime.manifest import CheckpointError, DamagedError, ForeignFormatError, verify
+from iccld.runtime.manifest import CheckpointError, DamagedError, ForeignFormatError, verify, write_manifest
 from iccld.runtime.pieces import whole
 
 
@@ -181,6 +182,115 @@ def test_torn_saves_are_cleared_by_the_next(tmp_path: Path):
     (tmp_path / "step_00000007.tmp").mkdir()
     save(store(tmp_path), 8)
     assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("stray", ["step_00000008.tmp", "step_00000007.tmp", "step_backup.tmp"])
+@pytest.mark.parametrize("kind", ["link", "dangling link", "file", "foreign folder"])
+def test_a_stray_name_stops_no_save_and_is_left(tmp_path: Path, kind: str, stray: str):
+    folder, home, reports = tmp_path / "checkpoints", tmp_path / "home", list[str]()
+    for made in (folder, home):
+        made.mkdir()
+    (home / "rank_00000.safetensors").write_text("precious")
+    if kind == "file":
+        (folder / stray).write_text("")
+    elif kind == "foreign folder":
+        (folder / stray).mkdir()
+        (folder / stray / "notes.txt").write_text("precious")
+    else:
+        (folder / stray).symlink_to(home if kind == "link" else tmp_path / "absent")
+    checkpoints = store(folder, reports)
+    for step in (8, 9, 10):
+        verify(save(checkpoints, step))
+    assert os.path.lexists(folder / stray) and [said for said in reports if stray in said] == reports
+    assert len(reports) == 1 and "is left as it is" in reports[0]
+    assert (home / "rank_00000.safetensors").read_text() == "precious" and len(list(home.iterdir())) == 1
+    assert kind != "foreign folder" or (folder / stray / "notes.txt").is_file()
+
+
+def test_a_linked_checkpoint_is_read_and_never_deleted(tmp_path: Path):
+    """The user may start from another run's."""
+    save(store(tmp_path / "other"), 1)
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "step_00000001").symlink_to(tmp_path / "other" / "step_00000001")
+    reports: list[str] = []
+    checkpoints = store(tmp_path / "own", reports)
+    newest = checkpoints.newest()
+    assert newest and newest.step == 1
+    for step in (2, 3, 4):
+        save(checkpoints, step)
+    assert [path.name for path in checkpoints.folders()] == ["step_00000001", "step_00000003", "step_00000004"]
+    verify(tmp_path / "other" / "step_00000001")
+    assert len(reports) == 1 and "step_00000001 is a link; it is left" in reports[0]
+
+
+def hostile_manifests() -> Iterator[tuple[str, Callable[[Path], object]]]:
+    """What a stranger, or a disk, may leave in place of a manifest."""
+    texts = {
+        "nested": "[" * 100_000,
+        "nested in part": '{"sha256": "", "files": ' + '{"a":' * 100_000 + "1" + "}" * 100_001,
+        "less nested": json.dumps({"a": 1}).replace("1", "[" * 900 + "]" * 900),
+        "not JSON": "{",
+        "a list": "[]",
+        "not text": "\udcff",
+        "a large number": '{"step": 1' + "0" * 5000 + "}",
+    }
+    for name, text in texts.items():
+        yield name, lambda path, text=text: path.write_bytes(text.encode(errors="surrogateescape"))
+    yield "a folder", lambda path: (path.unlink(), path.mkdir())
+    yield "a pipe", lambda path: (path.unlink(), os.mkfifo(path))
+    yield "a link", lambda path: path.rename(path.with_name("other")) and path.symlink_to("other")
+    for key in ("step", "files", "tensors"):
+        for value in (None, [], {}, "x", -1, 1.5, {"a": 1}, {"a": {"size": 1}}, {"a": []}, [[]]):
+            if (key, value) not in (("tensors", {}),):
+                yield f"{key}={value}", lambda path, key=key, value=value: rewrite(path, {key: value})
+    facts = {"size": 8, "sha256": ""}
+    for name in ("/etc/passwd", "../step_00000001/rank_00000.safetensors", "..", "", "a/b", "a\0b"):
+        yield f"file {name!r}", lambda path, name=name: rewrite(path, {"files": {name: facts}, "tensors": {}})
+    entry = {"shape": [1], "dtype": "float32", "pieces": [["rank_00000.safetensors", 0, 1]]}
+    for change in (
+        {"pieces": [["../other.safetensors", 0, 1]]},
+        {"pieces": [[7, 0, 1]]},
+        {"pieces": [["rank_00000.safetensors", -1, 1]]},
+        {"pieces": [0]},
+        {"dtype": "__class__"},
+        {"shape": [True]},
+    ):
+        yield f"{change}", lambda path, change=change: rewrite(path, {"tensors": {"a": entry | change}})
+
+
+def rewrite(path: Path, change: dict[str, Any]) -> None:
+    """As somebody does who knows the checksum."""
+    facts = json.loads(path.read_text())
+    write_manifest(path.parent, {name: value for name, value in (facts | change).items() if name != "sha256"})
+
+
+HOSTILE = dict(hostile_manifests())
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_manifest_is_named_and_the_older_checkpoint_is_used(tmp_path: Path, name: str):
+    reports: list[str] = []
+    checkpoints = store(tmp_path, reports)
+    for step in (1, 2):
+        save(checkpoints, step)
+    HOSTILE[name](tmp_path / "step_00000002" / "manifest.json")
+    newest = checkpoints.newest()
+    assert newest and newest.step == 1
+    assert len(reports) == 1 and "step_00000002" in reports[0] and "\n" not in reports[0]
+    checkpoints = store(tmp_path, reports)
+    for step in (3, 4):
+        save(checkpoints, step)
+
+
+@pytest.mark.parametrize("target", ["same", "other"])
+def test_a_link_in_a_checkpoint_is_damage(tmp_path: Path, target: str):
+    """Even where the bytes are the same: what it leads to may change, or go."""
+    folder = save(store(tmp_path / "a"), 1)
+    file = folder / "rank_00000.safetensors"
+    elsewhere = file.rename(tmp_path / "elsewhere")
+    file.symlink_to(elsewhere if target == "same" else "/dev/null")
+    with pytest.raises(DamagedError, match=r"rank_00000\.safetensors is a link"):
+        verify(folder)
 
 
 def test_when_all_are_damaged_the_run_does_not_start_anew_in_silence(tmp_path: Path):
