@@ -1,24 +1,35 @@
-"""Loader workers and signals: those meant for the training process, in a worker; a worker's death, in the process."""
+"""Loader workers: how they start, signals that are meant for the training process, and a worker's death told to it."""
 
+import multiprocessing
 import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import forkserver
+from multiprocessing.connection import wait
 from typing import Any, TypeVar
 
 import torch
 
 T = TypeVar("T")
 
+PRELOADED = ["iccld.data.stream"]  # starts no threads
 ORPHANED_S = 2.0  # between two looks at whether the parent still lives
+DYING_S = 2.0  # until it is known that a worker has ended whose connection broke
+LOST = (EOFError, ConnectionError, FileNotFoundError)  # what a fetch meets when its worker is gone
+SERVER_GONE = 255  # the status that multiprocessing gives a worker whose server is gone
 SWITCH_S = 1e-3  # the training process waits for a worker's thread that hands tensors over, Python's 5 ms for each
+
+
+class WorkerDied(RuntimeError):
+    """A loader worker ended that should not have; another attempt may do better."""
 
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """Around the start of workers: until `initialize_worker`, they hold back what is for their parent's handlers."""
+    """Around the start of processes: they hold back, from their first instruction on, what is meant for this one."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGUSR1, signal.SIGTERM})
     try:
         yield
@@ -26,11 +37,30 @@ def signals_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def worker_context(num_workers: int) -> Any:
+    """The multiprocessing context of loader workers; None without workers.
+
+    A process of training has threads in Python and C++, whose locks a fork would copy as they are; a worker could wait
+    for one for ever. So workers are forked from a server that has no threads and has imported what they need.
+    """
+    if not num_workers:
+        return None
+    prepare_workers()
+    return multiprocessing.get_context("forkserver")
+
+
+def prepare_workers() -> None:
+    """Let the server import while this process does other things; not needed, but the first batch comes sooner."""
+    forkserver.set_forkserver_preload(PRELOADED)
+    with signals_held():
+        forkserver.ensure_running()
+
+
 def initialize_worker(worker_id: int) -> None:
     """Prepares a loader worker (the `worker_init_fn` of its loader): one thread, quick to hand over, deaf to signals.
 
     A scheduler signals every process of a job. If workers took SIGUSR1 or SIGTERM the default way, they would die and
-    take the training process with them before it has saved; if they kept its handlers, they would act as it does.
+    take the training process with them before it has saved.
     """
     del worker_id
     torch.set_num_threads(1)
@@ -39,37 +69,53 @@ def initialize_worker(worker_id: int) -> None:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     # A loader that closes, or an interpreter that exits, ends its workers by SIGTERM: that one must work.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # an ignored one need not be queued
     threading.Thread(target=_obey_the_parent, args=(os.getppid(),), daemon=True).start()
 
 
-def _obey_the_parent(parent: int) -> None:
-    while os.getppid() == parent:  # one that ended at once has told nobody
+def _obey_the_parent(server: int) -> None:
+    """End with the training process, or at its SIGTERM; and where the server is gone, which would tell it of our end."""
+    parent = multiprocessing.parent_process()
+    while parent is not None and parent.is_alive() and os.getppid() == server:
         came = signal.sigtimedwait({signal.SIGTERM}, ORPHANED_S)
-        if came is not None and came.si_pid == parent:
+        if came is not None and came.si_pid == parent.pid:
             break
     os._exit(0)  # 0, so that the parent does not take it for a worker that failed
 
 
 def hearing_deaths_within(deliveries: Iterator[T]) -> Iterator[T]:
-    """The deliveries of a loader just made.
+    """The deliveries of a loader just made. Raises WorkerDied once one of its workers has ended that should not have.
 
-    torch's handler of SIGCHLD raises wherever the main thread is when a worker dies, in the midst of a step too. Here
-    it does so while a delivery is awaited, and then also for a worker that died before.
+    By itself, the loader raises whatever that end broke: the connection by which tensors are handed over, for one.
     """
-    if threading.current_thread() is not threading.main_thread():  # where there are no handlers
-        yield from deliveries
-        return
-    handler: Any = signal.getsignal(signal.SIGCHLD)
-    try:
-        while True:
-            signal.signal(signal.SIGCHLD, handler)
-            if callable(handler):
-                handler(signal.SIGCHLD, None)
+    workers: list[Any] = list(getattr(deliveries, "_workers", ()))  # there are none without workers
+    while True:
+        _look_after(workers)
+        try:
             delivery = next(deliveries)
-            handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            yield delivery
-    except StopIteration:
-        return
-    finally:
-        signal.signal(signal.SIGCHLD, handler)
+        except StopIteration:
+            return
+        except Exception as error:
+            _look_after(workers, for_s=DYING_S, error=error)
+            if workers and (isinstance(error, LOST) or str(error).startswith("DataLoader worker")):
+                raise WorkerDied(_last_words("ended")) from error
+            raise
+        yield delivery
+
+
+def _look_after(workers: list[Any], *, for_s: float = 0.0, error: Exception | None = None) -> None:
+    """Raise WorkerDied, because of `error`, if a worker is dead, or is within `for_s` seconds."""
+    if workers and wait([worker.sentinel for worker in workers], for_s):
+        for worker in workers:
+            if worker.exitcode:  # None: it lives; 0: it had no more to do
+                raise WorkerDied(_last_words(_end_of(worker.exitcode), worker.pid)) from error
+
+
+def _end_of(status: int) -> str:
+    if status == SERVER_GONE:
+        return "is lost, since the process that started it was killed"
+    return f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+
+
+def _last_words(what: str, process: int | None = None) -> str:
+    who = f"a loader worker (process {process})" if process else "a loader worker"
+    return f"{who} {what}; if memory does not suffice, set fewer data.num_workers or a smaller micro-batch."

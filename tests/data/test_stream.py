@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from iccld.data.config import BatchLayout, DataConfig, DatasetConfig, SetConfig
 from iccld.data.stream import Batch, TrainingStream
+from iccld.data.workers import WorkerDied
 from tests.data.factory import CROP, GLOBAL_BATCH_SIZE, config, layout
 
 
@@ -181,7 +182,9 @@ def test_a_killed_worker_is_said_in_one_line(folders: dict[str, str]) -> None:
     stream, worker = with_worker(folders)
     os.kill(worker.pid, signal.SIGKILL)
     time.sleep(0.5)  # in the midst of a step, where torch's own handler would raise
-    with pytest.raises(ValueError, match=r"^a loader worker ended \(.*\); if memory does not suffice, .*num_workers"):
+    with pytest.raises(
+        WorkerDied, match=r"^a loader worker \(process \d+\) was killed by signal 9; if memory does not .*num_workers"
+    ):
         list(itertools.islice(stream, 20))
 
 
