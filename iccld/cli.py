@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from iccld.config import Config
@@ -45,6 +45,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             time.sleep(3)
         print(f"iccld {arguments.verb}: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
         return 2
+
+
+def run() -> NoReturn:
+    """Run the verb of the command line, and end the process."""
+    from iccld.runtime.ending import run_to_the_end
+
+    run_to_the_end(main)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -237,4 +244,4 @@ def _shards(arguments: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -18,8 +18,8 @@ from iccld.data.decode import DECODE_ERRORS, decode_image
 from iccld.data.domain import DomainStream, View, decode_train_ids, relabel
 from iccld.data.parts import Part, domain_order, open_parts
 from iccld.data.processes import say
-from iccld.data.shared_batch import Batch, Packed, pack, unpack
-from iccld.data.workers import hearing_deaths_within, initialize_worker, signals_held, worker_context
+from iccld.data.shared_batch import NUM_AHEAD, Batch, Packed, pack, unpack
+from iccld.data.workers import deliveries_of, initialize_worker, worker_context
 
 MIN_DRAWN = 1000
 
@@ -81,12 +81,11 @@ class TrainingStream:
             num_workers=self.config.num_workers,
             worker_init_fn=initialize_worker,
             multiprocessing_context=worker_context(self.config.num_workers),
+            prefetch_factor=NUM_AHEAD if self.config.num_workers else None,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # its own, so that starting a loader draws nothing from the global one
         )
-        with signals_held():
-            deliveries = iter(loader)
-        for delivery in hearing_deaths_within(deliveries):
+        for delivery in deliveries_of(loader):
             if delivery.failure:
                 raise ValueError(delivery.failure)
             self._transfers[delivery.worker] = delivery.transfers

@@ -1,20 +1,25 @@
 """Loader workers: how they start, signals that are meant for the training process, and a worker's death told to it."""
 
+import errno
 import multiprocessing
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from mmap import ALLOCATIONGRANULARITY
 from multiprocessing import forkserver
 from multiprocessing.connection import wait
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 T = TypeVar("T")
 
+SHARED_MEMORY = "/dev/shm"
 PRELOADED = ["iccld.data.stream"]  # starts no threads
 ORPHANED_S = 2.0  # between two looks at whether the parent still lives
 DYING_S = 2.0  # until it is known that a worker has ended whose connection broke
@@ -23,8 +28,8 @@ SERVER_GONE = 255  # the status that multiprocessing gives a worker whose server
 SWITCH_S = 1e-3  # the training process waits for a worker's thread that hands tensors over, Python's 5 ms for each
 
 
-class WorkerDied(RuntimeError):
-    """A loader worker ended that should not have; another attempt may do better."""
+class WorkerDied(ChildProcessError):
+    """A loader worker ended that should not have; the same command may do better."""
 
 
 @contextmanager
@@ -56,6 +61,24 @@ def prepare_workers() -> None:
         forkserver.ensure_running()
 
 
+def _send_place(array: np.memmap) -> tuple[Any, ...]:
+    """Pickle a read-only view of a file as its place there: a worker maps the file itself, and is sent no records."""
+    memory = array._mmap  # type: ignore[attr-defined]
+    if memory is None or array.mode != "r" or array.filename is None:
+        return np.array, (np.asarray(array),)
+    begin = array.offset - array.offset % ALLOCATIONGRANULARITY  # of the map in the file
+    offset = begin + array.ctypes.data - np.frombuffer(memory, np.uint8).ctypes.data
+    return _map_place, (str(array.filename), offset, array.shape, array.strides, array.dtype)
+
+
+def _map_place(path: str, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    memory = np.memmap(path, np.uint8, mode="r")
+    return np.ndarray(shape, dtype, memory, offset, strides)  # type: ignore[call-overload]
+
+
+ForkingPickler.register(np.memmap, _send_place)
+
+
 def initialize_worker(worker_id: int) -> None:
     """Prepares a loader worker (the `worker_init_fn` of its loader): one thread, quick to hand over, deaf to signals.
 
@@ -73,7 +96,7 @@ def initialize_worker(worker_id: int) -> None:
 
 
 def _obey_the_parent(server: int) -> None:
-    """End with the training process, or at its SIGTERM; and where the server is gone, which would tell it of our end."""
+    """End with the training process, at its SIGTERM, or with the server, which would tell it how this one ended."""
     parent = multiprocessing.parent_process()
     while parent is not None and parent.is_alive() and os.getppid() == server:
         came = signal.sigtimedwait({signal.SIGTERM}, ORPHANED_S)
@@ -82,8 +105,20 @@ def _obey_the_parent(server: int) -> None:
     os._exit(0)  # 0, so that the parent does not take it for a worker that failed
 
 
-def hearing_deaths_within(deliveries: Iterator[T]) -> Iterator[T]:
-    """The deliveries of a loader just made. Raises WorkerDied once one of its workers has ended that should not have.
+def deliveries_of(loader: Iterable[T]) -> Iterator[T]:
+    """Start a loader's workers. Raises OSError where the system does not let them start."""
+    try:
+        with signals_held():
+            return _hearing_deaths_within(iter(loader))
+    except EOFError as error:
+        raise WorkerDied(_last_words("did not start, since the process that starts it was killed")) from error
+    except OSError as error:
+        place = SHARED_MEMORY if error.errno in (errno.ENOSPC, errno.EROFS, errno.ENOENT) else None
+        raise OSError(error.errno, f"loader workers cannot start: {error.strerror}", place) from error
+
+
+def _hearing_deaths_within(deliveries: Iterator[T]) -> Iterator[T]:
+    """A loader's deliveries. Raises WorkerDied once one of its workers has ended that should not have.
 
     By itself, the loader raises whatever that end broke: the connection by which tensors are handed over, for one.
     """

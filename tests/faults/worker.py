@@ -19,6 +19,7 @@ from iccld.cli import main
 from iccld.data.domain import DomainStream
 from iccld.programs import evaluate, fitness, profile, train
 from iccld.runtime import checkpoint, host_memory
+from iccld.runtime.ending import run_to_the_end
 
 FAULT = json.loads(os.environ["FAULT"])
 FOREVER_S = 300
@@ -102,7 +103,7 @@ def inject() -> None:
     wrap(train, "hand_over", "hand_over", lambda *_: 0)
 
 
-if __name__ == "__main__":
-    if FAULT:
-        inject()
-    sys.exit(main(sys.argv[1:]))
+if FAULT:
+    inject()
+if __name__ == "__main__":  # and not in a loader worker, which imports this module too
+    run_to_the_end(lambda: main(sys.argv[1:]))
