@@ -42,6 +42,6 @@ def _status_of(program: Callable[[], int | None]) -> int:
         if isinstance(ending.code, str):
             print(ending.code, file=sys.stderr)
         return ending.code if isinstance(ending.code, int) else int(ending.code is not None)
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
+    except BaseException as error:
+        sys.excepthook(type(error), error, error.__traceback__)
         return 1

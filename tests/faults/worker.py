@@ -103,7 +103,7 @@ def inject() -> None:
     wrap(train, "hand_over", "hand_over", lambda *_: 0)
 
 
-if FAULT:
+if FAULT and __name__ in ("__main__", "__mp_main__"):  # a rank, or a loader worker of it
     inject()
-if __name__ == "__main__":  # and not in a loader worker, which imports this module too
+if __name__ == "__main__":
     run_to_the_end(lambda: main(sys.argv[1:]))
