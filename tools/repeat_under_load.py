@@ -25,7 +25,19 @@ class Repeat:
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        items[:] = [item for _ in range(self.times) for item in items]
+        items[:] = [again(item) for _ in range(self.times) for item in items if isinstance(item, pytest.Function)]
+
+
+def again(item: pytest.Function) -> pytest.Function:
+    """The same test once more; an item itself runs only once."""
+    return pytest.Function.from_parent(
+        item.parent,
+        name=item.name,
+        callspec=getattr(item, "callspec", None),
+        callobj=item.obj,
+        fixtureinfo=item._fixtureinfo,
+        originalname=item.originalname,
+    )
 
 
 def main() -> int:
