@@ -30,6 +30,7 @@ class Repeat:
 
 def again(item: pytest.Function) -> pytest.Function:
     """The same test once more; an item itself runs only once."""
+    assert item.parent
     return pytest.Function.from_parent(
         item.parent,
         name=item.name,

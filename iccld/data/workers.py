@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from mmap import ALLOCATIONGRANULARITY
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import wait
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, TypeVar
@@ -57,8 +57,9 @@ def worker_context(num_workers: int) -> Any:
 def prepare_workers() -> None:
     """Let the server import while this process does other things; not needed, but the first batch comes sooner."""
     forkserver.set_forkserver_preload(PRELOADED)
-    with signals_held():
-        forkserver.ensure_running()
+    for start in (resource_tracker.ensure_running, forkserver.ensure_running):  # the first one lets go of signals
+        with signals_held():
+            start()
 
 
 def _send_place(array: np.memmap) -> tuple[Any, ...]:
