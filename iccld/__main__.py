@@ -1,7 +1,5 @@
 """`python -m iccld`, for launchers that start modules."""
 
-import sys
+from iccld.cli import run
 
-from iccld.cli import main
-
-sys.exit(main())
+run()

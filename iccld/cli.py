@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from iccld.config import Config
@@ -51,6 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _printable(character: str) -> str:
     """What a terminal would take for a command, as text: names come from files that anyone wrote."""
     return character if character.isprintable() or character == "\n" else repr(character)[1:-1]
+
+
+def run() -> NoReturn:
+    """Run the verb of the command line, and end the process."""
+    from iccld.runtime.ending import run_to_the_end
+
+    run_to_the_end(main)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -245,4 +252,4 @@ def _shards(arguments: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -1,5 +1,6 @@
 """A batch's tensors side by side in one piece of memory, since each piece is fetched from a worker that is busy."""
 
+import errno
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -7,7 +8,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
+from iccld.data.config import DataConfig
+from iccld.data.workers import SHARED_MEMORY
+
 ALIGNMENT = 64  # bytes
+NUM_AHEAD = 2  # batches that a worker makes before they are asked for
+LOCKS_BYTES = 8 * 4096  # of a worker's queue, and of the queue for all
 
 Batch = dict[str, dict[str, Any]]
 
@@ -56,9 +62,24 @@ def unpack(packed: Packed) -> Batch:
     }
 
 
+def shared_bytes(config: DataConfig, *, micro_batch_size: int, num_held: int) -> int:
+    """The most shared memory that a rank's workers take, while the rank holds `num_held` of their batches."""
+    height, width = config.crop_size
+    sample = height * width * (3 + 1) + height + torch.int64.itemsize  # image, label, valid, number
+    batch = 2 * (micro_batch_size * sample + 4 * ALIGNMENT)  # of two domains
+    num_batches = NUM_AHEAD * config.num_workers + num_held
+    return (num_batches * batch + (config.num_workers + 1) * LOCKS_BYTES) if config.num_workers else 0
+
+
 def _allocate(size: int) -> Tensor:
     """(size,) uint8; in a loader worker in shared memory at once, where the loader would copy it to."""
     if get_worker_info() is None:
         return torch.empty(size, dtype=torch.uint8)
-    shared = torch.UntypedStorage._new_shared(size)  # as torch's own collating does
+    try:
+        shared = torch.UntypedStorage._new_shared(size)  # as torch's own collating does
+    except RuntimeError as error:
+        if "shared memory" not in str(error):
+            raise
+        what = f"no shared memory for a batch of {size:,} bytes (set fewer data.num_workers, or mount a larger one)"
+        raise OSError(errno.ENOSPC, what, SHARED_MEMORY) from error
     return torch.empty(0, dtype=torch.uint8).set_(shared)

@@ -18,8 +18,8 @@ from iccld.data.decode import DECODE_ERRORS, decode_image
 from iccld.data.domain import DomainStream, View, decode_train_ids, relabel
 from iccld.data.parts import Part, domain_order, open_parts
 from iccld.data.processes import say
-from iccld.data.shared_batch import Batch, Packed, pack, unpack
-from iccld.data.workers import hearing_deaths_within, initialize_worker, signals_held
+from iccld.data.shared_batch import NUM_AHEAD, Batch, Packed, pack, unpack
+from iccld.data.workers import deliveries_of, initialize_worker, worker_context
 
 MIN_DRAWN = 1000
 
@@ -72,19 +72,20 @@ class TrainingStream:
     def batches(self, start_step: int) -> Generator[Batch, None, None]:
         """This rank's micro-batches in order, from the first of `start_step` on, without end.
 
-        Raises ValueError, in one line, where a batch cannot be made or too many samples are bad.
+        Raises ValueError, in one line, where a batch cannot be made or too many samples are bad, and WorkerDied where
+        a worker was killed.
         """
         loader = DataLoader(
             _MicroBatches(self.domains, self.layout, start_step),
             batch_size=None,
             num_workers=self.config.num_workers,
             worker_init_fn=initialize_worker,
+            multiprocessing_context=worker_context(self.config.num_workers),
+            prefetch_factor=NUM_AHEAD if self.config.num_workers else None,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # its own, so that starting a loader draws nothing from the global one
         )
-        with signals_held():
-            deliveries = iter(loader)
-        for delivery in _with_one_line_errors(deliveries):
+        for delivery in deliveries_of(loader):
             if delivery.failure:
                 raise ValueError(delivery.failure)
             self._transfers[delivery.worker] = delivery.transfers
@@ -156,7 +157,7 @@ class _MicroBatches(IterableDataset):
         self.domains, self.layout, self.start_step = domains, layout, start_step
 
     def __iter__(self) -> Iterator[_Delivery]:
-        before = self._transfers()  # a forked worker begins with its parent's counts
+        before = self._transfers()  # what was opened beforehand is not counted
         worker = get_worker_info()
         first, stride = (0, 1) if worker is None else (worker.id, worker.num_workers)
         for position in itertools.count(self.start_step * self.layout.num_accumulation + first, stride):
@@ -185,19 +186,6 @@ class _MicroBatches(IterableDataset):
                 *({f"cache_{name}": count for name, count in cache.counters.items()} for cache in caches.values()),
             ]
         )
-
-
-def _with_one_line_errors(deliveries: Iterator[_Delivery]) -> Iterator[_Delivery]:
-    """The loader's deliveries; that a worker was killed is said as every other error of the data is."""
-    try:
-        yield from hearing_deaths_within(deliveries)
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):  # any other is a fault of the program, and stays one
-            raise
-        raise ValueError(
-            f"a loader worker ended ({' '.join(str(error).split())}); if memory does not suffice, set fewer "
-            f"data.num_workers or a smaller micro-batch."
-        ) from error
 
 
 def _summed(counters: Iterable[Mapping[str, int]]) -> dict[str, int]:

@@ -1,7 +1,8 @@
 """Whether the nodes are fit for a run: the checks of `runtime/preflight.py` on what this run needs."""
 
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 from iccld.config import Config
 from iccld.data.config import OnError
 from iccld.data.parts import open_parts
+from iccld.data.shared_batch import shared_bytes
+from iccld.programs.checks import plan_of
 from iccld.runtime.engine import Engine
 from iccld.runtime.metrics import write_event
 from iccld.runtime.preemption import STOPPED_BY_WATCHDOG
@@ -17,6 +20,7 @@ from iccld.runtime.preflight import (
     check_collective,
     check_device,
     check_folder,
+    check_shared_memory,
     check_space,
     preflight,
 )
@@ -33,19 +37,24 @@ def check_fitness(config: Config, engine: Engine) -> None:
         "device": partial(check_device, engine.device),
         "run_dir": partial(check_folder, run_dir, engine.rank),
         "shards": partial(_read_shards, config),
+        "shared_memory": partial(_share_memory, [plan_of(name, config) for name in config.stages], config, engine),
         "collective": partial(check_collective, engine.device, engine),
     }
     _refuse(preflight(checks, engine), run_dir, engine)
 
 
 def check_room(stage: Stage, plan: TrainerConfig, config: Config, engine: Engine) -> None:
-    """Before a stage's first step, when its size is known: room for `keep` checkpoints and the one being written."""
+    """Before a stage's first step, when its sizes are known: `keep` checkpoints and the one being written; workers."""
     if not config.preflight:
         return
     run_dir = Path(config.run_dir)
     size = _checkpoint_bytes(stage) * (plan.checkpoint.keep + 1)
     check = partial(check_space, run_dir / stage.name / "checkpoints", size)
-    _refuse(preflight({"disk": check if engine.is_main else lambda: None}, engine), run_dir, engine)
+    checks = {
+        "disk": check if engine.is_main else lambda: None,
+        "shared_memory": partial(_share_memory, [plan], config, engine),
+    }
+    _refuse(preflight(checks, engine), run_dir, engine)
 
 
 def _checkpoint_bytes(stage: Stage) -> int:
@@ -64,6 +73,20 @@ def _read_shards(config: Config) -> None:
                 for position in {int(part.positions[0]), int(part.positions[-1])}:
                     with suppress(ValueError) if config.data.on_error is OnError.replace else nullcontext():
                         part.reader.read(position, with_labels=with_labels)
+
+
+def _share_memory(plans: Iterable[TrainerConfig], config: Config, engine: Engine) -> None:
+    """On the first rank of a node, what the loader workers of all its ranks hold at once."""
+    needed = [
+        shared_bytes(
+            config.data,
+            micro_batch_size=plan.chosen_micro_batch_size,
+            num_held=plan.num_accumulation(engine.world_size),
+        )
+        for plan in plans
+    ]
+    if os.environ.get("LOCAL_RANK", "0") == "0" and any(needed):
+        check_shared_memory(max(needed) * int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def _refuse(found: list[Finding], run_dir: Path, engine: Engine) -> None:

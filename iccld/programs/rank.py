@@ -16,6 +16,7 @@ from pathlib import Path
 
 from iccld import cli
 from iccld.durable import write_whole
+from iccld.runtime.ending import run_to_the_end
 from iccld.runtime.preemption import SIGNALS, STOPPED_BY_WATCHDOG, host_name, say
 from iccld.slurm.ranks import interface_towards, rank_environment
 
@@ -81,4 +82,4 @@ def _packages() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_to_the_end(lambda: main(sys.argv[1:]))

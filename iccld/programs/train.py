@@ -14,6 +14,7 @@ from typing import Any
 from iccld import __version__
 from iccld.config import Config, StageName, to_dict
 from iccld.data.stream import TrainingStream
+from iccld.data.workers import prepare_workers
 from iccld.programs.building import build_stage, build_stream, first_batches, layout_of, trials_of, whole_stage
 from iccld.programs.checks import check_alone, check_links, check_run_dir, check_settings, watch
 from iccld.programs.ema import write_due_snapshot
@@ -53,7 +54,12 @@ def train(config: Config, preemption: Preemption | None = None, *, began: float 
     preemption = preemption or Preemption()
     preemption.config = config.preemption
     run_dir = Path(config.run_dir)
+<<<<<<< HEAD
     check_links(run_dir, config)
+=======
+    if config.data.num_workers:
+        prepare_workers()
+>>>>>>> w/ranks
     with Engine(config.engine) as engine, locked(run_dir) if engine.is_main else nullcontext("") as holder:
         check_alone(run_dir, holder, engine)
         with watch(config, engine) as watchdog:

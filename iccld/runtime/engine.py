@@ -30,6 +30,7 @@ warnings.filterwarnings("ignore", message="Grad strides do not match bucket view
 PLAIN_TYPES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 INIT_TIMEOUT = timedelta(minutes=5)  # for all ranks to come together, once the first is there
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+LEAVE_S = 60.0  # for the others to be done, too
 
 
 class Precision(Enum):
@@ -238,13 +239,25 @@ class Engine:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Let another engine be made in this process; it joins the same process group, left at the process's end."""
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        """Let another engine be made in this process; it joins the same process group, left at the process's end.
+
+        After an error the group is not left: others may wait in it, and its threads would meet them half gone.
+        """
+        global _is_in_order
+        _is_in_order = error is None
+        if error is None:
+            self.set_timeout(LEAVE_S, of_saves=True)
+            with contextlib.suppress(RuntimeError):  # one that is late, or gone, must not fail those that are done
+                self.barrier()
         AcceleratorState._reset_state()
         GradientState._reset_state()
 
 
+_is_in_order = True
+
+
 @atexit.register
 def _leave_process_group() -> None:
-    if torch.distributed.is_initialized():
+    if torch.distributed.is_initialized() and _is_in_order:
         torch.distributed.destroy_process_group()

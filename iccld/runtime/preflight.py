@@ -5,6 +5,7 @@ A check does something small and raises ValueError, OSError or RuntimeError wher
 
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from iccld.durable import write_whole
 from iccld.runtime.preemption import host_name
 
 GIB = 2**30
+SHARED_MEMORY = Path("/dev/shm")
 
 
 class Ranks(Protocol):
@@ -113,3 +115,16 @@ def check_space(folder: Path, needed: int) -> None:
             f"{folder} needs {needed / GIB:.1f} GiB for checkpoints, {(free + held) / GIB:.1f} GiB are free; "
             f"make room, set a smaller checkpoint.keep, or use another run_dir"
         )
+
+
+def check_shared_memory(needed: int, folder: Path = SHARED_MEMORY) -> None:
+    """That `needed` bytes can be taken, as loader workers do for batches and locks."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            os.posix_fallocate(file.fileno(), 0, needed)
+    except OSError as error:
+        raise ValueError(
+            f"{folder} does not give the {needed / 2**20:.1f} MiB that loader workers share ({error.strerror}); mount "
+            f"a larger one (in containers: --shm-size or --ipc=host), set fewer data.num_workers, or "
+            f"data.num_workers=0, which needs none"
+        ) from error

@@ -22,7 +22,12 @@ import multiprocessing, re, sys, time
 from pathlib import Path
 from iccld.data.config import BatchLayout, DataConfig, DatasetConfig
 from iccld.data.stream import TrainingStream
+from iccld.data.workers import worker_context
 
+context = worker_context(1)
+first = context.Process(target=int)  # once it runs, the server is up, as it is when a training comes to its first batch
+first.start()
+first.join()
 shards, step, rare, size = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "rare", int(sys.argv[4])
 data = DataConfig(
     source=DatasetConfig("s", shards), target=DatasetConfig("t", shards), crop_size=[16, 24], num_workers=1,

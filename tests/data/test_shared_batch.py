@@ -4,7 +4,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from iccld.data.shared_batch import pack, unpack
+from iccld.data.shared_batch import pack, shared_bytes, unpack
+from iccld.data.stream import TrainingStream
+from tests.data.factory import config, layout
 
 
 @given(st.integers(0, 5), st.integers(1, 5), st.integers(1, 5))
@@ -25,3 +27,13 @@ def test_what_is_unpacked_is_what_was_packed(count: int, height: int, width: int
         assert tensor.dtype == expected.dtype and torch.equal(tensor, expected), key
         assert tensor.stride() == expected.stride(), "in channels-last memory, as it was"
         assert tensor.untyped_storage().data_ptr() == packed.memory.untyped_storage().data_ptr()
+
+
+def test_what_is_said_to_be_needed_of_shared_memory_is_needed(folders: dict[str, str]) -> None:
+    """For a batch of both domains, which the target's missing labels make a little smaller."""
+    data = config({**folders, "target": folders["source"]}, num_workers=1)
+    batch = next(TrainingStream(data, seed=0, layout=layout(), target_labels=True).batches(0))
+    used = batch["source"]["images"].untyped_storage().nbytes()
+    one, two = (shared_bytes(data, micro_batch_size=8, num_held=held) for held in (1, 2))
+    assert used <= two - one <= used + 512
+    assert shared_bytes(config(folders, num_workers=0), micro_batch_size=8, num_held=2) == 0

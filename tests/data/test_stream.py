@@ -2,13 +2,19 @@ import contextlib
 import itertools
 import multiprocessing
 import os
+import pickle
+import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Generator, Iterator
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,6 +22,7 @@ from hypothesis import strategies as st
 
 from iccld.data.config import BatchLayout, DataConfig, DatasetConfig, SetConfig
 from iccld.data.stream import Batch, TrainingStream
+from iccld.data.workers import WorkerDied
 from tests.data.factory import CROP, GLOBAL_BATCH_SIZE, config, layout
 
 
@@ -177,11 +184,68 @@ def test_a_parent_ends_its_workers_by_sigterm(folders: dict[str, str]) -> None:
     stream.close()
 
 
+def server_of(worker: Any) -> psutil.Process:
+    server = psutil.Process(worker.pid).parent()
+    assert server is not None
+    return server
+
+
+def test_workers_are_forked_from_a_process_without_threads(folders: dict[str, str]) -> None:
+    stream, worker = with_worker(folders)
+    server = server_of(worker)
+    assert server.pid != os.getpid() and server.ppid() == os.getpid() and server.num_threads() == 1
+    (mask,) = re.findall(r"SigBlk:\s*(\w+)", Path(f"/proc/{server.pid}/status").read_text())
+    held = int(mask, 16)
+    assert all(held >> (number - 1) & 1 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
+    stream.close()
+
+
+@pytest.mark.parametrize("killed", ["server", "worker_at_hand_over"])
+def test_whatever_breaks_when_a_worker_ends_is_one_error(folders: dict[str, str], killed: str) -> None:
+    stream, worker = with_worker(folders)
+    if killed == "server":
+        server_of(worker).kill()
+    else:
+        time.sleep(1)  # batches lie ready, whose memory the worker hands over when they are taken
+        os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(WorkerDied, match=r"^a loader worker"):
+        list(itertools.islice(stream, 20))
+    psutil.wait_procs([psutil.Process(worker.pid)] if psutil.pid_exists(worker.pid) else [], timeout=10)
+    assert not psutil.pid_exists(worker.pid)
+
+
+def test_no_process_is_left_of_a_killed_training(folders: dict[str, str]) -> None:
+    """Neither workers nor the processes that multiprocessing starts beside them."""
+    code = "import sys; from tests.data.test_stream import *; with_worker({'source': sys.argv[1]}); time.sleep(60)"
+    training = subprocess.Popen([sys.executable, "-c", code, folders["source"]])
+    process = psutil.Process(training.pid)
+    while len(children := process.children(recursive=True)) < 3:
+        time.sleep(0.05)
+    time.sleep(1)
+    training.kill()
+    training.wait()
+    _gone, left = psutil.wait_procs(children, timeout=15)
+    assert not left
+
+
+def test_a_worker_is_sent_no_records(folders: dict[str, str]) -> None:
+    """What is mapped is mapped again; a set of a million samples would be copied, and its copy pickled."""
+    (samples,) = (
+        part.index.samples for part in TrainingStream(config(folders), seed=0, layout=layout()).domains["source"].parts
+    )
+    for view in (samples["class_pixels"], samples[3:7]["height"], samples["key"][2:], samples["class_pixels"][1:, 4]):
+        data = ForkingPickler.dumps(view)
+        assert np.array_equal(pickle.loads(data), view)
+        assert len(data) == len(ForkingPickler.dumps(view[:1]))
+
+
 def test_a_killed_worker_is_said_in_one_line(folders: dict[str, str]) -> None:
     stream, worker = with_worker(folders)
     os.kill(worker.pid, signal.SIGKILL)
     time.sleep(0.5)  # in the midst of a step, where torch's own handler would raise
-    with pytest.raises(ValueError, match=r"^a loader worker ended \(.*\); if memory does not suffice, .*num_workers"):
+    with pytest.raises(
+        WorkerDied, match=r"^a loader worker \(process \d+\) was killed by signal 9; if memory does not .*num_workers"
+    ):
         list(itertools.islice(stream, 20))
 
 

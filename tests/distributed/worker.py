@@ -15,6 +15,7 @@ import torch
 
 from iccld.config import load_config
 from iccld.programs import train as program
+from iccld.runtime.ending import run_to_the_end
 from iccld.runtime.preemption import Preemption
 from iccld.stages.base import Stage, StageInputs
 
@@ -87,4 +88,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_to_the_end(main)

@@ -19,6 +19,7 @@ from iccld.cli import main
 from iccld.data.domain import DomainStream
 from iccld.programs import evaluate, fitness, profile, train
 from iccld.runtime import checkpoint, host_memory
+from iccld.runtime.ending import run_to_the_end
 
 FAULT = json.loads(os.environ["FAULT"])
 FOREVER_S = 300
@@ -102,7 +103,7 @@ def inject() -> None:
     wrap(train, "hand_over", "hand_over", lambda *_: 0)
 
 
+if FAULT and __name__ in ("__main__", "__mp_main__"):  # a rank, or a loader worker of it
+    inject()
 if __name__ == "__main__":
-    if FAULT:
-        inject()
-    sys.exit(main(sys.argv[1:]))
+    run_to_the_end(lambda: main(sys.argv[1:]))

@@ -1,5 +1,8 @@
 """What is wrong with a node is found before a run, and said with its name and what to do."""
 
+import re
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,7 +11,15 @@ import pytest
 import torch
 
 from iccld.runtime.engine import Engine, EngineConfig
-from iccld.runtime.preflight import check_collective, check_device, check_folder, check_space, preflight
+from iccld.runtime.preflight import (
+    SHARED_MEMORY,
+    check_collective,
+    check_device,
+    check_folder,
+    check_shared_memory,
+    check_space,
+    preflight,
+)
 
 CPU = torch.device("cpu")
 
@@ -68,3 +79,27 @@ def test_room_is_asked_for_beyond_what_the_folder_holds(tmp_path: Path) -> None:
     check_space(tmp_path, 1000)
     with pytest.raises(ValueError, match=r"needs 1048576.0 GiB for checkpoints, .* smaller checkpoint.keep"):
         check_space(tmp_path, 2**50)
+
+
+@pytest.mark.parametrize("options", ["size=64k", "size=64k,ro"])
+def test_shared_memory_that_does_not_suffice_is_named_with_a_remedy(options: str) -> None:
+    program = "from iccld.runtime.preflight import check_shared_memory; check_shared_memory(1 << 20)"
+    mount = f'mount -t tmpfs -o {options} tmpfs /dev/shm && exec "$0" -c "$1"'
+    command = ["unshare", "-rm", "bash", "-c", mount, sys.executable, program]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert re.search(
+        r"ValueError: /dev/shm does not give the 1.0 MiB that loader workers share \(.*\); mount a larger one "
+        r"\(.*--shm-size .*\), .* data.num_workers=0",
+        done.stderr,
+    ), done.stderr
+
+
+def test_shared_memory_that_is_missing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"missing does not give the 1.0 MiB .* \(No such file or directory\)"):
+        check_shared_memory(1 << 20, tmp_path / "missing")
+
+
+def test_shared_memory_that_suffices_is_given_back() -> None:
+    before = set(SHARED_MEMORY.iterdir())
+    check_shared_memory(1 << 20)
+    assert set(SHARED_MEMORY.iterdir()) <= before
