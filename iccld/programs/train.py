@@ -54,12 +54,9 @@ def train(config: Config, preemption: Preemption | None = None, *, began: float 
     preemption = preemption or Preemption()
     preemption.config = config.preemption
     run_dir = Path(config.run_dir)
-<<<<<<< HEAD
     check_links(run_dir, config)
-=======
     if config.data.num_workers:
         prepare_workers()
->>>>>>> w/ranks
     with Engine(config.engine) as engine, locked(run_dir) if engine.is_main else nullcontext("") as holder:
         check_alone(run_dir, holder, engine)
         with watch(config, engine) as watchdog:
