@@ -1,0 +1,96 @@
+"""The header of a JPEG, and the number of its scans, as its own bytes say them.
+
+Bytes after the end of the image are nobody's business: cameras put films, thumbnails and padding there.
+"""
+
+import re
+import struct
+from typing import NamedTuple
+
+import numpy as np
+
+from iccld.data.orientation import UPRIGHT, read_orientation
+
+MAGIC = b"\xff\xd8\xff"
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF0-15
+_ALONE = frozenset((0x01, *range(0xD0, 0xD9)))  # markers that nothing belongs to
+_SCAN, _END, _EXIF = 0xDA, 0xD9, 0xE1
+_KEPT_WITHOUT_EXIF = 0xEE  # Adobe's: how colours are stored
+_MARKER = re.compile(rb"\xff+([^\x00\xff])")
+_MARKER_IN_SCAN = re.compile(rb"\xff+([^\x00\xd0-\xd7\xff])")
+
+
+class JpegHeader(NamedTuple):
+    """The size in pixels as stored, bits a sample, (horizontal, vertical) samplings, and EXIF orientation.
+
+    `scan` is the place of the first scan; `application` are the places of what only cameras and editors read.
+    """
+
+    height: int
+    width: int
+    depth: int
+    samplings: tuple[tuple[int, int], ...]
+    orientation: int
+    scan: int
+    application: tuple[tuple[int, int], ...]
+
+
+def read_jpeg_header(data: bytes) -> JpegHeader:
+    """The header, up to the first scan. Raises ValueError where it is cut short or damaged."""
+    frame, orientation, application, at = None, UPRIGHT, [], 2
+    while (found := _MARKER.search(data, at)) and found[1][0] not in (_SCAN, _END):
+        marker, at = found[1][0], found.end()
+        if marker in _ALONE:
+            continue
+        end = _end_of_segment(data, at)
+        if marker in _FRAMES and frame is None:
+            frame = _read_frame(data[at + 2 : end])
+        elif 0xE1 <= marker <= 0xEF and marker != _KEPT_WITHOUT_EXIF:
+            application.append((found.start(), end))
+        if marker == _EXIF and orientation == UPRIGHT and data[at + 2 : at + 6] == b"Exif":
+            orientation = read_orientation(data[at + 2 : end])
+        at = end
+    if frame is None or found is None:
+        raise ValueError("it is a JPEG whose header is cut off or damaged")
+    return JpegHeader(*frame, orientation, found.start(), tuple(application))
+
+
+def without_application_data(data: bytes, header: JpegHeader) -> bytes:
+    """The same picture without EXIF, lists of further pictures, and the like, which may be broken."""
+    starts = [0, *(end for _, end in header.application)]
+    ends = [*(start for start, _ in header.application), len(data)]
+    return b"".join(data[start:end] for start, end in zip(starts, ends, strict=True))
+
+
+def count_scans(data: bytes, header: JpegHeader, *, at_most: int) -> int:
+    """The number of scans; those of pictures and films that follow do not count.
+
+    Each costs time for all pixels, and next to no bytes. Counting marks anywhere is fast, and enough for most files.
+    """
+    codes = np.frombuffer(data, np.uint8)
+    marks = int(np.count_nonzero((codes[:-1] == 0xFF) & (codes[1:] == _SCAN)))
+    if marks <= at_most:
+        return marks
+    num_scans, at = 0, header.scan
+    while (found := _MARKER_IN_SCAN.search(data, at)) and found[1][0] != _END:
+        num_scans += found[1][0] == _SCAN
+        at = found.end() if found[1][0] in _ALONE else _end_of_segment(data, found.end())
+    return num_scans
+
+
+def _end_of_segment(data: bytes, at: int) -> int:
+    """The end of the segment whose length is written at `at`."""
+    length = int.from_bytes(data[at : at + 2])
+    if length < 2 or at + length > len(data):
+        raise ValueError("it is a JPEG whose header is cut off or damaged")
+    return at + length
+
+
+def _read_frame(segment: bytes) -> tuple[int, int, int, tuple[tuple[int, int], ...]]:
+    """Height, width, depth and samplings."""
+    try:
+        depth, height, width, count = struct.unpack_from(">BHHB", segment)
+        samplings = tuple((code >> 4, code & 15) for _, code, _ in struct.iter_unpack("3B", segment[6 : 6 + 3 * count]))
+    except struct.error:
+        raise ValueError("it is a JPEG whose header is cut off or damaged") from None
+    return height, width, depth, samplings
