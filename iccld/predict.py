@@ -30,6 +30,13 @@ _NAME_ERRORS = {getattr(errno, name) for name in ("ENAMETOOLONG", "EILSEQ", "EIN
 Palette = Sequence[tuple[int, int, int]]
 
 
+class UnusableFile(ValueError):
+    """One file that cannot be read, segmented or written, which is no reason to stop: which, and why."""
+
+    def __init__(self, file: Path, what: object) -> None:
+        super().__init__(f"{_spelled(file)}: {what}")
+
+
 def predict_path(
     path: Path,
     output: Path,
@@ -52,10 +59,10 @@ def predict_path(
         number = zlib.crc32(os.fsencode(source.name))
         try:
             image = read_image(source)
-            with _memory_as_value_errors(source, image):
+            with _enough_memory(source, image):
                 labels = _segment(image, predict, number=number, device=device)
             written.append(_write_pictures(image, labels, target, class_set.palette))
-        except ValueError as error:
+        except UnusableFile as error:
             failures.append(str(error))
         except OSError as error:
             remedy = f"{len(written)} of {len(jobs)} images are in {output}; free space there, or give another folder"
@@ -72,7 +79,7 @@ def predict_path(
 
 
 def read_image(path: Path) -> np.ndarray:
-    """`(H, W, 3)` uint8 RGB, upright; other depths are scaled to 8 bits, alpha is dropped. Raises ValueError."""
+    """`(H, W, 3)` uint8 RGB, upright; other depths are scaled to 8 bits, alpha is dropped. Raises UnusableFile."""
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):  # a pipe would keep us waiting
@@ -82,11 +89,11 @@ def read_image(path: Path) -> np.ndarray:
         return decode_image(path.read_bytes(), formats=LOOSE)
     except OSError as error:
         what = "it is a link that leads nowhere" if path.is_symlink() and not path.exists() else error.strerror
-        raise ValueError(f"{_spelled(path)}: {what}") from error
+        raise UnusableFile(path, what) from error
     except MemoryError as error:
-        raise ValueError(f"{_spelled(path)}: memory does not suffice for it") from error
+        raise UnusableFile(path, "memory does not suffice for it") from error
     except ValueError as error:
-        raise ValueError(f"{_spelled(path)}: {error}") from error
+        raise UnusableFile(path, error) from error
 
 
 def colourise(labels: np.ndarray, palette: Palette) -> np.ndarray:
@@ -240,7 +247,7 @@ def _segment(
 
 
 @contextmanager
-def _memory_as_value_errors(source: Path, image: np.ndarray) -> Iterator[None]:
+def _enough_memory(source: Path, image: np.ndarray) -> Iterator[None]:
     """An image that the machine is too small for does not stop the others."""
     try:
         yield
@@ -250,11 +257,11 @@ def _memory_as_value_errors(source: Path, image: np.ndarray) -> Iterator[None]:
             raise
         size = f"{image.shape[0]}x{image.shape[1]}"
         what = f"memory does not suffice for its {size} pixels; use --size or --sliding-window"
-        raise ValueError(f"{_spelled(source)}: {what}") from error
+        raise UnusableFile(source, what) from error
 
 
 def _write_pictures(image: np.ndarray, labels: np.ndarray, target: Path, palette: Palette) -> Path:
-    """Write both pictures and return the label's path. Raises ValueError where its name cannot be written."""
+    """Write both pictures and return the label's path. Raises UnusableFile where its name cannot be written."""
     label_file, overlay_file = _files(target)
     indexed = Image.fromarray(labels)
     indexed.putpalette(_colour_table(palette).tobytes())  # all 256 entries, or PIL packs the indices into fewer bits
@@ -265,7 +272,7 @@ def _write_pictures(image: np.ndarray, labels: np.ndarray, target: Path, palette
         if error.errno not in _NAME_ERRORS:
             raise
         what = f"it cannot be written ({error.strerror}); rename its image, or what is in its place"
-        raise ValueError(f"{_spelled(overlay_file)}: {what}") from error
+        raise UnusableFile(overlay_file, what) from error
     return label_file
 
 

@@ -123,7 +123,7 @@ def test_unreadable_images_are_passed_over_and_listed(tmp_path):
     Image.fromarray(noise).save(tmp_path / "good.png")
     (tmp_path / "text.png").write_text("not a picture")
     (tmp_path / "torn.png").write_bytes((tmp_path / "good.png").read_bytes()[:6000])
-    with pytest.raises(ValueError, match=r"2 of 3 images could not be read \(the other 1 are in") as caught:
+    with pytest.raises(ValueError, match=r"2 of 3 files were not segmented \(the other 1 are in") as caught:
         predict_folder(tmp_path, tmp_path / "out")
     assert "text.png" in str(caught.value) and "torn.png" in str(caught.value)
     assert (tmp_path / "out/good_label.png").exists()

@@ -32,7 +32,7 @@ MAX_SCANS = 100
 """The most scans of a JPEG; progressive ones have about ten."""
 DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, struct.error)
 """What a file that cannot be read, or bytes that are broken, hostile, or no image, raise."""
-_SAMPLINGS = {(1, 1), (2, 1), (2, 2), (1, 2), (4, 1), (1, 4)}
+_SAMPLINGS = {(1, 1), (2, 1), (2, 2), (1, 2), (4, 1)}
 """Of brightness against colours, in JPEGs that simplejpeg has a name for."""
 
 
@@ -136,7 +136,7 @@ def decode_label(data: bytes) -> np.ndarray:
 
 
 def decode_channels(data: bytes) -> np.ndarray:
-    """An encoded label image to the samples that were written, `(H, W, C)` uint8 or uint16; alpha is the last of 2 or 4.
+    """An encoded label image to the samples that were written, `(H, W, C)` uint8 or uint16; alpha is last of 2 or 4.
 
     Raises ValueError.
     """

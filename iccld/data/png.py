@@ -113,12 +113,12 @@ def _decode(data: bytes, box: Box | None, *, byte_order: str = "") -> np.ndarray
     """What PIL makes of the pixels: `(H, W, C)`."""
     with _open(data) as image:
         if byte_order:
-            image.tile = [tile._replace(args=f"{tile.args[:-1]}{byte_order}") for tile in image.tile]
+            image.tile = [tile._replace(args=f"{image.mode};16{byte_order}") for tile in image.tile]
         if box and not image.info.get("interlace"):
             image.tile = [tile._replace(extents=(0, 0, image.width, box[3])) for tile in image.tile]
         pixels = np.array(image.crop(box) if box else image)
-    if pixels.dtype == bool:
-        pixels = pixels.view(np.uint8)
+    if pixels.dtype == bool:  # whose bytes are 255 in PIL
+        pixels = (pixels.view(np.uint8) != 0).astype(np.uint8)
     return pixels if pixels.ndim == 3 else pixels[..., None]
 
 
