@@ -134,9 +134,9 @@ def _jobs(path: Path, output: Path) -> tuple[dict[Path, Path], list[str]]:
     if output.exists() and not output.is_dir():
         raise ValueError(f"predict: the output {output} is a file and must be a folder; give another one.")
     if path.is_dir():
-        if output.resolve() == path.resolve():
+        if _real(output) == _real(path):
             raise ValueError(f"predict: the output folder {output} is the input folder; give another one.")
-        found = _look_below(path, output.resolve())
+        found = _look_below(path, _real(output))
     else:
         found = _Found([path])
     if not found.images and not found.failures:
@@ -146,10 +146,10 @@ def _jobs(path: Path, output: Path) -> tuple[dict[Path, Path], list[str]]:
     root = path if path.is_dir() else path.parent
     names = _distinct_names([source.relative_to(root) for source in found.images])
     jobs = {source: output / name for source, name in zip(found.images, names, strict=True)}
-    inputs = {source.resolve() for source in found.images}
+    inputs = {_real(source) for source in found.images}
     for target in jobs.values():
         for file in _files(target):
-            if _resolved(file) in inputs:
+            if _real(file) in inputs:
                 raise ValueError(f"predict: {file} is an input and would be overwritten; give another output folder.")
     return jobs, found.failures
 
@@ -169,8 +169,8 @@ def _look_below(root: Path, written: Path) -> _Found:
     folders, links = [root], list[Path]()  # what is linked comes last, so that it is found in its own place first
     while folders or links:
         folder = folders.pop() if folders else links.pop(0)
-        real = folder.resolve()
-        if real == written or (written in real.parents and root.resolve() in written.parents):
+        real = _real(folder)
+        if real == written or (written in real.parents and _real(root) in written.parents):
             continue
         if real in seen:
             found.notes.append(f"{_spelled(folder)} links to a folder that is segmented already ({_spelled(real)})")
@@ -210,12 +210,9 @@ def _why_no_image(file: Path) -> str:
         return error.strerror or str(error)
 
 
-def _resolved(file: Path) -> Path | None:
-    """Where a file to be written lies; None if there is none of such a name, nor can be."""
-    try:
-        return file.resolve()
-    except OSError:
-        return None
+def _real(path: Path) -> Path:
+    """Where a path leads; unlike `resolve`, it takes links that lead to themselves, and names that cannot be."""
+    return Path(os.path.realpath(path))
 
 
 def _spelled(path: Path) -> str:

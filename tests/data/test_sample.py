@@ -125,7 +125,7 @@ def test_all_say_the_same_of_a_sample(tmp_path: Path, image: str, label: str) ->
     location = force_into_index(tmp_path / "b", files)
     said = {"indexed": indexed, "verified": broken(location), "trained": trains(location), "scored": scores(location)}
     if image == "too large":  # of which only the index knows the size
-        assert "index says 24x32" in said["verified"] and "index says 24x32" in said["trained"]
+        assert said["verified"] and said["trained"] and said["scored"], said
         return
     assert len({bool(what) for what in said.values()}) == 1, said
     refused = label in ("19", "254", "256 of 16 bits", "65535 of 16 bits", "too small", "JPEG", "colours", "text")
