@@ -86,8 +86,24 @@ def test_16_bit_grey_is_scaled_not_clipped(tmp_path):
 
 def test_floating_point_pixels_are_refused(tmp_path):
     Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "depth.tif")
-    with pytest.raises(ValueError, match=r"depth.tif: floating-point pixels have no known range; save it"):
+    with pytest.raises(ValueError, match=r"depth.tif: pixels of 32 bits have no known range; save it"):
         read_image(tmp_path / "depth.tif")
+
+
+def test_tiffs_are_scaled_by_the_depth_that_they_say(tmp_path):
+    grey = np.array([[0, 1023, 2047, 4095]], np.uint16)
+    Image.fromarray(grey).save(tmp_path / "a.tif")
+    data = (tmp_path / "a.tif").read_bytes()
+    (tmp_path / "b.tif").write_bytes(data)
+    assert read_image(tmp_path / "b.tif")[0, :, 0].tolist() == [0, 4, 8, 16]
+    packed = bytes.fromhex("0003ff7fffff")  # 12 bits each
+    entry, twelve = struct.pack("<HHIHH", 258, 3, 1, 16, 0), struct.pack("<HHIHH", 258, 3, 1, 12, 0)
+    count, short = struct.pack("<HHII", 279, 4, 1, 8), struct.pack("<HHII", 279, 4, 1, 6)
+    assert entry in data and count in data
+    pixels = grey.astype("<u2").tobytes()
+    data = data.replace(entry, twelve).replace(count, short).replace(pixels, packed + bytes(2))
+    (tmp_path / "b.tif").write_bytes(data)
+    assert read_image(tmp_path / "b.tif")[0, :, 0].tolist() == [0, 64, 127, 255]
 
 
 def test_subfolders_are_mirrored_and_a_second_run_leaves_its_own_pictures_out(tmp_path):

@@ -15,10 +15,11 @@ from typing import NamedTuple
 import numpy as np
 import simplejpeg
 from PIL import Image
+from PIL.TiffImagePlugin import TiffImageFile
 
 from iccld.data.bounds import MAX_PIXELS, as_value_errors, check_size
 from iccld.data.grey_png import decode_grey_png
-from iccld.data.jpeg import JpegHeader, count_scans, read_jpeg_header, without_application_data
+from iccld.data.jpeg import JpegHeader, count_scans, only_pixels, read_jpeg_header, without_padding
 from iccld.data.orientation import UPRIGHT, is_turned, read_orientation, upright
 from iccld.data.png import PALETTE, png_orientation, read_palette, read_png_header, read_samples
 
@@ -32,6 +33,7 @@ MAX_SCANS = 100
 """The most scans of a JPEG; progressive ones have about ten."""
 DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, struct.error)
 """What a file that cannot be read, or bytes that are broken, hostile, or no image, raise."""
+_TIFF_DEPTH = 258
 _SAMPLINGS = {(1, 1), (2, 1), (2, 2), (1, 2), (4, 1)}
 """Of brightness against colours, in JPEGs that simplejpeg has a name for."""
 
@@ -213,14 +215,28 @@ def _check_inside(size: tuple[int, int], window: Window | None) -> None:
 
 def _decode_jpeg(data: bytes, header: JpegHeader) -> np.ndarray:
     """`(H, W, 3)` uint8 as stored. Inks, and samplings without a name, are left to PIL."""
-    if header.depth != 8:
-        raise ValueError(f"it is a JPEG of {header.depth} bits a sample; export it with 8, or as PNG")
+    if header.depth != 8 or not header.usual:
+        kind = "without the usual compression" if header.depth == 8 else f"of {header.depth} bits a sample"
+        raise ValueError(f"it is a JPEG {kind}; export it as a usual one, or as PNG")
     num_scans = count_scans(data, header, at_most=MAX_SCANS)
     if num_scans > MAX_SCANS:
         raise ValueError(f"it has {num_scans} scans; a JPEG may have {MAX_SCANS}")
     brightness, *colors = header.samplings
     if len(colors) not in (0, 2) or (colors and (brightness not in _SAMPLINGS or set(colors) != {(1, 1)})):
-        return _decode_by_pil(without_application_data(data, header), Format.JPEG)
+        return _decode_by_pil(only_pixels(data, header), Format.JPEG)
+    try:
+        return _decode_by_simplejpeg(data, header)
+    except ValueError as error:  # which it raises at the least irregularity
+        if "extraneous bytes" not in str(error):
+            raise
+    data = only_pixels(data, header)
+    try:
+        return _decode_by_simplejpeg(data, header)
+    except ValueError as error:
+        return _decode_by_simplejpeg(without_padding(data, str(error)), header)
+
+
+def _decode_by_simplejpeg(data: bytes, header: JpegHeader) -> np.ndarray:
     with as_value_errors("simplejpeg"):
         height, width, *_ = simplejpeg.decode_jpeg_header(data)
         if (height, width) != (header.height, header.width):
@@ -232,10 +248,12 @@ def _decode_by_pil(data: bytes, format_: Format) -> np.ndarray:
     """`(H, W, 3)` uint8 as PIL reads the first frame or page; it turns TIFFs upright itself."""
     with as_value_errors("PIL"), Image.open(io.BytesIO(data), formats=(format_.value,)) as image:
         check_size(image.height, image.width)
-        if image.mode == "F":
-            raise ValueError("floating-point pixels have no known range; save it with 8 or 16 bits")
+        if image.mode == "F" or (image.mode == "I" and format_ is Format.TIFF):
+            raise ValueError("pixels of 32 bits have no known range; save it with 8 or 16 bits")
         if image.mode.startswith("I"):  # 16 bits, which PIL would clip to 255
-            return _to_colors(np.clip(np.asarray(image, np.int64), 0, 65535).astype(np.uint16)[..., None])
+            depth = image.tag_v2.get(_TIFF_DEPTH, (16,))[0] if isinstance(image, TiffImageFile) else 16
+            samples = np.asarray(image, np.int64)[..., None]
+            return _to_colors(np.clip(samples * 65535 // (2**depth - 1), 0, 65535).astype(np.uint16))
         return np.array(image.convert("RGB"))
 
 

@@ -13,9 +13,10 @@ from iccld.data.orientation import UPRIGHT, read_orientation
 
 MAGIC = b"\xff\xd8\xff"
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF0-15
+_USUAL_FRAMES = frozenset((0xC0, 0xC1, 0xC2, 0xC9, 0xCA))
 _ALONE = frozenset((0x01, *range(0xD0, 0xD9)))  # markers that nothing belongs to
 _SCAN, _END, _EXIF = 0xDA, 0xD9, 0xE1
-_KEPT_WITHOUT_EXIF = 0xEE  # Adobe's: how colours are stored
+_ADOBE = 0xEE  # how colours are stored
 _MARKER = re.compile(rb"\xff+([^\x00\xff])")
 _MARKER_IN_SCAN = re.compile(rb"\xff+([^\x00\xd0-\xd7\xff])")
 
@@ -23,43 +24,58 @@ _MARKER_IN_SCAN = re.compile(rb"\xff+([^\x00\xd0-\xd7\xff])")
 class JpegHeader(NamedTuple):
     """The size in pixels as stored, bits a sample, (horizontal, vertical) samplings, and EXIF orientation.
 
-    `scan` is the place of the first scan; `application` are the places of what only cameras and editors read.
+    `scan` is the place of the first scan; `segments` are the places of what pixels depend on before it. `usual` is
+    whether pixels are stored as in nearly all JPEGs: not lossless, nor in layers of sizes.
     """
 
     height: int
     width: int
     depth: int
     samplings: tuple[tuple[int, int], ...]
+    usual: bool
     orientation: int
     scan: int
-    application: tuple[tuple[int, int], ...]
+    segments: tuple[tuple[int, int], ...]
 
 
 def read_jpeg_header(data: bytes) -> JpegHeader:
     """The header, up to the first scan. Raises ValueError where it is cut short or damaged."""
-    frame, orientation, application, at = None, UPRIGHT, [], 2
+    frame, orientation, segments, at = None, UPRIGHT, [], 2
     while (found := _MARKER.search(data, at)) and found[1][0] not in (_SCAN, _END):
         marker, at = found[1][0], found.end()
         if marker in _ALONE:
             continue
         end = _end_of_segment(data, at)
         if marker in _FRAMES and frame is None:
-            frame = _read_frame(data[at + 2 : end])
-        elif 0xE1 <= marker <= 0xEF and marker != _KEPT_WITHOUT_EXIF:
-            application.append((found.start(), end))
+            frame = *_read_frame(data[at + 2 : end]), marker in _USUAL_FRAMES
+        if not 0xE1 <= marker <= 0xEF or marker == _ADOBE:
+            segments.append((found.start(), end))
         if marker == _EXIF and orientation == UPRIGHT and data[at + 2 : at + 6] == b"Exif":
             orientation = read_orientation(data[at + 2 : end])
         at = end
     if frame is None or found is None:
         raise ValueError("it is a JPEG whose header is cut off or damaged")
-    return JpegHeader(*frame, orientation, found.start(), tuple(application))
+    return JpegHeader(*frame, orientation, found.start(), tuple(segments))
 
 
-def without_application_data(data: bytes, header: JpegHeader) -> bytes:
-    """The same picture without EXIF, lists of further pictures, and the like, which may be broken."""
-    starts = [0, *(end for _, end in header.application)]
-    ends = [*(start for start, _ in header.application), len(data)]
-    return b"".join(data[start:end] for start, end in zip(starts, ends, strict=True))
+def only_pixels(data: bytes, header: JpegHeader) -> bytes:
+    """The same picture without what its pixels do not depend on.
+
+    That is EXIF, lists of further pictures and the like, which may be broken; padding between the parts of the header;
+    and what comes after the mark of the end.
+    """
+    end = _walk_scans(data, header)[1]
+    return b"".join([data[:2], *(data[start:stop] for start, stop in header.segments), data[header.scan : end + 2]])
+
+
+def without_padding(data: bytes, complaint: str) -> bytes:
+    """A picture of only pixels without the zeros before the mark of the end that libjpeg has counted, if they are some.
+
+    Nothing is cut off that it has read as pixels.
+    """
+    found = re.search(r"(\d+) extraneous bytes before marker 0xd9", complaint)
+    pixels = data[: -2 - int(found[1])] if found else data
+    return pixels + data[-2:] if found and not any(data[len(pixels) : -2]) else data
 
 
 def count_scans(data: bytes, header: JpegHeader, *, at_most: int) -> int:
@@ -71,11 +87,16 @@ def count_scans(data: bytes, header: JpegHeader, *, at_most: int) -> int:
     marks = int(np.count_nonzero((codes[:-1] == 0xFF) & (codes[1:] == _SCAN)))
     if marks <= at_most:
         return marks
+    return _walk_scans(data, header)[0]
+
+
+def _walk_scans(data: bytes, header: JpegHeader) -> tuple[int, int]:
+    """The number of scans, and where the mark of the end begins, or the file ends without."""
     num_scans, at = 0, header.scan
     while (found := _MARKER_IN_SCAN.search(data, at)) and found[1][0] != _END:
         num_scans += found[1][0] == _SCAN
         at = found.end() if found[1][0] in _ALONE else _end_of_segment(data, found.end())
-    return num_scans
+    return num_scans, found.start() if found else len(data)
 
 
 def _end_of_segment(data: bytes, at: int) -> int:

@@ -2,6 +2,7 @@
 
 import io
 import struct
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from iccld.data.decode import Window, decode_image, decode_label, image_size
-from iccld.data.jpeg import count_scans, read_jpeg_header
+from iccld.data.jpeg import count_scans, only_pixels, read_jpeg_header
 from tests.data.pictures import HEIGHT, IMAGES, WIDTH, encode, ids, picture
 from tests.data.png_writer import exif, jpeg_with_exif
 
@@ -77,9 +78,9 @@ def test_samplings_with_and_without_a_name_are_read(subsampling: str, code: int)
 def test_other_depths_and_lossless_jpegs_are_named() -> None:
     at = IMAGES["jpeg"].index(b"\xff\xc0")
     twelve = IMAGES["jpeg"][: at + 4] + b"\x0c" + IMAGES["jpeg"][at + 5 :]
-    with pytest.raises(ValueError, match="it is a JPEG of 12 bits a sample; export it with 8, or as PNG"):
+    with pytest.raises(ValueError, match="it is a JPEG of 12 bits a sample; export it as a usual one, or as PNG"):
         decode_image(twelve)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="it is a JPEG without the usual compression"):
         decode_image(IMAGES["jpeg"].replace(b"\xff\xc0", b"\xff\xc3", 1))
 
 
@@ -87,6 +88,38 @@ def test_other_depths_and_lossless_jpegs_are_named() -> None:
 def test_what_is_cut_off_is_no_image(size: int) -> None:
     with pytest.raises(ValueError):
         decode_image(IMAGES["jpeg"][:size])
+
+
+PADDED = {
+    "in the header": lambda data: data[:20] + b"\0\1\2" + data[20:],
+    "before the end": lambda data: data[:-2] + bytes(500) + data[-2:],
+    "before the end, of 255": lambda data: data[:-2] + b"\xff" * 9 + data[-2:],
+    "everywhere": lambda data: data[:20] + bytes(7) + data[20:-2] + bytes(7) + data[-2:] + bytes(7),
+}
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "progressive jpeg"])
+@pytest.mark.parametrize("pad", PADDED.values(), ids=PADDED)
+def test_padding_within_is_passed_over(kind: str, pad: Callable[[bytes], bytes]) -> None:
+    np.testing.assert_array_equal(decode_image(pad(IMAGES[kind])), decode_image(IMAGES[kind]))
+
+
+@given(at=st.integers(1000, len(IMAGES["jpeg"]) - 10), size=st.integers(8, 400))
+def test_pixels_that_are_missing_are_not_taken_for_padding(at: int, size: int) -> None:
+    """A download that broke off, with its end mark, and one in a file that was as long as it should be."""
+    for data in (IMAGES["jpeg"][:at] + IMAGES["jpeg"][-2:], IMAGES["jpeg"][:at] + bytes(size)):
+        with pytest.raises(ValueError):
+            decode_image(data)
+
+
+@given(seed=st.integers(0, 10**6), quality=st.integers(1, 100), side=st.integers(1, 40))
+@settings(deadline=None)
+def test_the_bytes_that_pixels_depend_on_suffice(seed: int, quality: int, side: int) -> None:
+    image = np.random.default_rng(seed).integers(0, 256, (side, 40, 3), dtype=np.uint8)
+    data = jpeg_with_exif(encode(image, "jpeg", quality=quality, progressive=seed % 2 == 1), exif(1))
+    bare = only_pixels(data, read_jpeg_header(data))
+    assert len(bare) < len(data)
+    np.testing.assert_array_equal(decode_image(bare), decode_image(data))
 
 
 @pytest.mark.parametrize("name", ["jpeg", "webp"])
