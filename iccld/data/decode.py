@@ -34,6 +34,7 @@ MAX_SCANS = 100
 DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, struct.error)
 """What a file that cannot be read, or bytes that are broken, hostile, or no image, raise."""
 _TIFF_DEPTH = 258
+_MAX_PARTS = 2**16
 _SAMPLINGS = {(1, 1), (2, 1), (2, 2), (1, 2), (4, 1)}
 """Of brightness against colours, in JPEGs that simplejpeg has a name for."""
 
@@ -123,6 +124,10 @@ def decode_image(data: bytes, *, window: Window | None = None, formats: tuple[Fo
         image = _png_colors(data)
     else:
         image = _decode_by_pil(data, header.format)
+    if image.shape[:2] != (header.height, header.width) and header.format is not Format.TIFF:
+        raise ValueError(
+            f"its header says {header.height}x{header.width} pixels, it has {image.shape[0]}x{image.shape[1]}"
+        )
     return _cut(upright(image, header.orientation), window)
 
 
@@ -287,12 +292,15 @@ def _one_channel(channels: np.ndarray) -> np.ndarray:
 
 
 def _webp_parts(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """The kind of each part of a WebP, and where its content lies."""
-    at = 12
-    while at + 8 <= len(data):
+    """The kind of each part of a WebP, and where its content lies; bytes after its end are no part."""
+    at, end = 12, min(len(data), 8 + int.from_bytes(data[4:8], "little"))
+    for _ in range(_MAX_PARTS):
+        if at + 8 > end:
+            return
         kind, length = struct.unpack_from("<4sI", data, at)
         yield kind, at + 8, at + 8 + length
         at += 8 + length + length % 2
+    raise ValueError(f"it has more than {_MAX_PARTS} parts")
 
 
 def _webp_orientation(data: bytes) -> int:

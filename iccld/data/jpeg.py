@@ -5,6 +5,7 @@ Bytes after the end of the image are nobody's business: cameras put films, thumb
 
 import re
 import struct
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -17,8 +18,10 @@ _USUAL_FRAMES = frozenset((0xC0, 0xC1, 0xC2, 0xC9, 0xCA))
 _ALONE = frozenset((0x01, *range(0xD0, 0xD9)))  # markers that nothing belongs to
 _SCAN, _END, _EXIF = 0xDA, 0xD9, 0xE1
 _ADOBE = 0xEE  # how colours are stored
-_MARKER = re.compile(rb"\xff+([^\x00\xff])")
-_MARKER_IN_SCAN = re.compile(rb"\xff+([^\x00\xd0-\xd7\xff])")
+_MARKER = re.compile(rb"\xff([^\x00\xff])")
+_MARKER_IN_SCAN = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])")
+_MAX_SEGMENTS = 2**16
+_DAMAGED = "it is a JPEG whose header is cut off or damaged"
 
 
 class JpegHeader(NamedTuple):
@@ -40,22 +43,35 @@ class JpegHeader(NamedTuple):
 
 def read_jpeg_header(data: bytes) -> JpegHeader:
     """The header, up to the first scan. Raises ValueError where it is cut short or damaged."""
-    frame, orientation, segments, at = None, UPRIGHT, [], 2
-    while (found := _MARKER.search(data, at)) and found[1][0] not in (_SCAN, _END):
-        marker, at = found[1][0], found.end()
-        if marker in _ALONE:
-            continue
-        end = _end_of_segment(data, at)
+    frame, orientation, kept, start = None, UPRIGHT, [], 0
+    for marker, start, end in _segments(data):
+        content = slice(start + 4, end)
         if marker in _FRAMES and frame is None:
-            frame = *_read_frame(data[at + 2 : end]), marker in _USUAL_FRAMES
+            frame = *_read_frame(data[content]), marker in _USUAL_FRAMES
         if not 0xE1 <= marker <= 0xEF or marker == _ADOBE:
-            segments.append((found.start(), end))
-        if marker == _EXIF and orientation == UPRIGHT and data[at + 2 : at + 6] == b"Exif":
-            orientation = read_orientation(data[at + 2 : end])
-        at = end
-    if frame is None or found is None:
-        raise ValueError("it is a JPEG whose header is cut off or damaged")
-    return JpegHeader(*frame, orientation, found.start(), tuple(segments))
+            kept.append((start, end))
+        if marker == _EXIF and orientation == UPRIGHT and data[start + 4 : start + 8] == b"Exif":
+            orientation = read_orientation(data[content])
+    if frame is None:
+        raise ValueError(_DAMAGED)
+    kept.pop()  # the scan's own
+    return JpegHeader(*frame, orientation, start, tuple(kept))
+
+
+def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """Marker, start and end of each segment up to the first scan's, which is the last one."""
+    at = 2
+    for _ in range(_MAX_SEGMENTS):
+        found = _MARKER.search(data, at)
+        if found is None or found[1][0] == _END:
+            break
+        marker, at = found[1][0], found.end()
+        if marker not in _ALONE:
+            at = _end_of_segment(data, at)
+            yield marker, found.start(), at
+        if marker == _SCAN:
+            return
+    raise ValueError(_DAMAGED)
 
 
 def only_pixels(data: bytes, header: JpegHeader) -> bytes:
@@ -93,17 +109,20 @@ def count_scans(data: bytes, header: JpegHeader, *, at_most: int) -> int:
 def _walk_scans(data: bytes, header: JpegHeader) -> tuple[int, int]:
     """The number of scans, and where the mark of the end begins, or the file ends without."""
     num_scans, at = 0, header.scan
-    while (found := _MARKER_IN_SCAN.search(data, at)) and found[1][0] != _END:
+    for _ in range(_MAX_SEGMENTS):
+        found = _MARKER_IN_SCAN.search(data, at)
+        if found is None or found[1][0] == _END:
+            return num_scans, found.start() if found else len(data)
         num_scans += found[1][0] == _SCAN
         at = found.end() if found[1][0] in _ALONE else _end_of_segment(data, found.end())
-    return num_scans, found.start() if found else len(data)
+    raise ValueError(_DAMAGED)
 
 
 def _end_of_segment(data: bytes, at: int) -> int:
     """The end of the segment whose length is written at `at`."""
     length = int.from_bytes(data[at : at + 2])
     if length < 2 or at + length > len(data):
-        raise ValueError("it is a JPEG whose header is cut off or damaged")
+        raise ValueError(_DAMAGED)
     return at + length
 
 
@@ -113,5 +132,7 @@ def _read_frame(segment: bytes) -> tuple[int, int, int, tuple[tuple[int, int], .
         depth, height, width, count = struct.unpack_from(">BHHB", segment)
         samplings = tuple((code >> 4, code & 15) for _, code, _ in struct.iter_unpack("3B", segment[6 : 6 + 3 * count]))
     except struct.error:
-        raise ValueError("it is a JPEG whose header is cut off or damaged") from None
+        raise ValueError(_DAMAGED) from None
+    if not samplings or len(samplings) != count:
+        raise ValueError(_DAMAGED)
     return height, width, depth, samplings

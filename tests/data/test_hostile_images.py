@@ -1,8 +1,10 @@
 """Damaged and hostile images: refused by their headers, cheaply, and with nothing but ValueError."""
 
+import contextlib
 import struct
 import subprocess
 import sys
+import time
 import zlib
 from collections.abc import Callable
 
@@ -112,6 +114,32 @@ def test_a_jpeg_of_endless_scans_is_refused() -> None:
     last = data.rindex(b"\xff\xda")
     with pytest.raises(ValueError, match=r"it has 1\d\d scans; a JPEG may have 100"):
         decode_image(data[:-2] + data[last:-2] * 120 + data[-2:])
+
+
+def endless() -> dict[str, bytes]:
+    """Files of many megabytes that never come to the point."""
+    jpeg, webp = IMAGES["jpeg"], IMAGES["lossless webp"]
+    at = jpeg.index(b"\xff\xc0")
+    parts = webp[12:] + bytes(8 << 20)
+    return {
+        "segments": jpeg[:at] + b"\xff\xe0\0\2" * (1 << 21) + jpeg[at:],
+        "segments of cameras": jpeg[:at] + b"\xff\xe1\0\2" * (1 << 21) + jpeg[at:],
+        "fill bytes": jpeg[:at] + b"\xff" * (8 << 20) + b"\0" + jpeg[at:],
+        "fill bytes in a scan": jpeg[:-2] + (b"\xff" * (4 << 20) + b"\0") * 2 + jpeg[-2:] + b"\xff\xda" * 200,
+        "segments in a scan": jpeg[:-2] + b"\xff\xe0\0\2" * (1 << 21) + b"\xff\xda" * 200,
+        "markers": jpeg[:2] + b"\xff\x01" * (4 << 20) + jpeg[2:],
+        "chunks": IMAGES["png"][:33] + chunk(b"eXIF", b"") * (1 << 20) + IMAGES["png"][33:],
+        "parts": b"RIFF" + struct.pack("<I", len(parts) + 4) + b"WEBP" + parts,
+    }
+
+
+@pytest.mark.parametrize("name", endless())
+def test_files_that_never_come_to_the_point_take_little_time(name: str) -> None:
+    data, start = endless()[name], time.process_time()
+    for read in (decode_image, image_size):
+        with contextlib.suppress(ValueError):
+            read(data)
+    assert time.process_time() - start < 3
 
 
 BOMB = """
