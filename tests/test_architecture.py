@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "trainer": {"training_step", "runtime", "stages.base"},
     "scores": {"labels"},
     "evaluation": {"labels", "scores"},
-    "predict": {"labels", "durable"},
+    "predict": {"labels", "durable", "data.decode"},
     "config": EVERYTHING,
     "programs": EVERYTHING,
     "__main__": EVERYTHING,

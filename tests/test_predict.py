@@ -1,10 +1,16 @@
 """What `predict_path` writes, reads and refuses."""
 
+import os
+import struct
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from iccld.data.decode import decode_image
 from iccld.labels import CITYSCAPES_19, CITYSCAPES_PALETTE, merged_class_set
 from iccld.predict import colourise, comparison_picture, overlay, predict_path, read_image
 
@@ -80,8 +86,24 @@ def test_16_bit_grey_is_scaled_not_clipped(tmp_path):
 
 def test_floating_point_pixels_are_refused(tmp_path):
     Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "depth.tif")
-    with pytest.raises(ValueError, match=r"depth.tif: floating-point pixels have no known range; save it"):
+    with pytest.raises(ValueError, match=r"depth.tif: pixels of 32 bits have no known range; save it"):
         read_image(tmp_path / "depth.tif")
+
+
+def test_tiffs_are_scaled_by_the_depth_that_they_say(tmp_path):
+    grey = np.array([[0, 1023, 2047, 4095]], np.uint16)
+    Image.fromarray(grey).save(tmp_path / "a.tif")
+    data = (tmp_path / "a.tif").read_bytes()
+    (tmp_path / "b.tif").write_bytes(data)
+    assert read_image(tmp_path / "b.tif")[0, :, 0].tolist() == [0, 4, 8, 16]
+    packed = bytes.fromhex("0003ff7fffff")  # 12 bits each
+    entry, twelve = struct.pack("<HHIHH", 258, 3, 1, 16, 0), struct.pack("<HHIHH", 258, 3, 1, 12, 0)
+    count, short = struct.pack("<HHII", 279, 4, 1, 8), struct.pack("<HHII", 279, 4, 1, 6)
+    assert entry in data and count in data
+    pixels = grey.astype("<u2").tobytes()
+    data = data.replace(entry, twelve).replace(count, short).replace(pixels, packed + bytes(2))
+    (tmp_path / "b.tif").write_bytes(data)
+    assert read_image(tmp_path / "b.tif")[0, :, 0].tolist() == [0, 64, 127, 255]
 
 
 def test_subfolders_are_mirrored_and_a_second_run_leaves_its_own_pictures_out(tmp_path):
@@ -123,10 +145,176 @@ def test_unreadable_images_are_passed_over_and_listed(tmp_path):
     Image.fromarray(noise).save(tmp_path / "good.png")
     (tmp_path / "text.png").write_text("not a picture")
     (tmp_path / "torn.png").write_bytes((tmp_path / "good.png").read_bytes()[:6000])
-    with pytest.raises(ValueError, match=r"2 of 3 images could not be read \(the other 1 are in") as caught:
+    with pytest.raises(ValueError, match=r"2 of 3 files were not segmented \(the other 1 are in") as caught:
         predict_folder(tmp_path, tmp_path / "out")
     assert "text.png" in str(caught.value) and "torn.png" in str(caught.value)
     assert (tmp_path / "out/good_label.png").exists()
+
+
+def refused(path, output, predict=dominant_channel):
+    """The lines on what was not segmented, by the file's name."""
+    with pytest.raises(ValueError) as caught:
+        predict_folder(path, output, predict)
+    first, *lines = str(caught.value).split("\n  ")
+    assert first.startswith(f"predict: {len(lines)} of ")
+    return {line.partition(": ")[0].removeprefix(f"{path}/"): line.partition(": ")[2] for line in lines}
+
+
+def odd_exif(*entries):
+    """EXIF of an image that lies on its side, with one more tag that is of no type that anyone expects."""
+    entries = ((0x112, 3, 1, b"\0\6\0\0"), *entries)
+    body = b"".join(struct.pack(">HHI", *entry[:3]) + entry[3] for entry in entries)
+    return b"Exif\0\0MM\0*\0\0\0\x08" + struct.pack(">H", len(entries)) + body + bytes(4)
+
+
+ODD_TAGS = {
+    "resolution as text": (0x11A, 2, 4, b"72\0\0"),
+    "model as double": (0x110, 12, 1, b"\0\0\0\1"),
+    "undefined": (0x2BC, 7, 4, b"\xff\xfe\0\0"),
+    "directory as text": (0xA005, 2, 3, b"ab\0\0"),
+}
+
+
+@pytest.mark.parametrize("tag", ODD_TAGS.values(), ids=ODD_TAGS)
+@pytest.mark.parametrize("suffix", ["jpg", "webp", "png"])
+def test_odd_exif_tags_do_no_harm_and_the_image_is_upright(tmp_path, tag, suffix):
+    picture = Image.fromarray(PIXELS)
+    picture.save(tmp_path / f"b.{suffix}", exif=odd_exif(tag), **({"lossless": True} if suffix == "webp" else {}))
+    assert read_image(tmp_path / f"b.{suffix}").shape == (8, 6, 3)
+    assert len(predict_folder(tmp_path, tmp_path / "out")) == 1
+
+
+def test_one_bad_file_is_one_line_and_the_others_are_segmented(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in ("a.png", "m.png", "z.png"):
+        Image.fromarray(PIXELS).save(folder / name)
+    (folder / "movie.mp4").write_bytes(b"\0\0\0\x18ftypmp42" + bytes(100))
+    (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff")
+    (folder / "empty.png").touch()
+    (folder / ("n" * 245 + ".jpg")).write_bytes((folder / "a.png").read_bytes())
+    bomb = (folder / "a.png").read_bytes()
+    (folder / "bomb.png").write_bytes(bomb[:16] + struct.pack(">II", 60_000, 60_000) + bomb[24:])
+    with (folder / "huge.tif").open("wb") as file:
+        file.truncate(1 << 40)
+    os.mkfifo(folder / "pipe.png")
+    os.mkfifo(folder / "pipe")
+    (folder / "nowhere.png").symlink_to("/nonexistent")
+    (folder / "itself.png").symlink_to("itself.png")
+    (folder / "it\nself").symlink_to("it\nself")
+    (folder / "folder.png").mkdir()
+    found = refused(folder, tmp_path / "out")
+    assert {name: what.partition(" (")[0].partition(";")[0] for name, what in found.items()} == {
+        "movie.mp4": "it is no image of a known format",
+        "broken.jpg": "it is a JPEG whose header is cut off or damaged",
+        "empty.png": "it is empty",
+        f"{tmp_path}/out/{'n' * 245}_overlay.png": "it cannot be written",
+        "bomb.png": "it has 60000x60000 pixels",
+        "huge.tif": "it has 1099511627776 bytes",
+        "pipe.png": "it is no plain file",
+        "pipe": "it is no plain file",
+        "nowhere.png": "it is a link that leads nowhere",
+        "itself.png": "it is a link that leads nowhere",
+        repr(f"{folder}/it\nself"): "Too many levels of symbolic links",
+    }
+    assert sorted(path.name for path in (tmp_path / "out").glob("*_label.png")) == [f"{i}_label.png" for i in "amz"]
+
+
+@pytest.mark.parametrize("suffix", ["gif", "ppm", "pgm", "jfif", "jpe", "JPG", "tif", "dib", "apng", ""])
+def test_images_are_known_by_their_content(tmp_path, suffix):
+    format_name = {"gif": "GIF", "ppm": "PPM", "pgm": "PPM", "tif": "TIFF", "dib": "BMP", "apng": "PNG"}.get(
+        suffix, "JPEG"
+    )
+    Image.fromarray(PIXELS).save(tmp_path / f"frame.{suffix}".removesuffix("."), format=format_name)
+    assert predict_folder(tmp_path, tmp_path / "out") == [tmp_path / "out/frame_label.png"]
+
+
+def test_what_is_read_is_what_training_reads(tmp_path):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8))
+    for mode, suffix in (("RGB", "jpg"), ("CMYK", "jpg"), ("L", "jpg"), ("RGBA", "png"), ("P", "png"), ("1", "png")):
+        exif = Image.Exif()
+        exif[EXIF_ORIENTATION] = 6
+        picture.convert(mode).save(tmp_path / f"frame.{suffix}", exif=exif)
+        data = (tmp_path / f"frame.{suffix}").read_bytes()
+        assert (read_image(tmp_path / f"frame.{suffix}") == decode_image(data)).all()
+
+
+def test_names_depend_on_images_alone(tmp_path):
+    Image.fromarray(PIXELS).save(tmp_path / "a.png")
+    (tmp_path / "a.json").write_text("{}")
+    assert refused(tmp_path, tmp_path / "out") == {"a.json": "it is no image of a known format"}
+    assert (tmp_path / "out/a_label.png").exists()
+
+
+def test_linked_folders_are_read_once(tmp_path, capsys):
+    for name in ("disk/day2/b.png", "frames/day1/a.png", "frames/.hidden/c.png"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        Image.fromarray(PIXELS).save(tmp_path / name)
+    frames = tmp_path / "frames"
+    (frames / "day2").symlink_to("../disk/day2")
+    (frames / "again").symlink_to("day1")
+    (frames / "day1/up").symlink_to("..")
+    (tmp_path / "disk/day2/back").symlink_to(frames)
+    (tmp_path / "disk/day2/own").symlink_to("/nonexistent")
+    output = frames / "out"
+    for _ in range(2):  # the second time, there is an earlier run's output
+        assert refused(frames, output) == {"day2/own": "No such file or directory"}
+        assert sorted(output.rglob("*_label.png")) == [output / "day1/a_label.png", output / "day2/b_label.png"]
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("predict: ")]
+        assert sum("links to a folder that is segmented already" in line for line in lines) == 3
+        assert lines[-1] == "predict: 1 hidden files and folders were passed over"
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path):
+    Image.fromarray(PIXELS).save(tmp_path / "a.png")
+    deep = tmp_path / "/".join(["d" * 200] * 18)
+    code = "import os, sys; os.chdir(sys.argv[1]); [(os.mkdir('d' * 200), os.chdir('d' * 200)) for _ in range(22)]"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+    assert deep.exists()
+    found = refused(tmp_path, tmp_path / "out")
+    assert list(found.values()) == ["the folder cannot be read (File name too long)"]
+    assert (tmp_path / "out/a_label.png").exists()
+
+
+def test_an_image_that_memory_does_not_suffice_for_does_not_stop_the_others(tmp_path):
+    for i, name in enumerate(("a.png", "b.png", "c.png")):
+        Image.fromarray(np.repeat(PIXELS, 1 + i % 2, 0)).save(tmp_path / name)
+
+    def predict(images, numbers):
+        if images.shape[2] > 6:
+            torch.empty(1 << 50)
+        return dominant_channel(images, numbers)
+
+    assert refused(tmp_path, tmp_path / "out", predict) == {
+        "b.png": "memory does not suffice for its 12x8 pixels; use --size or --sliding-window"
+    }
+    with pytest.raises(RuntimeError, match="of the program"):
+        predict_folder(tmp_path, tmp_path / "out", lambda *_: (_ for _ in ()).throw(RuntimeError("of the program")))
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+from tests.test_predict import predict_folder
+resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))
+try:
+    predict_folder(Path(sys.argv[1]), Path(sys.argv[2]))
+except OSError as error:
+    print(error.errno, error, sep="\\n")
+"""
+
+
+def test_a_disk_that_takes_no_more_ends_it_with_file_and_remedy(tmp_path):
+    """The system's limit on a file's size is told as a full disk is: half-way through a file."""
+    (tmp_path / "in").mkdir()
+    for name in ("a.png", "b.png"):
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)).save(tmp_path / "in" / name)
+    command = [sys.executable, "-c", FULL, str(tmp_path / "in"), str(tmp_path / "out")]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": "."})
+    number, message = done.stdout.splitlines()
+    assert number == "27"
+    assert message.endswith(f"{tmp_path}/out/a_overlay.png'") and "free space there, or give another folder" in message
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_a_failed_write_leaves_no_partial_picture(tmp_path, monkeypatch):

@@ -11,12 +11,12 @@ from torch import Tensor
 from iccld import rng
 from iccld.data.augment import Crop, apply_crop, draw_crop, source_merit, valid_rows
 from iccld.data.config import STRIDE, OnError
-from iccld.data.decode import DECODE_ERRORS, Window, decode_image, decode_label
+from iccld.data.decode import Window, decode_image
 from iccld.data.index import NUM_TRAIN_IDS
 from iccld.data.order import Draw, Order
 from iccld.data.parts import Part
 from iccld.data.reader import BadSample, RawSample
-from iccld.labels import IGNORE_INDEX
+from iccld.data.sample import check_indexed_size, decode_train_ids
 
 MAX_REPLACEMENTS = 100
 
@@ -55,17 +55,6 @@ def check_crop_fits(part: Part, crop_size: tuple[int, int]) -> None:
             f"{part.index.location} ({chosen['height'][first]}x{chosen['width'][first]} pixels; {len(small)} of "
             f"{len(chosen)} samples are too small); use at most {fits}, or make the shards with a larger --size."
         )
-
-
-def decode_train_ids(data: bytes) -> np.ndarray:
-    """An encoded label to `(H, W)` uint8 train ids; raises one of DECODE_ERRORS where it holds anything else."""
-    ids = decode_label(data)
-    if ids.dtype != np.uint8:
-        raise ValueError(f"its label holds {ids.dtype} instead of 8-bit train ids")
-    if (ids + np.uint8(1)).max(initial=0) > NUM_TRAIN_IDS:  # 255 becomes 0
-        strange = [int(i) for i in np.unique(ids) if NUM_TRAIN_IDS <= i < IGNORE_INDEX]
-        raise ValueError(f"its label holds {strange}; train ids are 0-{NUM_TRAIN_IDS - 1}, or {IGNORE_INDEX}")
-    return ids
 
 
 def relabel(train_ids: np.ndarray, table: np.ndarray) -> np.ndarray:
@@ -164,9 +153,8 @@ class DomainStream:
         record = part.index.samples[draw.index]
         size = int(record["height"]), int(record["width"])
         try:
-            ids = None if self.table is None else decode_train_ids(raw.label)
-            if ids is not None and ids.shape != size:
-                raise ValueError(f"its label has {ids.shape[0]}x{ids.shape[1]} pixels instead of {size[0]}x{size[1]}")
+            check_indexed_size(raw.image, size)
+            ids = None if self.table is None else decode_train_ids(raw.label, size)
             crop = draw_crop(
                 size,
                 view.crop_size,
@@ -175,8 +163,8 @@ class DomainStream:
                 merit=None if ids is None else self._merit(ids, draw),
             )
             image = decode_image(raw.image, window=Window(crop.top, crop.left, *view.crop_size))
-        except DECODE_ERRORS as error:
-            raise part.reader.bad(draw.index, f"it cannot be decoded: {error}") from error
+        except ValueError as error:
+            raise part.reader.bad(draw.index, f"it cannot be used: {error}") from error
         _copy(image, image_out, flip=crop.flip)
         if ids is not None:
             _copy(self._labels(ids, crop), labels_out, flip=crop.flip)

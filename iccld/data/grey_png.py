@@ -11,9 +11,9 @@ from typing import cast
 import numpy as np
 from zlib_ng import zlib_ng
 
-SIGNATURE = b"\x89PNG\r\n\x1a\n"
+from iccld.data.png import GREY, PALETTE, SIGNATURE, png_chunks
+
 _COMPRESSION_LEVEL = 6
-_GREY, _PALETTE = 0, 3
 _InflateError = cast("type[Exception]", zlib_ng.error)  # an instance, says its stub
 
 
@@ -22,21 +22,13 @@ def encode_grey_png(ids: np.ndarray) -> bytes:
     height, width = ids.shape
     rows = np.zeros((height, 1 + width), np.uint8)  # each row begins with the number of its filter: 0, none
     rows[:, 1:] = ids
-    header = struct.pack(">IIBBBBB", width, height, 8, _GREY, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, 8, GREY, 0, 0, 0)
     pixels = zlib_ng.compress(rows, _COMPRESSION_LEVEL)
     return SIGNATURE + _chunk(b"IHDR", header) + _chunk(b"IDAT", pixels) + _chunk(b"IEND", b"")
 
 
 def _chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
-def read_png_size(data: bytes) -> tuple[int, int]:
-    """(height, width) from a PNG's header; ValueError where that is cut short, or not the first chunk."""
-    if data[12:16] != b"IHDR" or len(data) < 24:
-        raise ValueError("it does not begin with a PNG's header")
-    width, height = struct.unpack_from(">II", data, 16)
-    return height, width
 
 
 def decode_grey_png(data: bytes) -> np.ndarray | None:
@@ -47,7 +39,7 @@ def decode_grey_png(data: bytes) -> np.ndarray | None:
     if data[:8] != SIGNATURE or data[12:16] != b"IHDR" or len(data) < 33:
         return None
     width, height, depth, color, *rest = struct.unpack_from(">IIBBBBB", data, 16)
-    if depth != 8 or color not in (_GREY, _PALETTE) or any(rest) or not height * width:
+    if depth != 8 or color not in (GREY, PALETTE) or any(rest) or not height * width:
         return None
     size = height * (1 + width)
     inflater = zlib_ng.decompressobj()
@@ -63,12 +55,5 @@ def decode_grey_png(data: bytes) -> np.ndarray | None:
 
 def _image_data(data: bytes) -> bytes:
     """The compressed pixels, which may be in several chunks."""
-    parts, start = [], 8
-    while start + 8 <= len(data):
-        length, kind = struct.unpack_from(">I4s", data, start)
-        if kind == b"IDAT":
-            parts.append(data[start + 8 : start + 8 + length])
-        elif parts:
-            break
-        start += 12 + length
+    parts = [data[start:end] for kind, start, end in png_chunks(data) if kind == b"IDAT"]
     return parts[0] if len(parts) == 1 else b"".join(parts)

@@ -20,7 +20,8 @@ from iccld.data.decode import IMAGE_EXTENSIONS, LABEL_EXTENSION
 from iccld.data.index import INDEX_FOLDER, ShardIndex
 from iccld.data.processes import Progress, in_processes, say, usable_cpus
 from iccld.data.reader import MAX_SAMPLE_BYTES
-from iccld.data.records import examine, finish_index, join_records, make_record, to_array, without_conflicts
+from iccld.data.records import finish_index, join_records, make_record, to_array, without_conflicts
+from iccld.data.sample import examine
 from iccld.data.tars import LEAVE_OUT, Place, Problem, Unusable, key_fault, read_members
 from iccld.data.work_folder import MAKING_FOLDER, alone_in, clear
 from iccld.durable import create

@@ -9,17 +9,18 @@ import numpy as np
 from PIL import Image
 
 from iccld.data.converters import Converter, Pair, UnknownIds
-from iccld.data.decode import DECODE_ERRORS, MAX_PIXELS, decode_image
+from iccld.data.decode import DECODE_ERRORS, MAX_PIXELS, Format, decode_image, find_format, is_upright
 from iccld.data.grey_png import encode_grey_png
 from iccld.data.index import NUM_TRAIN_IDS
-from iccld.data.records import count_classes
+from iccld.data.sample import check_same_size, check_train_ids, count_classes
 from iccld.data.tars import LEAVE_OUT, Problem, Unusable
 
 _FETCH = f"fetch or export it again, {LEAVE_OUT}"
 
 
 class ImageFormat(Enum):
-    """How images are stored: PNG and WebP without loss; `keep` copies a file's bytes where it need not be resized."""
+    """How images are stored: PNG and WebP without loss; `keep` copies a file's bytes where it need not
+    be resized or turned upright."""
 
     JPG = "jpg"
     PNG = "png"
@@ -29,7 +30,7 @@ class ImageFormat(Enum):
 
 MAX_SIDES = {ImageFormat.JPG: 65_500, ImageFormat.WEBP: 16_383}
 """In pixels: what libjpeg and WebP write at most."""
-_EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+_EXTENSIONS = {Format.JPEG: "jpg", Format.PNG: "png", Format.WEBP: "webp"}
 
 
 @dataclass(frozen=True)
@@ -95,11 +96,12 @@ def _store(data: bytes, image: np.ndarray, size: tuple[int, int], packing: Packi
     """Extension and bytes of an image, `(H, W, 3)` uint8, in the stored size and format; ValueError if it cannot be."""
     extension = packing.image_format.value
     if packing.image_format is ImageFormat.KEEP:
-        with Image.open(io.BytesIO(data)) as opened:
-            extension = _EXTENSIONS.get(opened.format or "", "")
-        if extension and size == image.shape[:2]:
+        format_ = find_format(data)
+        assert format_ in _EXTENSIONS, "it was decoded"
+        extension = _EXTENSIONS[format_]
+        if size == image.shape[:2] and is_upright(data):  # not every reader of shards looks at the EXIF tag
             return extension, data
-    limit = MAX_SIDES.get(ImageFormat(extension or "png"), MAX_PIXELS)
+    limit = MAX_SIDES.get(ImageFormat(extension), MAX_PIXELS)
     if max(size) > limit:
         raise ValueError(f"it would have {size[0]}x{size[1]} pixels, of which a side may have {limit} in {extension}")
     # PIL's BILINEAR is antialiased where it shrinks.
@@ -123,9 +125,12 @@ def _read_labels(pair: Pair, converter: Converter, image_size: tuple[int, ...]) 
         raise Unusable(Problem(file, str(error), f"correct it, or complete the mapping, {LEAVE_OUT}")) from error
     except DECODE_ERRORS as error:
         raise Unusable(Problem(file, f"the label cannot be read ({error})", _FETCH)) from error
-    if labels.shape != image_size:
-        sizes = f"{labels.shape[0]}x{labels.shape[1]} pixels, its image {image_size[0]}x{image_size[1]}"
-        raise Unusable(Problem(file, f"the label has {sizes}", f"export the two in one size, {LEAVE_OUT}"))
+    try:
+        check_train_ids(labels)
+        check_same_size(labels, image_size)
+    except ValueError as error:
+        remedy = f"export the two in one size, both upright, with train ids, {LEAVE_OUT}"
+        raise Unusable(Problem(file, str(error), remedy)) from error
     return labels
 
 

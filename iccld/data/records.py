@@ -7,11 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from iccld.data.decode import DECODE_ERRORS, decode_image, decode_label
-from iccld.data.index import INDEX_FOLDER, NUM_TRAIN_IDS, ShardIndex, sample_dtype, shard_dtype, write_index
+from iccld.data.index import INDEX_FOLDER, ShardIndex, sample_dtype, shard_dtype, write_index
 from iccld.data.tars import LEAVE_OUT, Place, Problem
 from iccld.durable import create, scratch_folder, sync
-from iccld.labels import IGNORE_INDEX
 
 _AT_ONCE = 1 << 20
 """Records that are held in memory together."""
@@ -29,43 +27,6 @@ def make_record(
 def to_array(records: Sequence[tuple[Any, ...]]) -> np.ndarray:
     """Records as an array of `sample_dtype`, as narrow as their keys allow."""
     return np.array(records, sample_dtype(max((len(record[-1]) for record in records), default=1)))
-
-
-def examine(image_data: bytes, label_data: bytes) -> tuple[int, int, np.ndarray]:
-    """Height, width and `(19,)` uint32 class pixels of an encoded image and its label (empty: none), both decoded.
-
-    Raises ValueError, saying what is wrong with which.
-    """
-    try:
-        height, width, _ = decode_image(image_data).shape
-    except DECODE_ERRORS as error:
-        raise ValueError(f"the image cannot be decoded ({error})") from error
-    if not label_data:
-        return height, width, np.zeros(NUM_TRAIN_IDS, np.uint32)
-    try:
-        labels = decode_label(label_data)
-    except DECODE_ERRORS as error:
-        raise ValueError(f"the label cannot be decoded ({error})") from error
-    if labels.shape != (height, width):
-        raise ValueError(f"the image has {height}x{width} pixels, its label {labels.shape[0]}x{labels.shape[1]}")
-    return height, width, count_classes(labels)
-
-
-def count_classes(labels: np.ndarray) -> np.ndarray:
-    """The pixels of each train id in an `(H, W)` integer label, `(19,)` uint32; ValueError for what is no train id."""
-    if labels.dtype == np.uint8:
-        counts = np.bincount(labels.ravel(), minlength=IGNORE_INDEX + 1)
-        found = np.flatnonzero(counts)
-    else:
-        found, numbers = np.unique(labels, return_counts=True)
-        counts = np.zeros(NUM_TRAIN_IDS, np.uint32)
-        known = (found >= 0) & (found < NUM_TRAIN_IDS)
-        counts[found[known]] = numbers[known]
-    strange = [int(i) for i in found if not 0 <= i < NUM_TRAIN_IDS and i != IGNORE_INDEX]
-    if strange:
-        ids = ", ".join(map(str, strange[:5])) + (", ..." if len(strange) > 5 else "")
-        raise ValueError(f"the label holds {ids}; labels must hold train ids, 0-{NUM_TRAIN_IDS - 1} or {IGNORE_INDEX}")
-    return counts[:NUM_TRAIN_IDS].astype(np.uint32)
 
 
 def join_records(parts: Iterable[tuple[int, Path]], target: Path) -> np.ndarray:

@@ -14,10 +14,10 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from iccld.data.config import BatchLayout, DataConfig
-from iccld.data.decode import DECODE_ERRORS, decode_image
-from iccld.data.domain import DomainStream, View, decode_train_ids, relabel
+from iccld.data.domain import DomainStream, View, relabel
 from iccld.data.parts import Part, domain_order, open_parts
 from iccld.data.processes import say
+from iccld.data.sample import decode_pixels, decode_train_ids
 from iccld.data.shared_batch import NUM_AHEAD, Batch, Packed, pack, unpack
 from iccld.data.workers import deliveries_of, initialize_worker, worker_context
 
@@ -216,7 +216,8 @@ def _validation_samples(parts: list[Part], config: DataConfig, rank: int, world_
             continue
         sample = part.reader.read(position, with_labels=True)
         try:
-            image, labels = decode_image(sample.image), relabel(decode_train_ids(sample.label), table)
-        except DECODE_ERRORS as error:
-            raise part.reader.bad(position, f"it cannot be decoded: {error}") from error
+            image = decode_pixels(sample.image)
+            labels = relabel(decode_train_ids(sample.label, image.shape[:2]), table)
+        except ValueError as error:
+            raise part.reader.bad(position, f"it cannot be used: {error}") from error
         yield {"image": image, "labels": labels, "key": part.index.key(position), "number": number}

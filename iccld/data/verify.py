@@ -14,7 +14,8 @@ from iccld.data.index import HEADER_FILE, INDEX_FOLDER, ShardIndex, file_checksu
 from iccld.data.open_index import open_index
 from iccld.data.processes import Progress, in_processes, say, usable_cpus
 from iccld.data.reader import BadSample, ShardReader
-from iccld.data.records import blocks, examine
+from iccld.data.records import blocks
+from iccld.data.sample import examine
 from iccld.data.storage import MissingShard, StorageConfig, StorageError, open_storage
 from iccld.data.tars import Members, Place, Problem, read_members
 

@@ -80,9 +80,9 @@ def remove_the_tar(index: ShardIndex, position: int) -> None:
 
 KINDS: list[tuple[Callable[[ShardIndex, int], None], str]] = [
     (flip_a_byte, "its image is not what was indexed (checksum)"),
-    (spoil_the_image, "it cannot be decoded"),
-    (spoil_the_label, "it cannot be decoded"),
-    (label_out_of_range, "its label holds [77]"),
+    (spoil_the_image, "it cannot be used"),
+    (spoil_the_label, "it cannot be used"),
+    (label_out_of_range, "the label holds 77"),
     (truncate_the_tar, "bytes"),
     (remove_the_tar, "shard-000005.tar"),
 ]
@@ -181,7 +181,7 @@ def test_an_index_that_points_nowhere_is_named(tmp_path: Path) -> None:
         ("image_offset", 1 << 50, "the index places it beyond the shard's"),
         ("image_size", (1 << 32) - 1, "the index of sample 2 is damaged"),
         ("shard", 7, "the index of sample 2 is damaged"),
-        ("height", 4000, "it cannot be decoded"),
+        ("height", 4000, "its index says 4000x32"),
     ):
         samples = np.load(path)
         old, samples[field][2] = samples[field][2], value

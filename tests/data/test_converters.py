@@ -113,7 +113,7 @@ def test_sixteen_bits_of_red_are_read_and_only_they() -> None:
         read_red16(png16(np.full((1, 1, 3), 259, np.uint16)), {3: 0})
     bomb = png16(pixels)[:16] + (100_000).to_bytes(4) * 2 + png16(pixels)[24:]
     bad = {
-        GREY: "of mode L; labels must be colour PNGs of 16 bits",
+        GREY: "1 channels of 8 bits; labels must be colour PNGs of 16 bits",
         b"GIF": "no image of a known",
         bomb: "100000x100000",
     }
@@ -123,10 +123,10 @@ def test_sixteen_bits_of_red_are_read_and_only_they() -> None:
 
 
 def test_labels_of_another_kind_are_refused(tmp_path: Path) -> None:
-    write_files(tmp_path, {"labels/c.png": encoded(np.full((2, 2, 3), 9, np.uint8))})
-    with pytest.raises(ValueError, match=r"several channels .* one id a pixel"):
+    write_files(tmp_path, {"labels/c.png": encoded(np.full((2, 2, 3), (9, 9, 8), np.uint8))})
+    with pytest.raises(ValueError, match=r"several channels, which differ; .* one id a pixel"):
         open_converter("folder", tmp_path).train_ids("labels/c.png")
-    with pytest.raises(UnknownIds, match=r"define: \['9 9 9'\]"):
+    with pytest.raises(UnknownIds, match=r"define: \['9 9 8'\]"):
         open_converter("camvid", tmp_path).train_ids("labels/c.png")
     with pytest.raises(FileNotFoundError, match="it is missing"):
         open_converter("folder", tmp_path).train_ids("labels/x.png")

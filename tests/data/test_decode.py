@@ -85,13 +85,22 @@ def test_labels_of_16_bits_keep_them() -> None:
 @pytest.mark.parametrize("format_name", ["gif", "tiff", "bmp", "ppm", "pcx", "ico", "tga"])
 def test_other_formats_are_not_even_tried(format_name: str) -> None:
     data = encode(picture(), format_name)
+    known = format_name in ("gif", "tiff", "bmp", "ppm")
+    message = f"it is a {format_name.upper()}; JPEG, PNG, WebP can be read" if known else "it is no image of a known"
     for read in (decode_image, decode_label, image_size):
-        with pytest.raises(ValueError, match=r"it is no image of a known format \(JPEG, PNG, WebP\)"):
+        with pytest.raises(ValueError, match=message):
             read(data)
 
 
-def test_pixels_of_another_kind_are_refused() -> None:
-    with pytest.raises(ValueError, match="mode I;16; images must have 8 bits a channel"):
-        decode_image(encode(ids().astype(np.uint16), "png"))
-    with pytest.raises(ValueError, match=r"several channels \(mode RGB\); labels must have one id a pixel"):
-        decode_label(IMAGES["png"])
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a pointer of Git LFS"),
+        (b"\r\n<!DOCTYPE html><html>", "a page of the web"),
+        (b"\0\0\0\x18ftypheic" + bytes(20), "a HEIF or AVIF image"),
+        (b"", "it is empty"),
+    ],
+)
+def test_what_is_no_image_is_called_what_it_is(data: bytes, what: str) -> None:
+    with pytest.raises(ValueError, match=what):
+        decode_image(data)

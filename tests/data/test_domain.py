@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from iccld.data.config import ClassSetConfig, DataConfig
-from iccld.data.domain import DomainStream, decode_train_ids, relabel
+from iccld.data.domain import DomainStream, relabel
 from iccld.data.stream import TrainingStream, read_validation
-from tests.data.factory import CROP, HEIGHT, config, layout, make_set, png, random_pair
+from tests.data.factory import CROP, HEIGHT, config, layout, make_set, random_pair
 
 
 def domains(data: DataConfig) -> dict[str, DomainStream]:
@@ -73,15 +73,6 @@ def test_relabel_is_a_table_lookup(seed: int) -> None:
     table, ids = generator.integers(0, 256, 256, dtype=np.uint8), generator.integers(0, 256, (7, 5), dtype=np.uint8)
     np.testing.assert_array_equal(relabel(ids, table), table[ids])
     np.testing.assert_array_equal(relabel(ids[:, ::-1], table), table[ids[:, ::-1]])
-
-
-def test_what_is_no_train_id_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"its label holds \[19, 254\]; train ids are 0-18, or 255"):
-        decode_train_ids(png(np.array([[0, 254, 255, 19, 18]], np.uint8)))
-    with pytest.raises(ValueError, match=r"its label holds \w*int\d* instead of 8-bit train ids"):
-        decode_train_ids(png(np.zeros((2, 2), np.uint16)))
-    ids = np.array([[0, 255, 18]], np.uint8)
-    np.testing.assert_array_equal(decode_train_ids(png(ids)), ids)
 
 
 def test_merged_classes(folders: dict[str, str]) -> None:

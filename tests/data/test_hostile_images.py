@@ -1,8 +1,10 @@
 """Damaged and hostile images: refused by their headers, cheaply, and with nothing but ValueError."""
 
+import contextlib
 import struct
 import subprocess
 import sys
+import time
 import zlib
 from collections.abc import Callable
 
@@ -13,8 +15,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from iccld.data import decode
+from iccld.data.bounds import as_value_errors
 from iccld.data.converters.readers import read_red16
-from iccld.data.decode import MAX_PIXELS, Window, decode_image, decode_label, image_size, open_image
+from iccld.data.decode import MAX_PIXELS, Window, decode_image, decode_label, image_size
 from iccld.data.grey_png import encode_grey_png
 from tests.data.pictures import HEIGHT, IMAGES, WIDTH, chunk, encode, ids, picture, png
 
@@ -52,12 +55,12 @@ READERS = {
 
 @pytest.mark.parametrize("read", READERS.values(), ids=READERS)
 @pytest.mark.parametrize("side", [44, 9_000])
-def test_a_second_header_does_not_count(read: Callable[[bytes], object], side: int) -> None:
+def test_two_headers_are_refused(read: Callable[[bytes], object], side: int) -> None:
     """PIL believes the last one."""
     depth = 16 if read is READERS["red16"] else 8
     headers = [struct.pack(">IIBBBBB", length, length, depth, 2, 0, 0, 0) for length in (40, side)]
     data = png(headers[0], chunk(b"IHDR", headers[1]), chunk(b"IDAT", zlib.compress(bytes(44 * (1 + 6 * 44)))))
-    with pytest.raises(ValueError, match=rf"it has {side}x{side} pixels, its first header says 40x40"):
+    with pytest.raises(ValueError, match="it has several headers"):
         read(data)
 
 
@@ -69,14 +72,12 @@ def test_a_png_begins_with_its_header(read: Callable[[bytes], object]) -> None:
             read(bad)
 
 
-@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
-def test_a_frame_that_is_smaller_than_its_image_is_refused(read: Callable[[bytes], object]) -> None:
-    """An animated PNG's first frame; PIL would leave the rest black, and misread a window."""
-    depth = 16 if read is READERS["red16"] else 8
+def test_the_frames_of_an_animated_png_do_not_count() -> None:
+    """Its pixels fill it; PIL would draw as much of them as the first frame says, and leave the rest black."""
     frame = struct.pack(">IIIIIHHBB", 0, WIDTH, 3, 0, 0, 0, 0, 0, 0)
     chunks = chunk(b"acTL", struct.pack(">II", 2, 0)), chunk(b"fcTL", frame), IMAGES["png"][33:]
-    with pytest.raises(ValueError, match="its first frame does not fill it"):
-        read(png(struct.pack(">IIBBBBB", WIDTH, HEIGHT, depth, 2, 0, 0, 0), *chunks))
+    animated = png(struct.pack(">IIBBBBB", WIDTH, HEIGHT, 8, 2, 0, 0, 0), *chunks)
+    np.testing.assert_array_equal(decode_image(animated), picture())
 
 
 def without_palette() -> bytes:
@@ -90,25 +91,14 @@ def test_indices_without_a_palette_are_no_image(read: Callable[[bytes], object])
         read(without_palette())
 
 
-def test_whatever_pil_raises_is_an_error_of_the_file() -> None:
-    with (
-        pytest.raises(ValueError, match=r"PIL cannot read it \(AssertionError"),
-        open_image(without_palette()) as image,
-    ):
-        image.convert("RGB")
-
-
-@pytest.mark.parametrize("read", [*READERS.values(), image_size], ids=[*READERS, "size"])
-def test_whatever_simplejpeg_raises_is_an_error_of_the_file(read: Callable[[bytes], object]) -> None:
-    """A KeyError here, of a subsampling (4:4:1) that it has no name for."""
-    data = IMAGES["jpeg"]
-    at = data.index(b"\xff\xc0") + 11
-    with pytest.raises(ValueError, match=r"simplejpeg cannot read it \(KeyError|no image of a known format"):
-        read(data[:at] + b"\x14" + data[at + 1 :])
+@pytest.mark.parametrize("library", ["PIL", "simplejpeg"])
+def test_whatever_a_library_raises_is_an_error_of_the_file(library: str) -> None:
+    with pytest.raises(ValueError, match=rf"{library} cannot read it \(KeyError: 'a'\)"), as_value_errors(library):
+        raise KeyError("a")
 
 
 def test_want_of_memory_is_no_error_of_the_file() -> None:
-    with pytest.raises(MemoryError), open_image(IMAGES["png"]):
+    with pytest.raises(MemoryError), as_value_errors("PIL"):
         raise MemoryError
 
 
@@ -124,6 +114,32 @@ def test_a_jpeg_of_endless_scans_is_refused() -> None:
     last = data.rindex(b"\xff\xda")
     with pytest.raises(ValueError, match=r"it has 1\d\d scans; a JPEG may have 100"):
         decode_image(data[:-2] + data[last:-2] * 120 + data[-2:])
+
+
+def endless() -> dict[str, bytes]:
+    """Files of many megabytes that never come to the point."""
+    jpeg, webp = IMAGES["jpeg"], IMAGES["lossless webp"]
+    at = jpeg.index(b"\xff\xc0")
+    parts = webp[12:] + bytes(8 << 20)
+    return {
+        "segments": jpeg[:at] + b"\xff\xe0\0\2" * (1 << 21) + jpeg[at:],
+        "segments of cameras": jpeg[:at] + b"\xff\xe1\0\2" * (1 << 21) + jpeg[at:],
+        "fill bytes": jpeg[:at] + b"\xff" * (8 << 20) + b"\0" + jpeg[at:],
+        "fill bytes in a scan": jpeg[:-2] + (b"\xff" * (4 << 20) + b"\0") * 2 + jpeg[-2:] + b"\xff\xda" * 200,
+        "segments in a scan": jpeg[:-2] + b"\xff\xe0\0\2" * (1 << 21) + b"\xff\xda" * 200,
+        "markers": jpeg[:2] + b"\xff\x01" * (4 << 20) + jpeg[2:],
+        "chunks": IMAGES["png"][:33] + chunk(b"eXIF", b"") * (1 << 20) + IMAGES["png"][33:],
+        "parts": b"RIFF" + struct.pack("<I", len(parts) + 4) + b"WEBP" + parts,
+    }
+
+
+@pytest.mark.parametrize("name", endless())
+def test_files_that_never_come_to_the_point_take_little_time(name: str) -> None:
+    data, start = endless()[name], time.process_time()
+    for read in (decode_image, image_size):
+        with contextlib.suppress(ValueError):
+            read(data)
+    assert time.process_time() - start < 3
 
 
 BOMB = """

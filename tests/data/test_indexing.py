@@ -98,7 +98,7 @@ def test_one_and_three_workers_write_the_same(tmp_path: Path) -> None:
 
 CUT = png(random_pair(0)[0])[:300]
 BROKEN = {
-    "the image has 24x32 pixels, its label 8x8; pack it again, or leave out": {
+    "the label has 8x8 pixels, its image 24x32; pack it again, or leave out": {
         "x.png": png(random_pair(0)[0]),
         "x.label.png": png(np.zeros((8, 8), np.uint8)),
     },

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from iccld.data.decode import MAX_PIXELS, decode_image, decode_label, open_image
+from iccld.data.decode import MAX_PIXELS, decode_channels, decode_image, decode_label, refuse_lossy
 from iccld.labels import IGNORE_INDEX
 
 _MAX_COORDINATE = 1_000_000
@@ -54,26 +54,17 @@ def read_ids(data: bytes, train_ids: Mapping[int, int]) -> np.ndarray:
 
 
 def read_red16(data: bytes, train_ids: Mapping[int, int]) -> np.ndarray:
-    """PNGs of 16 bits a channel with the class in the red one.
-
-    PIL has no such mode and keeps the high byte of each big-endian value. Told that the file is little-endian, it
-    keeps the other byte, which is the low one.
-    """
-    high, low = (_red_bytes(data, order=order) for order in "BL")
-    return map_ids(high.astype(np.uint16) << 8 | low, train_ids)
-
-
-def _red_bytes(data: bytes, *, order: str) -> np.ndarray:
-    with open_image(data) as image:
-        tile = image.tile[0] if image.tile else None
-        if tile is None or tile.args not in ("RGB;16B", "RGBA;16B"):
-            raise ValueError(f"its pixels are of mode {image.mode}; labels must be colour PNGs of 16 bits a channel")
-        image.tile = [tile._replace(args=f"{tile.args[:-1]}{order}")]
-        return np.asarray(image.getchannel("R"))
+    """PNGs of 16 bits a channel with the class in the red one."""
+    channels = decode_channels(data)
+    if channels.dtype != np.uint16 or channels.shape[-1] < 3:
+        kind = f"{channels.shape[-1]} channels of {8 * channels.itemsize} bits"
+        raise ValueError(f"it has {kind}; labels must be colour PNGs of 16 bits a channel")
+    return map_ids(channels[..., 0], train_ids)
 
 
 def read_colors(data: bytes, train_ids: Mapping[int, int]) -> np.ndarray:
     """Images of colours; `train_ids` names colours by `color_code`."""
+    refuse_lossy(data)
     red, green, blue = np.moveaxis(decode_image(data).astype(np.int32), -1, 0)
     return map_ids(red << 16 | green << 8 | blue, train_ids, spell=color_name)
 

@@ -1,0 +1,31 @@
+"""What an image file may ask for, and the one kind of error that a file can cause."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from PIL import UnidentifiedImageError
+
+MAX_PIXELS = 2**26
+"""The most pixels of an image: 8192 x 8192. PIL warns from 89 million on."""
+
+
+def check_size(height: int, width: int) -> None:
+    """Refuse what is too large, or empty."""
+    if not 0 < height * width <= MAX_PIXELS:
+        raise ValueError(f"it has {height}x{width} pixels; an image may have 1 to {MAX_PIXELS}")
+
+
+@contextmanager
+def as_value_errors(library: str) -> Iterator[None]:
+    """Turn whatever a library raises on a damaged file into ValueError: failed assertions and missing keys, too.
+
+    Within the limits, a lack of memory is the machine's fault and not the file's.
+    """
+    try:
+        yield
+    except (ValueError, MemoryError):
+        raise
+    except UnidentifiedImageError:  # its message names a buffer
+        raise ValueError("its header is damaged") from None
+    except Exception as error:
+        raise ValueError(f"{library} cannot read it ({type(error).__name__}: {error})") from error

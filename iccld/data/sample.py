@@ -1,0 +1,71 @@
+"""What a sample may be: the one judge of making, indexing, verifying, training and scoring."""
+
+import numpy as np
+
+from iccld.data.decode import decode_image, decode_label, image_size
+from iccld.data.index import NUM_TRAIN_IDS
+from iccld.labels import IGNORE_INDEX
+
+_MAX_NAMED = 5
+
+
+def examine(image_data: bytes, label_data: bytes) -> tuple[int, int, np.ndarray]:
+    """Height, width and `(19,)` uint32 class pixels of an encoded image and its label (empty: none), both decoded.
+
+    Raises ValueError, saying what is wrong with which.
+    """
+    height, width, _ = decode_pixels(image_data).shape
+    if not label_data:
+        return height, width, np.zeros(NUM_TRAIN_IDS, np.uint32)
+    return height, width, count_classes(decode_train_ids(label_data, (height, width)))
+
+
+def decode_pixels(data: bytes) -> np.ndarray:
+    """A sample's encoded image to `(H, W, 3)` uint8 RGB. Raises ValueError."""
+    try:
+        return decode_image(data)
+    except ValueError as error:
+        raise ValueError(f"the image cannot be decoded ({error})") from error
+
+
+def decode_train_ids(data: bytes, size: tuple[int, int]) -> np.ndarray:
+    """A sample's encoded label to `(H, W)` uint8 train ids of the image's size. Raises ValueError.
+
+    What counts is the ids, not the bits that they are stored in. The array may be read-only.
+    """
+    try:
+        ids = decode_label(data)
+    except ValueError as error:
+        raise ValueError(f"the label cannot be decoded ({error})") from error
+    check_train_ids(ids)
+    check_same_size(ids, size)
+    return ids.astype(np.uint8, copy=False)
+
+
+def check_train_ids(ids: np.ndarray) -> None:
+    """Refuse `(H, W)` ids of any integer type of which one is neither a train id nor 255."""
+    if ids.dtype == np.uint8 and (ids + np.uint8(1)).max(initial=0) <= NUM_TRAIN_IDS:  # 255 becomes 0
+        return
+    strange = [int(i) for i in np.unique(ids) if not 0 <= i < NUM_TRAIN_IDS and i != IGNORE_INDEX]
+    if strange:
+        named = ", ".join(map(str, strange[:_MAX_NAMED])) + (", ..." if len(strange) > _MAX_NAMED else "")
+        rule = f"labels must hold train ids, 0-{NUM_TRAIN_IDS - 1} or {IGNORE_INDEX}"
+        raise ValueError(f"the label holds {named}; {rule}")
+
+
+def check_same_size(label: np.ndarray, size: tuple[int, ...]) -> None:
+    """Refuse a label `(H, W)` whose image, upright, has another (height, width)."""
+    if label.shape != size:
+        raise ValueError(f"the label has {label.shape[0]}x{label.shape[1]} pixels, its image {size[0]}x{size[1]}")
+
+
+def check_indexed_size(data: bytes, size: tuple[int, int]) -> None:
+    """Refuse an encoded image whose header says another (height, width) than the index."""
+    height, width = image_size(data)
+    if (height, width) != size:
+        raise ValueError(f"it has {height}x{width} pixels, its index says {size[0]}x{size[1]}")
+
+
+def count_classes(train_ids: np.ndarray) -> np.ndarray:
+    """The pixels of each class in `(H, W)` uint8 train ids, `(19,)` uint32."""
+    return np.bincount(train_ids.ravel(), minlength=IGNORE_INDEX + 1)[:NUM_TRAIN_IDS].astype(np.uint32)
