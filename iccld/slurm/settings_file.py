@@ -8,14 +8,16 @@ from typing import Any
 import yaml
 
 from iccld.slurm.config import SETTINGS, SubmitConfig
+from iccld.texts import read_text
 
 _DEFAULTS = {setting.name: setting.default for setting in fields(SubmitConfig)} | {"engine": ""}
 
 
 def read_settings(path: Path) -> dict[str, Any]:
     """By name. Raises ValueError for what no setting takes, in one line."""
+    text = read_text(path, f"--settings {path}")
     try:
-        loaded = yaml.safe_load(path.read_text()) or {}
+        loaded = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     unknown = sorted(map(str, loaded.keys() - _DEFAULTS)) if isinstance(loaded, dict) else ["no settings"]
