@@ -149,7 +149,7 @@ def index_shard(
                     problems.append(Problem(str(path), str(error) or "memory does not suffice for it", _AGAIN, key))
     except (OSError, ValueError) as error:
         what = f"it cannot be read ({getattr(error, 'strerror', None) or error})"
-        return IndexedShard(to_array([]), [Problem(str(path), what, f"see to it, {LEAVE_OUT}")], Tally())
+        return IndexedShard(to_array([]), [Problem(str(path), what, f"make it readable, {LEAVE_OUT}")], Tally())
     return IndexedShard(to_array(records), problems, passed_over)
 
 

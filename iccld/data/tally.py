@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-_MAX_KINDS = 30
+_MAX_KINDS = 12
 
 
 def plain(text: str) -> str:
@@ -18,7 +18,7 @@ class Tally:
     kinds: dict[str, tuple[int, str]] = field(default_factory=dict)
 
     def add(self, kind: str, example: str, count: int = 1) -> None:
-        """Counts `count` more of a kind; what comes after 30 kinds is one kind."""
+        """Counts `count` more of a kind; what comes after 12 kinds is one kind."""
         if kind not in self.kinds and len(self.kinds) >= _MAX_KINDS:
             kind = "others"
         before, first = self.kinds.get(kind, (0, example))

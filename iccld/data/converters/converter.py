@@ -76,12 +76,11 @@ class Converter:
         used = {path for pair in pairs for path in (pair.image, pair.label)}.union(unread)
         spare = [path for path in label_files if path not in used and labels and labels.match(path)]
         for path in sorted({*others, *label_files} - used - set(spare)):
-            ending = plain(path.rpartition("/")[2].rpartition(".")[2])
-            not_seen.passed_over.add(f"files are not used: .{ending}", self.tree.location(path))
-        lost = [(self.tree.location(path), "images of its format are not read") for path in unread]
-        problems = [
-            Problem(file, what, f"convert it, or fetch it again, {LEAVE_OUT}") for file, what in [*not_seen.lost, *lost]
-        ]
+            _, dot, ending = path.rpartition("/")[2].rpartition(".")
+            not_seen.passed_over.add(f"files are not used: {plain(dot + ending) if dot else 'without ending'}", path)
+        problems = [Problem(place, what, f"put the file itself there, {LEAVE_OUT}") for place, what in sorted(not_seen.lost)]
+        what, remedy = "images of its format are not read", f"convert it to PNG or JPEG, {LEAVE_OUT}"
+        problems += [Problem(self.tree.location(path), what, remedy) for path in unread]
         return Survey(pairs, problems, spare, not_seen.passed_over)
 
     def pairs(self) -> list[Pair]:

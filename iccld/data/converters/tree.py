@@ -21,6 +21,7 @@ from iccld.data.tally import Tally
 MAX_FILE_BYTES = 256 * 2**20
 """No image or label of a known set is a tenth as large; what is larger is a mistake or a decompression bomb."""
 
+_HIDDEN = "hidden names, or the system's own"
 _Members = dict[str, ZipInfo]
 
 
@@ -41,7 +42,7 @@ class NotSeen:
 
     def add(self, location: str, what: str) -> None:
         """Notes a file by the ending of its name."""
-        if has_image_ending(location):
+        if has_image_ending(location) and what != _HIDDEN:
             self.lost.append((location, what))
         else:
             self.passed_over.add(f"files passed over: {what}", location)
@@ -110,7 +111,7 @@ class _Folder:
                 for entry in entries:
                     path = f"{folder}/{entry.name}" if folder else entry.name
                     if not _is_seen(entry.name):
-                        not_seen.passed_over.add("files or folders passed over: hidden, or odd names", entry.path)
+                        not_seen.passed_over.add(f"files or folders passed over: {_HIDDEN}", entry.path)
                     elif entry.is_dir():
                         loops = _is_loop(entry)
                         stack += [] if loops else [path]
@@ -218,7 +219,9 @@ def _why_unseen(info: ZipInfo, name: str) -> str:
         return "a folder"
     if stat.S_ISLNK(info.external_attr >> 16):
         return "it is a symbolic link in a zip"
-    return "" if _is_seen(name) else "its name is hidden, absolute, or leads out of the zip"
+    if _is_seen(name):
+        return ""
+    return "its name is absolute or leads out of the zip" if {"", ".."} & set(name.split("/")) else _HIDDEN
 
 
 def _unseen(archive: ZipFile) -> Iterator[tuple[str, str]]:
