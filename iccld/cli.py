@@ -3,11 +3,14 @@
 import argparse
 import os
 import re
+import select
+import signal
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 if TYPE_CHECKING:
     from iccld.config import Config
@@ -33,11 +36,37 @@ For several ranks on this machine: python launch/local.py NUM_RANKS VERB ...
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb. What the user got wrong is one line on stderr and exit status 2."""
-    arguments = parse(argv)
+    """Run one verb. What the user got wrong is one line on stderr and exit status 2.
+
+    A reader of the output that has enough of it, as `head` has, ends it in silence with 141: 128 + SIGPIPE.
+    """
+    try:
+        try:
+            return _run(parse(argv))
+        finally:
+            for stream in _outputs():
+                stream.flush()  # or the interpreter would do so at its end, and complain
+    except (OSError, SystemExit) as end:
+        error = end.__context__ if isinstance(end, SystemExit) else end  # rich exits where a pipe is broken
+        if not isinstance(error, OSError):
+            raise
+        if not isinstance(error, BrokenPipeError):
+            print(f"iccld: the output cannot be written ({error.strerror}).", file=sys.stderr, flush=True)
+        for stream in _outputs():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # takes what is left in buffers
+        return 128 + signal.SIGPIPE if isinstance(error, BrokenPipeError) else 2
+
+
+def _outputs() -> list[TextIO]:
+    return [stream for stream in (sys.stdout, sys.stderr) if stream is not None]  # None: closed by who started us
+
+
+def _run(arguments: argparse.Namespace) -> int:
     try:
         return arguments.run(arguments) or 0
     except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _readers_are_gone():
+            raise
         rank = int(os.environ.get("RANK", "0"))
         if (
             rank > 0
@@ -58,6 +87,15 @@ def run() -> NoReturn:
     from iccld.runtime.ending import run_to_the_end
 
     run_to_the_end(main)
+
+
+def _readers_are_gone() -> bool:
+    """Whether nobody reads our output; a broken pipe may also be a server's."""
+    pipes = select.poll()
+    for stream in _outputs():
+        with suppress(OSError, ValueError):  # a stream of a test's is no file
+            pipes.register(stream, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in pipes.poll(0))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 40
 
-LEAVES = {"labels", "rng", "plain_yaml", "settings"}  # every room may draw keyed numbers, and read plain files
+LEAVES = {"labels", "rng", "plain_yaml", "settings", "texts"}  # every room may draw keyed numbers, and read plain files
 PROGRAMS = {"__main__", "cli", "programs"}
 EVERYTHING = {"*"}  # but the programs, unless one is asking
 MAY_IMPORT = {
@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "plain_yaml": set(),
     "settings": set(),
     "group_files": set(),
+    "texts": set(),
     "diffusion": set(),
     "losses": set(),
     "uda": set(),

@@ -8,21 +8,24 @@ b.tar ── index_shard ── indexing/000001.npy ─┼── samples ── 
 import os
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from iccld.data.decode import IMAGE_EXTENSIONS, LABEL_EXTENSION
+from iccld.data.decode import LABEL_EXTENSION
+from iccld.data.files import open_file
 from iccld.data.index import INDEX_FOLDER, ShardIndex
 from iccld.data.processes import Progress, in_processes, say, usable_cpus
-from iccld.data.reader import MAX_SAMPLE_BYTES
 from iccld.data.records import finish_index, join_records, make_record, to_array, without_conflicts
+from iccld.data.roles import Roles
 from iccld.data.sample import examine
-from iccld.data.tars import LEAVE_OUT, Place, Problem, Unusable, key_fault, read_members
+from iccld.data.tally import Tally
+from iccld.data.tar_folder import INDEXING_FOLDER, TarFolder, look_into
+from iccld.data.tars import LEAVE_OUT, Place, Problem, Unusable, read_members
 from iccld.data.work_folder import MAKING_FOLDER, alone_in, clear
 from iccld.durable import create
 
@@ -31,10 +34,29 @@ _AGAIN = f"pack it again, {LEAVE_OUT}"
 
 @dataclass(frozen=True)
 class IndexResult:
-    """The opened set, or None where there are problems that were not accepted; and all problems."""
+    """The opened set, or None where there are problems that were not accepted; all of these; what was passed over."""
 
     index: ShardIndex | None
     problems: list[Problem]
+    passed_over: Tally = field(default_factory=Tally)
+
+
+class IndexedShard(NamedTuple):
+    """The records (`sample_dtype`) of the usable samples of a tar, all its problems, and what was passed over."""
+
+    records: np.ndarray
+    problems: list[Problem]
+    passed_over: Tally
+
+
+@dataclass(frozen=True)
+class _Finished:
+    """What a worker says of the tar `number`, of `size` bytes, whose records it has left on the disk."""
+
+    number: int
+    size: int
+    problems: list[Problem]
+    passed_over: Tally
 
 
 def build_index(
@@ -55,24 +77,25 @@ def build_index(
     """
     folder = Path(folder)
     _check_free(folder)
-    shards = sorted(folder.glob("*.tar"))
-    if not shards:
+    found = look_into(folder)
+    if not found.tars and not found.problems:
         raise ValueError(f"{folder}: there are no .tar files to index.")
-    with alone_in(folder, "indexing") as work:
+    with alone_in(folder, INDEXING_FOLDER) as work:
         clear(work)
         _check_free(folder)  # again: another process may have finished before this one got in
         task = partial(_index_to, work, image_extension.lower(), label_extension.lower())
-        problems = _index_all(shards, task, num_workers, progress)
-        parts = [(0, work / f"{number}.npy") for number in range(len(shards))]
-        samples, conflicts = without_conflicts(join_records(parts, work / "samples.npy"), shards)
+        problems, passed_over = _index_all(found, task, num_workers, progress)
+        parts = [(0, work / f"{number}.npy") for number in range(len(found.tars))]
+        samples, conflicts = without_conflicts(join_records(parts, work / "samples.npy"), found.tars)
         problems += conflicts
         accepted = len(samples) and (accept_bad or not problems)
         if not len(samples) and not problems:
-            raise ValueError(f"{folder}: its {len(shards)} tars hold no samples.")
+            seen = "".join(f"; {line}" for line in passed_over.lines())
+            raise ValueError(f"{folder}: its {len(found.tars)} tars hold no samples{seen}.")
         about = {**(settings or {}), "left_out": len(problems)}
-        index = finish_index(folder, samples, shards=shards, dataset=dataset, settings=about) if accepted else None
+        index = finish_index(folder, samples, shards=found.tars, dataset=dataset, settings=about) if accepted else None
         clear(work)
-    return IndexResult(index, problems)
+    return IndexResult(index, problems, passed_over)
 
 
 def _check_free(folder: Path) -> None:
@@ -85,75 +108,58 @@ def _check_free(folder: Path) -> None:
 
 
 def _index_all(
-    shards: Sequence[Path],
-    task: Callable[[tuple[int, Path]], tuple[int, int, list[Problem]]],
+    found: TarFolder,
+    task: Callable[[tuple[int, Path]], _Finished],
     num_workers: int,
     progress: Callable[[str], None],
-) -> list[Problem]:
-    found: dict[int, list[Problem]] = {}
+) -> tuple[list[Problem], Tally]:
+    shards, finished = found.tars, dict[int, _Finished]()
     speed = Progress(sum(shard.stat().st_size for shard in shards), unit="MB", scale=10**6)
     with in_processes(task, num_workers) as map_:
-        for number, size, problems in map_(enumerate(shards)):
-            found[number] = problems
-            rate, bad = speed.advance(size), sum(map(len, found.values()))
-            progress(f"{shards[number].name}: {len(found)} of {len(shards)}, {rate}, {bad} bad samples")
-    return [problem for number in sorted(found) for problem in found[number]]
+        for each in map_(enumerate(shards)):
+            finished[each.number] = each
+            rate, bad = speed.advance(each.size), sum(len(one.problems) for one in finished.values())
+            progress(f"{shards[each.number].name}: {len(finished)} of {len(shards)}, {rate}, {bad} bad samples")
+    in_order = [finished[number] for number in range(len(shards))]
+    problems = [*found.problems, *(problem for each in in_order for problem in each.problems)]
+    return problems, Tally().update([found.passed_over, *(each.passed_over for each in in_order)])
 
 
-def _index_to(
-    work: Path, image_extension: str, label_extension: str, task: tuple[int, Path]
-) -> tuple[int, int, list[Problem]]:
+def _index_to(work: Path, image_extension: str, label_extension: str, task: tuple[int, Path]) -> _Finished:
     number, path = task
-    records, problems = index_shard(path, number, image_extension=image_extension, label_extension=label_extension)
+    shard = index_shard(path, number, image_extension=image_extension, label_extension=label_extension)
     with create(work / f"{number}.npy") as file:
-        np.save(file, records, allow_pickle=False)
-    return number, path.stat().st_size, problems
+        np.save(file, shard.records, allow_pickle=False)
+    return _Finished(number, path.stat().st_size, shard.problems, shard.passed_over)
 
 
 def index_shard(
     path: Path, number: int, *, image_extension: str = "", label_extension: str = LABEL_EXTENSION
-) -> tuple[np.ndarray, list[Problem]]:
-    """The records (`sample_dtype`) of the usable samples of a tar, shard `number` of its set, and all its problems."""
-    members, problems = read_members(path)
-    images = (image_extension,) if image_extension else tuple(e for e in IMAGE_EXTENSIONS if e != label_extension)
-    records = []
-    with path.open("rb") as file:
-        for key, fields in members.items():
-            try:
-                places = _places(path, key, fields, images, label_extension)
-                data = _read(file, places[0]), _read(file, places[1])
-                records.append(make_record(key, places, data, examine(*data), number))
-            except Unusable as bad:
-                problems.append(bad.problem)
-            except (ValueError, MemoryError) as error:
-                problems.append(Problem(str(path), str(error) or "memory does not suffice for it", _AGAIN, key))
-    return to_array(records), problems
+) -> IndexedShard:
+    """Indexes a tar, shard `number` of its set: reads and examines each of its samples."""
+    try:
+        samples, problems, passed_over = read_members(path)
+        with open_file(path) as file:
+            roles = Roles(path, image_extension, label_extension)
+            records = []
+            for key, fields in samples.items():
+                try:
+                    places = roles.places(key, fields, passed_over)
+                    data = _read(file, places[0]), _read(file, places[1])
+                    records.append(make_record(key, places, data, examine(*data), number))
+                except Unusable as bad:
+                    problems.append(bad.problem)
+                except (ValueError, MemoryError) as error:
+                    problems.append(Problem(str(path), str(error) or "memory does not suffice for it", _AGAIN, key))
+    except (OSError, ValueError) as error:
+        what = f"it cannot be read ({getattr(error, 'strerror', None) or error})"
+        return IndexedShard(to_array([]), [Problem(str(path), what, f"make it readable, {LEAVE_OUT}")], Tally())
+    return IndexedShard(to_array(records), problems, passed_over)
 
 
 def _read(file: BinaryIO, place: Place) -> bytes:
     file.seek(place.offset)
     return file.read(place.size)
-
-
-def _places(
-    path: Path, key: str, fields: Mapping[str, Place], images: Sequence[str], label_extension: str
-) -> tuple[Place, Place]:
-    """Where the sample's image and label lie; a label of size 0 is none."""
-    found = [fields[extension] for extension in images if extension in fields]
-    label = fields.get(label_extension) if label_extension else None
-    if fault := key_fault(key):
-        raise Unusable(Problem(str(path), fault, f"rename it, {LEAVE_OUT}", key))
-    if not found:
-        what = f"it has no image ({', '.join(images)}), only {', '.join(sorted(fields))}"
-        raise Unusable(Problem(str(path), what, f"add one, or name it by --image-extension, {LEAVE_OUT}", key))
-    if label and not label.size:
-        raise Unusable(Problem(str(path), "its label is empty", _AGAIN, key))
-    places = found[0], label or Place(0, 0)
-    size = sum(place.size for place in places)
-    if size > MAX_SAMPLE_BYTES:
-        what = f"it has {size} bytes, {MAX_SAMPLE_BYTES} at most"
-        raise Unusable(Problem(str(path), what, f"pack smaller images, {LEAVE_OUT}", key))
-    return places
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -180,8 +186,12 @@ def run(arguments: Namespace) -> int:
     )
     for problem in result.problems:
         print(f"bad: {problem}", file=sys.stderr)
+    for line in result.passed_over.lines():
+        print(f"{arguments.folder}: {line}")
     if result.index is None:
         print(f"{len(result.problems)} problems: {arguments.folder} is not indexed.", file=sys.stderr)
         return 1
+    if not arguments.no_labels and not result.index.header.has_labels:
+        print(f"{arguments.folder}: no sample has a label (KEY.{arguments.label_extension}).")
     print(f"{arguments.folder}: {len(result.index)} samples indexed, {len(result.problems)} problems.")
     return 0

@@ -1,7 +1,6 @@
 """What a set of shards holds: a table, and a bar chart of its classes."""
 
 import math
-import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
@@ -122,7 +121,7 @@ def run(arguments: Namespace) -> int:
     index = open_index(open_storage(arguments.location, STORAGE), arguments.location)
     if arguments.keys:
         for position in range(len(index)):
-            sys.stdout.write(f"{index.key(position)}\n")
+            print(index.key(position))
         return 0
     if arguments.chart:
         draw_chart(index, arguments.chart)

@@ -2,7 +2,7 @@
 
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from iccld.data.open_index import open_index
 from iccld.data.order import EpochOrder, MixedOrder, Order, RareClassOrder, SubsetOrder
 from iccld.data.reader import ShardReader
 from iccld.data.storage import MissingShard, Storage, open_storage, without_secrets
+from iccld.texts import read_text
 
 MAX_CHECKED_SHARDS = 1000
 _KEYS_AT_ONCE = 1_000_000
@@ -100,22 +101,30 @@ def _positions(part: SetConfig, index: ShardIndex, setting: str) -> range | np.n
 
 def _positions_of_keys(path: str, index: ShardIndex, num_samples: int, setting: str) -> np.ndarray:
     """Where the keys in a file, one a line, lie among the first `num_samples`."""
-    if not Path(path).is_file():
-        raise ValueError(f"{setting}.keys={path}: there is no such file; give a text file with one key a line.")
-    wanted = np.unique([line.strip().encode() for line in Path(path).read_text().splitlines() if line.strip()])
+    where = f"{setting}.keys={path}"
+    lines = {line for line in read_text(Path(path), where).splitlines() if line.strip()}
+    found = _find(index, {spelling for line in lines for spelling in (line, line.strip())}, num_samples)
+    there = set(index.samples["key"][found].tolist())
+    # Blanks around a key are the editor's, unless there is a key with just these.
+    wanted = {line if line.encode() in there else line.strip() for line in lines}
+    missing = sorted(key for key in wanted if key.encode() not in there)
+    if missing or not wanted:
+        names = ", ".join(missing[:3]) or "no key at all"
+        raise ValueError(
+            f"{where}: {len(missing)} of its {len(wanted)} keys are not in {index.location} ({names}); "
+            f"write them as `iccld shards info --keys` does."
+        )
+    return found if len(there) == len(wanted) else _find(index, wanted, num_samples)
+
+
+def _find(index: ShardIndex, keys: Collection[str], num_samples: int) -> np.ndarray:
+    """The ascending positions of the keys that are among the first `num_samples`."""
+    wanted = np.array([key.encode() for key in keys], np.bytes_)
     found = [
         start + np.flatnonzero(np.isin(index.samples["key"][start : min(start + _KEYS_AT_ONCE, num_samples)], wanted))
         for start in range(0, num_samples, _KEYS_AT_ONCE)
     ]
-    positions = np.concatenate([np.empty(0, np.int64), *found]).astype(np.int64)
-    missing = np.setdiff1d(wanted, index.samples["key"][positions])
-    if len(missing) or not len(positions):
-        names = ", ".join(key.decode() for key in missing[:3]) or "no key at all"
-        raise ValueError(
-            f"{setting}.keys={path}: {len(missing)} of its {len(wanted)} keys are not in {index.location} ({names}); "
-            f"write them as `iccld shards info --keys` does."
-        )
-    return positions
+    return np.concatenate([np.empty(0, np.int64), *found]).astype(np.int64)
 
 
 def domain_order(parts: Sequence[Part], config: DataConfig, *, seed: int, rare_classes: bool) -> Order:

@@ -27,6 +27,7 @@ from iccld.data.indexing import IndexResult
 from iccld.data.packing import MAX_SIDES, ImageFormat, Packing
 from iccld.data.processes import say, usable_cpus
 from iccld.data.records import finish_index, join_records
+from iccld.data.tally import plain
 from iccld.data.work_folder import MAKING_FOLDER, alone_in, clear
 from iccld.durable import make_folder, refuse_links, write_whole
 
@@ -100,10 +101,13 @@ def make_shards(config: MakeShardsConfig, *, progress: Callable[[str], None] = s
     settings = config.settings() | {"converter": converter.describe()}
     if (output / INDEX_FOLDER).is_dir() and not (output / MAKING_FOLDER).exists():
         return _keep_finished(output, settings, progress)
-    pairs = _with_safe_keys(converter.pairs())
+    survey = converter.survey(with_labels=not config.no_labels)
+    pairs = _with_safe_keys(survey.pairs)
     _check_output(output)
-    if not config.no_labels and (spare := converter.labels_without_image()):
-        progress(f"{len(spare)} label files belong to no image, such as {converter.tree.location(spare[0])}")
+    for line in survey.passed_over.lines():
+        progress(line)
+    if spare := survey.spare_labels:
+        progress(f"{len(spare)} label files belong to no image, such as {plain(converter.tree.location(spare[0]))}")
     with alone_in(output, MAKING_FOLDER) as making:
         if (output / INDEX_FOLDER).is_dir():  # made since, or by a process that ended before it had tidied up
             clear(making)
@@ -114,8 +118,9 @@ def make_shards(config: MakeShardsConfig, *, progress: Callable[[str], None] = s
         reports = pack_chunks(
             chunks, pack, keep_bad=config.accept_bad, num_workers=config.num_workers, progress=progress
         )
-        problems = [problem for report in reports for problem in report.problems]
-        if len(problems) == len(pairs) or (problems and not config.accept_bad):
+        bad_pairs = [problem for report in reports for problem in report.problems]
+        problems = [*survey.problems, *bad_pairs]
+        if len(bad_pairs) == len(pairs) or (problems and not config.accept_bad):
             return IndexResult(None, problems)
         index = _finish(output, reports, converter.name, settings | {"left_out": len(problems)})
         clear(making)

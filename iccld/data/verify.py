@@ -3,8 +3,8 @@
 import bisect
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,14 @@ from iccld.data.reader import BadSample, ShardReader
 from iccld.data.records import blocks
 from iccld.data.sample import examine
 from iccld.data.storage import MissingShard, StorageConfig, StorageError, open_storage
-from iccld.data.tars import Members, Place, Problem, read_members
+from iccld.data.tally import Tally, plain
+from iccld.data.tar_folder import TarFolder, look_into
+from iccld.data.tars import Fault, Members, Place, Problem, read_members
 
 STORAGE = StorageConfig(retry_for_s=30.0)
 """Of commands that someone waits for, unlike a training run."""
 _RESTORE = "restore it, or make it and the index again"
+_UNKNOWN = "samples of the tars that are not in the index"
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class VerifyResult:
     num_samples: int
     num_bytes: int
     problems: list[Problem]
+    passed_over: Tally
 
 
 @dataclass(frozen=True)
@@ -41,12 +45,14 @@ class ShardReport:
     num_samples: int
     num_bytes: int
     problems: list[Problem]
+    passed_over: Tally = field(default_factory=Tally)
 
 
 def verify_shards(location: str | Path, *, num_workers: int = 1, progress: Callable[[str], None] = say) -> VerifyResult:
     """Checks the index's files, the sizes of the tars, and of every sample its place, checksums, decoding and facts.
 
-    In a folder, the tars' headers are checked, too: readers without our index go by them.
+    In a folder, the tars' headers are checked, too: readers without our index go by them. What the index does not
+    know of is a problem as well: tars, and samples that were not left out when it was made.
     Raises ValueError where there is no index to check against.
     """
     storage = open_storage(str(location), STORAGE)
@@ -58,10 +64,36 @@ def verify_shards(location: str | Path, *, num_workers: int = 1, progress: Calla
             reports[report.shard] = report
             rate, bad = speed.advance(report.num_samples), sum(len(each.problems) for each in reports.values())
             progress(f"{index.shard_name(report.shard)}: {len(reports)} of {count}, {rate}, {bad} problems")
-    for shard in range(count):
-        problems += reports[shard].problems
-    num_bytes = sum(report.num_bytes for report in reports.values())
-    return VerifyResult(len(index), num_bytes, problems)
+    in_order = [reports[shard] for shard in range(count)]
+    problems += [problem for report in in_order for problem in report.problems]
+    beside = _look_beside(Path(storage.location), index) if storage.is_local else TarFolder()
+    passed_over = beside.passed_over.update(report.passed_over for report in in_order)
+    problems += beside.problems
+    problems += [] if problems else _too_many_unknown(index, passed_over)  # what is broken may be the reason
+    return VerifyResult(len(index), sum(report.num_bytes for report in in_order), problems, passed_over)
+
+
+def _look_beside(folder: Path, index: ShardIndex) -> TarFolder:
+    """What lies beside the tars that the index knows."""
+    found, known = look_into(folder), {index.shard_name(shard) for shard in range(len(index.shards))}
+    for path in found.tars:
+        if path.name not in known:
+            remedy = f"remove {INDEX_FOLDER}/ and index the set again, or move it away"
+            found.problems.append(Problem(str(path), "its index does not know this tar", remedy))
+    for path in found.unfinished:
+        remedy = "wait for it, give it again, or remove this folder"
+        found.problems.append(Problem(str(path), "a command has not finished here", remedy))
+    return found
+
+
+def _too_many_unknown(index: ShardIndex, passed_over: Tally) -> list[Problem]:
+    """A problem where the tars have more samples that the index lacks than it says that it left out."""
+    (count, example), left_out = passed_over.kinds.get(_UNKNOWN, (0, "")), index.header.settings.get("left_out")
+    known = left_out if isinstance(left_out, int) else 0
+    if count <= known:
+        return []
+    what = f"it lacks {count} samples of the tars, such as {plain(example)}, of which it left out {known} knowingly"
+    return [Problem(str(index.folder), what, f"remove {INDEX_FOLDER}/ and index the set again")]
 
 
 def _check_index(index: ShardIndex) -> list[Problem]:
@@ -107,27 +139,33 @@ class ShardVerifier:
             return ShardReport(shard, len(positions), 0, [Problem(where, "it is missing", _RESTORE)])
         what = f"it has {size} bytes, its index says {expected}"
         problems = [] if size == expected else [Problem(where, what, _RESTORE)]
-        members, damage = self._headers(name) if not problems else (None, [])
+        members, damage, passed_over = self._headers(name) if not problems else (None, [], Tally())
         problems, num_bytes = problems + damage, 0
         for position in positions:
-            record = index.samples[position]
+            record, key = index.samples[position], index.key(position)
             num_bytes += int(record["image_size"]) + int(record["label_size"])
-            if fault := self._fault(position, record, size) or _misplaced(index.key(position), record, members):
-                problems.append(Problem(where, fault, _RESTORE, index.key(position)))
-        return ShardReport(shard, len(positions), num_bytes, problems)
+            unused, misplaced = _compare(record, members.pop(key, {})) if members is not None else ([], "")
+            if fault := self._fault(position, record, size) or misplaced:
+                problems.append(Problem(where, fault, _RESTORE, key))
+            for extension in unused if not misplaced else []:
+                passed_over.add("members that the index does not use", f"{name}: {key}.{extension}")
+        for key in members or {}:
+            passed_over.add(_UNKNOWN, f"{name}: {key}")
+        return ShardReport(shard, len(positions), num_bytes, problems, passed_over)
 
-    def _headers(self, name: str) -> tuple[Members | None, list[Problem]]:
+    def _headers(self, name: str) -> tuple[Members | None, list[Problem], Tally]:
         """What the tar's own headers say; None of a tar that is not whole, or not to be had without fetching all."""
         storage = self.reader.storage
         if not storage.is_local:
-            return None, []
+            return None, [], Tally()
         try:
-            members, problems = read_members(Path(storage.location) / name)
-        except OSError as error:
-            return None, [Problem(storage.describe(name), f"it cannot be read ({error.strerror})", _RESTORE)]
+            members, problems, passed_over = read_members(Path(storage.location) / name)
+        except (OSError, ValueError) as error:
+            what = f"it cannot be read ({getattr(error, 'strerror', None) or error})"
+            return None, [Problem(storage.describe(name), what, _RESTORE)], Tally()
         # Those of a key are of members that the index leaves out.
         damage = [Problem(problem.file, problem.what, _RESTORE) for problem in problems if not problem.key]
-        return None if damage else members, damage
+        return None if damage else members, damage, passed_over
 
     def _fault(self, position: int, record: np.void, shard_bytes: int) -> str:
         """What is wrong with a sample; empty if nothing is."""
@@ -152,14 +190,12 @@ class ShardVerifier:
         return ""
 
 
-def _misplaced(key: str, record: np.void, members: Members | None) -> str:
-    """What is wrong with a sample for readers that go by the tar's headers; empty if nothing is."""
-    if members is None:
-        return ""
+def _compare(record: np.void, fields: Mapping[str, Place | Fault]) -> tuple[list[str], str]:
+    """The extensions of a sample's members that its record does not name; and what is wrong for readers of headers."""
     places = [Place(int(record[f"{kind}_offset"]), int(record[f"{kind}_size"])) for kind in ("image", "label")]
-    found = members.get(key, {}).values()
-    there = all(place in found for place in places if place.size)
-    return "" if there else "the tar has no members of this key where its index says"
+    there = all(place in fields.values() for place in places if place.size)
+    unused = [extension for extension, place in fields.items() if place not in places]
+    return unused, "" if there else "the tar has no members of this key where its index says"
 
 
 def _positions(index: ShardIndex, shard: int) -> range:
@@ -179,6 +215,8 @@ def run(arguments: Namespace) -> int:
     result = verify_shards(arguments.location, num_workers=arguments.num_workers)
     for problem in result.problems:
         print(f"broken: {problem}", file=sys.stderr)
+    for line in result.passed_over.lines():
+        print(f"{arguments.location}: {line}")
     verdict = f"{len(result.problems)} problems" if result.problems else "all as indexed"
     print(f"{arguments.location}: {result.num_samples} samples, {result.num_bytes / 1e6:,.1f} MB: {verdict}.")
     return 1 if result.problems else 0

@@ -6,7 +6,8 @@
 To add a data set: one YAML (`table` says what it may hold).
 """
 
-from iccld.data.converters.converter import DATASETS, Converter, Pair, open_converter
+from iccld.data.converters.converter import DATASETS, Converter, open_converter
+from iccld.data.converters.pairing import Pair
 from iccld.data.converters.readers import UnknownIds
 from iccld.data.converters.tree import InputTree
 

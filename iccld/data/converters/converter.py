@@ -1,6 +1,6 @@
 """A data set's table over its files: the pairs, and the train ids of a label."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from iccld.data.converters.pattern import Pattern
+from iccld.data.converters.pairing import Pair, pair_labels
+from iccld.data.converters.pattern import Pattern, has_image_ending
 from iccld.data.converters.readers import (
     LabelsAs,
     class_list_ids,
@@ -18,7 +19,9 @@ from iccld.data.converters.readers import (
     read_red16,
 )
 from iccld.data.converters.table import KNOWN_IDS, Ids, Table, read_mapping, read_table
-from iccld.data.converters.tree import InputTree
+from iccld.data.converters.tree import InputTree, NotSeen, fold
+from iccld.data.tally import Tally, plain
+from iccld.data.tars import LEAVE_OUT, Problem
 
 _TABLES = Path(__file__).parent / "tables"
 DATASETS = tuple(sorted(path.stem for path in _TABLES.glob("*.yaml")))
@@ -33,15 +36,13 @@ _READERS: Mapping[LabelsAs, Any] = {
 
 
 @dataclass(frozen=True)
-class Pair:
-    """An image and where its label belongs, whether that file exists or not; None where the set has no labels.
+class Survey:
+    """What an input holds: the pairs, sorted by image; lost images; labels without an image, sorted; and the rest."""
 
-    Paths are those of the input tree.
-    """
-
-    key: str
-    image: str
-    label: str | None
+    pairs: list[Pair]
+    problems: list[Problem]
+    spare_labels: list[str]
+    passed_over: Tally
 
 
 class Converter:
@@ -58,24 +59,62 @@ class Converter:
         self._images, self._labels = patterns[0], patterns[1 + chosen] if table.labels else None
         self._class_list = table.class_list[chosen] if table.class_list else ""
 
-    def pairs(self) -> list[Pair]:
-        """All pairs of the split, sorted by the image's path. Raises ValueError if there are none."""
-        found = [(path, self._images.match(path)) for path in self.tree.files(self._images.folder)]
+    def survey(self, *, with_labels: bool = True) -> Survey:
+        """Looks at all files where images and labels lie. Raises ValueError if there are no pairs."""
+        not_seen, labels = NotSeen(), self._labels if with_labels else None
+        images = self.tree.files(self._images.folder, not_seen=not_seen)
+        found = [(path, self._images.match(path)) for path in images]
         pairs = [self._pair(path, values) for path, values in found if values is not None]
+        others = [path for path, values in found if values is None]
+        unread = [path for path in others if self._is_unread_image(path)]
         if not pairs:
-            where = f"{self.tree.root} (--split {self.split})" if self.split else self.tree.root
-            raise ValueError(f"--input {where} holds no images of {self.name}, which lie as {self._layout()}.")
+            raise ValueError(self._no_pairs(unread))
+        label_files = self._label_files(labels, images, not_seen) if labels else []
+        pairs = pair_labels(pairs, label_files) if labels else pairs
         if pairs[0].label and self.tree.exists(pairs[0].label):
             _ = self._train_ids  # a class list that does not fit is one error, not one a label
-        return pairs
+        used = {path for pair in pairs for path in (pair.image, pair.label)}.union(unread)
+        spare = [path for path in label_files if path not in used and labels and labels.match(path)]
+        for path in sorted({*others, *label_files} - used - set(spare)):
+            _, dot, ending = path.rpartition("/")[2].rpartition(".")
+            not_seen.passed_over.add(f"files are not used: {plain(dot + ending) if dot else 'without ending'}", path)
+        problems = [
+            Problem(place, what, f"put the file itself there, {LEAVE_OUT}") for place, what in sorted(not_seen.lost)
+        ]
+        what, remedy = "images of its format are not read", f"convert it to PNG or JPEG, {LEAVE_OUT}"
+        problems += [Problem(self.tree.location(path), what, remedy) for path in unread]
+        return Survey(pairs, problems, spare, not_seen.passed_over)
+
+    def pairs(self) -> list[Pair]:
+        """All pairs of the split, sorted by the image's path. Raises ValueError if there are none."""
+        return self.survey().pairs
 
     def labels_without_image(self) -> list[str]:
         """The label files of the split that belong to no image, sorted."""
-        if self._labels is None:
-            return []
-        owned = {pair.label for pair in self.pairs()}
-        files = self.tree.files(self._labels.folder)
-        return [path for path in files if path not in owned and self._labels.match(path)]
+        return self.survey().spare_labels
+
+    def _label_files(self, labels: Pattern, images: Sequence[str], not_seen: NotSeen) -> list[str]:
+        """The files where labels lie, which may be among those where images lie."""
+        inside = fold(f"{labels.folder}/") if labels.folder else ""
+        if inside.startswith(fold(f"{self._images.folder}/") if self._images.folder else ""):
+            return [path for path in images if fold(path).startswith(inside)]
+        return self.tree.files(labels.folder, not_seen=not_seen)
+
+    def _is_unread_image(self, path: str) -> bool:
+        return (
+            has_image_ending(path)
+            and self._images.matches_but_for_ending(path)
+            and not (self._labels and self._labels.match(path))
+        )
+
+    def _no_pairs(self, unread: Sequence[str]) -> str:
+        where = f"{self.tree.root} (--split {self.split})" if self.split else self.tree.root
+        more = (
+            f"; images of other formats are not read ({len(unread)}, such as {plain(unread[0])}): convert them"
+            if unread
+            else ""
+        )
+        return f"--input {where} holds no images of {self.name}, which lie as {self._layout()}{more}."
 
     def train_ids(self, path: str) -> np.ndarray:
         """The `(H, W)` uint8 train ids of a label file. Raises UnknownIds or one of DECODE_ERRORS."""

@@ -5,13 +5,47 @@ ending of an image file of a format that is read.
 """
 
 import re
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 from iccld.data.decode import IMAGE_EXTENSIONS
 
+_OTHER_IMAGES = frozenset(
+    [
+        "tif",
+        "tiff",
+        "bmp",
+        "gif",
+        "jfif",
+        "jpe",
+        "jp2",
+        "j2k",
+        "jxl",
+        "heic",
+        "heif",
+        "avif",
+        "ppm",
+        "pgm",
+        "pnm",
+        "exr",
+        "hdr",
+        "tga",
+        "dng",
+        "raw",
+        "nef",
+        "cr2",
+        "arw",
+    ]
+)
 _PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)(\*?)\}")
+
+
+def has_image_ending(path: str) -> bool:
+    """Whether a file is an image by its name, of a format that is read, or of any other."""
+    ending = path.rpartition(".")[2].lower()
+    return ending in IMAGE_EXTENSIONS or ending in _OTHER_IMAGES
 
 
 @dataclass(frozen=True)
@@ -46,9 +80,17 @@ class Pattern:
         return Pattern(self.text.replace("{split}", split) if split else self.text.replace("{split}/", ""))
 
     def match(self, path: str) -> dict[str, str] | None:
-        """What the placeholders stand for in `path`, or None."""
-        found = self._regex.fullmatch(path)
+        """What the placeholders stand for in `path`, whose other letters' case makes no difference; or None."""
+        found = self._regex.fullmatch(path if path.isascii() else unicodedata.normalize("NFC", path))
         return found and found.groupdict()
+
+    def matches_but_for_ending(self, path: str) -> bool:
+        """Whether `path` would match if it had another ending."""
+        return self._with_any_ending.match(path) is not None
+
+    @cached_property
+    def _with_any_ending(self) -> "Pattern":
+        return Pattern(f"{self.text.rpartition('.')[0]}.{{any_ending}}")
 
     def fill(self, values: Mapping[str, str]) -> str:
         """The path in which the placeholders stand for `values`."""
@@ -59,9 +101,9 @@ class Pattern:
         regex, end, seen = "", 0, set[str]()
         for placeholder in _PLACEHOLDER.finditer(self.text):
             name, several = placeholder.groups()
-            body = f"(?i:{'|'.join(IMAGE_EXTENSIONS)})" if name == "suffix" else ".+" if several else "[^/]+"
+            body = f"(?:{'|'.join(IMAGE_EXTENSIONS)})" if name == "suffix" else ".+" if several else "[^/]+"
             regex += re.escape(self.text[end : placeholder.start()])
             regex += f"(?P={name})" if name in seen else f"(?P<{name}>{body})"
             seen.add(name)
             end = placeholder.end()
-        return re.compile(regex + re.escape(self.text[end:]))
+        return re.compile(regex + re.escape(self.text[end:]), re.IGNORECASE)

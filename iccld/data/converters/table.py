@@ -24,6 +24,7 @@ import yaml
 from iccld.data.converters.pattern import Pattern
 from iccld.data.converters.readers import LabelsAs, color_code
 from iccld.labels import CITYSCAPES_ID_TO_TRAIN_ID, IGNORE_INDEX
+from iccld.texts import read_text
 
 TRAIN_IDS = (*range(19), IGNORE_INDEX)
 KNOWN_IDS: Mapping[str, Mapping[int, int]] = {
@@ -117,11 +118,10 @@ def _old_id(old: Any, table: Table, setting: str) -> int | str:
 
 
 def _load(path: Path, setting: str) -> dict[Any, Any]:
-    if not path.is_file():
-        raise ValueError(f"{setting}: there is no such file; give the path of a YAML.")
+    text = read_text(path, setting)
     try:
-        content: Any = yaml.safe_load(path.read_text())  # JSON is YAML
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content: Any = yaml.safe_load(text)  # JSON is YAML
+    except yaml.YAMLError as error:
         what = " ".join(str(error).split())
         raise ValueError(f"{setting} is no YAML ({what}); correct it.") from error
     if not isinstance(content, dict):

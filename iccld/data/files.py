@@ -1,0 +1,49 @@
+"""What lies in a folder, looked at without waiting for it."""
+
+import os
+import stat
+from io import BufferedReader, FileIO
+from pathlib import Path
+
+_KINDS = {
+    stat.S_IFREG: "a file",
+    stat.S_IFDIR: "a folder",
+    stat.S_IFLNK: "a link to nothing",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def kind_of(path: Path) -> str:
+    """What is at a path, links followed: "a file", "a folder", "a link to nothing", "a FIFO", ..."""
+    try:
+        return _KINDS[stat.S_IFMT(path.stat().st_mode)]
+    except OSError:  # of a link: to nothing, or in a circle
+        return _KINDS[stat.S_IFMT(path.lstat().st_mode)]
+
+
+def open_file(path: Path) -> BufferedReader:
+    """Opens a file for reading. Raises OSError, and ValueError for a FIFO and the like, which is not waited for."""
+    if (kind := kind_of(path)) != "a file":
+        raise ValueError(f"it is {kind}, no file")
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    return BufferedReader(FileIO(descriptor))
+
+
+_PACKED = {
+    b"\x1f\x8b": ("gzip", "gunzip"),
+    b"BZh": ("bzip2", "bunzip2"),
+    b"\xfd7zXZ\0": ("xz", "unxz"),
+    b"\x28\xb5\x2f\xfd": ("zstd", "zstd -d"),
+    b"\x04\x22\x4d\x18": ("lz4", "lz4 -d"),
+    b"PK\x03\x04": ("zip", "unzip"),
+    b"7z\xbc\xaf\x27\x1c": ("7-Zip", "7z x"),
+    b"Rar!": ("RAR", "unrar x"),
+}
+
+
+def packed_by(head: bytes) -> tuple[str, str]:
+    """What has packed a file that begins so, and the command that unpacks it; "" for what is not known."""
+    return next((names for magic, names in _PACKED.items() if head.startswith(magic)), ("", ""))
