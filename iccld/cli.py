@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from iccld.outcome import status_of, words
+
 if TYPE_CHECKING:
     from iccld.config import Config
 
@@ -33,7 +35,7 @@ For several ranks on this machine: python launch/local.py NUM_RANKS VERB ...
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb. What the user got wrong is one line on stderr and exit status 2."""
+    """Run one verb. What ends it is one line on stderr, and an exit status of `outcome`."""
     arguments = parse(argv)
     try:
         return arguments.run(arguments) or 0
@@ -43,8 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             rank > 0
         ):  # ranks that fail alike are ended by the launcher before they repeat it; one that fails alone speaks
             time.sleep(3)
-        print(f"iccld {arguments.verb}: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
-        return 2
+        print(f"iccld {arguments.verb}: {f'rank {rank}: ' if rank else ''}{words(error)}", file=sys.stderr, flush=True)
+        return status_of(error)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -19,7 +19,8 @@ from iccld.data.domain import DomainStream, View, decode_train_ids, relabel
 from iccld.data.parts import Part, domain_order, open_parts
 from iccld.data.processes import say
 from iccld.data.shared_batch import Batch, Packed, pack, unpack
-from iccld.data.workers import hearing_deaths_within, initialize_worker, signals_held
+from iccld.data.workers import WorkerDied, hearing_deaths_within, initialize_worker, signals_held
+from iccld.outcome import plain
 
 MIN_DRAWN = 1000
 
@@ -72,7 +73,7 @@ class TrainingStream:
     def batches(self, start_step: int) -> Generator[Batch, None, None]:
         """This rank's micro-batches in order, from the first of `start_step` on, without end.
 
-        Raises ValueError, in one line, where a batch cannot be made or too many samples are bad.
+        Raises ValueError or OSError, in one line, where a batch cannot be made or too many samples are bad.
         """
         loader = DataLoader(
             _MicroBatches(self.domains, self.layout, start_step),
@@ -86,7 +87,7 @@ class TrainingStream:
             deliveries = iter(loader)
         for delivery in _with_one_line_errors(deliveries):
             if delivery.failure:
-                raise ValueError(delivery.failure)
+                raise delivery.failure
             self._transfers[delivery.worker] = delivery.transfers
             batch = unpack(delivery.packed)
             for name, micro_batch in batch.items():
@@ -146,7 +147,7 @@ class _Delivery(NamedTuple):
     packed: Packed
     worker: int
     transfers: dict[str, int]
-    failure: str = ""
+    failure: Exception | None = None
 
 
 class _MicroBatches(IterableDataset):
@@ -164,12 +165,11 @@ class _MicroBatches(IterableDataset):
             try:
                 packed = pack({name: domain.batch(numbers) for name, domain in self.domains.items()})
             except (ValueError, OSError) as error:
-                yield _Delivery(pack({}), first, {}, failure=str(error) or repr(error))
+                yield _Delivery(pack({}), first, {}, failure=plain(error))
                 return
             except MemoryError:
-                yield _Delivery(
-                    pack({}), first, {}, failure="a batch does not fit in memory; set a smaller micro-batch."
-                )
+                failure = OSError("a batch does not fit in memory; set a smaller micro-batch.")
+                yield _Delivery(pack({}), first, {}, failure)
                 return
             transfers = {name: count - before[name] for name, count in self._transfers().items()}
             yield _Delivery(packed, first, transfers)
@@ -191,10 +191,10 @@ def _with_one_line_errors(deliveries: Iterator[_Delivery]) -> Iterator[_Delivery
     """The loader's deliveries; that a worker was killed is said as every other error of the data is."""
     try:
         yield from hearing_deaths_within(deliveries)
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):  # any other is a fault of the program, and stays one
+    except (RuntimeError, EOFError, ConnectionError) as error:  # or what its end broke
+        if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):  # a fault of the program
             raise
-        raise ValueError(
+        raise WorkerDied(
             f"a loader worker ended ({' '.join(str(error).split())}); if memory does not suffice, set fewer "
             f"data.num_workers or a smaller micro-batch."
         ) from error

@@ -16,6 +16,10 @@ ORPHANED_S = 2.0  # between two looks at whether the parent still lives
 SWITCH_S = 1e-3  # the training process waits for a worker's thread that hands tensors over, Python's 5 ms for each
 
 
+class WorkerDied(ChildProcessError):
+    """A loader worker ended that should not have; the same command may do better."""
+
+
 @contextmanager
 def signals_held() -> Iterator[None]:
     """Around the start of workers: until `initialize_worker`, they hold back what is for their parent's handlers."""

@@ -13,6 +13,7 @@ from typing import Any
 from iccld import __version__
 from iccld.config import Config, StageName, to_dict
 from iccld.data.stream import TrainingStream
+from iccld.outcome import blaming_the_world
 from iccld.programs.building import build_stage, build_stream, first_batches, layout_of, trials_of, whole_stage
 from iccld.programs.checks import check_alone, check_run_dir, check_settings, watch
 from iccld.programs.ema import write_due_snapshot
@@ -61,7 +62,8 @@ def train(config: Config, preemption: Preemption | None = None, *, began: float 
                 write_event(run_dir, "launched", since=began)
             watchdog.phase("preflight")
             check_fitness(config, engine)
-            return _run_stages(config, engine, preemption, watchdog)
+            with blaming_the_world(lambda: watchdog.has_trained):
+                return _run_stages(config, engine, preemption, watchdog)
 
 
 def _run_stages(config: Config, engine: Engine, preemption: Preemption, watchdog: Watchdog) -> bool:

@@ -15,17 +15,23 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from iccld.outcome import Interrupted
 from iccld.runtime.durable import sync, write_text_durably
 from iccld.runtime.manifest import Checkpoint, CheckpointError, DamagedError, ForeignFormatError, verify, write_manifest
 from iccld.runtime.pieces import Run, join_tables, write_runs
 
 FOLDER = re.compile(r"step_\d{8}")
+
+
+class UnsavedError(CheckpointError, Interrupted):
+    """A checkpoint that could not be written; the one before it is whole."""
 
 
 class Ranks(Protocol):
@@ -124,13 +130,13 @@ class CheckpointStore:
         failure = (
             f"checkpoint {final} was not written; the one before it is whole. Make room, and run the command again"
         )
-        gather, is_main = self.ranks.gather_saved, self.ranks.rank == 0
+        together, is_main = partial(_together, self.ranks.gather_saved, kind=UnsavedError), self.ranks.rank == 0
         file = f"rank_{self.ranks.rank:05d}.safetensors"
-        _together(gather, lambda: self._clear(scratch) if is_main else None, failure)
-        written = _together(gather, lambda: {file: write_runs(scratch / file, runs)}, failure)
+        together(lambda: self._clear(scratch) if is_main else None, failure)
+        written = together(lambda: {file: write_runs(scratch / file, runs)}, failure)
         files = {name: facts for of_rank in written for name, facts in of_rank.items()}
         manifest = {"step": step, "save_s": round(time.monotonic() - begin, 3), **about}
-        _together(gather, lambda: self._commit(scratch, final, manifest, files) if is_main else None, failure)
+        together(lambda: self._commit(scratch, final, manifest, files) if is_main else None, failure)
         self._newest_saved = step
         try:
             self.announce(step)
@@ -212,7 +218,12 @@ class CheckpointStore:
         return None
 
 
-def _together(gather: Callable[[Any], list[Any]], work: Callable[[], Any], failure: str) -> list[Any]:
+def _together(
+    gather: Callable[[Any], list[Any]],
+    work: Callable[[], Any],
+    failure: str,
+    kind: type[CheckpointError] = CheckpointError,
+) -> list[Any]:
     """Do the work on every rank and wait for all; if one rank fails, all raise, and none is left waiting."""
     try:
         outcome = (work(), "")
@@ -221,5 +232,5 @@ def _together(gather: Callable[[Any], list[Any]], work: Callable[[], Any], failu
     outcomes = gather(outcome)
     failures = [f"rank {rank}: {message}" for rank, (_, message) in enumerate(outcomes) if message]
     if failures:
-        raise CheckpointError(f"{failure} ({'; '.join(failures)}).")
+        raise kind(f"{failure} ({'; '.join(failures)}).")
     return [value for value, _ in outcomes]

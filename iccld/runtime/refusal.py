@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
+from iccld.outcome import REFUSED
 from iccld.runtime.durable import write_text_durably
 from iccld.runtime.preemption import say
 
-REFUSED = 2
 SPEAKING_S = 60.0  # for the rank that speaks to write down what it has to
 
 

@@ -181,7 +181,9 @@ def test_a_killed_worker_is_said_in_one_line(folders: dict[str, str]) -> None:
     stream, worker = with_worker(folders)
     os.kill(worker.pid, signal.SIGKILL)
     time.sleep(0.5)  # in the midst of a step, where torch's own handler would raise
-    with pytest.raises(ValueError, match=r"^a loader worker ended \(.*\); if memory does not suffice, .*num_workers"):
+    with pytest.raises(
+        ChildProcessError, match=r"^a loader worker ended \(.*\); if memory does not suffice, .*num_workers"
+    ):
         list(itertools.islice(stream, 20))
 
 
