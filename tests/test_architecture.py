@@ -52,7 +52,7 @@ OWNERS = {
     "xformers": {"models/attention.py"},
     "accelerate": {"runtime/engine.py"},
     "deepspeed": {"runtime/zero.py"},
-    "wandb": {"runtime/metrics.py"},
+    "wandb": {"runtime/telemetry.py"},
     "transformers": {"models/backbone.py"},
     "hydra": {"config.py"},
     "omegaconf": {"config.py"},

@@ -23,8 +23,8 @@ from iccld.models.model_card import ModelStage
 from iccld.programs.checks import watch
 from iccld.runtime.durable import write_text_durably
 from iccld.runtime.engine import Engine
-from iccld.runtime.metrics import write_event
 from iccld.runtime.preemption import Preempted, Preemption
+from iccld.runtime.telemetry import write_event
 from iccld.runtime.watchdog import Watchdog
 
 

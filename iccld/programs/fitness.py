@@ -10,7 +10,6 @@ from iccld.config import Config
 from iccld.data.config import OnError
 from iccld.data.parts import open_parts
 from iccld.runtime.engine import Engine
-from iccld.runtime.metrics import write_event
 from iccld.runtime.preemption import STOPPED_BY_WATCHDOG
 from iccld.runtime.preflight import (
     Finding,
@@ -20,6 +19,7 @@ from iccld.runtime.preflight import (
     check_space,
     preflight,
 )
+from iccld.runtime.telemetry import write_event
 from iccld.stages.base import Stage
 from iccld.trainer import TrainerConfig
 

@@ -36,9 +36,10 @@ from iccld.runtime.engine import Engine
 from iccld.runtime.engine_kind import EngineKind
 from iccld.runtime.lock import locked
 from iccld.runtime.memory import restart_peak
-from iccld.runtime.metrics import MetricsLogger, write_event
+from iccld.runtime.metrics import MetricsLogger
 from iccld.runtime.peak_flops import nominal_flops
 from iccld.runtime.preemption import Preempted, Preemption
+from iccld.runtime.telemetry import write_event
 from iccld.runtime.watchdog import Watchdog
 from iccld.stages.base import Stage
 from iccld.trainer import Trainer

@@ -4,14 +4,17 @@ import hashlib
 import os
 from pathlib import Path
 
+from iccld.outcome import naming
+
 
 def write_text_durably(path: Path, text: str) -> None:
     """Replace a small file so that a reader, or a crash, sees the old one or the new one."""
     scratch = path.with_name(path.name + ".tmp")
-    scratch.write_text(text)
-    sync(scratch)
-    scratch.replace(path)
-    sync(path.parent)
+    with naming(path, "the file"):
+        scratch.write_text(text)
+        sync(scratch)
+        scratch.replace(path)
+        sync(path.parent)
 
 
 def file_checksum(path: Path) -> str:

@@ -24,9 +24,9 @@ from iccld.outcome import REFUSED
 from iccld.runtime.collectives import is_failure, num_begun, write_record
 from iccld.runtime.heartbeat import Heartbeat, Peers, held_up_by, write_heartbeat
 from iccld.runtime.limits import WATCHED_BEATS, WatchdogConfig
-from iccld.runtime.metrics import write_event
 from iccld.runtime.preemption import STOPPED_BY_WATCHDOG, host_name, say
 from iccld.runtime.refusal import Refusal
+from iccld.runtime.telemetry import write_event
 
 LOST_BEATS = 3  # a beat that stands still for so many is a rank that is gone
 SAID = 4  # names in one line, at most
