@@ -37,6 +37,7 @@ def initialize_worker(worker_id: int) -> None:
     take the training process with them before it has saved; if they kept its handlers, they would act as it does.
     """
     del worker_id
+    sys.excepthook = _end  # Python's thread that hands tensors over would say what fails, and try again for ever
     torch.set_num_threads(1)
     sys.setswitchinterval(SWITCH_S)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -45,6 +46,11 @@ def initialize_worker(worker_id: int) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # an ignored one need not be queued
     threading.Thread(target=_obey_the_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end(kind: type[BaseException], error: BaseException, trace: object) -> None:
+    os.write(2, f"a loader worker ends: {kind.__name__}: {error}\n".encode())
+    os._exit(1)
 
 
 def _obey_the_parent(parent: int) -> None:

@@ -4,6 +4,7 @@ Killed anywhere, the same command goes on: within a stage from its newest whole 
 the first left (`hand_off`).
 """
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -37,6 +38,7 @@ from iccld.runtime.engine_kind import EngineKind
 from iccld.runtime.lock import locked
 from iccld.runtime.memory import restart_peak
 from iccld.runtime.metrics import MetricsLogger
+from iccld.runtime.open_files import check_open_files
 from iccld.runtime.peak_flops import nominal_flops
 from iccld.runtime.preemption import Preempted, Preemption
 from iccld.runtime.telemetry import write_event
@@ -54,6 +56,7 @@ def train(config: Config, preemption: Preemption | None = None, *, began: float 
     preemption = preemption or Preemption()
     preemption.config = config.preemption
     run_dir = Path(config.run_dir)
+    check_open_files(num_workers=config.data.num_workers, world_size=int(os.environ.get("WORLD_SIZE") or 1))
     with Engine(config.engine) as engine, locked(run_dir) if engine.is_main else nullcontext("") as holder:
         check_alone(run_dir, holder, engine)
         with watch(config, engine) as watchdog:

@@ -37,9 +37,7 @@ class WandbRun:
             return
         said = f"wandb: {mode.value} did not start ({failure}); "
         if mode is WandbMode.online and not self._try(WandbMode.offline, facts):
-            say(
-                f"{said}it is offline, in {facts['dir']}/wandb: send that by `wandb sync` from where there is a network"
-            )
+            say(f"{said}it is offline, in {facts['dir']}/wandb: `wandb sync` sends that where there is a network")
         else:
             say(f"{said}metrics.jsonl and training go on without it")
 
@@ -114,7 +112,7 @@ class Lines:
             append(self.path, text)
         except OSError as error:
             if not self._left:
-                say(f"{words(error)}; training goes on, and tries again")
+                say(f"{error}; make room there: training goes on, and tries again")
             self._left = "".join(text.splitlines(keepends=True)[-self.MOST :])
         else:
             self._left = ""
