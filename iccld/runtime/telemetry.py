@@ -126,10 +126,12 @@ def append(path: Path, text: str) -> None:
         if end:
             file.seek(end - 1)
             data = b"\n" * (file.read(1) != b"\n") + data
-        written = os.write(file.fileno(), data)
-        if written < len(data):  # the disk is full now
+        try:
+            while data:
+                data = data[os.write(file.fileno(), data) :]
+        except OSError:  # the disk is full now
             os.truncate(file.fileno(), end)
-            os.write(file.fileno(), data)  # raises what stands in the way
+            raise
 
 
 def write_event(run_dir: Path, kind: str, **facts: Any) -> None:
