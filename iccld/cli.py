@@ -12,6 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
+from iccld.outcome import status_of, words
+
 if TYPE_CHECKING:
     from iccld.config import Config
 
@@ -36,7 +38,7 @@ For several ranks on this machine: python launch/local.py NUM_RANKS VERB ...
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb. What the user got wrong is one line on stderr and exit status 2.
+    """Run one verb. What ends it is one line on stderr, and an exit status of `outcome`.
 
     A reader of the output that has enough of it, as `head` has, ends it in silence with 141: 128 + SIGPIPE.
     """
@@ -72,9 +74,9 @@ def _run(arguments: argparse.Namespace) -> int:
             rank > 0
         ):  # those that fail alike are ended by the launcher before they repeat it; one that fails alone speaks
             time.sleep(3)
-        line = f"iccld {arguments.verb}: {f'rank {rank}: ' if rank else ''}{error}"
+        line = f"iccld {arguments.verb}: {f'rank {rank}: ' if rank else ''}{words(error)}"
         print("".join(map(_printable, line)), file=sys.stderr, flush=True)
-        return 2
+        return status_of(error)
 
 
 def _printable(character: str) -> str:

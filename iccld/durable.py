@@ -19,6 +19,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from iccld.outcome import naming
+
 _NO_LINK = os.O_NOFOLLOW | os.O_CLOEXEC
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]+\.tmp")
 
@@ -44,7 +46,7 @@ def file_checksum(path: Path) -> str:
 
 def write_whole(path: Path, data: bytes | str, *, durably: bool = True) -> None:
     """Replace a file: a reader sees the old one or the new one; `durably`, a crash of the machine leaves one, too."""
-    with replacing(path, durably=durably) as file:
+    with naming(path, "the file"), replacing(path, durably=durably) as file:
         file.write(data.encode() if isinstance(data, str) else data)
 
 
@@ -93,12 +95,12 @@ def open_to_append(path: Path) -> BinaryIO:
 
     Raises NotOursError where it is a link, or no plain file.
     """
-    descriptor = _open_plain(path, os.O_WRONLY | os.O_APPEND)
+    descriptor = _open_plain(path, os.O_RDWR | os.O_APPEND)
     if os.fstat(descriptor).st_nlink > 1:
         os.close(descriptor)
         write_whole(path, path.read_bytes())
-        descriptor = _open_plain(path, os.O_WRONLY | os.O_APPEND)
-    return os.fdopen(descriptor, "ab")
+        descriptor = _open_plain(path, os.O_RDWR | os.O_APPEND)
+    return os.fdopen(descriptor, "ab+")
 
 
 def open_lock(path: Path) -> int:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from iccld.outcome import AGAIN, Interrupted, plain, status_of
 from iccld.runtime.checkpoint import CheckpointConfig, CheckpointStore
 from iccld.runtime.engine import Engine
 from iccld.runtime.manifest import Checkpoint, CheckpointError
@@ -149,18 +150,23 @@ class Trainer:
         with timer.phase("evaluate"), contextlib.suppress(Preempted):  # the next attempt begins with it
             self.metrics.write({"stage": self.stage.name, "step": step, **self.evaluate()})
 
-    def _fetch(self, batches: Iterator[Mapping[str, Any]], count: int) -> tuple[list[Any], str]:
+    def _fetch(self, batches: Iterator[Mapping[str, Any]], count: int) -> tuple[list[Any], Exception | None]:
         """The step's micro-batches on the device, or why this rank has none."""
         try:
-            return [next(batches) for _ in range(count)], ""
-        except ValueError as error:
-            return [], f"rank {self.engine.rank}: {error}"
+            return [next(batches) for _ in range(count)], None
+        except (ValueError, OSError) as error:
+            return [], plain(error, has_trained=self.watchdog.has_trained)
 
-    def _raise_together(self, failure: str) -> None:
+    def _raise_together(self, failure: Exception | None) -> None:
         """What went wrong on one rank ends all, so that none is left waiting; rank 0 says it for them."""
-        failures = [failure for failure in self.engine.gather_objects(failure) if failure]
-        if failures:
-            raise ValueError("; ".join(failures)) if self.engine.is_main else SystemExit(2)
+        failures = {rank: error for rank, error in enumerate(self.engine.gather_objects(failure)) if error}
+        if not failures:
+            return
+        status = max(map(status_of, failures.values()))
+        if not self.engine.is_main:
+            raise SystemExit(status)
+        said = "; ".join(f"rank {rank}: {error}" for rank, error in failures.items())
+        raise Interrupted(said) if status == AGAIN else ValueError(said)
 
     def _stop(self, step: int, timer: PhaseTimer, *, is_new: bool) -> None:
         """Asked to stop before `step`: save, unless this attempt has nothing new."""

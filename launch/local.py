@@ -2,22 +2,72 @@
 
 `--engine zero2` after the number takes another of accelerate_configs/ than ddp.yaml: zero1, zero2 or fsdp2. The ranks
 are formed by `accelerate launch`; one rank of DDP needs no launcher. Without a GPU they are CPU ranks over gloo, with
-the machine's cores shared among them.
+the machine's cores shared among them. The ranks find each other on the loopback interface, which no other machine
+reaches; the host's name need not resolve.
 """
 
 import logging
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
 
 import torch
 from accelerate.commands.launch import launch_command, launch_command_parser
+from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import (
+    RendezvousHandler,
+    RendezvousInfo,
+    RendezvousParameters,
+    RendezvousStoreInfo,
+    rendezvous_handler_registry,
+)
+
+from iccld.outcome import AGAIN, REFUSED
+from iccld.runtime.open_files import check_open_files
 
 ROOT = Path(__file__).resolve().parents[1]
 ENGINES = ("ddp", "zero1", "zero2", "fsdp2")
+LOOPBACK = "127.0.0.1"
+
+
+class Loopback(RendezvousHandler):
+    """One agent that meets nobody; its store, where the ranks meet, listens on the loopback interface alone."""
+
+    def __init__(self, params: RendezvousParameters) -> None:
+        self._run_id = params.run_id
+        listener = socket.create_server((LOOPBACK, 0), backlog=2048)
+        self._port = listener.getsockname()[1]
+        self._store = TCPStore(LOOPBACK, self._port, None, True, master_listen_fd=listener.detach())
+
+    def get_backend(self) -> str:
+        return "loopback"
+
+    @property
+    def use_agent_store(self) -> bool:
+        return True
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        store = PrefixStore(self._run_id, self._store)
+        return RendezvousInfo(store, 0, 1, RendezvousStoreInfo(LOOPBACK, self._port))
+
+    def is_closed(self) -> bool:
+        return False
+
+    def set_closed(self) -> None:
+        pass
+
+    def num_nodes_waiting(self) -> int:
+        return 0
+
+    def get_run_id(self) -> str:
+        return self._run_id
+
+    def shutdown(self) -> bool:
+        return True
 
 
 def main(arguments: list[str]) -> int:
@@ -34,23 +84,34 @@ def main(arguments: list[str]) -> int:
         os.execv(sys.executable, [sys.executable, "-m", "iccld", *arguments[1:]])
     if not torch.cuda.is_available():
         os.environ["ACCELERATE_USE_CPU"] = "true"
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
+        os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(_threads(num_ranks))
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
     # A rank says itself what is wrong, in one line; the agent's trace would bury it.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    logging.getLogger("torch.distributed.run").setLevel(logging.ERROR)  # accelerate gives an address that is not used
     # The agent passes SIGTERM on, waits up to 30 s for the ranks to save, and would leave them behind on SIGUSR1.
     signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     options = ["--config_file", str(ROOT / "accelerate_configs" / f"{engine}.yaml")]
-    options += ["--num_processes", str(num_ranks), "--main_process_port", "0"]
+    options += ["--num_processes", str(num_ranks), "--main_process_port", "0", "--rdzv_backend", "loopback"]
+    rendezvous_handler_registry.register("loopback", Loopback)
     try:
+        check_open_files(num_workers=0, world_size=2 * num_ranks)
         launch_command(launch_command_parser().parse_args([*options, "--module", "iccld", *arguments[1:]]))
+    except ValueError as error:
+        print(f"launch: {error}", file=sys.stderr)
+        return REFUSED
     except SignalException as error:
         return 130 if error.sigval is signal.SIGINT else 0
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        if failure.exitcode != 2:  # not what the user got wrong, which the rank has said
+        if failure.exitcode not in (REFUSED, AGAIN):  # which the rank has said
             print(f"launch: rank {rank} ended with exit status {failure.exitcode}", file=sys.stderr)
         return failure.exitcode if failure.exitcode > 0 else 1
     return 0
+
+
+def _threads(num_ranks: int) -> int:
+    return max(1, (os.cpu_count() or 1) // num_ranks)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ ROOT = Path(__file__).parent.parent
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 40
 
-LEAVES = {"labels", "rng", "plain_yaml", "settings", "texts"}  # every room may draw keyed numbers, and read plain files
+LEAVES = {"labels", "rng", "plain_yaml", "settings", "texts", "outcome"}
+"""Rooms that all others may enter: keyed draws, plain files, and how a command ends."""
 PROGRAMS = {"__main__", "cli", "programs"}
 EVERYTHING = {"*"}  # but the programs, unless one is asking
 MAY_IMPORT = {
@@ -30,6 +31,7 @@ MAY_IMPORT = {
     "settings": set(),
     "group_files": set(),
     "texts": set(),
+    "outcome": set(),
     "diffusion": set(),
     "losses": set(),
     "uda": set(),
@@ -56,7 +58,7 @@ OWNERS = {
     "xformers": {"models/attention.py"},
     "accelerate": {"runtime/engine.py"},
     "deepspeed": {"runtime/zero.py"},
-    "wandb": {"runtime/metrics.py"},
+    "wandb": {"runtime/telemetry.py"},
     "transformers": {"models/backbone.py"},
     "hydra": {"config.py"},
     "omegaconf": {"config.py"},

@@ -22,6 +22,7 @@ from iccld.data.storage import (
     Storage,
     StorageConfig,
     StorageError,
+    Unreachable,
     short_read,
     without_secrets,
 )
@@ -127,7 +128,7 @@ class RemoteStorage(Storage):
         except Exception as error:
             attempts = retrying.statistics["attempt_number"]
             tried = f"failed after {attempts} attempts" if attempts > 1 else "failed"
-            raise StorageError(
+            raise (Unreachable if _may_pass(error) else StorageError)(
                 f"{what}: {tried} ({_one_line(error)}); check the server, the URL and data.storage."
             ) from error
 

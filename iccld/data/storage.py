@@ -48,6 +48,10 @@ class StorageError(OSError):
     """A read that failed for good; the message says where, what was read, why, and what to do."""
 
 
+class Unreachable(StorageError, ConnectionError):
+    """The storage did not answer for as long as it was asked; it may answer later."""
+
+
 class MissingShard(StorageError, FileNotFoundError):
     """There is no such file in the storage."""
 

@@ -20,6 +20,7 @@ from iccld.data.processes import say
 from iccld.data.sample import decode_pixels, decode_train_ids
 from iccld.data.shared_batch import NUM_AHEAD, Batch, Packed, pack, unpack
 from iccld.data.workers import deliveries_of, initialize_worker, worker_context
+from iccld.outcome import plain
 
 MIN_DRAWN = 1000
 
@@ -72,8 +73,8 @@ class TrainingStream:
     def batches(self, start_step: int) -> Generator[Batch, None, None]:
         """This rank's micro-batches in order, from the first of `start_step` on, without end.
 
-        Raises ValueError, in one line, where a batch cannot be made or too many samples are bad, and WorkerDied where
-        a worker was killed.
+        Raises ValueError or OSError, in one line, where a batch cannot be made or too many samples are bad, and
+        WorkerDied where a worker was killed.
         """
         loader = DataLoader(
             _MicroBatches(self.domains, self.layout, start_step),
@@ -87,7 +88,7 @@ class TrainingStream:
         )
         for delivery in deliveries_of(loader):
             if delivery.failure:
-                raise ValueError(delivery.failure)
+                raise delivery.failure
             self._transfers[delivery.worker] = delivery.transfers
             batch = unpack(delivery.packed)
             for name, micro_batch in batch.items():
@@ -147,7 +148,7 @@ class _Delivery(NamedTuple):
     packed: Packed
     worker: int
     transfers: dict[str, int]
-    failure: str = ""
+    failure: Exception | None = None
 
 
 class _MicroBatches(IterableDataset):
@@ -165,12 +166,11 @@ class _MicroBatches(IterableDataset):
             try:
                 packed = pack({name: domain.batch(numbers) for name, domain in self.domains.items()})
             except (ValueError, OSError) as error:
-                yield _Delivery(pack({}), first, {}, failure=str(error) or repr(error))
+                yield _Delivery(pack({}), first, {}, failure=plain(error))
                 return
             except MemoryError:
-                yield _Delivery(
-                    pack({}), first, {}, failure="a batch does not fit in memory; set a smaller micro-batch."
-                )
+                failure = OSError("a batch does not fit in memory; set a smaller micro-batch.")
+                yield _Delivery(pack({}), first, {}, failure)
                 return
             transfers = {name: count - before[name] for name, count in self._transfers().items()}
             yield _Delivery(packed, first, transfers)

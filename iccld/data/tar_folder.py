@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from iccld.data.durable import MAKING_FOLDER
+from iccld.data.work_folder import MAKING_FOLDER
 from iccld.data.files import kind_of, open_file, packed_by
 from iccld.data.index import INDEX_FOLDER
 from iccld.data.tally import Tally, plain

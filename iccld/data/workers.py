@@ -87,6 +87,7 @@ def initialize_worker(worker_id: int) -> None:
     take the training process with them before it has saved.
     """
     del worker_id
+    sys.excepthook = _end  # Python's thread that hands tensors over would say what fails, and try again for ever
     torch.set_num_threads(1)
     sys.setswitchinterval(SWITCH_S)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -94,6 +95,11 @@ def initialize_worker(worker_id: int) -> None:
     # A loader that closes, or an interpreter that exits, ends its workers by SIGTERM: that one must work.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_obey_the_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end(kind: type[BaseException], error: BaseException, trace: object) -> None:
+    os.write(2, f"a loader worker ends: {kind.__name__}: {error}\n".encode())
+    os._exit(1)
 
 
 def _obey_the_parent(server: int) -> None:

@@ -25,8 +25,8 @@ from iccld.models.model_card import ModelStage
 from iccld.programs.checks import watch
 from iccld.programs.results import about_of, finished_models, own_results, place_for, read_results
 from iccld.runtime.engine import Engine
-from iccld.runtime.metrics import write_event
 from iccld.runtime.preemption import Preempted, Preemption
+from iccld.runtime.telemetry import write_event
 from iccld.runtime.watchdog import Watchdog
 
 

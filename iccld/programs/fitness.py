@@ -13,7 +13,6 @@ from iccld.data.parts import open_parts
 from iccld.data.shared_batch import shared_bytes
 from iccld.programs.checks import plan_of
 from iccld.runtime.engine import Engine
-from iccld.runtime.metrics import write_event
 from iccld.runtime.preemption import STOPPED_BY_WATCHDOG
 from iccld.runtime.preflight import (
     Finding,
@@ -24,6 +23,7 @@ from iccld.runtime.preflight import (
     check_space,
     preflight,
 )
+from iccld.runtime.telemetry import write_event
 from iccld.stages.base import Stage
 from iccld.trainer import TrainerConfig
 

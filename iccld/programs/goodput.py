@@ -12,12 +12,12 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from iccld.durable import make_folder, replacing, write_whole
+from iccld.programs.event_times import Event, read_events, straightened
 
 CATEGORIES = {
     "training": ("steps that count", "#2a7f62"),
@@ -35,7 +35,6 @@ REST = {"launched": "start", "started": "start", "preempted": "save", "finished"
 """What was done before each of these events, since the one before it."""
 
 MAX_BARS = 30
-Event = Mapping[str, Any]
 
 
 @dataclass
@@ -49,22 +48,8 @@ class Attempt:
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(CATEGORIES, 0.0))
 
 
-def read_events(run_dir: Path) -> list[Event]:
-    """The events, but for a line torn by a crash. Raises ValueError where there is no run."""
-    path = run_dir / "events.jsonl"
-    if not path.is_file():
-        raise ValueError(f"there is no run in {run_dir} (no events.jsonl); give a folder that train wrote.")
-    found = []
-    for line in path.read_text().splitlines():
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return found
-
-
 def attempts(events: list[Event]) -> list[Attempt]:
-    """The attempts of a run, oldest first. Raises ValueError where no event tells of any."""
+    """The attempts of a run, oldest first; its events are `straightened`. Raises ValueError where none tells of any."""
     parts: list[list[Event]] = []
     for event in events:
         if event["event"] == "launched":
@@ -117,8 +102,10 @@ def _steps(event: Event, resumed: int | None) -> dict[str, float]:
     """The seconds of the steps that one `progress` tells of, `resumed` being the step that their stage went on from."""
     seconds, num_steps = event["seconds"], event["num_steps"]
     redone = 0.0 if resumed is None else min(max((event["step"] - resumed) / num_steps, 0.0), 1.0)
-    kept = {name: (1 - redone) * seconds.get(name, 0.0) for name in ("data", "save", "evaluate")}
-    training = (1 - redone) * seconds["total"] - sum(kept.values())
+    names = ("data", "save", "evaluate")
+    share = (1 - redone) * min(seconds["total"] / max(sum(seconds.get(name, 0.0) for name in names), 1e-9), 1.0)
+    kept = {name: share * seconds.get(name, 0.0) for name in names}
+    training = max((1 - redone) * seconds["total"] - sum(kept.values()), 0.0)
     return {**kept, "training": training, "redone": redone * seconds["total"]}
 
 
@@ -179,7 +166,9 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(arguments: Namespace) -> int:
     """Print the tables; write `goodput.json` and `goodput.png`. Raises ValueError where the user erred."""
-    found = attempts(read_events(arguments.run_dir))
+    events, lost = read_events(arguments.run_dir)
+    events, moved = straightened(events)
+    found = attempts(events)
     folder = arguments.output or arguments.run_dir / "profile"
     total = total_of(found)
     wall = sum(total.values())
@@ -187,6 +176,7 @@ def run(arguments: Namespace) -> int:
         "goodput": total["training"] / max(wall, 1e-9),
         "wall_s": wall,
         "seconds": total,
+        "notes": [*lost, *moved],
         "attempts": [
             {"began": each.began, "ended": each.ended, "num_steps": each.num_steps, "seconds": each.seconds}
             for each in found
@@ -197,5 +187,7 @@ def run(arguments: Namespace) -> int:
     draw(found, folder / "goodput.png")
     for table in tables_of(found):
         Console().print(table)
+    for note in figures["notes"]:
+        print(f"note: {note}")
     print(f"{folder / 'goodput.json'}, {folder / 'goodput.png'}")
     return 0

@@ -25,10 +25,10 @@ from iccld.runtime import memory
 from iccld.runtime.checkpoint import FOLDER
 from iccld.runtime.engine import Engine, EngineKind
 from iccld.runtime.manifest import read_manifest
-from iccld.runtime.metrics import write_event
 from iccld.runtime.micro_batch import AUTO, divisors, largest_by_line, largest_by_trial
 from iccld.runtime.preemption import host_name
 from iccld.runtime.prefetch import map_tensors
+from iccld.runtime.telemetry import write_event
 from iccld.runtime.watchdog import Watchdog
 from iccld.stages.base import Stage
 from iccld.trainer import TrainerConfig, attach

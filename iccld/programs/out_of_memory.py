@@ -12,7 +12,7 @@ from iccld.config import Config
 from iccld.runtime.checkpoint import CheckpointStore
 from iccld.runtime.engine import Engine, EngineKind
 from iccld.runtime.memory import OutOfMemory, Parts, is_out_of_memory, record_history, training_parts, write_snapshot
-from iccld.runtime.metrics import write_event
+from iccld.runtime.telemetry import write_event
 from iccld.runtime.watchdog import Watchdog
 from iccld.stages.base import Stage
 from iccld.trainer import TrainerConfig

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from iccld import cli
 from iccld.durable import write_whole
+from iccld.outcome import words
 from iccld.runtime.ending import run_to_the_end
 from iccld.runtime.preemption import SIGNALS, STOPPED_BY_WATCHDOG, host_name, say
 from iccld.slurm.ranks import interface_towards, rank_environment
@@ -36,11 +37,19 @@ def main(argv: Sequence[str]) -> int:
             awaits = (Path(folder), Path(outcome).parents[2])
             threading.Thread(target=_await_others, args=awaits, name="awaits", daemon=True).start()
     if is_main and outcome:
-        write_whole(Path(outcome).parent / "packages.txt", _packages())
+        _leave(Path(outcome).with_name("packages.txt"), _packages())
     status = cli.main(argv)
     if is_main and outcome:
-        write_whole(Path(outcome), f"{status}\n")
+        _leave(Path(outcome), f"{status}\n")
     return 0 if status == cli.STOPPED else status
+
+
+def _leave(path: Path, text: str) -> None:
+    """Write word for others; that it cannot be written is said, and changes nothing of the work."""
+    try:
+        write_whole(path, text)
+    except OSError as error:
+        say(f"iccld: {words(error)}")
 
 
 def _show_life(folder: Path) -> None:
@@ -69,7 +78,7 @@ def _await_others(folder: Path, run_dir: Path) -> None:
     on = f", none on {', '.join(sorted(hosts))}" if hosts else ""
     what = f"{len(missing)} ranks have not begun (the first is rank {missing[0]}){on}"
     say(f"iccld: {what}")
-    from iccld.runtime.metrics import write_event  # takes seconds
+    from iccld.runtime.telemetry import write_event
 
     for host in sorted(hosts):
         write_event(run_dir, "unfit", host=host, check="start", what=what)

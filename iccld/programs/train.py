@@ -5,6 +5,7 @@ the first left (`hand_off`).
 """
 
 import json
+import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -15,6 +16,7 @@ from iccld import __version__
 from iccld.config import Config, StageName, to_dict
 from iccld.data.stream import TrainingStream
 from iccld.data.workers import prepare_workers
+from iccld.outcome import blaming_the_world
 from iccld.programs.building import build_stage, build_stream, first_batches, layout_of, trials_of, whole_stage
 from iccld.programs.checks import check_alone, check_links, check_run_dir, check_settings, watch
 from iccld.programs.ema import write_due_snapshot
@@ -37,9 +39,11 @@ from iccld.runtime.engine import Engine
 from iccld.runtime.engine_kind import EngineKind
 from iccld.runtime.lock import locked
 from iccld.runtime.memory import restart_peak
-from iccld.runtime.metrics import MetricsLogger, write_event
+from iccld.runtime.metrics import MetricsLogger
+from iccld.runtime.open_files import check_open_files
 from iccld.runtime.peak_flops import nominal_flops
 from iccld.runtime.preemption import Preempted, Preemption
+from iccld.runtime.telemetry import write_event
 from iccld.runtime.watchdog import Watchdog
 from iccld.stages.base import Stage
 from iccld.trainer import Trainer
@@ -57,6 +61,7 @@ def train(config: Config, preemption: Preemption | None = None, *, began: float 
     check_links(run_dir, config)
     if config.data.num_workers:
         prepare_workers()
+    check_open_files(num_workers=config.data.num_workers, world_size=int(os.environ.get("WORLD_SIZE") or 1))
     with Engine(config.engine) as engine, locked(run_dir) if engine.is_main else nullcontext("") as holder:
         check_alone(run_dir, holder, engine)
         with watch(config, engine) as watchdog:
@@ -66,7 +71,8 @@ def train(config: Config, preemption: Preemption | None = None, *, began: float 
                 write_event(run_dir, "launched", since=began)
             watchdog.phase("preflight")
             check_fitness(config, engine)
-            return _run_stages(config, engine, preemption, watchdog)
+            with blaming_the_world(lambda: watchdog.has_trained):
+                return _run_stages(config, engine, preemption, watchdog)
 
 
 def _run_stages(config: Config, engine: Engine, preemption: Preemption, watchdog: Watchdog) -> bool:

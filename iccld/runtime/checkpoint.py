@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,12 +23,17 @@ import torch
 from torch import Tensor
 
 from iccld.durable import is_real_folder, make_folder, remove_tree, scratch_folder, sync, write_whole
+from iccld.outcome import Interrupted
 from iccld.runtime.manifest import Checkpoint, CheckpointError, DamagedError, ForeignFormatError, verify, write_manifest
 from iccld.runtime.pieces import Run, join_tables, write_runs
 
 FOLDER = re.compile(r"step_\d{8}")
 SCRATCH = re.compile(r"step_\d{8}(\.[0-9a-f]{8})?\.tmp")
 FILE = re.compile(r"rank_\d{5}\.safetensors|\.?manifest\.json(\..*tmp)?")
+
+
+class UnsavedError(CheckpointError, Interrupted):
+    """A checkpoint that could not be written; the one before it is whole."""
 
 
 class Ranks(Protocol):
@@ -126,13 +132,13 @@ class CheckpointStore:
         failure = (
             f"checkpoint {final} was not written; the one before it is whole. Make room, and run the command again"
         )
-        gather, is_main = self.ranks.gather_saved, self.ranks.rank == 0
+        together, is_main = partial(_together, self.ranks.gather_saved, kind=UnsavedError), self.ranks.rank == 0
         file = f"rank_{self.ranks.rank:05d}.safetensors"
-        scratch = _together(gather, lambda: self._new_scratch(final) if is_main else None, failure)[0]
-        written = _together(gather, lambda: {file: write_runs(scratch / file, runs)}, failure)
+        scratch = together(lambda: self._new_scratch(final) if is_main else None, failure)[0]
+        written = together(lambda: {file: write_runs(scratch / file, runs)}, failure)
         files = {name: facts for of_rank in written for name, facts in of_rank.items()}
         manifest = {"step": step, "save_s": round(time.monotonic() - begin, 3), **about}
-        _together(gather, lambda: self._commit(scratch, final, manifest, files) if is_main else None, failure)
+        together(lambda: self._commit(scratch, final, manifest, files) if is_main else None, failure)
         self._newest_saved = step
         try:
             self.announce(step)
@@ -234,7 +240,12 @@ def _is_torn(scratch: Path) -> bool:
     )
 
 
-def _together(gather: Callable[[Any], list[Any]], work: Callable[[], Any], failure: str) -> list[Any]:
+def _together(
+    gather: Callable[[Any], list[Any]],
+    work: Callable[[], Any],
+    failure: str,
+    kind: type[CheckpointError] = CheckpointError,
+) -> list[Any]:
     """Do the work on every rank and wait for all; if one rank fails, all raise, and none is left waiting."""
     try:
         outcome = (work(), "")
@@ -243,5 +254,5 @@ def _together(gather: Callable[[Any], list[Any]], work: Callable[[], Any], failu
     outcomes = gather(outcome)
     failures = [f"rank {rank}: {message}" for rank, (_, message) in enumerate(outcomes) if message]
     if failures:
-        raise CheckpointError(f"{failure} ({'; '.join(failures)}).")
+        raise kind(f"{failure} ({'; '.join(failures)}).")
     return [value for value, _ in outcomes]

@@ -1,30 +1,23 @@
-"""What a run writes down: metrics.jsonl, events.jsonl, the terminal's line, and wandb (which only this file knows)."""
+"""What a run writes down: metrics.jsonl, events.jsonl, the terminal's line, and wandb."""
 
 import json
 import math
 import secrets
 import socket
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from iccld.durable import open_to_append, refuse_links, refuse_unless_plain, write_whole
+from iccld.durable import refuse_unless_plain, write_whole
 from iccld.runtime.memory import peak_memory
 from iccld.runtime.profiling import Seconds, summed
+from iccld.runtime.telemetry import Lines, WandbMode, WandbRun, write_event
 from iccld.runtime.throughput import RankSeconds, rates, slow_rank_words, slowest
-
-
-class WandbMode(Enum):
-    disabled = "disabled"
-    offline = "offline"
-    online = "online"
 
 
 @dataclass
@@ -74,7 +67,7 @@ class MetricsLogger:
         self.flops, self.peak_flops, self.names_slow_rank = flops, peak_flops, names_slow_rank
         self._losses: dict[int, dict[str, Tensor]] = {}
         self._metrics: dict[str, Tensor] = {}
-        self._wandb: Any = None
+        self._lines, self._wandb = Lines(run_dir / "metrics.jsonl"), WandbRun()
         self.logger_id: str | None = None
 
     def start(self, *, step: int, logger_id: str | None, config: Mapping[str, Any]) -> None:
@@ -85,33 +78,25 @@ class MetricsLogger:
         path = self.run_dir / "metrics.jsonl"
         refuse_unless_plain(path)
         if path.exists():
-            lines = [line for line in path.read_text().splitlines() if not self._is_ahead(line, step)]
+            lines = [line for line in path.read_text(errors="replace").splitlines() if not self._is_ahead(line, step)]
             write_whole(path, "".join(line + "\n" for line in lines))
         if self.config.wandb is not WandbMode.disabled:
-            self._start_wandb(config)
+            self.logger_id = self.logger_id or secrets.token_hex(4)
+            self._wandb.start(
+                self.config.wandb,
+                project=self.config.wandb_project,
+                id=self.logger_id,
+                name=f"{self.run_dir.name}/{self.stage}",
+                dir=self.run_dir,
+                config=dict(config),
+            )
 
     def _is_ahead(self, line: str, step: int) -> bool:
         try:
             entry = json.loads(line)
-        except json.JSONDecodeError:
+            return entry["stage"] == self.stage and entry["step"] >= step
+        except (ValueError, TypeError, KeyError):
             return True  # torn by a crash
-        return entry["stage"] == self.stage and entry["step"] >= step
-
-    def _start_wandb(self, config: Mapping[str, Any]) -> None:
-        refuse_links(self.run_dir / "wandb", within=self.run_dir)
-        import wandb  # 1.6 s; only where it is used
-
-        self.logger_id = self.logger_id or secrets.token_hex(4)
-        self._wandb = wandb.init(
-            project=self.config.wandb_project,
-            id=self.logger_id,
-            name=f"{self.run_dir.name}/{self.stage}",
-            mode=self.config.wandb.value,  # type: ignore[arg-type]
-            resume="allow",
-            dir=self.run_dir,
-            config=dict(config),
-            settings=wandb.Settings(silent=True, console="off"),
-        )
 
     def record(self, step: int, losses: Mapping[str, Tensor], metrics: Mapping[str, Tensor]) -> None:
         """This rank's mean losses of one step, and (sum, count) metrics; nothing is read from the device."""
@@ -187,20 +172,9 @@ class MetricsLogger:
         """One line of metrics.jsonl, and the same to wandb on the axis `step`."""
         if not self.is_main:
             return
-        with open_to_append(self.run_dir / "metrics.jsonl") as file:
-            file.write(f"{json.dumps(entry)}\n".encode())
+        self._lines.add(entry)
         facts = {name: value for name, value in entry.items() if name != "stage"}
-        self._tell_wandb(lambda run: run.log(facts, step=entry["step"]))
-
-    def _tell_wandb(self, tell: Callable[[Any], None]) -> None:
-        """A scheduler ends wandb's own process by the SIGTERM that asks for a save; the save does not fail with it."""
-        if self._wandb is None:
-            return
-        try:
-            tell(self._wandb)
-        except OSError as error:  # the connection to it
-            self._wandb = None
-            print(f"wandb: its process ended ({error}); metrics.jsonl goes on", flush=True)
+        self._wandb.tell(lambda run: run.log(facts, step=entry["step"]))
 
     def event(self, kind: str, **facts: Any) -> None:
         """One line of events.jsonl: what happened to the run, and when."""
@@ -212,18 +186,12 @@ class MetricsLogger:
         path = self.run_dir / "metrics.jsonl"
         if not self.is_main or not path.exists():
             return False
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        lines = [json.loads(line) for line in path.read_text().splitlines()]  # `start` has left none that is torn
         entries = [line for line in lines if (line["stage"], line["step"]) == (self.stage, step)]
         return any("loss" in entry for entry in entries) and all("loss" in entry for entry in entries)
 
     def close(self) -> None:
-        self._tell_wandb(lambda run: run.finish())
-
-
-def write_event(run_dir: Path, kind: str, **facts: Any) -> None:
-    """One line of events.jsonl."""
-    with open_to_append(run_dir / "events.jsonl") as file:
-        file.write(f"{json.dumps({'time': time.time(), 'event': kind, **facts})}\n".encode())
+        self._wandb.finish()
 
 
 def _terminal_line(entry: Mapping[str, Any], num_steps: int) -> str:

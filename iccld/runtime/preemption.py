@@ -7,8 +7,9 @@ Exit statuses of `iccld train`:
 
     0      finished; or stopped by a signal with its position saved, unless `exit_status` says another
     1      a fault of the program (traceback), or a process that could not even say what held it (its stacks)
-    2      what the user got wrong, in one line: the same command ends the same way again
-    75     STOPPED_BY_WATCHDOG: a rank hung or was lost, a node is unfit: start the same command again
+    2      what the user must mend, in one line: the same command ends the same way again
+    75     what the world did, in one line (a full disk, a lost connection, a killed worker); and STOPPED_BY_WATCHDOG: a
+           rank hung or was lost, a node is unfit: start the same command again
     76     FORCED: asked twice or grace over; nothing was saved since the last whole checkpoint: start it again
     128+n  killed by signal n
 
@@ -25,8 +26,10 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Self
 
+from iccld.outcome import AGAIN, REFUSED
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-STOPPED_BY_WATCHDOG = 75
+STOPPED_BY_WATCHDOG = AGAIN
 FORCED = 76
 
 
@@ -51,7 +54,7 @@ class PreemptionConfig:
                 f"preemption.grace_s={self.grace_s} must be above debounce_s={self.debounce_s}, or 0 for no limit; "
                 f"use several times what a save takes."
             )
-        taken = (1, 2, STOPPED_BY_WATCHDOG, FORCED)
+        taken = (1, REFUSED, STOPPED_BY_WATCHDOG, FORCED)
         if not 0 <= self.exit_status < 128 or self.exit_status in taken:
             raise ValueError(
                 f"preemption.exit_status={self.exit_status} must be 0 to 127 and none of {taken}, which mean "

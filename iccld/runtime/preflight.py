@@ -112,7 +112,7 @@ def check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(near).free
     if free + held < needed:
         raise ValueError(
-            f"{folder} needs {needed / GIB:.1f} GiB for checkpoints, {(free + held) / GIB:.1f} GiB are free; "
+            f"{folder} needs {needed / GIB:.2g} GiB for checkpoints, {(free + held) / GIB:.2g} GiB are free; "
             f"make room, set a smaller checkpoint.keep, or use another run_dir"
         )
 

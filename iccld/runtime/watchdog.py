@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 from iccld.durable import create, make_folder
+from iccld.outcome import REFUSED
 from iccld.runtime.collectives import is_failure, num_begun, write_record
 from iccld.runtime.heartbeat import Heartbeat, Peers, held_up_by, write_heartbeat
 from iccld.runtime.limits import WATCHED_BEATS, WatchdogConfig
-from iccld.runtime.metrics import write_event
 from iccld.runtime.preemption import STOPPED_BY_WATCHDOG, host_name, say
-from iccld.runtime.refusal import REFUSED, Refusal
+from iccld.runtime.refusal import Refusal
+from iccld.runtime.telemetry import write_event
 
 LOST_BEATS = 3  # a beat that stands still for so many is a rank that is gone
 SAID = 4  # names in one line, at most
@@ -61,6 +62,8 @@ class Watchdog:
     ) -> None:
         self.run_dir, self.config, self.beats_in = run_dir, config or WatchdogConfig(), beats_in or run_dir
         self.rank, self.world_size, self.attempt, self._set_timeout = rank, world_size, attempt, set_timeout
+        self.has_trained = False
+        """Whether this attempt has made a step."""
         self._place, self._steps_begun, self._timeout = _Place(since=time.monotonic()), 0, 0.0
         self._armed = 0.0
         self._beat, self._started_by, self._stop = 0, os.getppid(), threading.Event()
@@ -75,6 +78,7 @@ class Watchdog:
 
     def step(self, step: int) -> None:
         self._steps_begun += 1
+        self.has_trained |= self._steps_begun > 1
         self._go(step=step)
 
     def phase(self, name: str) -> None:

@@ -1,20 +1,24 @@
 """What earlier jobs of a run directory left for the next one: nodes that failed, and how long a save takes."""
 
 import json
+import math
+import re
 from collections import defaultdict
 from pathlib import Path
 
 FAILURES = 2  # of a node, after which no further job of the run is started on it
 UNKNOWN_LEAD_S = 300
+LONGEST_S = 86400.0  # of a save or a step that is believed
+_NODE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}")
 
 
 def failing_nodes(run_dir: Path) -> list[str]:
     """Nodes on which attempts of this run (or of an array's runs below it) failed twice; `failed_nodes` says why."""
     attempts: dict[str, set[str]] = defaultdict(set)
     for path in (run_dir / "slurm" / "failed_nodes", *run_dir.glob("*/slurm/failed_nodes")):
-        for line in path.read_text().splitlines() if path.is_file() else []:
+        for line in _lines(path):
             parts = line.split("\t")
-            if len(parts) >= 3:  # else torn, or left by an editor
+            if len(parts) >= 3 and _NODE.fullmatch(parts[0]):  # else torn, or left by an editor
                 attempts[parts[0]].add(parts[2])
     return sorted(node for node, failed in attempts.items() if len(failed) >= FAILURES)
 
@@ -31,19 +35,30 @@ def lead_time_s(run_dir: Path) -> int:
 
 
 def _save_s(manifest: Path) -> float:
-    try:
-        return float(json.loads(manifest.read_text()).get("save_s", 0.0))
-    except (OSError, ValueError):
-        return 0.0
+    return _seconds("\n".join(_lines(manifest)), "save_s")
 
 
 def _step_s(run_dir: Path) -> float:
     """The longest step among the last that were logged."""
     steps = [0.0]
     for path in run_dir.glob("**/metrics.jsonl"):
-        for line in path.read_text().splitlines()[-20:]:
-            try:
-                steps.append(float(json.loads(line).get("step_s", 0.0)))
-            except ValueError:  # torn by a crash
-                continue
+        steps += [_seconds(line, "step_s") for line in _lines(path)[-20:]]
     return max(steps)
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines of a file that may be gone, or torn by a crash."""
+    try:
+        return path.read_text(errors="replace").splitlines() if path.is_file() else []
+    except OSError:
+        return []
+
+
+def _seconds(text: str, name: str) -> float:
+    """A number of an object in JSON; 0 where it is torn, or no number of seconds."""
+    try:
+        found = json.loads(text)
+        seconds = float(found.get(name, 0.0)) if isinstance(found, dict) else 0.0
+    except (ValueError, TypeError, OverflowError, RecursionError):
+        return 0.0
+    return seconds if math.isfinite(seconds) and 0 <= seconds < LONGEST_S else 0.0

@@ -4,8 +4,10 @@
 #     launch COMMAND...       srun and the ranks; over when srun is, or when no rank has given a sign of life for long
 #     end_attempt             finished: status 0; refused: status 2; else requeued, to go on from the newest checkpoint
 #
-# What decides is what rank 0 left in $state/outcome (0: finished, 85: stopped by a signal, position saved, 2: refused)
-# and which checkpoints there are. srun's own status is that of the rank that was first, or lost, and decides nothing.
+# What decides is what rank 0 left in $state/outcome (0: finished, 85: stopped by a signal, position saved, 2: refused,
+# 75: ended by the world) and which checkpoints there are. srun's own status is that of the rank that was first, or lost,
+# and decides nothing. What the files in $state hold is data: it is compared, counted if it is a number, and never run;
+# what is torn, missing or cannot be written is said, and stops no job.
 
 set +efuC +o pipefail # whatever the lines of `setup` have set
 shopt -u nullglob failglob
@@ -15,36 +17,60 @@ requeue=${requeue:-yes}
 lead_s=${lead_s:-300}                         # from USR1 to the time limit
 ICCLD_START_S=${ICCLD_START_S:-1800}          # to the first sign of life: an image is fetched, an environment is cold
 export ICCLD_SILENCE_S=${ICCLD_SILENCE_S:-60} # without a further one, from any rank
+for name in ICCLD_START_S ICCLD_SILENCE_S; do # they are counted with
+    [[ ${!name} =~ ^[1-9][0-9]{0,8}$ ]] || { echo "iccld: $name=${!name} must be whole seconds" && exit 2; }
+done
 
 say() { echo "iccld: $*"; }
 
+# FILE: the first line of a file of the job's state; nothing where it is no plain file.
+recall() { [ -f "$state/$1" ] && [ ! -L "$state/$1" ] && head -c 4096 "$state/$1" 2>/dev/null | tr -d '\0' | head -n 1; }
+
+# FILE WORDS: replace it, so that whoever reads it sees the old words or the new ones.
+keep() {
+    local scratch=$state/$1.$restart.$$.tmp
+    { rm -rf "$scratch" && printf '%s\n' "$2" >"$scratch" && mv -fT "$scratch" "$state/$1"; } 2>/dev/null && return
+    rm -f "$scratch"
+    say "$state/$1 cannot be written; make room on that disk, or give the job's user the right"
+    return 1
+}
+
+# WORD: the number that it is, or 0.
+number() { if [[ $1 =~ ^[0-9]{1,15}$ ]]; then echo $((10#$1)); else echo 0; fi; }
+
 begin_attempt() {
-    run_dir=$1 state=$1/slurm/job_$SLURM_JOB_ID restart=${SLURM_RESTART_COUNT:-0}
+    run_dir=$1 state=$1/slurm/job_$SLURM_JOB_ID restart=$(number "${SLURM_RESTART_COUNT:-0}")
+    stalled=0 spared=0
     # Of an array's elements, the last has the number of the array: by it, scontrol would requeue them all.
     id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID} id=${id:-$SLURM_JOB_ID}
     for place in "$1/slurm" "$state" "$state/alive"; do # what lies behind a link is not the job's to delete
         [ ! -L "$place" ] || { say "$place is a link; remove it, or make all of $1 the link"; exit 2; }
     done
     alive=$state/alive/$restart # what an earlier attempt left behind may still write into its own
-    rm -rf "$alive"
-    mkdir -p "$alive" || exit 1
     trap 'say "the job was asked to end; the ranks save"' TERM # and go on waiting for them
     export ICCLD_OUTCOME=$state/outcome ICCLD_ALIVE=$alive
     ICCLD_HOSTS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd " ")
     ICCLD_ATTEMPT_BEGAN=$(date +%s)
     export ICCLD_HOSTS ICCLD_ATTEMPT_BEGAN
     log=$(readlink -f "/proc/$$/fd/1")
-    say "job $SLURM_JOB_ID, restart $restart, on $SLURM_JOB_NODELIST, $(date '+%F %T')"
-    if [ -e "$state/running_on" ]; then # the attempt before this one was cut off
-        say "the attempt on $(cat "$state/running_on") was cut off"
-        blame_node_failure || blame_nodes_that_are_down "$(cat "$state/running_on")"
+    rm -rf "$alive"
+    if ! mkdir -p "$alive"; then # a full disk, or a file system that is away
+        say "$alive cannot be made; make room on that disk, or mend its mount"
+        [ "$restart" -lt "$max_cut_short" ] || give_up "$restart"
+        requeue
     fi
-    stat -c %s "$log" >"$state/log_begin" 2>/dev/null
-    [ "$(cat "$state/outcome" 2>/dev/null)" != 0 ] || { say "finished before; nothing to do"; exit 0; }
-    rm -f "$state/outcome"
+    say "job $SLURM_JOB_ID, restart $restart, on $SLURM_JOB_NODELIST, $(date '+%F %T')"
+    before=$(recall running_on)
+    if [[ $before =~ ^[A-Za-z0-9._,[-]+[]A-Za-z0-9._,[-]*$ ]]; then # the attempt before this one was cut off
+        say "the attempt on $before was cut off"
+        blame_node_failure || blame_nodes_that_are_down "$before"
+    fi
+    keep log_begin "$(stat -c %s "$log" 2>/dev/null)"
+    [ "$(recall outcome)" != 0 ] || { say "finished before; nothing to do"; exit 0; }
+    rm -rf "$state/outcome"
     count_stalled
     say "going on from: ${progress_before:-the beginning}"
-    echo "$SLURM_JOB_NODELIST" >"$state/running_on"
+    keep running_on "$SLURM_JOB_NODELIST"
 }
 
 # What the job has achieved: newest checkpoint and model of each stage, scores.
@@ -52,7 +78,7 @@ progress() {
     (
         cd "$run_dir" || exit
         for stage in stage*/; do
-            [ ! -e "$stage/checkpoints/latest" ] || echo -n "$stage$(cat "$stage/checkpoints/latest") "
+            [ ! -f "$stage/checkpoints/latest" ] || echo -n "$stage$(head -c 100 "$stage/checkpoints/latest" | tr -d '\0\n') "
             [ ! -e "$stage/final" ] || echo -n "${stage}final "
         done
         for report in report/*; do [ ! -e "$report" ] || echo -n "$report "; done
@@ -62,16 +88,19 @@ progress() {
 # Attempts since the newest checkpoint, those that failed and those that were cut short. What is written down at the
 # beginning holds if this one is cut off; `end_attempt` knows better.
 count_stalled() {
-    local failed=0 cut_short=0
+    local failed cut_short
     progress_before=$(progress)
-    if [ -e "$state/progress" ] && [ "$progress_before" = "$(cat "$state/progress")" ]; then
-        read -r failed cut_short <"$state/stalled"
+    if [ -e "$state/progress" ] && [ "$(digest "$progress_before")" = "$(recall progress)" ]; then
+        read -r failed cut_short <<<"$(recall stalled)"
+        stalled=$(number "$failed") spared=$(number "$cut_short")
     fi
-    give_up_if_stalled "$failed" "$cut_short"
-    stalled=$failed spared=$cut_short
-    echo "$progress_before" >"$state/progress"
-    echo "$stalled $((spared + 1))" >"$state/stalled"
+    give_up_if_stalled "$stalled" "$spared"
+    keep progress "$(digest "$progress_before")"
+    keep stalled "$stalled $((spared + 1))"
 }
+
+# WORDS: of one line and length, for the state.
+digest() { sha256sum <<<"$1" | cut -c 1-64; }
 
 give_up_if_stalled() {
     [ "$1" -lt "$max_stalled" ] || give_up "$max_stalled"
@@ -87,7 +116,7 @@ give_up() {
 launch() {
     local signs last="" silent=0 limit_s=$ICCLD_START_S poll_s=$((ICCLD_SILENCE_S < 50 ? 1 : 5)) waiting
     status=1
-    events_begin=$(stat -c %s "$run_dir/events.jsonl" 2>/dev/null || echo 0)
+    events_begin=$(number "$(stat -c %s "$run_dir/events.jsonl" 2>/dev/null)")
     "$@" &
     launched=$!
     while kill -0 "$launched" 2>/dev/null; do
@@ -113,15 +142,15 @@ launch() {
 }
 
 end_attempt() {
-    rm -f "$state/running_on"
-    case $(cat "$state/outcome" 2>/dev/null) in
+    rm -rf "$state/running_on"
+    case $(recall outcome) in
     0)
         say "finished"
         exit 0
         ;;
-    2) # what is wrong on the first attempt will be wrong on the next
-        [ "$restart" != 0 ] || { say "refused; not started again"; exit 2; }
-        say "refused"
+    2) # what is wrong on the first attempt will be wrong on the next, unless it has worked for a while
+        [ "$restart$(progress)" != "0$progress_before" ] || { say "refused; not started again"; exit 2; }
+        say "refused, after it has worked; there is: $(progress)"
         stalled=$((stalled + 1))
         ;;
     85)
@@ -135,19 +164,19 @@ end_attempt() {
         ;;
     esac
     compare_lead
-    echo "$stalled $spared" >"$state/stalled"
+    keep stalled "$stalled $spared" || [ "$restart" -lt "$max_cut_short" ] || stalled=$max_stalled # SLURM's own count
     [ "$(progress)" != "$progress_before" ] || give_up_if_stalled "$stalled" "$spared"
     requeue
 }
 
 # The lead was chosen before saves could be measured, or when they were shorter.
 compare_lead() {
-    local newest needed
+    local newest seconds needed
     newest=$(ls -t "$run_dir"/stage*/checkpoints/step_*[0-9]/manifest.json 2>/dev/null | head -n 1)
-    [[ $(cat "$newest" 2>/dev/null) =~ \"save_s\":\ *([0-9]+) ]] || return 0
-    needed=$((60 + 3 * BASH_REMATCH[1]))
-    [ "$needed" -le "$lead_s" ] ||
-        say "a save took ${BASH_REMATCH[1]} s: a signal $lead_s s before the limit is late; submit again, with --lead-s $needed"
+    [[ $(grep -m 1 -o '"save_s": *[0-9]*' "$newest" 2>/dev/null) =~ ([0-9]+)$ ]] || return 0
+    seconds=$(number "${BASH_REMATCH[1]}") needed=$((60 + 3 * seconds))
+    [ "$needed" -le "$(number "$lead_s")" ] ||
+        say "a save took $seconds s: a signal $lead_s s before the limit is late; submit again, with --lead-s $needed"
 }
 
 requeue() {
@@ -168,13 +197,15 @@ requeue() {
 
 # NODE WHY: a line that the next submit counts.
 blame() {
-    printf '%s\t%s\tjob %s, restart %s\t%s\n' "$1" "$(date '+%F %T')" "$SLURM_JOB_ID" "$restart" "$2" \
-        >>"$run_dir/slurm/failed_nodes"
+    local list=$run_dir/slurm/failed_nodes
+    { [ ! -e "$list" ] || [ -f "$list" ]; } && [ ! -L "$list" ] &&
+        printf '%s\t%s\tjob %s, restart %s\t%s\n' "$1" "$(date '+%F %T')" "$SLURM_JOB_ID" "$restart" "$2" \
+            2>/dev/null >>"$list" || say "$list cannot be written"
     say "node $1 failed: $2"
 }
 
 # What the attempt that ended last has added to the log.
-own_log() { tail -c "+$(($(cat "$state/log_begin" 2>/dev/null) + 1))" "$log" 2>/dev/null; }
+own_log() { tail -c "+$(($(number "$(recall log_begin)") + 1))" "$log" 2>/dev/null; }
 
 # SLURM's word; several nodes are one expression, as gpu[01-02].
 blame_node_failure() {

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from iccld.cli import main
-from iccld.programs.goodput import CATEGORIES, attempts, read_events, total_of
+from iccld.programs.event_times import read_events, straightened
+from iccld.programs.goodput import CATEGORIES, attempts, total_of
 
 
 def launched(time: float, since: float) -> dict[str, Any]:
@@ -92,10 +93,84 @@ def test_clocks_of_two_nodes_that_disagree_count_nothing_twice():
     assert sum(total_of(found).values()) == 20 and found[1].began == 10 and found[1].seconds["down"] == 0
 
 
+def shifted(event: dict[str, Any], by: float) -> dict[str, Any]:
+    return event | {name: event[name] + by for name in ("time", "since") if name in event}
+
+
+def moving(events: list[dict[str, Any]], jumps: dict[int, float]) -> list[dict[str, Any]]:
+    """The events as a machine writes them whose clock is moved, before the n-th of them, by jumps[n]."""
+    return [shifted(each, sum(jumps.get(n, 0.0) for n in range(number + 1))) for number, each in enumerate(events)]
+
+
+def of_boot(boot: str, events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{**each, "boot": boot, "up_s": 1000 + each["time"]} for each in events]
+
+
+def with_clock(events: list[dict[str, Any]], jumps: dict[int, float], boot: str = "b") -> list[dict[str, Any]]:
+    return [
+        told | {"time": seen["time"]} | ({"since": seen["since"]} if "since" in seen else {})
+        for told, seen in zip(of_boot(boot, events), moving(events, jumps), strict=True)
+    ]
+
+
+YEAR = 3.2e7
+
+
+@given(runs(), st.dictionaries(st.integers(1, 12), st.floats(-YEAR, YEAR), max_size=3))
+def test_a_clock_that_is_moved_changes_nothing(events: list[dict[str, Any]], jumps: dict[int, float]):
+    straight, notes = straightened(with_clock(events, {0: 10 * YEAR, **jumps}))
+    assert total_of(attempts(straight)) == pytest.approx(total_of(attempts(events)), abs=0.1)
+    felt = [jump for number, jump in jumps.items() if number < len(events)]
+    if len(felt) == 1 and abs(felt[0]) > 6:
+        assert any("moved by" in note for note in notes)
+
+
+@given(runs(), st.dictionaries(st.integers(1, 12), st.floats(-YEAR, 0), max_size=3))
+def test_without_a_second_clock_a_step_back_is_said_and_counts_for_nothing(
+    events: list[dict[str, Any]], jumps: dict[int, float]
+):
+    """As runs of older versions wrote them."""
+    straight, notes = straightened(moving(events, {0: 10 * YEAR, **jumps}))
+    true, total = total_of(attempts(events)), total_of(attempts(straight))
+    assert total["training"] == pytest.approx(true["training"], abs=0.1) and min(total.values()) >= -1e-6
+    assert sum(total.values()) <= sum(true.values()) + 0.1
+    if any(number < len(events) and jump < -4100 for number, jump in jumps.items()):
+        assert any("goes back" in note for note in notes)
+
+
+def test_two_machines_of_which_one_lives_in_another_year():
+    one = with_clock(KILLED[:5], {0: 10 * YEAR}, boot="one")
+    two = with_clock(KILLED[5:], {0: 9 * YEAR}, boot="two")
+    straight, notes = straightened([*one, *two])
+    total = total_of(attempts(straight))
+    assert total["training"] == pytest.approx(177.5) and sum(total.values()) < 390 and "goes back" in notes[0]
+
+
+LINES = [
+    "null", "5", "[]", '"a"', "{}", '{"event": "progress"}',
+    '{"time": 1, "event": 3}', '{"time": NaN, "event": "launched"}',
+    '{"time": 1e400, "event": "launched"}', '{"time": -5, "event": "launched"}',
+    '{"time": 1, "event": "launched", "since": "x"}',
+    '{"time": 1, "event": "started", "stage": [], "step": 1}', '{"time": 1, "event": "started", "stage": "a"}',
+    '{"time": 1, "event": "progress", "stage": "a", "step": 1, "num_steps": 0, "seconds": {"total": 1}}',
+    '{"time": 1, "event": "progress", "stage": "a", "step": 1, "num_steps": 1, "seconds": {"total": -1}}',
+    '{"time": 1, "event": "progress", "stage": "a", "step": 1, "num_steps": 1, "seconds": {}}',
+    "[" * 100_000, "\0\0\0", '{"time": 236, "ev',
+]  # fmt: skip
+
+
+def test_lines_that_are_no_events_are_counted_and_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    lines = [json.dumps(each) for each in KILLED]
+    (tmp_path / "events.jsonl").write_bytes("\n".join([*lines[:4], *LINES, *lines[4:]]).encode() + b"\n\xff\xfe")
+    assert main(["goodput", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "goodput 46.7 % of 0:06:20 in 2 attempts" in said and f"{len(LINES) + 1} lines of " in said
+
+
 def test_the_command_prints_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     lines = [json.dumps(each) for each in KILLED]
     (tmp_path / "events.jsonl").write_text("\n".join([*lines[:5], '{"time": 236, "ev', *lines[5:]]) + "\n")
-    assert len(read_events(tmp_path)) == len(KILLED)
+    assert len(read_events(tmp_path)[0]) == len(KILLED)
     assert main(["goodput", str(tmp_path)]) == 0
     figures = json.loads((tmp_path / "profile/goodput.json").read_text())
     assert figures["goodput"] == pytest.approx(177.5 / 380) and len(figures["attempts"]) == 2

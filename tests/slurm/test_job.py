@@ -168,3 +168,92 @@ def test_a_save_that_is_too_long_for_the_lead_is_said(job: Job):
     (folder / "manifest.json").write_text('{"save_s": 90.5}')
     assert "with --lead-s 330" in job.attempt(STOPPED)
     assert "--lead-s" not in job.attempt(STOPPED, lead_s="330")
+
+
+SAVED = 'mkdir -p "{run}/stage1/checkpoints"; echo step_{n:08d} >"{run}/stage1/checkpoints/latest"; '
+OUTCOME = 'echo {} >"$ICCLD_OUTCOME"; exit {}'
+
+
+def test_what_is_refused_at_once_is_not_started_again_and_what_has_worked_is(job: Job):
+    saved = SAVED.format(run=job.run_dir, n=5)
+    assert "refused, after it has worked" in job.attempt(saved + OUTCOME.format(2, 2))
+    for _ in range(2):
+        assert "refused, after it has worked" in job.attempt(OUTCOME.format(2, 2))
+    assert "3 attempts without a newer checkpoint" in job.attempt(OUTCOME.format(2, 2))
+    assert len(job.requeued) == 3, "the first made a checkpoint"
+
+
+def test_a_first_attempt_that_is_refused_is_the_last(job: Job):
+    said = job.attempt(OUTCOME.format(2, 2))
+    assert "refused; not started again" in said and job.process.returncode == 2 and not job.requeued
+
+
+def test_what_the_world_ended_is_requeued_until_it_stalls(job: Job):
+    for _ in range(2):
+        assert "ended with status 75" in job.attempt(OUTCOME.format(75, 75))
+    assert "3 attempts without a newer checkpoint" in job.attempt(OUTCOME.format(75, 75))
+    assert len(job.requeued) == 2
+
+
+STATE = ("stalled", "progress", "running_on", "log_begin", "outcome")
+TORN = {
+    "empty": b"",
+    "torn": b"1",
+    "garbage": b"\xff\xfe\x00 \x00\n3\t(",
+    "words": b"1 abc\n",
+    "negative": b"-1 -1\n",
+    "octal": b"00 08\n",
+    "huge": b"9" * 40 + b" 1\n",
+    "long": b"x" * 100_000,
+    "hostile": b"a[$(touch hostile)] b[`touch hostile`]\n",
+    "option": b"--help\n",
+    "glob": b"*\n",
+}
+
+
+@pytest.mark.parametrize("content", TORN.values(), ids=TORN.keys())
+@pytest.mark.parametrize("name", STATE)
+def test_torn_state_stops_no_job_and_runs_nothing(job: Job, name: str, content: bytes):
+    job.attempt("exit 75")
+    (job.run_dir / "slurm" / "job_7" / name).write_bytes(content)
+    said = job.attempt(f'cd "{job.folder}"; exit 75')
+    assert "ended with status 75" in said and len(job.requeued) == 2, said
+    assert "line " not in said and "command not found" not in said, "the shell complains of nothing"
+    assert not list(job.folder.rglob("hostile")) and not Path("hostile").exists()
+
+
+@pytest.mark.parametrize("kind", ["folder", "link", "pipe"])
+@pytest.mark.parametrize("name", STATE)
+def test_state_that_is_no_plain_file_stops_no_job_and_is_not_followed(job: Job, name: str, kind: str):
+    job.attempt("exit 75")
+    path, elsewhere = job.run_dir / "slurm" / "job_7" / name, job.folder / "elsewhere"
+    path.unlink(missing_ok=True)
+    elsewhere.write_text("0\n")
+    {"folder": path.mkdir, "link": lambda: path.symlink_to(elsewhere), "pipe": lambda: os.mkfifo(path)}[kind]()
+    assert "ended with status 75" in job.attempt("exit 75") and len(job.requeued) == 2
+    assert elsewhere.read_text() == "0\n"
+
+
+def test_a_full_disk_is_said_and_bounded(job: Job):
+    """The job's state lies on a disk that is full; the log does not."""
+    job.run_dir.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", str(job.run_dir)], check=False)
+    if mounted.returncode:
+        pytest.skip("mounting is not allowed")
+    try:
+        (job.run_dir / "filler").write_bytes(b"x" * 4096)
+        assert "make room" in job.attempt("exit 75") and job.requeued == ["requeue 7"]
+        job.restarts = 30
+        assert "not started again" in job.attempt("exit 75") and len(job.requeued) == 1
+    finally:
+        subprocess.run(["umount", str(job.run_dir)], check=True)
+
+
+def test_hostile_numbers_of_a_save_run_nothing(job: Job):
+    folder = job.run_dir / "stage1" / "checkpoints" / "step_00000001"
+    folder.mkdir(parents=True)
+    for text in ('{"save_s": 09}', '{"save_s": a[$(touch hostile)]}', '{"save_s": ' + "9" * 40 + "}", "\0{"):
+        (folder / "manifest.json").write_text(text)
+        said = job.attempt(STOPPED)
+        assert "saved: " in said and "value too great" not in said
+    assert len(job.requeued) == 4 and not list(job.folder.rglob("hostile"))

@@ -1,0 +1,88 @@
+"""The exit status of a command that ends by an error: who must act.
+
+    2     REFUSED: what the user must mend: a setting, a missing file, a loss that is not finite
+    75    AGAIN: what the world did: a full disk, a lost connection, a killed worker, a node; give the command again
+
+The job script starts a run again after the second. An error of the system (OSError) is the user's only where it says
+that a name is wrong, and only before the run's first step: what was good for a step is not wrong since.
+"""
+
+import contextlib
+import errno
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+REFUSED = 2
+AGAIN = 75  # EX_TEMPFAIL of sysexits.h
+
+_NAMES_ARE_WRONG = {
+    *(errno.ENOENT, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
+    *(errno.EINVAL, errno.ELOOP, errno.EROFS, errno.ENOTEMPTY, errno.EXDEV, errno.ENXIO, errno.EADDRINUSE),
+}
+_REMEDIES = {
+    errno.ENOSPC: "make room on that disk",
+    errno.EDQUOT: "make room within the quota",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "the machine has no more open files to give",
+    errno.EIO: "the disk or its server fails; try another node",
+    errno.ESTALE: "its file server has forgotten it; try again, or another node",
+    errno.ENOMEM: "free memory",
+}
+_LOST_DEVICE = re.compile(
+    r"ECC|NVLink|unavailable|lost|hardware|unspecified launch failure|unknown error", re.IGNORECASE
+)
+
+
+class Interrupted(OSError):
+    """What the world did to a run; the same command goes on from where it was."""
+
+
+def status_of(error: BaseException) -> int:
+    """The exit status for an error before a run's first step; `blaming_the_world` is for those after it."""
+    if not isinstance(error, OSError):
+        return REFUSED
+    if isinstance(error, Interrupted | ConnectionError | TimeoutError | ChildProcessError):
+        return AGAIN
+    return REFUSED if error.errno is None or error.errno in _NAMES_ARE_WRONG else AGAIN
+
+
+def words(error: BaseException) -> str:
+    """What an error says; one of the system also says what to do."""
+    text = str(error) or repr(error)
+    remedy = _REMEDIES.get(error.errno or 0) if isinstance(error, OSError) else None
+    return f"{text}; {remedy}, and give the same command again" if remedy else text
+
+
+def plain(error: Exception, *, has_trained: bool = False) -> Exception:
+    """An error of the same words and status that can be sent to another process."""
+    if not isinstance(error, OSError):
+        return ValueError(words(error))
+    return (Interrupted if has_trained or status_of(error) == AGAIN else OSError)(words(error))
+
+
+@contextlib.contextmanager
+def blaming_the_world(has_trained: Callable[[], bool]) -> Iterator[None]:
+    """Around a run: once it has trained, an error of the system raises Interrupted, whichever it is."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, Interrupted) or not has_trained():
+            raise
+        raise Interrupted(words(error)) from error
+    except RuntimeError as error:
+        if type(error).__name__ != "AcceleratorError" or not _LOST_DEVICE.search(str(error)):
+            raise
+        raise Interrupted(f"{str(error).splitlines()[0]}; try another node") from error
+
+
+@contextlib.contextmanager
+def naming(path: Path, what: str = "") -> Iterator[None]:
+    """Around the writing of a file: an error of the system then names it, and `what` it holds."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        why = f"{what} could not be written: {error.strerror}" if what else error.strerror
+        raise OSError(error.errno, why, str(path)) from error

@@ -1,0 +1,21 @@
+"""How many files this process may have open. Too few are said before anything has begun, since a library that meets
+the limit in the midst of its work may try again without end.
+"""
+
+import resource
+
+ENOUGH = 65_536
+
+
+def check_open_files(*, num_workers: int, world_size: int) -> None:
+    """Raise the limit of this process as far as it is allowed. Raises ValueError if that is not far enough."""
+    needed = 32 + 8 * num_workers + 4 * (world_size - 1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = ENOUGH if hard == resource.RLIM_INFINITY else min(hard, ENOUGH)
+    if soft != resource.RLIM_INFINITY and soft < allowed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    if allowed < needed:
+        raise ValueError(
+            f"the limit of open files is {allowed} (ulimit -Hn), but {num_workers} loader workers and {world_size} "
+            f"ranks need {needed}; raise it (ulimit -n 4096, limits.conf), or set fewer data.num_workers."
+        )
