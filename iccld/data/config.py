@@ -7,6 +7,7 @@ from enum import Enum
 from iccld.data.cache import CacheConfig
 from iccld.data.storage import StorageConfig
 from iccld.labels import CITYSCAPES_19, ClassSet, merged_class_set
+from iccld.redact import without_secrets
 
 STRIDE = 8
 """Of the latent: crops are multiples of it."""
@@ -30,12 +31,11 @@ class SetConfig:
     keys: str = ""
 
     def __post_init__(self) -> None:
+        name = without_secrets(self.shards) or "a set"
         if not (math.isfinite(self.weight) and self.weight > 0):
-            raise ValueError(f"weight={self.weight} of {self.shards or 'a set'} must be positive; 1 is usual.")
+            raise ValueError(f"weight={self.weight} of {name} must be positive; 1 is usual.")
         if not 0 < self.first_percent <= 100:
-            raise ValueError(
-                f"first_percent={self.first_percent} of {self.shards or 'a set'} must be in (0, 100]; 100 uses all."
-            )
+            raise ValueError(f"first_percent={self.first_percent} of {name} must be in (0, 100]; 100 uses all.")
 
 
 @dataclass

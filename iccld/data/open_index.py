@@ -3,6 +3,7 @@
 import fcntl
 import glob
 import os
+import shutil
 import time
 import uuid
 import zlib
@@ -11,8 +12,19 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from iccld.data.durable import sync, write_whole
-from iccld.data.index import ARRAY_FILES, HEADER_FILE, INDEX_FOLDER, ShardIndex, file_checksum, parse_header
-from iccld.data.storage import MissingShard, Storage, StorageError, check_name, is_remote, local_folder, without_secrets
+from iccld.data.index import (
+    ARRAY_FILES,
+    HEADER_FILE,
+    INDEX_FOLDER,
+    MAX_HEADER_BYTES,
+    ShardIndex,
+    array_bytes,
+    file_checksum,
+    parse_header,
+)
+from iccld.data.storage import MissingShard, Storage, StorageError, check_name, check_size, is_remote, local_folder
+from iccld.reading import read_limited
+from iccld.redact import without_secrets
 
 _LEFT_OVER_AFTER_S = 86_400.0
 
@@ -27,7 +39,7 @@ def open_index(
     where = f"{setting}={public}: {INDEX_FOLDER}/{HEADER_FILE}"
     indexed = storage.below(INDEX_FOLDER)
     try:
-        text = indexed.read_all(HEADER_FILE)
+        text = indexed.read_all(HEADER_FILE, limit=MAX_HEADER_BYTES)
     except MissingShard as error:
         raise ValueError(f"{where} is missing ({error}); upload the folder {INDEX_FOLDER}/ with the shards.") from error
     header = parse_header(text, where)
@@ -36,9 +48,10 @@ def open_index(
     folder.mkdir(parents=True, exist_ok=True)
     for name in ARRAY_FILES:  # whole where they are there at all: reading a billion records again takes minutes
         if not (folder / name).is_file():
-            fetch_file(indexed, name, folder, checksum=header.checksums[name])
-    if not (folder / HEADER_FILE).is_file():
-        write_whole(folder / HEADER_FILE, text)
+            fetch_file(indexed, name, folder, checksum=header.checksums[name], sizes=array_bytes(header)[name])
+    path = folder / HEADER_FILE
+    if not path.is_file() or read_limited(path, MAX_HEADER_BYTES) != text:
+        write_whole(path, text)
     return ShardIndex.open(public, setting=setting, folder=folder)
 
 
@@ -52,11 +65,12 @@ def user_cache_folder() -> Path:
         raise ValueError("This user has no home folder for copies of indices; set data.cache.folder.") from error
 
 
-def fetch_file(storage: Storage, name: str, folder: Path, *, checksum: int | None = None) -> Path:
-    """Copies a file into `folder`, in pieces; it appears there whole or not at all. Returns its path.
+def fetch_file(storage: Storage, name: str, folder: Path, *, sizes: range, checksum: int | None = None) -> Path:
+    """Copies a file of one of `sizes` into `folder`, in pieces; it appears whole or not at all. Returns its path.
 
     With `checksum` (CRC-32), a copy that has it is kept, and what arrives is checked. Ranks that ask for it at once
-    wait for the one that copies it. Raises what reading raises, and StorageError where the checksum differs.
+    wait for the one that copies it. Raises what reading raises, and StorageError where size or checksum are others,
+    or the disk has no room.
     """
     check_name(name, storage.location)
     path = folder / name
@@ -64,7 +78,7 @@ def fetch_file(storage: Storage, name: str, folder: Path, *, checksum: int | Non
         before = _version(path)
         with _one_at_a_time(folder / f".{name}.lock"):
             if _version(path) == before:
-                _copy(storage, name, path, checksum)
+                _copy(storage, name, path, checksum, sizes)
                 return path
         if checksum is None:  # another rank has copied it in the meantime
             return path
@@ -87,7 +101,14 @@ def _one_at_a_time(path: Path) -> Iterator[None]:
         yield
 
 
-def _copy(storage: Storage, name: str, path: Path, checksum: int | None) -> None:
+def _copy(storage: Storage, name: str, path: Path, checksum: int | None, sizes: range) -> None:
+    size, free = storage.size(name), shutil.disk_usage(path.parent).free
+    check_size(storage.describe(name), size, sizes)
+    if size > free:
+        raise StorageError(
+            f"{storage.describe(name)}: its {size:,} bytes do not fit into {path.parent} ({free:,} are free); make "
+            f"room, or set data.cache.folder to a larger disk."
+        )
     for left_over in path.parent.glob(f".{glob.escape(name)}.*.tmp"):
         with suppress(FileNotFoundError):
             if time.time() - left_over.stat().st_mtime > _LEFT_OVER_AFTER_S:
@@ -95,7 +116,7 @@ def _copy(storage: Storage, name: str, path: Path, checksum: int | None) -> None
     temporary, found = path.parent / f".{name}.{uuid.uuid4().hex}.tmp", 0
     try:
         with temporary.open("xb") as file:
-            for piece in storage.pieces(name):
+            for piece in storage.pieces(name, size):
                 file.write(piece)
                 found = zlib.crc32(piece, found)
         if checksum not in (None, found):

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from iccld.data import integrity
 from iccld.data.config import BatchLayout, DataConfig
 from iccld.data.decode import DECODE_ERRORS, decode_image
 from iccld.data.domain import DomainStream, View, decode_train_ids, relabel
@@ -85,6 +86,7 @@ class TrainingStream:
         with signals_held():
             deliveries = iter(loader)
         for delivery in _with_one_line_errors(deliveries):
+            integrity.raise_damage()
             if delivery.failure:
                 raise ValueError(delivery.failure)
             self._transfers[delivery.worker] = delivery.transfers
@@ -226,6 +228,7 @@ def _validation_samples(parts: list[Part], config: DataConfig, rank: int, world_
     for number, (part, position) in enumerate(places):
         if number % world_size != rank:
             continue
+        integrity.raise_damage()
         sample = part.reader.read(position, with_labels=True)
         try:
             image, labels = decode_image(sample.image), relabel(decode_train_ids(sample.label), table)

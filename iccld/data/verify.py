@@ -6,15 +6,15 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from iccld.data.index import HEADER_FILE, INDEX_FOLDER, ShardIndex, file_checksum
+from iccld.data import integrity
+from iccld.data.index import ShardIndex
 from iccld.data.open_index import open_index
 from iccld.data.processes import Progress, in_processes, say, usable_cpus
 from iccld.data.reader import BadSample, ShardReader
-from iccld.data.records import blocks, examine
+from iccld.data.records import examine
 from iccld.data.storage import MissingShard, StorageConfig, StorageError, open_storage
 from iccld.data.tars import Members, Place, Problem, read_members
 
@@ -64,29 +64,7 @@ def verify_shards(location: str | Path, *, num_workers: int = 1, progress: Calla
 
 
 def _check_index(index: ShardIndex) -> list[Problem]:
-    remedy = f"restore it, or remove {INDEX_FOLDER}/ and index the set again"
-    problems = [
-        Problem(str(index.folder / name), "it is not what index.json says (checksum)", remedy)
-        for name, checksum in index.header.checksums.items()
-        if file_checksum(index.folder / name) != checksum
-    ]
-    for name, total in _totals(index.samples).items():
-        if getattr(index.header, name) != total:
-            problems.append(Problem(str(index.folder / HEADER_FILE), f"its {name} is not that of samples.npy", remedy))
-    return problems
-
-
-def _totals(samples: np.ndarray) -> dict[str, Any]:
-    """What a header must say of these samples."""
-    sides = [samples[side] for side in ("height", "width")]
-    return {
-        "num_bytes": sum(int(samples[f"{kind}_size"].sum(dtype=np.int64)) for kind in ("image", "label")),
-        "has_labels": bool((samples["label_size"] > 0).all()),
-        "min_size": [int(side.min()) for side in sides],
-        "max_size": [int(side.max()) for side in sides],
-        "class_pixels": samples["class_pixels"].sum(0, dtype=np.int64).tolist(),
-        "class_samples": np.sum([(block["class_pixels"] > 0).sum(0) for _, block in blocks(samples)], 0).tolist(),
-    }
+    return [Problem(str(path), what, index.remedy) for path, what in integrity.faults(index)]
 
 
 @dataclass(frozen=True)

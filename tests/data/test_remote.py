@@ -155,7 +155,7 @@ def test_a_server_that_ignores_ranges_is_refused_before_it_sends_all(nginx: Site
     assert time.monotonic() - start < 2 and storage.size("huge.tar") == 20 << 30
     (nginx.folder / "huge.tar").unlink()
     (nginx.folder / "small.json").write_bytes(b"{}")
-    assert storage.read_all("small.json") == b"{}", "that it sends all is no harm where all was asked for"
+    assert storage.read_all("small.json", limit=10) == b"{}", "that it sends all is no harm where all was asked for"
     with pytest.raises(StorageError, match="it is truncated"):
         storage.read("small.json", 1, 10)
 
