@@ -9,6 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from iccld.reading import read_secrets
+from iccld.redact import guard_tracebacks, redact
+
 if TYPE_CHECKING:
     from iccld.config import Config
 
@@ -35,6 +38,8 @@ For several ranks on this machine: python launch/local.py NUM_RANKS VERB ...
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb. What the user got wrong is one line on stderr and exit status 2."""
     arguments = parse(argv)
+    words = [*(sys.argv[1:] if argv is None else argv), *getattr(arguments, "overrides", [])]
+    guard_tracebacks(words)
     try:
         return arguments.run(arguments) or 0
     except (ValueError, OSError) as error:
@@ -43,7 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             rank > 0
         ):  # ranks that fail alike are ended by the launcher before they repeat it; one that fails alone speaks
             time.sleep(3)
-        print(f"iccld {arguments.verb}: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
+        print(
+            f"iccld {arguments.verb}: {f'rank {rank}: ' if rank else ''}{redact(str(error), words)}",
+            file=sys.stderr,
+            flush=True,
+        )
         return 2
 
 
@@ -55,6 +64,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         top.error(f"unrecognized arguments: {' '.join(stray)}")
     if left:
         arguments.overrides += left
+    for path in getattr(arguments, "secrets", []):
+        arguments.overrides += read_secrets(path)
     return arguments
 
 
@@ -90,6 +101,11 @@ def _parser() -> argparse.ArgumentParser:
     predict.set_defaults(run=_predict)
 
     _add_program_verbs(verbs)
+    about = "a file of yours alone (mode 0600) with key=value lines, which other users do not see as they do a command"
+    for name in ("train", "config", "evaluate", "profile"):
+        verbs.choices[name].add_argument(
+            "--secrets", type=Path, action="append", default=[], metavar="FILE", help=about
+        )
     _add_shards(verbs)
     _add_checkpoint(verbs)
     return top
@@ -188,14 +204,10 @@ def _profile(arguments: argparse.Namespace) -> int:
 def _evaluate(arguments: argparse.Namespace) -> int:
     from iccld.runtime.preemption import Preemption
 
-    if not (arguments.run_dir / "config.yaml").is_file():
-        raise ValueError(f"there is no run in {arguments.run_dir} (no config.yaml); give a folder that train wrote.")
     with Preemption() as preemption:
-        from iccld.config import read_config
-        from iccld.programs.evaluate import evaluate_run
+        from iccld.programs.evaluate import evaluate_run, saved_settings
 
-        overrides = [*arguments.overrides, f"run_dir={arguments.run_dir}"]
-        config = read_config(arguments.run_dir / "config.yaml", overrides)
+        config = saved_settings(arguments.run_dir, arguments.overrides)
         finished = evaluate_run(config, preemption, model_folder=arguments.model)
     return 0 if finished else _stopped(config, "iccld evaluate: stopped by a signal; the same command begins again")
 

@@ -17,6 +17,7 @@ from yaml import YAMLError
 from iccld.data.config import DataConfig
 from iccld.evaluation import EvaluationConfig
 from iccld.models.iccld import ModelConfig
+from iccld.redact import redacted
 from iccld.runtime.engine import EngineConfig
 from iccld.runtime.limits import WatchdogConfig
 from iccld.runtime.memory import MemoryConfig
@@ -129,10 +130,9 @@ def _one_line(error: BaseException) -> str:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Plain numbers, strings, lists and dicts, as YAML and JSON have them; enums by name."""
+    """Plain numbers, strings, lists and dicts, as YAML and JSON have them; enums by name; no secrets (`redact`)."""
     container = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
-    assert isinstance(container, dict)
-    return container  # type: ignore[return-value]
+    return redacted(container)
 
 
 def to_yaml(config: Config) -> str:

@@ -36,6 +36,25 @@ def parse_json(data: bytes | str, where: str) -> Any:
         raise ValueError(f"{where} is not JSON ({_short(error)}).") from error
 
 
+def read_secrets(path: Path) -> list[str]:
+    """The `key=value` lines of a file that only its owner can read. Raises ValueError where others can too."""
+    lines = [line.strip() for line in read_limited(path).decode().splitlines()]
+    if path.stat().st_mode & 0o077:
+        raise ValueError(f"--secrets {path}: others can read it; `chmod 600 {path}`.")
+    words = [line for line in lines if line and not line.startswith("#")]
+    if wrong := [number for number, word in enumerate(words, 1) if "=" not in word]:
+        raise ValueError(f"--secrets {path}: its setting {wrong[0]} is not key=value.")
+    return words
+
+
+def write_secrets(path: Path, words: list[str]) -> None:
+    """Writes what `read_secrets` reads; nobody else can read it, at no time."""
+    path.unlink(missing_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write("".join(f"{word}\n" for word in words))
+
+
 def _short(error: BaseException) -> str:
     text = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
     return text[:300]

@@ -170,7 +170,8 @@ def parse_header(text: bytes, where: str) -> IndexHeader:
         raise ValueError(f"{where} is damaged ({str(error)[:200]}); remove the index and {MAKE_IT}.") from error
     if header is None:
         raise ValueError(
-            f"{where} has version {str(version)[:20]}, this program reads {FORMAT_VERSION}; remove the index and {MAKE_IT}."
+            f"{where} has version {str(version)[:20]}, this program reads {FORMAT_VERSION}; "
+            f"remove the index and {MAKE_IT}."
         )
     return header
 

@@ -15,12 +15,15 @@ from rich.console import Console
 from torch import Tensor
 
 from iccld import rng
-from iccld.config import Config, StageName, Weights
+from iccld.config import Config, StageName, Weights, read_config
+from iccld.data.config import locations, of_saved_run
 from iccld.data.stream import read_validation
 from iccld.evaluation import EvaluationResult, Predict, evaluate, results_table
 from iccld.models.iccld import ICCLD
 from iccld.models.model_card import ModelStage
 from iccld.programs.checks import watch
+from iccld.reading import read_json
+from iccld.redact import redacted, without_secrets
 from iccld.runtime.durable import write_text_durably
 from iccld.runtime.engine import Engine
 from iccld.runtime.metrics import write_event
@@ -79,6 +82,18 @@ def stopped(config: Config, engine: Engine, stage: str) -> bool:
     return False
 
 
+def saved_settings(run_dir: Path, overrides: Sequence[str]) -> Config:
+    """The settings of a run, which may be a stranger's, with those of the command line.
+
+    Raises ValueError where there is no run, or its validation set is nothing to read unasked (`of_saved_run`).
+    """
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        raise ValueError(f"there is no run in {run_dir} (no config.yaml); give a folder that train wrote.")
+    config = read_config(path, [*overrides, f"run_dir={run_dir}"])
+    return dataclasses.replace(config, data=of_saved_run(config.data, overrides, roles=["validation"], where=str(path)))
+
+
 def evaluate_run(config: Config, preemption: Preemption | None = None, *, model_folder: str = "") -> bool:
     """Score the run's finished stages, or one model folder; False if a signal ended it. Call on every rank."""
     preemption = preemption or Preemption()
@@ -91,6 +106,9 @@ def evaluate_run(config: Config, preemption: Preemption | None = None, *, model_
     with Engine(config.engine) as engine, watch(config, engine, beats_in=beats) as watchdog:
         watchdog.begin("evaluation")
         watchdog.phase("evaluate")
+        if engine.is_main:
+            for key, location in locations(config.data, ["validation"]).items():
+                print(f"on {key}={without_secrets(location)}", flush=True)
         try:
             evaluate_models(folders, config, engine, give_up=asks(preemption, watchdog))
         except Preempted:
@@ -139,7 +157,7 @@ def results_file(config: Config, *, label: str = "") -> Path:
 def unscored_stages(config: Config) -> list[str]:
     """The finished stages that the report does not hold."""
     path = results_file(config)
-    scored = json.loads(path.read_text()) if path.exists() else {}
+    scored = read_json(path) if path.exists() else {}
     return [folder.parts[-3] for folder in finished_models(config) if folder.parts[-3] not in scored]
 
 
@@ -201,7 +219,7 @@ def _numbers(value: Any) -> Any:
 
 def _report(results: Mapping[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text_durably(path, json.dumps(results, indent=1))
+    write_text_durably(path, json.dumps(redacted(results), indent=1))
     Console(width=None if sys.stdout.isatty() else 120).print(
         results_table(named_results(results), title=", ".join(results["about"]["models"]))
     )

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from iccld.redact import redacted
 from iccld.runtime.durable import write_text_durably
 from iccld.runtime.memory import peak_memory
 from iccld.runtime.profiling import Seconds, summed
@@ -107,8 +108,9 @@ class MetricsLogger:
             mode=self.config.wandb.value,  # type: ignore[arg-type]
             resume="allow",
             dir=self.run_dir,
-            config=dict(config),
-            settings=wandb.Settings(silent=True, console="off"),
+            config=redacted({**config, "data": _without_storage(config.get("data", {}))}),
+            # Its own notes on the process would hold the command line, and the URL of a git remote.
+            settings=wandb.Settings(silent=True, console="off", x_disable_meta=True, disable_git=True, save_code=False),
         )
 
     def record(self, step: int, losses: Mapping[str, Tensor], metrics: Mapping[str, Tensor]) -> None:
@@ -221,7 +223,11 @@ class MetricsLogger:
 def write_event(run_dir: Path, kind: str, **facts: Any) -> None:
     """One line of events.jsonl."""
     with (run_dir / "events.jsonl").open("a") as file:
-        file.write(json.dumps({"time": time.time(), "event": kind, **facts}) + "\n")
+        file.write(json.dumps({"time": time.time(), "event": kind, **redacted(facts)}) + "\n")
+
+
+def _without_storage(data: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in data.items() if name != "storage"}
 
 
 def _terminal_line(entry: Mapping[str, Any], num_steps: int) -> str:
