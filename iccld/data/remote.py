@@ -248,8 +248,13 @@ class HTTPStorage(RemoteStorage):
         headers = {"Range": f"bytes={offset}-{offset + size - 1}", "Accept-Encoding": "identity"}
         session: aiohttp.ClientSession = await filesystem.set_session()
         url = filesystem.encode_url(self._address(name))
-        response = await session.get(url, headers=headers, max_redirects=MAX_REDIRECTS)
-        place, kind = self.describe(name), response.headers.get("Content-Encoding", "identity").lower()
+        place = self.describe(name)
+        try:
+            response = await session.get(url, headers=headers, max_redirects=MAX_REDIRECTS)
+        except (aiohttp.InvalidURL, aiohttp.TooManyRedirects) as error:  # where it leads to may hold a secret
+            what = type(error).__name__
+            raise StorageError(f"{place}: the server's redirect is not followed ({what}); give the right URL.") from None
+        kind = response.headers.get("Content-Encoding", "identity").lower()
         encrypted = [hop.url.scheme == "https" for hop in (*response.history, response)]
         if response.status in (200, 206, 416) and kind == "identity" and encrypted == sorted(encrypted):
             return response

@@ -17,6 +17,7 @@ from iccld.data.reader import BadSample, ShardReader
 from iccld.data.records import examine
 from iccld.data.storage import MissingShard, StorageConfig, StorageError, open_storage
 from iccld.data.tars import Members, Place, Problem, read_members
+from iccld.redact import without_secrets
 
 STORAGE = StorageConfig(retry_for_s=30.0)
 """Of commands that someone waits for, unlike a training run."""
@@ -157,5 +158,6 @@ def run(arguments: Namespace) -> int:
     for problem in result.problems:
         print(f"broken: {problem}", file=sys.stderr)
     verdict = f"{len(result.problems)} problems" if result.problems else "all as indexed"
-    print(f"{arguments.location}: {result.num_samples} samples, {result.num_bytes / 1e6:,.1f} MB: {verdict}.")
+    read = f"{result.num_samples} samples, {result.num_bytes / 1e6:,.1f} MB"
+    print(f"{without_secrets(arguments.location)}: {read}: {verdict}.")
     return 1 if result.problems else 0
