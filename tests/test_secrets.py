@@ -106,6 +106,8 @@ def test_a_submitted_job_finds_its_secrets_in_a_file_of_the_user_alone(tmp_path:
             write_secrets(path, files[path])
             assert path.stat().st_mode & 0o777 == 0o600
             assert sorted([*shown.arguments, *read_secrets(path)]) == sorted([*original.arguments, option])
+    path = tmp_path / "shown.secrets"
+    write_secrets(path, ["a=1"])
     path.chmod(0o640)
     with pytest.raises(ValueError, match=r"others can read it; `chmod 600"):
         read_secrets(path)

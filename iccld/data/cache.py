@@ -124,6 +124,9 @@ class SampleCache:
 
     def _entry(self, path: Path) -> bytes | None:
         try:
+            if path.stat().st_size > self._bucket_bytes:  # none of ours
+                path.unlink(missing_ok=True)
+                return None
             with path.open("rb", buffering=0) as file:
                 length, data = file.read(_LENGTH.size), file.readall()
                 age = time.time() - os.fstat(file.fileno()).st_mtime

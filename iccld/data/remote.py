@@ -252,8 +252,8 @@ class HTTPStorage(RemoteStorage):
         try:
             response = await session.get(url, headers=headers, max_redirects=MAX_REDIRECTS)
         except (aiohttp.InvalidURL, aiohttp.TooManyRedirects) as error:  # where it leads to may hold a secret
-            what = type(error).__name__
-            raise StorageError(f"{place}: the server's redirect is not followed ({what}); give the right URL.") from None
+            why = type(error).__name__
+            raise StorageError(f"{place}: a redirect of the server is not followed ({why}); give its URL.") from None
         kind = response.headers.get("Content-Encoding", "identity").lower()
         encrypted = [hop.url.scheme == "https" for hop in (*response.history, response)]
         if response.status in (200, 206, 416) and kind == "identity" and encrypted == sorted(encrypted):

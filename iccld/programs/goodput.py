@@ -17,6 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from iccld.reading import read_limited
 from iccld.runtime.durable import write_text_durably
 
 CATEGORIES = {
@@ -35,6 +36,7 @@ REST = {"launched": "start", "started": "start", "preempted": "save", "finished"
 """What was done before each of these events, since the one before it."""
 
 MAX_BARS = 30
+MAX_BYTES = 1 << 30
 Event = Mapping[str, Any]
 
 
@@ -55,7 +57,7 @@ def read_events(run_dir: Path) -> list[Event]:
     if not path.is_file():
         raise ValueError(f"there is no run in {run_dir} (no events.jsonl); give a folder that train wrote.")
     found = []
-    for line in path.read_text().splitlines():
+    for line in read_limited(path, MAX_BYTES).decode(errors="replace").splitlines():
         try:
             found.append(json.loads(line))
         except json.JSONDecodeError:

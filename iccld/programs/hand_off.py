@@ -15,6 +15,7 @@ from pathlib import Path
 from iccld import __version__
 from iccld.config import Config, StageName, Weights
 from iccld.models.model_card import WEIGHTS_NAME, build
+from iccld.reading import read_json
 from iccld.runtime.durable import file_checksum, sync, write_text_durably
 from iccld.stages.base import Stage
 
@@ -78,7 +79,7 @@ def handed_over(config: Config) -> tuple[Path, HandOff]:
     path = final / HAND_OFF_NAME
     remedy = f"remove {final}, and the same command with stage=all makes it again from stage 1's last checkpoint"
     try:
-        facts = build(HandOff, json.loads(path.read_text()), where=str(path))
+        facts = build(HandOff, read_json(path), where=str(path))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read ({error}); {remedy}.") from error
     classes = list(config.data.class_set.build().names)

@@ -8,11 +8,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from iccld.reading import read_json
 from iccld.runtime.durable import file_checksum, write_text_durably
 from iccld.runtime.pieces import TensorReader
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
+MAX_BYTES = 1 << 28
 
 
 class CheckpointError(ValueError):
@@ -74,11 +76,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest, whole in itself. Raises as `verify` does."""
     damaged = f"checkpoint {folder} is damaged: {MANIFEST}"
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
+        manifest = read_json(folder / MANIFEST, MAX_BYTES)
     except FileNotFoundError:
         raise DamagedError(f"{damaged} is missing.") from None
     except ValueError as error:
-        raise DamagedError(f"{damaged} is not JSON ({error}).") from error
+        raise DamagedError(f"{damaged} cannot be used: {error}") from error
     if not isinstance(manifest, dict):
         raise DamagedError(f"{damaged} is not one JSON object.")
     checksum, version = manifest.pop("sha256", None), manifest.get("format")

@@ -24,6 +24,7 @@ import yaml
 from iccld.data.converters.pattern import Pattern
 from iccld.data.converters.readers import LabelsAs, color_code
 from iccld.labels import CITYSCAPES_ID_TO_TRAIN_ID, IGNORE_INDEX
+from iccld.reading import read_limited
 
 TRAIN_IDS = (*range(19), IGNORE_INDEX)
 KNOWN_IDS: Mapping[str, Mapping[int, int]] = {
@@ -120,8 +121,8 @@ def _load(path: Path, setting: str) -> dict[Any, Any]:
     if not path.is_file():
         raise ValueError(f"{setting}: there is no such file; give the path of a YAML.")
     try:
-        content: Any = yaml.safe_load(path.read_text())  # JSON is YAML
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content: Any = yaml.safe_load(read_limited(path))  # JSON is YAML
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         what = " ".join(str(error).split())
         raise ValueError(f"{setting} is no YAML ({what}); correct it.") from error
     if not isinstance(content, dict):
