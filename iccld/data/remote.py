@@ -34,6 +34,8 @@ LOUD_ATTEMPT = 5
 """The failed attempt at one read that is logged: earlier ones are usual, and later ones say the same."""
 BUSY_STATUSES = {408, 425, 429}
 MAX_REDIRECTS = 5
+PUBLIC_OPTIONS = ("anon", "endpoint_url", "profile", "requester_pays", "use_ssl")
+"""Options that messages may show, as far as they are no URL with a password."""
 MAX_SAID = 300
 """Letters of what others say, in a message."""
 FINAL_ERRNOS = {errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.ENAMETOOLONG, getattr(errno, "EREMCHG", errno.EPERM)}
@@ -164,8 +166,8 @@ class RemoteStorage(Storage):
 
     def _said(self, error: BaseException | str | None) -> str:
         """An error in one line, without what is secret in the location and the options."""
-        secrets = secrets_in(self.location).union(self.config.options.values())
-        return without_known(_said(error), secrets)
+        options = (value for name, value in self.config.options.items() if name not in PUBLIC_OPTIONS)
+        return without_known(_said(error), secrets_in(self.location).union(options))
 
     def _filesystem(self) -> AsyncFileSystem:
         process = os.getpid()

@@ -189,7 +189,7 @@ def open_storage(location: str | Path, config: StorageConfig | None = None) -> S
 
 def _check_scheme(location: str, allowed: list[str]) -> None:
     public, scheme = without_secrets(location), location.partition("://")[0].lower()
-    if re.match(r"[A-Za-z][\w+.-]*::.*://", location):
+    if re.search(r"^[A-Za-z][\w+.-]*::.*://|::[A-Za-z][\w+.-]*://", location):
         raise ValueError(f"{public} chains several file systems, which is not supported; give the URL of the server.")
     if is_remote(location) and scheme not in (*SCHEMES, *allowed):
         raise ValueError(
