@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from iccld.reading import read_secrets
 from iccld.redact import guard_tracebacks, redact
@@ -69,10 +69,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(redact(message, sys.argv))
+
+
 def _parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
-        "iccld", description=DESCRIPTION, formatter_class=argparse.RawTextHelpFormatter, add_help=False
-    )
+    top = _Parser("iccld", description=DESCRIPTION, formatter_class=argparse.RawTextHelpFormatter, add_help=False)
     top.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
 

@@ -18,7 +18,9 @@ OPTIONS = "options"
 """The key, in any settings, below which every value is a secret."""
 MIN_LENGTH = 4
 """Shorter pieces of a setting are not searched for in messages: they would blank out ordinary words."""
-_URL = re.compile(r"""[A-Za-z][A-Za-z0-9+.-]*://[^\s"'<>]+""")
+_URL = re.compile(r"""[A-Za-z][A-Za-z0-9+.-]+:/+[^\s"'<>]+""")
+"""With slashes missing, too: what was meant as a URL is shown as one."""
+_LOGIN = re.compile(r"""(?<![\w:/])[^\s/:@"'=]+:[^\s@"']+@(?=[\w\[])""")
 _HOST = re.compile(r"(\[[^\[\]@]*\]|[^\s:@\[\]]*)(:\d*)?\W*")
 _GIVEN_OPTION = re.compile(
     r"""(storage[^\n]{0,40}?\boptions[\w.\[\]-]*["']?\s*[=:]\s*)(\{[^}]*\}?|"[^"]*"?|'[^']*'?|\S+)"""
@@ -42,6 +44,7 @@ def redact(text: str, given: Iterable[str] = ()) -> str:
     for piece in sorted({piece for word in given for piece in secrets_in(word)}, key=len, reverse=True):
         text = text.replace(piece, HIDDEN)
     text = _URL.sub(lambda found: found[0] if found[0].lower().startswith("file:") else _bare(found[0]), text)
+    text = _LOGIN.sub(f"{HIDDEN}@", text)
     return _GIVEN_OPTION.sub(lambda found: found[1] + HIDDEN, text)
 
 
@@ -54,7 +57,7 @@ def redacted(settings: Any) -> Any:
         }
     if isinstance(settings, list | tuple):
         return [redacted(value) for value in settings]
-    return without_secrets(settings) if isinstance(settings, str) and "://" in settings else settings
+    return without_secrets(settings) if isinstance(settings, str) and _URL.search(settings) else settings
 
 
 def holds_secret(word: str) -> bool:
@@ -65,15 +68,17 @@ def holds_secret(word: str) -> bool:
 def secrets_in(word: str) -> set[str]:
     """The pieces of a location or a `key=value` that must not appear anywhere, as given and decoded."""
     pieces: set[str] = set()
-    for url in [word.partition("=")[2], *_URL.findall(word)] if "://" in word else []:
-        bare, rest = _bare(url), url.partition("://")[2]
-        credentials, _, _ = rest.rpartition("@" + bare.partition("://")[2].partition("/")[0])
-        user, _, password = credentials.partition(":")
+    whole = word if is_url(word) else word.partition("=")[2]
+    for url in [whole, *_URL.findall(word)] if _URL.search(word) else []:
+        (_, rest), (_, bare) = _divided(url), _divided(_bare(url))
+        user, _, password = rest.rpartition("@" + bare.partition("/")[0])[0].partition(":")
         pieces |= {password or user}
         pieces |= {value.partition("=")[2] or value for value in re.split(r"[&?#]", url)[1:]}
-    for _, value in _GIVEN_OPTION.findall(word):
+    if _GIVEN_OPTION.search(word):
+        value = word.partition("=")[2]
         pieces |= set(re.findall(r"[^\s{}\[\],:\"']+", value)) | {value}
     pieces |= {unquote(piece) for piece in pieces}
+    pieces |= {repr(piece)[1:-1] for piece in pieces}
     return {piece for piece in pieces if len(piece) >= MIN_LENGTH and piece not in ("true", "false")}
 
 
@@ -102,11 +107,18 @@ def guard_tracebacks(given: Iterable[str]) -> None:
 
 
 def _bare(url: str) -> str:
-    scheme, _, rest = url.partition("://")
+    scheme, rest = _divided(url)
     host = rest.partition("/")[0]
     host = re.split(r"[?#]", host, maxsplit=1)[0]
     if "@" in host:
         rest = rest[len(host.rpartition("@")[0]) + 1 :]
     elif "@" in rest and not _HOST.fullmatch(host):  # a password in which / ? or # was not encoded
         rest = rest.rpartition("@")[2]
-    return f"{scheme}://{re.split(r'[?#]', rest, maxsplit=1)[0]}"
+    return scheme + re.split(r"[?#]", rest, maxsplit=1)[0]
+
+
+def _divided(url: str) -> tuple[str, str]:
+    """The scheme with its colon and slashes, and the rest."""
+    found = re.match(r"([A-Za-z][A-Za-z0-9+.-]*:/+)?(.*)", url, re.DOTALL)
+    assert found is not None
+    return found[1] or "", found[2]

@@ -6,9 +6,6 @@ import pytest
 from iccld.programs.goodput import read_events
 from iccld.reading import read_json, read_limited
 from iccld.runtime.manifest import MANIFEST, DamagedError, read_manifest
-from iccld.slurm.engine_file import engine_variables
-from iccld.slurm.history import lead_time_s
-from iccld.slurm.settings_file import read_settings
 
 
 def test_a_file_is_read_up_to_a_limit(tmp_path: Path) -> None:
@@ -33,8 +30,6 @@ READERS = {
     "config": (lambda folder: read_limited(folder / "file"), "file"),
     "manifest": (read_manifest, MANIFEST),
     "events": (read_events, "events.jsonl"),
-    "engine": (lambda folder: engine_variables(folder / "file"), "file"),
-    "settings": (lambda folder: read_settings(folder / "file"), "file"),
 }
 
 
@@ -53,11 +48,3 @@ def test_endless_files_end_no_reader(tmp_path: Path, kind: str) -> None:
     os.truncate(tmp_path / name, 1 << 40)
     with pytest.raises((ValueError, DamagedError)):
         read(tmp_path)
-
-
-def test_history_passes_over_what_cannot_be_read(tmp_path: Path) -> None:
-    folder = tmp_path / "stage1/checkpoints/step_00000001"
-    folder.mkdir(parents=True)
-    for text in ("[]", "{", "null", '{"save_s": []}', "[" * 100_000):
-        (folder / "manifest.json").write_text(text)
-        assert lead_time_s(tmp_path) == 60

@@ -5,8 +5,6 @@ from typing import Any
 
 import yaml
 
-from iccld.reading import read_limited
-
 FOLDER = Path(__file__).resolve().parents[2] / "accelerate_configs"
 
 
@@ -21,7 +19,7 @@ def engine_path(engine: str) -> Path:
 
 def engine_variables(path: Path) -> dict[str, str]:
     """The environment of each rank. Raises ValueError for a file that is none of accelerate's."""
-    settings = yaml.safe_load(read_limited(path))
+    settings = yaml.safe_load(path.read_text())
     if not isinstance(settings, dict) or "distributed_type" not in settings:
         raise ValueError(f"{path} is no file of accelerate's (no distributed_type); use one of accelerate_configs/.")
     kind = settings["distributed_type"]

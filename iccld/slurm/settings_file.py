@@ -7,7 +7,6 @@ from typing import Any
 
 import yaml
 
-from iccld.reading import read_limited
 from iccld.slurm.config import SETTINGS, SubmitConfig
 
 _DEFAULTS = {setting.name: setting.default for setting in fields(SubmitConfig)} | {"engine": ""}
@@ -16,7 +15,7 @@ _DEFAULTS = {setting.name: setting.default for setting in fields(SubmitConfig)} 
 def read_settings(path: Path) -> dict[str, Any]:
     """By name. Raises ValueError for what no setting takes, in one line."""
     try:
-        loaded = yaml.safe_load(read_limited(path)) or {}
+        loaded = yaml.safe_load(path.read_text()) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     unknown = sorted(map(str, loaded.keys() - _DEFAULTS)) if isinstance(loaded, dict) else ["no settings"]
