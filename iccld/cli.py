@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from iccld.outcome import status_of, words
+from iccld.reading import read_secrets
+from iccld.redact import guard_tracebacks, redact
 
 if TYPE_CHECKING:
     from iccld.config import Config
@@ -44,13 +46,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         try:
-            return _run(parse(argv))
+            arguments = parse(argv)
+            given = [*(sys.argv[1:] if argv is None else argv), *getattr(arguments, "overrides", [])]
+            guard_tracebacks(given)
+            return _run(arguments, given)
         finally:
             for stream in _outputs():
                 stream.flush()  # or the interpreter would do so at its end, and complain
     except (OSError, SystemExit) as end:
         error = end.__context__ if isinstance(end, SystemExit) else end  # rich exits where a pipe is broken
-        if not isinstance(error, OSError):
+        if not isinstance(error, OSError if error is end else BrokenPipeError):
             raise
         if not isinstance(error, BrokenPipeError):
             print(f"iccld: the output cannot be written ({error.strerror}).", file=sys.stderr, flush=True)
@@ -63,7 +68,7 @@ def _outputs() -> list[TextIO]:
     return [stream for stream in (sys.stdout, sys.stderr) if stream is not None]  # None: closed by who started us
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def _run(arguments: argparse.Namespace, given: Sequence[str]) -> int:
     try:
         return arguments.run(arguments) or 0
     except (ValueError, OSError) as error:
@@ -74,7 +79,7 @@ def _run(arguments: argparse.Namespace) -> int:
             rank > 0
         ):  # those that fail alike are ended by the launcher before they repeat it; one that fails alone speaks
             time.sleep(3)
-        line = f"iccld {arguments.verb}: {f'rank {rank}: ' if rank else ''}{words(error)}"
+        line = f"iccld {arguments.verb}: {f'rank {rank}: ' if rank else ''}{redact(words(error), given)}"
         print("".join(map(_printable, line)), file=sys.stderr, flush=True)
         return status_of(error)
 
@@ -108,13 +113,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         top.error(f"unrecognized arguments: {' '.join(stray)}")
     if left:
         arguments.overrides += left
+    for path in getattr(arguments, "secrets", []):
+        arguments.overrides += read_secrets(path)
     return arguments
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(redact(message, sys.argv))
+
+
 def _parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
-        "iccld", description=DESCRIPTION, formatter_class=argparse.RawTextHelpFormatter, add_help=False
-    )
+    top = _Parser("iccld", description=DESCRIPTION, formatter_class=argparse.RawTextHelpFormatter, add_help=False)
     top.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
 
@@ -143,6 +153,11 @@ def _parser() -> argparse.ArgumentParser:
     predict.set_defaults(run=_predict)
 
     _add_program_verbs(verbs)
+    about = "a file of yours alone (mode 0600) with key=value lines, which other users do not see as they do a command"
+    for name in ("train", "config", "evaluate", "profile"):
+        verbs.choices[name].add_argument(
+            "--secrets", type=Path, action="append", default=[], metavar="FILE", help=about
+        )
     _add_shards(verbs)
     _add_checkpoint(verbs)
     return top
@@ -246,11 +261,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     if given := [word for word in arguments.overrides if word.lstrip("+").startswith("run_dir=")]:
         raise ValueError(f"{given[0]}: the run is what stands first, {arguments.run_dir}; leave the setting out.")
     with Preemption() as preemption:
-        from iccld.config import read_config
-        from iccld.programs.evaluate import evaluate_run
+        from iccld.programs.evaluate import evaluate_run, saved_settings
 
-        overrides = [*arguments.overrides, f"run_dir={arguments.run_dir}"]
-        config = read_config(arguments.run_dir / "config.yaml", overrides)
+        config = saved_settings(arguments.run_dir, arguments.overrides)
         finished = evaluate_run(config, preemption, model_folder=arguments.model)
     return 0 if finished else _stopped(config, "iccld evaluate: stopped by a signal; the same command begins again")
 

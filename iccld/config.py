@@ -22,6 +22,7 @@ from iccld.data.config import DataConfig
 from iccld.evaluation import EvaluationConfig
 from iccld.group_files import check_group_file, own_files, place_of, remedy_of
 from iccld.models.iccld import ModelConfig
+from iccld.redact import redacted
 from iccld.runtime.engine import EngineConfig
 from iccld.runtime.limits import WatchdogConfig
 from iccld.runtime.memory import MemoryConfig
@@ -186,8 +187,8 @@ def _one_line(error: BaseException) -> str:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Plain numbers, strings, lists and dicts, as YAML and JSON have them; enums by name."""
-    return _plain(config)
+    """Plain numbers, strings, lists and dicts, as YAML and JSON have them; enums by name; no secrets (`redact`)."""
+    return redacted(_plain(config))
 
 
 def _plain(value: Any) -> Any:

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from iccld.config import Config, read_config
+from iccld.config import Config
 from iccld.data.stream import read_validation
 from iccld.durable import replacing, write_whole
 from iccld.evaluation import results_table
 from iccld.models.iccld import ICCLD
 from iccld.predict import colourise, comparison_picture
-from iccld.programs.evaluate import named_results, predict_function
+from iccld.programs.evaluate import named_results, predict_function, saved_settings
 
 NUM_PICTURES = 6
 
@@ -27,7 +27,7 @@ def main(folder: Path) -> None:
     write_whole(folder / "results.json", json.dumps(results, indent=1))
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(results_table(named_results(results), title="embedded data set, game to camera, validation set"))
-    draw(folder, read_config(folder / "adapted" / "config.yaml"))
+    draw(folder, saved_settings(folder / "adapted", []))
     print(f"figures: {folder / 'results.json'}   picture: {folder / 'comparison.png'}")
 
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 40
 
-LEAVES = {"labels", "rng", "plain_yaml", "settings", "texts", "outcome"}
+LEAVES = {"labels", "rng", "plain_yaml", "settings", "texts", "outcome", "reading", "redact"}
 """Rooms that all others may enter: keyed draws, plain files, and how a command ends."""
 PROGRAMS = {"__main__", "cli", "programs"}
 EVERYTHING = {"*"}  # but the programs, unless one is asking
@@ -25,6 +25,8 @@ MAY_IMPORT = {
     "__init__": set(),  # importing a leaf stays cheap
     "configs": set(),  # YAML
     "labels": set(),
+    "reading": set(),
+    "redact": set(),
     "rng": set(),
     "durable": set(),
     "plain_yaml": set(),
@@ -68,7 +70,7 @@ OWNERS = {
     "fsspec": {"data/remote.py"},
     "aiohttp": {"data/remote.py"},
     "tenacity": {"data/remote.py"},
-    "zlib_ng": {"data/grey_png.py"},
+    "zlib_ng": {"data/grey_png.py", "data/index.py", "data/integrity.py"},
     "matplotlib": {"data/info.py", "programs/goodput.py", "programs/profile_report.py"},
     "safetensors": {"models/iccld.py", "programs/ema.py", "runtime/pieces.py"},
     "pickle": set(),

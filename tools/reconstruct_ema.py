@@ -16,9 +16,10 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from iccld.config import StageName, read_config
+from iccld.config import StageName
 from iccld.evaluation import results_table
 from iccld.programs.ema import sweep, write_reconstruction
+from iccld.programs.evaluate import saved_settings
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -46,8 +47,7 @@ def read_widths(text: str) -> list[float]:
 
 
 def score_widths(arguments: argparse.Namespace) -> None:
-    overrides = [*arguments.overrides, f"run_dir={arguments.run_dir}"]
-    config = read_config(arguments.run_dir / "config.yaml", overrides)
+    config = saved_settings(arguments.run_dir, arguments.overrides)
     widths = read_widths(arguments.sweep)
     rows = sweep(config, StageName(arguments.stage), widths=widths, step=arguments.step)
     named = {f"{row['weights']} x{steps}": scores for row in rows for steps, scores in row["scores"].items()}

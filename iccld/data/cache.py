@@ -131,6 +131,9 @@ class SampleCache:
         except FileNotFoundError:
             return None
         with os.fdopen(descriptor, "rb", buffering=0) as file:
+            if os.fstat(descriptor).st_size > self._bucket_bytes:  # none of ours
+                path.unlink(missing_ok=True)
+                return None
             length, data = file.read(_LENGTH.size), file.readall()
             age = time.time() - os.fstat(descriptor).st_mtime
             if not 0 <= age < TOUCH_EVERY_S:

@@ -1,12 +1,14 @@
 """The data section of an experiment's configuration, and how a global batch is divided among ranks."""
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from iccld.data.cache import CacheConfig
-from iccld.data.storage import StorageConfig
+from iccld.data.storage import StorageConfig, is_remote
 from iccld.labels import CITYSCAPES_19, ClassSet, merged_class_set
+from iccld.redact import without_secrets
 
 STRIDE = 8
 """Of the latent: crops are multiples of it."""
@@ -30,12 +32,11 @@ class SetConfig:
     keys: str = ""
 
     def __post_init__(self) -> None:
+        name = without_secrets(self.shards) or "a set"
         if not (math.isfinite(self.weight) and self.weight > 0):
-            raise ValueError(f"weight={self.weight} of {self.shards or 'a set'} must be positive; 1 is usual.")
+            raise ValueError(f"weight={self.weight} of {name} must be positive; 1 is usual.")
         if not 0 < self.first_percent <= 100:
-            raise ValueError(
-                f"first_percent={self.first_percent} of {self.shards or 'a set'} must be in (0, 100]; 100 uses all."
-            )
+            raise ValueError(f"first_percent={self.first_percent} of {name} must be in (0, 100]; 100 uses all.")
 
 
 @dataclass
@@ -108,6 +109,46 @@ class DataConfig:
                 f"the image's height that leave something between them, as 0.03 and 0.24 do."
             )
         self.class_set.build()
+
+
+def of_saved_run(config: DataConfig, given: Sequence[str], *, roles: Sequence[str], where: str) -> DataConfig:
+    """The data section of a run's saved settings (file `where`), without what a stranger could do harm by.
+
+    `given` are the settings of the command line, which the config holds already. What they do not repeat is not
+    followed: storage options, further schemes and the cache's folder are left out, and a set of `roles` on a server is
+    refused. A folder of this machine is read: as data, it can do no harm.
+    """
+    names = [word.lstrip("+").partition("=")[0] for word in given]
+
+    def is_given(key: str) -> bool:
+        return any(key == name or key.startswith(f"{name}.") for name in names)
+
+    for key, location in locations(config, roles).items():
+        if is_remote(location) and not is_given(key):
+            raise ValueError(
+                f"{where} names a set on a server, and who made the file is not known; if you trust it, repeat the "
+                f"setting: {key}={without_secrets(location)} (with what else the server asks for: user, signature, "
+                f"data.storage.options)."
+            )
+    storage, cache = config.storage, config.cache
+    options = {name: value for name, value in storage.options.items() if is_given(f"data.storage.options.{name}")}
+    schemes = storage.allow_schemes if is_given("data.storage.allow_schemes") else []
+    folder = cache.folder if is_given("data.cache.folder") else ""
+    return replace(
+        config,
+        storage=replace(storage, options=options, allow_schemes=schemes),
+        cache=replace(cache, folder=folder),
+    )
+
+
+def locations(config: DataConfig, roles: Sequence[str]) -> dict[str, str]:
+    """Where the sets of the roles lie, by the names of their settings."""
+    found = {}
+    for role in roles:
+        dataset: DatasetConfig = getattr(config, role)
+        sets: dict[str, SetConfig] = {"": dataset} | {f".also.{name}": part for name, part in dataset.also.items()}
+        found |= {f"data.{role}{name}.shards": part.shards for name, part in sets.items() if part.shards}
+    return found
 
 
 def _check(name: str, value: float, holds: bool, rule: str) -> None:

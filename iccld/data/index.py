@@ -10,6 +10,7 @@ billion samples cost no memory:
 """
 
 import json
+import tokenize
 import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -17,15 +18,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from zlib_ng import zlib_ng
 
 from iccld.durable import create, write_whole
 from iccld.labels import CITYSCAPES_19
+from iccld.reading import MIB, parse_json, read_limited
 
 FORMAT_VERSION = 2
 NUM_TRAIN_IDS = CITYSCAPES_19.num_classes
 INDEX_FOLDER = "index"
 HEADER_FILE = "index.json"
 ARRAY_FILES = ("shards.npy", "samples.npy", "classes.npy")
+MAX_HEADER_BYTES = 64 * MIB
+MAX_COUNT = 1 << 62
+MAX_TEXT_BYTES = 4096
+"""Of a key, and of a shard's name: what a record may be wide."""
+MAX_NPY_HEADER_BYTES = 1 << 16
+NPY_FAULTS = (OSError, ValueError, TypeError, OverflowError, SyntaxError, MemoryError, RecursionError, EOFError)
+"""What numpy raises for a file that is no array, besides tokenize.TokenError."""
 MAKE_IT = "make the shards with `iccld shards make`, or index tars made elsewhere with `iccld shards index`"
 
 
@@ -102,13 +112,9 @@ class ShardIndex:
         path = folder / HEADER_FILE
         if not path.is_file():
             raise ValueError(f"{where}: {path} is missing, so the shards are not finished; {MAKE_IT}.")
-        header = parse_header(path.read_bytes(), f"{where}: {path}")
-        dtypes = {"shards.npy": shard_dtype(1), "samples.npy": sample_dtype(1), "classes.npy": np.dtype(np.uint32)}
-        lengths = (header.num_shards, header.num_samples, sum(header.class_samples))
-        arrays = [
-            _mapped(folder / name, dtypes[name], length, where)
-            for name, length in zip(ARRAY_FILES, lengths, strict=True)
-        ]
+        header = parse_header(read_limited(path, MAX_HEADER_BYTES), f"{where}: {path}")
+        remedy = remedy_of(location, folder)
+        arrays = [_mapped(folder / name, *kind, where, remedy) for name, kind in array_kinds(header).items()]
         if not header.num_samples:
             raise ValueError(f"{where}: the set is empty; {MAKE_IT}.")
         return cls(str(location), folder, header, *arrays)
@@ -120,10 +126,19 @@ class ShardIndex:
         """Another process maps the files itself, instead of being sent the records."""
         return _reopen, (self.location, self.folder)
 
+    @property
+    def remedy(self) -> str:
+        """What to do where its files are damaged."""
+        return remedy_of(self.location, self.folder)
+
     def key(self, position: int) -> str:
         return self.samples["key"][position].decode(errors="replace")
 
     def shard_name(self, shard: int) -> str:
+        if shard >= len(self.shards):
+            raise ValueError(
+                f"{self.folder}: a sample is said to be in shard {shard} of {len(self.shards)}; {self.remedy}."
+            )
         return self.shards["name"][shard].decode(errors="replace")
 
     def samples_with(self, train_id: int) -> np.ndarray:
@@ -132,7 +147,10 @@ class ShardIndex:
         return self.classes[start : start + self.header.class_samples[train_id]]
 
     def fingerprint(self) -> dict[str, Any]:
-        """What a run remembers of its data, to notice that it changed: changes with any byte of any sample."""
+        """What a run remembers of its data, to notice that it changed: changes with any byte of any sample.
+
+        The checksums are those of the header, which `integrity` compares with the bytes.
+        """
         checksum = zlib.crc32(json.dumps(self.header.checksums, sort_keys=True).encode())
         return {"dataset": self.header.dataset, "num_samples": len(self), "index": f"{checksum:08x}"}
 
@@ -144,39 +162,72 @@ def _reopen(location: str, folder: Path) -> ShardIndex:
 def parse_header(text: bytes, where: str) -> IndexHeader:
     """The header in an `index.json`; raises ValueError, naming `where`, for anything else."""
     try:
-        content = json.loads(text)
+        content = parse_json(text, "it")
         version = content.get("version")
-        if version != FORMAT_VERSION:
-            raise ValueError(
-                f"{where} has version {version}, this program reads {FORMAT_VERSION}; remove the index and {MAKE_IT}."
-            )
-        header = IndexHeader(**content)
-        if not _is_sound(header):
+        header = IndexHeader(**content) if version == FORMAT_VERSION else None
+        if header and not _is_sound(header):
             raise TypeError("its numbers do not fit each other")
-        return header
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, TypeError, RecursionError) as error:
-        raise ValueError(f"{where} is damaged ({error}); remove the index and {MAKE_IT}.") from error
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{where} is damaged ({str(error)[:200]}); remove the index and {MAKE_IT}.") from error
+    if header is None:
+        raise ValueError(
+            f"{where} has version {str(version)[:20]}, this program reads {FORMAT_VERSION}; "
+            f"remove the index and {MAKE_IT}."
+        )
+    return header
 
 
 def _is_sound(header: IndexHeader) -> bool:
     counts = [header.num_samples, header.num_shards, header.num_bytes, *header.class_pixels, *header.class_samples]
+    counts += [*header.min_size, *header.max_size]
     return (
-        all(isinstance(count, int) and count >= 0 for count in (*counts, *header.min_size, *header.max_size))
+        all(type(count) is int and 0 <= count < MAX_COUNT for count in counts)
+        and all(type(checksum) is int and 0 <= checksum < 1 << 32 for checksum in header.checksums.values())
         and len(header.class_pixels) == len(header.class_samples) == NUM_TRAIN_IDS
+        and all(count <= header.num_samples for count in header.class_samples)
         and len(header.min_size) == len(header.max_size) == 2
         and set(header.checksums) == set(ARRAY_FILES)
+        and [type(value) for value in (header.dataset, header.has_labels, header.settings)] == [str, bool, dict]
     )
 
 
-def _mapped(path: Path, dtype: np.dtype, length: int, where: str) -> np.ndarray:
+def array_kinds(header: IndexHeader) -> dict[str, tuple[np.dtype, int]]:
+    """The fields of each array's records, texts as narrow as can be, and how many there are."""
+    dtypes = (shard_dtype(1), sample_dtype(1), np.dtype(np.uint32))
+    lengths = (header.num_shards, header.num_samples, sum(header.class_samples))
+    return dict(zip(ARRAY_FILES, zip(dtypes, lengths, strict=True), strict=True))
+
+
+def array_bytes(header: IndexHeader) -> dict[str, range]:
+    """How many bytes each array's file may have."""
+    return {
+        name: range(
+            length * dtype.itemsize,
+            length * (dtype.itemsize + (MAX_TEXT_BYTES if dtype.names else 0)) + MAX_NPY_HEADER_BYTES + 1,
+        )
+        for name, (dtype, length) in array_kinds(header).items()
+    }
+
+
+def remedy_of(location: str | Path, folder: Path) -> str:
+    """What to do where an index is damaged: it is a copy of a remote set's, or the set's own."""
+    if folder != Path(location) / INDEX_FOLDER:
+        return f"remove {folder}, a copy that is fetched anew"
+    return f"restore it, or remove {folder}/ and index the set again"
+
+
+def _mapped(path: Path, dtype: np.dtype, length: int, where: str, remedy: str) -> np.ndarray:
     why = "it has other fields or another length"
     try:
         array = np.load(path, mmap_mode="r" if length else None, allow_pickle=False)
         if isinstance(array, np.ndarray) and array.shape == (length,) and _alike(array.dtype, dtype):
-            return array
-    except (OSError, ValueError) as error:
-        why = str(error)
-    raise ValueError(f"{where}: {path} does not fit {HEADER_FILE} ({why}); remove {path.parent} and {MAKE_IT}.")
+            head = array.offset if isinstance(array, np.memmap) else path.stat().st_size
+            if array.dtype.itemsize <= dtype.itemsize + MAX_TEXT_BYTES and path.stat().st_size == head + array.nbytes:
+                return array
+            why = "its records have another width"
+    except (*NPY_FAULTS, tokenize.TokenError) as error:
+        why = " ".join(str(error).split())[:200]
+    raise ValueError(f"{where}: {path} does not fit {HEADER_FILE} ({why}); {remedy}.")
 
 
 def _alike(one: np.dtype, other: np.dtype) -> bool:
@@ -234,5 +285,5 @@ def file_checksum(path: Path) -> int:
     checksum = 0
     with path.open("rb") as file:
         while piece := file.read(1 << 22):
-            checksum = zlib.crc32(piece, checksum)
+            checksum = zlib_ng.crc32(piece, checksum)
     return checksum

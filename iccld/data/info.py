@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from iccld.data import integrity
 from iccld.data.index import IndexHeader, ShardIndex
 from iccld.data.open_index import open_index
 from iccld.data.storage import open_storage
@@ -34,7 +35,7 @@ def facts(index: ShardIndex) -> list[tuple[str, str]]:
     return [
         ("data set", header.dataset or "(not named)"),
         ("samples", f"{header.num_samples:,}, {'all' if header.has_labels else 'none'} with labels"),
-        ("left out", f"{header.settings.get('left_out', 0):,} bad ones when it was made"),
+        ("left out", f"{header.settings.get('left_out', 0)} bad ones when it was made"),
         ("shards", f"{header.num_shards:,}, {_amount(tars)}"),
         (
             "images and labels",
@@ -119,6 +120,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(arguments: Namespace) -> int:
     """Prints the tables, or the keys. Raises ValueError where the user erred."""
     index = open_index(open_storage(arguments.location, STORAGE), arguments.location)
+    integrity.ensure(index)
     if arguments.keys:
         for position in range(len(index)):
             print(index.key(position))

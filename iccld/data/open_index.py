@@ -1,13 +1,25 @@
 """The index of a set wherever it lies: a folder's is opened there, a remote one is copied once a node."""
 
 import os
+import shutil
 import zlib
 from contextlib import suppress
 from pathlib import Path
 
-from iccld.data.index import ARRAY_FILES, HEADER_FILE, INDEX_FOLDER, ShardIndex, file_checksum, parse_header
-from iccld.data.storage import MissingShard, Storage, StorageError, check_name, is_remote, local_folder, without_secrets
+from iccld.data.index import (
+    ARRAY_FILES,
+    HEADER_FILE,
+    INDEX_FOLDER,
+    MAX_HEADER_BYTES,
+    ShardIndex,
+    array_bytes,
+    file_checksum,
+    parse_header,
+)
+from iccld.data.storage import MissingShard, Storage, StorageError, check_name, check_size, is_remote, local_folder
 from iccld.durable import locked, make_folder, remove_left_overs, replacing, write_whole
+from iccld.reading import read_limited
+from iccld.redact import without_secrets
 
 _LEFT_OVER_AFTER_S = 86_400.0
 
@@ -22,7 +34,7 @@ def open_index(
     where = f"{setting}={public}: {INDEX_FOLDER}/{HEADER_FILE}"
     indexed = storage.below(INDEX_FOLDER)
     try:
-        text = indexed.read_all(HEADER_FILE)
+        text = indexed.read_all(HEADER_FILE, limit=MAX_HEADER_BYTES)
     except MissingShard as error:
         raise ValueError(f"{where} is missing ({error}); upload the folder {INDEX_FOLDER}/ with the shards.") from error
     header = parse_header(text, where)
@@ -31,9 +43,10 @@ def open_index(
     folder = make_folder(kept / INDEX_FOLDER / version, within=kept)
     for name in ARRAY_FILES:  # whole where they are there at all: reading a billion records again takes minutes
         if not (folder / name).is_file():
-            fetch_file(indexed, name, folder, checksum=header.checksums[name])
-    if not (folder / HEADER_FILE).is_file():
-        write_whole(folder / HEADER_FILE, text)
+            fetch_file(indexed, name, folder, checksum=header.checksums[name], sizes=array_bytes(header)[name])
+    path = folder / HEADER_FILE
+    if not path.is_file() or read_limited(path, MAX_HEADER_BYTES) != text:
+        write_whole(path, text)
     return ShardIndex.open(public, setting=setting, folder=folder)
 
 
@@ -47,11 +60,12 @@ def user_cache_folder() -> Path:
         raise ValueError("This user has no home folder for copies of indices; set data.cache.folder.") from error
 
 
-def fetch_file(storage: Storage, name: str, folder: Path, *, checksum: int | None = None) -> Path:
-    """Copies a file into `folder`, in pieces; it appears there whole or not at all. Returns its path.
+def fetch_file(storage: Storage, name: str, folder: Path, *, sizes: range, checksum: int | None = None) -> Path:
+    """Copies a file of one of `sizes` into `folder`, in pieces; it appears whole or not at all. Returns its path.
 
     With `checksum` (CRC-32), a copy that has it is kept, and what arrives is checked. Ranks that ask for it at once
-    wait for the one that copies it. Raises what reading raises, and StorageError where the checksum differs.
+    wait for the one that copies it. Raises what reading raises, and StorageError where size or checksum are others,
+    or the disk has no room.
     """
     check_name(name, storage.location)
     path = folder / name
@@ -59,7 +73,7 @@ def fetch_file(storage: Storage, name: str, folder: Path, *, checksum: int | Non
         before = _version(path)
         with locked(folder / f".{name}.lock"):  # without locks, all copy: slower, and as right
             if _version(path) == before:
-                _copy(storage, name, path, checksum)
+                _copy(storage, name, path, checksum, sizes)
                 return path
         if checksum is None:  # another rank has copied it in the meantime
             return path
@@ -73,11 +87,18 @@ def _version(path: Path) -> tuple[int, int] | None:
     return None
 
 
-def _copy(storage: Storage, name: str, path: Path, checksum: int | None) -> None:
+def _copy(storage: Storage, name: str, path: Path, checksum: int | None, sizes: range) -> None:
+    size, free = storage.size(name), shutil.disk_usage(path.parent).free
+    check_size(storage.describe(name), size, sizes)
+    if size > free:
+        raise StorageError(
+            f"{storage.describe(name)}: its {size:,} bytes do not fit into {path.parent} ({free:,} are free); make "
+            f"room, or set data.cache.folder to a larger disk."
+        )
     remove_left_overs(path.parent, of=name, older_than_s=_LEFT_OVER_AFTER_S)
     found = 0
     with replacing(path) as file:
-        for piece in storage.pieces(name):
+        for piece in storage.pieces(name, size):
             file.write(piece)
             found = zlib.crc32(piece, found)
         if checksum not in (None, found):

@@ -14,6 +14,8 @@ _MASK = (1 << 64) - 1
 _NUM_ROUND_PAIRS = 4
 _BLOCK = 10_000
 _NUM_PROBES, _ENOUGH, _AT_ONCE = 1024, 1 / 32, 1 << 20
+_MAX_DRAWS = 100_000
+_DAMAGED = "the index is damaged: look at the set with `iccld shards verify`"
 
 
 @dataclass(frozen=True)
@@ -190,13 +192,15 @@ class _ClassImages:
 
     def draw(self, generator: np.random.Generator) -> int:
         """One of them, uniformly: an image that several train ids list counts for the first of them alone."""
-        while True:
+        for _ in range(_MAX_DRAWS):
             place = int(generator.integers(self._ends[-1]))
             member = int(np.searchsorted(self._ends, place, side="right"))
             images = self._members[member][1]
             image = int(images[place - int(self._ends[member])])  # counted from the list's end
-            if image < self._limit and all(self._pixels[image, t] <= self._least for t, _ in self._members[:member]):
+            earlier = (_pixels_of(self._pixels, image, t) for t, _ in self._members[:member])
+            if _inside(image, self._pixels) < self._limit and all(pixels <= self._least for pixels in earlier):
                 return image
+        raise ValueError(f"no image is found in {_MAX_DRAWS:,} draws of a class; {_DAMAGED}.")
 
 
 def _mostly_below(images: np.ndarray, limit: int) -> np.ndarray:
@@ -210,7 +214,19 @@ def _mostly_below(images: np.ndarray, limit: int) -> np.ndarray:
 
 def _count_above(class_pixels: np.ndarray, images: np.ndarray, train_id: int, least: int) -> int:
     """How many of the `images`, sorted by falling pixels of `train_id`, have more than `least` of them."""
-    return bisect.bisect_left(range(len(images)), -least, key=lambda i: -int(class_pixels[images[i], train_id]))
+    return bisect.bisect_left(
+        range(len(images)), -least, key=lambda i: -_pixels_of(class_pixels, int(images[i]), train_id)
+    )
+
+
+def _pixels_of(class_pixels: np.ndarray, image: int, train_id: int) -> int:
+    return int(class_pixels[_inside(image, class_pixels), train_id])
+
+
+def _inside(image: int, class_pixels: np.ndarray) -> int:
+    if image >= len(class_pixels):
+        raise ValueError(f"classes.npy of an index names sample {image} of {len(class_pixels)}; {_DAMAGED}.")
+    return image
 
 
 class SubsetOrder:

@@ -8,13 +8,15 @@ from pathlib import Path
 
 import numpy as np
 
+from iccld.data import integrity
 from iccld.data.cache import SampleCache
 from iccld.data.config import DataConfig, DatasetConfig, OnError, SetConfig
 from iccld.data.index import NUM_TRAIN_IDS, ShardIndex, rank_samples
 from iccld.data.open_index import open_index
 from iccld.data.order import EpochOrder, MixedOrder, Order, RareClassOrder, SubsetOrder
 from iccld.data.reader import ShardReader
-from iccld.data.storage import MissingShard, Storage, open_storage, without_secrets
+from iccld.data.storage import MissingShard, Storage, open_storage
+from iccld.redact import without_secrets
 from iccld.texts import read_text
 
 MAX_CHECKED_SHARDS = 1000
@@ -67,6 +69,7 @@ def _open_part(
     setting = f"data.{role}.also.{name}" if name else f"data.{role}"
     storage = open_storage(part.shards, config.storage)
     index = open_index(storage, part.shards, setting=f"{setting}.shards", cache_folder=config.cache.folder)
+    integrity.ensure(index)
     if with_labels and not index.header.has_labels:
         raise ValueError(
             f"{setting}.shards={without_secrets(part.shards)} has no labels, but the labels of the {role} set are "

@@ -85,7 +85,7 @@ class ShardReader:
         places = [(int(record[f"{kind}_offset"]), int(record[f"{kind}_size"])) for kind in kinds]
         start, end = min(offset for offset, _ in places), max(offset + size for offset, size in places)
         if sum(size for _, size in places) > MAX_SAMPLE_BYTES or int(record["shard"]) >= len(self.index.shards):
-            raise ValueError(f"{self.index.location}: the index of sample {position} is damaged; index the set again.")
+            raise ValueError(f"{self.index.folder}: the index of sample {position} is damaged; {self.index.remedy}.")
         shard = self.index.shards[int(record["shard"])]
         name = self.index.shard_name(int(record["shard"]))
         if end > int(shard["size"]):

@@ -24,8 +24,8 @@ from iccld.data.storage import (
     StorageError,
     Unreachable,
     short_read,
-    without_secrets,
 )
+from iccld.redact import secrets_in, without_known, without_secrets
 
 logger = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
@@ -34,6 +34,11 @@ FIRST_WAIT_S, MAX_WAIT_S = 0.2, 10.0
 LOUD_ATTEMPT = 5
 """The failed attempt at one read that is logged: earlier ones are usual, and later ones say the same."""
 BUSY_STATUSES = {408, 425, 429}
+MAX_REDIRECTS = 5
+PUBLIC_OPTIONS = ("anon", "endpoint_url", "profile", "requester_pays", "use_ssl")
+"""Options that messages may show, as far as they are no URL with a password."""
+MAX_SAID = 300
+"""Letters of what others say, in a message."""
 FINAL_ERRNOS = {errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.ENAMETOOLONG, getattr(errno, "EREMCHG", errno.EPERM)}
 FINAL_ERRORS = (StorageError, FileNotFoundError, PermissionError, TypeError, ValueError, AttributeError, ImportError)
 # By name, since they belong to packages that need not be installed.
@@ -47,16 +52,25 @@ def open_remote(location: str, config: StorageConfig) -> "RemoteStorage":
     """The storage at a URL; raises ValueError where no installed package reads it."""
     scheme, host = location.partition("://")[0].lower(), location.partition("://")[2].strip("/")
     if not host:
-        raise ValueError(f"{location} names no server or bucket; write it as {scheme}://NAME/folder.")
+        raise ValueError(f"{scheme}:// names no server or bucket; write it as {scheme}://NAME/folder.")
     if scheme in ("http", "https"):
+        _check_url(location)
         return HTTPStorage(location, config)
     try:
         fsspec.get_filesystem_class(scheme)
     except (ValueError, ImportError) as error:
+        raise ValueError(f"{without_secrets(location)} cannot be read: {_said(error)}; check the scheme.") from error
+    return (S3Storage if scheme in ("s3", "s3a") else RemoteStorage)(location, config)
+
+
+def _check_url(location: str) -> None:
+    try:
+        _ = urlsplit(location).port
+    except ValueError:  # its message would show a password in which / ? # or @ is not encoded
         raise ValueError(
-            f"{without_secrets(location)} cannot be read: {_one_line(error)}; check the scheme."
-        ) from error
-    return RemoteStorage(location, config)
+            f"{without_secrets(location)}: the URL given is none; write / ? # @ : of a user or password as %2F %3F %23 "
+            f"%40 %3A, or put them into ~/.netrc."
+        ) from None
 
 
 class RemoteStorage(Storage):
@@ -85,7 +99,7 @@ class RemoteStorage(Storage):
 
     async def _fetch(self, filesystem: Any, name: str, offset: int, size: int) -> bytes:
         try:
-            data = await filesystem._cat_file(self._address(name), start=offset, end=offset + size)
+            data = await self._fetch_range(filesystem, name, offset, size)
         except OSError as error:
             if error.errno == errno.EINVAL:  # a range beyond the end, among other things
                 await self._check_end(filesystem, name, offset, size)
@@ -96,6 +110,9 @@ class RemoteStorage(Storage):
             await self._check_end(filesystem, name, offset, size)
             raise ConnectionError(f"the answer ends after {len(data)} of {size} bytes")
         return data
+
+    async def _fetch_range(self, filesystem: Any, name: str, offset: int, size: int) -> bytes:
+        return await filesystem._cat_file(self._address(name), start=offset, end=offset + size)
 
     async def _check_end(self, filesystem: Any, name: str, offset: int, size: int) -> None:
         total = await self._fetch_size(filesystem, name)
@@ -124,12 +141,14 @@ class RemoteStorage(Storage):
         except FileNotFoundError as error:
             raise MissingShard(f"{what.partition(': ')[0]} does not exist") from error
         except PermissionError as error:
-            raise StorageError(f"{what}: access is denied ({error}); check the credentials.") from error
+            raise StorageError(
+                f"{what}: access is denied ({self._said(str(error))}); check the credentials."
+            ) from error
         except Exception as error:
             attempts = retrying.statistics["attempt_number"]
             tried = f"failed after {attempts} attempts" if attempts > 1 else "failed"
             raise (Unreachable if _may_pass(error) else StorageError)(
-                f"{what}: {tried} ({_one_line(error)}); check the server, the URL and data.storage."
+                f"{what}: {tried} ({self._said(error)}); check the server, the URL and data.storage."
             ) from error
 
     def _ask_once(self, request: Callable[[Any], Awaitable[Any]]) -> Any:
@@ -143,8 +162,13 @@ class RemoteStorage(Storage):
     def _count_retry(self, state: RetryCallState, what: str) -> None:
         self.counters.add(retries=1)
         if state.attempt_number == LOUD_ATTEMPT and state.outcome is not None:
-            cause = _one_line(state.outcome.exception())
+            cause = self._said(state.outcome.exception())
             logger.warning("%s: attempt %d failed (%s); retrying.", what, LOUD_ATTEMPT, cause)
+
+    def _said(self, error: BaseException | str | None) -> str:
+        """An error in one line, without what is secret in the location and the options."""
+        options = (value for name, value in self.config.options.items() if name not in PUBLIC_OPTIONS)
+        return without_known(_said(error), secrets_in(self.location).union(options))
 
     def _filesystem(self) -> AsyncFileSystem:
         process = os.getpid()
@@ -167,6 +191,22 @@ class RemoteStorage(Storage):
         return filesystem
 
 
+class S3Storage(RemoteStorage):
+    """An object store that speaks S3. An answer is judged by its length, before its body is read."""
+
+    async def _fetch_range(self, filesystem: Any, name: str, offset: int, size: int) -> bytes:
+        bucket, key, _ = filesystem.split_path(self._address(name))
+        wanted = f"bytes={offset}-{offset + size - 1}"
+        answer = await filesystem._call_s3("get_object", Bucket=bucket, Key=key, Range=wanted)
+        try:
+            length = answer.get("ContentLength")
+            if length is None or length > size:
+                raise StorageError(f"{self.describe(name)}: the server ignores byte ranges; {_SERVE_RANGES}.")
+            return await answer["Body"].read()
+        finally:
+            answer["Body"].close()
+
+
 class HTTPStorage(RemoteStorage):
     """A web server, by byte range. An answer is judged by its headers, before its body is read."""
 
@@ -180,6 +220,7 @@ class HTTPStorage(RemoteStorage):
         netrc = os.environ.get("NETRC") or os.path.expanduser("~/.netrc")  # noqa: PTH111  (a user may have no home)
         trust_env = bool(getproxies_environment()) or Path(netrc).is_file()
         client = {"trust_env": trust_env, "timeout": aiohttp.ClientTimeout(total=self.config.timeout_s)}
+        client["auto_decompress"] = False  # a few bytes that are compressed may stand for any number
         return HTTPFileSystem(client_kwargs=client, encoded=True, skip_instance_cache=True)
 
     async def _fetch(self, filesystem: Any, name: str, offset: int, size: int) -> bytes:
@@ -194,7 +235,7 @@ class HTTPStorage(RemoteStorage):
                     f"{place}: the server ignores byte ranges (it sends the whole file); {_SERVE_RANGES}."
                 )
             if not whole and (first != offset or (response.content_length or size) != size):
-                answered = response.headers.get("Content-Range")
+                answered = response.headers.get("Content-Range", "none named")[:80]
                 raise StorageError(f"{place}: the server answers with other bytes ({answered!r}) than were asked for.")
             return await response.content.readexactly(size)
 
@@ -209,24 +250,38 @@ class HTTPStorage(RemoteStorage):
     async def _get(self, filesystem: Any, name: str, offset: int, size: int) -> aiohttp.ClientResponse:
         headers = {"Range": f"bytes={offset}-{offset + size - 1}", "Accept-Encoding": "identity"}
         session: aiohttp.ClientSession = await filesystem.set_session()
-        response = await session.get(filesystem.encode_url(self._address(name)), headers=headers)
-        if response.status not in (200, 206, 416):
-            response.close()
-            _raise_for(response.status, f"{response.status} {response.reason}", self.describe(name))
-        return response
+        url = filesystem.encode_url(self._address(name))
+        place = self.describe(name)
+        try:
+            response = await session.get(url, headers=headers, max_redirects=MAX_REDIRECTS)
+        except (aiohttp.InvalidURL, aiohttp.TooManyRedirects) as error:  # where it leads to may hold a secret
+            why = type(error).__name__
+            raise StorageError(f"{place}: a redirect of the server is not followed ({why}); give its URL.") from None
+        kind = response.headers.get("Content-Encoding", "identity").lower()
+        encrypted = [hop.url.scheme == "https" for hop in (*response.history, response)]
+        if response.status in (200, 206, 416) and kind == "identity" and encrypted == sorted(encrypted):
+            return response
+        response.close()
+        if encrypted != sorted(encrypted):
+            raise StorageError(
+                f"{place}: the server leads from https to http, which anyone can read; mend its redirect."
+            )
+        if response.status in (200, 206):
+            raise StorageError(f"{place}: the server compresses ({kind[:20]!r}); serve the shards as they are.")
+        raise _error_of(response.status, f"{response.status} {response.reason}", place)
 
 
 _SERVE_RANGES = "serve the shards by one that supports them, such as nginx or an object store"
 
 
-def _raise_for(status: int, answer: str, place: str) -> None:
+def _error_of(status: int, answer: str, place: str) -> OSError:
     if status in (404, 410):
-        raise FileNotFoundError(answer)
+        return FileNotFoundError(answer)
     if status in (401, 403, 407):
-        raise PermissionError(answer)
+        return PermissionError(answer)
     if status in BUSY_STATUSES or status >= 500:
-        raise ConnectionError(f"the server answered {answer}")
-    raise StorageError(f"{place}: the server answered {answer}; check the URL.")
+        return ConnectionError(f"the server answered {answer}")
+    return StorageError(f"{place}: the server answered {_said(answer)}; check the URL.")
 
 
 def _content_range(response: aiohttp.ClientResponse) -> tuple[int | None, int | None]:
@@ -244,6 +299,10 @@ def _may_pass(error: BaseException) -> bool:
     return not final and not (isinstance(error, OSError) and error.errno in FINAL_ERRNOS)
 
 
-def _one_line(error: BaseException | None) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+def _said(said: BaseException | str | None) -> str:
+    """What an error says in one line, or a server; whatever it is, it is short and printable."""
+    text = "".join(letter if letter.isprintable() else " " for letter in str(said))
+    text = " ".join(text.split())[:MAX_SAID]
+    if isinstance(said, str):
+        return text
+    return f"{type(said).__name__}: {text}" if text else type(said).__name__

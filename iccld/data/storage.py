@@ -16,8 +16,11 @@ from typing import ClassVar, Self
 from urllib.parse import unquote, urlsplit
 
 from iccld.data.counters import Counters
+from iccld.redact import is_url, without_secrets
 
 MAX_NAME_BYTES = 255
+SCHEMES = ("http", "https", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")
+"""What is read without being allowed: each asks one server for bytes, and does nothing else."""
 
 
 @dataclass
@@ -27,13 +30,18 @@ class StorageConfig:
     `timeout_s` bounds one request of at most 8 MiB, `retry_for_s` all attempts of it together (the last one may begin
     just before it; 0: one attempt). `options` go to the object store's file system as they are, "true" and "false" as
     bools: `endpoint_url`, `anon`, `profile`, `key`, `secret` of s3fs. What is not a string there (`client_kwargs`) is
-    set in the client's own files and environment (`~/.aws/config`, `AWS_REGION`), where secrets belong too, for
-    options are saved with the run. Those of http(s) belong in `~/.netrc`: a URL is saved, too.
+    set in the client's own files and environment (`~/.aws/config`, `AWS_REGION`). Secrets belong there too, and those
+    of http(s) in `~/.netrc`: other users see a command line. Saved settings and messages hold no values of options,
+    and no user, password and query of a URL.
+
+    `allow_schemes` names further schemes of fsspec (hdfs, sftp, ...) that locations may have. Some of them write files
+    or run code when they open a location, so it counts on the command line only, never in a run's saved settings.
     """
 
     timeout_s: float = 20.0
     retry_for_s: float = 300.0
     options: dict[str, str] = field(default_factory=dict)
+    allow_schemes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.timeout_s) and self.timeout_s > 0):
@@ -88,19 +96,21 @@ class Storage(ABC):
         self.counters.add(bytes=size)
         return data
 
-    def read_all(self, name: str) -> bytes:
-        """The whole file."""
-        return self.read(name, 0, self.size(name))
+    def read_all(self, name: str, *, limit: int) -> bytes:
+        """The whole file; raises StorageError where it has more than `limit` bytes."""
+        size = self.size(name)
+        check_size(self.describe(name), size, range(limit + 1))
+        return self.read(name, 0, size)
 
     def size(self, name: str) -> int:
         """The file's bytes; raises what `read` raises."""
         check_name(name, self.location)
         return self._size(name)
 
-    def pieces(self, name: str) -> Iterator[bytes]:
-        """The whole file, a piece of bounded size at a time."""
-        for offset, size in self._pieces(0, self.size(name)):
-            yield self.read(name, offset, size)
+    def pieces(self, name: str, size: int) -> Iterator[bytes]:
+        """The first `size` bytes of a file, a piece of bounded size at a time."""
+        for offset, length in self._pieces(0, size):
+            yield self.read(name, offset, length)
 
     def below(self, folder: str) -> Self:
         """The storage of a folder in this one."""
@@ -145,18 +155,18 @@ def check_name(name: str, location: str) -> None:
         )
 
 
-def without_secrets(location: str) -> str:
-    """A URL without user, password and query; a folder as it is."""
-    if not is_remote(location):
-        return location
-    parts = urlsplit(location)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
+def check_size(place: str, size: int, sizes: range) -> None:
+    """Raises StorageError where a file cannot be what it should be, by its size."""
+    if size not in sizes:
+        wanted = f"at most {sizes[-1]:,}" if sizes[0] == 0 else f"{sizes[0]:,} to {sizes[-1]:,}"
+        raise StorageError(
+            f"{place} has {size:,} bytes, and should have {wanted}; it is not what it should be: upload it again."
+        )
 
 
 def is_remote(location: str | Path) -> bool:
     """Whether a location is a URL; `file://` URLs are local."""
-    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", str(location))
-    return scheme is not None and scheme[1].lower() != "file"
+    return is_url(str(location))
 
 
 def local_folder(location: str | Path) -> Path:
@@ -168,12 +178,25 @@ def local_folder(location: str | Path) -> Path:
 def open_storage(location: str | Path, config: StorageConfig | None = None) -> Storage:
     """The storage at a folder or URL; nothing is read yet.
 
-    Raises ValueError where the URL's scheme is unknown or the package that reads it is missing.
+    Raises ValueError where the URL's scheme is not allowed or the package that reads it is missing.
     """
+    config = config or StorageConfig()
+    _check_scheme(str(location), config.allow_schemes)
     if not is_remote(location):
         from iccld.data.local import LocalStorage
 
         return LocalStorage(str(local_folder(location)))
     from iccld.data.remote import open_remote
 
-    return open_remote(str(location), config or StorageConfig())
+    return open_remote(str(location), config)
+
+
+def _check_scheme(location: str, allowed: list[str]) -> None:
+    public, scheme = without_secrets(location), location.partition("://")[0].lower()
+    if re.search(r"^[A-Za-z][\w+.-]*::.*://|::[A-Za-z][\w+.-]*://", location):
+        raise ValueError(f"{public} chains several file systems, which is not supported; give the URL of the server.")
+    if is_remote(location) and scheme not in (*SCHEMES, *allowed):
+        raise ValueError(
+            f"{public}: {scheme}:// is not among {', '.join(SCHEMES)}; where you know what it does, allow it on the "
+            f"command line: data.storage.allow_schemes=[{scheme}]."
+        )

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from iccld.data import integrity
 from iccld.data.config import BatchLayout, DataConfig
 from iccld.data.domain import DomainStream, View, relabel
 from iccld.data.parts import Part, domain_order, open_parts
@@ -87,6 +88,7 @@ class TrainingStream:
             generator=torch.Generator(),  # its own, so that starting a loader draws nothing from the global one
         )
         for delivery in deliveries_of(loader):
+            integrity.raise_damage()
             if delivery.failure:
                 raise delivery.failure
             self._transfers[delivery.worker] = delivery.transfers
@@ -214,6 +216,7 @@ def _validation_samples(parts: list[Part], config: DataConfig, rank: int, world_
     for number, (part, position) in enumerate(places):
         if number % world_size != rank:
             continue
+        integrity.raise_damage()
         sample = part.reader.read(position, with_labels=True)
         try:
             image = decode_pixels(sample.image)

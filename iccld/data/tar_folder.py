@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from iccld.data.work_folder import MAKING_FOLDER
 from iccld.data.files import kind_of, open_file, packed_by
 from iccld.data.index import INDEX_FOLDER
 from iccld.data.tally import Tally, plain
 from iccld.data.tars import LEAVE_OUT, Problem
+from iccld.data.work_folder import MAKING_FOLDER
 
 INDEXING_FOLDER = "indexing"
 _OURS = (INDEX_FOLDER, f"{INDEX_FOLDER}.tmp", INDEXING_FOLDER, MAKING_FOLDER)

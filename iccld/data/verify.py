@@ -6,20 +6,20 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from iccld.data.index import HEADER_FILE, INDEX_FOLDER, ShardIndex, file_checksum
+from iccld.data import integrity
+from iccld.data.index import INDEX_FOLDER, ShardIndex
 from iccld.data.open_index import open_index
 from iccld.data.processes import Progress, in_processes, say, usable_cpus
 from iccld.data.reader import BadSample, ShardReader
-from iccld.data.records import blocks
 from iccld.data.sample import examine
 from iccld.data.storage import MissingShard, StorageConfig, StorageError, open_storage
 from iccld.data.tally import Tally, plain
 from iccld.data.tar_folder import TarFolder, look_into
 from iccld.data.tars import Fault, Members, Place, Problem, read_members
+from iccld.redact import without_secrets
 
 STORAGE = StorageConfig(retry_for_s=30.0)
 """Of commands that someone waits for, unlike a training run."""
@@ -97,29 +97,7 @@ def _too_many_unknown(index: ShardIndex, passed_over: Tally) -> list[Problem]:
 
 
 def _check_index(index: ShardIndex) -> list[Problem]:
-    remedy = f"restore it, or remove {INDEX_FOLDER}/ and index the set again"
-    problems = [
-        Problem(str(index.folder / name), "it is not what index.json says (checksum)", remedy)
-        for name, checksum in index.header.checksums.items()
-        if file_checksum(index.folder / name) != checksum
-    ]
-    for name, total in _totals(index.samples).items():
-        if getattr(index.header, name) != total:
-            problems.append(Problem(str(index.folder / HEADER_FILE), f"its {name} is not that of samples.npy", remedy))
-    return problems
-
-
-def _totals(samples: np.ndarray) -> dict[str, Any]:
-    """What a header must say of these samples."""
-    sides = [samples[side] for side in ("height", "width")]
-    return {
-        "num_bytes": sum(int(samples[f"{kind}_size"].sum(dtype=np.int64)) for kind in ("image", "label")),
-        "has_labels": bool((samples["label_size"] > 0).all()),
-        "min_size": [int(side.min()) for side in sides],
-        "max_size": [int(side.max()) for side in sides],
-        "class_pixels": samples["class_pixels"].sum(0, dtype=np.int64).tolist(),
-        "class_samples": np.sum([(block["class_pixels"] > 0).sum(0) for _, block in blocks(samples)], 0).tolist(),
-    }
+    return [Problem(str(path), what, index.remedy) for path, what in integrity.faults(index)]
 
 
 @dataclass(frozen=True)
@@ -216,7 +194,8 @@ def run(arguments: Namespace) -> int:
     for problem in result.problems:
         print(f"broken: {problem}", file=sys.stderr)
     for line in result.passed_over.lines():
-        print(f"{arguments.location}: {line}")
+        print(f"{without_secrets(arguments.location)}: {line}")
     verdict = f"{len(result.problems)} problems" if result.problems else "all as indexed"
-    print(f"{arguments.location}: {result.num_samples} samples, {result.num_bytes / 1e6:,.1f} MB: {verdict}.")
+    read = f"{result.num_samples} samples, {result.num_bytes / 1e6:,.1f} MB"
+    print(f"{without_secrets(arguments.location)}: {read}: {verdict}.")
     return 1 if result.problems else 0

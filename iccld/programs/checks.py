@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from iccld.config import Config, StageName, differences, read_config, to_yaml
@@ -34,6 +35,17 @@ def check_alone(run_dir: Path, holder: str, engine: Engine) -> None:
     holder = engine.gather_objects(holder)[0]
     if holder:
         raise ValueError(f"run_dir={run_dir} is in use by {holder}; wait for it, end it, or use another run_dir.")
+
+
+def together(check: Callable[[], None], engine: Engine) -> None:
+    """Make a check on every rank; what one of them finds (a damaged index, say) ends all, and is said once."""
+    failure = ""
+    try:
+        check()
+    except ValueError as error:
+        failure = str(error)
+    if found := [failure for failure in engine.gather_objects(failure) if failure]:
+        raise ValueError(found[0]) if engine.is_main else SystemExit(2)
 
 
 def check_settings(config: Config, engine: Engine) -> None:

@@ -16,7 +16,8 @@ from rich.markup import escape
 from torch import Tensor
 
 from iccld import rng
-from iccld.config import Config
+from iccld.config import Config, read_config
+from iccld.data.config import locations, of_saved_run
 from iccld.data.stream import read_validation
 from iccld.durable import make_folder, refuse_links, write_whole
 from iccld.evaluation import EvaluationResult, Predict, evaluate, results_table
@@ -24,6 +25,7 @@ from iccld.models.iccld import ICCLD
 from iccld.models.model_card import ModelStage
 from iccld.programs.checks import watch
 from iccld.programs.results import about_of, finished_models, own_results, place_for, read_results
+from iccld.redact import redacted, without_secrets
 from iccld.runtime.engine import Engine
 from iccld.runtime.preemption import Preempted, Preemption
 from iccld.runtime.telemetry import write_event
@@ -81,6 +83,20 @@ def stopped(config: Config, engine: Engine, stage: str) -> bool:
     return False
 
 
+def saved_settings(run_dir: Path, overrides: Sequence[str]) -> Config:
+    """The settings of a run, which may be a stranger's, with those of the command line.
+
+    Raises ValueError where there is no run, or its validation set is nothing to read unasked (`of_saved_run`).
+    """
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        raise ValueError(f"there is no run in {run_dir} (no config.yaml); give a folder that train wrote.")
+    if given := [word for word in overrides if word.lstrip("+").startswith("run_dir=")]:
+        raise ValueError(f"{given[0]}: the run is what stands first, {run_dir}; leave the setting out.")
+    config = read_config(path, [*overrides, f"run_dir={run_dir}"])
+    return dataclasses.replace(config, data=of_saved_run(config.data, overrides, roles=["validation"], where=str(path)))
+
+
 def evaluate_run(config: Config, preemption: Preemption | None = None, *, model_folder: str = "") -> bool:
     """Score the run's finished stages, or one model folder; False if a signal ended it. Call on every rank."""
     preemption = preemption or Preemption()
@@ -94,6 +110,9 @@ def evaluate_run(config: Config, preemption: Preemption | None = None, *, model_
     with Engine(config.engine) as engine, watch(config, engine, beats_in=beats) as watchdog:
         watchdog.begin("evaluation")
         watchdog.phase("evaluate")
+        if engine.is_main:
+            for key, location in locations(config.data, ["validation"]).items():
+                print(f"on {key}={without_secrets(location)}", flush=True)
         try:
             evaluate_models(folders, config, engine, give_up=asks(preemption, watchdog))
         except Preempted:
@@ -186,7 +205,7 @@ def _numbers(value: Any) -> Any:
 
 def _report(results: Mapping[str, Any], path: Path) -> None:
     make_folder(path.parent, within=path.parent.parent)
-    write_whole(path, json.dumps(results, indent=1))
+    write_whole(path, json.dumps(redacted(results), indent=1))
     Console(width=None if sys.stdout.isatty() else 120).print(
         results_table(named_results(results), title=escape(", ".join(results["about"]["models"])))
     )

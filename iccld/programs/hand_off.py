@@ -15,6 +15,7 @@ from iccld import __version__
 from iccld.config import Config, StageName, Weights
 from iccld.durable import file_checksum, make_folder, scratch_folder, sync, write_whole
 from iccld.models.model_card import WEIGHTS_NAME, build
+from iccld.reading import read_json
 from iccld.stages.base import Stage
 
 HAND_OFF_NAME = "hand_off.json"
@@ -77,9 +78,9 @@ def handed_over(config: Config) -> tuple[Path, HandOff]:
     path = final / HAND_OFF_NAME
     remedy = f"remove {final}, and the same command with stage=all makes it again from stage 1's last checkpoint"
     try:
-        facts = build(HandOff, json.loads(path.read_text()), where=str(path))
+        facts = build(HandOff, read_json(path), where=str(path))
         Weights(facts.weights)  # a name, and no path that leads elsewhere
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read ({error}); {remedy}.") from error
     classes = list(config.data.class_set.build().names)
     if facts.class_names != classes:

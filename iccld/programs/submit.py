@@ -13,6 +13,7 @@ from typing import Any
 
 from iccld import __version__
 from iccld.durable import make_folder, write_whole
+from iccld.reading import write_secrets
 from iccld.slurm.config import SETTINGS, SubmitConfig, Work
 from iccld.slurm.history import failing_nodes, lead_time_s
 from iccld.slurm.script import sbatch_text
@@ -56,7 +57,7 @@ def _add_setting(parser: argparse.ArgumentParser, setting: dataclasses.Field[Any
 
 def submit(arguments: argparse.Namespace) -> int:
     """Write and submit the job (or the chain's), or show it. Raises ValueError for what the user got wrong."""
-    from iccld.programs.submitted_work import jobs_of, run_dir_of
+    from iccld.programs.submitted_work import hide_secrets, jobs_of, run_dir_of
 
     settings = _settings(arguments)
     engine = settings.pop("engine", "ddp")
@@ -74,10 +75,14 @@ def submit(arguments: argparse.Namespace) -> int:
         _prepare(jobs[0][1])
     for suffix, work in jobs:
         name = config.job_name + suffix
+        work, secrets = hide_secrets(name, work)
         config_of_job = replace(config, job_name=name)
         text = sbatch_text(config_of_job, work)
         if arguments.dry_run:
             print(text)
+        else:
+            for path, words in secrets.items():
+                write_secrets(path, words)
         job = f"JOB_OF_{re.sub('[^A-Za-z0-9]', '_', name)}" if arguments.dry_run else _sbatch(name, text, work)
         config = replace(config, after=(job,))
     return 0

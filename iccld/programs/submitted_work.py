@@ -8,6 +8,7 @@ from pathlib import Path
 
 from iccld.cli import parse
 from iccld.config import Config, config_from, load_config
+from iccld.redact import holds_secret
 from iccld.slurm.config import Variant, Work
 from iccld.slurm.engine_file import FOLDER, engine_path, engine_variables
 from iccld.slurm.snapshot import code_hash
@@ -63,6 +64,33 @@ def jobs_of(
             _check_batches(arguments, num_ranks)
         jobs.append((suffix, replace(work, arguments=tuple(words), variants=of_elements)))
     return jobs
+
+
+def hide_secrets(name: str, work: Work) -> tuple[Work, dict[Path, list[str]]]:
+    """The job's work with the settings that are secret in files, and what each of these files is to hold.
+
+    A job script is read by others, and so is a command line; the files belong to the user alone.
+    """
+    files: dict[Path, list[str]] = {}
+
+    def shown(words: Sequence[str], suffix: str = "") -> tuple[str, ...]:
+        secret = {_key_of(word) for word in words if not word.startswith("-") and holds_secret(word)}
+        hidden = [word for word in words if _key_of(word) in secret]  # with what the secret one is to override
+        if not hidden:
+            return tuple(words)
+        path = Path(work.run_dir) / "slurm" / f"{name}{suffix}.secrets"
+        files[path] = hidden
+        return *(word for word in words if word not in hidden), f"--secrets={path}"
+
+    variants = tuple(
+        replace(variant, arguments=shown(variant.arguments, f"-{Path(variant.run_dir).name}"))
+        for variant in work.variants
+    )
+    return replace(work, arguments=shown(work.arguments), variants=variants), files
+
+
+def _key_of(word: str) -> str:
+    return word.lstrip("+").partition("=")[0]
 
 
 def _check_batches(command: Sequence[str], num_ranks: int) -> None:

@@ -18,7 +18,7 @@ from iccld.data.stream import TrainingStream
 from iccld.data.workers import prepare_workers
 from iccld.outcome import blaming_the_world
 from iccld.programs.building import build_stage, build_stream, first_batches, layout_of, trials_of, whole_stage
-from iccld.programs.checks import check_alone, check_links, check_run_dir, check_settings, watch
+from iccld.programs.checks import check_alone, check_links, check_run_dir, check_settings, together, watch
 from iccld.programs.ema import write_due_snapshot
 from iccld.programs.evaluate import (
     asks,
@@ -65,7 +65,7 @@ def train(config: Config, preemption: Preemption | None = None, *, began: float 
     with Engine(config.engine) as engine, locked(run_dir) if engine.is_main else nullcontext("") as holder:
         check_alone(run_dir, holder, engine)
         with watch(config, engine) as watchdog:
-            check_settings(config, engine)
+            together(lambda: check_settings(config, engine), engine)
             check_run_dir(run_dir, config, engine)
             if engine.is_main:
                 write_event(run_dir, "launched", since=began)

@@ -2,18 +2,19 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from iccld.durable import NotOursError, file_checksum, is_plain_name, open_to_read, write_whole
+from iccld.durable import NotOursError, file_checksum, is_plain_name, refuse_unless_plain, write_whole
+from iccld.reading import read_json
 from iccld.runtime.pieces import TensorReader, is_stored
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
+MAX_BYTES = 1 << 28
 
 
 class CheckpointError(ValueError):
@@ -76,8 +77,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest, whole in itself. Raises as `verify` does."""
     damaged = f"checkpoint {folder} is damaged: {MANIFEST}"
     try:
-        with os.fdopen(open_to_read(folder / MANIFEST), "rb") as file:
-            manifest = json.loads(file.read())
+        refuse_unless_plain(folder / MANIFEST)
+        manifest = read_json(folder / MANIFEST, MAX_BYTES)
         if not isinstance(manifest, dict):
             raise DamagedError(f"{damaged} is not one JSON object.")
         checksum, version = manifest.pop("sha256", None), manifest.get("format")
@@ -89,7 +90,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except NotOursError as error:
         raise DamagedError(f"checkpoint {folder} is damaged: {error}") from error
     except ValueError as error:
-        raise error if isinstance(error, DamagedError) else DamagedError(f"{damaged} is not JSON ({error}).") from error
+        raise (
+            error if isinstance(error, DamagedError) else DamagedError(f"{damaged} cannot be used: {error}")
+        ) from error
     if checksum is None and isinstance(version, int) and version != FORMAT_VERSION:
         raise ForeignFormatError(
             f"checkpoint {folder} has format {version}, and this version of iccld reads {FORMAT_VERSION}; "

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from iccld.durable import refuse_unless_plain, write_whole
+from iccld.redact import redacted
 from iccld.runtime.memory import peak_memory
 from iccld.runtime.profiling import Seconds, summed
 from iccld.runtime.telemetry import Lines, WandbMode, WandbRun, write_event
@@ -88,7 +89,7 @@ class MetricsLogger:
                 id=self.logger_id,
                 name=f"{self.run_dir.name}/{self.stage}",
                 dir=self.run_dir,
-                config=dict(config),
+                config=redacted({**config, "data": _without_storage(config.get("data", {}))}),
             )
 
     def _is_ahead(self, line: str, step: int) -> bool:
@@ -192,6 +193,10 @@ class MetricsLogger:
 
     def close(self) -> None:
         self._wandb.finish()
+
+
+def _without_storage(data: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in data.items() if name != "storage"}
 
 
 def _terminal_line(entry: Mapping[str, Any], num_steps: int) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 from iccld.durable import open_to_append, refuse_links
 from iccld.outcome import naming, words
+from iccld.redact import redacted
 from iccld.runtime.preemption import say
 
 START_S = 45.0  # for wandb to find its server
@@ -51,7 +52,9 @@ class WandbRun:
         def start() -> Any:
             import wandb  # 1.6 s; only where it is used
 
-            settings = wandb.Settings(silent=True, console="off", init_timeout=START_S / 2)
+            # Its own notes on the process would hold the command line, and the URL of a git remote.
+            quiet = {"x_disable_meta": True, "disable_git": True, "save_code": False}
+            settings = wandb.Settings(silent=True, console="off", init_timeout=START_S / 2, **quiet)
             try:
                 return wandb.init(mode=mode.value, settings=settings, resume="allow", **facts)  # type: ignore[arg-type]
             except Exception:
@@ -141,7 +144,10 @@ def append(path: Path, text: str) -> None:
 def write_event(run_dir: Path, kind: str, **facts: Any) -> None:
     """One line of events.jsonl, at two clocks: the one that people set, and that of this boot, which nobody does."""
     try:
-        append(run_dir / "events.jsonl", json.dumps({"time": time.time(), **uptime(), "event": kind, **facts}) + "\n")
+        append(
+            run_dir / "events.jsonl",
+            json.dumps({"time": time.time(), **uptime(), "event": kind, **redacted(facts)}) + "\n",
+        )
     except OSError as error:
         say(f"{words(error)}; the event {kind!r} is not in it")
 

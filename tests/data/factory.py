@@ -1,6 +1,7 @@
 """Tiny random data sets in the layouts that converters read, and shards of them."""
 
 import io
+import json
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ import numpy as np
 from PIL import Image
 
 from iccld.data.config import BatchLayout, DataConfig, DatasetConfig
-from iccld.data.index import ShardIndex
+from iccld.data.index import ARRAY_FILES, HEADER_FILE, ShardIndex, file_checksum
 from iccld.data.indexing import IndexResult
+from iccld.data.integrity import Totals
 from iccld.data.packing import ImageFormat
 from iccld.data.shards import MakeShardsConfig, make_shards
 from iccld.labels import CITYSCAPES_IDS
@@ -111,6 +113,16 @@ def opened(result: IndexResult) -> ShardIndex:
     """The index of a result, which has one."""
     assert result.index is not None, "\n".join(map(str, result.problems))
     return result.index
+
+
+def seal(folder: Path) -> None:
+    """Makes the header of an index say what its arrays hold, as whoever changes both would."""
+    header, totals = json.loads((folder / HEADER_FILE).read_text()), Totals()
+    totals.add(np.load(folder / "samples.npy"))
+    header["checksums"] = {name: file_checksum(folder / name) for name in ARRAY_FILES}
+    for name, total in vars(totals).items():
+        header[name] = total.tolist() if isinstance(total, np.ndarray) else total
+    (folder / HEADER_FILE).write_text(json.dumps(header))
 
 
 def members(index: ShardIndex, position: int) -> tuple[bytes, bytes]:

@@ -16,7 +16,7 @@ from iccld.data.config import DataConfig, OnError
 from iccld.data.index import ShardIndex
 from iccld.data.order import Draw
 from iccld.data.stream import TrainingStream, read_validation
-from tests.data.factory import config, layout, make_set
+from tests.data.factory import config, layout, make_set, seal
 
 REPLACE = OnError["replace"]
 SEED = 5
@@ -35,6 +35,7 @@ def overwrite(index: ShardIndex, position: int, kind: str, data: bytes, *, new_c
         samples = np.load(index.folder / "samples.npy", mmap_mode="r+")
         samples[f"{kind}_checksum"][position] = zlib.crc32(stored)
         samples.flush()
+        seal(index.folder)
 
 
 def flip_a_byte(index: ShardIndex, position: int) -> None:
@@ -186,6 +187,7 @@ def test_an_index_that_points_nowhere_is_named(tmp_path: Path) -> None:
         samples = np.load(path)
         old, samples[field][2] = samples[field][2], value
         np.save(path, samples)
+        seal(index.folder)
         reader = stream_of(config({"source": index.location}, crop_size=[24, 32])).domains["source"]
         reader.order = {0: Draw(2)}  # type: ignore[assignment]
         with pytest.raises(ValueError, match=re.escape(message)):
@@ -203,6 +205,7 @@ def test_shards_outside_of_the_set_are_not_read(tmp_path: Path) -> None:
     changed = shards.astype([("name", "S40"), ("size", np.uint64)])
     changed["name"][1] = b"../b.tar"
     np.save(index.folder / "shards.npy", changed)
+    seal(index.folder)
     with pytest.raises(OSError, match=r"\.\./b\.tar. is no plain file name"):
         read(config({"source": index.location}, rare_class_sampling=False))
 

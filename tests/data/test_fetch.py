@@ -17,6 +17,7 @@ from tests.services import FaultyServer
 Start = Callable[..., FaultyServer]
 CONTENT = np.random.default_rng(0).bytes(1_000_000)
 CHECKSUM = zlib.crc32(CONTENT)
+SIZES = range(len(CONTENT) + 1)
 PATIENT = StorageConfig(timeout_s=5.0, retry_for_s=60.0)
 
 
@@ -31,16 +32,16 @@ def test_a_fetched_file_is_kept_while_it_is_right(folder: Path, tmp_path: Path, 
     server = faulty_server(folder, share=0.0)
     storage = open_storage(server.url, PATIENT)
     storage.piece_bytes = 100_000  # type: ignore[misc]
-    path = fetch_file(storage, "a.tar", tmp_path, checksum=CHECKSUM)
+    path = fetch_file(storage, "a.tar", tmp_path, sizes=SIZES, checksum=CHECKSUM)
     assert path == tmp_path / "a.tar" and path.read_bytes() == CONTENT
     asked = server.requests
-    fetch_file(storage, "a.tar", tmp_path, checksum=CHECKSUM)
+    fetch_file(storage, "a.tar", tmp_path, sizes=SIZES, checksum=CHECKSUM)
     assert server.requests == asked == 11
     path.write_bytes(CONTENT[:-1])
-    fetch_file(storage, "a.tar", tmp_path, checksum=CHECKSUM)
+    fetch_file(storage, "a.tar", tmp_path, sizes=SIZES, checksum=CHECKSUM)
     assert path.read_bytes() == CONTENT
     path.write_bytes(b"old")
-    fetch_file(storage, "a.tar", tmp_path)
+    fetch_file(storage, "a.tar", tmp_path, sizes=SIZES)
     assert path.read_bytes() == CONTENT, "without a checksum nothing says that it is right"
 
 
@@ -48,11 +49,11 @@ def test_a_file_that_does_not_arrive_leaves_the_old_one(folder: Path, tmp_path: 
     storage = open_storage(faulty_server(folder, share=0.0).url, PATIENT)
     (tmp_path / "a.tar").write_bytes(b"old")
     with pytest.raises(StorageError, match=rf"a\.tar: its checksum is {CHECKSUM:08x}, it should be 00000001; upload"):
-        fetch_file(storage, "a.tar", tmp_path, checksum=1)
+        fetch_file(storage, "a.tar", tmp_path, sizes=SIZES, checksum=1)
     with pytest.raises(MissingShard):
-        fetch_file(storage, "none", tmp_path)
+        fetch_file(storage, "none", tmp_path, sizes=SIZES)
     with pytest.raises(StorageError, match="no plain file name"):
-        fetch_file(storage, "../a.tar", tmp_path / "set")
+        fetch_file(storage, "../a.tar", tmp_path / "set", sizes=SIZES)
     assert (tmp_path / "a.tar").read_bytes() == b"old"
     assert sorted(path.name for path in tmp_path.iterdir()) == [".a.tar.lock", ".none.lock", "a.tar", "set"]
 
@@ -62,7 +63,7 @@ def test_what_a_killed_copy_left_is_removed_after_a_day(folder: Path, tmp_path: 
     for name, age in ages.items():
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (time.time() - age,) * 2)
-    fetch_file(open_storage(folder), "a.tar", tmp_path)
+    fetch_file(open_storage(folder), "a.tar", tmp_path, sizes=SIZES)
     assert {path.name for path in tmp_path.glob("*.tmp")} | {".a.tar.2.tmp", ".b.tar.1.tmp"} == {
         path.name for path in tmp_path.glob(".*.tmp")
     }
@@ -73,7 +74,7 @@ def test_ranks_that_fetch_at_once_copy_once(folder: Path, tmp_path: Path, faulty
     storage = open_storage(server.url, PATIENT)
     ranks = [
         multiprocessing.get_context("fork").Process(
-            target=fetch_file, args=(storage, "a.tar", tmp_path), kwargs={"checksum": CHECKSUM}
+            target=fetch_file, args=(storage, "a.tar", tmp_path), kwargs={"checksum": CHECKSUM, "sizes": SIZES}
         )
         for _ in range(4)
     ]

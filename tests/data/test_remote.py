@@ -2,9 +2,15 @@
 
 import os
 import random
+import re
+import resource
+import threading
 import time
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -155,7 +161,7 @@ def test_a_server_that_ignores_ranges_is_refused_before_it_sends_all(nginx: Site
     assert time.monotonic() - start < 2 and storage.size("huge.tar") == 20 << 30
     (nginx.folder / "huge.tar").unlink()
     (nginx.folder / "small.json").write_bytes(b"{}")
-    assert storage.read_all("small.json") == b"{}", "that it sends all is no harm where all was asked for"
+    assert storage.read_all("small.json", limit=10) == b"{}", "that it sends all is no harm where all was asked for"
     with pytest.raises(StorageError, match="it is truncated"):
         storage.read("small.json", 1, 10)
 
@@ -205,3 +211,89 @@ def test_a_proxy_of_the_environment_is_used(folder: Path, faulty_server: Start, 
     with pytest.raises(MissingShard, match=r"http://elsewhere\.invalid/x/a\.tar does not exist"):
         open_storage("http://elsewhere.invalid/x").read("a.tar", 0, 1)
     assert server.requests == 1
+
+
+class _Liar(BaseHTTPRequestHandler):
+    """Answers each path with a lie about sizes; `sent` counts the bytes of all answers."""
+
+    protocol_version = "HTTP/1.1"
+    sent = 0
+
+    def do_GET(self) -> None:
+        lie = re.split(r"[./]", self.path.strip("/"))[0]
+        status, headers, piece = LIES[lie]
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        with suppress(OSError):
+            for _ in range(4000):  # 4 GB, or endless but for the test's own sake
+                self.wfile.write(piece)
+                type(self).sent += len(piece)
+        self.close_connection = True
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Quiet."""
+
+
+_MANY, _BOMB = bytes(1 << 20), zlib.compress(bytes(1 << 30), 9)[: 1 << 20]
+LIES: dict[str, tuple[int, dict[str, str], bytes]] = {
+    "huge": (206, {"Content-Range": f"bytes 0-0/{1 << 40}", "Content-Length": "1"}, b"x"),
+    "endless": (206, {"Content-Range": "bytes 0-99/100", "Connection": "close"}, _MANY),
+    "chunks": (
+        206,
+        {"Content-Range": "bytes 0-99/100", "Transfer-Encoding": "chunked"},
+        b"100000\r\n" + _MANY + b"\r\n",
+    ),
+    "longer": (206, {"Content-Range": "bytes 0-99/100", "Content-Length": str(1 << 40)}, _MANY),
+    "bomb": (206, {"Content-Range": "bytes 0-99/100", "Content-Encoding": "deflate", "Connection": "close"}, _BOMB),
+    "whole": (200, {"Content-Length": str(1 << 40)}, _MANY),
+    "negative": (206, {"Content-Range": "bytes 0-99/-5", "Content-Length": "100"}, _MANY),
+    "words": (500, {"Connection": "close"}, _MANY),
+}
+
+
+@pytest.fixture(scope="module")
+def liar() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Liar)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_server_that_lies_about_sizes_costs_neither_memory_nor_time(liar: str, lie: str):
+    storage, start = open_storage(liar, StorageConfig(timeout_s=5.0, retry_for_s=0.0)), time.monotonic()
+    before, _Liar.sent = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, 0
+    for ask in (lambda: storage.read_all(f"{lie}.json", limit=1000), lambda: storage.read(f"{lie}.tar", 0, 100)):
+        try:
+            assert len(ask()) == 100, "no more than was asked for"
+        except StorageError as error:
+            assert len(str(error)) < 500 and str(error).isprintable()
+    assert time.monotonic() - start < 10
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000, "KiB"
+
+
+def test_an_object_store_that_ignores_ranges_is_refused_before_it_sends_all(liar: str):
+    options = {"endpoint_url": liar, "anon": "true"}
+    storage = open_storage("s3://whole", StorageConfig(timeout_s=5.0, retry_for_s=0.0, options=options))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(StorageError, match="the server ignores byte ranges"):
+        storage.read("a.tar", 0, 100)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000, "KiB"
+
+
+def test_what_a_server_says_is_short_and_printable(folder: Path):
+    class Shouting(_Liar):
+        def do_GET(self) -> None:
+            self.send_response_only(400, "\x1b[31m" + "a" * 5000)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Shouting)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    with pytest.raises(StorageError) as caught:
+        open_storage(f"http://127.0.0.1:{server.server_port}", HASTY).read("a.tar", 0, 1)
+    server.shutdown()
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 500

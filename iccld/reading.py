@@ -1,0 +1,60 @@
+"""Reads small files that others may have made: at most so many bytes, of a plain file, as plain data."""
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+MIB = 1 << 20
+
+
+def read_limited(path: Path, limit: int = MIB) -> bytes:
+    """A file's bytes. Raises OSError where it cannot be read, ValueError where it is no file or larger than `limit`."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # opening a pipe would wait for a writer
+    with os.fdopen(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise ValueError(f"{path} is not a plain file; remove it, or give another.")
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise ValueError(
+            f"{path} has more than {limit:,} bytes, and should be much smaller; it is not what it should be."
+        )
+    return data
+
+
+def read_json(path: Path, limit: int = MIB) -> Any:
+    """What a JSON file holds. Raises as `read_limited` does, and ValueError where it is not JSON."""
+    return parse_json(read_limited(path, limit), str(path))
+
+
+def parse_json(data: bytes | str, where: str) -> Any:
+    """Plain data from JSON; raises ValueError, naming `where`, for anything else."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is not JSON ({_short(error)}).") from error
+
+
+def read_secrets(path: Path) -> list[str]:
+    """The `key=value` lines of a file that only its owner can read. Raises ValueError where others can too."""
+    lines = [line.strip() for line in read_limited(path).decode().splitlines()]
+    if path.stat().st_mode & 0o077:
+        raise ValueError(f"--secrets {path}: others can read it; `chmod 600 {path}`.")
+    words = [line for line in lines if line and not line.startswith("#")]
+    if wrong := [number for number, word in enumerate(words, 1) if "=" not in word]:
+        raise ValueError(f"--secrets {path}: its setting {wrong[0]} is not key=value.")
+    return words
+
+
+def write_secrets(path: Path, words: list[str]) -> None:
+    """Writes what `read_secrets` reads; nobody else can read it, at no time."""
+    path.unlink(missing_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write("".join(f"{word}\n" for word in words))
+
+
+def _short(error: BaseException) -> str:
+    text = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
+    return text[:300]

@@ -1,0 +1,50 @@
+import os
+from pathlib import Path
+
+import pytest
+
+from iccld.programs.goodput import read_events
+from iccld.reading import read_json, read_limited
+from iccld.runtime.manifest import MANIFEST, DamagedError, read_manifest
+
+
+def test_a_file_is_read_up_to_a_limit(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"12345")
+    assert read_limited(path, 5) == b"12345"
+    with pytest.raises(ValueError, match=r"a has more than 4 bytes, and should be much smaller"):
+        read_limited(path, 4)
+    with pytest.raises(FileNotFoundError):
+        read_limited(tmp_path / "none")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "\udcff", "9" * 5000])
+def test_what_is_no_json_is_named(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=r"a is not JSON \(.*\)\.$"):
+        read_json(path)
+
+
+READERS = {
+    "config": (lambda folder: read_limited(folder / "file"), "file"),
+    "manifest": (read_manifest, MANIFEST),
+    "events": (read_events, "events.jsonl"),
+}
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_endless_files_end_no_reader(tmp_path: Path, kind: str) -> None:
+    read, name = READERS[kind]
+    (tmp_path / name).symlink_to("/dev/zero")
+    with pytest.raises((ValueError, DamagedError)):
+        read(tmp_path)
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises((ValueError, DamagedError)):
+        read(tmp_path)
+    (tmp_path / name).unlink()
+    (tmp_path / name).touch()
+    os.truncate(tmp_path / name, 1 << 40)
+    with pytest.raises((ValueError, DamagedError)):
+        read(tmp_path)
