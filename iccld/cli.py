@@ -39,9 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return arguments.run(arguments) or 0
     except (ValueError, OSError) as error:
         rank = int(os.environ.get("RANK", "0"))
-        if (
-            rank > 0
-        ):  # those that fail alike are ended by the launcher before they repeat it; one that fails alone speaks
+        if rank > 0:  # ranks that fail alike are ended before they repeat it; one that fails alone speaks
             time.sleep(3)
         line = f"iccld {arguments.verb}: {f'rank {rank}: ' if rank else ''}{error}"
         print("".join(map(_printable, line)), file=sys.stderr, flush=True)

@@ -76,6 +76,20 @@ def unknown_keys(values: Mapping[str, Any], schema: Any, prefix: str = "") -> It
             yield from unknown_keys(value, part, f"{prefix}{key}.")
 
 
+def misplaced(value: Any, schema: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Key and value of whatever is a list, a dict or nothing where the schema has another of these."""
+    kind = dict if dataclasses.is_dataclass(schema) else typing.get_origin(schema)
+    if kind is dict and isinstance(value, Mapping):
+        for name, item in value.items():
+            part = type_at(schema, str(name))
+            yield from misplaced(item, part, f"{key}.{name}" if key else str(name)) if part is not None else ()
+    elif kind is list and isinstance(value, list):
+        for item in value:
+            yield from misplaced(item, typing.get_args(schema)[0], key)
+    elif schema is not Any and (kind in (dict, list) or value is None or isinstance(value, Mapping | list)):
+        yield key, value
+
+
 def with_typed_keys(value: Any, schema: Any) -> Any:
     """JSON's keys, which are strings, as numbers where the schema's are."""
     if not isinstance(value, Mapping):

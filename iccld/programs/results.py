@@ -17,7 +17,8 @@ from typing import Any
 
 from iccld.config import Config, StageName, Weights, read_config
 from iccld.data.storage import without_secrets
-from iccld.models.model_card import WEIGHTS_NAME, file_sha256
+from iccld.models.model_card import WEIGHTS_NAME
+from iccld.runtime.durable import file_checksum
 
 OF_NO_CONSEQUENCE = ("models", "batch_size")
 """What may differ between two evaluations that are the same: the weights are known by their checksum."""
@@ -33,7 +34,7 @@ def about_of(folders: Sequence[Path], config: Config) -> dict[str, Any]:
     """What was scored, and how: all that the scores depend on."""
     return {
         "models": [str(folder) for folder in folders],
-        "sha256": [file_sha256(folder / WEIGHTS_NAME) for folder in folders],
+        "sha256": [file_checksum(folder / WEIGHTS_NAME) for folder in folders],
         **_settings(config),
     }
 
