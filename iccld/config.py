@@ -153,9 +153,7 @@ def _parsed(words: Sequence[str]) -> list[Override]:
                 f"and a group's choice, that holds more than letters, digits and /-.+@%_ is put into quotes."
             ) from error
         if override.is_sweep_override():
-            raise ValueError(
-                f"{word} gives several values; give one, or a list, as [a,b]."
-            )
+            raise ValueError(f"{word} gives several values; give one, or a list, as [a,b].")
         given, key = override.value(), override.key_or_group
         if isinstance(given, list | dict):
             for name, value in settings.not_strings(given, settings.type_at(Config, key), key):

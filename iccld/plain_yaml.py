@@ -23,9 +23,7 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent) and not self.aliases:
-            raise yaml.MarkedYAMLError(
-                problem=f"has an alias (*{event.anchor})", problem_mark=event.start_mark
-            )
+            raise yaml.MarkedYAMLError(problem=f"has an alias (*{event.anchor})", problem_mark=event.start_mark)
         if getattr(event, "tag", None) not in {None, *_PLAIN_TAGS}:
             raise yaml.MarkedYAMLError(problem=f"has a tag ({event.tag})", problem_mark=event.start_mark)
         self.depth += 1

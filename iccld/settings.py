@@ -77,7 +77,7 @@ def unknown_keys(values: Mapping[str, Any], schema: Any, prefix: str = "") -> It
 
 
 def misplaced(value: Any, schema: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Key and value of whatever is a list, a dict or nothing where the schema has another of these."""
+    """Key and value of whatever is a list, a dict or nothing where the schema has another of these, or missing."""
     kind = dict if dataclasses.is_dataclass(schema) else typing.get_origin(schema)
     if kind is dict and isinstance(value, Mapping):
         for name, item in value.items():
@@ -86,7 +86,9 @@ def misplaced(value: Any, schema: Any, key: str = "") -> Iterator[tuple[str, Any
     elif kind is list and isinstance(value, list):
         for item in value:
             yield from misplaced(item, typing.get_args(schema)[0], key)
-    elif schema is not Any and (kind in (dict, list) or value is None or isinstance(value, Mapping | list)):
+    elif value == "???" or (schema is not Any and (kind in (dict, list) or value is None)):
+        yield key, value
+    elif schema is not Any and isinstance(value, Mapping | list):
         yield key, value
 
 

@@ -39,7 +39,7 @@ def test_a_broken_file_is_named_with_its_line(name: str, tmp_path: Path):
     (tmp_path / "dataset").mkdir()
     path = tmp_path / "dataset" / f"{name}.yaml"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=".*") as raised:
+    with pytest.raises(ValueError, match=r".*") as raised:
         load_config([f"dataset={name}"], config_dir=str(tmp_path))
     said = str(raised.value)
     assert said.startswith(f"{path}:{line}: ") and message in said and "\n" not in said, said

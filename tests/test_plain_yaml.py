@@ -34,7 +34,9 @@ def test_a_number_without_a_point_is_one():
     assert math.isinf(parse_yaml(".inf", where="x"))
 
 
-LAUGHS = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(f"{c}: &{c} [{','.join(['*' + p] * 9)}]\n" for p, c in zip("abcdefgh", "bcdefghi", strict=True))
+LAUGHS = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{c}: &{c} [{','.join(['*' + p] * 9)}]\n" for p, c in zip("abcdefgh", "bcdefghi", strict=True)
+)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +57,7 @@ LAUGHS = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(f"{c}: &{c} [{','.join(['*' + p
 )
 def test_what_is_not_plain_is_one_line_at_once(text: str, message: str):
     begin = time.monotonic()
-    with pytest.raises(ValueError, match=".*") as raised:
+    with pytest.raises(ValueError, match=r".*") as raised:
         parse_yaml(text, where="x")
     assert str(raised.value).startswith(message) and "\n" not in str(raised.value), str(raised.value)
     assert time.monotonic() - begin < 2

@@ -20,7 +20,8 @@ NAMES = [
     "2024_01_05", "2024-01-05", "runs/50%", "runs/a:b", "runs/[x]", "null", "~", "runs/a&b", "runs/$x", "on", " runs/x",
     "0x10", "1:30", "{a}", "a: b", "- a", '"q"', "'q'", "@x", "%x", "!x", "&x", "*x", "${x}", "${oc.env:HOME}", "\\",
     "a\\", "\\'", "\\${a}", "${", "x}", "", "=", "==", "+x", "https://h/p?sig=a%2Bb%3D&x=y#z", "s3://b/a b", "true",
-    ".inf", "nan", "1_000", "a,b", "[a,b", "choice(a,b)", "x ", "\t", "#", "-", "--", "🚗", "a=b=c", "$(touch x)", "`x`",
+    ".inf", "nan", "1_000", "a,b", "[a,b", "choice(a,b)", "x ", "\t", "#", "-", "--", "🚗", "a=b=c",
+    "$(touch x)", "`x`",
     "$${a}", "<<", "? a", "| a", "> a", "...", "---", "{}", "[]", "!!python/none", "0o7", "-1", "1.50", "é", "é",
 ]  # fmt: skip
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\n\r"), max_size=30)
@@ -158,7 +159,7 @@ def test_a_submission_knows_its_run_as_the_verb_does(words: list[str], run: str)
     ],
 )
 def test_what_cannot_be_taken_to_the_letter_is_one_line(word: str, message: str):
-    with pytest.raises(ValueError, match=".*") as raised:
+    with pytest.raises(ValueError, match=r".*") as raised:
         load_config([word])
     assert message in str(raised.value) and "\n" not in str(raised.value)
 
@@ -178,5 +179,7 @@ def strings(values: Any, prefix: str) -> Iterator[tuple[str, Any]]:
     for name, value in values.items():
         if isinstance(value, dict):
             yield from strings(value, f"{prefix}{name}.")
-        elif value is None or (isinstance(value, str) and str in getattr(type_at(Config, prefix + name), "__args__", ())):
+        elif value is None or (
+            isinstance(value, str) and str in getattr(type_at(Config, prefix + name), "__args__", ())
+        ):
             yield prefix + name, type_at(Config, prefix + name)

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import math
 import os
 import re
 import types
@@ -116,10 +115,10 @@ def check_sizes(value: Any, *, where: str, name: str = "") -> None:
         for item in value:
             check_sizes(item, where=where)
     numbers = [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, int | float)]
-    if not all(math.isfinite(number) and abs(number) <= MAX_NUMBER for number in numbers):
-        raise ValueError(f"{where}={numbers[:4]} must be numbers of at most {MAX_NUMBER}; this is no card of a model.")
+    if not all(abs(number) <= MAX_NUMBER for number in numbers):  # nan is not either
+        raise ValueError(f"{where}={str(numbers)[:60]} must be numbers of at most {MAX_NUMBER}; no model has these.")
     if _COUNTS.search(name) and (sum(numbers) > MAX_COUNT or len(numbers) > 64):
-        raise ValueError(f"{where}={numbers[:4]} must be at most {MAX_COUNT} in all; this is no card of a model.")
+        raise ValueError(f"{where}={str(numbers)[:60]} must be at most {MAX_COUNT} in all; this is no card of a model.")
 
 
 def file_sha256(path: Path) -> str:

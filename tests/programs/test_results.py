@@ -129,5 +129,7 @@ def test_in_any_order_nothing_is_lost(tmp_path_factory: pytest.TempPathFactory, 
 
 def test_secrets_of_a_url_are_not_written(tmp_path: Path):
     make_run(tmp_path)
-    config = config_from({}, where="x", overrides=[f"run_dir={tmp_path}", "data.validation.shards=https://u:pw@h/p?sig=s3cret"])
+    config = config_from(
+        {}, where="x", overrides=[f"run_dir={tmp_path}", "data.validation.shards=https://u:pw@h/p?sig=s3cret"]
+    )
     assert "s3cret" not in json.dumps(about_of([], config)) and "pw@" not in json.dumps(about_of([], config))

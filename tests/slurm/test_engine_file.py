@@ -14,11 +14,15 @@ from iccld.slurm.config import Launcher, SubmitConfig, Work
 from iccld.slurm.engine_file import engine_variables
 from iccld.slurm.script import sbatch_text
 
-HOSTILE = ["a; touch canary", "a\ntouch canary", "$(touch canary)", "`touch canary`", "x=1; touch canary #", "'; touch canary; '",
-           "a b", "A B=1 touch", "fsdp_x\n", "fsdp_x;touch canary", "FSDP_X", "ä", "", "LD_PRELOAD", "${IFS}", "fsdp_x="]  # fmt: skip
+HOSTILE = [
+    "a; touch canary", "a\ntouch canary", "$(touch canary)", "`touch canary`", "x=1; touch canary #", "a b", "ä", "",
+    "'; touch canary; '", "A B=1 touch", "fsdp_x\n", "fsdp_x;touch canary", "FSDP_X", "LD_PRELOAD", "${IFS}", "fsdp_x=",
+]  # fmt: skip
 KEYS = st.one_of(st.text(max_size=12), st.sampled_from(HOSTILE), st.from_regex(r"fsdp_[a-z0-9_]{1,8}", fullmatch=True))
-VALUES = st.one_of(st.text(max_size=20), st.sampled_from(HOSTILE), st.integers(), st.booleans(), st.none(), st.floats(),
-                   st.lists(st.text(max_size=3), max_size=2), st.dictionaries(st.text(max_size=3), st.integers(), max_size=1))  # fmt: skip
+VALUES = st.one_of(
+    st.text(max_size=20), st.sampled_from(HOSTILE), st.integers(), st.booleans(), st.none(), st.floats(),
+    st.lists(st.text(max_size=3), max_size=2), st.dictionaries(st.text(max_size=3), st.integers(), max_size=1),
+)  # fmt: skip
 JOB = "begin_attempt() { :; }\nend_attempt() { :; }\nlaunch() { env -0; }\n"
 
 
@@ -52,7 +56,9 @@ def test_an_engine_s_words_are_words_or_refused(tmp_path: Path, fsdp: dict[str, 
         except ValueError as error:
             assert "\n" not in str(error)
             continue
-        work = Work(run_dir=str(tmp_path), code=str(tmp_path), folder=str(tmp_path), arguments=("train",), variables=variables)
+        work = Work(
+            run_dir=str(tmp_path), code=str(tmp_path), folder=str(tmp_path), arguments=("train",), variables=variables
+        )
         given = run_script(tmp_path, work, SubmitConfig())
         assert not (tmp_path / "canary").exists()
         assert variables.items() <= given.items()
@@ -86,7 +92,9 @@ def test_an_engine_s_file_is_read_strictly(text: str, message: str, tmp_path: Pa
         engine_variables(path)
 
 
-@pytest.mark.parametrize("name", ["a b", "a'b", 'a"b', "a;touch canary", "a$(touch canary)", "a`touch canary`", "ü", "a\\b"])
+@pytest.mark.parametrize(
+    "name", ["a b", "a'b", 'a"b', "a;touch canary", "a$(touch canary)", "a`touch canary`", "ü", "a\\b"]
+)
 def test_a_file_s_name_is_no_command_of_the_agent(name: str, tmp_path: Path):
     work = Work(
         run_dir=str(tmp_path), code=str(tmp_path), folder=str(tmp_path), arguments=("train", name),
@@ -94,7 +102,7 @@ def test_a_file_s_name_is_no_command_of_the_agent(name: str, tmp_path: Path):
     )  # fmt: skip
     text = sbatch_text(SubmitConfig(launcher=Launcher.accelerate, python="printf '%s\\0' x"), work)
     agent = sbatch_text(replace(SubmitConfig(launcher=Launcher.accelerate), python="printf"), work)
-    job = "begin_attempt() { :; }\nend_attempt() { :; }\nlaunch() { shift 3; \"$@\"; }\n"
+    job = 'begin_attempt() { :; }\nend_attempt() { :; }\nlaunch() { shift 3; "$@"; }\n'
     for script in (text, agent):
         (tmp_path / "script").write_text(script.replace('source "$code/iccld/slurm/job.sh"', job))
         environment = {"PATH": "/usr/bin:/bin", "SLURM_CPUS_PER_TASK": "1", "SLURM_JOB_ID": "1", "SLURM_NODEID": "0",
