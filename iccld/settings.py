@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 _SETTING = re.compile(r"(\+{0,2})([A-Za-z_$][\w$-]*(?:\.[\w$-]+)*)=(.*)", re.DOTALL)
+_NO_SCALAR = (Mapping, list, type(None))
 
 
 @functools.cache
@@ -86,9 +87,7 @@ def misplaced(value: Any, schema: Any, key: str = "") -> Iterator[tuple[str, Any
     elif kind is list and isinstance(value, list):
         for item in value:
             yield from misplaced(item, typing.get_args(schema)[0], key)
-    elif value == "???" or (schema is not Any and (kind in (dict, list) or value is None)):
-        yield key, value
-    elif schema is not Any and isinstance(value, Mapping | list):
+    elif value == "???" or (schema is not Any and (kind in (dict, list) or isinstance(value, _NO_SCALAR))):
         yield key, value
 
 

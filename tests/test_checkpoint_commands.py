@@ -117,7 +117,7 @@ def test_a_run_with_classes_of_its_own_is_resumed_and_exported(scene_shards: Pat
     """Integer keys of its settings are strings in a manifest; so are those of a backbone's labels."""
     settings = [f"stage{i}.trainer.{s}" for i in (1, 2) for s in ("num_steps=2", "checkpoint.save_every=1")]
     settings += ["data.class_set.names=[flat,rest]", "data.validation.shards=", "data.rare_class_sampling=false"]
-    settings += [f"data.class_set.of_train_id={{0: 0, {', '.join(f'{i}: 1' for i in range(1, 19))}}}"]
+    settings += [f"+data.class_set.of_train_id={{0: 0, {', '.join(f'{i}: 1' for i in range(1, 19))}}}"]
     settings += ["+model.encoder.backbone_config.id2label={0: a, 1: b}"]
     folder = tmp_path / "runs" / "lr=1,[x] ${y}"
     settings = [

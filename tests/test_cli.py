@@ -70,9 +70,9 @@ def test_evaluate_scores_the_student_or_another_model_beside_the_teacher(
     assert "stage2 x3" in capsys.readouterr().out
     assert main(["evaluate", str(run_dir), "--model", str(run_dir / "stage1/final/student")]) == 0
     assert (run_dir / "report/results.json").read_bytes() == kept
-    (of_student,) = run_dir.glob("report/results_student_validation_x3_*.json")
-    assert set(json.loads(of_student.read_text())) == {"about", "stage2", "stage2_mean_latent", "stage1"}
-    (of_model,) = run_dir.glob("report/results_stage1_student_validation_*.json")
+    (of_student,) = run_dir.glob("report/results_student_camera_val_x3_*.json")
+    assert set(json.loads(of_student.read_text())) == {"about", "stage1", "stage2", "stage2_mean_latent"}
+    (of_model,) = run_dir.glob("report/results_stage1_student_camera_val_*.json")
     assert set(json.loads(of_model.read_text())) == {"about", "stage1"}
 
 
