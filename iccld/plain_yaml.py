@@ -21,7 +21,7 @@ class _Loader(yaml.SafeLoader):
     depth, aliases = 0, False
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        event = self.peek_event()
+        event: Any = self.peek_event()
         if isinstance(event, yaml.AliasEvent) and not self.aliases:
             raise yaml.MarkedYAMLError(problem=f"has an alias (*{event.anchor})", problem_mark=event.start_mark)
         if getattr(event, "tag", None) not in {None, *_PLAIN_TAGS}:

@@ -199,7 +199,7 @@ def _parse(hint: Any, value: Any, *, where: str) -> Any:
         return float(value)
     if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
         raise ValueError(f"{where}={value!r} must be of type {expected.__name__}.")
-    if expected is list:
+    if expected is list and isinstance(value, list):
         (of_item,) = typing.get_args(hint)
         return [_parse(of_item, item, where=f"{where}[{number}]") for number, item in enumerate(value)]
     return value
