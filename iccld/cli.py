@@ -75,9 +75,7 @@ def _run(arguments: argparse.Namespace, given: Sequence[str]) -> int:
         if isinstance(error, BrokenPipeError) and _readers_are_gone():
             raise
         rank = int(os.environ.get("RANK", "0"))
-        if (
-            rank > 0
-        ):  # those that fail alike are ended by the launcher before they repeat it; one that fails alone speaks
+        if rank > 0:  # ranks that fail alike are ended before they repeat it; one that fails alone speaks
             time.sleep(3)
         line = f"iccld {arguments.verb}: {f'rank {rank}: ' if rank else ''}{redact(words(error), given)}"
         print("".join(map(_printable, line)), file=sys.stderr, flush=True)

@@ -124,7 +124,8 @@ def load_config(overrides: Sequence[str], *, config_dir: str = "") -> Config:
     if config_dir:
         if not folder.is_dir():
             raise ValueError(f"--config-dir {config_dir}: there is no such folder.")
-        words.append(f"hydra.searchpath=[{_quoted(f'file://{folder.resolve()}')}]")
+        path = QuotedString(f"file://{folder.resolve()}", Quote.single)  # taken as it is, `${...}` too
+        words.append(f"hydra.searchpath=[{path.with_quotes()}]")
         files = own_files(folder, [(override.key_or_group, override.value()) for override in parsed])
         for file in files:
             check_group_file(file, Config)
@@ -149,17 +150,15 @@ def _parsed(words: Sequence[str]) -> list[Override]:
             override = parser.parse_override(f"{literal[0]}{literal[1]}={_quoted(literal[2])}" if literal else word)
         except HydraException as error:
             raise ValueError(
-                f"{word}: no key=value that can be read ({str(error).splitlines()[0]}); a text within [...] or {{...}}, "
+                f"{word}: no key=value that can be read ({str(error).splitlines()[0]}); text within [...] or {{...}}, "
                 f"and a group's choice, that holds more than letters, digits and /-.+@%_ is put into quotes."
             ) from error
         if override.is_sweep_override():
-            raise ValueError(
-                f"{word} gives several values; give one, a list as [a,b], or --seeds and --variant of submit."
-            )
+            raise ValueError(f"{word} gives several values; give one, or a list, as [a,b].")
         given, key = override.value(), override.key_or_group
         if isinstance(given, list | dict):
-            for key, value in settings.not_strings(given, settings.type_at(Config, key), key):
-                raise ValueError(f"{word}: {key}={value!r} must be text; put it into quotes, as in '{value}'.")
+            for name, value in settings.not_strings(given, settings.type_at(Config, key), key):
+                raise ValueError(f"{word}: {name}={value!r} must be text; put it into quotes, as in '{value}'.")
         found.append(override)
     return found
 
@@ -172,6 +171,7 @@ def _quoted(text: str) -> str:
 def _as_it_is(value: Any) -> Any:
     """Plain values of which OmegaConf interprets no `${...}`."""
     if isinstance(value, str):
+        settings.check_text(value, where="a setting")
         return re.sub(r"(\\*)\$\{", lambda found: 2 * found[1] + "\\${", value)
     if isinstance(value, Mapping):
         return {key: _as_it_is(item) for key, item in value.items()}
@@ -225,6 +225,8 @@ def config_from(values: Any, *, where: str, overrides: Sequence[str] = ()) -> Co
     """
     if not isinstance(values, Mapping):
         raise ValueError(f"{where}: not the settings of a run (no `key: value` lines).")
+    for key, value in settings.misplaced(values, Config):
+        raise ValueError(f"{where}: not the settings of a run ({key} cannot be {str(value)[:80]!r}).")
     parsed = _parsed(overrides)
     try:
         plain = _as_it_is(settings.with_typed_keys(values, Config))

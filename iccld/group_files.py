@@ -1,4 +1,4 @@
-"""YAML groups of the user's own (`--config-dir`): read before Hydra composes them, so that a defect has file and line."""
+"""YAML groups of the user's own (`--config-dir`), read before Hydra composes them: a defect has file and line."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -22,9 +22,7 @@ def check_group_file(path: Path, schema: type) -> None:
         raise ValueError(f"{path}:1: holds no settings; write `key: value` lines.")
     text = path.read_text(encoding="utf-8")
     if text.startswith("\ufeff"):
-        raise ValueError(
-            f"{path}:1: begins with a byte-order mark, which hides its first line; save it as plain UTF-8."
-        )
+        raise ValueError(f"{path}:1: begins with a byte-order mark, which hides its first line; save it without.")
     package = re.search(r"^#\s*@package\s+(\S+)", text, re.MULTILINE)
     part = schema if package and package[1] == "_global_" else settings.type_at(schema, package[1] if package else "")
     for key, value in settings.not_strings(values, part, package[1] if package else ""):

@@ -21,11 +21,9 @@ class _Loader(yaml.SafeLoader):
     depth, aliases = 0, False
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        event = self.peek_event()
+        event: Any = self.peek_event()
         if isinstance(event, yaml.AliasEvent) and not self.aliases:
-            raise yaml.MarkedYAMLError(
-                problem=f"refers to another place (*{event.anchor})", problem_mark=event.start_mark
-            )
+            raise yaml.MarkedYAMLError(problem=f"has an alias (*{event.anchor})", problem_mark=event.start_mark)
         if getattr(event, "tag", None) not in {None, *_PLAIN_TAGS}:
             raise yaml.MarkedYAMLError(problem=f"has a tag ({event.tag})", problem_mark=event.start_mark)
         self.depth += 1
@@ -49,6 +47,12 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    style = None if text.isprintable() else '"'  # else line breaks of Unicode become blanks
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _text)
 for _class in (_Loader, _Dumper):
     _class.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 # Days, too, are text.
@@ -63,7 +67,7 @@ class _OwnLoader(_Loader):
 
 
 def read_yaml(path: Path, *, aliases: bool = False) -> Any:
-    """What a file holds; `aliases` are for a file of the user's own. Raises ValueError, and OSError if it is not read."""
+    """What a file holds; `aliases`: in a file of the user's own. Raises ValueError, OSError if it cannot be read."""
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} is no file.")
     with path.open("rb") as file:

@@ -38,10 +38,10 @@ def parse_json(data: bytes | str, where: str) -> Any:
 
 def read_secrets(path: Path) -> list[str]:
     """The `key=value` lines of a file that only its owner can read. Raises ValueError where others can too."""
-    lines = [line.strip() for line in read_limited(path).decode().splitlines()]
+    lines = read_limited(path).decode().splitlines()
     if path.stat().st_mode & 0o077:
         raise ValueError(f"--secrets {path}: others can read it; `chmod 600 {path}`.")
-    words = [line for line in lines if line and not line.startswith("#")]
+    words = [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if wrong := [number for number, word in enumerate(words, 1) if "=" not in word]:
         raise ValueError(f"--secrets {path}: its setting {wrong[0]} is not key=value.")
     return words

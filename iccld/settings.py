@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 _SETTING = re.compile(r"(\+{0,2})([A-Za-z_$][\w$-]*(?:\.[\w$-]+)*)=(.*)", re.DOTALL)
+_NO_SCALAR = (Mapping, list, type(None))
 
 
 @functools.cache
@@ -74,6 +75,20 @@ def unknown_keys(values: Mapping[str, Any], schema: Any, prefix: str = "") -> It
             yield f"{prefix}{key}"
         elif dataclasses.is_dataclass(part) and isinstance(value, Mapping):
             yield from unknown_keys(value, part, f"{prefix}{key}.")
+
+
+def misplaced(value: Any, schema: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Key and value of whatever is a list, a dict or nothing where the schema has another of these, or missing."""
+    kind = dict if dataclasses.is_dataclass(schema) else typing.get_origin(schema)
+    if kind is dict and isinstance(value, Mapping):
+        for name, item in value.items():
+            part = type_at(schema, str(name))
+            yield from misplaced(item, part, f"{key}.{name}" if key else str(name)) if part is not None else ()
+    elif kind is list and isinstance(value, list):
+        for item in value:
+            yield from misplaced(item, typing.get_args(schema)[0], key)
+    elif value == "???" or (schema is not Any and (kind in (dict, list) or isinstance(value, _NO_SCALAR))):
+        yield key, value
 
 
 def with_typed_keys(value: Any, schema: Any) -> Any:

@@ -172,3 +172,30 @@ def test_a_hand_off_leads_nowhere_else(run_dir: Path, scene_shards: Path, tmp_pa
     with pytest.raises(ValueError, match=re.escape(words)) as error:
         handed_over(load_config(scene_overrides(scene_shards, run)))
     assert "\n" not in str(error.value)
+
+
+def test_a_run_with_classes_of_its_own_is_resumed_and_exported(scene_shards: Path, tmp_path: Path):
+    """Integer keys of its settings are strings in a manifest; so are those of a backbone's labels."""
+    settings = [f"stage{i}.trainer.{s}" for i in (1, 2) for s in ("num_steps=2", "checkpoint.save_every=1")]
+    settings += ["data.class_set.names=[flat,rest]", "data.validation.shards=", "data.rare_class_sampling=false"]
+    settings += [f"+data.class_set.of_train_id={{0: 0, {', '.join(f'{i}: 1' for i in range(1, 19))}}}"]
+    settings += ["+model.encoder.backbone_config.id2label={0: a, 1: b}"]
+    folder = tmp_path / "runs" / "lr=1,[x] ${y}"
+    settings = [
+        *scene_overrides(scene_shards, folder),
+        *settings,
+        f"data.source.also={{more:{{shards:{scene_shards}/source}}}}",
+    ]
+    settings[-1] = "+" + settings[-1]
+    train(load_config(settings))
+    for stage in (1, 2):
+        (folder / f"stage{stage}" / "checkpoints" / "latest").unlink()
+        output = tmp_path / f"model{stage}"
+        assert main(["checkpoint", "export", str(checkpoint(folder, stage, 2)), str(output)]) == 0
+        card = ICCLD.from_pretrained(output).card
+        assert card is not None and card.class_names == ["flat", "rest"]
+    (folder / "stage2" / "final").rename(tmp_path / "gone")
+    train(load_config(settings))  # goes on from a checkpoint, whose settings it compares
+    assert (folder / "stage2/final/teacher/config.json").read_bytes() == (
+        tmp_path / "gone/teacher/config.json"
+    ).read_bytes()

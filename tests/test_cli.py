@@ -70,8 +70,10 @@ def test_evaluate_scores_the_student_or_another_model_beside_the_teacher(
     assert "stage2 x3" in capsys.readouterr().out
     assert main(["evaluate", str(run_dir), "--model", str(run_dir / "stage1/final/student")]) == 0
     assert (run_dir / "report/results.json").read_bytes() == kept
-    of_model = json.loads((run_dir / "report/results_model.json").read_text())
-    assert set(of_model) == {"about", "stage1"}
+    (of_student,) = run_dir.glob("report/results_student_camera_val_x3_*.json")
+    assert set(json.loads(of_student.read_text())) == {"about", "stage1", "stage2", "stage2_mean_latent"}
+    (of_model,) = run_dir.glob("report/results_stage1_student_camera_val_*.json")
+    assert set(json.loads(of_model.read_text())) == {"about", "stage1"}
 
 
 def test_a_stage_that_is_trained_later_is_scored_too(scene_shards: Path, tmp_path: Path):
@@ -86,7 +88,10 @@ def test_evaluate_over_several_noise_seeds_reports_all(run_dir: Path, tmp_path: 
     copy = tmp_path / "copy"
     shutil.copytree(run_dir, copy)
     assert main(["evaluate", str(copy), "inference.num_steps=[1]", "inference.noise_seeds=2"]) == 0
-    scores = json.loads((copy / "report/results.json").read_text())["stage2"]["1"]
+    kept = (copy / "report/results.json").read_bytes()
+    assert kept == (run_dir / "report/results.json").read_bytes(), "of other settings"
+    (path,) = copy.glob("report/results_teacher_*_x1_*.json")
+    scores = json.loads(path.read_text())["stage2"]["1"]
     assert len(scores["miou_by_noise_seed"]) == 2
     assert scores["miou"] == pytest.approx(sum(scores["miou_by_noise_seed"]) / 2)
 

@@ -5,6 +5,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from iccld.data import integrity
@@ -55,7 +56,7 @@ def _amount(size: float) -> str:
 
 def tables(index: ShardIndex) -> list[Table]:
     """The facts and, where there are labels, the classes."""
-    overview = Table(title=index.location, show_header=False)
+    overview = Table(title=escape(index.location), show_header=False)
     for row in facts(index):
         overview.add_row(*row)
     if not index.header.has_labels:
@@ -96,7 +97,7 @@ def draw_chart(index: ShardIndex, path: Path) -> None:
     left.xaxis.set_major_formatter("{x:g}")
     right.set(xlim=(0, 118), xlabel="% of samples that show the class")
     title = index.header.dataset or Path(index.location).name
-    figure.suptitle(f"{title}: {index.header.num_samples:,} samples", fontsize=14)
+    figure.suptitle(f"{title}: {index.header.num_samples:,} samples", fontsize=14, parse_math=False)
     try:
         with replacing(path) as file:
             figure.savefig(file, dpi=120, format="png")

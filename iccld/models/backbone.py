@@ -13,35 +13,13 @@ disable_progress_bar()  # of weights that load in milliseconds, once a rank
 
 KNOWN_TYPES = "segformer, convnextv2, swin, mobilenet_v2, dinov2, dinov3_vit"
 
-SELF_CONTAINED = frozenset(
-    [
-        "beit",
-        "convnext",
-        "convnextv2",
-        "dinov2",
-        "dinov2_with_registers",
-        "dinov3_convnext",
-        "dinov3_vit",
-        "efficientnet",
-        "focalnet",
-        "hiera",
-        "mobilenet_v1",
-        "mobilenet_v2",
-        "poolformer",
-        "pvt",
-        "pvt_v2",
-        "regnet",
-        "resnet",
-        "segformer",
-        "swin",
-        "swinv2",
-        "vit",
-    ]
-)
+SELF_CONTAINED = {
+    "beit", "convnext", "convnextv2", "dinov2", "dinov2_with_registers", "dinov3_convnext", "dinov3_vit",
+    "efficientnet", "focalnet", "hiera", "mobilenet_v1", "mobilenet_v2", "poolformer", "pvt", "pvt_v2", "regnet",
+    "resnet", "segformer", "swin", "swinv2", "vit",
+}  # fmt: skip
 """Types whose config alone says what is built; others name models and code that are then fetched from the hub."""
-LEADS_ELSEWHERE = frozenset(
-    ["auto_map", "backbone", "quantization_config", "use_timm_backbone", "use_pretrained_backbone"]
-)
+LEADS_ELSEWHERE = {"auto_map", "backbone", "quantization_config", "use_timm_backbone", "use_pretrained_backbone"}
 
 
 def make_backbone(pretrained: str, backbone_config: dict[str, Any]) -> tuple[PreTrainedModel, set[str]]:

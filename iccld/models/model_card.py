@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import re
 import types
 import typing
@@ -116,10 +115,10 @@ def check_sizes(value: Any, *, where: str, name: str = "") -> None:
         for item in value:
             check_sizes(item, where=where)
     numbers = [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, int | float)]
-    if not all(math.isfinite(number) and abs(number) <= MAX_NUMBER for number in numbers):
-        raise ValueError(f"{where}={numbers[:4]} must be numbers of at most {MAX_NUMBER}; this is no card of a model.")
+    if not all(abs(number) <= MAX_NUMBER for number in numbers):  # nan is not either
+        raise ValueError(f"{where}={str(numbers)[:60]} must be numbers of at most {MAX_NUMBER}; no model has these.")
     if _COUNTS.search(name) and (sum(numbers) > MAX_COUNT or len(numbers) > 64):
-        raise ValueError(f"{where}={numbers[:4]} must be at most {MAX_COUNT} in all; this is no card of a model.")
+        raise ValueError(f"{where}={str(numbers)[:60]} must be at most {MAX_COUNT} in all; this is no card of a model.")
 
 
 def write_card(folder: Path, card: ModelCard) -> None:
@@ -184,7 +183,7 @@ def _parse(hint: Any, value: Any, *, where: str) -> Any:
         return float(value)
     if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
         raise ValueError(f"{where}={value!r} must be of type {expected.__name__}.")
-    if expected is list:
+    if expected is list and isinstance(value, list):
         (of_item,) = typing.get_args(hint)
         return [_parse(of_item, item, where=f"{where}[{number}]") for number, item in enumerate(value)]
     return value

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from iccld import __version__
@@ -54,7 +55,7 @@ def list_checkpoints(folder: Path) -> int:
             manifest = read_manifest(path)
         except CheckpointError as error:
             whole = False
-            table.add_row("", path.name, "", "", "", str(error))
+            table.add_row("", path.name, "", "", "", escape(str(error)))
             continue
         layout, files = manifest["layout"], manifest["files"]
         sizes = [path.joinpath(name).stat().st_size if (path / name).is_file() else 0 for name in files]
@@ -62,7 +63,7 @@ def list_checkpoints(folder: Path) -> int:
             whole, marks = False, [*marks, "damaged"]
         size = f"{sum(sizes) / GIB:.2f}"
         by = f"{layout['engine']} x {layout['world_size']}"
-        table.add_row(manifest["stage"], str(manifest["step"]), size, by, str(len(files)), ", ".join(marks))
+        table.add_row(escape(manifest["stage"]), str(manifest["step"]), size, by, str(len(files)), ", ".join(marks))
     Console().print(table)
     return 0 if whole else 1
 

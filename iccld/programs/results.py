@@ -109,4 +109,4 @@ def _name(label: str, about: Mapping[str, Any]) -> str:
 def _label(folder: Path) -> str:
     """`stage1_student` of a run's model, else the folder's name."""
     parts = folder.absolute().parts
-    return f"{parts[-3]}_{parts[-1]}" if len(parts) > 2 and parts[-2] == "final" else parts[-1]
+    return f"{parts[-3]}_{parts[-1]}" if len(parts) > 2 and parts[-2] == "final" else folder.absolute().name

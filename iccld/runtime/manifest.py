@@ -89,10 +89,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise DamagedError(f"{damaged} is nested too deeply.") from error
     except NotOursError as error:
         raise DamagedError(f"checkpoint {folder} is damaged: {error}") from error
+    except DamagedError:
+        raise
     except ValueError as error:
-        raise (
-            error if isinstance(error, DamagedError) else DamagedError(f"{damaged} cannot be used: {error}")
-        ) from error
+        raise DamagedError(f"{damaged} cannot be used: {error}") from error
     if checksum is None and isinstance(version, int) and version != FORMAT_VERSION:
         raise ForeignFormatError(
             f"checkpoint {folder} has format {version}, and this version of iccld reads {FORMAT_VERSION}; "

@@ -36,9 +36,7 @@ def engine_variables(path: Path) -> dict[str, str]:
         variables["ACCELERATE_USE_FSDP"] = "true"
         for name, value in _part(path, settings, "fsdp_config").items():
             if not isinstance(name, str) or not re.fullmatch(r"fsdp_[a-z0-9_]+", name):
-                raise ValueError(
-                    f"{path}: fsdp_config has {name!r}; its settings are called fsdp_..., in small letters."
-                )
+                raise ValueError(f"{path}: fsdp_config has {name!r}; its settings are called fsdp_...")
             variables[name.upper()] = _word(path, name, value)
     elif kind == "DEEPSPEED":
         stage = _part(path, settings, "deepspeed_config").get("zero_stage")

@@ -136,7 +136,9 @@ def test_a_run_directory_takes_no_colon():
         ("partition:", "partition=None must be quoted"),
         ("nods: 2", "nods; known are"),
         ("- nodes", "no settings; known are"),
-        ("a: b: c", "is no YAML"),
+        ("a: b: c", "mapping values are not allowed here"),
+        ("nodes: 1\nnodes: 2", ":2: names 'nodes' twice"),
+        ("account: &a x\nqos: *a", ":2: has an alias"),
     ],
 )
 def test_settings_of_another_type_are_refused_in_a_line(tmp_path: Path, line: str, message: str):
@@ -208,9 +210,7 @@ def test_seeds_and_variants_multiply():
     assert [Path(variant.run_dir).name for variant in work.variants] == ["x_seed_0", "x_seed_1", "y_seed_0", "y_seed_1"]
     last = work.variants[1].arguments
     assert [word for word in last if word.startswith("seed=")] == ["seed=9", "seed=1"]
-    assert [word for word in last if word.startswith("run_dir=")] == [
-        f"run_dir='{Path('runs/a b').absolute()}/x_seed_1'"
-    ]
+    assert [word for word in last if word.startswith("run_dir=")] == [f"run_dir={Path('runs/a b').absolute()}/x_seed_1"]
 
 
 def test_a_chain_is_a_job_a_stage_and_one_for_the_scores():

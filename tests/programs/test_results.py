@@ -1,0 +1,135 @@
+"""Scores of one evaluation never replace those of another."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from iccld.config import Config, config_from, to_yaml
+from iccld.programs.results import about_of, finished_models, own_results, place_for, read_results
+
+OVERRIDES = [
+    "inference.num_steps=[1]", "inference.noise_seeds=2", "evaluation.image_size=[64,128]",
+    "evaluation.sliding_window=true", "evaluation.window=[256,256] evaluation.stride=[128,128]",
+    "evaluation.num_classes=16", "evaluation.boundary_width=3", "evaluation.max_images=2", "inference.weights=student",
+    "data.validation.shards=other", "data.validation.first_percent=50", "data.validation.keys=k", "seed=3",
+    "engine.precision=bf16", "data.class_set={names:[a,b],of_train_id:{0:0,1:1}}", "data.validation.name=../../x",
+    "+data.validation.also={more:{shards:more}}", "data.validation.name=ü/$(x)",
+]  # fmt: skip
+
+
+def make_run(folder: Path, *, stages: int = 2) -> Config:
+    config = replace(Config(), run_dir=str(folder))
+    config.data.validation.shards = "shards/val"
+    for stage in range(1, stages + 1):
+        for weights in ("teacher", "student"):
+            path = folder / f"stage{stage}" / "final" / weights / "model.safetensors"
+            path.parent.mkdir(parents=True)
+            path.write_text(f"{stage} {weights}")
+    (folder / "config.yaml").write_text(to_yaml(config))
+    return config
+
+
+def with_overrides(folder: Path, words: str) -> Config:
+    from iccld.config import read_config
+
+    return read_config(folder / "config.yaml", words.split())
+
+
+def write(config: Config, folders: list[Path] | None = None) -> Path:
+    folders = folders or finished_models(config)
+    about = about_of(folders, config)
+    path = place_for(folders, config, about)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"about": about}))
+    return path
+
+
+def test_every_setting_that_changes_scores_has_a_file_of_its_own(tmp_path: Path):
+    make_run(tmp_path)
+    configs = [with_overrides(tmp_path, words) for words in ["", *OVERRIDES]]
+    paths = [write(config) for config in configs]
+    assert len({*paths}) == len(paths) and paths[0] == tmp_path / "report/results.json"
+    assert {path.parent for path in paths} == {tmp_path / "report"}
+    assert all(len(path.name) < 130 and path.name.isascii() for path in paths), paths
+    assert [write(config) for config in configs] == paths, "the same again replaces its own"
+    for config, path in zip(configs, paths, strict=True):
+        assert read_results(path)["about"] == json.loads(json.dumps(about_of(finished_models(config), config)))
+
+
+def test_another_model_has_a_file_of_its_own_by_its_weights(tmp_path: Path):
+    config = make_run(tmp_path / "run")
+    own = write(config)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "model.safetensors").write_text("a")
+    first = write(config, [folder])
+    (folder / "model.safetensors").write_text("b")
+    second = write(config, [folder])
+    assert len({own, first, second}) == 3 and first.name.startswith("results_model_")
+    of_student = write(config, [tmp_path / "run/stage1/final/student"])
+    assert of_student.name.startswith("results_stage1_student_")
+
+
+def test_a_stage_that_is_finished_later_goes_into_the_same_file(tmp_path: Path):
+    config = make_run(tmp_path, stages=1)
+    first = write(config)
+    make_run(tmp_path / "other")
+    (tmp_path / "other/stage2").rename(tmp_path / "stage2")
+    assert write(config) == first == own_results(config)
+    assert [path.name for path in first.parent.iterdir()] == ["results.json"]
+
+
+def test_a_run_whose_settings_of_scoring_have_changed_keeps_the_old_scores(tmp_path: Path):
+    """Training goes on by other settings of scoring, which it may."""
+    write(make_run(tmp_path))
+    before = (tmp_path / "report/results.json").read_bytes()
+    later = with_overrides(tmp_path, "inference.num_steps=[2]")
+    (tmp_path / "config.yaml").write_text(to_yaml(later))
+    assert write(later).name == "results.json"
+    (kept,) = set((tmp_path / "report").iterdir()) - {tmp_path / "report/results.json"}
+    assert kept.read_bytes() == before and "x1-4-50" in kept.name
+
+
+def test_scores_of_an_earlier_version_are_kept(tmp_path: Path):
+    config = make_run(tmp_path)
+    (tmp_path / "report").mkdir()
+    old = {"about": {"models": ["x"], "data": {"shards": "a/b"}}, "stage1": {"miou": 1.0}}
+    (tmp_path / "report/results.json").write_text(json.dumps(old))
+    write(config)
+    (kept,) = set((tmp_path / "report").iterdir()) - {tmp_path / "report/results.json"}
+    assert json.loads(kept.read_text()) == old
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "nul"])
+def test_a_file_without_scores_is_named(text: str, tmp_path: Path):
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(ValueError, match=r"results\.json holds no scores"):
+        read_results(tmp_path / "results.json")
+
+
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.lists(st.sampled_from(OVERRIDES), max_size=3, unique=True), min_size=2, max_size=6))
+def test_in_any_order_nothing_is_lost(tmp_path_factory: pytest.TempPathFactory, evaluations: list[list[str]]):
+    folder = tmp_path_factory.mktemp("run")
+    make_run(folder)
+    written: dict[str, Any] = {}
+    for words in evaluations:
+        config = with_overrides(folder, " ".join(words))
+        write(config)
+        about = json.loads(json.dumps(about_of(finished_models(config), config)))
+        written[json.dumps(about)] = about
+    found = [read_results(path)["about"] for path in (folder / "report").iterdir()]
+    assert sorted(map(json.dumps, found)) == sorted(written)
+
+
+def test_secrets_of_a_url_are_not_written(tmp_path: Path):
+    make_run(tmp_path)
+    config = config_from(
+        {}, where="x", overrides=[f"run_dir={tmp_path}", "data.validation.shards=https://u:pw@h/p?sig=s3cret"]
+    )
+    assert "s3cret" not in json.dumps(about_of([], config)) and "pw@" not in json.dumps(about_of([], config))

@@ -1,0 +1,54 @@
+"""A broken YAML of the user's own is one line: file, line, what."""
+
+from pathlib import Path
+
+import pytest
+
+from iccld.config import load_config
+
+HEAD = b"# @package data\n"
+BROKEN = {
+    "bracket": (HEAD + b"crop_size: [64, 64\nnum_workers: 3\n", 3, "expected ',' or ']'"),
+    "tab": (HEAD + b"source:\n\tshards: a\n", 3, "'\\t'"),
+    "latin1": (HEAD + "source: {name: ü}\n".encode("latin-1"), 2, "is not UTF-8"),
+    "utf16": ("crop_size: [64, 64]\n".encode("utf-16"), 1, "is not UTF-8"),
+    "mark": (b"\xef\xbb\xbf" + HEAD + b"crop_size: [64, 64]\n", 1, "byte-order mark"),
+    "type": (HEAD + b"crop_size: [64, 64]\nnum_workers: many\n", 3, "'many'"),
+    "unknown": (HEAD + b"crop_size: [64, 64]\nnum_wrokers: 3\n", 3, "num_wrokers"),
+    "below": (HEAD + b"source:\n  name: a\n  shard: b\n", 4, "'shard' not in 'DatasetConfig'"),
+    "twice": (HEAD + b"num_workers: 3\nnum_workers: 4\n", 3, "twice"),
+    "list": (b"- a\n- b\n", 1, "holds no settings"),
+    "word": (b"hello\n", 1, "holds no settings"),
+    "empty": (b"", 1, "holds no settings"),
+    "comment": (HEAD, 1, "holds no settings"),
+    "interpolation": (HEAD + b"\ncrop_size: ${nope}\n", 3, "nope"),
+    "grammar": (HEAD + b"source: {shards: '${a'}\n", 2, "${a"),
+    "tag": (HEAD + b"source: {shards: !!python/object/apply:os.system [id]}\n", 2, "has a tag"),
+    "date": (HEAD + b"source: {shards: 2024_01_05}\n", 2, "must be text; put it into quotes"),
+    "nothing": (HEAD + b"source: null\n", 2, "not Optional"),
+    "deep": (HEAD + b"crop_size: " + b"[" * 3000 + b"]" * 3000, 2, "deep"),
+    "documents": (HEAD + b"---\nseed: 1\n---\nseed: 2\n", 4, "another document"),
+    "default": (HEAD + b"defaults:\n  - nope\nnum_workers: 1\n", 1, "nope"),
+    "package": (b"crop_size: [64, 64]\n", 1, "begin the file with the line `# @package data`"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_file_is_named_with_its_line(name: str, tmp_path: Path):
+    content, line, message = BROKEN[name]
+    (tmp_path / "dataset").mkdir()
+    path = tmp_path / "dataset" / f"{name}.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r".*") as raised:
+        load_config([f"dataset={name}"], config_dir=str(tmp_path))
+    said = str(raised.value)
+    assert said.startswith(f"{path}:{line}: ") and message in said and "\n" not in said, said
+
+
+def test_aliases_and_numbers_of_ones_own_file_are_good(tmp_path: Path):
+    (tmp_path / "dataset").mkdir()
+    (tmp_path / "dataset" / "mine.yaml").write_bytes(
+        HEAD + b"rare_class_temperature: 1e-2\ncrop_size: &size [64, 64]\nsource: {name: '${data.target.name}'}\n"
+    )
+    data = load_config(["dataset=mine", "data.target.name=a=b"], config_dir=str(tmp_path)).data
+    assert data.rare_class_temperature == 0.01 and data.source.name == "a=b"

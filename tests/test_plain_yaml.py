@@ -1,0 +1,71 @@
+"""Plain YAML: what is written comes back, and nothing in a file leads elsewhere."""
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from iccld.plain_yaml import MAX_BYTES, parse_yaml, read_yaml, to_yaml
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+WORDS = st.sampled_from(["1e3", "1_000", "2024-01-05", "1:30", "on", "null", "~", ".inf", "0o7", "=", "<<", "a: b", ""])
+LEAF = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), TEXT, WORDS)
+KEY = st.one_of(TEXT, st.integers(), WORDS)
+VALUES = st.recursive(LEAF, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEY, inner, max_size=4))
+
+
+@settings(deadline=None, max_examples=300)
+@given(VALUES)
+def test_what_is_written_comes_back(values: Any):
+    assert parse_yaml(to_yaml(values), where="x") == values
+
+
+def test_the_same_list_twice_is_written_twice():
+    shared = [1]
+    assert parse_yaml(to_yaml({"a": shared, "b": shared}), where="x") == {"a": [1], "b": [1]}
+
+
+def test_a_number_without_a_point_is_one():
+    assert parse_yaml("a: 1e-7\nb: 1e5\nc: -.5e3", where="x") == {"a": 1e-7, "b": 1e5, "c": -500.0}
+    assert math.isinf(parse_yaml(".inf", where="x"))
+
+
+LAUGHS = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{c}: &{c} [{','.join(['*' + p] * 9)}]\n" for p, c in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (LAUGHS, "x:2: has an alias"),
+        ("a: 1\nb: !!python/object/apply:os.system [id]", "x:2: has a tag"),
+        ("a: !!binary aGk=", "x:1: has a tag"),
+        ("a: !x 1", "x:1: has a tag"),
+        ("a: 1\na: 2", "x:2: names 'a' twice"),
+        ("[" * 100_000, "x:1: is nested"),
+        ("a: " + "1" * 5000, "x: no YAML"),
+        ("a: 1\n--- \nb: 2", "x:2: "),
+        ("a: \x07", "x: "),
+        ("? [a]\n: 1", "x:1: "),
+        ("a\tb: {", "x:1: "),
+    ],
+)
+def test_what_is_not_plain_is_one_line_at_once(text: str, message: str):
+    begin = time.monotonic()
+    with pytest.raises(ValueError, match=r".*") as raised:
+        parse_yaml(text, where="x")
+    assert str(raised.value).startswith(message) and "\n" not in str(raised.value), str(raised.value)
+    assert time.monotonic() - begin < 2
+
+
+def test_a_file_that_is_none_or_too_large_is_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match="is no file"):
+        read_yaml(tmp_path)
+    (tmp_path / "large.yaml").write_bytes(b"#" * (MAX_BYTES + 1))
+    with pytest.raises(ValueError, match="has more than"):
+        read_yaml(tmp_path / "large.yaml")
