@@ -9,6 +9,7 @@ always be as it was.
 import os
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+import iccld.slurm
 from iccld.cli import main
 from iccld.data.cache import CacheConfig, SampleCache
 from iccld.durable import is_real_folder
@@ -146,7 +148,9 @@ def check_no_link_is_followed(
         before = state_of(home)
         capsys.readouterr()
         status = verb(root)
-        assert state_of(home) == before
+        after = state_of(home)
+        changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+        assert not changed, changed
         if status == 0:
             return
         trap.give_way("".join(capsys.readouterr()))
@@ -287,3 +291,21 @@ def test_cache(tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]):
     start = tmp_path / "start"
     start.mkdir()
     check_no_link_is_followed(fill, start, tmp_path, kind, capsys)
+
+
+@pytest.mark.parametrize("place", ["slurm", "slurm/job_7", "slurm/job_7/alive", "slurm/job_7/alive/0"])
+def test_the_job_script_deletes_nothing_behind_a_link(tmp_path: Path, place: str):
+    home, script = tmp_path / "home", Path(iccld.slurm.__file__).parent / "job.sh"
+    for name in ("0/file", "alive/0/file", "job_7/alive/0/file", "file"):
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / name).write_text("precious")
+    link = tmp_path / "run" / place
+    link.parent.mkdir(parents=True)
+    link.symlink_to(home)
+    before = state_of(home)
+    command = f'scontrol() {{ echo node1; }}; source "{script}"; begin_attempt "{tmp_path}/run"'
+    variables = {**os.environ, "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1"}
+    done = subprocess.run(["bash", "-c", command], env=variables, capture_output=True, text=True, check=False)
+    assert state_of(home) == before, "a link was followed"
+    if place != "slurm/job_7/alive/0":  # which gives way itself
+        assert done.returncode == 2 and f"{place} is a link" in done.stdout

@@ -282,6 +282,17 @@ def test_a_hostile_manifest_is_named_and_the_older_checkpoint_is_used(tmp_path: 
         save(checkpoints, step)
 
 
+@pytest.mark.parametrize("form", ["../elsewhere", "{}/elsewhere", "./elsewhere"])
+def test_a_manifest_names_no_file_outside_its_folder(tmp_path: Path, form: str):
+    """Even one that is there, and has the size and the checksum that are given."""
+    folder, name = save(store(tmp_path), 1), form.format(tmp_path)
+    (folder / name).write_bytes(b"elsewhere")
+    facts = {"size": 9, "sha256": file_checksum(folder / name)}
+    rewrite(folder / "manifest.json", {"files": {name: facts}, "tensors": {}})
+    with pytest.raises(DamagedError, match="for a file's name, which would lie elsewhere"):
+        verify(folder)
+
+
 @pytest.mark.parametrize("target", ["same", "other"])
 def test_a_link_in_a_checkpoint_is_damage(tmp_path: Path, target: str):
     """Even where the bytes are the same: what it leads to may change, or go."""
