@@ -239,6 +239,16 @@ def test_what_is_read_is_what_training_reads(tmp_path):
         assert (read_image(tmp_path / f"frame.{suffix}") == decode_image(data)).all()
 
 
+def test_names_that_are_no_utf8(tmp_path):
+    names = [os.fsdecode(name) for name in (b"M\xfcnster.png", b"a\nb.png", b"\xff.jpg")]
+    for name in names[:2]:
+        Image.fromarray(PIXELS).save(tmp_path / name)
+    (tmp_path / names[2]).write_text("no image")
+    with pytest.raises(ValueError, match=r"1 of 3 .*:\n  '.*/.udcff.jpg': it is no image of a known format"):
+        predict_folder(tmp_path, tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("*_label.png"))) == 2
+
+
 def test_names_depend_on_images_alone(tmp_path):
     Image.fromarray(PIXELS).save(tmp_path / "a.png")
     (tmp_path / "a.json").write_text("{}")

@@ -196,7 +196,7 @@ def test_all_that_is_broken_is_named_in_order(index: ShardIndex) -> None:
     ("kind", "member", "what"),
     [
         ("image", png(random_pair(0)[0])[:300], "the image cannot be decoded"),
-        ("label", png(np.zeros((8, 8), np.uint8)), "the image has 24x32 pixels, its label 8x8"),
+        ("label", png(np.zeros((8, 8), np.uint8)), "the label has 8x8 pixels, its image 24x32"),
         ("label", png(np.full((24, 32), 77, np.uint8)), "the label holds 77; labels must hold train ids"),
         ("label", b"no image", "the label cannot be decoded"),
     ],
