@@ -27,7 +27,15 @@ def archive(path: Path) -> None:
         file.writestr("x.png", b"")
 
 
+def link_to_tars(path: Path) -> None:
+    """A link to a folder in which a sub-folder is a link, too."""
+    write_tar(path.with_name(".far") / "day" / "d.tar", {})
+    path.mkdir()
+    (path / "day").symlink_to("../.far/day")
+
+
 NAMED = {
+    "days": (link_to_tars, "it holds 1 tars, such as .*days/day/d.tar, which are not read"),
     "b.tar.gz": (lambda path: path.write_bytes(gzip.compress(b"x")), "packed (by gzip); shards must be plain tars"),
     "b.TGZ": (lambda path: path.write_bytes(b""), "packed (by its name's ending); shards must be plain tars"),
     "b.tar.zst": (lambda path: path.write_bytes(b"\x28\xb5\x2f\xfd1"), "packed (by zstd); .*unpack it \\(zstd -d\\)"),
