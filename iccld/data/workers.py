@@ -20,7 +20,7 @@ import torch
 T = TypeVar("T")
 
 SHARED_MEMORY = "/dev/shm"
-PRELOADED = ["iccld.data.stream"]  # starts no threads
+PRELOADED = ["iccld.data.stream", "iccld.data.remote"]  # they start no threads
 ORPHANED_S = 2.0  # between two looks at whether the parent still lives
 DYING_S = 2.0  # until it is known that a worker has ended whose connection broke
 LOST = (EOFError, ConnectionError, FileNotFoundError)  # what a fetch meets when its worker is gone

@@ -158,7 +158,7 @@ def _release() -> None:
 
 
 def _forget() -> None:
-    """In a forked child (a loader worker): the request is its parent's, and the pipe too."""
+    """In a forked child: the request is its parent's, and the pipe too."""
     global _installed
     if _installed is not None:
         signal.set_wakeup_fd(-1)
