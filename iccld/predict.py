@@ -14,6 +14,7 @@ from rich.progress import track
 from torch import Tensor
 
 from iccld.labels import ClassSet
+from iccld.outcome import naming
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
@@ -180,8 +181,9 @@ def _save(picture: Image.Image, file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
-        picture.save(temporary, format="PNG")
-        temporary.replace(file)
+        with naming(file, "the picture"):
+            picture.save(temporary, format="PNG")
+            temporary.replace(file)
     finally:
         temporary.unlink(missing_ok=True)
 

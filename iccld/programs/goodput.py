@@ -16,6 +16,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from iccld.outcome import naming
 from iccld.programs.event_times import Event, read_events, straightened
 from iccld.runtime.durable import write_text_durably
 
@@ -154,7 +155,8 @@ def draw(found: list[Attempt], path: Path) -> None:
     axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper center", ncols=len(CATEGORIES), frameon=False)
-    figure.savefig(path, dpi=120, format="png")
+    with naming(path, "the figure"):
+        figure.savefig(path, dpi=120, format="png")
 
 
 def add_arguments(parser: ArgumentParser) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from iccld.outcome import naming
 from iccld.runtime.durable import write_text_durably
 from iccld.runtime.profiling import OUTSIDE, OVERLAPPED, PHASES, WAITS
 
@@ -130,7 +131,8 @@ def draw(figures: Figures, path: Path) -> None:
     _stack(held, labels, memory, None)
     held.set(xlabel="GiB at the peak", title="memory")
     _draw_roofline(roof, figures["roofline"])
-    figure.savefig(path, dpi=110, format="png")
+    with naming(path, "the figure"):
+        figure.savefig(path, dpi=110, format="png")
 
 
 def _stack(axes: Any, labels: list[str], bars: Mapping[str, list[float]], colours: list[str] | None) -> None:

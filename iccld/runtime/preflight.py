@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from iccld.outcome import naming
 from iccld.runtime.preemption import host_name
 
 GIB = 2**30
@@ -98,8 +99,9 @@ def check_collective(device: torch.device, ranks: Ranks) -> None:
 def check_folder(folder: Path, rank: int) -> None:
     """That each rank can write there."""
     probe = folder / f".preflight_{rank:05d}"
-    probe.write_bytes(os.urandom(1024))
-    probe.unlink()
+    with naming(probe):
+        probe.write_bytes(os.urandom(1024))
+        probe.unlink()
 
 
 def check_space(folder: Path, needed: int) -> None:
