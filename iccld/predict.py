@@ -21,6 +21,7 @@ from torch import Tensor
 from iccld.data.decode import LOOSE, MAX_BYTES, decode_image, find_format
 from iccld.durable import NotOursError, make_folder, replacing
 from iccld.labels import ClassSet
+from iccld.outcome import naming
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 """The endings that images usually have; what counts is the content."""
@@ -289,7 +290,7 @@ def _files(target: Path) -> tuple[Path, Path]:
 
 def _save(picture: Image.Image, file: Path) -> None:
     """Write a PNG that appears whole or not at all."""
-    with replacing(file, durably=False) as opened:
+    with naming(file, "the picture"), replacing(file, durably=False) as opened:
         picture.save(opened, format="PNG")
 
 

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from iccld.durable import make_folder, replacing, write_whole
+from iccld.outcome import naming
 from iccld.programs.event_times import Event, read_events, straightened
 
 CATEGORIES = {
@@ -154,7 +155,7 @@ def draw(found: list[Attempt], path: Path) -> None:
     axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper center", ncols=len(CATEGORIES), frameon=False)
-    with replacing(path) as file:
+    with naming(path, "the figure"), replacing(path) as file:
         figure.savefig(file, dpi=120, format="png")
 
 

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from iccld.durable import replacing, write_whole
+from iccld.outcome import naming
 from iccld.runtime.profiling import OUTSIDE, OVERLAPPED, PHASES, WAITS
 
 COLOURS = {
@@ -130,7 +131,7 @@ def draw(figures: Figures, path: Path) -> None:
     _stack(held, labels, memory, None)
     held.set(xlabel="GiB at the peak", title="memory")
     _draw_roofline(roof, figures["roofline"])
-    with replacing(path) as file:
+    with naming(path, "the figure"), replacing(path) as file:
         figure.savefig(file, dpi=110, format="png")
 
 

@@ -13,8 +13,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from iccld.cli import main
+from iccld.durable import file_checksum
 from iccld.models.iccld import ICCLD
-from iccld.models.model_card import file_sha256
 from tests.models.factory import trained_model
 
 NAMES = ["road", "sky", "car", "pole", "person"]
@@ -171,7 +171,7 @@ def test_a_header_that_is_said_to_be_huge_is_not_read(folder: Path):
 def test_names_of_weights_are_no_commands_of_the_terminal(folder: Path, capfd: pytest.CaptureFixture[str]):
     weights = load_file(folder / "model.safetensors")
     save_file({**weights, "\x1b]0;owned\x07": next(iter(weights.values())).clone()}, folder / "model.safetensors")
-    edit(folder, lambda c: c.update(weights_sha256=file_sha256(folder / "model.safetensors")))
+    edit(folder, lambda c: c.update(weights_sha256=file_checksum(folder / "model.safetensors")))
     assert main(["predict", str(folder), "x.png", str(folder / "out")]) == 2
     assert "\x1b" not in (said := capfd.readouterr().err) and "\\x1b]0;owned" in said
 
