@@ -161,7 +161,7 @@ def _parser() -> argparse.ArgumentParser:
     return top
 
 
-def _add_program_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_program_verbs(verbs: "argparse._SubParsersAction[_Parser]") -> None:
     from iccld.programs import goodput, submit
 
     submission = verbs.add_parser("submit", description=submit.DESCRIPTION)
@@ -182,7 +182,7 @@ def _add_program_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParse
     ledger.set_defaults(run=goodput.run)
 
 
-def _add_shards(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_shards(verbs: "argparse._SubParsersAction[_Parser]") -> None:
     shards = verbs.add_parser("shards")
     actions = shards.add_subparsers(dest="action", required=True, metavar="ACTION")
     from iccld.data import indexing, info, verify
@@ -199,7 +199,7 @@ def _add_shards(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         parser_of_action.set_defaults(run=_shards, act=action.run)
 
 
-def _add_checkpoint(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_checkpoint(verbs: "argparse._SubParsersAction[_Parser]") -> None:
     checkpoint = verbs.add_parser("checkpoint")
     checkpoint.set_defaults(run=_checkpoint)
     actions = checkpoint.add_subparsers(dest="action", required=True, metavar="ACTION")

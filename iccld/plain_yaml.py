@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from iccld.reading import read_limited
+
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 40
 _PLAIN_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str", "seq", "map")} | {"!"}
@@ -24,8 +26,9 @@ class _Loader(yaml.SafeLoader):
         event: Any = self.peek_event()
         if isinstance(event, yaml.AliasEvent) and not self.aliases:
             raise yaml.MarkedYAMLError(problem=f"has an alias (*{event.anchor})", problem_mark=event.start_mark)
-        if getattr(event, "tag", None) not in {None, *_PLAIN_TAGS}:
-            raise yaml.MarkedYAMLError(problem=f"has a tag ({event.tag})", problem_mark=event.start_mark)
+        tag = getattr(event, "tag", None)
+        if tag not in {None, *_PLAIN_TAGS}:
+            raise yaml.MarkedYAMLError(problem=f"has a tag ({tag})", problem_mark=event.start_mark)
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise yaml.MarkedYAMLError(problem=f"is nested over {MAX_DEPTH} deep", problem_mark=event.start_mark)
@@ -68,12 +71,7 @@ class _OwnLoader(_Loader):
 
 def read_yaml(path: Path, *, aliases: bool = False) -> Any:
     """What a file holds; `aliases`: in a file of the user's own. Raises ValueError, OSError if it cannot be read."""
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path} is no file.")
-    with path.open("rb") as file:
-        data = file.read(MAX_BYTES + 1)
-    if len(data) > MAX_BYTES:
-        raise ValueError(f"{path} has more than {MAX_BYTES} bytes; these cannot be settings.")
+    data = read_limited(path, MAX_BYTES)
     try:
         return parse_yaml(data.decode("utf-8-sig"), where=str(path), aliases=aliases)
     except UnicodeDecodeError as error:

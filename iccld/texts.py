@@ -3,6 +3,10 @@
 import codecs
 from pathlib import Path
 
+from iccld.reading import MIB, read_limited
+
+MAX_BYTES = 1024 * MIB  # of a list of keys
+
 _MARKS = {
     codecs.BOM_UTF8: "UTF-8",
     codecs.BOM_UTF32_LE: "UTF-32",  # before UTF-16, whose mark it begins with
@@ -19,7 +23,7 @@ def read_text(path: Path, where: str) -> str:
     """
     if not path.is_file():
         raise ValueError(f"{where}: there is no such file; give the path of a text file.")
-    data = path.read_bytes()
+    data = read_limited(path, MAX_BYTES)
     marked = next((name for mark, name in _MARKS.items() if data.startswith(mark)), "")
     try:
         text = data.decode(marked or "UTF-8").removeprefix("\ufeff")

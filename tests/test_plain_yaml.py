@@ -64,7 +64,7 @@ def test_what_is_not_plain_is_one_line_at_once(text: str, message: str):
 
 
 def test_a_file_that_is_none_or_too_large_is_refused(tmp_path: Path):
-    with pytest.raises(ValueError, match="is no file"):
+    with pytest.raises(ValueError, match="is not a plain file"):
         read_yaml(tmp_path)
     (tmp_path / "large.yaml").write_bytes(b"#" * (MAX_BYTES + 1))
     with pytest.raises(ValueError, match="has more than"):

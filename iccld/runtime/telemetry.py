@@ -53,7 +53,7 @@ class WandbRun:
             import wandb  # 1.6 s; only where it is used
 
             # Its own notes on the process would hold the command line, and the URL of a git remote.
-            quiet = {"x_disable_meta": True, "disable_git": True, "save_code": False}
+            quiet: dict[str, Any] = {"x_disable_meta": True, "disable_git": True, "save_code": False}
             settings = wandb.Settings(silent=True, console="off", init_timeout=START_S / 2, **quiet)
             try:
                 return wandb.init(mode=mode.value, settings=settings, resume="allow", **facts)  # type: ignore[arg-type]
