@@ -44,9 +44,12 @@ def file_checksum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_whole(path: Path, data: bytes | str, *, durably: bool = True) -> None:
-    """Replace a file: a reader sees the old one or the new one; `durably`, a crash of the machine leaves one, too."""
-    with naming(path, "the file"), replacing(path, durably=durably) as file:
+def write_whole(path: Path, data: bytes | str, *, durably: bool = True, mode: int = 0o666) -> None:
+    """Replace a file: a reader sees the old one or the new one; `durably`, a crash of the machine leaves one, too.
+
+    `mode`: the rights, less those that the umask takes.
+    """
+    with naming(path, "the file"), _replacing(path, durably=durably, mode=mode) as (_, file):
         file.write(data.encode() if isinstance(data, str) else data)
 
 
@@ -68,10 +71,10 @@ def replacing_by_name(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _replacing(path: Path, *, durably: bool) -> Iterator[tuple[Path, BinaryIO]]:
+def _replacing(path: Path, *, durably: bool, mode: int = 0o666) -> Iterator[tuple[Path, BinaryIO]]:
     name = os.fsdecode(os.fsencode(path.name)[:200])  # with what is added, a file system takes it
     temporary = path.with_name(f".{name}.{secrets.token_hex(4)}.tmp")
-    file = create(temporary)
+    file = create(temporary, mode=mode)
     try:
         with file:
             yield temporary, file
@@ -85,9 +88,9 @@ def _replacing(path: Path, *, durably: bool) -> Iterator[tuple[Path, BinaryIO]]:
         sync(path.parent)
 
 
-def create(path: Path) -> BinaryIO:
+def create(path: Path, *, mode: int = 0o666) -> BinaryIO:
     """A new file, open for writing. Raises FileExistsError where there is anything of this name, a link included."""
-    return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _NO_LINK, 0o666), "w+b")
+    return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _NO_LINK, mode), "w+b")
 
 
 def open_to_append(path: Path) -> BinaryIO:

@@ -6,6 +6,8 @@ import stat
 from pathlib import Path
 from typing import Any
 
+from iccld.durable import write_whole
+
 MIB = 1 << 20
 
 
@@ -49,10 +51,7 @@ def read_secrets(path: Path) -> list[str]:
 
 def write_secrets(path: Path, words: list[str]) -> None:
     """Writes what `read_secrets` reads; nobody else can read it, at no time."""
-    path.unlink(missing_ok=True)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        file.write("".join(f"{word}\n" for word in words))
+    write_whole(path, "".join(f"{word}\n" for word in words), mode=0o600)
 
 
 def _short(error: BaseException) -> str:

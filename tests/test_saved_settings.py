@@ -70,9 +70,9 @@ CONFIGS = st.builds(
 def test_every_kind_of_settings_comes_back(tmp_path: Path, config: Config):
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(config), encoding="utf-8")
-    assert read_config(path) == config
     of_manifest = config_from(json.loads(json.dumps(to_dict(config))), where="manifest.json")
-    assert of_manifest == config and not differences(config, of_manifest)
+    for saved in (read_config(path), of_manifest):  # without secrets, which no file holds
+        assert to_dict(saved) == to_dict(config) and not differences(config, saved)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_every_kind_of_settings_comes_back(tmp_path: Path, config: Config):
         "run_dir: ${oc.env:SECRET}",
         "run_dir: '${oc.env:SECRET}'",
         "data: {source: {shards: '${oc.env:SECRET}', also: {a: {shards: '${oc.env:SECRET}'}}}}",
-        "data: {storage: {options: {key: '${oc.env:SECRET}'}}}",
+        "data: {storage: {allow_schemes: ['${oc.env:SECRET}']}}",
         "model: {encoder: {backbone_config: {a: [{b: '${oc.env:SECRET}'}]}}}",
         "data: {class_set: {names: ['${oc.env:SECRET}', b], of_train_id: {0: 0, 1: 1}}}",
         "run_dir: '\\${oc.env:SECRET}'",

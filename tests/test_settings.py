@@ -55,7 +55,7 @@ def test_a_text_is_its_own_value_in_a_composed_config_and_in_the_run_s_file(name
     config = load_config([f"{key}={text}" for key, text in typed.items()])
     assert {key: at(config, key) for key in typed} == typed
     (tmp_path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-    assert read_config(tmp_path / "config.yaml") == config
+    assert to_dict(read_config(tmp_path / "config.yaml")) == to_dict(config)  # without the secrets of URLs
     again = read_config(tmp_path / "config.yaml", [f"{key}={text}" for key, text in typed.items()])
     assert again == config
 

@@ -79,7 +79,8 @@ def handed_over(config: Config) -> tuple[Path, HandOff]:
     remedy = f"remove {final}, and the same command with stage=all makes it again from stage 1's last checkpoint"
     try:
         facts = build(HandOff, read_json(path), where=str(path))
-        Weights(facts.weights)  # a name, and no path that leads elsewhere
+        if facts.weights not in (names := [weights.value for weights in Weights]):  # a path would lead elsewhere
+            raise ValueError(f"weights={facts.weights!r} must be one of {names}")
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read ({error}); {remedy}.") from error
     classes = list(config.data.class_set.build().names)
