@@ -125,7 +125,7 @@ def deliveries_of(loader: Iterable[T]) -> Iterator[T]:
     except EOFError as error:
         raise WorkerDied(_last_words("did not start, since the process that starts it was killed")) from error
     except OSError as error:
-        place = SHARED_MEMORY if error.errno in (errno.ENOSPC, errno.EROFS, errno.ENOENT) else None
+        place = SHARED_MEMORY if error.errno in (errno.ENOSPC, errno.EROFS) else None
         raise OSError(error.errno, f"loader workers cannot start: {error.strerror}", place) from error
 
 
