@@ -75,7 +75,8 @@ class TrainingStream:
         """This rank's micro-batches in order, from the first of `start_step` on, without end.
 
         Raises ValueError or OSError, in one line, where a batch cannot be made or too many samples are bad, and
-        WorkerDied where a worker was killed.
+        WorkerDied where a worker was killed. A script that reads with workers does its work under
+        `if __name__ == "__main__":`.
         """
         loader = DataLoader(
             _MicroBatches(self.domains, self.layout, start_step),

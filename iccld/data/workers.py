@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ ORPHANED_S = 2.0  # between two looks at whether the parent still lives
 DYING_S = 2.0  # until it is known that a worker has ended whose connection broke
 LOST = (EOFError, ConnectionError, FileNotFoundError)  # what a fetch meets when its worker is gone
 SERVER_GONE = 255  # the status that multiprocessing gives a worker whose server is gone
+MAX_TEMPORARY = 107 - len("/pymp-01234567/listener-01234567")  # a socket's path has at most 107 bytes
 SWITCH_S = 1e-3  # the training process waits for a worker's thread that hands tensors over, Python's 5 ms for each
 
 
@@ -55,7 +57,16 @@ def worker_context(num_workers: int) -> Any:
 
 
 def prepare_workers() -> None:
-    """Let the server import while this process does other things; not needed, but the first batch comes sooner."""
+    """Let the server import while this process does other things; not needed, but the first batch comes sooner.
+
+    Raises ValueError where its sockets cannot be in the folder for temporary files.
+    """
+    folder = tempfile.gettempdir()
+    if len(os.fsencode(folder)) > MAX_TEMPORARY:
+        raise ValueError(
+            f"TMPDIR={folder} is too long for the sockets of loader workers; set one of at most {MAX_TEMPORARY} "
+            f"characters, or data.num_workers=0."
+        )
     forkserver.set_forkserver_preload(PRELOADED)
     for start in (resource_tracker.ensure_running, forkserver.ensure_running):  # the first one lets go of signals
         with signals_held():
@@ -120,7 +131,7 @@ def deliveries_of(loader: Iterable[T]) -> Iterator[T]:
     except EOFError as error:
         raise WorkerDied(_last_words("did not start, since the process that starts it was killed")) from error
     except OSError as error:
-        place = SHARED_MEMORY if error.errno in (errno.ENOSPC, errno.EROFS, errno.ENOENT) else None
+        place = SHARED_MEMORY if error.errno in (errno.ENOSPC, errno.EROFS) else None
         raise OSError(error.errno, f"loader workers cannot start: {error.strerror}", place) from error
 
 

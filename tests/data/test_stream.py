@@ -4,9 +4,11 @@ import multiprocessing
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Generator, Iterator
 from multiprocessing.reduction import ForkingPickler
@@ -22,7 +24,7 @@ from hypothesis import strategies as st
 
 from iccld.data.config import BatchLayout, DataConfig, DatasetConfig, SetConfig
 from iccld.data.stream import Batch, TrainingStream
-from iccld.data.workers import WorkerDied
+from iccld.data.workers import MAX_TEMPORARY, WorkerDied
 from tests.data.factory import CROP, GLOBAL_BATCH_SIZE, config, layout
 
 
@@ -212,6 +214,22 @@ def test_whatever_breaks_when_a_worker_ends_is_one_error(folders: dict[str, str]
         list(itertools.islice(stream, 20))
     psutil.wait_procs([psutil.Process(worker.pid)] if psutil.pid_exists(worker.pid) else [], timeout=10)
     assert not psutil.pid_exists(worker.pid)
+
+
+@pytest.mark.parametrize(("length", "status"), [(MAX_TEMPORARY, 0), (MAX_TEMPORARY + 1, 1)])
+def test_a_folder_for_temporary_files_that_is_too_long_is_named(
+    folders: dict[str, str], length: int, status: int
+) -> None:
+    temporary = Path(tempfile.mkdtemp(dir="/tmp"))
+    longest = temporary / ("x" * (length - len(str(temporary)) - 1))
+    longest.mkdir()
+    code = "import sys; from tests.data.test_stream import *; with_worker({'source': sys.argv[1]})[0].close()"
+    environment = {**os.environ, "TMPDIR": str(longest)}
+    command = [sys.executable, "-c", code, folders["source"]]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    shutil.rmtree(temporary)
+    assert done.returncode == status, done.stderr
+    assert (f"ValueError: TMPDIR={longest} is too long" in done.stderr) == bool(status)
 
 
 def test_no_process_is_left_of_a_killed_training(folders: dict[str, str]) -> None:
