@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from iccld.data.config import BatchLayout, DataConfig, DatasetConfig
-from iccld.data.index import ARRAY_FILES, HEADER_FILE, ShardIndex, file_checksum
+from iccld.data.index import ARRAY_FILES, HEADER_FILE, ShardIndex, file_checksum, write_index
 from iccld.data.indexing import IndexResult
 from iccld.data.integrity import Totals
 from iccld.data.packing import ImageFormat
@@ -123,6 +123,13 @@ def seal(folder: Path) -> None:
     for name, total in vars(totals).items():
         header[name] = total.tolist() if isinstance(total, np.ndarray) else total
     (folder / HEADER_FILE).write_text(json.dumps(header))
+
+
+def write_index_anew(folder: Path, **content: Any) -> None:
+    """Write the files of an index in place of those that are there; see `write_index`."""
+    for name in (*ARRAY_FILES, HEADER_FILE):
+        (folder / name).unlink()
+    write_index(folder, dataset="", **content)
 
 
 def members(index: ShardIndex, position: int) -> tuple[bytes, bytes]:

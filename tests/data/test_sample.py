@@ -12,7 +12,7 @@ from iccld.data.indexing import build_index
 from iccld.data.sample import count_classes, decode_train_ids, examine
 from iccld.data.stream import TrainingStream, read_validation
 from iccld.data.verify import verify_shards
-from tests.data.factory import config, layout, png
+from tests.data.factory import config, layout, png, seal
 from tests.data.pictures import chunk, encode
 from tests.data.png_writer import KINDS, NUM_CHANNELS, exif, jpeg_with_exif, write_png
 
@@ -84,6 +84,7 @@ def force_into_index(folder: Path, files: dict[str, bytes]) -> str:
             samples[f"{field}_size"][1] = len(data)
             samples[f"{field}_checksum"][1] = zlib.crc32(data)
     samples.flush()
+    seal(folder / "index")
     return str(folder)
 
 

@@ -4,6 +4,7 @@ import json
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -225,8 +226,8 @@ def test_several_processes_write_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_no_half_written_file_has_its_final_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def save(self: Image.Image, path: Path, **_: object) -> None:
-        Path(path).write_bytes(b"half")
+    def save(self: Image.Image, file: BinaryIO, **_: object) -> None:
+        file.write(b"half")
         raise OSError("disk full")
 
     monkeypatch.setattr(Image.Image, "save", save)

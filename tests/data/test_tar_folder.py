@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from iccld.cli import main
-from iccld.data.index import ShardIndex, write_index
+from iccld.data.index import ShardIndex
 from iccld.data.tar_folder import look_into
 from iccld.data.verify import verify_shards
-from tests.data.factory import pair_members, write_tar
+from tests.data.factory import pair_members, write_index_anew, write_tar
 from tests.data.test_indexing import assert_holds_pairs, build, opened
 
 
@@ -156,7 +156,7 @@ def test_verify_names_samples_that_the_index_lacks(tmp_path: Path, left_out: int
     index = opened(build(tmp_path))
     settings = {} if left_out is None else {"left_out": left_out}
     samples, shards = np.array(index.samples)[:1], np.array(index.shards)
-    write_index(index.folder, dataset="", shards=shards, samples=samples, settings=settings)
+    write_index_anew(index.folder, shards=shards, samples=samples, settings=settings)
     result = verify_shards(tmp_path, progress=lambda line: None)
     assert result.passed_over.lines() == [
         "1 members that the index does not use, such as a.tar: x.json",

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from iccld.cli import main
-from iccld.data.index import ShardIndex, write_index
+from iccld.data.index import ShardIndex
 from iccld.data.indexing import build_index
 from iccld.data.verify import verify_shards
 from tests.data.conftest import Site
-from tests.data.factory import HEIGHT, WIDTH, make_set, pair_members, png, random_pair, write_tar
+from tests.data.factory import HEIGHT, WIDTH, make_set, pair_members, png, random_pair, write_index_anew, write_tar
 
 SHARD, KEY, POSITION = "shard-000001.tar", "frame_005", 5
 
@@ -51,7 +51,7 @@ def change_index(index: ShardIndex, **values: object) -> None:
     samples = np.array(index.samples)
     for name, value in values.items():
         samples[name][POSITION] = value
-    write_index(index.folder, dataset="", shards=np.array(index.shards), samples=samples)
+    write_index_anew(index.folder, shards=np.array(index.shards), samples=samples)
 
 
 def flip(path: Path, offset: int) -> None:
