@@ -88,8 +88,7 @@ def test_a_chain_and_a_finished_job_again(cluster: Cluster, scene_shards: Path, 
 def test_hostile_run_directories_reach_sbatch_as_they_are(cluster: Cluster, tmp_path: Path, name: str):
     """The log lies where it should, and the job says there that it ended."""
     run_dir = tmp_path / name
-    hydra = "run_dir='" + str(run_dir).replace("'", "\\'") + "'"
-    words = ["train", "model=tiny", "dataset=scenes", hydra, "stage1.trainer.micro_batch_size=1"]
+    words = ["train", "model=tiny", "dataset=scenes", f"run_dir={run_dir}", "stage1.trainer.micro_batch_size=1"]
     [job] = submit(cluster, "--python", "/bin/false", "--no-requeue", *words, nodes=1)
     assert cluster.wait(job) == "FAILED"
     [log] = (run_dir / "logs").iterdir()
