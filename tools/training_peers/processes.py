@@ -217,7 +217,7 @@ def _overrides(size: Size, folder: str) -> list[str]:
         *("dataset=scenes", f"run_dir={folder}/run", f"data.source.shards={folder}/source", "preflight=false"),
         *(
             f"data.target.shards={folder}/target",
-            "data.validation.shards=''",
+            "data.validation.shards=",
             f"data.crop_size=[{size.crop},{size.crop}]",
         ),
         *("metrics.wandb=disabled", f"metrics.log_every={LOG_EVERY}", "statistics_samples=4", *trainers),

@@ -40,7 +40,7 @@ class Size:
 
 def _segformer(depths: str, hidden_sizes: str, heads: str) -> tuple[str, ...]:
     backbone = f"model_type: segformer, depths: {depths}, hidden_sizes: {hidden_sizes}, num_attention_heads: {heads}"
-    return ("model=mit_b5", "model.encoder.pretrained=''", f"+model.encoder.backbone_config={{{backbone}}}")
+    return ("model=mit_b5", "model.encoder.pretrained=", f"+model.encoder.backbone_config={{{backbone}}}")
 
 
 def _denoiser(width: int, head_dim: int) -> tuple[str, ...]:
