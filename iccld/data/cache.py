@@ -51,7 +51,9 @@ class CacheConfig:
 
     def __post_init__(self) -> None:
         if not 0 < self.max_gib < float("inf"):
-            raise ValueError(f"data.cache.max_gib={self.max_gib} must be positive; folder='' turns the cache off.")
+            raise ValueError(
+                f"data.cache.max_gib={self.max_gib} must be positive; an empty data.cache.folder turns the cache off."
+            )
 
 
 class SampleCache:

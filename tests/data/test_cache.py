@@ -193,7 +193,8 @@ def test_a_folder_that_cannot_be_used_is_refused_at_the_start(tmp_path: Path):
 @pytest.mark.parametrize("size", [0.0, -1.0, float("inf"), float("nan")])
 def test_a_cache_of_no_size_is_refused(size: float):
     with pytest.raises(
-        ValueError, match=rf"data.cache.max_gib={size} must be positive; folder='' turns the cache off."
+        ValueError,
+        match=rf"data.cache.max_gib={size} must be positive; an empty data.cache.folder turns the cache off.",
     ):
         CacheConfig("x", size)
 
