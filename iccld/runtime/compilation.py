@@ -7,6 +7,7 @@ from torch import nn
 # Where an engine shards layer by layer, each is a graph of its own; all layers of a class share one function's cache,
 # and what does not fit into it silently runs uncompiled.
 GRAPHS_PER_FUNCTION = 64
+BACKEND = "inductor"
 
 
 def compile_in_place(modules: Iterable[nn.Module]) -> None:
@@ -18,4 +19,4 @@ def compile_in_place(modules: Iterable[nn.Module]) -> None:
 
     torch._dynamo.config.recompile_limit = GRAPHS_PER_FUNCTION
     for module in modules:
-        module.compile(dynamic=False)
+        module.compile(dynamic=False, backend=BACKEND)

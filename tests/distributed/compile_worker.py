@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from iccld.runtime import compilation
 from tests.stages.test_compile import STAGES, WARM_START, train
 
 
 def main(done: Path) -> None:
     torch.set_num_threads(1)
-    torch.compiler.set_default_backend("eager")
+    compilation.BACKEND = "eager"
     for name in ("segmentation", "adversarial"):
         exact, _ = train(STAGES[name](), compiled=False)
         losses, graphs = train(STAGES[name](), compiled=True)

@@ -8,6 +8,7 @@ import torch._dynamo
 from torch._dynamo.utils import counters
 
 from iccld.models.iccld import ICCLD
+from iccld.runtime import compilation
 from iccld.runtime.engine import Engine, EngineConfig, Precision
 from iccld.stages.base import Stage
 from iccld.stages.segmentation import SegmentationConfig, SegmentationStage
@@ -37,13 +38,14 @@ def _fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-    torch.compiler.set_default_backend(None)
 
 
-def train(stage: Stage, *, compiled: bool, precision: Precision = Precision.fp32) -> tuple[list[float], list[int]]:
+def train(
+    stage: Stage, *, compiled: bool, precision: Precision = Precision.fp32, config: EngineConfig | None = None
+) -> tuple[list[float], list[int]]:
     """The losses of some steps of two micro-batches, and how many graphs there are after each step."""
     losses, graphs = [], []
-    with Engine(EngineConfig(compile=compiled, precision=precision)) as engine:
+    with Engine(config or EngineConfig(compile=compiled, precision=precision)) as engine:
         options = {"replicated": stage.replicated(), "frozen": stage.frozen()}
         engine.attach(stage.module, stage.param_groups(), num_accumulation=2, **options)
         for average, methods in stage.averages().items():
@@ -80,8 +82,8 @@ def score(stage: Stage, step: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", [Precision.fp32, Precision.bf16])
 @pytest.mark.parametrize("name", STAGES)
-def test_no_graph_is_made_after_warm_up(name: str, precision: Precision):
-    torch.compiler.set_default_backend("eager")
+def test_no_graph_is_made_after_warm_up(name: str, precision: Precision, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(compilation, "BACKEND", "eager")
     exact, _ = train(STAGES[name](), compiled=False, precision=precision)
     losses, graphs = train(STAGES[name](), compiled=True, precision=precision)
     assert losses == pytest.approx(exact, rel=1e-5)
