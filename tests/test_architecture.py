@@ -269,7 +269,7 @@ def test_experiments_open_with_command_cost_and_expected_result():
         (RULES[2], "iccld/models/blocks.py", "import xformers.ops", 1, "belongs to ['models/attention.py']"),
         (RULES[2], "iccld/models/blocks.py", "import_module('xformers.ops')", 1, "belongs to ['models/attention.py']"),
         (RULES[2], "iccld/data/decode.py", "from torchvision import io", 1, "belongs to no file"),
-        (RULES[3], "tools/plot.py", "\n" * 251, 400, "251 lines"),
+        (RULES[3], "tools/plot.py", "\n" * 401, 400, "401 lines"),
         (RULES[4], "launch/local.py", "def f():\n" + "    pass\n" * 40, 1, "f has 41 lines"),
         (RULES[5], "iccld/data/utils.py", "", 1, "after what it does"),
         (RULES[6], "tools/export.py", "torch.load(p, weights_only=False)", 1, "without weights_only=True"),
