@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from iccld.runtime.backend import Backend, Plan, Replicated
 from iccld.runtime.collectives import keep_record, set_timeout
-from iccld.runtime.compilation import compile_in_place
+from iccld.runtime.compilation import Compile, compile_in_place
 from iccld.runtime.device import check_own, choose_kernels, identity, may_share, with_index
 from iccld.runtime.engine_kind import EngineKind, join_alone, kind_of_launch, without_plugins
 from iccld.runtime.pieces import Run, TensorReader
@@ -55,7 +55,7 @@ class EngineConfig:
     """Precision, compilation and kernels; how ranks are formed is accelerate's YAML."""
 
     precision: Precision = Precision.fp32
-    compile: bool = False
+    compile: Compile = Compile.auto
     deterministic: bool = False  # the same bits in each run on a GPU too; slower there
     matmul_precision: MatmulPrecision = MatmulPrecision.highest
     cudnn_benchmark: bool = True  # try convolution kernels at each new shape; never where deterministic
@@ -98,6 +98,7 @@ class Engine:
                 f"launch with one of accelerate_configs/."
             )
         self.device = with_index(self.accelerator.device)
+        self.compile = config.compile.on(self.device)
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
         if self.kind is not EngineKind.ddp and not torch.distributed.is_initialized():
             join_alone(self.device)
@@ -134,8 +135,7 @@ class Engine:
         self.detach()
         self._base_rates = [group["lr"] for group in param_groups]
         raw = module.to(self.device)
-        if self.config.compile:
-            compile_in_place([raw, *frozen])
+        compile_in_place([raw, *frozen], self.compile)
         optimizer = torch.optim.AdamW(param_groups, fused=True)
         plan = Plan(self.device, self.rank, self.world_size, micro_batch_size, num_accumulation, gradient_clip)
         self.backend = self._backend(raw, optimizer, plan, replicated)

@@ -37,7 +37,7 @@ from iccld.runtime.engine import EngineConfig
 from tests.stages.test_compile import STAGES, train
 torch.set_num_threads(1)
 config = EngineConfig(deterministic=sys.argv[1] == "deterministic")
-print([train(STAGES[name](), compiled=False, config=config)[0] for name in ("segmentation", "adversarial")])
+print([train(STAGES[name](), config=config)[0] for name in ("segmentation", "adversarial")])
 print(torch.are_deterministic_algorithms_enabled())
 """
 
