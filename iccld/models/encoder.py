@@ -12,7 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from iccld.models.backbone import KNOWN_TYPES, make_backbone, record_hidden_states_alone, recompute_layers, refuse_missing
+from iccld.models.backbone import (
+    KNOWN_TYPES,
+    make_backbone,
+    recompute_layers,
+    record_hidden_states_alone,
+    refuse_missing,
+)
 from iccld.models.blocks import FEATURE_STRIDES, LATENT_STRIDE, FeatureFusion, conv_block
 
 COARSEST = FEATURE_STRIDES[-1]

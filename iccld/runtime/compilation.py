@@ -1,6 +1,5 @@
 """torch.compile of what a step calls: one graph a shape, and none after warm-up."""
 
-from collections import Counter
 from collections.abc import Iterable
 from enum import Enum
 from types import MethodType
@@ -57,12 +56,7 @@ def compile_in_place(networks: Iterable[nn.Module], how: Compile) -> None:
 
 
 def repeated_blocks(network: nn.Module) -> list[nn.Module]:
-    """The outermost modules of classes that the network holds more than once; layers of torch itself do not count."""
-    counts = Counter(type(module) for module in network.modules())
-
-    def within(module: nn.Module) -> Iterable[nn.Module]:
-        for child in module.children():
-            is_block = counts[type(child)] > 1 and not type(child).__module__.startswith("torch.nn.")
-            yield from [child] if is_block else within(child)
-
-    return list(within(network))
+    """The members of the network's module lists that hold no further list: its layers, once each."""
+    lists = [module for module in network.modules() if isinstance(module, nn.ModuleList)]
+    members = [member for members in lists for member in members]
+    return [block for block in members if not any(isinstance(part, nn.ModuleList) for part in block.modules())]

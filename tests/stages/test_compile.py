@@ -116,12 +116,13 @@ def denoiser_of(num_blocks: int) -> Denoiser:
     return Denoiser(config=DenoiserConfig(**sizes, head_dim=16), latent_channels=4, condition_channels=4)
 
 
-def test_blocks_are_the_outermost_modules_that_are_repeated():
+def test_blocks_are_the_layers():
     blocks = repeated_blocks(denoiser_of(num_blocks=2))
     assert {type(block) for block in blocks} == {ResidualBlock, SelfAttention}
     assert len(blocks) == 4 * 2 + 2 * 2 + 3  # residual blocks of two levels down and up, attention of one, the middle
-    layers = repeated_blocks(make_segmentation().module.encoder)
-    assert any("SegformerLayer" in type(layer).__name__ for layer in layers)
+    encoder = make_segmentation().module.encoder
+    layers = [layer for layer in repeated_blocks(encoder) if "Segformer" in type(layer).__name__]
+    assert len(layers) == sum(encoder.backbone.config.depths)
 
 
 def test_repeating_a_block_makes_no_graph(monkeypatch: pytest.MonkeyPatch):
