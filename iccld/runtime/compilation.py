@@ -56,7 +56,11 @@ def compile_in_place(networks: Iterable[nn.Module], how: Compile) -> None:
 
 
 def repeated_blocks(network: nn.Module) -> list[nn.Module]:
-    """The members of the network's module lists that hold no further list: its layers, once each."""
-    lists = [module for module in network.modules() if isinstance(module, nn.ModuleList)]
-    members = [member for members in lists for member in members]
-    return [block for block in members if not any(isinstance(part, nn.ModuleList) for part in block.modules())]
+    """The layers of a network: the members of its module lists and sequences, the innermost where they are nested.
+
+    A member without parts is a layer of torch itself, which is one kernel already.
+    """
+    lists = [module for module in network.modules() if isinstance(module, nn.ModuleList | nn.Sequential)]
+    members = [member for members in lists for member in members if any(member.children())]
+    layers = {member: None for member in members if not isinstance(member, nn.ModuleList)}
+    return [layer for layer in layers if not any(part in layers for part in layer.modules() if part is not layer)]
