@@ -22,10 +22,11 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """`(B, C, ...)` of any float dtype to the same."""
+        if input.is_meta:  # where there is no autocast
+            return super().forward(input)
         with torch.autocast(input.device.type, enabled=False):
-            return F.group_norm(
-                input, self.num_groups, self.weight.to(input.dtype), self.bias.to(input.dtype), self.eps
-            )
+            weight, bias = self.weight.to(input.dtype), self.bias.to(input.dtype)
+            return F.group_norm(input, self.num_groups, weight, bias, self.eps)
 
 
 def group_norm(channels: int) -> GroupNorm:
