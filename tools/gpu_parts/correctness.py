@@ -56,7 +56,8 @@ def correctness(folder: Path) -> dict[str, Any]:
     shards = make_shards(folder / "scenes")
     at_once = len(RUNS) if torch.cuda.is_available() else 2
     with ThreadPoolExecutor(at_once) as pool:
-        ended = dict(zip(RUNS, pool.map(lambda name: end_of(RUNS[name], shards, folder / "runs" / name), RUNS)))
+        running = {name: pool.submit(end_of, run, shards, folder / "runs" / name) for name, run in RUNS.items()}
+        ended = {name: future.result() for name, future in running.items()}
     ended["resumed"] = ended["deterministic"] or _resume(folder / "runs", shards)
     found: dict[str, Any] = {"failed": {name: said for name, said in ended.items() if said}}
     pairs = {"plain": "again", "deterministic": "deterministic_again", "resumed": "deterministic"}
