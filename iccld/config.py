@@ -104,7 +104,8 @@ class Config:
 FREE_SETTINGS = (
     "run_dir", "stages", "metrics.", "evaluation.", "inference.", "data.num_workers", "data.validation.",
     "data.source.shards", "data.target.shards", "data.storage.", "data.cache.", "data.on_error",
-    "data.max_bad_share", "engine.compile", "preemption.", "watchdog.", "preflight", "memory.",
+    "data.max_bad_share", "engine.compile", "engine.deterministic", "engine.cudnn_benchmark",
+    "preemption.", "watchdog.", "preflight", "memory.",
     "stage1.trainer.micro_batch_size", "stage2.trainer.micro_batch_size", "stage1.trainer.checkpoint.",
     "stage2.trainer.checkpoint.", "stage1.trainer.evaluate_every", "stage2.trainer.evaluate_every",
     "model.encoder.activation_checkpointing", "model.denoiser.activation_checkpointing",

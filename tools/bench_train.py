@@ -87,7 +87,7 @@ def measure(chosen: argparse.Namespace) -> Found:
     if "scaling" in chosen.parts:
         found = weak_scaling("stage2", chosen.size)
         yield "weak_scaling_2", found
-        yield "weak_scaling_2_over_independent", found["over_independent"]
+        yield "weak_scaling_2_over_independent", found.get("over_independent", found)
     if "data" in chosen.parts:
         yield "data_wait", data_wait(size)
     if "attention" in chosen.parts:

@@ -35,13 +35,23 @@ def check_backend(backend: AttentionBackend, device_type: str) -> None:
             f"{setting} needs a CUDA device, and this is {device_type!r} (xformers has no operator for it); "
             f"use model.denoiser.attention=sdpa."
         )
+    remedy = f"install the xformers build of torch {torch.__version__}, or use model.denoiser.attention=sdpa"
     try:
         import xformers.ops  # noqa: F401  (slow to import and noisy, so only where it is chosen)
     except (ImportError, OSError) as error:
-        raise ValueError(
-            f"{setting}: xformers cannot be imported ({error}); install the xformers build of torch "
-            f"{torch.__version__}, or use model.denoiser.attention=sdpa."
-        ) from error
+        raise ValueError(f"{setting}: xformers cannot be imported ({error}); {remedy}.") from error
+    try:  # a build for another CUDA can be imported, and has no operators
+        _try_xformers(torch.device(device_type))
+    except (NotImplementedError, RuntimeError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{setting}: xformers has no operator that runs here ({reason}); {remedy}.") from error
+
+
+def _try_xformers(device: torch.device) -> None:
+    """Run attention and its backward pass once on a few tokens, in both precisions that train."""
+    for dtype in (torch.bfloat16, torch.float32):
+        qkv = torch.zeros(1, 8, 1, 8, device=device, dtype=dtype, requires_grad=True)
+        attention(qkv, qkv, qkv, AttentionBackend.xformers).sum().backward()
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, backend: AttentionBackend) -> Tensor:

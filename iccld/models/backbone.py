@@ -1,5 +1,6 @@
 """A backbone of `transformers`, built or loaded; nothing in it draws. The only file that imports the library."""
 
+import inspect
 import logging
 from pathlib import Path
 from typing import Any
@@ -102,3 +103,15 @@ def recompute_layers(backbone: PreTrainedModel) -> None:
         )
     enable = getattr(backbone, "activation_checkpointing_enable", None) or backbone.gradient_checkpointing_enable
     enable({"use_reentrant": False, "preserve_rng_state": False})  # no layer draws, so there is no state to save
+
+
+def record_hidden_states_alone(backbone: PreTrainedModel) -> None:
+    """Remove the hooks that would record attention maps; call it after a first pass, which installs them.
+
+    They record nothing that the encoder asks for, and a compiled layer breaks into several graphs at each of them.
+    """
+    for module in backbone.modules():
+        for number, hook in list(module._forward_hooks.items()):
+            is_recorder = getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
+            if is_recorder and inspect.getclosurevars(hook).nonlocals.get("key") != "hidden_states":
+                del module._forward_hooks[number]

@@ -12,7 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from iccld.models.backbone import KNOWN_TYPES, make_backbone, recompute_layers, refuse_missing
+from iccld.models.backbone import (
+    KNOWN_TYPES,
+    make_backbone,
+    recompute_layers,
+    record_hidden_states_alone,
+    refuse_missing,
+)
 from iccld.models.blocks import FEATURE_STRIDES, LATENT_STRIDE, FeatureFusion, conv_block
 
 COARSEST = FEATURE_STRIDES[-1]
@@ -133,6 +139,7 @@ class Encoder(nn.Module):
         side = 2 * COARSEST
         with torch.no_grad():
             states = self._states(torch.zeros(1, 3, side, side))
+        record_hidden_states_alone(self.backbone)
         if states[0].dim() == 3:  # a ViT's tokens
             depth = len(states) - 1
             taps = tuple(-(-depth * quarter // 4) for quarter in (1, 2, 3, 4))

@@ -58,7 +58,8 @@ class Trials:
         engine, stage, failed = self.engine, self.build(), False
         memory.restart_peak(engine.device)
         try:
-            self._train(stage, size)
+            with torch.compiler.set_stance("force_eager"):  # to compile for every size takes longer than to train
+                self._train(stage, size)
         except (RuntimeError, MemoryError) as error:
             if not memory.is_out_of_memory(error):
                 raise
@@ -162,6 +163,4 @@ def _choose(trials: Trials) -> tuple[int, str]:
         size = min(engine.gather_objects(largest_by_line(sizes, trials.peaks, limit=limit)))
         peaks = ", ".join(f"{memory.gib(peak)} with {size}" for size, peak in trials.peaks.items())
         how = f"the line through peaks of {peaks} stays below {memory.gib(limit)}, with {said}"
-    if engine.config.compile:
-        torch.compiler.reset()  # shapes that it has seen change would be compiled as dynamic
     return size, how

@@ -11,12 +11,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from iccld import __version__
 from iccld.config import Config, StageName, load_config
 from iccld.durable import make_folder, replacing
 from iccld.programs.building import build_stage, build_stream, fresh_stage, layout_of, trials_of
@@ -112,8 +113,16 @@ def profile_stage(
         **flops_of(flops),
         **sizes_of(stage, engine, ranks),
         "roofline": roofline(stage, config, work, plan.chosen_micro_batch_size, engine),
-        "versions": {"iccld": version("iccld"), **{package: version(package) for package in VERSIONS}},
+        "versions": {"iccld": __version__, **{package: _version(package) for package in VERSIONS}},
     }
+
+
+def _version(package: str) -> str:
+    """The installed version; "unknown" for a package that lies on the path without its metadata."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"
 
 
 def _run(

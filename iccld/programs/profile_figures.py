@@ -79,7 +79,7 @@ def launch_of(engine: Engine, plan: TrainerConfig, hosts: list[str]) -> dict[str
         "num_nodes": len(set(hosts)),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "precision": engine.config.precision.name,
-        "compile": engine.config.compile,
+        "compile": engine.compile.value,
         "threads": torch.get_num_threads(),
         "global_batch_size": plan.global_batch_size,
         "micro_batch_size": plan.chosen_micro_batch_size,

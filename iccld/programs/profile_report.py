@@ -54,7 +54,8 @@ def write_report(figures: Figures, folder: Path) -> None:
 
 def title_of(figures: Figures) -> str:
     batch = f"{figures['global_batch_size']} = {figures['world_size']} x {figures['num_accumulation']} x "
-    mode = f"{figures['engine']}, {figures['precision']}" + (", compiled" if figures["compile"] else "")
+    compiled = "" if figures["compile"] == "none" else f", compiled {figures['compile']}"
+    mode = f"{figures['engine']}, {figures['precision']}{compiled}"
     made = "synthetic batches" if figures["synthetic"] else "real data"
     return f"{figures['stage']} on {figures['device']}: {mode}, batch {batch}{figures['micro_batch_size']}, {made}"
 

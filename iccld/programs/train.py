@@ -124,13 +124,18 @@ def _run_stage(name: StageName, config: Config, engine: Engine, preemption: Pree
     if finished:
         stage = whole_stage(stage, config, engine)
         if engine.is_main:
-            stage.finish(first_batches(name, config))
+            measure_latents(stage, config, engine)
             hand_over(stage, config, step=plan.num_steps)
         engine.barrier()
         metrics.event("finished", step=plan.num_steps)
     engine.detach()
     metrics.close()
     return finished
+
+
+def measure_latents(stage: Stage, config: Config, engine: Engine) -> None:
+    """Let a trained stage measure what the next one needs, on its own device. Call on one rank."""
+    stage.finish(engine.prefetch(first_batches(StageName(stage.name), config)))
 
 
 def _metrics(stage: Stage, config: Config, engine: Engine) -> MetricsLogger:

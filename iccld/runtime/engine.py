@@ -19,9 +19,11 @@ from torch import Tensor, nn
 
 from iccld.runtime.backend import Backend, Plan, Replicated
 from iccld.runtime.collectives import keep_record, set_timeout
-from iccld.runtime.compilation import compile_in_place
+from iccld.runtime.compilation import Compile, compile_in_place
+from iccld.runtime.device import check_own, choose_kernels, identity, may_share, with_index
 from iccld.runtime.engine_kind import EngineKind, join_alone, kind_of_launch, without_plugins
 from iccld.runtime.pieces import Run, TensorReader
+from iccld.runtime.preemption import host_name
 from iccld.runtime.prefetch import prefetch
 
 # A dimension of size 1 has any stride: DDP warns of 1x1 and depthwise kernels, in vain.
@@ -41,12 +43,23 @@ class Precision(Enum):
     fp16 = "fp16"  # named to be refused with a reason
 
 
+class MatmulPrecision(Enum):
+    """Precision of fp32 matrix products on a GPU: fp32, TF32, or pairs of bf16 (torch.set_float32_matmul_precision)."""
+
+    highest = "highest"
+    high = "high"
+    medium = "medium"
+
+
 @dataclass
 class EngineConfig:
-    """Precision and compilation; how ranks are formed is accelerate's YAML."""
+    """Precision, compilation and kernels; how ranks are formed is accelerate's YAML."""
 
     precision: Precision = Precision.fp32
-    compile: bool = False
+    compile: Compile = Compile.auto
+    deterministic: bool = False  # the same bits in each run on a GPU too; slower there
+    matmul_precision: MatmulPrecision = MatmulPrecision.highest
+    cudnn_benchmark: bool = True  # try convolution kernels at each new shape; never where deterministic
 
     def __post_init__(self) -> None:
         if Precision.fp16 in (self.precision, Precision(os.environ.get("ACCELERATE_MIXED_PRECISION") or "no")):
@@ -64,6 +77,12 @@ class Engine:
     def __init__(self, config: EngineConfig) -> None:
         self.config, self.kind = config, kind_of_launch()
         keep_record()
+        choose_kernels(
+            deterministic=config.deterministic,
+            matmul_precision=config.matmul_precision.value,
+            cudnn_benchmark=config.cudnn_benchmark,
+        )
+        os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"  # a rank's GPU need not have its local rank's number
         with without_plugins():
             self.accelerator = Accelerator(
                 cpu=not torch.cuda.is_available(),
@@ -71,7 +90,7 @@ class Engine:
                 step_scheduler_with_optimizer=False,
                 kwargs_handlers=[
                     DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
-                    InitProcessGroupKwargs(timeout=INIT_TIMEOUT),
+                    InitProcessGroupKwargs(timeout=INIT_TIMEOUT, **({"backend": "gloo"} if may_share() else {})),
                 ],
             )
         if self.accelerator.distributed_type not in PLAIN_TYPES:
@@ -79,13 +98,15 @@ class Engine:
                 f"accelerate's distributed_type={self.accelerator.distributed_type.value} is not supported; "
                 f"launch with one of accelerate_configs/."
             )
-        self.device = self.accelerator.device
+        self.device = with_index(self.accelerator.device)
+        self.compile = config.compile.on(self.device)
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
         if self.kind is not EngineKind.ddp and not torch.distributed.is_initialized():
             join_alone(self.device)
         # Groups of their own on the host: agreeing on a flag must not wait for the device, a save not for training.
         groups = [torch.distributed.new_group(backend="gloo") if self.world_size > 1 else None for _ in range(2)]
         self._host_group, self._save_group = groups
+        check_own(self.gather_objects((host_name(), identity(self.device))))
         self.set_timeout(COLLECTIVE_TIMEOUT.total_seconds(), of_saves=True)
 
     @property
@@ -115,8 +136,7 @@ class Engine:
         self.detach()
         self._base_rates = [group["lr"] for group in param_groups]
         raw = module.to(self.device)
-        if self.config.compile:
-            compile_in_place([raw, *frozen])
+        compile_in_place([raw, *frozen], self.compile)
         optimizer = torch.optim.AdamW(param_groups, fused=True)
         plan = Plan(self.device, self.rank, self.world_size, micro_batch_size, num_accumulation, gradient_clip)
         self.backend = self._backend(raw, optimizer, plan, replicated)

@@ -21,8 +21,11 @@ def prefetch(
     On CUDA, one batch is taken ahead of the one handed out, and the host waits for no copy from pinned memory. What
     goes wrong while it is taken is raised when its turn comes. `copying` is around each copy.
     """
-    if device.type != "cuda":
+    if device.type == "cpu":
         yield from batches
+        return
+    if device.type != "cuda":
+        yield from (map_tensors(batch, lambda tensor: tensor.to(device)) for batch in batches)
         return
     stream = torch.cuda.Stream(device)
 

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from iccld.models.attention import AttentionBackend, attention, check_backend
+from iccld.models.attention import AttentionBackend, _try_xformers, attention, check_backend
 from iccld.models.denoiser import Denoiser, DenoiserConfig
 
 
@@ -69,3 +69,10 @@ def test_xformers_equals_sdpa_in_outputs_and_gradients(dtype: torch.dtype):
     tolerance = 1e-3 if dtype is torch.float32 else 5e-2
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def test_xformers_without_operators_for_this_device_is_refused(monkeypatch: pytest.MonkeyPatch):
+    """A build for another CUDA can be imported; a call says that it has nothing to run."""
+    monkeypatch.setattr("iccld.models.attention._try_xformers", lambda _: _try_xformers(torch.device("cpu")))
+    with pytest.raises(ValueError, match=r"has no operator that runs here \(No operator .*attention=sdpa"):
+        check_backend(AttentionBackend.xformers, "cuda")

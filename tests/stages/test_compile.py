@@ -1,5 +1,6 @@
 """Compiled steps: as many graphs as there are kinds of call, none made after warm-up, the losses those of eager."""
 
+import copy
 from collections.abc import Iterator
 
 import pytest
@@ -7,7 +8,11 @@ import torch
 import torch._dynamo
 from torch._dynamo.utils import counters
 
+from iccld.models.blocks import ResidualBlock, SelfAttention
+from iccld.models.denoiser import Denoiser, DenoiserConfig
 from iccld.models.iccld import ICCLD
+from iccld.runtime import compilation
+from iccld.runtime.compilation import Compile, compile_in_place, repeated_blocks
 from iccld.runtime.engine import Engine, EngineConfig, Precision
 from iccld.stages.base import Stage
 from iccld.stages.segmentation import SegmentationConfig, SegmentationStage
@@ -37,13 +42,18 @@ def _fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-    torch.compiler.set_default_backend(None)
 
 
-def train(stage: Stage, *, compiled: bool, precision: Precision = Precision.fp32) -> tuple[list[float], list[int]]:
+def train(
+    stage: Stage,
+    *,
+    compile: Compile = Compile.none,
+    precision: Precision = Precision.fp32,
+    config: EngineConfig | None = None,
+) -> tuple[list[float], list[int]]:
     """The losses of some steps of two micro-batches, and how many graphs there are after each step."""
     losses, graphs = [], []
-    with Engine(EngineConfig(compile=compiled, precision=precision)) as engine:
+    with Engine(config or EngineConfig(compile=compile, precision=precision)) as engine:
         options = {"replicated": stage.replicated(), "frozen": stage.frozen()}
         engine.attach(stage.module, stage.param_groups(), num_accumulation=2, **options)
         for average, methods in stage.averages().items():
@@ -78,12 +88,13 @@ def score(stage: Stage, step: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("how", [Compile.blocks, Compile.whole])
 @pytest.mark.parametrize("precision", [Precision.fp32, Precision.bf16])
 @pytest.mark.parametrize("name", STAGES)
-def test_no_graph_is_made_after_warm_up(name: str, precision: Precision):
-    torch.compiler.set_default_backend("eager")
-    exact, _ = train(STAGES[name](), compiled=False, precision=precision)
-    losses, graphs = train(STAGES[name](), compiled=True, precision=precision)
+def test_no_graph_is_made_after_warm_up(name: str, precision: Precision, how: Compile, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(compilation, "BACKEND", "eager")
+    exact, _ = train(STAGES[name](), precision=precision)
+    losses, graphs = train(STAGES[name](), compile=how, precision=precision)
     assert losses == pytest.approx(exact, rel=1e-5)
     num_called = 2 if name == "adversarial" else 3  # the module and what is frozen; there, nothing is decoded
     assert graphs[-1] == graphs[WARM_START] >= num_called, graphs
@@ -91,9 +102,59 @@ def test_no_graph_is_made_after_warm_up(name: str, precision: Precision):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("how", [Compile.blocks, Compile.whole])
 @pytest.mark.parametrize("name", ["segmentation", "adversarial"])
-def test_the_real_compiler_trains_alike(name: str):
-    exact, _ = train(STAGES[name](), compiled=False)
-    losses, graphs = train(STAGES[name](), compiled=True)
+def test_the_real_compiler_trains_alike(name: str, how: Compile):
+    exact, _ = train(STAGES[name]())
+    losses, graphs = train(STAGES[name](), compile=how)
     assert losses == pytest.approx(exact, rel=1e-4)
     assert graphs[-1] == graphs[WARM_START]
+
+
+def denoiser_of(num_blocks: int) -> Denoiser:
+    sizes = {"width": 16, "channel_multipliers": [1, 2], "num_blocks": num_blocks, "attention_levels": [1]}
+    return Denoiser(config=DenoiserConfig(**sizes, head_dim=16), latent_channels=4, condition_channels=4)
+
+
+def test_blocks_are_the_layers():
+    blocks = repeated_blocks(denoiser_of(num_blocks=2))
+    assert {type(block) for block in blocks} == {ResidualBlock, SelfAttention}
+    assert len(blocks) == 4 * 2 + 2 * 2 + 3  # residual blocks of two levels down and up, attention of one, the middle
+    encoder = make_segmentation().module.encoder
+    layers = [layer for layer in repeated_blocks(encoder) if "Segformer" in type(layer).__name__]
+    assert len(layers) == sum(encoder.backbone.config.depths)
+
+
+def test_repeating_a_block_makes_no_graph(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(compilation, "BACKEND", "eager")
+    made = []
+    for num_blocks in (2, 4):
+        torch._dynamo.reset()
+        counters.clear()
+        denoiser = denoiser_of(num_blocks)
+        inputs = torch.rand(2, 4, 8, 16), torch.tensor([3, 999]), torch.rand(2, 4, 8, 16)
+        expected = denoiser(*inputs).noise_pred
+        compile_in_place([denoiser], Compile.blocks)
+        torch.testing.assert_close(denoiser(*inputs).noise_pred, expected)
+        made.append(counters["stats"]["unique_graphs"])
+    assert made[0] == made[1] > 0, made
+
+
+@pytest.mark.parametrize(("device", "how"), [("cpu", Compile.none), ("cuda", Compile.blocks)])
+def test_auto_compiles_blocks_on_a_gpu(device: str, how: Compile):
+    assert Compile.auto.on(torch.device(device)) is how
+    assert Compile.whole.on(torch.device(device)) is Compile.whole
+
+
+def test_a_copy_of_compiled_blocks_has_weights_of_its_own(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(compilation, "BACKEND", "eager")
+    denoiser = denoiser_of(num_blocks=1)
+    compile_in_place([denoiser], Compile.blocks)
+    twin = copy.deepcopy(denoiser)
+    inputs = torch.rand(1, 4, 8, 8), torch.tensor([3]), torch.rand(1, 4, 8, 8)
+    before = denoiser(*inputs).noise_pred
+    with torch.no_grad():
+        for p in twin.parameters():
+            p.zero_()
+    assert torch.equal(denoiser(*inputs).noise_pred, before)
+    assert not torch.equal(twin(*inputs).noise_pred, before)

@@ -31,7 +31,8 @@ def test_activation_checkpointing_changes_no_loss(scene_shards: Path, tmp_path: 
 
 
 @pytest.mark.slow
-def test_compiled_stages_train_alike(scene_shards: Path, tmp_path: Path):
+@pytest.mark.parametrize("how", ["blocks", "whole"])
+def test_compiled_stages_train_alike(how: str, scene_shards: Path, tmp_path: Path):
     exact = losses(scene_shards, tmp_path / "eager")
-    compiled = losses(scene_shards, tmp_path / "compiled", "engine.compile=true")
+    compiled = losses(scene_shards, tmp_path / "compiled", f"engine.compile={how}")
     assert compiled == pytest.approx(exact, rel=1e-3)

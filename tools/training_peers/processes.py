@@ -124,10 +124,11 @@ def started(name: str, size_name: str, *, count: int, together: bool, on_gpus: b
 def weak_scaling(name: str, size_name: str) -> dict[str, Any]:
     """The rate of two ranks over twice that of one, and over that of two independent processes, at one batch a rank.
 
-    On GPUs where there are two; else on the CPU, a thread each.
+    On a machine with GPUs, on two of them; else on the CPU, a thread each.
     """
-    on_gpus = torch.cuda.device_count() >= NUM_RANKS
-    size_name = size_name if on_gpus or size_name == "toy" else "cpu"
+    on_gpus = torch.cuda.is_available()
+    if on_gpus and torch.cuda.device_count() < NUM_RANKS:
+        return {"skipped": f"scaling needs {NUM_RANKS} GPUs, and there is {torch.cuda.device_count()}"}
     with ExitStack() as stack:
         groups = {
             group: stack.enter_context(started(name, size_name, count=count, together=together, on_gpus=on_gpus))

@@ -9,6 +9,7 @@ from training_peers.peers import DAFormerOrder, TwoOptimisers
 from training_peers.sizes import Ours, Size, config_of, make_stage, random_batch
 from training_peers.turns import NUM_WARMUP, ratio_of, seconds_of, take_turns
 
+from iccld.runtime.compilation import Compile
 from iccld.runtime.engine import Engine, EngineConfig, Precision
 from iccld.runtime.flops import count_step
 from iccld.runtime.peak_flops import nominal_flops
@@ -49,7 +50,8 @@ def measure_stage(name: str, size: Size, precision: Precision) -> dict[str, dict
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        with Engine(EngineConfig(precision=precision, compile=kind == "compiled")) as engine:
+        compiled = Compile.blocks if kind == "compiled" else Compile.none
+        with Engine(EngineConfig(precision=precision, compile=compiled)) as engine:
             stage, batch = make_stage(name, config_of(size), engine.device), random_batch(size)
             flops = flops or count_step(stage, batch, step=0).total
             peak = nominal_flops(engine.device, precision.value)

@@ -1,0 +1,53 @@
+"""A rank's device: its number, that it is the rank's own, and kernels that give the same bits."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from iccld.runtime.device import SHARED_GPU, check_own, with_index
+
+
+def test_a_gpu_without_a_number_gets_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert with_index(torch.device("cuda")) == torch.device("cuda", 3)
+    assert with_index(torch.device("cuda", 1)) == torch.device("cuda", 1)
+    assert with_index(torch.device("cpu")) == torch.device("cpu")
+
+
+def test_ranks_on_gpus_of_their_own_pass() -> None:
+    check_own([("n1", "a"), ("n1", "b"), ("n2", "a")])
+    check_own([("n1", ""), ("n1", "")])
+
+
+def test_two_ranks_on_one_gpu_are_refused_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    places = [("n1", "a"), ("n2", "b"), ("n2", "c"), ("n2", "b")]
+    with pytest.raises(ValueError, match=r"n2 has 3 ranks and 2 GPUs .* start 2 ranks there, or set CUDA_VISIBLE_DEV"):
+        check_own(places)
+    monkeypatch.setenv(SHARED_GPU, "true")
+    check_own(places)
+
+
+TRAIN = """
+import sys
+import torch
+from iccld.runtime.engine import EngineConfig
+from tests.stages.test_compile import STAGES, train
+torch.set_num_threads(1)
+config = EngineConfig(deterministic=sys.argv[1] == "deterministic")
+print([train(STAGES[name](), config=config)[0] for name in ("segmentation", "adversarial")])
+print(torch.are_deterministic_algorithms_enabled())
+"""
+
+
+def test_deterministic_kernels_change_nothing_on_a_cpu() -> None:
+    said = {}
+    for kind in ("deterministic", "usual"):
+        command = [sys.executable, "-c", TRAIN, kind]
+        done = subprocess.run(command, env=os.environ, capture_output=True, text=True, timeout=300, check=False)
+        assert not done.returncode, done.stderr
+        said[kind] = done.stdout.splitlines()
+    assert said["deterministic"][0] == said["usual"][0]
+    assert [lines[1] for lines in said.values()] == ["True", "False"]

@@ -1,0 +1,125 @@
+"""Everything that only a GPU can show, part by part; `tools/gpu.sh` prepares the machine and calls this.
+
+    python tools/gpu.py FOLDER [--only PART ...]
+
+Each part runs in a process of its own within its limit of seconds; its figures go into FOLDER/gpu.json as soon as it
+ends, beside those of parts that an earlier call left there. A part that fails or takes too long leaves the others their
+turn. Without a GPU each part runs at toy size, or says that it needs one.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+
+class Part(NamedTuple):
+    """`module` and `function` in `gpu_parts`; `limit_s` on a GPU."""
+
+    module: str
+    function: str
+    limit_s: int
+
+
+PARTS = {
+    "limits": Part("machine", "limits", 40),
+    "tests": Part("suite", "suite", 150),
+    "correctness": Part("correctness", "correctness", 200),
+    "attention": Part("speed", "attention", 45),
+    "stage1": Part("speed", "stage1", 170),
+    "stage2": Part("speed", "stage2", 170),
+    "denoiser": Part("speed", "denoiser", 150),
+}
+"""In the order of their worth."""
+ON_A_CPU = 4  # times the limit, for a few cores
+
+
+def main() -> int:
+    """Run the chosen parts and print the summary; the status is 1 where one of them failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # in the part's own process
+    chosen = parser.parse_args()
+    chosen.folder.mkdir(parents=True, exist_ok=True)
+    if chosen.part:
+        return run_here(chosen.part, chosen.folder)
+    path = chosen.folder / "gpu.json"
+    figures = json.loads(path.read_text()) if path.exists() else {}
+    for name in chosen.only:
+        print(f"== {name}", flush=True)
+        figures[name] = run_apart(name, chosen.folder)
+        figures["date"] = datetime.now(UTC).strftime("%Y-%m-%d")
+        path.write_text(json.dumps(figures, indent=1) + "\n")
+    Console(width=120).print(summary(figures))
+    return int(any("failed" in figures[name] and figures[name]["failed"] for name in chosen.only))
+
+
+def run_here(name: str, folder: Path) -> int:
+    part = PARTS[name]
+    module = __import__(f"gpu_parts.{part.module}", fromlist=[part.function])
+    function: Callable[[Path], dict[str, Any]] = getattr(module, part.function)
+    with tempfile.TemporaryDirectory(prefix="iccld_gpu_") as scratch:
+        figures = function(Path(scratch))
+        for log in Path(scratch).glob("*.log"):
+            (folder / log.name).write_text(log.read_text())
+    (folder / f".{name}.json").write_text(json.dumps(figures))
+    return 0
+
+
+def run_apart(name: str, folder: Path) -> dict[str, Any]:
+    """The part's figures with its seconds, or under `failed` what went wrong."""
+    result, started = folder / f".{name}.json", time.monotonic()
+    command = [sys.executable, __file__, str(folder), "--part", name]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(command, start_new_session=True, **pipes)
+    limit_s = PARTS[name].limit_s * (1 if torch.cuda.is_available() else ON_A_CPU)
+    try:
+        said, _ = process.communicate(timeout=limit_s)
+        figures = json.loads(result.read_text()) if not process.returncode else {"failed": said[-1500:]}
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # with the ranks that it started
+        said, _ = process.communicate()
+        figures = {"failed": f"not over within {limit_s} s: {said[-1000:]}"}
+    result.unlink(missing_ok=True)
+    return {**figures, "seconds": round(time.monotonic() - started, 1)}
+
+
+def summary(figures: Mapping[str, Any]) -> Table:
+    """A line for each figure that is judged."""
+    table = Table("part", "figure", "value", box=box.SIMPLE_HEAD, title=figures.get("limits", {}).get("device"))
+    for name in PARTS:
+        if name in figures:
+            for figure, value in rows(figures[name]):
+                table.add_row(name, figure, value)
+    return table
+
+
+def rows(figures: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Numbers and short texts, by their dotted names."""
+    for key, value in figures.items():
+        if isinstance(value, Mapping):
+            yield from rows(value, f"{prefix}{key}.")
+        elif isinstance(value, float):
+            yield f"{prefix}{key}", f"{value:.4g}"
+        elif isinstance(value, bool | int | str) and value != "":
+            yield f"{prefix}{key}", str(value)[:100]
+        elif isinstance(value, list) and value:
+            yield f"{prefix}{key}", ", ".join(map(str, value))[:100]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

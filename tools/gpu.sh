@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Everything that only a GPU can show, on a machine without a network, in about 8 minutes:
+#     bash tools/gpu.sh FOLDER                             all parts; at most 8 files in FOLDER, one written after each part
+#     ONLY="tests stage1" bash tools/gpu.sh FOLDER         some of them, again
+# The machine brings its own torch, accelerate and transformers. What else is needed lies in .wheels/, where
+# `bash tools/gpu_wheels.sh` has put it on a machine with a package index; without that folder, what is installed is used.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+folder=${1:?usage: bash tools/gpu.sh FOLDER}
+
+python=python3
+[ -x .venv/bin/python ] && python=.venv/bin/python
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+if compgen -G ".wheels/*.whl" >/dev/null; then
+    "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$scratch/site" .wheels/*.whl
+    export PYTHONPATH="$scratch/site${PYTHONPATH:+:$PYTHONPATH}"
+    # xformers is built for CUDA 12: on a machine with CUDA 13 its library finds the older runtime here.
+    for library in "$scratch"/site/nvidia/*/lib; do
+        [ -d "$library" ] && export LD_LIBRARY_PATH="$library${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
+    done
+fi
+export PYTHONPATH="$PWD:$PWD/tools${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 WANDB_MODE=disabled PYTHONDONTWRITEBYTECODE=1
+export TORCHINDUCTOR_CACHE_DIR="$scratch/inductor" TRITON_CACHE_DIR="$scratch/triton"
+# shellcheck disable=SC2086  # ONLY is a list of words
+"$python" tools/gpu.py "$folder" ${ONLY:+--only $ONLY}
