@@ -21,7 +21,7 @@ from iccld.stages.base import Stage
 
 HAND_OFF_NAME = "hand_off.json"
 _WEIGHTS = "|".join(weights.value for weights in Weights)
-_is_ours = holds_only(rf"hand_off\.json|({_WEIGHTS})/({re.escape(CARD_NAME)}|{re.escape(WEIGHTS_NAME)})")
+is_ours = holds_only(rf"hand_off\.json|({_WEIGHTS})/({re.escape(CARD_NAME)}|{re.escape(WEIGHTS_NAME)})")
 STATISTICS = ("latent_mean", "latent_std", "condition_mean", "condition_std")
 
 
@@ -51,7 +51,7 @@ def hand_over(stage: Stage, config: Config, *, step: int) -> None:
     """Write the finished stage's models, and which of them goes on: the teacher. Call on one rank."""
     folder = final_folder(Path(config.run_dir), StageName(stage.name))
     make_folder(folder.parent, within=Path(config.run_dir))
-    scratch = scratch_folder(folder, is_ours=_is_ours)
+    scratch = scratch_folder(folder, is_ours=is_ours)
     classes = config.data.class_set.build()
     for weights, model in stage.models().items():
         origin = {"run_dir": config.run_dir, "stage": stage.name, "weights": weights, "version": __version__}
