@@ -187,7 +187,7 @@ def make_folder(folder: Path, *, within: Path) -> Path:
     return folder
 
 
-def scratch_folder(path: Path, *, is_ours: Callable[[Path], bool] = is_real_folder) -> Path:
+def scratch_folder(path: Path, *, is_ours: Callable[[Path], bool]) -> Path:
     """A new folder beside `path`, which it becomes by a rename; what a crash has left of earlier ones is removed.
 
     Only one process at a time may make `path`. What is called so and is not ours is left, and another name taken.
@@ -199,6 +199,25 @@ def scratch_folder(path: Path, *, is_ours: Callable[[Path], bool] = is_real_fold
     scratch = next(place for name in names if not os.path.lexists(place := path.with_name(name)))
     scratch.mkdir(parents=True)
     return scratch
+
+
+def holds_only(files: str) -> Callable[[Path], bool]:
+    """Tells of a folder, and no link to one, whether the regular expression names all files in it by their paths.
+
+    A file's path is from the folder, as `sub/name`; links count as files, and what a write that was cut off has left
+    beside a file (`sub/.name.0123abcd.tmp`) counts as that file.
+    """
+    name, torn = re.compile(files), re.compile(r"\.([^/]+)\.[0-9a-f]{8}\.tmp")
+
+    def is_named(path: Path) -> bool:
+        cut_off = torn.fullmatch(path.name)
+        return bool(name.fullmatch((path.with_name(cut_off[1]) if cut_off else path).as_posix()))
+
+    def is_ours(folder: Path) -> bool:
+        found = (path for path in folder.rglob("*") if not is_real_folder(path))
+        return is_real_folder(folder) and all(is_named(path.relative_to(folder)) for path in found)
+
+    return is_ours
 
 
 def scratch_folders(path: Path) -> list[Path]:

@@ -17,10 +17,13 @@ import torch
 from iccld.cli import main
 from iccld.config import StageName, load_config
 from iccld.models.iccld import ICCLD
+from iccld.programs import hand_off
 from iccld.programs.ema import write_reconstruction
 from iccld.programs.hand_off import handed_over
 from iccld.programs.train import train
+from iccld.runtime.checkpoint import is_torn
 from iccld.runtime.manifest import verify
+from iccld.slurm.snapshot import code_hash, copy_code
 from tests.factory import scene_overrides
 
 NO_TRAINING_PACKAGES = """
@@ -199,3 +202,26 @@ def test_a_run_with_classes_of_its_own_is_resumed_and_exported(scene_shards: Pat
     assert (folder / "stage2/final/teacher/config.json").read_bytes() == (
         tmp_path / "gone/teacher/config.json"
     ).read_bytes()
+
+
+def test_only_what_a_crash_has_left_of_ours_is_removed(run_dir: Path, tmp_path: Path):
+    for made, is_ours in ((run_dir / "stage1" / "final", hand_off.is_ours), (checkpoint(run_dir, 1, 2), is_torn)):
+        copy = Path(shutil.copytree(made, tmp_path / made.name))
+        assert is_ours(copy)
+        (copy / "mine").mkdir()
+        (copy / "mine" / "thesis.txt").write_text("precious")
+        assert not is_ours(copy)
+    left = (tmp_path / "step_00000002").rename(tmp_path / "step_00000001.tmp")
+    arguments = [str(checkpoint(run_dir, 1, 1)), str(tmp_path / "step_00000001"), "--num-files", "1"]
+    assert main(["checkpoint", "convert", *arguments]) == 0
+    assert (left / "mine" / "thesis.txt").read_text() == "precious" and verify(tmp_path / "step_00000001")
+
+
+@pytest.mark.parametrize(("name", "removed"), [("iccld/cli.py", True), ("mine/thesis.txt", False)])
+def test_only_what_a_submission_has_left_of_ours_is_removed(tmp_path: Path, name: str, removed: bool):
+    left = tmp_path / f"{code_hash()}.0123abcd.tmp"
+    (left / name).parent.mkdir(parents=True)
+    (left / name).write_text("")
+    os.utime(left, (0, 0))
+    assert (copy_code(tmp_path) / "iccld" / "cli.py").is_file()
+    assert left.exists() != removed

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from iccld.durable import (
     NotOursError,
     create,
+    holds_only,
     is_plain_name,
     locked,
     make_folder,
@@ -122,10 +123,25 @@ def test_scratch_folders_are_new_and_what_is_not_ours_stays(tmp_path: Path, home
 
 def test_a_torn_scratch_folder_is_removed(tmp_path: Path):
     (tmp_path / "final.tmp" / "half").mkdir(parents=True)
+    for name in ("whole.json", ".whole.json.0123abcd.tmp"):
+        (tmp_path / "final.tmp" / "half" / name).write_text("")
     (tmp_path / "final.0123abcd.tmp").mkdir()
     (tmp_path / "final.backup.tmp").mkdir()
-    assert scratch_folder(tmp_path / "final") == tmp_path / "final.tmp"
+    assert scratch_folder(tmp_path / "final", is_ours=holds_only(r"half/whole\.json")) == tmp_path / "final.tmp"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["final.backup.tmp", "final.tmp"]
+
+
+@pytest.mark.parametrize("name", ["mine/thesis.txt", "thesis.txt", "a.json.txt", ".a.json.tmp", "half/a.json"])
+def test_a_folder_with_a_file_that_we_do_not_write_is_left(tmp_path: Path, name: str):
+    for folder in ("final.tmp", "final.0123abcd.tmp"):
+        (tmp_path / folder / name).parent.mkdir(parents=True)
+        (tmp_path / folder / name).write_text("precious")
+        (tmp_path / folder / "a.json").write_text("")
+    scratch = scratch_folder(tmp_path / "final", is_ours=holds_only(r"a\.json"))
+    assert not list(scratch.iterdir()) and len(list(tmp_path.iterdir())) == 3
+    assert [(tmp_path / folder / name).read_text() for folder in ("final.tmp", "final.0123abcd.tmp")] == [
+        "precious"
+    ] * 2
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600), (0o002, 0o664)])

@@ -16,6 +16,8 @@ import fcntl
 import hashlib
 import logging
 import os
+import re
+import stat
 import struct
 import time
 from collections.abc import Iterator
@@ -24,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from iccld.data.counters import Counters
-from iccld.durable import NotOursError, create, make_folder, open_lock, open_to_read, refuse_links
+from iccld.durable import NotOursError, create, is_plain, make_folder, open_lock, open_to_read, refuse_links
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +36,7 @@ TOUCH_EVERY_S = 3_600.0
 LOOK_EVERY_S = 60.0
 ROOM_TO_MAKE = 0.1
 """The share of a bucket that is freed at once where its entries are unread, so that not every new one searches."""
+_OURS = re.compile(r"lock|[0-9a-f]{32}")
 _LENGTH = struct.Struct("<Q")
 _STATE = struct.Struct("<Qd")
 _BLOCK = 4096
@@ -172,9 +175,10 @@ class SampleCache:
         # Counted before it is there: killed in between, the bucket holds less than it says, never more.
         os.pwrite(lock, _STATE.pack(used + size, look_at), 0)
         temporary = path.parent / "incoming"
-        temporary.unlink(missing_ok=True)  # of one that was killed
+        _remove_plain(temporary)  # of one that was killed
+        new = create(temporary)
         try:
-            with create(temporary) as file:
+            with new as file:
                 file.write(_LENGTH.pack(len(data)))
                 file.write(data)
             temporary.rename(path)
@@ -185,12 +189,13 @@ class SampleCache:
 
     def _make_room(self, bucket: Path, size: int) -> tuple[int, float]:
         """Counts the bucket, and frees a part of it if entries are unread; its bytes, and when to look again."""
-        (bucket / "incoming").unlink(missing_ok=True)
+        _remove_plain(bucket / "incoming")
         now, entries = time.time(), []
-        for path in bucket.iterdir():
+        for path in filter(lambda path: _OURS.fullmatch(path.name), bucket.iterdir()):
             with suppress(FileNotFoundError):  # discarded by another process
                 status = path.lstat()
-                entries.append((status.st_mtime, _on_disk(status.st_size), path))
+                if stat.S_ISREG(status.st_mode):
+                    entries.append((status.st_mtime, _on_disk(status.st_size), path))
         used, entries = sum(e[1] for e in entries), sorted(e for e in entries if e[2].name != "lock")
         limit = self._bucket_bytes - size
         if used > limit:
@@ -209,6 +214,11 @@ class SampleCache:
             what = error.strerror if isinstance(error, OSError) else error
             logger.warning("data.cache.folder=%s: %s; samples come from the storage.", self.config.folder, what)
         self.counters.add(failures=1)
+
+
+def _remove_plain(path: Path) -> None:
+    if is_plain(path):
+        path.unlink(missing_ok=True)
 
 
 def _on_disk(size: int) -> int:

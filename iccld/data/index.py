@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from zlib_ng import zlib_ng
 
+from iccld.data.files import kind_of
 from iccld.durable import create, write_whole
 from iccld.labels import CITYSCAPES_19
 from iccld.reading import MIB, parse_json, read_limited
@@ -114,7 +115,7 @@ class ShardIndex:
             raise ValueError(f"{where}: {path} is missing, so the shards are not finished; {MAKE_IT}.")
         header = parse_header(read_limited(path, MAX_HEADER_BYTES), f"{where}: {path}")
         remedy = remedy_of(location, folder)
-        arrays = [_mapped(folder / name, *kind, where, remedy) for name, kind in array_kinds(header).items()]
+        arrays = [_mapped(folder / name, header, where, remedy) for name in ARRAY_FILES]
         if not header.num_samples:
             raise ValueError(f"{where}: the set is empty; {MAKE_IT}.")
         return cls(str(location), folder, header, *arrays)
@@ -124,12 +125,17 @@ class ShardIndex:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process maps the files itself, instead of being sent the records."""
-        return _reopen, (self.location, self.folder)
+        return _reopen, (self.location, self.folder, self.header.checksums)
 
     @property
     def remedy(self) -> str:
         """What to do where its files are damaged."""
         return remedy_of(self.location, self.folder)
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether its files are this node's copies of a remote set's."""
+        return self.folder != Path(self.location) / INDEX_FOLDER
 
     def key(self, position: int) -> str:
         return self.samples["key"][position].decode(errors="replace")
@@ -155,8 +161,11 @@ class ShardIndex:
         return {"dataset": self.header.dataset, "num_samples": len(self), "index": f"{checksum:08x}"}
 
 
-def _reopen(location: str, folder: Path) -> ShardIndex:
-    return ShardIndex.open(location, folder=folder)
+def _reopen(location: str, folder: Path, checksums: Mapping[str, int]) -> ShardIndex:
+    index = ShardIndex.open(location, folder=folder)
+    if index.header.checksums != checksums:
+        raise ValueError(f"{folder}: the set was indexed anew while it was in use; give the same command again.")
+    return index
 
 
 def parse_header(text: bytes, where: str) -> IndexHeader:
@@ -216,9 +225,11 @@ def remedy_of(location: str | Path, folder: Path) -> str:
     return f"restore it, or remove {folder}/ and index the set again"
 
 
-def _mapped(path: Path, dtype: np.dtype, length: int, where: str, remedy: str) -> np.ndarray:
+def _mapped(path: Path, header: IndexHeader, where: str, remedy: str) -> np.ndarray:
+    dtype, length = array_kinds(header)[path.name]
     why = "it has other fields or another length"
     try:
+        _check_file(path, array_bytes(header)[path.name])
         array = np.load(path, mmap_mode="r" if length else None, allow_pickle=False)
         if isinstance(array, np.ndarray) and array.shape == (length,) and _alike(array.dtype, dtype):
             head = array.offset if isinstance(array, np.memmap) else path.stat().st_size
@@ -228,6 +239,13 @@ def _mapped(path: Path, dtype: np.dtype, length: int, where: str, remedy: str) -
     except (*NPY_FAULTS, tokenize.TokenError) as error:
         why = " ".join(str(error).split())[:200]
     raise ValueError(f"{where}: {path} does not fit {HEADER_FILE} ({why}); {remedy}.")
+
+
+def _check_file(path: Path, sizes: range) -> None:
+    if (kind := kind_of(path)) != "a file":
+        raise ValueError(f"it is {kind}, no file")
+    if (size := path.stat().st_size) not in sizes:
+        raise ValueError(f"it has {size:,} bytes, so another length")
 
 
 def _alike(one: np.dtype, other: np.dtype) -> bool:

@@ -36,7 +36,7 @@ def facts(index: ShardIndex) -> list[tuple[str, str]]:
     return [
         ("data set", header.dataset or "(not named)"),
         ("samples", f"{header.num_samples:,}, {'all' if header.has_labels else 'none'} with labels"),
-        ("left out", f"{header.settings.get('left_out', 0)} bad ones when it was made"),
+        ("left out", f"{header.settings.get('left_out', 'not known how many')} bad ones when it was made"),
         ("shards", f"{header.num_shards:,}, {_amount(tars)}"),
         (
             "images and labels",

@@ -70,7 +70,10 @@ def faults(index: ShardIndex, *, share: float = 1.0) -> Iterator[tuple[Path, str
 
 def _check_beside(index: ShardIndex) -> None:
     try:
-        check(index, share=SHARE_BESIDE)
+        for path, what in faults(index, share=SHARE_BESIDE):
+            if index.is_copy:
+                path.unlink(missing_ok=True)  # the next start fetches it anew
+            _damage.append(f"{path}: {what}; {index.remedy}.")
     except (ValueError, OSError) as error:
         _damage.append(str(error))
 

@@ -6,6 +6,7 @@ import zlib
 from contextlib import suppress
 from pathlib import Path
 
+from iccld.data import integrity
 from iccld.data.index import (
     ARRAY_FILES,
     HEADER_FILE,
@@ -41,13 +42,18 @@ def open_index(
     version = "-".join(f"{sum_:08x}" for sum_ in (zlib.crc32(text), *(header.checksums[name] for name in ARRAY_FILES)))
     kept = Path(cache_folder) if cache_folder else user_cache_folder()
     folder = make_folder(kept / INDEX_FOLDER / version, within=kept)
-    for name in ARRAY_FILES:  # whole where they are there at all: reading a billion records again takes minutes
-        if not (folder / name).is_file():
-            fetch_file(indexed, name, folder, checksum=header.checksums[name], sizes=array_bytes(header)[name])
+    for name, sizes in array_bytes(header).items():
+        if _may_be_damaged(folder / name, sizes):
+            fetch_file(indexed, name, folder, checksum=header.checksums[name], sizes=sizes)
     path = folder / HEADER_FILE
     if not path.is_file() or read_limited(path, MAX_HEADER_BYTES) != text:
         write_whole(path, text)
     return ShardIndex.open(public, setting=setting, folder=folder)
+
+
+def _may_be_damaged(copy: Path, sizes: range) -> bool:
+    """Whether to compare a copy with its checksum; a large one, which takes minutes, is checked beside the work."""
+    return not copy.is_file() or (size := copy.stat().st_size) not in sizes or size <= integrity.AT_ONCE_BYTES
 
 
 def user_cache_folder() -> Path:

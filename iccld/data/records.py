@@ -1,5 +1,6 @@
 """The records of an index: of one sample, from its bytes; of a set, from the parts that workers leave on the disk."""
 
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -7,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from iccld.data.index import INDEX_FOLDER, ShardIndex, sample_dtype, shard_dtype, write_index
+from iccld.data.index import ARRAY_FILES, HEADER_FILE, INDEX_FOLDER, ShardIndex, sample_dtype, shard_dtype, write_index
 from iccld.data.tars import LEAVE_OUT, Place, Problem
-from iccld.durable import create, scratch_folder, sync
+from iccld.durable import create, holds_only, scratch_folder, sync
 
 _AT_ONCE = 1 << 20
 """Records that are held in memory together."""
@@ -113,7 +114,8 @@ def finish_index(
     settings: Mapping[str, Any] | None,
 ) -> ShardIndex:
     """Writes the index of `shards`, which lie in `folder`, whole or not at all, and opens it."""
-    temporary = scratch_folder(folder / INDEX_FOLDER)
+    ours = holds_only("|".join(map(re.escape, (HEADER_FILE, *ARRAY_FILES))))
+    temporary = scratch_folder(folder / INDEX_FOLDER, is_ours=ours)
     records = [(shard.name.encode(), shard.stat().st_size) for shard in shards]
     tars = np.array(records, shard_dtype(max(len(name) for name, _ in records)))
     write_index(temporary, dataset=dataset, shards=tars, samples=samples, settings=settings)

@@ -63,7 +63,9 @@ def check_indexed_size(data: bytes, size: tuple[int, int]) -> None:
     """Refuse an encoded image whose header says another (height, width) than the index."""
     height, width = image_size(data)
     if (height, width) != size:
-        raise ValueError(f"it has {height}x{width} pixels, its index says {size[0]}x{size[1]}")
+        raise ValueError(
+            f"it has {height}x{width} pixels, its index says {size[0]}x{size[1]}; index the set again, or pack it again"
+        )
 
 
 def count_classes(train_ids: np.ndarray) -> np.ndarray:

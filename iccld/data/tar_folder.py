@@ -3,7 +3,6 @@
 import os
 import re
 import tarfile
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,10 +13,12 @@ from iccld.data.tars import LEAVE_OUT, Problem
 from iccld.data.work_folder import MAKING_FOLDER
 
 INDEXING_FOLDER = "indexing"
-_OURS = (INDEX_FOLDER, f"{INDEX_FOLDER}.tmp", INDEXING_FOLDER, MAKING_FOLDER)
+_OURS = re.compile(rf"{INDEX_FOLDER}((\.[0-9a-f]{{8}})?\.tmp)?|{INDEXING_FOLDER}|{MAKING_FOLDER}")
 _PACKED_TAR = re.compile(r"\.(tar\.(gz|bz2|xz|zst|zstd|lz4|lzma|lz|z|br|sz|gpg)|tgz|taz|tbz2?|tb2|txz|tlz|tzst)$", re.I)
 _HALF_MADE = re.compile(r"\.tar.*\.(tmp|temp|part|partial|crdownload|download|incomplete|filepart|aria2)$", re.I)
 _ARCHIVE = re.compile(r"\.(zip|7z|rar)$", re.I)
+_MAX_TARS = 10
+_LINK = "a link to a folder elsewhere, which is not entered: shards lie in one folder"
 _MOVE = f"move it away, {LEAVE_OUT}"
 
 
@@ -35,7 +36,7 @@ def look_into(folder: Path) -> TarFolder:
     """Sorts all that lies in a folder, but for our own index and work folders. Raises OSError."""
     found = TarFolder()
     for path in sorted(folder.iterdir()):
-        if path.name in _OURS:
+        if _OURS.fullmatch(path.name):
             found.unfinished += [path] if path.name != INDEX_FOLDER else []
             continue
         kind = kind_of(path)
@@ -93,21 +94,33 @@ def _fault_of_folder(path: Path) -> tuple[str, str]:
         return "it is a folder, no file", _MOVE
     if (path / INDEX_FOLDER).is_dir() or path.name.startswith("."):
         return "", ""
-    tars = list(_tars_below(path))
-    if not tars:
-        return "", ""
-    what = f"it holds {len(tars)} tars, such as {plain(tars[0])}, which are not read: shards lie in one folder"
-    return what, f"move them up, or index that folder by itself, {LEAVE_OUT}"
+    if path.is_symlink():
+        return ("", "") if _leads_into(path, path.parent) else (f"it is {_LINK}", _MOVE)
+    tars, links = _tars_below(path)
+    if tars:
+        more = " or more" if len(tars) >= _MAX_TARS else ""
+        what = (
+            f"it holds {len(tars)}{more} tars, such as {plain(tars[0])}, which are not read: shards lie in one folder"
+        )
+        return what, f"move them up, or index that folder by itself, {LEAVE_OUT}"
+    return (f"in it, {plain(links[0])} is {_LINK}", _MOVE) if links else ("", "")
 
 
-def _tars_below(folder: Path) -> Iterator[str]:
-    """The tars in a folder and its sub-folders, linked ones too."""
-    seen = set[tuple[int, int]]()
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        there = Path(parent).stat()
-        if (there.st_dev, there.st_ino) in seen:
-            folders.clear()
-            continue
-        seen.add((there.st_dev, there.st_ino))
+def _tars_below(folder: Path) -> tuple[list[str], list[str]]:
+    """The first tars in a folder and its sub-folders, and links in them to folders elsewhere, which are not entered."""
+    tars, links = list[str](), list[str]()
+    for parent, folders, files in os.walk(folder):
         folders.sort()
-        yield from (f"{parent}/{name}" for name in sorted(files) if _is_tar_name(name) or _PACKED_TAR.search(name))
+        links += [path for name in folders if not _leads_into(Path(path := f"{parent}/{name}"), folder.parent)]
+        tars += [f"{parent}/{name}" for name in sorted(files) if _is_tar_name(name) or _PACKED_TAR.search(name)]
+        if len(tars) >= _MAX_TARS:
+            break
+    return tars[:_MAX_TARS], links
+
+
+def _leads_into(path: Path, folder: Path) -> bool:
+    """Whether a path is no link, or a link to what a look into a folder comes by, too."""
+    if not path.is_symlink():
+        return True
+    target, folder = path.resolve(), folder.resolve()
+    return target.is_relative_to(folder) and "/." not in f"/{target.relative_to(folder)}/".replace("/./", "/")

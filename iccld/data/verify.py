@@ -89,10 +89,9 @@ def _look_beside(folder: Path, index: ShardIndex) -> TarFolder:
 def _too_many_unknown(index: ShardIndex, passed_over: Tally) -> list[Problem]:
     """A problem where the tars have more samples that the index lacks than it says that it left out."""
     (count, example), left_out = passed_over.kinds.get(_UNKNOWN, (0, "")), index.header.settings.get("left_out")
-    known = left_out if isinstance(left_out, int) else 0
-    if count <= known:
+    if not isinstance(left_out, int) or count <= left_out:  # an index made earlier does not say how many
         return []
-    what = f"it lacks {count} samples of the tars, such as {plain(example)}, of which it left out {known} knowingly"
+    what = f"it lacks {count} samples of the tars, such as {plain(example)}, of which it left out {left_out} knowingly"
     return [Problem(str(index.folder), what, f"remove {INDEX_FOLDER}/ and index the set again")]
 
 

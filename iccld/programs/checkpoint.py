@@ -20,7 +20,7 @@ from iccld.durable import scratch_folder, sync
 from iccld.models.iccld import ModelConfig
 from iccld.models.model_card import build, check_sizes
 from iccld.programs.building import build_stage
-from iccld.runtime.checkpoint import FOLDER
+from iccld.runtime.checkpoint import FOLDER, is_torn
 from iccld.runtime.manifest import MANIFEST, Checkpoint, CheckpointError, read_manifest, verify, write_manifest
 from iccld.runtime.pieces import Run, join_tables, share_out, write_runs
 from iccld.stages.base import Stage
@@ -118,7 +118,7 @@ def convert_checkpoint(checkpoint: Checkpoint, output: Path, *, num_files: int) 
         raise ValueError(f"--num-files {num_files} must be at least 1.")
     if output.name != checkpoint.folder.name:
         output = output / checkpoint.folder.name  # the name says the step
-    scratch = scratch_folder(output)
+    scratch = scratch_folder(output, is_ours=is_torn)
     reader = checkpoint.reader
     sizes = {name: math.prod(reader.shape(name)) for name in reader.names()}
     nothing = {name: Run(reader.shape(name), 0, torch.empty(size, device="meta")) for name, size in sizes.items()}

@@ -8,17 +8,20 @@ The folder appears whole, after the stage's last checkpoint: killed in between, 
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from iccld import __version__
 from iccld.config import Config, StageName, Weights
-from iccld.durable import file_checksum, make_folder, scratch_folder, sync, write_whole
-from iccld.models.model_card import WEIGHTS_NAME, build
+from iccld.durable import file_checksum, holds_only, make_folder, scratch_folder, sync, write_whole
+from iccld.models.model_card import CARD_NAME, WEIGHTS_NAME, build
 from iccld.reading import read_json
 from iccld.stages.base import Stage
 
 HAND_OFF_NAME = "hand_off.json"
+_WEIGHTS = "|".join(weights.value for weights in Weights)
+is_ours = holds_only(rf"hand_off\.json|({_WEIGHTS})/({re.escape(CARD_NAME)}|{re.escape(WEIGHTS_NAME)})")
 STATISTICS = ("latent_mean", "latent_std", "condition_mean", "condition_std")
 
 
@@ -48,7 +51,7 @@ def hand_over(stage: Stage, config: Config, *, step: int) -> None:
     """Write the finished stage's models, and which of them goes on: the teacher. Call on one rank."""
     folder = final_folder(Path(config.run_dir), StageName(stage.name))
     make_folder(folder.parent, within=Path(config.run_dir))
-    scratch = scratch_folder(folder)
+    scratch = scratch_folder(folder, is_ours=is_ours)
     classes = config.data.class_set.build()
     for weights, model in stage.models().items():
         origin = {"run_dir": config.run_dir, "stage": stage.name, "weights": weights, "version": __version__}

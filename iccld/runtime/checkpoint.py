@@ -149,11 +149,11 @@ class CheckpointStore:
         """The folder that becomes `final`; torn ones are removed, and what only has their names is left."""
         make_folder(self.folder, within=self.folder.parent)
         for torn in self.folder.glob("step_*.tmp"):
-            if not (SCRATCH.fullmatch(torn.name) and _is_torn(torn)):
+            if not (SCRATCH.fullmatch(torn.name) and is_torn(torn)):
                 self._say_once(f"{torn} is no checkpoint that was torn; it is left as it is")
             else:
                 remove_tree(torn)
-        return scratch_folder(final, is_ours=_is_torn)
+        return scratch_folder(final, is_ours=is_torn)
 
     def _say_once(self, what: str) -> None:
         if what not in self._said:
@@ -233,7 +233,7 @@ class CheckpointStore:
         return None
 
 
-def _is_torn(scratch: Path) -> bool:
+def is_torn(scratch: Path) -> bool:
     """Whether it is a folder that holds nothing but what a save writes."""
     return is_real_folder(scratch) and all(
         FILE.fullmatch(path.name) and not path.is_dir() for path in scratch.iterdir()

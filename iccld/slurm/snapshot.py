@@ -9,10 +9,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from iccld.durable import is_real_folder, make_folder, refuse_links, remove_tree, scratch_folder
+from iccld.durable import holds_only, make_folder, refuse_links, remove_tree, scratch_folder
 
 PACKAGE = Path(__file__).resolve().parents[1]
 EXTRAS = ("accelerate_configs",)  # beside the package, in a checkout
+
+_holds_code = holds_only(f"({'|'.join((PACKAGE.name, *EXTRAS))})/.+")
 
 LEFT_OVER_AFTER_S = 86_400.0
 
@@ -54,7 +56,7 @@ def copy_code(folder: Path) -> Path:
 
 def _is_left_over(scratch: Path) -> bool:
     """Whether its submission is no more; another one may be copying now."""
-    return is_real_folder(scratch) and time.time() - scratch.stat().st_mtime > LEFT_OVER_AFTER_S
+    return _holds_code(scratch) and time.time() - scratch.stat().st_mtime > LEFT_OVER_AFTER_S
 
 
 def code_version(version: str) -> str:

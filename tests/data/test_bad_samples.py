@@ -182,7 +182,7 @@ def test_an_index_that_points_nowhere_is_named(tmp_path: Path) -> None:
         ("image_offset", 1 << 50, "the index places it beyond the shard's"),
         ("image_size", (1 << 32) - 1, "the index of sample 2 is damaged"),
         ("shard", 7, "the index of sample 2 is damaged"),
-        ("height", 4000, "its index says 4000x32"),
+        ("height", 4000, "its index says 4000x32; index the set again, or pack it again"),
     ):
         samples = np.load(path)
         old, samples[field][2] = samples[field][2], value

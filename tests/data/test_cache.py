@@ -104,6 +104,26 @@ def test_what_nobody_has_read_for_a_day_makes_room(tmp_path: Path):
     assert disk_use(cache) <= budget(cache)
 
 
+@pytest.mark.parametrize("name", ["holiday0.jpg", "incoming", "deadbeef" * 4 + ".jpg", "deadbeef" * 4])
+def test_what_the_cache_did_not_write_stays_and_is_not_counted(tmp_path: Path, name: str):
+    cache = open_cache(tmp_path, num_entries=NUM_BUCKETS)
+    for bucket in range(NUM_BUCKETS):
+        folder = samples(cache) / f"{bucket:02x}"
+        folder.mkdir(parents=True)
+        if name in ("incoming", "deadbeef" * 4):  # names of ours
+            (folder / name).symlink_to(tmp_path / "far")
+        else:
+            (folder / name).write_bytes(bytes(10 * ENTRY_BYTES))
+        (folder / ("ab" * 16)).symlink_to(tmp_path / "far")
+        for path in folder.iterdir():
+            os.utime(path, (time.time() - 2 * DAY,) * 2, follow_symlinks=False)
+    for key in map(str, range(20)):
+        cache.put(key, entry(key))
+    assert cache.counters["evictions"] == 0 and cache.counters["puts"] == (0 if name == "incoming" else NUM_BUCKETS)
+    left = [path.name for path in samples(cache).rglob("*") if path.name in (name, "ab" * 16)]
+    assert len(left) == 2 * NUM_BUCKETS
+
+
 def test_a_full_bucket_is_not_searched_at_every_put(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     cache, searches = open_cache(tmp_path, num_entries=40), []
     make_room = SampleCache._make_room

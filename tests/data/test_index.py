@@ -1,4 +1,5 @@
 import json
+import os
 import pickle
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from iccld.data.index import ShardIndex, rank_samples, sample_dtype, shard_dtype, write_index
-from tests.data.factory import HEIGHT, WIDTH, make_set, random_pair
+from tests.data.factory import HEIGHT, WIDTH, make_set, random_pair, write_index_anew
 
 
 def test_the_index_says_what_is_in_the_shards(tmp_path: Path) -> None:
@@ -46,6 +47,42 @@ def test_an_index_travels_to_other_processes_by_its_path(tmp_path: Path) -> None
     data = pickle.dumps(index)
     assert len(data) < 1000
     assert pickle.loads(data).key(4) == "frame_004"
+
+
+def test_another_process_maps_the_same_index_or_none(tmp_path: Path) -> None:
+    index = make_set(tmp_path, 5)
+    data = pickle.dumps(index)
+    samples, shards = np.array(index.samples)[:4], np.array(index.shards)
+    write_index_anew(index.folder, shards=shards, samples=samples)
+    with pytest.raises(ValueError, match=r"index: the set was indexed anew while it was in use; give the same"):
+        pickle.loads(data)
+
+
+@pytest.mark.parametrize("name", ["samples.npy", "classes.npy", "shards.npy"])
+@pytest.mark.parametrize("field", [None, "num_samples", "num_shards"])
+def test_an_array_is_looked_at_before_it_is_read(tmp_path: Path, name: str, field: str | None) -> None:
+    index = make_set(tmp_path, 5)
+    (index.folder / name).unlink()
+    os.mkfifo(index.folder / name)
+    if field:
+        (index.folder / "index.json").write_text(
+            json.dumps({**asdict(index.header), field: 0, "class_samples": [0] * 19})
+        )
+    with pytest.raises(
+        ValueError, match=r"npy does not fit index.json \(it (is a FIFO, no file|has other|has [\d,]+ bytes)"
+    ):
+        ShardIndex.open(index.location)
+
+
+def test_a_file_of_any_size_is_not_read_for_an_empty_array(tmp_path: Path) -> None:
+    index = make_set(tmp_path, 5)
+    header = {**asdict(index.header), "num_samples": 0, "class_samples": [0] * 19}
+    (index.folder / "index.json").write_text(json.dumps(header))
+    with (index.folder / "samples.npy").open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<u8", "fortran_order": False, "shape": (1 << 37,)})
+        file.truncate(file.tell() + (1 << 40))
+    with pytest.raises(ValueError, match=r"samples.npy does not fit index.json \(it has 1,099,511,[\d,]+ bytes, so"):
+        ShardIndex.open(index.location)
 
 
 def test_its_fingerprint_changes_with_any_sample(tmp_path: Path) -> None:

@@ -163,6 +163,16 @@ def test_a_crashed_run_leaves_nothing_behind(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", pair_members("x", 0))
     for name in ("indexing", "index.tmp"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "0.npy").write_bytes(b"half")
+        (tmp_path / name / "samples.npy").write_bytes(b"half")
     opened(build(tmp_path))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tar", "index"]
+
+
+@pytest.mark.parametrize("name", ["index.tmp", "index.0123abcd.tmp"])
+def test_a_folder_of_the_users_that_is_called_as_ours_is_left(tmp_path: Path, name: str) -> None:
+    write_tar(tmp_path / "a.tar", pair_members("x", 0))
+    (tmp_path / name / "mine").mkdir(parents=True)
+    (tmp_path / name / "mine" / "thesis.txt").write_text("precious")
+    opened(build(tmp_path))
+    assert (tmp_path / name / "mine" / "thesis.txt").read_text() == "precious"
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["a.tar", "index", name])

@@ -241,21 +241,24 @@ def test_files_of_a_server_have_limits(
     shutil.rmtree(nginx.folder / "sized")
 
 
-def test_a_copy_on_this_node_that_is_damaged_is_fetched_anew(whole: Path, nginx: Site, tmp_path: Path) -> None:
+def test_a_copy_on_this_node_that_is_damaged_is_fetched_anew(
+    whole: Path, nginx: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     copy_of(whole, nginx.folder / "copied")
     storage, url = open_storage(f"{nginx.url}/copied"), f"{nginx.url}/copied"
     index = open_index(storage, url, cache_folder=tmp_path)
     path = index.folder / "classes.npy"
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
-    (index.folder / HEADER_FILE).write_text("{}")
-    index = open_index(storage, url, cache_folder=tmp_path)
-    with pytest.raises(
-        ValueError, match=rf"classes.npy: it is not .*; remove {index.folder}, a copy that is fetched anew"
-    ):
+    for damage in (lambda data: data[:-1] + bytes([data[-1] ^ 1]), lambda data: data[:100], lambda data: data + b"x"):
+        path.write_bytes(damage(path.read_bytes()))
+        (index.folder / HEADER_FILE).write_text("{}")
+        index = open_index(storage, url, cache_folder=tmp_path)
         integrity.check(index)
-    shutil.rmtree(index.folder)
+    monkeypatch.setattr(integrity, "AT_ONCE_BYTES", 0)  # a large one is fetched at the next start
+    monkeypatch.setattr(integrity, "_damage", [])
+    path.write_bytes(path.read_bytes()[:-1] + b"\7")
+    integrity._check_beside(open_index(storage, url, cache_folder=tmp_path))
+    with pytest.raises(ValueError, match=rf"classes.npy: it is not .*; remove {index.folder}, a copy that is fetched"):
+        integrity.raise_damage()
     integrity.check(open_index(storage, url, cache_folder=tmp_path))
     assert asdict(index.header) == asdict(ShardIndex.open(whole).header)
     shutil.rmtree(nginx.folder / "copied")
