@@ -34,7 +34,6 @@ def make_backbone(pretrained: str, backbone_config: dict[str, Any]) -> tuple[Pre
         return AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False), set()
     try:
         config = _without_randomness(AutoConfig.from_pretrained(pretrained, trust_remote_code=False))
-        _refuse_others(config)
         model, report = AutoModel.from_pretrained(
             pretrained,
             config=config,
