@@ -15,7 +15,7 @@ KNOWN_TYPES = "segformer, convnextv2, swin, mobilenet_v2, dinov2, dinov3_vit"
 
 SELF_CONTAINED = {
     "beit", "convnext", "convnextv2", "cvt", "dinov2", "dinov2_with_registers", "dinov3_convnext", "dinov3_vit",
-    "efficientnet", "focalnet", "hiera", "levit", "mobilenet_v1", "mobilenet_v2", "mobilevit", "mobilevitv2",
+    "efficientnet", "focalnet", "hiera", "mobilenet_v1", "mobilenet_v2", "mobilevit", "mobilevitv2",
     "poolformer", "pvt", "pvt_v2", "regnet", "resnet", "segformer", "swiftformer", "swin", "swinv2", "vit",
 }  # fmt: skip
 """Types whose config alone says what is built; others name models and code that are then fetched from the hub.

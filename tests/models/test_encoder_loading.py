@@ -29,7 +29,7 @@ def test_a_folder_gives_its_weights(backbone: str, tmp_path: Path):
 
 
 SMALL_CVT = {
-    "model_type": "cvt", "embed_dim": [8, 16, 24], "num_heads": [1, 1, 1], "depth": [1, 1, 2],
+    "model_type": "cvt", "embed_dim": [8, 16, 24], "num_heads": [1, 1, 1], "depth": [1, 2, 3],
     "drop_path_rate": [0.5, 0.5, 0.5], "drop_rate": [0.5, 0.5, 0.5],
 }  # fmt: skip
 SMALL_LEVIT = {
@@ -39,9 +39,15 @@ SMALL_LEVIT = {
 GLPN = {"model_type": "glpn", "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "num_attention_heads": [1] * 4}
 
 
-@pytest.mark.parametrize("values", [SMALL_CVT, SMALL_LEVIT])
-def test_further_types_can_be_chosen_and_draw_nothing(values: dict, tmp_path: Path):
-    first = Encoder(config=EncoderConfig(backbone_config=values, width=16), latent_channels=4)
+def test_tokens_without_maps_are_refused(tmp_path: Path):
+    values = {key: value for key, value in SMALL_LEVIT.items() if key != "model_type"}
+    AutoModel.from_config(AutoConfig.for_model("levit", **values)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="the tokens of a 'levit' are no maps"):
+        Encoder(config=EncoderConfig(pretrained=str(tmp_path), width=16), latent_channels=4)
+
+
+def test_a_further_type_can_be_chosen_and_draws_nothing(tmp_path: Path):
+    first = Encoder(config=EncoderConfig(backbone_config=SMALL_CVT, width=16), latent_channels=4)
     first.backbone.save_pretrained(tmp_path)
     second = Encoder(config=EncoderConfig(pretrained=str(tmp_path), width=16), latent_channels=4)
     before = torch.get_rng_state()
