@@ -47,9 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         try:
             arguments = parse(argv)
-            given = [*(sys.argv[1:] if argv is None else argv), *getattr(arguments, "overrides", [])]
-            guard_tracebacks(given)
-            return _run(arguments, given)
+            return _run(arguments, sys.argv[1:] if argv is None else argv)
         finally:
             for stream in _outputs():
                 stream.flush()  # or the interpreter would do so at its end, and complain
@@ -68,8 +66,14 @@ def _outputs() -> list[TextIO]:
     return [stream for stream in (sys.stdout, sys.stderr) if stream is not None]  # None: closed by who started us
 
 
-def _run(arguments: argparse.Namespace, given: Sequence[str]) -> int:
+def _run(arguments: argparse.Namespace, words_given: Sequence[str]) -> int:
+    given = list(words_given)
+    guard_tracebacks(given)
     try:
+        if getattr(arguments, "secrets", []):
+            arguments.overrides = settings_of(arguments)
+            given += arguments.overrides
+            guard_tracebacks(given)
         return arguments.run(arguments) or 0
     except (ValueError, OSError) as error:
         if isinstance(error, BrokenPipeError) and _readers_are_gone():
@@ -111,9 +115,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         top.error(f"unrecognized arguments: {' '.join(stray)}")
     if left:
         arguments.overrides += left
-    for path in getattr(arguments, "secrets", []):
-        arguments.overrides += read_secrets(path)
     return arguments
+
+
+def settings_of(arguments: argparse.Namespace) -> list[str]:
+    """The settings of the files of `--secrets`, then those of the command line, which override them.
+
+    Raises ValueError, and OSError where a file cannot be read.
+    """
+    return [*(word for path in arguments.secrets for word in read_secrets(path)), *arguments.overrides]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -254,10 +264,6 @@ def _profile(arguments: argparse.Namespace) -> int:
 def _evaluate(arguments: argparse.Namespace) -> int:
     from iccld.runtime.preemption import Preemption
 
-    if not (arguments.run_dir / "config.yaml").is_file():
-        raise ValueError(f"there is no run in {arguments.run_dir} (no config.yaml); give a folder that train wrote.")
-    if given := [word for word in arguments.overrides if word.lstrip("+").startswith("run_dir=")]:
-        raise ValueError(f"{given[0]}: the run is what stands first, {arguments.run_dir}; leave the setting out.")
     with Preemption() as preemption:
         from iccld.programs.evaluate import evaluate_run, saved_settings
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -207,16 +207,19 @@ def to_yaml(config: Config) -> str:
     return plain_yaml.to_yaml(to_dict(config))
 
 
-def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+def read_config(
+    path: Path, overrides: Sequence[str] = (), *, keep: Callable[[Any], Any] = lambda values: values
+) -> Config:
     """The settings of a run directory's file, which are plain data, with `key=value` overrides.
 
+    `keep` gives what is kept of the file's values, before the overrides.
     Raises ValueError naming the file where it does not fit the schema.
     """
     try:
         values = plain_yaml.read_yaml(path)
     except OSError as error:
         raise ValueError(f"{path}: not the settings of a run ({error}).") from error
-    return config_from(values, where=" ".join([str(path), *overrides]), overrides=overrides)
+    return config_from(keep(values), where=" ".join([str(path), *overrides]), overrides=overrides)
 
 
 def config_from(values: Any, *, where: str, overrides: Sequence[str] = ()) -> Config:

@@ -16,9 +16,11 @@ def own_files(folder: Path, choices: Iterable[tuple[str, Any]]) -> list[Path]:
 
 
 def check_group_file(path: Path, schema: type) -> None:
-    """Raises ValueError where a file holds no settings, or a number where the schema has a text."""
+    """Raises ValueError where a file holds something else than settings, or a number where the schema has a text."""
     values = plain_yaml.read_yaml(path, aliases=True)
-    if not isinstance(values, Mapping) or not values:
+    if values is None:  # empty, or comments
+        return
+    if not isinstance(values, Mapping):
         raise ValueError(f"{path}:1: holds no settings; write `key: value` lines.")
     text = path.read_text(encoding="utf-8")
     if text.startswith("\ufeff"):

@@ -18,12 +18,14 @@ OPTIONS = "options"
 """The key, in any settings, below which every value is a secret."""
 MIN_LENGTH = 4
 """Shorter pieces of a setting are not searched for in messages: they would blank out ordinary words."""
-_URL = re.compile(r"""[A-Za-z][A-Za-z0-9+.-]+:/+[^\s"'<>]+""")
+# Each reads a text of any length in a time that grows with the length alone: `++` and bounds leave no way back.
+_URL = re.compile(r"""[A-Za-z][A-Za-z0-9+.-]{1,30}+:/+[^\s"'<>]+""")
 """With slashes missing, too: what was meant as a URL is shown as one."""
-_LOGIN = re.compile(r"""(?<![\w:/])[^\s/:@"'=]+:[^\s@"']+@(?=[\w\[])""")
-_HOST = re.compile(r"(\[[^\[\]@]*\]|[^\s:@\[\]]*)(:\d*)?\W*")
+_UP_TO_HOST = re.compile(r"""[^\s@"']++(@(?=[\w\[]))?+""")
+_LOGIN = re.compile(r"(?:^|=|[/:]\w*+[^\w/:=])([^/:=]++:.)", re.DOTALL)
+_HOST = re.compile(r"(\[[^\[\]@]*\]|[^\s:@\[\]]*+)(:\d*)?\W*")
 _GIVEN_OPTION = re.compile(
-    r"""(storage[^\n]{0,40}?\boptions[\w.\[\]-]*["']?\s*[=:]\s*)(\{[^}]*\}?|"[^"]*"?|'[^']*'?|\S+)"""
+    r"""(storage[^\n]{0,40}?\boptions[\w.\[\]-]{0,80}["']?\s*[=:]\s*)(\{[^}]*\}?|"[^"]*"?|'[^']*'?|\S+)"""
 )
 _SECRET_NAME = re.compile(r"SECRET|TOKEN|PASSW|CREDENTIAL|SIGNATURE|(API|ACCESS|PRIVATE)_?KEY", re.IGNORECASE)
 
@@ -44,7 +46,7 @@ def redact(text: str, given: Iterable[str] = ()) -> str:
     for piece in sorted({piece for word in given for piece in secrets_in(word)}, key=len, reverse=True):
         text = text.replace(piece, HIDDEN)
     text = _URL.sub(lambda found: found[0] if found[0].lower().startswith("file:") else _bare(found[0]), text)
-    text = _LOGIN.sub(f"{HIDDEN}@", text)
+    text = _UP_TO_HOST.sub(_without_login, text)
     return _GIVEN_OPTION.sub(lambda found: found[1] + HIDDEN, text)
 
 
@@ -104,6 +106,12 @@ def guard_tracebacks(given: Iterable[str]) -> None:
         print(redact(without_known(lines, ()), words), end="", file=sys.stderr, flush=True)
 
     sys.excepthook = print_redacted
+
+
+def _without_login(found: re.Match[str]) -> str:
+    """What stands before a host, from `user:password` on; a match that ends at no host as it is."""
+    login = _LOGIN.search(found[0][:-1]) if found[1] else None
+    return f"{found[0][: login.start(1)]}{HIDDEN}@" if login else found[0]
 
 
 def _bare(url: str) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from iccld.config import load_config
+from iccld.data.config import DataConfig
 
 HEAD = b"# @package data\n"
 BROKEN = {
@@ -19,8 +20,7 @@ BROKEN = {
     "twice": (HEAD + b"num_workers: 3\nnum_workers: 4\n", 3, "twice"),
     "list": (b"- a\n- b\n", 1, "holds no settings"),
     "word": (b"hello\n", 1, "holds no settings"),
-    "empty": (b"", 1, "holds no settings"),
-    "comment": (HEAD, 1, "holds no settings"),
+    "empty": (b"", 1, "begin the file with the line `# @package data`"),
     "interpolation": (HEAD + b"\ncrop_size: ${nope}\n", 3, "nope"),
     "grammar": (HEAD + b"source: {shards: '${a'}\n", 2, "${a"),
     "tag": (HEAD + b"source: {shards: !!python/object/apply:os.system [id]}\n", 2, "has a tag"),
@@ -43,6 +43,14 @@ def test_a_broken_file_is_named_with_its_line(name: str, tmp_path: Path):
         load_config([f"dataset={name}"], config_dir=str(tmp_path))
     said = str(raised.value)
     assert said.startswith(f"{path}:{line}: ") and message in said and "\n" not in said, said
+
+
+@pytest.mark.parametrize("content", [HEAD, HEAD + b"# nothing yet\n\n", HEAD + b"{}\n"])
+def test_a_file_may_be_empty(content: bytes, tmp_path: Path):
+    (tmp_path / "dataset").mkdir()
+    (tmp_path / "dataset" / "mine.yaml").write_bytes(content)
+    config = load_config(["dataset=mine", "seed=3"], config_dir=str(tmp_path))
+    assert config.data == DataConfig() and config.seed == 3
 
 
 def test_aliases_and_numbers_of_ones_own_file_are_good(tmp_path: Path):

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -14,11 +15,12 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from iccld.cli import main
+from iccld.cli import main, parse, settings_of
 from iccld.config import Config, load_config, to_dict, to_yaml
 from iccld.programs.submitted_work import hide_secrets, jobs_of
 from iccld.reading import read_secrets, write_secrets
 from iccld.redact import HIDDEN, holds_secret, redact, redacted, secrets_in, without_secrets
+from iccld.slurm.config import Work
 from tests.factory import make_scene_shards, scene_overrides
 
 PLANTED = "PLANTED"
@@ -119,6 +121,71 @@ def test_a_submitted_job_finds_its_secrets_in_a_file_of_the_user_alone(tmp_path:
     path.chmod(0o640)
     with pytest.raises(ValueError, match=r"others can read it; `chmod 600"):
         read_secrets(path)
+
+
+def hidden_and_shown(folder: Path, *words: str) -> tuple[list[str], list[str], Path]:
+    """The settings in the job's file, those in its script, and the file."""
+    work = Work(run_dir=str(folder), code=str(folder), folder=str(folder), arguments=("train", *words))
+    shown, files = hide_secrets("job", work)
+    [(path, hidden)] = files.items()
+    return hidden, [word for word in shown.arguments[1:] if not word.startswith("--")], path
+
+
+def test_the_order_of_words_keeps_its_meaning(tmp_path: Path) -> None:
+    secret = "data.storage.options.secret=PLANTED-a"
+    for words in (
+        ["data.storage.options={secret:PLANTED-b}", secret, "seed=1", "data.storage={timeout_s:5.0}"],
+        ["data.storage={timeout_s:5.0,options:{secret:PLANTED-b}}", "seed=2", secret, "data.storage.timeout_s=7"],
+        ["data.storage.timeout_s=7", "data.storage={timeout_s:5.0}", secret, "data.storagex=1"],
+    ):
+        hidden, shown, _ = hidden_and_shown(tmp_path, *words)
+        related = [word for word in words if word.startswith("data.storage") and "storagex" not in word]
+        assert hidden == related and shown == [word for word in words if word not in related]
+        write_secrets(path := tmp_path / "x.secrets", hidden)
+        arguments = parse(["train", *shown[:1], f"--secrets={path}", *shown[1:]])
+        assert settings_of(arguments) == [*hidden, *shown], "the command line comes last, and wins"
+
+
+def test_a_later_submission_leaves_a_waiting_job_its_secrets(tmp_path: Path) -> None:
+    one, two = (f"data.storage.options.secret={OPTION}{number}" for number in (1, 2))
+    of_one, of_two = (hidden_and_shown(tmp_path, word)[2] for word in (one, two))
+    assert of_one != of_two and of_one == hidden_and_shown(tmp_path, one)[2]
+
+
+@pytest.mark.parametrize("verb", [["train"], ["config"], ["evaluate", "run"], ["submit", "--dry-run", "train"]])
+def test_a_file_of_secrets_that_cannot_be_read_is_one_line(
+    tmp_path: Path, verb: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    (open_to_all := tmp_path / "open").write_text("seed=1")
+    open_to_all.chmod(0o644)
+    for path, why in ((tmp_path / "none", "No such file"), (open_to_all, "others can read it; `chmod 600")):
+        assert main([*verb, f"--secrets={path}"]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"iccld {verb[0]}: ") and why in said and str(path) in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "piece", ["a", ".", "-a", "=a:", "a:/", "ab://.", "/-", "storage.options.", "storage options ", "a:b@"]
+)
+def test_long_texts_are_searched_in_a_time_that_grows_with_their_length(piece: str) -> None:
+    text = piece * (10**6 // len(piece))
+    began = time.process_time()
+    redact(f"{text} x://{text}:x@")
+    assert time.process_time() - began < 4
+    if piece == "a":
+        began = time.process_time()
+        assert redact(text) == text and time.process_time() - began < 1
+
+
+def test_a_login_or_a_url_within_a_long_word_is_hidden() -> None:
+    for text in (
+        f"{'a' * 400}:{PASSWORD}@host",
+        f"a=u:{PASSWORD}@h",
+        f"/a-u:{PASSWORD}@h",
+        f"{'a' * 50}s3://u:{PASSWORD}@h/a",
+    ):
+        assert PLANTED not in redact(text)
 
 
 class Server(ThreadingHTTPServer):

@@ -1,9 +1,10 @@
 """The data section of an experiment's configuration, and how a global batch is divided among ranks."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from iccld.data.cache import CacheConfig
 from iccld.data.storage import StorageConfig, is_remote
@@ -12,6 +13,9 @@ from iccld.redact import without_secrets
 
 STRIDE = 8
 """Of the latent: crops are multiples of it."""
+
+_UNASKED = "unasked:"
+"""Before a location of a saved file's, until the command line has put another in its place."""
 
 OnError = Enum("OnError", {"raise": "raise", "replace": "replace"})
 """What a sample that cannot be used does: end the run, or give way to the next one of the order."""
@@ -111,43 +115,53 @@ class DataConfig:
         self.class_set.build()
 
 
-def of_saved_run(config: DataConfig, given: Sequence[str], *, roles: Sequence[str], where: str) -> DataConfig:
-    """The data section of a run's saved settings (file `where`), without what a stranger could do harm by.
+def of_saved_run(values: Any, *, roles: Sequence[str]) -> Any:
+    """The values of a run's saved settings without what a stranger could do harm by; for `refuse_unasked`, later.
 
-    `given` are the settings of the command line, which the config holds already. What they do not repeat is not
-    followed: storage options, further schemes and the cache's folder are left out, and a set of `roles` on a server is
-    refused. A folder of this machine is read: as data, it can do no harm.
+    Storage options, further schemes and the cache's folder are left out, and a set of `roles` on a server is marked: so
+    only what the command line says, which is put over these values, is followed. A folder of this machine is read: as
+    data, it can do no harm.
     """
-    names = [word.lstrip("+").partition("=")[0] for word in given]
+    if not isinstance(values, Mapping) or not isinstance(values.get("data"), Mapping):
+        return values
+    data = dict(values["data"])
+    for part, names in (("storage", ("options", "allow_schemes")), ("cache", ("folder",))):
+        if isinstance(data.get(part), Mapping):
+            data[part] = {name: value for name, value in data[part].items() if name not in names}
+    return {**values, "data": data | {role: _marked(data[role]) for role in roles if role in data}}
 
-    def is_given(key: str) -> bool:
-        return any(key == name or key.startswith(f"{name}.") for name in names)
 
+def _marked(dataset: Any) -> Any:
+    if not isinstance(dataset, Mapping):
+        return dataset
+    marked = dict(dataset)
+    if is_remote(location := str(marked.get("shards", ""))):
+        marked["shards"] = f"{_UNASKED}{location}"
+    if isinstance(also := marked.get("also"), Mapping):
+        marked["also"] = {name: _marked(part) for name, part in also.items()}
+    return marked
+
+
+def refuse_unasked(config: DataConfig, *, roles: Sequence[str], where: str) -> None:
+    """Raises ValueError for a set on a server that only the saved settings (file `where`) name."""
     for key, location in locations(config, roles).items():
-        if is_remote(location) and not is_given(key):
+        if location.startswith(_UNASKED):
             raise ValueError(
                 f"{where} names a set on a server, and who made the file is not known; if you trust it, repeat the "
-                f"setting: {key}={without_secrets(location)} (with what else the server asks for: user, signature, "
-                f"data.storage.options)."
+                f"setting: {key}={without_secrets(location.removeprefix(_UNASKED))} (with what else the server asks "
+                f"for: user, signature, data.storage.options)."
             )
-    storage, cache = config.storage, config.cache
-    options = {name: value for name, value in storage.options.items() if is_given(f"data.storage.options.{name}")}
-    schemes = storage.allow_schemes if is_given("data.storage.allow_schemes") else []
-    folder = cache.folder if is_given("data.cache.folder") else ""
-    return replace(
-        config,
-        storage=replace(storage, options=options, allow_schemes=schemes),
-        cache=replace(cache, folder=folder),
-    )
 
 
-def locations(config: DataConfig, roles: Sequence[str]) -> dict[str, str]:
-    """Where the sets of the roles lie, by the names of their settings."""
+def locations(config: DataConfig, roles: Sequence[str], *, with_keys: bool = False) -> dict[str, str]:
+    """Where the sets of the roles lie, and which files choose samples of them, by the names of the settings."""
     found = {}
     for role in roles:
         dataset: DatasetConfig = getattr(config, role)
         sets: dict[str, SetConfig] = {"": dataset} | {f".also.{name}": part for name, part in dataset.also.items()}
-        found |= {f"data.{role}{name}.shards": part.shards for name, part in sets.items() if part.shards}
+        for name, part in sets.items():
+            found |= {f"data.{role}{name}.shards": part.shards} if part.shards else {}
+            found |= {f"data.{role}{name}.keys": part.keys} if part.keys and with_keys else {}
     return found
 
 

@@ -15,11 +15,14 @@ disable_progress_bar()  # of weights that load in milliseconds, once a rank
 KNOWN_TYPES = "segformer, convnextv2, swin, mobilenet_v2, dinov2, dinov3_vit"
 
 SELF_CONTAINED = {
-    "beit", "convnext", "convnextv2", "dinov2", "dinov2_with_registers", "dinov3_convnext", "dinov3_vit",
-    "efficientnet", "focalnet", "hiera", "mobilenet_v1", "mobilenet_v2", "poolformer", "pvt", "pvt_v2", "regnet",
-    "resnet", "segformer", "swin", "swinv2", "vit",
+    "beit", "convnext", "convnextv2", "cvt", "dinov2", "dinov2_with_registers", "dinov3_convnext", "dinov3_vit",
+    "efficientnet", "focalnet", "hiera", "mobilenet_v1", "mobilenet_v2", "mobilevit", "mobilevitv2",
+    "poolformer", "pvt", "pvt_v2", "regnet", "resnet", "segformer", "swiftformer", "swin", "swinv2", "vit",
 }  # fmt: skip
-"""Types whose config alone says what is built; others name models and code that are then fetched from the hub."""
+"""Types whose config alone says what is built; others name models and code that are then fetched from the hub.
+
+A model's card and `backbone_config` may have these; whoever sets `pretrained` may have any that gives feature maps.
+"""
 LEADS_ELSEWHERE = {"auto_map", "backbone", "quantization_config", "use_timm_backbone", "use_pretrained_backbone"}
 
 
@@ -35,7 +38,6 @@ def make_backbone(pretrained: str, backbone_config: dict[str, Any]) -> tuple[Pre
         return AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False), set()
     try:
         config = _without_randomness(AutoConfig.from_pretrained(pretrained, trust_remote_code=False))
-        _refuse_others(config)
         model, report = AutoModel.from_pretrained(
             pretrained,
             config=config,
@@ -51,6 +53,8 @@ def make_backbone(pretrained: str, backbone_config: dict[str, Any]) -> tuple[Pre
         ) from error
     if report["unexpected_keys"]:
         logger.warning("%s: left out weights of %s", pretrained, sorted(report["unexpected_keys"]))
+    if config.model_type not in SELF_CONTAINED:
+        logger.warning("%s: a saved model with a %s backbone cannot be loaded again", pretrained, config.model_type)
     return model.float(), set(report["missing_keys"])
 
 
@@ -78,11 +82,18 @@ def _refuse_others(config: PreTrainedConfig) -> None:
 def _without_randomness(config: PreTrainedConfig) -> PreTrainedConfig:
     """Dropout, drop-path and DINOv3's jittered positions draw from the global generator; no draw may."""
     for name, value in config.to_dict().items():
-        if "drop" in name and isinstance(value, (int, float)) and not isinstance(value, bool):
-            setattr(config, name, 0.0)
+        if "drop" in name and (zero := _zero(value)) is not None:
+            setattr(config, name, zero)
         if name in ("pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale"):
             setattr(config, name, None)
     return config
+
+
+def _zero(value: Any) -> Any:
+    """Zero of a number's type, zeros for a list of numbers; None for anything else."""
+    if isinstance(value, list | tuple) and all(_zero(item) is not None for item in value):
+        return [_zero(item) for item in value]
+    return type(value)(0) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def refuse_missing(pretrained: str, missing: list[str]) -> None:

@@ -122,8 +122,13 @@ class Encoder(nn.Module):
             return state
         patch = self.backbone.config.patch_size
         rows, columns = (-(-side // patch) for side in images.shape[-2:])
-        norm = next(child for child in self.backbone.children() if isinstance(child, nn.LayerNorm))
-        tokens = norm(state)[:, -rows * columns :]  # class and register tokens come first
+        norms = [child for child in self.backbone.children() if isinstance(child, nn.LayerNorm)]
+        if not norms:
+            raise ValueError(
+                f"model.encoder: the tokens of a {self.backbone.config.model_type!r} are no maps; "
+                f"use one of {KNOWN_TYPES}."
+            )
+        tokens = norms[0](state)[:, -rows * columns :]  # class and register tokens come first
         return tokens.transpose(1, 2).unflatten(2, (rows, columns))
 
     def _choose_taps(self) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from iccld import rng
 from iccld.config import Config, read_config
-from iccld.data.config import locations, of_saved_run
+from iccld.data.config import locations, of_saved_run, refuse_unasked
 from iccld.data.stream import read_validation
 from iccld.durable import make_folder, refuse_links, write_whole
 from iccld.evaluation import EvaluationResult, Predict, evaluate, results_table
@@ -93,8 +93,10 @@ def saved_settings(run_dir: Path, overrides: Sequence[str]) -> Config:
         raise ValueError(f"there is no run in {run_dir} (no config.yaml); give a folder that train wrote.")
     if given := [word for word in overrides if word.lstrip("+").startswith("run_dir=")]:
         raise ValueError(f"{given[0]}: the run is what stands first, {run_dir}; leave the setting out.")
-    config = read_config(path, [*overrides, f"run_dir={run_dir}"])
-    return dataclasses.replace(config, data=of_saved_run(config.data, overrides, roles=["validation"], where=str(path)))
+    roles = ["validation"]
+    config = read_config(path, [*overrides, f"run_dir={run_dir}"], keep=partial(of_saved_run, roles=roles))
+    refuse_unasked(config.data, roles=roles, where=str(path))
+    return config
 
 
 def evaluate_run(config: Config, preemption: Preemption | None = None, *, model_folder: str = "") -> bool:
@@ -111,7 +113,7 @@ def evaluate_run(config: Config, preemption: Preemption | None = None, *, model_
         watchdog.begin("evaluation")
         watchdog.phase("evaluate")
         if engine.is_main:
-            for key, location in locations(config.data, ["validation"]).items():
+            for key, location in locations(config.data, ["validation"], with_keys=True).items():
                 print(f"on {key}={without_secrets(location)}", flush=True)
         try:
             evaluate_models(folders, config, engine, give_up=asks(preemption, watchdog))

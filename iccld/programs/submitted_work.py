@@ -1,13 +1,15 @@
 """What the jobs of a submission run: one job that goes on by itself, a chain, or an array of runs."""
 
+import hashlib
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from iccld.cli import parse
+from iccld.cli import parse, settings_of
 from iccld.config import Config, config_from, load_config
+from iccld.programs.evaluate import saved_settings
 from iccld.redact import holds_secret
 from iccld.slurm.config import Variant, Work
 from iccld.slurm.engine_file import FOLDER, engine_path, engine_variables
@@ -26,13 +28,17 @@ def run_dir_of(command: Sequence[str]) -> Path:
     if command[0] != "evaluate":
         return Path(_config(command).run_dir).absolute()
     arguments = parse(command)
-    config_from({}, where="evaluate", overrides=arguments.overrides)
+    words = settings_of(arguments)
+    if (arguments.run_dir / "config.yaml").exists():
+        saved_settings(arguments.run_dir, words)
+    else:  # not yet: a job before this one makes it
+        config_from({}, where="evaluate", overrides=words)
     return arguments.run_dir.absolute()
 
 
 def _config(command: Sequence[str]) -> Config:
     arguments = parse(command)
-    return load_config(arguments.overrides, config_dir=arguments.config_dir)
+    return load_config(settings_of(arguments), config_dir=arguments.config_dir)
 
 
 def jobs_of(
@@ -69,16 +75,16 @@ def jobs_of(
 def hide_secrets(name: str, work: Work) -> tuple[Work, dict[Path, list[str]]]:
     """The job's work with the settings that are secret in files, and what each of these files is to hold.
 
-    A job script is read by others, and so is a command line; the files belong to the user alone.
+    A job script is read by others, and so is a command line; the files belong to the user alone. A file's name depends
+    on what it holds: a later submission leaves a waiting job its own.
     """
     files: dict[Path, list[str]] = {}
 
     def shown(words: Sequence[str], suffix: str = "") -> tuple[str, ...]:
-        secret = {_key_of(word) for word in words if not word.startswith("-") and holds_secret(word)}
-        hidden = [word for word in words if _key_of(word) in secret]  # with what the secret one is to override
+        hidden = _hidden(words)
         if not hidden:
             return tuple(words)
-        path = Path(work.run_dir) / "slurm" / f"{name}{suffix}.secrets"
+        path = Path(work.run_dir) / "slurm" / f"{name}{suffix}-{_digest(hidden)}.secrets"
         files[path] = hidden
         return *(word for word in words if word not in hidden), f"--secrets={path}"
 
@@ -89,8 +95,27 @@ def hide_secrets(name: str, work: Work) -> tuple[Work, dict[Path, list[str]]]:
     return replace(work, arguments=shown(work.arguments), variants=variants), files
 
 
-def _key_of(word: str) -> str:
-    return word.lstrip("+").partition("=")[0]
+def _hidden(words: Sequence[str]) -> list[str]:
+    """The secret settings, and those above and below them, which they override or are overridden by.
+
+    What a file holds comes before the other words, so all of these go there, in their order.
+    """
+    settings = [word for word in words if "=" in word and not word.startswith("-")]
+    hidden = [word for word in settings if holds_secret(word)]
+    count = 0
+    while len(hidden) > count:
+        count = len(hidden)
+        hidden = [word for word in settings if any(_related(_name(word), _name(other)) for other in hidden)]
+    return hidden
+
+
+def _related(key: str, other: str) -> bool:
+    return f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}.")
+
+
+def _digest(words: Sequence[str]) -> str:
+    """Slow to compute: others see it, and must not find a password by trying."""
+    return hashlib.scrypt("\n".join(words).encode(), salt=b"iccld", n=1 << 14, r=8, p=1, dklen=6).hex()
 
 
 def _check_batches(command: Sequence[str], num_ranks: int) -> None:
@@ -141,8 +166,10 @@ def _with_settings(words: Sequence[str], settings: Sequence[str]) -> list[str]:
     """`train` with the settings last, in place of earlier ones of the same name."""
     arguments, names = parse(words), {_name(setting) for setting in settings}
     kept = [word for word in arguments.overrides if _name(word) not in names]
-    return ["train", *([f"--config-dir={arguments.config_dir}"] if arguments.config_dir else []), *kept, *settings]
+    options = [f"--config-dir={arguments.config_dir}"] if arguments.config_dir else []
+    options += [f"--secrets={path}" for path in arguments.secrets]
+    return ["train", *options, *kept, *settings]
 
 
 def _name(setting: str) -> str:
-    return setting.partition("=")[0].lstrip("+")
+    return setting.partition("=")[0].lstrip("+~")

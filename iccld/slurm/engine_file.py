@@ -24,7 +24,7 @@ def engine_path(engine: str) -> Path:
 
 def engine_variables(path: Path) -> dict[str, str]:
     """The environment of each rank. Raises ValueError for a file that is none of accelerate's."""
-    settings = plain_yaml.read_yaml(path)
+    settings = plain_yaml.read_yaml(path, aliases=True)
     if not isinstance(settings, dict) or "distributed_type" not in settings:
         raise ValueError(f"{path} is no file of accelerate's (no distributed_type); use one of accelerate_configs/.")
     kind = settings["distributed_type"] or "NO"  # YAML takes an unquoted NO for false

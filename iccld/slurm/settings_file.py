@@ -13,7 +13,7 @@ _DEFAULTS = {setting.name: setting.default for setting in fields(SubmitConfig)} 
 
 def read_settings(path: Path) -> dict[str, Any]:
     """By name. Raises ValueError for what no setting takes, in one line."""
-    loaded = plain_yaml.read_yaml(path) or {}
+    loaded = plain_yaml.read_yaml(path, aliases=True) or {}
     unknown = sorted(map(str, loaded.keys() - _DEFAULTS)) if isinstance(loaded, dict) else ["no settings"]
     if unknown:
         raise ValueError(f"{path}: {', '.join(unknown)}; known are {', '.join((*SETTINGS, 'engine'))}.")

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel
 
 from iccld.models.encoder import Encoder, EncoderConfig
 from tests.models.factory import BACKBONES, make_encoder, random_images
@@ -25,6 +26,45 @@ def test_a_folder_gives_its_weights(backbone: str, tmp_path: Path):
     images = random_images(1, 3, 64, 64)
     for a, b in zip(first(images).features, second(images).features, strict=True):
         assert torch.equal(a, b)
+
+
+SMALL_CVT = {
+    "model_type": "cvt", "embed_dim": [8, 16, 24], "num_heads": [1, 1, 1], "depth": [1, 2, 3],
+    "drop_path_rate": [0.5, 0.5, 0.5], "drop_rate": [0.5, 0.5, 0.5],
+}  # fmt: skip
+SMALL_LEVIT = {
+    "model_type": "levit", "hidden_sizes": [16, 32, 48], "num_attention_heads": [1, 2, 3], "depths": [1, 1, 1],
+    "key_dim": [16, 16, 16], "image_size": 64, "drop_path_rate": 0,
+}  # fmt: skip
+GLPN = {"model_type": "glpn", "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "num_attention_heads": [1] * 4}
+
+
+def test_tokens_without_maps_are_refused(tmp_path: Path):
+    values = {key: value for key, value in SMALL_LEVIT.items() if key != "model_type"}
+    AutoModel.from_config(AutoConfig.for_model("levit", **values)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="the tokens of a 'levit' are no maps"):
+        Encoder(config=EncoderConfig(pretrained=str(tmp_path), width=16), latent_channels=4)
+
+
+def test_a_further_type_can_be_chosen_and_draws_nothing(tmp_path: Path):
+    first = Encoder(config=EncoderConfig(backbone_config=SMALL_CVT, width=16), latent_channels=4)
+    first.backbone.save_pretrained(tmp_path)
+    second = Encoder(config=EncoderConfig(pretrained=str(tmp_path), width=16), latent_channels=4)
+    before = torch.get_rng_state()
+    images = torch.full((1, 3, 64, 64), 0.5)
+    for a, b in zip(first(images).features, second(images).features, strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_type_that_no_card_may_have_can_be_chosen_by_who_trains(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    with pytest.raises(ValueError, match="gives no feature maps"):
+        Encoder(config=EncoderConfig(backbone_config=GLPN), latent_channels=4)
+    values = {key: value for key, value in GLPN.items() if key != "model_type"}
+    AutoModel.from_config(AutoConfig.for_model("glpn", **values)).save_pretrained(tmp_path)
+    encoder = Encoder(config=EncoderConfig(pretrained=str(tmp_path), width=16), latent_channels=4)
+    assert encoder.feature_channels == (8, 16, 24, 32)
+    assert "with a glpn backbone cannot be loaded again" in caplog.text
 
 
 def test_half_precision_weights_become_float32(tmp_path: Path):

@@ -104,6 +104,15 @@ def test_what_no_model_has_is_refused_at_once_and_before_memory_is_taken(model_f
         assert lines == 0 and seconds < 2 and mebibytes < 200 and length < 600, (name, seconds, mebibytes, length)
 
 
+@pytest.mark.parametrize("value", ["x" * 100_000, list(range(30_000)), {"a" * 50_000: 1}])
+@pytest.mark.parametrize("name", ["stage", "class_names", "origin", "model", "weights_sha256", "format_version"])
+def test_a_message_shows_the_beginning_of_a_long_value(folder: Path, name: str, value: Any):
+    if name in ("model", "origin") and isinstance(value, dict):
+        return
+    edit(folder, lambda card: card.update({name: value}))
+    assert len(refusal(folder)) < 600
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

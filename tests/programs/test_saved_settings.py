@@ -10,8 +10,10 @@ import pytest
 import yaml
 
 from iccld.config import load_config, to_dict
+from iccld.data.config import locations
 from iccld.data.storage import SCHEMES, StorageConfig, open_storage
 from iccld.programs.evaluate import saved_settings
+from iccld.programs.submitted_work import run_dir_of
 from tests.test_secrets import Server
 
 EVIL = "http://127.0.0.1:9/val"
@@ -63,6 +65,44 @@ def test_a_folder_is_read_and_what_configures_servers_is_not_taken_over(tmp_path
     data = saved_settings(run, given).data
     assert data.storage.options == {"key": "b"}
     assert (data.storage.allow_schemes, data.cache.folder) == (["hdfs"], "/c")
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "+data.storage.options={anon:'true'}",
+        "data.storage={timeout_s:5}",
+        "data.storage={timeout_s:5,options:{anon:'true'}}",
+        "data={storage:{timeout_s:5}}",
+        "data={num_workers:0}",
+    ],
+)
+def test_a_setting_above_one_repeats_nothing_of_it(tmp_path: Path, word: str) -> None:
+    storage = {"options": {"endpoint_url": "http://evil", "client_kwargs": "x"}, "allow_schemes": ["hdfs"]}
+    run = saved(tmp_path, validation={"shards": EVIL}, storage=storage, cache={"folder": "/planted"})
+    data = saved_settings(run, ["data.validation.shards=s3://bucket/set", word]).data
+    assert data.validation.shards == "s3://bucket/set" and data.cache.folder == ""
+    assert data.storage.options == ({"anon": "true"} if "anon" in word else {}) and not data.storage.allow_schemes
+    for asks in ([word], [word, "+data.validation={weight:2}"], ["data={validation:{weight:2}}"]):
+        with pytest.raises(ValueError, match=f"repeat the setting: data.validation.shards={EVIL} "):
+            saved_settings(run, asks)
+
+
+def test_submit_refuses_before_a_job_waits(tmp_path: Path) -> None:
+    run = saved(tmp_path / "run", validation={"shards": EVIL})
+    with pytest.raises(ValueError, match="repeat the setting"):
+        run_dir_of(["evaluate", str(run)])
+    assert run_dir_of(["evaluate", str(run), f"data.validation.shards={EVIL}"]) == run
+    assert run_dir_of(["evaluate", str(tmp_path / "later")]) == tmp_path / "later"
+
+
+def test_the_file_that_chooses_samples_is_named_beside_their_shards(tmp_path: Path) -> None:
+    also = {"more": {"shards": "/b", "keys": "/etc/passwd"}}
+    data = saved_settings(saved(tmp_path, validation={"shards": "/a", "keys": "/etc/shadow", "also": also}), []).data
+    sets, name = {"data.validation.shards": "/a", "data.validation.also.more.shards": "/b"}, "data.validation"
+    files = {f"{name}.keys": "/etc/shadow", f"{name}.also.more.keys": "/etc/passwd"}
+    assert locations(data, ["validation"]) == sets
+    assert locations(data, ["validation"], with_keys=True) == sets | files
 
 
 def test_the_command_says_what_it_will_not_follow_and_asks_nobody(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from iccld.slurm.config import Launcher, SubmitConfig, Work
 from iccld.slurm.engine_file import engine_variables
 from iccld.slurm.script import sbatch_text
+from iccld.slurm.settings_file import read_settings
 
 HOSTILE = [
     "a; touch canary", "a\ntouch canary", "$(touch canary)", "`touch canary`", "x=1; touch canary #", "a b", "ä", "",
@@ -90,6 +91,15 @@ def test_an_engine_s_file_is_read_strictly(text: str, message: str, tmp_path: Pa
     (path := tmp_path / "engine.yaml").write_text(text)
     with pytest.raises(ValueError, match=message):
         engine_variables(path)
+
+
+def test_a_file_of_ones_own_may_have_aliases(tmp_path: Path):
+    (path := tmp_path / "engine.yaml").write_text(
+        "distributed_type: FSDP\nmixed_precision: &one bf16\nfsdp_config: &f {fsdp_a: *one}\nfsdp: *f\n"
+    )
+    assert engine_variables(path)["FSDP_A"] == "bf16"
+    path.write_text("partition: &name gpu\naccount: *name\n")
+    assert read_settings(path) == {"partition": "gpu", "account": "gpu"}
 
 
 @pytest.mark.parametrize(
