@@ -47,6 +47,26 @@ def test_the_status_is_that_of_the_program_once_python_is_done(end: str, status:
     assert done.stderr.endswith(said) and bool(done.stderr) == bool(said)
 
 
+SLOW_SAVE = """
+import time
+from concurrent.futures import ThreadPoolExecutor
+from iccld.runtime import ending
+
+def program():
+    ending.await_at_the_end(ThreadPoolExecutor(1).submit(lambda: (time.sleep(2), print("saved", flush=True))))
+    raise RuntimeError("a fault")
+
+ending.END_S = 0.2
+ending.run_to_the_end(program)
+"""
+
+
+def test_a_save_under_way_is_waited_for_beyond_the_limit_of_the_rest() -> None:
+    command = [sys.executable, "-c", SLOW_SAVE]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout) == (1, "saved\n")
+
+
 RANK = """
 import sys, torch
 from iccld.runtime.ending import run_to_the_end
