@@ -56,10 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not isinstance(error, OSError if error is end else BrokenPipeError):
             raise
         if not isinstance(error, BrokenPipeError):
-            print(f"iccld: the output cannot be written ({error.strerror}).", file=sys.stderr, flush=True)
+            with suppress(OSError):  # nor this, perhaps
+                print(f"iccld: the output cannot be written ({error.strerror}).", file=sys.stderr, flush=True)
         for stream in _outputs():
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # takes what is left in buffers
-        return 128 + signal.SIGPIPE if isinstance(error, BrokenPipeError) else 2
+        return 128 + signal.SIGPIPE if isinstance(error, BrokenPipeError) else status_of(error)
 
 
 def _outputs() -> list[TextIO]:

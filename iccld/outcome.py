@@ -23,6 +23,7 @@ _NAMES_ARE_WRONG = {
 _REMEDIES = {
     errno.ENOSPC: "make room on that disk",
     errno.EDQUOT: "make room within the quota",
+    errno.EFBIG: "raise the limit of a file's size (ulimit -f), or use another folder",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
     errno.ENFILE: "the machine has no more open files to give",
     errno.EIO: "the disk or its server fails; try another node",

@@ -67,10 +67,8 @@ def predict_path(
         except (UnusableFile, NotOursError) as error:
             failures.append(str(error))
         except OSError as error:
-            remedy = f"{len(written)} of {len(jobs)} images are in {output}; free space there, or give another folder"
-            raise OSError(
-                error.errno, f"{error.strerror or error}; {remedy}", error.filename or str(_files(target)[1])
-            ) from error
+            said = f"{error.strerror or error}; {len(written)} of {len(jobs)} images are in {output}"
+            raise OSError(error.errno, said, error.filename or str(_files(target)[1])) from error
     if failures:
         total = len(written) + len(failures)
         raise ValueError(

@@ -8,13 +8,13 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from iccld.outcome import AGAIN, Interrupted, plain, status_of
+from iccld.outcome import AGAIN, Interrupted, plain, status_of, words
 from iccld.runtime.checkpoint import CheckpointConfig, CheckpointStore
 from iccld.runtime.engine import Engine
 from iccld.runtime.manifest import Checkpoint, CheckpointError
 from iccld.runtime.metrics import MetricsLogger
 from iccld.runtime.micro_batch import check_micro_batch_size, num_accumulation
-from iccld.runtime.preemption import Preempted, Preemption
+from iccld.runtime.preemption import Preempted, Preemption, say
 from iccld.runtime.profiling import OVERLAPPED, PhaseTimer
 from iccld.runtime.schedule import ScheduleConfig, learning_rate_factor
 from iccld.runtime.watchdog import Watchdog
@@ -100,12 +100,25 @@ class Trainer:
         start_step = self._resume()
         if start_step == config.num_steps:
             return True
-        with contextlib.closing(self.stream.batches(start_step)) as batches:
-            finished = self._run_steps(start_step, batches, num_accumulation)
+        try:
+            with contextlib.closing(self.stream.batches(start_step)) as batches:
+                finished = self._run_steps(start_step, batches, num_accumulation)
+        except (Exception, SystemExit):
+            self._finish_save()
+            raise
         self.watchdog.phase("save")
         self.checkpoints.wait()
         self.watchdog.phase("finish")
         return finished
+
+    def _finish_save(self) -> None:
+        """Wait for the save that runs while an error ends the training, which a failure of the save must not hide."""
+        self.watchdog.phase("save")
+        try:
+            self.checkpoints.wait()
+        except Exception as error:
+            if self.engine.is_main:
+                say(words(error))
 
     def _run_steps(self, start_step: int, batches: Iterator[Mapping[str, Any]], num_accumulation: int) -> bool:
         engine, config = self.engine, self.config

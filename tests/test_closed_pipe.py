@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from iccld.outcome import AGAIN
 from tests.data.factory import make_set
 
 
@@ -49,11 +50,14 @@ def test_help_too_and_errors_that_nobody_reads() -> None:
 def test_a_full_disk_is_said(location: str) -> None:
     with Path("/dev/full").open("w") as full:
         status, errors = run(["shards", "info", location], full.fileno())
-    assert status == 2 and "No space left on device" in errors and "Traceback" not in errors
+    assert status == AGAIN and "No space left on device" in errors and "Traceback" not in errors
+    command = [sys.executable, "-m", "iccld", "shards", "info", location]
+    with Path("/dev/full").open("w") as full:
+        assert subprocess.run(command, stdout=full, stderr=full, check=False).returncode == AGAIN
 
 
 def test_a_server_s_broken_pipe_is_no_reader_that_is_gone() -> None:
     code = "import iccld.cli as cli\ndef fail(*_): raise BrokenPipeError(32, 'of a server')\ncli._config = fail\n"
     command = [sys.executable, "-c", f"{code}raise SystemExit(cli.main(['config']))"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (2, "iccld config: [Errno 32] of a server\n")
+    assert (done.returncode, done.stderr) == (AGAIN, "iccld config: [Errno 32] of a server\n")

@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from iccld.durable import NotOursError, is_plain, make_folder, open_lock
+from iccld.outcome import naming
 
 MAKING_FOLDER = "making"
 """Of `iccld shards make`; where it is, the shards are not finished."""
@@ -40,7 +41,8 @@ def alone_in(folder: Path, name: str) -> Iterator[Path]:
     """The work folder `name` of `folder`, held by the operating system's lock for as long as this process works there.
 
     It is removed at the end where nothing is left in it. Raises NotOursError where it is a link or holds what is not
-    ours, ValueError where another process holds it, and, in one line, where disk or memory do not suffice.
+    ours, ValueError where another process holds it or memory does not suffice, and an OSError that names `folder` where
+    its disk is full.
     """
     work = folder / name
     try:
@@ -59,9 +61,8 @@ def alone_in(folder: Path, name: str) -> Iterator[Path]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise ValueError(
-            f"{folder}: no space is left on its disk; make room, and give the same command again."
-        ) from error
+        with naming(folder):  # and not the file of the moment
+            raise
     except MemoryError as error:
         raise ValueError(f"{folder}: memory does not suffice; use fewer --workers.") from error
 

@@ -9,6 +9,7 @@ from iccld.config import Config, StageName, differences, read_config, to_yaml
 from iccld.data.stream import read_validation
 from iccld.durable import make_folder, refuse_links, refuse_unless_plain, remove_left_overs, write_whole
 from iccld.models.attention import check_backend
+from iccld.outcome import plain, status_of
 from iccld.programs.hand_off import is_finished
 from iccld.runtime.engine import Engine
 from iccld.runtime.watchdog import Watchdog
@@ -39,13 +40,14 @@ def check_alone(run_dir: Path, holder: str, engine: Engine) -> None:
 
 def together(check: Callable[[], None], engine: Engine) -> None:
     """Make a check on every rank; what one of them finds (a damaged index, say) ends all, and is said once."""
-    failure = ""
+    failure: Exception | None = None
     try:
         check()
-    except ValueError as error:
-        failure = str(error)
+    except (ValueError, OSError) as error:
+        failure = plain(error)
     if found := [failure for failure in engine.gather_objects(failure) if failure]:
-        raise ValueError(found[0]) if engine.is_main else SystemExit(2)
+        worst = max(found, key=status_of)
+        raise worst if engine.is_main else SystemExit(status_of(worst))
 
 
 def check_settings(config: Config, engine: Engine) -> None:

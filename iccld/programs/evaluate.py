@@ -23,7 +23,7 @@ from iccld.durable import make_folder, refuse_links, write_whole
 from iccld.evaluation import EvaluationResult, Predict, evaluate, results_table
 from iccld.models.iccld import ICCLD
 from iccld.models.model_card import ModelStage
-from iccld.programs.checks import watch
+from iccld.programs.checks import together, watch
 from iccld.programs.results import about_of, finished_models, own_results, place_for, read_results
 from iccld.redact import redacted, without_secrets
 from iccld.runtime.engine import Engine
@@ -130,6 +130,15 @@ def evaluate_models(
     Returns `{"stage1": scores, "stage2": {"1": scores, ...}, "stage2_mean_latent": scores}`, as far as they exist, and
     under `about` what was scored, and how. The mean latent is a control: denoising must be worth more than it.
     """
+    about: dict[str, Any] = {}
+    places: list[Path] = []
+
+    def find_place() -> None:
+        if engine.is_main:
+            about.update(about_of(folders, config))
+            places.append(place_for(folders, config, about))
+
+    together(find_place, engine)  # what is damaged there must not cost the scores
     results: dict[str, Any] = {}
     for folder in folders:
         if engine.is_main:
@@ -137,8 +146,7 @@ def evaluate_models(
         score = partial(evaluate_predictor, config=config, engine=engine, give_up=give_up)
         results |= _score_model(load_model(folder, config).to(engine.device), config, score)
     if engine.is_main:
-        about = about_of(folders, config)
-        _report({"about": about} | results, place_for(folders, config, about))
+        _report({"about": about} | results, places[0])
     return results
 
 

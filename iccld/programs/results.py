@@ -9,7 +9,9 @@ The same evaluation again replaces its own file.
 
 import dataclasses
 import hashlib
+import itertools
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -69,9 +71,19 @@ def place_for(folders: Sequence[Path], config: Config, about: Mapping[str, Any])
     weights = config.inference.weights.value
     if not is_own or _identity(usual) != _identity(_settings(config)):
         return own.with_name(_name(weights if is_own else _label(folders[0]), about))
-    if own.exists() and (kept := read_results(own).get("about")) and not _is_same(kept, about):
-        own.rename(own.with_name(_name(weights, kept)))
+    if own.exists():
+        kept = read_results(own).get("about")
+        if not isinstance(kept, Mapping):  # an earlier version did not say what it had scored
+            own.rename(_free(own.with_name(f"{own.stem}_before.json")))
+        elif not _is_same(kept, about):
+            own.rename(own.with_name(_name(weights, kept)))
     return own
+
+
+def _free(path: Path) -> Path:
+    """The path, or with a number where something stands there."""
+    numbered = (path.with_name(f"{path.stem}_{number}{path.suffix}") for number in itertools.count(2))
+    return next(free for free in itertools.chain([path], numbered) if not os.path.lexists(free))
 
 
 def read_results(path: Path) -> dict[str, Any]:
@@ -85,9 +97,9 @@ def read_results(path: Path) -> dict[str, Any]:
     return found
 
 
-def _is_same(kept: Any, about: Mapping[str, Any]) -> bool:
+def _is_same(kept: Mapping[str, Any], about: Mapping[str, Any]) -> bool:
     """By the settings: of a run's own models there may be one more by now."""
-    return isinstance(kept, Mapping) and _identity(kept, "sha256") == _identity(about, "sha256")
+    return _identity(kept, "sha256") == _identity(about, "sha256")
 
 
 def _identity(about: Mapping[str, Any], *beside: str) -> str:

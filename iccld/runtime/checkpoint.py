@@ -24,6 +24,7 @@ from torch import Tensor
 
 from iccld.durable import is_real_folder, make_folder, remove_tree, scratch_folder, sync, write_whole
 from iccld.outcome import Interrupted
+from iccld.runtime.ending import await_at_the_end
 from iccld.runtime.manifest import Checkpoint, CheckpointError, DamagedError, ForeignFormatError, verify, write_manifest
 from iccld.runtime.pieces import Run, join_tables, write_runs
 
@@ -97,6 +98,7 @@ class CheckpointStore:
             return
         held = self._to_host(runs)
         self._saving = self._thread.submit(self._write, step, held, dict(about))
+        await_at_the_end(self._saving)
         if not self.config.asynchronous:
             self.wait()
 

@@ -11,9 +11,17 @@ import os
 import sys
 import threading
 from collections.abc import Callable
-from typing import NoReturn
+from concurrent.futures import Future, wait
+from typing import Any, NoReturn
 
-END_S = 30.0  # for saves in the background and whatever else is registered to be done at the end
+END_S = 30.0  # for whatever is registered to be done at the end, once saves in the background are done
+_awaited: set[Future[Any]] = set()
+
+
+def await_at_the_end(work: Future[Any]) -> None:
+    """Let the process not end before this work has, however long it takes."""
+    _awaited.add(work)
+    work.add_done_callback(_awaited.discard)
 
 
 def run_to_the_end(program: Callable[[], int | None]) -> NoReturn:
@@ -21,9 +29,10 @@ def run_to_the_end(program: Callable[[], int | None]) -> NoReturn:
     status = _status_of(program)
     limit = threading.Timer(END_S, os._exit, (status,))
     limit.daemon = True
-    limit.start()
     try:
-        threading._shutdown()  # type: ignore[attr-defined]  # joins threads, a background save's for one
+        wait(tuple(_awaited))
+        limit.start()
+        threading._shutdown()  # type: ignore[attr-defined]  # joins threads
         atexit._run_exitfuncs()
     finally:
         for stream in (sys.stdout, sys.stderr):

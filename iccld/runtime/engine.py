@@ -18,7 +18,7 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType, Ini
 from torch import Tensor, nn
 
 from iccld.runtime.backend import Backend, Plan, Replicated
-from iccld.runtime.collectives import keep_record, set_timeout
+from iccld.runtime.collectives import groups, keep_record, set_timeout
 from iccld.runtime.compilation import Compile, compile_in_place
 from iccld.runtime.device import check_own, choose_kernels, identity, may_share, with_index
 from iccld.runtime.engine_kind import EngineKind, join_alone, kind_of_launch, without_plugins
@@ -32,7 +32,7 @@ warnings.filterwarnings("ignore", message="Grad strides do not match bucket view
 PLAIN_TYPES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 INIT_TIMEOUT = timedelta(minutes=5)  # for all ranks to come together, once the first is there
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-LEAVE_S = 60.0  # for the others to be done, too
+LEAVE_S = 180.0  # for the others to be done, too; one may wait a minute for telemetry
 
 
 class Precision(Enum):
@@ -104,8 +104,8 @@ class Engine:
         if self.kind is not EngineKind.ddp and not torch.distributed.is_initialized():
             join_alone(self.device)
         # Groups of their own on the host: agreeing on a flag must not wait for the device, a save not for training.
-        groups = [torch.distributed.new_group(backend="gloo") if self.world_size > 1 else None for _ in range(2)]
-        self._host_group, self._save_group = groups
+        own = [torch.distributed.new_group(backend="gloo") if self.world_size > 1 else None for _ in range(2)]
+        self._host_group, self._save_group = own
         check_own(self.gather_objects((host_name(), identity(self.device))))
         self.set_timeout(COLLECTIVE_TIMEOUT.total_seconds(), of_saves=True)
 
@@ -267,7 +267,7 @@ class Engine:
         global _is_in_order
         _is_in_order = error is None
         if error is None:
-            self.set_timeout(LEAVE_S, of_saves=True)
+            set_timeout(LEAVE_S, but=[group for group in groups() if group is not self._host_group])
             with contextlib.suppress(RuntimeError):  # one that is late, or gone, must not fail those that are done
                 self.barrier()
         AcceleratorState._reset_state()

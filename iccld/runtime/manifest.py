@@ -117,6 +117,11 @@ def _fault(manifest: Mapping[str, Any]) -> str:
             return f"{name!r} for a file's name, which would lie elsewhere"
         if not isinstance(facts, dict) or not _is_count(facts.get("size")) or not isinstance(facts.get("sha256"), str):
             return f"no size and checksum of {name}"
+    match manifest:
+        case {"stage": str(), "layout": {"engine": str(), "world_size": int()}}:
+            pass
+        case _:
+            return "no stage and layout"
     broken = [name for name, entry in tensors.items() if not _is_entry(entry, files)]
     return f"no place in its files for {broken[0]}" if broken else ""
 

@@ -9,6 +9,7 @@ ENOUGH = 65_536
 
 def check_open_files(*, num_workers: int, world_size: int) -> None:
     """Raise the limit of this process as far as it is allowed. Raises ValueError if that is not far enough."""
+    # Gloo connects each rank with all others, on whichever machine: in three groups, and rank 0 holds the store.
     needed = 32 + 8 * num_workers + 4 * (world_size - 1)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     allowed = ENOUGH if hard == resource.RLIM_INFINITY else min(hard, ENOUGH)
@@ -16,6 +17,7 @@ def check_open_files(*, num_workers: int, world_size: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
     if allowed < needed:
         raise ValueError(
-            f"the limit of open files is {allowed} (ulimit -Hn), but {num_workers} loader workers and {world_size} "
-            f"ranks need {needed}; raise it (ulimit -n 4096, limits.conf), or set fewer data.num_workers."
+            f"the limit of open files is {allowed} (ulimit -Hn), but {num_workers} loader workers and "
+            f"{world_size} ranks need {needed}; raise it (ulimit -n {max(4096, needed)}, limits.conf), or set "
+            f"fewer data.num_workers."
         )

@@ -12,13 +12,16 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from iccld.durable import open_to_append, refuse_links
+from iccld.durable import NotOursError, open_to_append, refuse_links
 from iccld.outcome import naming, words
-from iccld.redact import redacted
+from iccld.redact import redact, redacted
 from iccld.runtime.preemption import say
 
 START_S = 45.0  # for wandb to find its server
 CALL_S = 60.0  # for whatever else is asked of it; it goes on in the background where that is not enough
+
+
+_refused: set[Path] = set()  # run directories whose events have no file; said once
 
 
 class WandbMode(Enum):
@@ -37,7 +40,11 @@ class WandbRun:
         """Begin, or go on; `facts` as `wandb.init` takes them. Without network or login, online becomes offline."""
         if mode is WandbMode.disabled:
             return
-        refuse_links(facts["dir"] / "wandb", within=facts["dir"])
+        try:
+            refuse_links(facts["dir"] / "wandb", within=facts["dir"])
+        except NotOursError as error:
+            say(f"wandb: {error} metrics.jsonl and training go on without it")
+            return
         if not (failure := self._try(mode, facts)):
             return
         said = f"wandb: {mode.value} did not start ({failure}); "
@@ -102,7 +109,7 @@ def _within(limit_s: float, function: Callable[[], Any]) -> Any:
 
 
 def _one_line(error: BaseException) -> str:
-    return (" ".join(str(error).split()) or repr(error))[:300]
+    return redact(" ".join(str(error).split()) or repr(error))[:300]
 
 
 class Lines:
@@ -117,9 +124,10 @@ class Lines:
         text = self._left + json.dumps(entry) + "\n"
         try:
             append(self.path, text)
-        except OSError as error:
+        except (OSError, NotOursError) as error:
             if not self._left:
-                say(f"{error}; make room there: training goes on, and tries again")
+                remedy = "" if isinstance(error, NotOursError) else "; make room there"
+                say(f"{error}{remedy}: training goes on, and tries again")
             self._left = "".join(text.splitlines(keepends=True)[-self.MOST :])
         else:
             self._left = ""
@@ -148,6 +156,10 @@ def write_event(run_dir: Path, kind: str, **facts: Any) -> None:
             run_dir / "events.jsonl",
             json.dumps({"time": time.time(), **uptime(), "event": kind, **redacted(facts)}) + "\n",
         )
+    except NotOursError as error:
+        if run_dir not in _refused:
+            say(f"{error} Training goes on; the event {kind!r} and later ones are not in it")
+        _refused.add(run_dir)
     except OSError as error:
         say(f"{words(error)}; the event {kind!r} is not in it")
 

@@ -17,6 +17,7 @@ from iccld.cli import main
 from iccld.data.index import ShardIndex
 from iccld.data.packing import ImageFormat
 from iccld.data.shards import MakeShardsConfig, make_shards
+from iccld.outcome import AGAIN
 from tests.data.factory import write_folder
 from tests.data.test_shards import make, opened, read_all, spoil
 
@@ -206,10 +207,10 @@ def test_a_full_disk_loses_nothing_that_is_finished(
     if os.geteuid() != 0 or subprocess.run(["mount", *options], capture_output=True).returncode:
         pytest.skip("a small disk needs the right to mount one")
     try:
-        assert main(command(raw, disk / "out", "--workers", str(workers))) == 2
+        assert main(command(raw, disk / "out", "--workers", str(workers))) == AGAIN
         errors = capsys.readouterr().err
         assert errors.endswith(
-            f"{disk / 'out'}: no space is left on its disk; make room, and give the same command again.\n"
+            f"No space left on device: '{disk / 'out'}'; make room on that disk, and give the same command again\n"
         )
         finished = len(list((disk / "out" / "making").glob("*.json"))) - 1
         assert 1 <= finished < 6

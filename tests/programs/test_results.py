@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from iccld.config import Config, config_from, to_yaml
+from iccld.programs.evaluate import evaluate_models
 from iccld.programs.results import about_of, finished_models, own_results, place_for, read_results
 
 OVERRIDES = [
@@ -103,6 +104,34 @@ def test_scores_of_an_earlier_version_are_kept(tmp_path: Path):
     write(config)
     (kept,) = set((tmp_path / "report").iterdir()) - {tmp_path / "report/results.json"}
     assert json.loads(kept.read_text()) == old
+
+
+def test_scores_that_do_not_say_of_what_are_kept(tmp_path: Path):
+    config = make_run(tmp_path)
+    (tmp_path / "report").mkdir()
+    for number, name in enumerate(["results_before.json", "results_before_2.json"]):
+        old = json.dumps({"stage1": {"miou": number}})
+        (tmp_path / "report/results.json").write_text(old)
+        assert write(config).name == "results.json"
+        assert (tmp_path / "report" / name).read_text() == old
+    assert len(list((tmp_path / "report").iterdir())) == 3
+
+
+@pytest.mark.parametrize("name", ["report/results.json", "config.yaml"])
+def test_what_is_damaged_is_said_before_anything_is_scored(tmp_path: Path, name: str):
+    config = make_run(tmp_path)
+    (tmp_path / "report").mkdir()
+    (tmp_path / name).write_text("{")
+
+    class OneRank:
+        is_main = True
+
+        def gather_objects(self, value: Any) -> list[Any]:
+            return [value]
+
+    engine: Any = OneRank()
+    with pytest.raises(ValueError, match=name):  # and not that the model folders are none
+        evaluate_models(finished_models(config), config, engine)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "nul"])

@@ -16,6 +16,8 @@ from iccld.runtime.checkpoint import CheckpointConfig, CheckpointStore
 from iccld.runtime.manifest import CheckpointError, DamagedError, ForeignFormatError, verify, write_manifest
 from iccld.runtime.pieces import whole
 
+ABOUT = {"stage": "stage1", "layout": {"engine": "ddp", "world_size": 1}}
+
 
 class OneRank:
     rank, world_size = 0, 1
@@ -33,7 +35,7 @@ def store(folder: Path, reports: list[str] | None = None, *, asynchronous: bool 
 
 def save(checkpoints: CheckpointStore, step: int) -> Path:
     runs = {"module/weight": whole(torch.full((8, 8), float(step))), "exp_avg/weight": whole(torch.ones(8, 8))}
-    checkpoints.save(step, runs, {"stage": "stage1"})
+    checkpoints.save(step, runs, ABOUT)
     return checkpoints.folder / f"step_{step:08d}"
 
 
@@ -54,7 +56,7 @@ def test_a_background_save_keeps_what_was_when_it_was_asked_for(tmp_path: Path):
     weight = torch.zeros(1_000_000)
     for step in range(1, 4):
         weight.fill_(step)
-        checkpoints.save(step, {"module/weight": whole(weight)}, {})
+        checkpoints.save(step, {"module/weight": whole(weight)}, ABOUT)
         weight.fill_(-1.0)  # training goes on
     checkpoints.wait()
     assert announced == [1, 2, 3]
@@ -66,7 +68,7 @@ def test_a_background_save_that_failed_is_reported_by_the_next(tmp_path: Path, s
     checkpoints = store(small_disk, asynchronous=True)
     save(checkpoints, 1)
     assert not checkpoints.has_failed
-    checkpoints.save(2, {"module/weight": whole(torch.zeros(4_000_000))}, {})
+    checkpoints.save(2, {"module/weight": whole(torch.zeros(4_000_000))}, ABOUT)
     limit = time.monotonic() + 60
     while not checkpoints.has_failed and time.monotonic() < limit:
         time.sleep(0.01)
@@ -243,6 +245,9 @@ def hostile_manifests() -> Iterator[tuple[str, Callable[[Path], object]]]:
         for value in (None, [], {}, "x", -1, 1.5, {"a": 1}, {"a": {"size": 1}}, {"a": []}, [[]]):
             if (key, value) not in (("tensors", {}),):
                 yield f"{key}={value}", lambda path, key=key, value=value: rewrite(path, {key: value})
+    for layout in (None, [], {}, {"engine": "ddp"}, {"engine": 1, "world_size": 1}):
+        yield f"layout={layout}", lambda path, layout=layout: rewrite(path, {"layout": layout})
+    yield "stage=None", lambda path: rewrite(path, {"stage": None})
     facts = {"size": 8, "sha256": ""}
     for name in ("/etc/passwd", "../step_00000001/rank_00000.safetensors", "..", "", "a/b", "a\0b"):
         yield f"file {name!r}", lambda path, name=name: rewrite(path, {"files": {name: facts}, "tensors": {}})
@@ -330,7 +335,7 @@ def test_a_full_disk_costs_nothing_that_was_saved(small_disk: Path):
     checkpoints = store(small_disk)
     save(checkpoints, 1)
     with pytest.raises(CheckpointError, match=r"was not written; .* Make room, .*rank 0: .*No space left"):
-        checkpoints.save(2, {"module/weight": whole(torch.zeros(4_000_000))}, {})
+        checkpoints.save(2, {"module/weight": whole(torch.zeros(4_000_000))}, ABOUT)
     newest = checkpoints.newest()
     assert newest and newest.step == 1
     save(checkpoints, 2)

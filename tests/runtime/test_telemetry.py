@@ -138,3 +138,32 @@ def test_lines_that_found_no_room_come_later(tmp_path: Path, capfd: pytest.Captu
 def test_an_event_that_cannot_be_written_is_said(capfd: pytest.CaptureFixture[str]):
     write_event(Path("/dev/null"), "saved", step=1)
     assert "events.jsonl" in (said := capfd.readouterr().err) and "'saved'" in said
+
+
+def test_a_link_put_there_in_mid_run_ends_nothing_and_is_said_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    for name in ("events.jsonl", "metrics.jsonl", "wandb"):
+        (tmp_path / name).symlink_to("/nowhere")
+    lines = Lines(tmp_path / "metrics.jsonl")
+    for step in range(3):
+        lines.add({"step": step})
+        write_event(tmp_path, "saved", step=step)
+    run = WandbRun()
+    run.start(WandbMode.offline, dir=tmp_path)
+    run.tell(lambda run: run.log({}))
+    said = capfd.readouterr().err.splitlines()
+    assert len(said) == 3 and all("is a link to /nowhere" in line for line in said), said
+    lines.path.unlink()
+    lines.add({"step": 3})
+    assert len(lines.path.read_text().splitlines()) == 4
+
+
+def test_what_wandb_says_is_without_secrets(capfd: pytest.CaptureFixture[str]):
+    run = WandbRun()
+    run._run = object()
+
+    def fail(_: object) -> None:
+        raise ValueError("no answer from https://user:s3cret@host/x?key=s3cret")
+
+    run.tell(fail)
+    said = capfd.readouterr().err
+    assert "https://host/x" in said and "s3cret" not in said

@@ -11,7 +11,7 @@ from typing import Any
 
 
 def _wait(event: str, arguments: tuple[Any, ...]) -> None:
-    if event == "open" and str(arguments[0]).endswith("metrics.jsonl") and arguments[1] == "a":
+    if event == "open" and str(arguments[0]).endswith("metrics.jsonl") and arguments[2] & os.O_APPEND:
         time.sleep(float(Path(os.environ["ICCLD_TEST_PACE"]).read_text()))
 
 
