@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from iccld import plain_yaml, settings
+from iccld.reading import read_limited
 
 
 def own_files(folder: Path, choices: Iterable[tuple[str, Any]]) -> list[Path]:
@@ -22,7 +23,7 @@ def check_group_file(path: Path, schema: type) -> None:
         return
     if not isinstance(values, Mapping):
         raise ValueError(f"{path}:1: holds no settings; write `key: value` lines.")
-    text = path.read_text(encoding="utf-8")
+    text = read_limited(path).decode()
     if text.startswith("\ufeff"):
         raise ValueError(f"{path}:1: begins with a byte-order mark, which hides its first line; save it without.")
     package = re.search(r"^#\s*@package\s+(\S+)", text, re.MULTILINE)

@@ -99,7 +99,7 @@ def explain(error: yaml.YAMLError) -> str:
 
 def line_of(path: Path, key: str) -> int:
     """The line of a readable file that sets `a.b.c`, or what of it the file can know: `b.c` or `c`; 0 if none does."""
-    root, parts = yaml.compose(path.read_text(encoding="utf-8-sig"), Loader=_OwnLoader), key.split(".")
+    root, parts = yaml.compose(read_limited(path, MAX_BYTES).decode("utf-8-sig"), Loader=_OwnLoader), key.split(".")
     for first in range(len(parts)):
         node, line = root, 0
         for part in parts[first:]:

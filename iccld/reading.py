@@ -14,9 +14,10 @@ MIB = 1 << 20
 def read_limited(path: Path, limit: int = MIB) -> bytes:
     """A file's bytes. Raises OSError where it cannot be read, ValueError where it is no file or larger than `limit`."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # opening a pipe would wait for a writer
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ValueError(f"{path} is not a plain file; remove it, or give another.")
     with os.fdopen(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise ValueError(f"{path} is not a plain file; remove it, or give another.")
         data = file.read(limit + 1)
     if len(data) > limit:
         raise ValueError(

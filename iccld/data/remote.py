@@ -168,7 +168,8 @@ class RemoteStorage(Storage):
     def _said(self, error: BaseException | str | None) -> str:
         """An error in one line, without what is secret in the location and the options."""
         options = (value for name, value in self.config.options.items() if name not in PUBLIC_OPTIONS)
-        return without_known(_said(error), secrets_in(self.location).union(options))
+        said = without_known(_said(error), secrets_in(self.location).union(options))
+        return re.sub(r"\?[^\s)]+", "", said)  # what a server names may be any kind of URL, with any query
 
     def _filesystem(self) -> AsyncFileSystem:
         process = os.getpid()

@@ -11,6 +11,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from iccld.reading import MIB, read_limited
+
+MAX_BYTES = 1024 * MIB
 MOVED_S = 5.0  # that a clock may move without being named
 DAY_S = 86400.0  # longer than any start, and than ranks of one attempt may be apart
 END_OF_TIME = 1e11
@@ -23,7 +26,7 @@ def read_events(run_dir: Path) -> tuple[list[Event], list[str]]:
     path = run_dir / "events.jsonl"
     if not path.is_file():
         raise ValueError(f"there is no run in {run_dir} (no events.jsonl); give a folder that train wrote.")
-    lines = path.read_bytes().decode(errors="replace").split("\n")
+    lines = read_limited(path, MAX_BYTES).decode(errors="replace").split("\n")
     found = [_event(line) for line in lines if line.strip()]
     events = [event for event in found if event is not None]
     lost = len(found) - len(events)

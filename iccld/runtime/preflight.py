@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from iccld.durable import write_whole
+from iccld.runtime.memory import gib
 from iccld.runtime.preemption import host_name
 
-GIB = 2**30
 SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -112,7 +112,7 @@ def check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(near).free
     if free + held < needed:
         raise ValueError(
-            f"{folder} needs {needed / GIB:.2g} GiB for checkpoints, {(free + held) / GIB:.2g} GiB are free; "
+            f"{folder} needs {gib(needed)} for checkpoints, {gib(free + held)} are free; "
             f"make room, set a smaller checkpoint.keep, or use another run_dir"
         )
 
