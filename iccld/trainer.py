@@ -113,7 +113,8 @@ class Trainer:
 
     def _finish_save(self) -> None:
         """Wait for the save that runs while an error ends the training, which a failure of the save must not hide."""
-        self.watchdog.phase("save")
+        if self.checkpoints.is_saving:  # else the phase stays that of the error, which may be asked for
+            self.watchdog.phase("save")
         try:
             self.checkpoints.wait()
         except Exception as error:
