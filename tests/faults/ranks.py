@@ -36,7 +36,9 @@ class Ranks:
         self.logs = [folder / f"log_{rank}" for rank in range(num_ranks)]
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
-        common = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+        # A test in this process may have left wandb's service behind, which the ranks would join.
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+        common = {**inherited, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
         common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num_ranks)}
         common |= {"FAULT": json.dumps(fault or {}), "LOCAL_RANK": "0", "PYTHONUNBUFFERED": "1"}
         common |= {"PYTHONFAULTHANDLER": "1", **(environment or {})}
