@@ -4,7 +4,7 @@ import json
 import os
 import stat
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from iccld.durable import write_whole
 
@@ -18,12 +18,20 @@ def read_limited(path: Path, limit: int = MIB) -> bytes:
         os.close(descriptor)
         raise ValueError(f"{path} is not a plain file; remove it, or give another.")
     with os.fdopen(descriptor, "rb") as file:
-        data = file.read(limit + 1)
+        data = read_bytes(file, limit + 1)
     if len(data) > limit:
         raise ValueError(
             f"{path} has more than {limit:,} bytes, and should be much smaller; it is not what it should be."
         )
     return data
+
+
+def read_bytes(file: IO[bytes], limit: int) -> bytes:
+    """At most `limit` bytes of an open file, whose own `read(limit)` would take that much memory at once."""
+    data = bytearray()
+    while len(data) < limit and (piece := file.read(min(limit - len(data), MIB))):
+        data += piece
+    return bytes(data)
 
 
 def read_json(path: Path, limit: int = MIB) -> Any:

@@ -113,13 +113,14 @@ class Trainer:
 
     def _finish_save(self) -> None:
         """Wait for the save that runs while an error ends the training, which a failure of the save must not hide."""
-        if self.checkpoints.is_saving:  # else the phase stays that of the error, which may be asked for
-            self.watchdog.phase("save")
+        failed_in = self.watchdog.phase_now
+        self.watchdog.phase("save")
         try:
             self.checkpoints.wait()
         except Exception as error:
             if self.engine.is_main:
                 say(words(error))
+        self.watchdog.phase(failed_in)  # which the other ranks name
 
     def _run_steps(self, start_step: int, batches: Iterator[Mapping[str, Any]], num_accumulation: int) -> bool:
         engine, config = self.engine, self.config

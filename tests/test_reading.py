@@ -1,4 +1,5 @@
 import os
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,16 @@ def test_a_file_is_read_up_to_a_limit(tmp_path: Path) -> None:
         read_limited(path, 4)
     with pytest.raises(FileNotFoundError):
         read_limited(tmp_path / "none")
+
+
+def test_a_large_limit_takes_no_memory_before_there_is_a_byte(tmp_path: Path) -> None:
+    """Of the process's addresses too, which a cluster may limit."""
+    path = tmp_path / "a"
+    path.write_bytes(b"1" * 3_000_000)
+    tracemalloc.start()
+    assert len(read_limited(path, 1 << 40)) == 3_000_000
+    assert tracemalloc.get_traced_memory()[1] < 20_000_000
+    tracemalloc.stop()
 
 
 @pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "\udcff", "9" * 5000])

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from iccld.durable import write_whole
+from iccld.reading import read_limited
 
 T = TypeVar("T")
 
@@ -90,12 +91,8 @@ def read_card(folder: Path) -> ModelCard:
 
 
 def _read_json(path: Path) -> Any:
-    with path.open("rb") as file:
-        data = file.read(MAX_BYTES + 1)
-    if len(data) > MAX_BYTES:
-        raise ValueError(f"{path} has more than {MAX_BYTES} bytes, which no model's card has.")
     try:
-        return json.loads(data, object_pairs_hook=_once)
+        return json.loads(read_limited(path, MAX_BYTES), object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}); export the model again.") from error
 

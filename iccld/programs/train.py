@@ -59,9 +59,9 @@ def train(config: Config, preemption: Preemption | None = None, *, began: float 
     preemption.config = config.preemption
     run_dir = Path(config.run_dir)
     check_links(run_dir, config)
-    if config.data.num_workers:
-        prepare_workers()
     check_open_files(num_workers=config.data.num_workers, world_size=int(os.environ.get("WORLD_SIZE") or 1))
+    if config.data.num_workers:
+        prepare_workers()  # after the limit of open files, which they inherit
     with Engine(config.engine) as engine, locked(run_dir) if engine.is_main else nullcontext("") as holder:
         check_alone(run_dir, holder, engine)
         with watch(config, engine) as watchdog:

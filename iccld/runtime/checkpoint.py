@@ -103,11 +103,6 @@ class CheckpointStore:
             self.wait()
 
     @property
-    def is_saving(self) -> bool:
-        """Whether a save is under way in the background."""
-        return self._saving is not None and not self._saving.done()
-
-    @property
     def has_failed(self) -> bool:
         """Whether the last save has failed, as `wait` would say."""
         return self._saving is not None and self._saving.done() and self._saving.exception() is not None

@@ -48,10 +48,12 @@ class WandbRun:
         if not (failure := self._try(mode, facts)):
             return
         said = f"wandb: {mode.value} did not start ({failure}); "
-        if mode is WandbMode.online and not self._try(WandbMode.offline, facts):
-            say(f"{said}it is offline, in {facts['dir']}/wandb: `wandb sync` sends that where there is a network")
-        else:
-            say(f"{said}metrics.jsonl and training go on without it")
+        if mode is WandbMode.online:
+            if not (failure := self._try(WandbMode.offline, facts)):
+                say(f"{said}it is offline, in {facts['dir']}/wandb: `wandb sync` sends that where there is a network")
+                return
+            said += f"nor did offline ({failure}); "
+        say(f"{said}metrics.jsonl and training go on without it")
 
     def _try(self, mode: WandbMode, facts: Mapping[str, Any]) -> str:
         """Start it; why it did not, if so."""

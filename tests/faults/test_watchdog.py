@@ -92,9 +92,8 @@ def test_a_rank_that_fails_is_named_by_the_one_whose_collective_it_breaks(scene_
     fault = {"at": "prepare", "rank": 1, "step": 2, "do": "raise"}
     with Ranks(overrides(scene_shards, run_dir, *SETTINGS), tmp_path / "logs", fault=fault) as ranks:
         assert ranks.wait() == [STOPPED_BY_WATCHDOG, 1]
-        assert "rank 1 on n1" in said(
-            ranks
-        ) and "ended in phase prepare of stage1 step 2: RuntimeError: a fault" in said(ranks)
+        lines, ended = said(ranks), "ended in phase prepare of stage1 step 2: RuntimeError: a fault"
+        assert "rank 1 on n1" in lines and ended in lines, ranks.log()
 
 
 def test_a_run_that_goes_on_is_left_alone(scene_shards: Path, tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def test_a_server_that_does_not_answer_costs_a_bounded_time(tmp_path: Path, sile
     begin = time.monotonic()
     said = with_wandb(tmp_path, WANDB_API_KEY="a" * 40, WANDB_BASE_URL=silent_server)
     assert time.monotonic() - begin < 2 * telemetry.START_S + 30
-    assert "wandb: online did not start" in said and "wandb sync" in said
+    assert "wandb: online did not start" in said and "wandb sync" in said, said
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,6 @@ def test_a_run_directory_takes_no_colon():
         ("- nodes", "no settings; known are"),
         ("a: b: c", "mapping values are not allowed here"),
         ("nodes: 1\nnodes: 2", ":2: names 'nodes' twice"),
-        ("account: &a x\nqos: *a", ":2: has an alias"),
     ],
 )
 def test_settings_of_another_type_are_refused_in_a_line(tmp_path: Path, line: str, message: str):

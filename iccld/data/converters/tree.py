@@ -17,6 +17,7 @@ from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipFile, ZipInfo
 from iccld.data.converters.pattern import has_image_ending
 from iccld.data.files import kind_of, open_file
 from iccld.data.tally import Tally
+from iccld.reading import read_bytes
 
 MAX_FILE_BYTES = 256 * 2**20
 """No image or label of a known set is a tenth as large; what is larger is a mistake or a decompression bomb."""
@@ -136,7 +137,7 @@ class _Folder:
 
     def read(self, path: str) -> bytes:
         with open_file(self.root / path) as file:
-            data = file.read(MAX_FILE_BYTES + 1)
+            data = read_bytes(file, MAX_FILE_BYTES + 1)
         if len(data) > MAX_FILE_BYTES:
             raise _too_large()
         return data
