@@ -190,8 +190,16 @@ class ICCLD(nn.Module):
             )
         trained = card.stage is ModelStage.adversarial
         wanted = trained if with_denoiser is None else with_denoiser
-        with torch.device("meta"):  # the shapes alone
-            shape = cls(config=config, num_classes=len(card.class_names), with_denoiser=wanted)
+        try:
+            with torch.device("meta"):  # the shapes alone
+                shape = cls(config=config, num_classes=len(card.class_names), with_denoiser=wanted)
+        except ValueError:
+            raise
+        except Exception as error:  # a backbone raises whatever its settings lead to
+            what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise ValueError(
+                f"{folder / CARD_NAME} describes no model that can be built ({what}); export the model again."
+            ) from error
         shape._check_weights(folder / WEIGHTS_NAME, card, trained=trained)
         model = cls(config=config, num_classes=len(card.class_names), with_denoiser=wanted)
         model._load_weights(folder / WEIGHTS_NAME)

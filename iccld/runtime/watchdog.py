@@ -214,6 +214,8 @@ class Watchdog:
             if self.rank == speaks:
                 everybody = {rank: f"rank {rank} waits, as all do" for rank in range(self.world_size)}
                 self._note(causes or everybody, {**seen, self.rank: own})
+            if self.rank in causes:  # those that have not waited as long meet a broken collective, and read this
+                self._write(ended=f"its watchdog stopped it after {own.in_phase_s:.0f} s in that phase")
             self._dump()
         if self.rank not in causes and self.world_size > 1:
             time.sleep(2 * self.config.beat_s)

@@ -1,19 +1,31 @@
 """The code as it was when a job was submitted: what is edited afterwards changes no job that waits."""
 
+import errno
 import hashlib
 import platform
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from iccld.durable import holds_only, make_folder, refuse_links, remove_tree, scratch_folder
+from iccld.durable import (
+    holds_only,
+    is_plain,
+    is_real_folder,
+    make_folder,
+    refuse_links,
+    remove_tree,
+    scratch_folder,
+)
 
 PACKAGE = Path(__file__).resolve().parents[1]
 EXTRAS = ("accelerate_configs",)  # beside the package, in a checkout
 
+COMPILED = "__pycache__"
+
+_holds_compiled = holds_only(r"[^/]+\.pyc(\.\d+)?")
 _holds_code = holds_only(f"({'|'.join((PACKAGE.name, *EXTRAS))})/.+")
 
 LEFT_OVER_AFTER_S = 86_400.0
@@ -23,24 +35,33 @@ def code_files() -> Iterator[tuple[str, Path]]:
     """Where each file lies in the copy, and where it is now."""
     for folder in (PACKAGE, *(PACKAGE.parent / name for name in EXTRAS)):
         for path in sorted(folder.rglob("*")):
-            if path.is_file() and "__pycache__" not in path.parts:
+            if path.is_file() and COMPILED not in path.parts:
                 yield path.relative_to(PACKAGE.parent).as_posix(), path
 
 
 def code_hash() -> str:
-    """Of every file's name and content."""
+    """A checksum of every file's name and content."""
+    return _hash(code_files())
+
+
+def _hash(files: Iterable[tuple[str, Path]]) -> str:
     digest = hashlib.sha256()
-    for name, path in code_files():
+    for name, path in files:
         content = path.read_bytes()
         digest.update(f"{name} {len(content)}\n".encode() + content)
     return digest.hexdigest()[:12]
 
 
 def copy_code(folder: Path) -> Path:
-    """`folder`/HASH with the package; made once for each state of the code, whole or not at all."""
+    """`folder`/HASH with the package; made once for each state of the code, whole or not at all.
+
+    Raises ValueError where something else has that name: a job would run it.
+    """
     target = folder / code_hash()
-    refuse_links(target, within=folder)  # what it leads to would be run
-    if not target.is_dir():
+    refuse_links(target, within=folder)
+    if target.is_dir():
+        _check_copy(target)
+    else:
         scratch = scratch_folder(target, is_ours=_is_left_over)
         for name, path in code_files():
             make_folder((scratch / name).parent, within=scratch)
@@ -52,6 +73,26 @@ def copy_code(folder: Path) -> Path:
             if not target.is_dir():
                 raise
     return target
+
+
+def _check_copy(copy: Path) -> None:
+    """Refuse a copy with other files than this package's; what Python has compiled of it is deleted."""
+    caches = list(copy.rglob(COMPILED))
+    wanted = [name for name, _ in code_files()]
+    found = (path for path in copy.rglob("*") if COMPILED not in path.parts and not is_real_folder(path))
+    if (
+        not all(map(_holds_compiled, caches))
+        or {path.relative_to(copy).as_posix() for path in found} != set(wanted)
+        or not all(is_plain(copy / name) for name in wanted)
+        or _hash((name, copy / name) for name in wanted) != copy.name
+    ):
+        raise ValueError(f"{copy} is not a copy of this code, and a job would run it; remove that folder.")
+    for cache in caches:
+        try:
+            remove_tree(cache)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.ENOENT):  # a job that starts compiles again
+                raise
 
 
 def _is_left_over(scratch: Path) -> bool:

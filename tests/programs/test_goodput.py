@@ -146,6 +146,14 @@ def test_two_machines_of_which_one_lives_in_another_year():
     assert total["training"] == pytest.approx(177.5) and sum(total.values()) < 390 and "goes back" in notes[0]
 
 
+def test_machines_that_alternate_are_each_counted_by_their_own_clock():
+    """A rank on another node, whose clock is a year ahead, says what stopped the run between two lines of rank 0."""
+    events = [launched(0, since=0), event(0, "started", 0), event(40, "stopped", 0), launched(100, since=100)]
+    one, two = of_boot("one", events), of_boot("two", [shifted(events[2], YEAR)])
+    straight, _ = straightened([*one[:2], *two, one[3]])
+    assert straight[3]["time"] - straight[0]["time"] == pytest.approx(100)
+
+
 LINES = [
     "null", "5", "[]", '"a"', "{}", '{"event": "progress"}',
     '{"time": 1, "event": 3}', '{"time": NaN, "event": "launched"}',
