@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import re
+import ssl
 import subprocess
 import sys
 import threading
@@ -379,6 +380,53 @@ def test_what_a_redirect_names_is_not_said(tmp_path: Path, leads_to: str, caplog
     server.shutdown()
     assert f"http://{server.place}/a/x.tar" in str(caught.value)
     assert f"sig={OF_REDIRECT}" not in str(caught.value) + caplog.text
+
+
+READ_ENCRYPTED = """
+import sys
+from iccld.data.storage import StorageConfig, open_storage
+open_storage(sys.argv[1], StorageConfig(timeout_s=5.0, retry_for_s=1.0)).read("x.tar", 0, 1)
+"""
+
+
+def test_a_redirect_from_https_to_http_is_not_read(tmp_path: Path) -> None:
+    """Anyone on the way could put other bytes there."""
+    plain, encrypted = Server(tmp_path), Server(tmp_path)
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    command = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "rsa:2048",
+        "-nodes",
+        "-keyout",
+        key,
+        "-out",
+        certificate,
+        "-days",
+        "1",
+    ]
+    names = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
+    subprocess.run([*command, *names], check=True, capture_output=True, timeout=60)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    encrypted.socket = context.wrap_socket(encrypted.socket, server_side=True)
+    (tmp_path / "x.tar").write_bytes(b"x")
+
+    def read(leads_to: str = "") -> subprocess.CompletedProcess[str]:
+        encrypted.leads_to = leads_to
+        return subprocess.run(
+            [sys.executable, "-c", READ_ENCRYPTED, f"https://{encrypted.place}"],
+            env=os.environ | {"SSL_CERT_FILE": str(certificate)}, capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+
+    try:
+        assert read().returncode == 0
+        assert "leads from https to http, which anyone can read" in read(f"http://{plain.place}/PATH").stderr
+    finally:
+        for server in (plain, encrypted):
+            server.shutdown()
 
 
 def test_a_traceback_is_printed_without_secrets(tmp_path: Path) -> None:
