@@ -28,10 +28,12 @@ class Zero(Backend):
             "train_micro_batch_size_per_gpu": plan.micro_batch_size,
             "gradient_accumulation_steps": plan.num_accumulation,
             "train_batch_size": plan.micro_batch_size * plan.num_accumulation * plan.world_size,
-            "gradient_clipping": plan.gradient_clip,
+            "gradient_clipping": 0.0,  # by `_clip`
+            "timers": {"throughput": {"enabled": False}},  # it would wait for the device twice a step
             "zero_allow_untested_optimizer": True,
             "zero_optimization": {
                 "stage": stage,
+                "compute_grad_norm": False,  # by `_clip`
                 "reduce_bucket_size": BUCKET_ELEMENTS,
                 "allgather_bucket_size": BUCKET_ELEMENTS,
             },
@@ -53,7 +55,23 @@ class Zero(Backend):
             self.module.step()  # counts the micro-batch
 
     def step(self) -> None:
+        if self.plan.gradient_clip:
+            self._clip()
         self.module.step()
+
+    def _clip(self) -> None:
+        """Scale what this rank holds of the gradients, by their norm over all ranks, which stays on the device.
+
+        DeepSpeed's own clipping reads the norm on the host, which would wait there for the device.
+        """
+        groups = self._zero.averaged_gradients.values()
+        gradients = [gradient for group in groups for gradient in group or () if gradient is not None]
+        square = torch.zeros((), device=self.plan.device)
+        if gradients:
+            square += torch.stack(torch._foreach_norm(gradients)).square().sum()  # pyright: ignore[reportPrivateImportUsage]
+        torch.distributed.all_reduce(square)
+        factor = (self.plan.gradient_clip / (square.sqrt() + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(gradients, factor)  # pyright: ignore[reportPrivateImportUsage]
 
     def _fragments(self) -> Iterator[tuple[str, tuple[int, ...], int, int, Any]]:
         """Name, shape and first element of what this rank's partitions hold of a parameter; which, and where."""

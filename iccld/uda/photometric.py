@@ -51,5 +51,6 @@ def strong_augment(images: Tensor, draws: Tensor, config: PhotometricConfig) -> 
     jittered = adjust_saturation(jittered, 1 + spread[:, 2])
     jittered = adjust_hue(jittered, 2 * torch.pi * spread[:, 3])
     images = torch.where((draws[:, 0] < config.jitter_probability).view(-1, 1, 1, 1), jittered, images)
-    blurred = gaussian_blur2d(images, _BLUR_KERNEL, sigma.expand(-1, 2))
+    with torch.autocast(images.device.type, enabled=False):  # whose convolutions would round images to bf16
+        blurred = gaussian_blur2d(images, _BLUR_KERNEL, sigma.expand(-1, 2))
     return torch.where((draws[:, 5] < config.blur_probability).view(-1, 1, 1, 1), blurred, images).clamp(0, 1)

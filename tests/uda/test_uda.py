@@ -78,6 +78,14 @@ def test_strong_augment_of_a_sample_does_not_depend_on_its_batch():
     assert together.min() >= 0 and together.max() <= 1 and not torch.equal(together, images)
 
 
+def test_strong_augment_is_fp32_under_autocast():
+    images, draws = torch.rand(2, 3, 16, 16), torch.rand(2, NUM_DRAWS)
+    config = PhotometricConfig(blur_probability=1.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        under = strong_augment(images, draws, config)
+    assert torch.equal(under, strong_augment(images, draws, config))
+
+
 def test_strong_augment_with_probability_zero_changes_nothing():
     images = torch.rand(2, 3, 16, 16)
     config = PhotometricConfig(jitter_probability=0.0, blur_probability=0.0)
