@@ -233,7 +233,7 @@ def config_from(values: Any, *, where: str, overrides: Sequence[str] = ()) -> Co
         raise ValueError(f"{where}: not the settings of a run ({key} cannot be {str(value)[:80]!r}).")
     parsed = _parsed(overrides)
     try:
-        plain = _as_it_is(settings.with_typed_keys(values, Config))
+        plain = _as_it_is(settings.with_typed_keys(_of_this_version(values), Config))
         config = OmegaConf.merge(OmegaConf.structured(Config), plain)
         for override in parsed:
             if override.is_delete() or not re.fullmatch(r"[\w.$-]+", override.get_key_element().lstrip("+")):
@@ -242,6 +242,14 @@ def config_from(values: Any, *, where: str, overrides: Sequence[str] = ()) -> Co
         return OmegaConf.to_object(config)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         raise ValueError(f"{where}: not the settings of a run ({_one_line(error)}).") from error
+
+
+def _of_this_version(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Saved values with what earlier versions wrote of another type: `engine.compile` was true or false."""
+    engine = values.get("engine")
+    if not isinstance(engine, Mapping) or not isinstance(engine.get("compile"), bool):
+        return values
+    return {**values, "engine": {**engine, "compile": "whole" if engine["compile"] else "none"}}
 
 
 def differences(old: Config, new: Config) -> list[str]:

@@ -151,3 +151,11 @@ def test_whatever_a_line_becomes_is_settings_or_a_refusal(tmp_path: Path, place:
         assert isinstance(read_config(path), Config)
     except ValueError as error:
         assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize(("saved", "read"), [(False, "none"), (True, "whole"), ("auto", "auto")])
+def test_settings_of_an_earlier_version_are_read(tmp_path: Path, saved: Any, read: str):
+    values = to_dict(Config())
+    values["engine"]["compile"] = saved
+    (tmp_path / "config.yaml").write_text(json.dumps(values))
+    assert read_config(tmp_path / "config.yaml").engine.compile.value == read

@@ -1,6 +1,6 @@
 """One domain's samples by their number: read, cropped, mapped to classes, and put together to micro-batches."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,12 +82,16 @@ class DomainStream:
         view: View,
         table: np.ndarray | None,
         on_error: OnError = OnError["raise"],
+        noise: Mapping[str, tuple[int, ...]] | None = None,
     ) -> None:
-        """`table` maps train ids to class indices (`ClassSet.table`); with None, labels are never read."""
+        """`table` maps train ids to class indices (`ClassSet.table`); with None, labels are never read.
+
+        `noise`: shapes, by purpose, of normal noise that is drawn for each sample and handed out under that name.
+        """
         for part in parts:
             check_crop_fits(part, view.crop_size)
         self.name, self.parts, self.order, self.seed = name, list(parts), order, seed
-        self.view, self.table, self.on_error = view, table, on_error
+        self.view, self.table, self.on_error, self.noise = view, table, on_error, noise or {}
 
     def batch(self, numbers: Sequence[int]) -> MicroBatch:
         """The samples `numbers`; see `TrainingStream`. Raises BadSample, unless bad samples are replaced.
@@ -109,6 +113,8 @@ class DomainStream:
         batch["numbers"] = torch.tensor(list(numbers), dtype=torch.int64)
         if self.table is not None:
             batch["labels"] = labels
+        for purpose, shape in self.noise.items():
+            batch[purpose] = rng.normal(shape, seed=self.seed, purpose=purpose, numbers=batch["numbers"], device="cpu")
         return batch | {"replaced": [(sample.key, sample.shard, sample.what) for sample in bad]}
 
     def _fetch(self, draws: Sequence[Draw]) -> list[RawSample | BadSample]:

@@ -1,7 +1,8 @@
 """A batch's tensors side by side in one piece of memory, since each piece is fetched from a worker that is busy."""
 
 import errno
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -62,11 +63,18 @@ def unpack(packed: Packed) -> Batch:
     }
 
 
-def shared_bytes(config: DataConfig, *, micro_batch_size: int, num_held: int) -> int:
-    """The most shared memory that a rank's workers take, while the rank holds `num_held` of their batches."""
+def shared_bytes(
+    config: DataConfig, *, micro_batch_size: int, num_held: int, noise: Mapping[str, tuple[int, ...]] | None = None
+) -> int:
+    """The most shared memory that a rank's workers take, while the rank holds `num_held` of their batches.
+
+    `noise`: as `TrainingStream` takes it.
+    """
     height, width = config.crop_size
     sample = height * width * (3 + 1) + height + torch.int64.itemsize  # image, label, valid, number
     batch = 2 * (micro_batch_size * sample + 4 * ALIGNMENT)  # of two domains
+    for shape in (noise or {}).values():
+        batch += micro_batch_size * math.prod(shape) * torch.float32.itemsize + ALIGNMENT
     num_batches = NUM_AHEAD * config.num_workers + num_held
     return (num_batches * batch + (config.num_workers + 1) * LOCKS_BYTES) if config.num_workers else 0
 

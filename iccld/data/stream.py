@@ -36,6 +36,7 @@ class TrainingStream:
     - `valid`: (B, H, 1) bool, False in the rows of the target's margins
     - `numbers`: (B,) int64 sample numbers, from which every later draw is keyed
     - `keys`: list of B names
+    - in the source, normal noise `(B, *shape)` float32 under each purpose of `noise`
 
     `counters` are this rank's sums since the start: samples drawn and replaced; requests, retries and bytes of the
     storage; hits and misses of the cache.
@@ -49,12 +50,16 @@ class TrainingStream:
         layout: BatchLayout,
         with_target: bool = True,
         target_labels: bool = False,
+        noise: Mapping[str, tuple[int, ...]] | None = None,
         report: Callable[[str], None] = say,
     ) -> None:
-        """`report` is told of every bad sample once. Raises ValueError where a set cannot be used."""
+        """`noise`: shapes, by purpose, of what is drawn for each sample beside the steps, in the loader's workers.
+
+        `report` is told of every bad sample once. Raises ValueError where a set cannot be used.
+        """
         self.config, self.layout, self.report = config, layout, report
         self.class_set = config.class_set.build()
-        self.domains = {"source": self._source(seed)}
+        self.domains = {"source": self._source(seed, noise)}
         if with_target and config.target.shards:
             self.domains["target"] = self._target(seed, target_labels)
         self._drawn = {f"{name}_{what}": 0 for name in self.domains for what in ("samples", "replaced")}
@@ -116,13 +121,14 @@ class TrainingStream:
                 f"allow a larger share."
             )
 
-    def _source(self, seed: int) -> DomainStream:
+    def _source(self, seed: int, noise: Mapping[str, tuple[int, ...]] | None) -> DomainStream:
         config = self.config
         view = View(self._crop_size(), config.flip, config.max_class_share, config.rare_class_min_pixels)
         parts = open_parts(config, "source", with_labels=True)
         order = domain_order(parts, config, seed=seed, rare_classes=config.rare_class_sampling)
         table = self.class_set.table()
-        return DomainStream("source", parts, order, seed=seed, view=view, table=table, on_error=config.on_error)
+        on_error = config.on_error
+        return DomainStream("source", parts, order, seed=seed, view=view, table=table, on_error=on_error, noise=noise)
 
     def _target(self, seed: int, with_labels: bool) -> DomainStream:
         config = self.config

@@ -13,13 +13,16 @@ import torch
 from iccld.config import Config, StageName
 from iccld.data.config import BatchLayout
 from iccld.data.stream import TrainingStream
+from iccld.models.blocks import LATENT_STRIDE
 from iccld.models.discriminator import Discriminator
 from iccld.models.iccld import ICCLD
+from iccld.models.latent import LatentKind
 from iccld.programs.checks import plan_of
 from iccld.programs.hand_off import handed_over
 from iccld.programs.micro_batch import Trials
 from iccld.runtime.engine import Engine
 from iccld.runtime.watchdog import Watchdog
+from iccld.stages import adversarial, segmentation
 from iccld.stages.adversarial import AdversarialStage, AdversaryInput
 from iccld.stages.base import Stage
 from iccld.stages.segmentation import SegmentationStage
@@ -43,7 +46,17 @@ def build_stream(name: StageName, config: Config, layout: BatchLayout) -> Traini
         layout=layout,
         with_target=name is StageName.stage2 or config.stage1.objective.adapt,
         target_labels=config.stage1.objective.target_labels,
+        noise=noise_of(name, config),
     )
+
+
+def noise_of(name: StageName, config: Config) -> dict[str, tuple[int, ...]]:
+    """The shapes, by purpose, of the noise that the stage adds to the latents of a micro-batch's samples."""
+    height, width = (-(-side // LATENT_STRIDE) for side in config.data.crop_size)
+    shape = (config.model.latent_channels, height, width)
+    if name is StageName.stage2:
+        return dict.fromkeys(adversarial.NOISE, shape)
+    return {segmentation.NOISE: shape} if config.model.latent is LatentKind.mask else {}
 
 
 def build_stage(name: StageName, config: Config, device: torch.device) -> Stage:

@@ -2,15 +2,16 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
-from iccld.config import Config
+from iccld.config import Config, StageName
 from iccld.data.config import OnError
 from iccld.data.parts import open_parts
 from iccld.data.shared_batch import shared_bytes
+from iccld.programs.building import noise_of
 from iccld.programs.checks import plan_of
 from iccld.runtime.engine import Engine
 from iccld.runtime.preemption import STOPPED_BY_WATCHDOG
@@ -32,12 +33,12 @@ def check_fitness(config: Config, engine: Engine) -> None:
     """Before the first stage. Call on every rank; what is wrong ends all of them, see `_refuse`."""
     if not config.preflight:
         return
-    run_dir = Path(config.run_dir)
+    run_dir, plans = Path(config.run_dir), {name: plan_of(name, config) for name in config.stages}
     checks: dict[str, Callable[[], None]] = {
         "device": partial(check_device, engine.device),
         "run_dir": partial(check_folder, run_dir, engine.rank),
         "shards": partial(_read_shards, config),
-        "shared_memory": partial(_share_memory, [plan_of(name, config) for name in config.stages], config, engine),
+        "shared_memory": partial(_share_memory, plans, config, engine),
         "collective": partial(check_collective, engine.device, engine),
     }
     _refuse(preflight(checks, engine), run_dir, engine)
@@ -52,7 +53,7 @@ def check_room(stage: Stage, plan: TrainerConfig, config: Config, engine: Engine
     check = partial(check_space, run_dir / stage.name / "checkpoints", size)
     checks = {
         "disk": check if engine.is_main else lambda: None,
-        "shared_memory": partial(_share_memory, [plan], config, engine),
+        "shared_memory": partial(_share_memory, {StageName(stage.name): plan}, config, engine),
     }
     _refuse(preflight(checks, engine), run_dir, engine)
 
@@ -75,15 +76,16 @@ def _read_shards(config: Config) -> None:
                         part.reader.read(position, with_labels=with_labels)
 
 
-def _share_memory(plans: Iterable[TrainerConfig], config: Config, engine: Engine) -> None:
+def _share_memory(plans: Mapping[StageName, TrainerConfig], config: Config, engine: Engine) -> None:
     """On the first rank of a node, what the loader workers of all its ranks hold at once."""
     needed = [
         shared_bytes(
             config.data,
             micro_batch_size=plan.chosen_micro_batch_size,
             num_held=plan.num_accumulation(engine.world_size),
+            noise=noise_of(name, config),
         )
-        for plan in plans
+        for name, plan in plans.items()
     ]
     if os.environ.get("LOCAL_RANK", "0") == "0" and any(needed):
         check_shared_memory(max(needed) * int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 
-from iccld.config import Config
+from iccld.config import Config, StageName
 from iccld.data.config import BatchLayout
+from iccld.programs.building import noise_of
 from iccld.runtime.flops import StepFlops, count_step
 from iccld.stages.base import Stage
 
@@ -31,6 +32,9 @@ def synthetic_batch(config: Config, numbers: Sequence[int]) -> dict[str, Any]:
             "keys": [str(number) for number in numbers],
             "numbers": torch.tensor(list(numbers), dtype=torch.int64),
         }
+    for name in StageName:
+        for purpose, shape in noise_of(name, config).items():
+            batch["source"][purpose] = torch.randn(len(numbers), *shape)
     return batch
 
 

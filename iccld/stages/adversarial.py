@@ -24,13 +24,15 @@ from iccld.models.encoder import EncoderOutput
 from iccld.models.iccld import ICCLD
 from iccld.models.latent import latent_pair
 from iccld.models.model_card import ModelStage
-from iccld.stages.base import Stage, StageInputs, StageOutput, decayed_groups, pair, to_float
+from iccld.stages.base import Stage, StageInputs, StageOutput, decayed_groups, keyed_noise, pair, to_float
 from iccld.uda.classmix import class_mask, paste
 from iccld.uda.ema_profile import EmaProfileConfig
 from iccld.uda.photometric import NUM_DRAWS, PhotometricConfig, strong_augment
 from iccld.uda.teacher import Teacher
 
 DOMAINS = ("source", "target", "mixed")
+NOISE = tuple(f"noise {domain}" for domain in DOMAINS)
+"""The purposes of its noise; that of all three is keyed by the source's numbers."""
 NUM_TIMESTEP_BINS = 4
 
 
@@ -144,12 +146,8 @@ class AdversarialStage(Stage):
         num_steps = len(self.model.alpha_bar)
         t = torch.cat([self._uniform(1, f"timestep {domain}", numbers)[:, 0] for domain in DOMAINS])
         t = rng.to_device((t * num_steps).long(), device)
-        noise = torch.cat(
-            [
-                rng.normal(z_0.shape[1:], seed=self.seed, purpose=f"noise {domain}", numbers=numbers, device=device)
-                for domain in DOMAINS
-            ]
-        )
+        shape = z_0.shape[1:]
+        noise = torch.cat([keyed_noise(batch["source"], purpose, shape, seed=self.seed) for purpose in NOISE])
         domains = torch.arange(3, device=device).repeat_interleave(len(numbers))
         # Filled on the device: a tensor made from the host's numbers is a copy that the host waits for.
         weights = self.config.domain_weights

@@ -1,12 +1,13 @@
 """The stage contract: what a trainer needs to know of a stage, and nothing more. A third stage is one new file."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from iccld import rng
 from iccld.models.iccld import ICCLD
 from iccld.uda.ema_profile import EmaProfileConfig, PowerAverages
 from iccld.uda.teacher import Teacher
@@ -99,6 +100,14 @@ def decayed_groups(
     plain = [p for name, p in trainable if p.dim() <= 1 or "position" in name]
     groups = [(decayed, weight_decay), (plain, 0.0)]
     return [{"params": p, "lr": learning_rate, "weight_decay": decay, **options} for p, decay in groups if p]
+
+
+def keyed_noise(domain: Mapping[str, Any], purpose: str, shape: Sequence[int], *, seed: int) -> Tensor:
+    """Normal noise of a domain's samples, `(B, *shape)` float32: as the stream has drawn it, or else drawn here."""
+    if purpose in domain:
+        return domain[purpose]
+    device = domain["images"].device
+    return rng.normal(tuple(shape), seed=seed, purpose=purpose, numbers=domain["numbers"], device=device)
 
 
 def to_float(images: Tensor) -> Tensor:

@@ -16,13 +16,16 @@ from iccld.losses import feature_distance, weighted_cross_entropy
 from iccld.models.encoder import Encoder
 from iccld.models.iccld import ICCLD
 from iccld.models.latent import channel_moments, raw_latent_pair
-from iccld.stages.base import Stage, StageInputs, StageOutput, decayed_groups, pair, to_float
+from iccld.stages.base import Stage, StageInputs, StageOutput, decayed_groups, keyed_noise, pair, to_float
 from iccld.uda.classmix import class_mask, paste
 from iccld.uda.ema_profile import EmaProfileConfig
 from iccld.uda.masking import block_mask
 from iccld.uda.photometric import NUM_DRAWS, PhotometricConfig, strong_augment
 from iccld.uda.pseudo_labels import PseudoLabels, pseudo_labels
 from iccld.uda.teacher import Teacher
+
+NOISE = "mask latent noise"
+"""The purpose of the noise on the mask's latent."""
 
 
 @dataclass
@@ -193,7 +196,7 @@ class SegmentationStage(Stage):
         labels, numbers = source["labels"], source["numbers"]
         shape = (self.model.config.latent_channels, labels.shape[1] // 8, labels.shape[2] // 8)
         drop = rng.uniform(1, seed=self.seed, purpose="connection drop", numbers=numbers)[:, 0]
-        noise = rng.normal(shape, seed=self.seed, purpose="mask latent noise", numbers=numbers, device=labels.device)
+        noise = keyed_noise(source, NOISE, shape, seed=self.seed)
         keep = rng.to_device(drop >= self.config.mask_latent_drop, labels.device)
         return {"mask_latent_noise": noise, "mask_latent_keep": keep}
 

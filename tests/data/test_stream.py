@@ -22,14 +22,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from iccld import rng
 from iccld.data.config import BatchLayout, DataConfig, DatasetConfig, SetConfig
 from iccld.data.stream import Batch, TrainingStream
 from iccld.data.workers import MAX_TEMPORARY, WorkerDied
 from tests.data.factory import CROP, GLOBAL_BATCH_SIZE, config, layout
 
+NOISE = {"noise": (2, 3)}
+
 
 def micro_batches(config: DataConfig, layout: BatchLayout, start_step: int, num_steps: int) -> list[Batch]:
-    with contextlib.closing(TrainingStream(config, seed=5, layout=layout).batches(start_step)) as stream:
+    with contextlib.closing(TrainingStream(config, seed=5, layout=layout, noise=NOISE).batches(start_step)) as stream:
         return list(itertools.islice(stream, num_steps * layout.num_accumulation))
 
 
@@ -37,7 +40,7 @@ def samples(batch: Batch) -> Iterator[tuple[tuple[str, int], tuple[Any, ...]]]:
     """(domain, number) to everything else about each sample of a batch."""
     for domain, part in batch.items():
         for j, number in enumerate(part["numbers"].tolist()):
-            arrays = [part[name][j].numpy().tobytes() for name in ("images", "labels", "valid") if name in part]
+            arrays = [part[name][j].numpy().tobytes() for name in ("images", "labels", "valid", *NOISE) if name in part]
             yield (domain, number), (part["keys"][j], *arrays)
 
 
@@ -55,7 +58,7 @@ def test_shapes_and_types(folders: dict[str, str]) -> None:
     (batch,) = micro_batches(config(folders), layout(), 0, 1)
     assert set(batch) == {"source", "target"}
     source, target = batch["source"], batch["target"]
-    assert set(source) == {"images", "labels", "valid", "numbers", "keys"}
+    assert set(source) == {"images", "labels", "valid", "numbers", "keys", *NOISE}
     assert set(target) == {"images", "valid", "numbers", "keys"}
     for part in (source, target):
         assert (part["images"].shape, part["images"].dtype) == ((8, 3, *CROP), torch.uint8)
@@ -63,6 +66,8 @@ def test_shapes_and_types(folders: dict[str, str]) -> None:
         assert (part["numbers"].dtype, part["numbers"].tolist()) == (torch.int64, list(range(8)))
         assert len(part["keys"]) == 8 and isinstance(part["keys"][0], str)
     assert (source["labels"].shape, source["labels"].dtype) == ((8, *CROP), torch.uint8)
+    drawn = rng.normal((2, 3), seed=5, purpose="noise", numbers=source["numbers"], device="cpu")
+    assert torch.equal(source["noise"], drawn)
 
 
 @pytest.fixture(scope="module")
