@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from iccld.durable import is_real_folder, make_folder, remove_tree, scratch_folder, sync, write_whole
 from iccld.outcome import Interrupted
@@ -28,6 +27,7 @@ from iccld.runtime.ending import await_at_the_end
 from iccld.runtime.manifest import Checkpoint, CheckpointError, DamagedError, ForeignFormatError, verify, write_manifest
 from iccld.runtime.pieces import Run, join_tables, write_runs
 
+ALIGNMENT = 64  # bytes
 FOLDER = re.compile(r"step_\d{8}")
 SCRATCH = re.compile(r"step_\d{8}(\.[0-9a-f]{8})?\.tmp")
 FILE = re.compile(r"rank_\d{5}\.safetensors|\.?manifest\.json(\..*tmp)?")
@@ -83,7 +83,7 @@ class CheckpointStore:
         self._newest_saved: int | None = None
         self._damaged: set[str] = set()  # what rank 0 found so
         self._said: set[str] = set()
-        self._buffers: dict[str, Tensor] = {}
+        self._memory = torch.empty(0, dtype=torch.uint8)
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._saving: Future[None] | None = None
 
@@ -114,16 +114,21 @@ class CheckpointStore:
             saving.result()
 
     def _to_host(self, runs: Mapping[str, Run]) -> dict[str, Run]:
-        """A copy in buffers that are kept: touching fresh memory costs more than the copy."""
+        """A copy in memory that is kept: touching fresh memory costs more than the copy.
+
+        It is one piece, since pinned memory is given out in powers of two.
+        """
+        sizes = [-(-run.data.nbytes // ALIGNMENT) * ALIGNMENT for run in runs.values()]
+        on_device = any(run.data.is_cuda for run in runs.values())
+        if len(self._memory) < sum(sizes):
+            self._memory = torch.empty(0, dtype=torch.uint8)  # the smaller one is given back first
+            self._memory = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=on_device)
         held = {}
-        for name, run in runs.items():
-            buffer = self._buffers.get(name)
-            if buffer is None or buffer.shape != run.data.shape or buffer.dtype != run.data.dtype:
-                buffer = torch.empty(run.data.shape, dtype=run.data.dtype, pin_memory=run.data.is_cuda)
-                self._buffers[name] = buffer
-            buffer.copy_(run.data, non_blocking=True)
-            held[name] = Run(run.shape, run.start, buffer)
-        if any(run.data.is_cuda for run in runs.values()):
+        for (name, run), piece in zip(runs.items(), self._memory[: sum(sizes)].split(sizes), strict=True):
+            copy = piece[: run.data.nbytes].view(run.data.dtype).view(run.data.shape)
+            copy.copy_(run.data, non_blocking=True)
+            held[name] = Run(run.shape, run.start, copy)
+        if on_device:
             torch.cuda.current_stream().synchronize()
         return held
 

@@ -64,6 +64,26 @@ def test_a_background_save_keeps_what_was_when_it_was_asked_for(tmp_path: Path):
     assert checkpoint and torch.equal(checkpoint.reader.tensor("module/weight"), torch.full((1_000_000,), 3.0))
 
 
+def test_tensors_of_all_kinds_go_through_one_piece_of_memory_that_is_kept(tmp_path: Path):
+    """On a GPU it is pinned, which gives memory out in powers of two: of each piece, up to a half is lost."""
+    checkpoints, places = store(tmp_path, asynchronous=True), set()
+    for step, last in ((1, 7), (2, 7), (3, 1)):
+        tensors = {
+            "a": torch.randn(7, 3).bfloat16(),
+            "b": torch.tensor([step]),
+            "c": torch.rand(5) > 0.5,
+            "d": torch.empty(0),
+            "e": torch.randn(last, 5, dtype=torch.float64),
+        }
+        checkpoints.save(step, {name: whole(tensor) for name, tensor in tensors.items()}, ABOUT)
+        checkpoints.wait()
+        checkpoint = checkpoints.newest()
+        assert checkpoint and checkpoint.step == step
+        assert all(torch.equal(checkpoint.reader.tensor(name), tensor) for name, tensor in tensors.items())
+        places.add(checkpoints._memory.data_ptr())
+    assert len(places) == 1
+
+
 def test_a_background_save_that_failed_is_reported_by_the_next(tmp_path: Path, small_disk: Path):
     checkpoints = store(small_disk, asynchronous=True)
     save(checkpoints, 1)
