@@ -9,7 +9,7 @@ python=python3
 [ -x .venv/bin/python ] && python=.venv/bin/python
 
 binary="hjson diffusers kornia kornia_rs pydantic pydantic_core annotated-types typing-inspection xformers simplejpeg
-    zlib-ng hydra-core omegaconf webdataset braceexpand importlib_metadata tenacity"
+    zlib-ng hydra-core omegaconf webdataset braceexpand importlib_metadata tenacity requests urllib3 charset-normalizer einops msgpack py-cpuinfo"
 source="deepspeed antlr4-python3-runtime"
 pinned() { for name in "$@"; do grep -i "^${name//[-_]/[-_]}==" tools/constraints.txt | sed 's/ .*//'; done; }
 

@@ -24,9 +24,10 @@ esac
 if [ "$group" = gpu ]; then # a bare GPU machine may have no package index, and lack what other tests need
     mapfile -t files < <(grep -rl --include="test_*.py" "@pytest.mark.gpu" tests | sort)
     for python in .venv/bin/python python3; do
-        if "$python" -m pytest -q --collect-only -m gpu "${files[@]}" >/dev/null 2>&1; then
+        if found=$("$python" -m pytest -q --collect-only -m gpu "${files[@]}" 2>&1); then
             exec "$python" -m pytest -m gpu "${files[@]}" "$@"
         fi
+        echo "test.sh: $python lacks something: $(grep "^E " <<<"$found" | tail -n 1)" >&2
     done
 fi
 source tools/setup.sh

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 from training_peers.attention import attention_figures
-from training_peers.denoisers import compare_denoisers
 from training_peers.sizes import SIZES, Ours, Size, config_of, make_stage, random_batch
 from training_peers.turns import NUM_WARMUP, seconds_of
 
@@ -42,6 +41,8 @@ def attention(folder: Path) -> dict[str, Any]:
 
 def denoiser(folder: Path) -> dict[str, Any]:
     """The denoiser against diffusers' UNet of as many parameters, eager and compiled."""
+    from training_peers.denoisers import compare_denoisers  # the other parts need no diffusers
+
     del folder
     kinds = {"eager": False, "compiled": True} if torch.cuda.is_available() else {"eager": False}
     return {kind: compare_denoisers(size_here(), device_here(), compiled=on) for kind, on in kinds.items()}

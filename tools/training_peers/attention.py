@@ -4,12 +4,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from training_peers.denoisers import DOMAINS
 from training_peers.sizes import Size, config_of
 from training_peers.turns import ratio_of, take_turns
 
 from iccld.models.attention import AttentionBackend, attention, check_backend
 from iccld.models.blocks import LATENT_STRIDE
+from iccld.stages.adversarial import DOMAINS
 
 TOLERANCE = 2e-2  # of bf16 results, relative to the largest
 
@@ -29,7 +29,12 @@ def compare_attention(size: Size, device: torch.device) -> dict[str, Any]:
     levels = {}
     for level in sorted({*config.attention_levels, config.num_levels - 1}):
         side = size.crop // LATENT_STRIDE // 2**level
-        shape = (DOMAINS * size.batch_size, side * side, config.channels[level] // config.head_dim, config.head_dim)
+        shape = (
+            len(DOMAINS) * size.batch_size,
+            side * side,
+            config.channels[level] // config.head_dim,
+            config.head_dim,
+        )
         levels[f"{side}x{side}"] = _compare(shape, device, rounds=size.rounds)
     ratios = torch.tensor([own["ratio"] for own in levels.values()])
     mean = float(ratios.log().mean().exp())

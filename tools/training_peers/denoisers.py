@@ -21,9 +21,9 @@ from training_peers.turns import ratio_of, take_turns
 
 from iccld.models.blocks import LATENT_STRIDE, ResidualBlock, group_norm
 from iccld.models.denoiser import Denoiser, DenoiserConfig
+from iccld.stages.adversarial import DOMAINS
 
 TOLERANCE = 0.02  # of the numbers of parameters
-DOMAINS = 3  # a step denoises source, target and mixed latents together
 
 
 def num_parameters(module: nn.Module) -> int:
@@ -94,7 +94,11 @@ class Pass:
 def contenders(size: Size, device: torch.device, *, compiled: bool) -> dict[str, Pass]:
     """Ours and theirs on equal inputs `(3B, C, h, w)`."""
     config = config_of(size).model
-    channels, side, batch = config.latent_channels, size.crop // LATENT_STRIDE, DOMAINS * size.batch_size
+    channels, side, batch = (
+        config.latent_channels,
+        size.crop // LATENT_STRIDE,
+        len(DOMAINS) * size.batch_size,
+    )  # denoised together
     torch.manual_seed(0)
     z_t, condition, noise = (torch.randn(batch, channels, side, side).to(device) for _ in range(3))
     inputs = (z_t, torch.randint(0, 1000, (batch,)).to(device), condition, noise)

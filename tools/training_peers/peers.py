@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from training_peers.denoisers import DOMAINS
 
 from iccld.diffusion import add_noise
 from iccld.labels import IGNORE_INDEX
@@ -18,7 +17,7 @@ from iccld.losses import domain_confusion, domain_cross_entropy, noise_mse, weig
 from iccld.models.blocks import LATENT_STRIDE
 from iccld.models.latent import latent_pair
 from iccld.runtime.prefetch import map_tensors
-from iccld.stages.adversarial import AdversarialStage
+from iccld.stages.adversarial import DOMAINS, AdversarialStage
 from iccld.stages.segmentation import SegmentationStage
 from iccld.uda.classmix import class_mask, paste
 from iccld.uda.photometric import NUM_DRAWS, strong_augment
@@ -62,7 +61,7 @@ class TwoOptimisers:
 
     def draw(self) -> AdversarialDraws:
         images = self.batch["source"]["images"]
-        count, device = DOMAINS * len(images), images.device
+        count, device = len(DOMAINS) * len(images), images.device
         sides = [side // LATENT_STRIDE for side in images.shape[-2:]]
         return AdversarialDraws(
             torch.rand(len(images), self.model.num_classes, device=device),
@@ -104,7 +103,7 @@ class TwoOptimisers:
             z_0, condition = latent_pair(
                 self.model, clean=self.model.encoder(clean).latent, strong_images=strong, labels=labels
             )
-        domains = torch.arange(DOMAINS, device=clean.device).repeat_interleave(len(source))
+        domains = torch.arange(len(DOMAINS), device=clean.device).repeat_interleave(len(source))
         return add_noise(z_0, draws.noise, draws.t, self.model.alpha_bar), condition, domains
 
     @torch.no_grad()
