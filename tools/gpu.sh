@@ -3,7 +3,8 @@
 #     bash tools/gpu.sh FOLDER                             all parts; at most 8 files in FOLDER, one written after each part
 #     ONLY="tests stage1" bash tools/gpu.sh FOLDER         some of them, again
 # The machine brings its own torch, accelerate and transformers. What else is needed lies in .wheels/, where
-# `bash tools/gpu_wheels.sh` has put it on a machine with a package index; without that folder, what is installed is used.
+# `bash tools/gpu_wheels.sh` has put it on a machine with a package index; with a .venv or without that folder, what is
+# installed is used.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 folder=${1:?usage: bash tools/gpu.sh FOLDER}
@@ -12,7 +13,7 @@ python=python3
 [ -x .venv/bin/python ] && python=.venv/bin/python
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
-if compgen -G ".wheels/*.whl" >/dev/null; then
+if [ "$python" = python3 ] && compgen -G ".wheels/*.whl" >/dev/null; then
     "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$scratch/site" .wheels/*.whl
     export PYTHONPATH="$scratch/site${PYTHONPATH:+:$PYTHONPATH}"
     # xformers is built for CUDA 12: on a machine with CUDA 13 its library finds the older runtime here.

@@ -14,5 +14,9 @@ def suite(folder: Path) -> dict[str, Any]:
     command = ["bash", "tools/test.sh", "gpu", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     log.write_text(done.stdout + done.stderr)
-    counts = {word: int(count) for count, word in re.findall(r"(\d+) (passed|failed|skipped|error)", done.stdout)}
-    return {**counts, "status": done.returncode, "failures": re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.M)}
+    counts: dict[str, Any] = {
+        word: int(count) for count, word in re.findall(r"(\d+) (passed|failed|skipped|error)", done.stdout)
+    }
+    if done.returncode:
+        counts["failed"] = re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.M) or done.stderr[-500:]
+    return counts

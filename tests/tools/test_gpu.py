@@ -1,0 +1,47 @@
+"""The GPU programme: each part apart, within its limit, and its figures kept as soon as it ends."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import gpu
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(folder: Path, *, only: str = "", timeout_s: float) -> subprocess.CompletedProcess[str]:
+    command = ["bash", "tools/gpu.sh", str(folder)]
+    environment = os.environ | {"ONLY": only}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout_s)
+
+
+def test_chosen_parts_are_added_to_those_of_an_earlier_call(tmp_path: Path) -> None:
+    (tmp_path / "gpu.json").write_text(json.dumps({"stage1": {"eager": {"mfu": 0.5}}}))
+    done = run(tmp_path, only="limits attention", timeout_s=200)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "gpu.json").read_text())
+    assert figures["limits"]["versions"]["torch"] and "CUDA" in json.dumps(figures["attention"])
+    assert figures["stage1"]["eager"]["mfu"] == 0.5 and "eager.mfu" in done.stdout, "the table has all"
+
+
+def test_a_part_that_takes_too_long_is_said_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(gpu.PARTS, "correctness", gpu.PARTS["correctness"]._replace(limit_s=1))
+    figures = gpu.run_apart("correctness", tmp_path)
+    assert "not over within" in figures["failed"] and not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_all_of_it_runs_at_toy_size(tmp_path: Path) -> None:
+    done = run(tmp_path, timeout_s=1800)
+    figures = json.loads((tmp_path / "gpu.json").read_text())
+    failed = {name: figures[name]["failed"] for name in gpu.PARTS if figures[name].get("failed")}
+    assert done.returncode == 0 and not failed, (failed, done.stderr[-2000:])
+    assert len(list(tmp_path.iterdir())) <= 8
+    correctness = figures["correctness"]
+    assert all(correctness[name]["same_bits"] for name in correctness if "_as_" in name)
+    assert all(correctness[name]["within"] for name in correctness if name.endswith("_losses"))
+    assert {"samples_per_s", "peak_gib", "flops"} <= figures["stage1"]["eager"].keys() & figures["stage2"][
+        "eager"
+    ].keys()
