@@ -65,7 +65,13 @@ def main() -> int:
         figures["date"] = datetime.now(UTC).strftime("%Y-%m-%d")
         path.write_text(json.dumps(figures, indent=1) + "\n")
     Console(width=120).print(summary(figures))
-    return int(any("failed" in figures[name] and figures[name]["failed"] for name in chosen.only))
+    return int(any(has_failed(figures[name]) for name in chosen.only))
+
+
+def has_failed(figures: Mapping[str, Any]) -> bool:
+    """Whether a part, or anything in it, says under `failed` what went wrong."""
+    inner = (value for value in figures.values() if isinstance(value, Mapping))
+    return bool(figures.get("failed")) or any(map(has_failed, inner))
 
 
 def run_here(name: str, folder: Path) -> int:

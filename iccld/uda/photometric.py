@@ -1,5 +1,6 @@
 """Strong photometric augmentation, in batch on the device, with keyed draws a sample. `B C H W` images in [0, 1]."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -51,6 +52,7 @@ def strong_augment(images: Tensor, draws: Tensor, config: PhotometricConfig) -> 
     jittered = adjust_saturation(jittered, 1 + spread[:, 2])
     jittered = adjust_hue(jittered, 2 * torch.pi * spread[:, 3])
     images = torch.where((draws[:, 0] < config.jitter_probability).view(-1, 1, 1, 1), jittered, images)
-    with torch.autocast(images.device.type, enabled=False):  # whose convolutions would round images to bf16
+    # Its convolutions would round images to bf16. On meta, where only shapes matter, there is no autocast.
+    with nullcontext() if images.is_meta else torch.autocast(images.device.type, enabled=False):
         blurred = gaussian_blur2d(images, _BLUR_KERNEL, sigma.expand(-1, 2))
     return torch.where((draws[:, 5] < config.blur_probability).view(-1, 1, 1, 1), blurred, images).clamp(0, 1)

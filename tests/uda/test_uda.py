@@ -84,6 +84,7 @@ def test_strong_augment_is_fp32_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         under = strong_augment(images, draws, config)
     assert torch.equal(under, strong_augment(images, draws, config))
+    assert strong_augment(images.to("meta"), draws, config).shape == images.shape
 
 
 def test_strong_augment_with_probability_zero_changes_nothing():
