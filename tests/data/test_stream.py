@@ -239,12 +239,15 @@ def test_a_folder_for_temporary_files_that_is_too_long_is_named(
 
 def test_no_process_is_left_of_a_killed_training(folders: dict[str, str]) -> None:
     """Neither workers nor the processes that multiprocessing starts beside them."""
-    code = "import sys; from tests.data.test_stream import *; with_worker({'source': sys.argv[1]}); time.sleep(60)"
-    training = subprocess.Popen([sys.executable, "-c", code, folders["source"]])
-    process = psutil.Process(training.pid)
-    while len(children := process.children(recursive=True)) < 3:
-        time.sleep(0.05)
-    time.sleep(1)
+    code = "import sys; from tests.data.test_stream import *; kept = with_worker({'source': sys.argv[1]})"
+    code += "; print(kept[1].pid, flush=True); time.sleep(60)"
+    command = [sys.executable, "-c", code, folders["source"]]
+    training = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert training.stdout
+    worker = int(training.stdout.readline())
+    children = psutil.Process(training.pid).children(recursive=True)
+    assert worker in {child.pid for child in children}
+    time.sleep(1)  # it has made its batches, and waits
     training.kill()
     training.wait()
     _gone, left = psutil.wait_procs(children, timeout=15)
