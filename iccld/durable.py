@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NoReturn
 
 from iccld.outcome import naming
 
@@ -214,10 +214,25 @@ def holds_only(files: str) -> Callable[[Path], bool]:
         return bool(name.fullmatch((path.with_name(cut_off[1]) if cut_off else path).as_posix()))
 
     def is_ours(folder: Path) -> bool:
-        found = (path for path in folder.rglob("*") if not is_real_folder(path))
+        try:
+            found = [path for path in walk(folder) if not is_real_folder(path)]
+        except OSError:  # what cannot be listed may hold anything
+            return False
         return is_real_folder(folder) and all(is_named(path.relative_to(folder)) for path in found)
 
     return is_ours
+
+
+def walk(folder: Path) -> Iterator[Path]:
+    """All that lies in a folder and those below it, without following links. Raises OSError where one cannot be listed,
+    which `Path.rglob` passes over.
+    """
+
+    def fail(error: OSError) -> NoReturn:
+        raise error
+
+    for parent, folders, files in os.walk(folder, onerror=fail):
+        yield from (Path(parent, name) for name in (*folders, *files))
 
 
 def scratch_folders(path: Path) -> list[Path]:

@@ -113,14 +113,12 @@ class Trainer:
 
     def _finish_save(self) -> None:
         """Wait for the save that runs while an error ends the training, which a failure of the save must not hide."""
-        failed_in = self.watchdog.phase_now
-        self.watchdog.phase("save")
-        try:
-            self.checkpoints.wait()
-        except Exception as error:
-            if self.engine.is_main:
-                say(words(error))
-        self.watchdog.phase(failed_in)  # which the other ranks name
+        with self.watchdog.aside("save"):  # the other ranks name the phase that failed
+            try:
+                self.checkpoints.wait()
+            except Exception as error:
+                if self.engine.is_main:
+                    say(words(error))
 
     def _run_steps(self, start_step: int, batches: Iterator[Mapping[str, Any]], num_accumulation: int) -> bool:
         engine, config = self.engine, self.config

@@ -26,6 +26,7 @@ from iccld.durable import (
     replacing,
     replacing_by_name,
     scratch_folder,
+    walk,
     write_whole,
 )
 
@@ -195,3 +196,20 @@ def test_a_name_of_the_greatest_length_can_be_written(tmp_path: Path):
     name = "ü" * 127
     write_whole(tmp_path / name, "own")
     assert (tmp_path / name).read_text() == "own"
+
+
+def test_a_folder_that_cannot_be_listed_is_not_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "a/closed").mkdir(parents=True)
+    (tmp_path / "a/b.json").touch()
+    assert holds_only(r"b\.json")(tmp_path / "a")
+    scandir = os.scandir
+
+    def listing(path: Any = ".") -> Any:  # rights do not bind root, who may run this
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", listing)
+    assert not holds_only(r"b\.json")(tmp_path / "a")
+    with pytest.raises(PermissionError):
+        list(walk(tmp_path / "a"))

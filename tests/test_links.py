@@ -255,15 +255,23 @@ def test_copies_of_checkpoints(
     check_no_link_is_followed(copy, start, tmp_path, kind, capsys)
 
 
+SBATCH = """#!/bin/sh
+for script; do :; done
+name=$(sed -n 's/^#SBATCH --job-name=//p' "$script")
+sed -n "s/^#SBATCH --output=//p" "$script" | sed "s/%x/$name/; s/%j/7/" | while read -r log; do echo said >>"$log"; done
+echo 7
+"""
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_submit(
     tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, scene_shards: Path
 ):
-    """With an sbatch that takes everything."""
+    """With an sbatch that takes everything, and a SLURM that opens the log as it would."""
     sbatch, start = tmp_path / "bin" / "sbatch", tmp_path / "start"
     for folder in (sbatch.parent, start):
         folder.mkdir()
-    sbatch.write_text("#!/bin/sh\necho 7\n")
+    sbatch.write_text(SBATCH)
     sbatch.chmod(0o755)
     monkeypatch.setenv("PATH", f"{sbatch.parent}:{os.environ['PATH']}")
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from iccld.programs.goodput import read_events
+from iccld.programs.results import read_results
 from iccld.reading import read_json, read_limited
 from iccld.runtime.manifest import MANIFEST, DamagedError, read_manifest
 
@@ -40,6 +41,7 @@ def test_what_is_no_json_is_named(tmp_path: Path, text: str) -> None:
 READERS = {
     "config": (lambda folder: read_limited(folder / "file"), "file"),
     "manifest": (read_manifest, MANIFEST),
+    "results": (lambda folder: read_results(folder / "results.json"), "results.json"),
     "events": (read_events, "events.jsonl"),
 }
 

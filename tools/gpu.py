@@ -69,9 +69,9 @@ def main() -> int:
 
 
 def has_failed(figures: Mapping[str, Any]) -> bool:
-    """Whether a part, or anything in it, says under `failed` what went wrong."""
+    """Whether a part, or anything in it, says under `failed` what went wrong, or is not `within` its tolerance."""
     inner = (value for value in figures.values() if isinstance(value, Mapping))
-    return bool(figures.get("failed")) or any(map(has_failed, inner))
+    return bool(figures.get("failed")) or figures.get("within") is False or any(map(has_failed, inner))
 
 
 def run_here(name: str, folder: Path) -> int:

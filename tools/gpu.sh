@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can show, on a machine without a network, in about 8 minutes:
+# Everything that only a GPU can show, on a machine without a network, in about 8 minutes (15 at most):
 #     bash tools/gpu.sh FOLDER                             all parts; at most 8 files in FOLDER, one written after each part
 #     ONLY="tests stage1" bash tools/gpu.sh FOLDER         some of them, again
 # The machine brings its own torch, accelerate and transformers. What else is needed lies in .wheels/, where

@@ -24,6 +24,7 @@ esac
 if [ "$group" = gpu ]; then # a bare GPU machine may have no package index, and lack what other tests need
     mapfile -t files < <(grep -rl --include="test_*.py" "@pytest.mark.gpu" tests | sort)
     for python in .venv/bin/python python3; do
+        [ -x "$(command -v "$python")" ] || continue
         if found=$("$python" -m pytest -q --collect-only -m gpu "${files[@]}" 2>&1); then
             exec "$python" -m pytest -m gpu "${files[@]}" "$@"
         fi

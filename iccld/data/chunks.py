@@ -25,6 +25,7 @@ from iccld.data.records import make_record, to_array
 from iccld.data.tars import Place, Problem, Unusable
 from iccld.data.work_folder import MAKING_FOLDER
 from iccld.durable import create, sync, write_whole
+from iccld.reading import MIB, read_json
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class ChunkPacker:
     def finished(self, number: int) -> ChunkReport | None:
         """The report of a chunk whose files are all whole, else None."""
         try:
-            content = json.loads(self._path(number, "json").read_bytes())
+            content = read_json(self._path(number, "json"), 64 * MIB)
             content["tars"] = [FileState(**tar) for tar in content["tars"]]
             content["records"] = FileState(**content["records"])
             content["problems"] = [Problem(**problem) for problem in content["problems"]]

@@ -30,6 +30,7 @@ from iccld.data.records import finish_index, join_records
 from iccld.data.tally import plain
 from iccld.data.work_folder import MAKING_FOLDER, alone_in, clear
 from iccld.durable import make_folder, refuse_links, write_whole
+from iccld.reading import read_json
 
 _NOT_CONTENT = ("output", "accept_bad", "mapping", "num_workers")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
@@ -163,7 +164,9 @@ def _prepare(output: Path, making: Path, settings: dict[str, Any], pairs: Sequen
     marker = making / "settings.json"
     state = {"settings": settings, "pairs": zlib.crc32("\n".join(pair.key for pair in pairs).encode())}
     if marker.is_file():
-        old = json.loads(marker.read_text())
+        old = read_json(marker)
+        if not isinstance(old, dict) or not isinstance(old.get("settings"), dict):
+            raise ValueError(f"{marker} is not what it should be; remove {output} to make the shards anew.")
         _check_same(old["settings"], settings, output)
         if old == state:
             for path in making.glob("*.tmp"):

@@ -193,7 +193,7 @@ class ICCLD(nn.Module):
         try:
             with torch.device("meta"):  # the shapes alone
                 shape = cls(config=config, num_classes=len(card.class_names), with_denoiser=wanted)
-        except ValueError:
+        except (ValueError, ImportError, MemoryError):
             raise
         except Exception as error:  # a backbone raises whatever its settings lead to
             what = " ".join(f"{type(error).__name__}: {error}".split())[:200]

@@ -91,8 +91,9 @@ def read_card(folder: Path) -> ModelCard:
 
 
 def _read_json(path: Path) -> Any:
+    data = read_limited(path, MAX_BYTES)
     try:
-        return json.loads(read_limited(path, MAX_BYTES), object_pairs_hook=_once)
+        return json.loads(data, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}); export the model again.") from error
 

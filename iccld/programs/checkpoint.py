@@ -20,7 +20,7 @@ from iccld.durable import scratch_folder, sync
 from iccld.models.iccld import ModelConfig
 from iccld.models.model_card import build, check_sizes
 from iccld.programs.building import build_stage
-from iccld.runtime.checkpoint import FOLDER, is_torn
+from iccld.runtime.checkpoint import FOLDER, is_torn, pointed_at
 from iccld.runtime.manifest import MANIFEST, Checkpoint, CheckpointError, read_manifest, verify, write_manifest
 from iccld.runtime.pieces import Run, join_tables, share_out, write_runs
 from iccld.stages.base import Stage
@@ -49,8 +49,7 @@ def list_checkpoints(folder: Path) -> int:
     table = Table("stage", "step", "GiB", "written by", "files", "state")
     whole = True
     for path in _checkpoints(folder):
-        latest = path.parent / "latest"
-        marks = ["latest"] if latest.is_file() and latest.read_text(errors="replace").strip() == path.name else []
+        marks = ["latest"] if pointed_at(path.parent) == path.name else []
         try:
             manifest = read_manifest(path)
         except CheckpointError as error:

@@ -22,7 +22,7 @@ import torch
 from iccld.config import Config
 from iccld.programs.out_of_memory import explained_out_of_memory
 from iccld.runtime import memory
-from iccld.runtime.checkpoint import FOLDER
+from iccld.runtime.checkpoint import FOLDER, pointed_at
 from iccld.runtime.engine import Engine, EngineKind
 from iccld.runtime.manifest import read_manifest
 from iccld.runtime.micro_batch import AUTO, divisors, largest_by_line, largest_by_trial
@@ -131,7 +131,7 @@ def _number_before(folder: Path, plan: TrainerConfig, trials: Trials) -> int:
     """That of the newest checkpoint, if it was made as this run goes on; else 0."""
     engine, model = trials.engine, trials.config.model
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        name = (folder / "checkpoints" / "latest").read_text().strip()
+        name = pointed_at(folder / "checkpoints")
         manifest = read_manifest(folder / "checkpoints" / name) if FOLDER.fullmatch(name) else {}
         layout, parts = manifest["layout"], manifest["config"]["model"]
         kept = [parts[part].get("activation_checkpointing", False) for part in ("encoder", "denoiser")]

@@ -4,6 +4,7 @@ Each configured stage is trained for some steps, as `iccld train` would, from fr
 but the report: `RUN_DIR/profile/stage1/` with profile.json, profile.png and a trace of a few steps of every rank.
 """
 
+import os
 import shutil
 import tempfile
 from argparse import Namespace
@@ -31,6 +32,7 @@ from iccld.programs.roofline import roofline, work_by_part
 from iccld.programs.synthetic import flops_per_sample, synthetic_batch, synthetic_batches
 from iccld.runtime import memory
 from iccld.runtime.engine import Engine
+from iccld.runtime.open_files import check_open_files
 from iccld.runtime.peak_flops import wait_for
 from iccld.runtime.profiling import OVERLAPPED, PhaseTimer, Ranges
 from iccld.runtime.watchdog import Watchdog
@@ -68,6 +70,7 @@ def run(arguments: Namespace) -> int:
     output = arguments.output or Path(config.run_dir) / "profile"
     make_folder(output, within=arguments.output or Path(config.run_dir))
     own = replace(config, run_dir=str(output))  # whatever is written down is no part of the run
+    check_open_files(num_workers=config.data.num_workers, world_size=int(os.environ.get("WORLD_SIZE") or 1))
     with Engine(config.engine) as engine, watch(own, engine) as watchdog:
         if not options.synthetic:
             check_settings(config, engine)
@@ -137,7 +140,7 @@ def _run(
     """What this rank measures in the last steps of the stage: nothing is left out there."""
     first, layout = plan.num_steps - options.num_all, layout_of(plan, engine)
     if options.synthetic:
-        made: Any = nullcontext(synthetic_batches(config, layout, first))
+        made: Any = nullcontext(synthetic_batches(StageName(stage.name), config, layout, first))
     else:
         made = closing(build_stream(StageName(stage.name), config, layout).batches(first))
     with made as batches:

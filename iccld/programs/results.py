@@ -21,6 +21,7 @@ from iccld.config import Config, StageName, Weights, read_config
 from iccld.data.storage import without_secrets
 from iccld.durable import file_checksum
 from iccld.models.model_card import WEIGHTS_NAME
+from iccld.reading import MIB, read_json
 
 OF_NO_CONSEQUENCE = ("models", "batch_size")
 """What may differ between two evaluations that are the same: the weights are known by their checksum."""
@@ -89,7 +90,7 @@ def _free(path: Path) -> Path:
 def read_results(path: Path) -> dict[str, Any]:
     """The scores by stage, and `about`. Raises ValueError for a file that holds none."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path, 64 * MIB)
     except ValueError as error:
         raise ValueError(f"{path} holds no scores ({error}); remove it, and evaluate again.") from error
     if not isinstance(found, dict):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from iccld import __version__
-from iccld.durable import make_folder, write_whole
+from iccld.durable import NotOursError, is_plain, make_folder, write_whole
 from iccld.reading import write_secrets
 from iccld.slurm.config import SETTINGS, SubmitConfig, Work
 from iccld.slurm.history import failing_nodes, lead_time_s
@@ -95,6 +95,8 @@ def _prepare(work: Work) -> None:
     run_dir = Path(work.run_dir)
     for folder in ("logs", "slurm", "code"):
         make_folder(run_dir / folder, within=run_dir)
+    if strange := next((path for path in (run_dir / "logs").iterdir() if not is_plain(path)), None):
+        raise NotOursError(f"{strange} is no file of its own, and SLURM would write a job's log through it; remove it.")
     copy_code(run_dir / "code")
     write_whole(run_dir / "code_version.txt", code_version(__version__))
 

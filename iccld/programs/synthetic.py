@@ -1,6 +1,6 @@
 """Batches without data, of the shapes that the experiment's have: what a step costs is in the shapes."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +14,13 @@ from iccld.stages.base import Stage
 BLOCK = 16  # pixels; one class each, so that there is something to paste
 
 
-def synthetic_batch(config: Config, numbers: Sequence[int]) -> dict[str, Any]:
-    """A micro-batch of these samples as the stream gives it: images of noise, labels in blocks."""
+def synthetic_batch(
+    config: Config, numbers: Sequence[int], *, noise: Mapping[str, tuple[int, ...]] | None = None
+) -> dict[str, Any]:
+    """A micro-batch of these samples as the stream gives it: images of noise, labels in blocks.
+
+    `noise`: as `TrainingStream` takes it; without it, a stage draws its own.
+    """
     height, width = config.data.crop_size
     num_classes = config.data.class_set.build().num_classes
     batch: dict[str, Any] = {}
@@ -32,15 +37,17 @@ def synthetic_batch(config: Config, numbers: Sequence[int]) -> dict[str, Any]:
             "keys": [str(number) for number in numbers],
             "numbers": torch.tensor(list(numbers), dtype=torch.int64),
         }
-    for name in StageName:
-        for purpose, shape in noise_of(name, config).items():
-            batch["source"][purpose] = torch.randn(len(numbers), *shape)
+    for purpose, shape in (noise or {}).items():
+        generator = torch.Generator().manual_seed(numbers[0])
+        batch["source"][purpose] = torch.randn(len(numbers), *shape, generator=generator)
     return batch
 
 
-def synthetic_batches(config: Config, layout: BatchLayout, start_step: int) -> Iterator[dict[str, Any]]:
-    """This rank's micro-batches, without end; they are made once, and their numbers go on."""
-    made = synthetic_batch(config, range(layout.micro_batch_size))
+def synthetic_batches(
+    name: StageName, config: Config, layout: BatchLayout, start_step: int
+) -> Iterator[dict[str, Any]]:
+    """This rank's micro-batches for a stage, without end; they are made once, and their numbers go on."""
+    made = synthetic_batch(config, range(layout.micro_batch_size), noise=noise_of(name, config))
     if torch.cuda.is_available():
         for domain in made.values():
             domain |= {name: value.pin_memory() for name, value in domain.items() if isinstance(value, torch.Tensor)}

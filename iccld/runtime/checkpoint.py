@@ -12,7 +12,7 @@ import contextlib
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -20,14 +20,17 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from iccld.durable import is_real_folder, make_folder, remove_tree, scratch_folder, sync, write_whole
 from iccld.outcome import Interrupted
+from iccld.reading import read_limited
 from iccld.runtime.ending import await_at_the_end
 from iccld.runtime.manifest import Checkpoint, CheckpointError, DamagedError, ForeignFormatError, verify, write_manifest
 from iccld.runtime.pieces import Run, join_tables, write_runs
 
 ALIGNMENT = 64  # bytes
+PIECE_BYTES = 1 << 28
 FOLDER = re.compile(r"step_\d{8}")
 SCRATCH = re.compile(r"step_\d{8}(\.[0-9a-f]{8})?\.tmp")
 FILE = re.compile(r"rank_\d{5}\.safetensors|\.?manifest\.json(\..*tmp)?")
@@ -83,7 +86,7 @@ class CheckpointStore:
         self._newest_saved: int | None = None
         self._damaged: set[str] = set()  # what rank 0 found so
         self._said: set[str] = set()
-        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._memory: list[Tensor] = []
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._saving: Future[None] | None = None
 
@@ -114,18 +117,14 @@ class CheckpointStore:
             saving.result()
 
     def _to_host(self, runs: Mapping[str, Run]) -> dict[str, Run]:
-        """A copy in memory that is kept: touching fresh memory costs more than the copy.
-
-        It is one piece, since pinned memory is given out in powers of two.
-        """
-        sizes = [-(-run.data.nbytes // ALIGNMENT) * ALIGNMENT for run in runs.values()]
+        """A copy in memory that is kept: touching fresh memory costs more than the copy."""
         on_device = any(run.data.is_cuda for run in runs.values())
-        if len(self._memory) < sum(sizes):
-            self._memory = torch.empty(0, dtype=torch.uint8)  # the smaller one is given back first
-            self._memory = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=on_device)
+        places, lengths = in_pieces([run.data.nbytes for run in runs.values()], length=PIECE_BYTES)
+        if [len(piece) for piece in self._memory] != lengths:
+            self._memory = [torch.empty(length, dtype=torch.uint8, pin_memory=on_device) for length in lengths]
         held = {}
-        for (name, run), piece in zip(runs.items(), self._memory[: sum(sizes)].split(sizes), strict=True):
-            copy = piece[: run.data.nbytes].view(run.data.dtype).view(run.data.shape)
+        for (name, run), (piece, begin) in zip(runs.items(), places, strict=True):
+            copy = self._memory[piece][begin:][: run.data.nbytes].view(run.data.dtype).view(run.data.shape)
             copy.copy_(run.data, non_blocking=True)
             held[name] = Run(run.shape, run.start, copy)
         if on_device:
@@ -213,7 +212,7 @@ class CheckpointStore:
     def _point_at(self, newest: Path) -> None:
         """Let `latest` name it, as it does not after a kill that came between the two, or after damage."""
         latest = self.folder / "latest"
-        if not latest.is_file() or latest.read_text(errors="replace").strip() != newest.name:
+        if pointed_at(self.folder) != newest.name:
             write_whole(latest, newest.name)
 
     def _find_newest(self) -> Checkpoint | None:
@@ -240,11 +239,40 @@ class CheckpointStore:
         return None
 
 
+def in_pieces(sizes: Sequence[int], *, length: int) -> tuple[list[tuple[int, int]], list[int]]:
+    """Where blocks of these sizes lie in pieces of memory, as (piece, first byte), and how long the pieces are.
+
+    A piece has at most `length` bytes, unless one block is larger.
+
+    Pinned memory is given out in powers of two: a piece for each block would take up to twice as much, and so would a
+    single piece.
+    """
+    places: list[tuple[int, int]] = []
+    lengths: list[int] = []
+    for size in sizes:
+        aligned = -(-size // ALIGNMENT) * ALIGNMENT
+        if not lengths or lengths[-1] + aligned > length:
+            lengths.append(0)
+        places.append((len(lengths) - 1, lengths[-1]))
+        lengths[-1] += aligned
+    return places, lengths
+
+
 def is_torn(scratch: Path) -> bool:
     """Whether it is a folder that holds nothing but what a save writes."""
-    return is_real_folder(scratch) and all(
-        FILE.fullmatch(path.name) and not path.is_dir() for path in scratch.iterdir()
-    )
+    try:
+        found = list(scratch.iterdir())
+    except OSError:  # what cannot be listed may hold anything
+        return False
+    return is_real_folder(scratch) and all(FILE.fullmatch(path.name) and not path.is_dir() for path in found)
+
+
+def pointed_at(checkpoints: Path) -> str:
+    """The name in `latest`; "" where there is none that can be read."""
+    try:
+        return read_limited(checkpoints / "latest").decode(errors="replace").strip()
+    except (OSError, ValueError):
+        return ""
 
 
 def _together(

@@ -40,7 +40,10 @@ def compile_in_place(networks: Iterable[nn.Module], how: Compile) -> None:
     if how is Compile.none:
         return
     import torch._dynamo  # takes seconds; only where something is compiled
+    import torch._inductor.config
 
+    # By itself it reads that from the environment, when it is imported.
+    torch._inductor.config.deterministic = torch.are_deterministic_algorithms_enabled()
     torch._dynamo.config.recompile_limit = GRAPHS_PER_FUNCTION
     if how is Compile.whole:
         for network in networks:

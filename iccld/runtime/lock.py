@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from iccld.durable import make_folder, open_lock
+from iccld.reading import read_limited
 
 BEAT_S = 2.0
 LEASE_S = 20.0  # as long as nothing but a crash, or a machine that stands still, keeps a beat from moving
@@ -126,7 +127,7 @@ def _name(record: str) -> str:
 
 def _read(path: Path) -> str:
     """The record; opened anew, since a network file system looks at the server when a file is opened."""
-    return path.read_bytes().decode(errors="replace").strip()
+    return read_limited(path).decode(errors="replace").strip()
 
 
 def _write(descriptor: int, record: str) -> None:

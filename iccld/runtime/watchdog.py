@@ -16,7 +16,7 @@ import faulthandler
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -90,6 +90,16 @@ class Watchdog:
     @property
     def phase_now(self) -> str:
         return self._place.phase
+
+    @contextlib.contextmanager
+    def aside(self, phase: str) -> Iterator[None]:
+        """Something that this rank does alone, after which it is where it was: ranks are told apart by their moves."""
+        place = self._place
+        self._place = place._replace(phase=phase, since=time.monotonic())
+        try:
+            yield
+        finally:
+            self._place = place._replace(since=time.monotonic())
 
     def tick(self) -> None:
         """Something was done within the phase."""
@@ -215,7 +225,7 @@ class Watchdog:
                 everybody = {rank: f"rank {rank} waits, as all do" for rank in range(self.world_size)}
                 self._note(causes or everybody, {**seen, self.rank: own})
             if self.rank in causes:  # those that have not waited as long meet a broken collective, and read this
-                self._write(ended=f"its watchdog stopped it after {own.in_phase_s:.0f} s in that phase")
+                self._write(ended=f"its watchdog ended it: {causes[self.rank]}")
             self._dump()
         if self.rank not in causes and self.world_size > 1:
             time.sleep(2 * self.config.beat_s)

@@ -6,6 +6,8 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
+from iccld.reading import MIB, read_limited
+
 FAILURES = 2  # of a node, after which no further job of the run is started on it
 UNKNOWN_LEAD_S = 300
 LONGEST_S = 86400.0  # of a save or a step that is believed
@@ -49,8 +51,8 @@ def _step_s(run_dir: Path) -> float:
 def _lines(path: Path) -> list[str]:
     """The lines of a file that may be gone, or torn by a crash."""
     try:
-        return path.read_text(errors="replace").splitlines() if path.is_file() else []
-    except OSError:
+        return read_limited(path, 256 * MIB).decode(errors="replace").splitlines()
+    except (OSError, ValueError):
         return []
 
 

@@ -82,7 +82,7 @@ progress() {
             [ ! -e "$stage/final" ] || echo -n "${stage}final "
         done
         for report in report/*; do [ ! -e "$report" ] || echo -n "$report "; done
-    )
+    ) | tr -cd 'A-Za-z0-9_./ -' # into logs, from a folder that others may have made
 }
 
 # Attempts since the newest checkpoint, those that failed and those that were cut short. What is written down at the

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from iccld.durable import (
@@ -18,6 +18,7 @@ from iccld.durable import (
     refuse_links,
     remove_tree,
     scratch_folder,
+    walk,
 )
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -25,7 +26,7 @@ EXTRAS = ("accelerate_configs",)  # beside the package, in a checkout
 
 COMPILED = "__pycache__"
 
-_holds_compiled = holds_only(r"[^/]+\.pyc(\.\d+)?")
+_holds_compiled = holds_only(r"[^/]+\.pyc(\.\d+)?|\.nfs[0-9a-f]+")
 _holds_code = holds_only(f"({'|'.join((PACKAGE.name, *EXTRAS))})/.+")
 
 LEFT_OVER_AFTER_S = 86_400.0
@@ -40,13 +41,9 @@ def code_files() -> Iterator[tuple[str, Path]]:
 
 
 def code_hash() -> str:
-    """A checksum of every file's name and content."""
-    return _hash(code_files())
-
-
-def _hash(files: Iterable[tuple[str, Path]]) -> str:
+    """The name of this state of the code, by every file's name and content."""
     digest = hashlib.sha256()
-    for name, path in files:
+    for name, path in code_files():
         content = path.read_bytes()
         digest.update(f"{name} {len(content)}\n".encode() + content)
     return digest.hexdigest()[:12]
@@ -59,7 +56,7 @@ def copy_code(folder: Path) -> Path:
     """
     target = folder / code_hash()
     refuse_links(target, within=folder)
-    if target.is_dir():
+    if target.is_dir() and any(target.iterdir()):
         _check_copy(target)
     else:
         scratch = scratch_folder(target, is_ours=_is_left_over)
@@ -72,27 +69,42 @@ def copy_code(folder: Path) -> Path:
             remove_tree(scratch)
             if not target.is_dir():
                 raise
+            _check_copy(target)
     return target
 
 
 def _check_copy(copy: Path) -> None:
-    """Refuse a copy with other files than this package's; what Python has compiled of it is deleted."""
-    caches = list(copy.rglob(COMPILED))
-    wanted = [name for name, _ in code_files()]
-    found = (path for path in copy.rglob("*") if COMPILED not in path.parts and not is_real_folder(path))
-    if (
-        not all(map(_holds_compiled, caches))
-        or {path.relative_to(copy).as_posix() for path in found} != set(wanted)
-        or not all(is_plain(copy / name) for name in wanted)
-        or _hash((name, copy / name) for name in wanted) != copy.name
-    ):
-        raise ValueError(f"{copy} is not a copy of this code, and a job would run it; remove that folder.")
+    """Refuse a copy with anything else than this package; what Python has compiled of it is deleted."""
+    caches = [path for path in copy.rglob(COMPILED) if is_real_folder(path)]
+    if strange := next(_strange(copy, caches), None):
+        raise ValueError(f"{strange} is not of this code, and a job would run it; remove {copy}.")
     for cache in caches:
         try:
             remove_tree(cache)
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.ENOENT):  # a job that starts compiles again
                 raise
+
+
+def _strange(copy: Path, caches: Collection[Path]) -> Iterator[Path]:
+    """What in a copy is not of this code, or cannot be listed or read."""
+    wanted = {copy / name: path for name, path in code_files()}
+    known = {*wanted, *caches, *(parent for path in wanted for parent in path.parents)}
+    yield from (cache for cache in caches if not _holds_compiled(cache))
+    try:
+        yield from (path for path in walk(copy) if path not in known and path.parent not in caches)
+    except OSError as error:
+        yield Path(error.filename)
+    yield from (path for path, own in wanted.items() if not _is_copy(path, of=own))
+
+
+def _is_copy(path: Path, *, of: Path) -> bool:
+    """Whether it is a file of its own, with the same bytes, that can be read."""
+    try:
+        same_size = is_plain(path) and path.stat().st_size == of.stat().st_size
+        return same_size and path.read_bytes() == of.read_bytes()
+    except PermissionError:
+        return False
 
 
 def _is_left_over(scratch: Path) -> bool:

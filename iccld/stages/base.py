@@ -1,4 +1,4 @@
-"""The stage contract: what a trainer needs to know of a stage, and nothing more. A third stage is one new file."""
+"""The stage contract: what a trainer needs to know of a stage, and nothing more."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence

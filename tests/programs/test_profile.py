@@ -11,8 +11,7 @@ import torch
 from iccld.cli import main
 from iccld.config import StageName, load_config
 from iccld.data.config import BatchLayout
-from iccld.data.stream import TrainingStream
-from iccld.programs.building import build_stage
+from iccld.programs.building import build_stage, build_stream
 from iccld.programs.synthetic import flops_per_sample, synthetic_batch, synthetic_batches
 from iccld.runtime.profiling import OUTSIDE, PHASES
 from tests.factory import scene_overrides
@@ -81,8 +80,8 @@ def test_batches_without_data(tmp_path: Path):
 def test_batches_without_data_are_shaped_as_the_stream_s(scene_shards: Path, tmp_path: Path):
     config = load_config(scene_overrides(scene_shards, tmp_path))
     layout = BatchLayout(global_batch_size=8, micro_batch_size=2, num_accumulation=2, rank=1, world_size=2)
-    made = synthetic_batches(config, layout, 3)
-    stream = TrainingStream(config.data, seed=0, layout=layout).batches(3)
+    made = synthetic_batches(StageName.stage2, config, layout, 3)
+    stream = build_stream(StageName.stage2, config, layout).batches(3)
     for _ in range(3):
         ours, theirs = next(made), next(stream)
         for name in ("source", "target"):

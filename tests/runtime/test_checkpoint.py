@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from iccld.durable import file_checksum
-from iccld.runtime.checkpoint import CheckpointConfig, CheckpointStore
+from iccld.models.denoiser import Denoiser, DenoiserConfig
+from iccld.runtime.checkpoint import ALIGNMENT, PIECE_BYTES, CheckpointConfig, CheckpointStore, in_pieces
 from iccld.runtime.manifest import CheckpointError, DamagedError, ForeignFormatError, verify, write_manifest
 from iccld.runtime.pieces import whole
 
@@ -64,23 +67,44 @@ def test_a_background_save_keeps_what_was_when_it_was_asked_for(tmp_path: Path):
     assert checkpoint and torch.equal(checkpoint.reader.tensor("module/weight"), torch.full((1_000_000,), 3.0))
 
 
-def test_tensors_of_all_kinds_go_through_one_piece_of_memory_that_is_kept(tmp_path: Path):
-    """On a GPU it is pinned, which gives memory out in powers of two: of each piece, up to a half is lost."""
+@given(st.lists(st.integers(0, 3000), max_size=40))
+def test_blocks_lie_apart_in_few_pieces(sizes: list[int]):
+    places, lengths = in_pieces(sizes, length=1024)
+    for piece, length in enumerate(lengths):
+        inside = [(begin, size) for (number, begin), size in zip(places, sizes, strict=True) if number == piece]
+        ends = [begin + size for begin, size in inside]
+        assert inside and all(begin % ALIGNMENT == 0 for begin, _ in inside) and max(ends) <= length
+        assert all(end <= begin for end, (begin, _) in zip(ends, inside[1:], strict=False))
+        assert length <= 1024 or len(inside) == 1
+
+
+def test_pinned_memory_is_little_more_than_what_it_holds():
+    """By powers of two, for the weights, moments and teacher of a denoiser."""
+    with torch.device("meta"):
+        denoiser = Denoiser(config=DenoiserConfig(width=352), latent_channels=4, condition_channels=4)
+    sizes = [4 * parameter.numel() for parameter in denoiser.parameters()] * 4
+    _, lengths = in_pieces(sizes, length=PIECE_BYTES)
+    taken = sum(1 << (length - 1).bit_length() for length in lengths)
+    assert sum(sizes) > 5e9 and taken < 1.15 * sum(sizes)
+    assert sum(1 << (size - 1).bit_length() for size in sizes) > 1.3 * sum(sizes)
+
+
+def test_tensors_of_all_kinds_go_through_memory_that_is_kept(tmp_path: Path):
     checkpoints, places = store(tmp_path, asynchronous=True), set()
-    for step, last in ((1, 7), (2, 7), (3, 1)):
+    for step in (1, 2, 3):
         tensors = {
             "a": torch.randn(7, 3).bfloat16(),
             "b": torch.tensor([step]),
             "c": torch.rand(5) > 0.5,
             "d": torch.empty(0),
-            "e": torch.randn(last, 5, dtype=torch.float64),
+            "e": torch.randn(7, 5, dtype=torch.float64),
         }
         checkpoints.save(step, {name: whole(tensor) for name, tensor in tensors.items()}, ABOUT)
         checkpoints.wait()
         checkpoint = checkpoints.newest()
         assert checkpoint and checkpoint.step == step
         assert all(torch.equal(checkpoint.reader.tensor(name), tensor) for name, tensor in tensors.items())
-        places.add(checkpoints._memory.data_ptr())
+        places.add(checkpoints._memory[0].data_ptr())
     assert len(places) == 1
 
 
@@ -391,3 +415,19 @@ def test_another_format_is_refused_and_kept(tmp_path: Path):
 def test_keeping_fewer_than_two_is_refused():
     with pytest.raises(ValueError, match=r"checkpoint.keep=1 must be at least 2"):
         CheckpointConfig(keep=1)
+
+
+def test_what_cannot_be_listed_stops_no_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    reports: list[str] = []
+    checkpoints, closed = store(tmp_path, reports), tmp_path / "step_00000001.tmp"
+    closed.mkdir()
+    listdir = os.listdir
+
+    def listing(path: Any = ".") -> Any:  # rights do not bind root, who may run this
+        if str(path) == str(closed):
+            raise PermissionError(13, "Permission denied", str(path))
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", listing)
+    assert save(checkpoints, 1).is_dir() and closed.is_dir()
+    assert reports == [f"{closed} is no checkpoint that was torn; it is left as it is"]

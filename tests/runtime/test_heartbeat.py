@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from iccld.runtime.heartbeat import Heartbeat, Peers, heartbeat_path, held_up_by, read_heartbeat, write_heartbeat
+from iccld.runtime.watchdog import Watchdog
 
 
 def beat(rank: int, *, moves: int = 40, collectives: tuple[int, ...] = (9, 9), **facts: str | int) -> Heartbeat:
@@ -73,3 +74,14 @@ def test_a_file_that_is_none_is_no_beat(tmp_path: Path) -> None:
         assert read_heartbeat(tmp_path, 0) is None
     write_heartbeat(tmp_path, beat(0))
     assert read_heartbeat(tmp_path, 0) == beat(0)
+
+
+def test_what_a_rank_does_aside_makes_it_neither_ahead_nor_behind(tmp_path: Path) -> None:
+    watchdog = Watchdog(tmp_path)
+    watchdog.begin("stage1")
+    watchdog.phase("prepare")
+    before = watchdog._heartbeat()
+    with watchdog.aside("save"):
+        assert watchdog.phase_now == "save" and watchdog._heartbeat().moves == before.moves
+    after = watchdog._heartbeat()
+    assert (after.moves, after.phase, after.step) == (before.moves, "prepare", before.step)

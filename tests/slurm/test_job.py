@@ -222,6 +222,15 @@ def test_torn_state_stops_no_job_and_runs_nothing(job: Job, name: str, content: 
     assert not list(job.folder.rglob("hostile")) and not Path("hostile").exists()
 
 
+def test_names_in_a_strangers_run_say_nothing_that_a_shell_would_run(job: Job):
+    hostile = "stage1;$(touch hostile)`touch hostile`\n"
+    (job.run_dir / hostile / "final").mkdir(parents=True)
+    (job.run_dir / "stage1/checkpoints").mkdir(parents=True)
+    (job.run_dir / "stage1/checkpoints/latest").write_text(hostile)
+    said = job.attempt("exit 75")
+    assert "going on from" in said and not set("$`;()") & set(said.partition("going on from")[2].partition("\n")[0])
+
+
 @pytest.mark.parametrize("kind", ["folder", "link", "pipe"])
 @pytest.mark.parametrize("name", STATE)
 def test_state_that_is_no_plain_file_stops_no_job_and_is_not_followed(job: Job, name: str, kind: str):

@@ -140,6 +140,20 @@ def test_repeating_a_block_makes_no_graph(monkeypatch: pytest.MonkeyPatch):
     assert made[0] == made[1] > 0, made
 
 
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_inductor_is_told_to_be_deterministic(deterministic: bool):
+    """It reads the environment when it is imported, which is before an engine is made."""
+    import torch._inductor.config as inductor
+
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        with inductor.patch(deterministic=not deterministic):
+            compile_in_place([], Compile.blocks)
+            assert inductor.deterministic is deterministic
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.parametrize(("device", "how"), [("cpu", Compile.none), ("cuda", Compile.blocks)])
 def test_auto_compiles_blocks_on_a_gpu(device: str, how: Compile):
     assert Compile.auto.on(torch.device(device)) is how

@@ -45,3 +45,9 @@ def test_all_of_it_runs_at_toy_size(tmp_path: Path) -> None:
     assert {"samples_per_s", "peak_gib", "flops"} <= figures["stage1"]["eager"].keys() & figures["stage2"][
         "eager"
     ].keys()
+
+
+def test_what_failed_anywhere_in_a_part_counts() -> None:
+    assert gpu.has_failed({"failed": "why"}) and gpu.has_failed({"eager": {"failed": "why"}})
+    assert gpu.has_failed({"zero1_losses": {"within": False}})
+    assert not gpu.has_failed({"failed": {}, "eager": {"mfu": 0.5}, "zero1_losses": {"within": True}})

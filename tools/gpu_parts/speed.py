@@ -14,6 +14,7 @@ from training_peers.attention import attention_figures
 from training_peers.sizes import SIZES, Ours, Size, config_of, make_stage, random_batch
 from training_peers.turns import NUM_WARMUP, seconds_of
 
+from iccld.config import StageName
 from iccld.models.blocks import GroupNorm
 from iccld.runtime import memory
 from iccld.runtime.compilation import Compile
@@ -87,7 +88,7 @@ def stage(name: str, folder: Path) -> dict[str, Any]:
 def _measure(name: str, size: Size, variant: Variant) -> dict[str, Any]:
     with _norms(variant.fp32_norms), Engine(variant.config) as engine:
         memory.restart_peak(engine.device)
-        stage, batch = make_stage(name, config_of(size), engine.device), random_batch(size)
+        stage, batch = make_stage(name, config_of(size), engine.device), random_batch(size, stage=StageName(name))
         flops = count_step(stage, batch, step=0).total
         ours = Ours(stage, engine, batch)
         first_s = seconds_of(ours, engine.device)

@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 
-from iccld.config import Config, load_config
+from iccld.config import Config, StageName, load_config
 from iccld.models.discriminator import Discriminator
 from iccld.models.iccld import ICCLD
+from iccld.programs.building import noise_of
 from iccld.programs.synthetic import synthetic_batch
 from iccld.runtime.engine import Engine
 from iccld.runtime.profiling import PhaseTimer
@@ -89,9 +90,11 @@ def make_stage(name: str, config: Config, device: torch.device) -> Stage:
     return AdversarialStage(model, discriminator.to(device), config.stage2.objective, seed=config.seed)
 
 
-def random_batch(size: Size, *, first: int = 0) -> dict[str, Any]:
-    """A training batch as the stream gives it, on the host."""
-    return synthetic_batch(config_of(size), range(first, first + size.batch_size))
+def random_batch(size: Size, *, first: int = 0, stage: StageName | None = None) -> dict[str, Any]:
+    """A training batch as the stream gives it, on the host; without the noise of a `stage`, it draws its own."""
+    config = config_of(size)
+    noise = noise_of(stage, config) if stage else {}
+    return synthetic_batch(config, range(first, first + size.batch_size), noise=noise)
 
 
 class Ours:
