@@ -20,10 +20,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import matplotlib as mpl
 import torch
+from matplotlib import pyplot
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
+mpl.use("Agg")
 
 
 class Part(NamedTuple):
@@ -64,6 +68,7 @@ def main() -> int:
         figures[name] = run_apart(name, chosen.folder)
         figures["date"] = datetime.now(UTC).strftime("%Y-%m-%d")
         path.write_text(json.dumps(figures, indent=1) + "\n")
+    draw(figures, chosen.folder / "gpu.png")
     Console(width=120).print(summary(figures))
     return int(any(has_failed(figures[name]) for name in chosen.only))
 
@@ -102,6 +107,24 @@ def run_apart(name: str, folder: Path) -> dict[str, Any]:
         figures = {"failed": f"not over within {limit_s} s: {said[-1000:]}"}
     result.unlink(missing_ok=True)
     return {**figures, "seconds": round(time.monotonic() - started, 1)}
+
+
+def draw(figures: Mapping[str, Any], path: Path) -> None:
+    """The stages' samples a second in each variant, as bars that are labelled with MFU and memory."""
+    stages = {name: dict(_measured(figures.get(name, {}))) for name in ("stage1", "stage2")}
+    chart, axes = pyplot.subplots(len(stages), layout="constrained", figsize=(9, 6))
+    for axis, (name, variants) in zip(axes, stages.items(), strict=True):
+        bars = axis.barh(list(variants), [own["samples_per_s"] for own in variants.values()])
+        words = [f"{100 * (own['mfu'] or 0):.1f} % MFU, {own['peak_gib']:.1f} GiB" for own in variants.values()]
+        axis.bar_label(bars, words, padding=3)
+        axis.margins(x=0.3)
+        axis.set(title=f"{name}, {figures.get('limits', {}).get('device', '')}", xlabel="samples/s")
+    chart.savefig(path, dpi=120)
+    pyplot.close(chart)
+
+
+def _measured(variants: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    return ((name, own) for name, own in variants.items() if isinstance(own, Mapping) and "samples_per_s" in own)
 
 
 def summary(figures: Mapping[str, Any]) -> Table:

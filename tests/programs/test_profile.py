@@ -11,6 +11,7 @@ import torch
 from iccld.cli import main
 from iccld.config import StageName, load_config
 from iccld.data.config import BatchLayout
+from iccld.programs import profile
 from iccld.programs.building import build_stage, build_stream
 from iccld.programs.synthetic import flops_per_sample, synthetic_batch, synthetic_batches
 from iccld.runtime.profiling import OUTSIDE, PHASES
@@ -112,3 +113,8 @@ def test_a_training_counts_the_arithmetic_of_each_step(scene_shards: Path, tmp_p
     early, late = (flops_per_sample(stage, config, step).total for step in (0, 3))
     assert early < 0.6 * late
     assert counts == pytest.approx([early, late, late, late] if log_every == 1 else [(early + 3 * late) / 4])
+
+
+def test_a_package_that_lies_on_the_path_has_no_version():
+    """As on a GPU machine, where wheels are unpacked, or a checkout is used as it is."""
+    assert profile._version("torch") and profile._version("no-package-of-this-name") == "unknown"

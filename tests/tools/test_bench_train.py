@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 import bench_train  # noqa: E402  (a script: its parts lie beside it)
 import training_peers.denoisers  # noqa: E402
+from training_peers import processes  # noqa: E402
 from training_peers.guard import regressions, unmeasured  # noqa: E402
 from training_peers.peers import AdversarialDraws, DAFormerOrder, MixingDraws, TwoOptimisers  # noqa: E402
 from training_peers.sizes import SIZES, Ours, config_of, make_stage, random_batch  # noqa: E402
@@ -199,3 +200,9 @@ def test_a_gpu_also_gets_rates_memory_and_attention(tmp_path: Path, monkeypatch:
         assert min(details[name][key] for key in ("samples_per_s", "flops", "peak_gib")) > 0
     found = details["xformers_over_sdpa"]
     assert "skipped" in found or found["faster"] == ("xformers" if found["ratio"] > 1 else "sdpa")
+
+
+def test_one_gpu_is_not_measured_as_two_cpu_ranks(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert processes.weak_scaling("stage1", "toy") == {"skipped": "scaling needs 2 GPUs, and there is 1"}

@@ -9,6 +9,7 @@ import gpu
 import pytest
 
 ROOT = Path(__file__).parents[2]
+MEASURED = {"samples_per_s": 30.0, "mfu": 0.5, "peak_gib": 40.0}
 
 
 def run(folder: Path, *, only: str = "", timeout_s: float) -> subprocess.CompletedProcess[str]:
@@ -18,12 +19,13 @@ def run(folder: Path, *, only: str = "", timeout_s: float) -> subprocess.Complet
 
 
 def test_chosen_parts_are_added_to_those_of_an_earlier_call(tmp_path: Path) -> None:
-    (tmp_path / "gpu.json").write_text(json.dumps({"stage1": {"eager": {"mfu": 0.5}}}))
+    (tmp_path / "gpu.json").write_text(json.dumps({"stage1": {"eager": MEASURED}}))
     done = run(tmp_path, only="limits attention", timeout_s=200)
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "gpu.json").read_text())
     assert figures["limits"]["versions"]["torch"] and "CUDA" in json.dumps(figures["attention"])
     assert figures["stage1"]["eager"]["mfu"] == 0.5 and "eager.mfu" in done.stdout, "the table has all"
+    assert (tmp_path / "gpu.png").stat().st_size > 10_000
 
 
 def test_a_part_that_takes_too_long_is_said_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
