@@ -1,7 +1,8 @@
 """The whole figure: encoder, denoiser, decoder. `B H W` images, `C h w` latent (stride 8), `K` classes."""
 
+import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -190,16 +191,8 @@ class ICCLD(nn.Module):
             )
         trained = card.stage is ModelStage.adversarial
         wanted = trained if with_denoiser is None else with_denoiser
-        try:
-            with torch.device("meta"):  # the shapes alone
-                shape = cls(config=config, num_classes=len(card.class_names), with_denoiser=wanted)
-        except (ValueError, ImportError, MemoryError):
-            raise
-        except Exception as error:  # a backbone raises whatever its settings lead to
-            what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            raise ValueError(
-                f"{folder / CARD_NAME} describes no model that can be built ({what}); export the model again."
-            ) from error
+        with _described_by(folder / CARD_NAME), torch.device("meta"):  # the shapes alone
+            shape = cls(config=config, num_classes=len(card.class_names), with_denoiser=wanted)
         shape._check_weights(folder / WEIGHTS_NAME, card, trained=trained)
         model = cls(config=config, num_classes=len(card.class_names), with_denoiser=wanted)
         model._load_weights(folder / WEIGHTS_NAME)
@@ -263,6 +256,18 @@ class ICCLD(nn.Module):
         if self.denoiser is None:
             tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("denoiser.")}
         self.load_state_dict(tensors, strict=False)
+
+
+@contextlib.contextmanager
+def _described_by(card: Path) -> Iterator[None]:
+    """While a model is built: a backbone raises whatever its settings lead to, and here that is a ValueError."""
+    try:
+        yield
+    except (ValueError, ImportError, MemoryError):
+        raise
+    except Exception as error:
+        what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ValueError(f"{card} describes no model that can be built ({what}); export the model again.") from error
 
 
 def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
