@@ -9,12 +9,23 @@ The folder appears whole, after the stage's last checkpoint: killed in between, 
 import dataclasses
 import json
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from iccld import __version__
 from iccld.config import Config, StageName, Weights
-from iccld.durable import file_checksum, holds_only, make_folder, scratch_folder, sync, write_whole
+from iccld.durable import (
+    file_checksum,
+    holds_only,
+    is_plain,
+    is_real_folder,
+    make_folder,
+    scratch_folder,
+    sync,
+    walk,
+    write_whole,
+)
 from iccld.models.model_card import CARD_NAME, WEIGHTS_NAME, build
 from iccld.reading import read_json
 from iccld.stages.base import Stage
@@ -65,6 +76,34 @@ def hand_over(stage: Stage, config: Config, *, step: int) -> None:
         sync(scratch / written)
     scratch.rename(folder)
     sync(folder.parent)
+
+
+def copy_first_stage(origin: Path, run_dir: Path) -> None:
+    """Give a run the finished stage 1 of another run, as files of its own. Call on one process.
+
+    Both folders stay whole by themselves: one may be moved, exported or removed without the other.
+    Raises ValueError where the other run has none, or the copy is not what `hand_off.json` tells of.
+    """
+    source, target = final_folder(origin, StageName.stage1), final_folder(run_dir, StageName.stage1)
+    if not (source / HAND_OFF_NAME).is_file() or not is_ours(source):
+        raise ValueError(f"{source} is not what a finished stage 1 leaves; train {origin} again.")
+    make_folder(target.parent, within=run_dir)
+    scratch = scratch_folder(target, is_ours=is_ours)
+    for path in (path for path in walk(source) if not is_real_folder(path)):
+        if not is_plain(path):
+            raise ValueError(f"{path} is reached by a link, which stage 1 did not leave; train {origin} again.")
+        copy = scratch / path.relative_to(source)
+        make_folder(copy.parent, within=scratch)
+        shutil.copyfile(path, copy)
+        sync(copy)
+    facts = build(HandOff, read_json(scratch / HAND_OFF_NAME), where=str(source / HAND_OFF_NAME))
+    weights = scratch / Weights(facts.weights).value / WEIGHTS_NAME
+    if file_checksum(weights) != facts.model_sha256:
+        raise ValueError(f"{source} is not what stage 1 left (the checksum of {facts.weights} differs).")
+    for folder in (*{path.parent for path in walk(scratch)}, scratch):
+        sync(folder)
+    scratch.rename(target)
+    sync(target.parent)
 
 
 def handed_over(config: Config) -> tuple[Path, HandOff]:
