@@ -1,7 +1,7 @@
-"""The run directories of a grid: `FOLDER/NAME/seed_0`, each an ordinary run of `train` with a note of the grid beside it.
+"""The run directories of a grid: `FOLDER/NAME/seed_0`, each an ordinary run of `train` with a note of the grid.
 
-    FOLDER/NAME/seed_0/ablation.json      what the grid said of it, and the code of each attempt
-    FOLDER/NAME/seed_0/train.log          what its process printed
+FOLDER/NAME/seed_0/ablation.json      what the grid said of it, and the code of each attempt
+FOLDER/NAME/seed_0/train.log          what its process printed
 """
 
 import json
@@ -15,7 +15,7 @@ from typing import Any
 from iccld import __version__
 from iccld.config import Config, StageName, differences, load_config, read_config
 from iccld.durable import make_folder, write_whole
-from iccld.programs.ablate.grid import Grid, key_of
+from iccld.programs.ablate.grid import Grid
 from iccld.programs.ablate.tasks import Task
 from iccld.programs.evaluate import unscored_stages
 from iccld.programs.hand_off import copy_first_stage, final_folder, is_finished
@@ -167,9 +167,3 @@ def read_note(run_dir: Path) -> dict[str, Any]:
     if not isinstance(note, dict) or not isinstance(note.get("code"), list):
         raise ValueError(f"{path} is not a note of the grid; remove {run_dir} to train it again.")
     return note
-
-
-def settings_of_row(ablation: Ablation, task: Task) -> list[str]:
-    """The settings that the row does not share with the baseline."""
-    of_baseline = ablation.grid.rows[ablation.grid.baseline].settings
-    return [word for word in ablation.grid.rows[task.name].settings if word not in of_baseline and key_of(word)]

@@ -14,8 +14,8 @@ from pathlib import Path
 from types import FrameType
 
 from iccld.data.processes import usable_cpus
-from iccld.durable import open_to_append
-from iccld.outcome import AGAIN
+from iccld.durable import make_folder, open_to_append
+from iccld.outcome import AGAIN, status_of, words
 from iccld.programs.ablate.rows import LOG_NAME, Ablation, has_finished, prepare, refuse_changes
 from iccld.programs.ablate.tasks import State, Task, blocked_tasks, devices_of, next_task, tasks_of
 from iccld.reading import read_bytes
@@ -25,6 +25,8 @@ from iccld.runtime.preemption import FORCED
 POLL_S = 0.2
 BUSY_S = 5.0  # between two looks at a run that another process trains
 TAIL_BYTES, TAIL_LINES = 1 << 14, 15
+OF_THE_WORLD = {0, AGAIN, FORCED, -signal.SIGKILL, -signal.SIGTERM}
+"""Exit statuses of runs that go on by the same command; 0: stopped, and saved."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -43,7 +45,7 @@ class Ending:
             return 128 + self.signal
         if not self.failures:
             return 0
-        return AGAIN if all(status in (0, AGAIN, FORCED) for status in self.failures.values()) else 1
+        return AGAIN if OF_THE_WORLD.issuperset(self.failures.values()) else 1
 
 
 @dataclass
@@ -103,22 +105,24 @@ class Trainings:
             self._begin(task)
         for task in blocked_tasks(self.needs, self.ending.states):
             needed = self.needs[task]
-            self._fail(task, status=1, why=f"not begun, since {needed} failed")
+            assert needed is not None, "a blocked task waits for another"
+            self._fail(task, self.ending.failures[needed], why=f"not begun, since {needed} is not finished")
 
     def _begin(self, task: Task) -> None:
-        with locked(self.ablation.run_dir(task)) as holder:
-            pass
-        if holder:
-            print(f"{task}: is trained by {holder}, from an earlier command; waiting for it", flush=True)
-            self._busy[task] = time.monotonic() + BUSY_S
-        elif has_finished(self.ablation, task):
-            self._finish(task, "finished")
-        else:
-            try:
+        run_dir = self.ablation.run_dir(task)
+        try:
+            with locked(make_folder(run_dir, within=self.ablation.folder)) as holder:
+                pass
+            if holder:
+                print(f"{task}: is trained by {holder}, from an earlier command; waiting for it", flush=True)
+                self._busy[task] = time.monotonic() + BUSY_S
+            elif has_finished(self.ablation, task):
+                self._finish(task, "finished")
+            else:
                 prepare(self.ablation, task)
                 self._start(task)
-            except (ValueError, OSError) as error:
-                self._fail(task, status=1, why=f"cannot begin: {error}")
+        except (ValueError, OSError) as error:
+            self._fail(task, status_of(error), why=f"cannot begin: {words(error)}")
 
     def _start(self, task: Task) -> None:
         slot = min(set(range(self.num_processes)) - {each.slot for each in self._running.values()})
@@ -153,18 +157,17 @@ class Trainings:
             if status == 0 and has_finished(self.ablation, task):
                 self._finish(task, f"finished, {minutes:.1f} min")
             else:
-                self._fail(task, status=status, why=_why(status))
+                self._fail(task, status, why=_why(status), log=self.ablation.run_dir(task) / LOG_NAME)
 
     def _finish(self, task: Task, words: str) -> None:
         self.ending.states[task] = State.finished
         print(f"{self._count()} {task}: {words}", flush=True)
 
-    def _fail(self, task: Task, *, status: int, why: str) -> None:
+    def _fail(self, task: Task, status: int, *, why: str, log: Path | None = None) -> None:
         self.ending.states[task] = State.failed
         self.ending.failures[task] = status
         print(f"{self._count()} {task}: {why}", flush=True)
-        log = self.ablation.run_dir(task) / LOG_NAME
-        if log.is_file() and status != 0 and not why.startswith(("not begun", "cannot")):
+        if log is not None and log.is_file():
             print(f"  the end of {log}:", *(f"    {line}" for line in tail(log)), sep="\n", flush=True)
 
     def _count(self) -> str:
