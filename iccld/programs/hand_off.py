@@ -78,32 +78,45 @@ def hand_over(stage: Stage, config: Config, *, step: int) -> None:
     sync(folder.parent)
 
 
-def copy_first_stage(origin: Path, run_dir: Path) -> None:
-    """Give a run the finished stage 1 of another run, as files of its own. Call on one process.
+def take_first_stage(config: Config, *, is_main: bool) -> None:
+    """Copy the finished stage 1 that `stage1_from` names, unless the run has one; one rank does it.
 
-    Both folders stay whole by themselves: one may be moved, exported or removed without the other.
-    Raises ValueError where the other run has none, or the copy is not what `hand_off.json` tells of.
+    A copy, so that each folder stays whole by itself: one may be moved, exported or removed without the other.
+    Raises ValueError where the other run has none, or the files are not what its `hand_off.json` tells of.
     """
+    run_dir, origin = Path(config.run_dir), Path(config.stage1_from)
+    if not config.stage1_from or not is_main or is_finished(run_dir, StageName.stage1):
+        return
     source, target = final_folder(origin, StageName.stage1), final_folder(run_dir, StageName.stage1)
     if not (source / HAND_OFF_NAME).is_file() or not is_ours(source):
-        raise ValueError(f"{source} is not what a finished stage 1 leaves; train {origin} again.")
+        raise ValueError(
+            f"stage1_from={origin}: {source} is not what a finished stage 1 leaves; finish that run first."
+        )
     make_folder(target.parent, within=run_dir)
     scratch = scratch_folder(target, is_ours=is_ours)
-    for path in (path for path in walk(source) if not is_real_folder(path)):
-        if not is_plain(path):
-            raise ValueError(f"{path} is reached by a link, which stage 1 did not leave; train {origin} again.")
-        copy = scratch / path.relative_to(source)
-        make_folder(copy.parent, within=scratch)
-        shutil.copyfile(path, copy)
-        sync(copy)
-    facts = build(HandOff, read_json(scratch / HAND_OFF_NAME), where=str(source / HAND_OFF_NAME))
-    weights = scratch / Weights(facts.weights).value / WEIGHTS_NAME
-    if file_checksum(weights) != facts.model_sha256:
-        raise ValueError(f"{source} is not what stage 1 left (the checksum of {facts.weights} differs).")
-    for folder in (*{path.parent for path in walk(scratch)}, scratch):
-        sync(folder)
+    _copy(source, scratch)
+    try:
+        facts = build(HandOff, read_json(scratch / HAND_OFF_NAME), where=str(source / HAND_OFF_NAME))
+        checksum = file_checksum(scratch / Weights(facts.weights).value / WEIGHTS_NAME)
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(f"stage1_from={origin}: {source} cannot be read ({error}); train that run again.") from error
+    if checksum != facts.model_sha256:
+        raise ValueError(f"stage1_from={origin}: {source} is not what stage 1 left (its checksum differs).")
     scratch.rename(target)
     sync(target.parent)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """All files of a folder into one that is there. Raises ValueError for a link."""
+    for path in (path for path in walk(source) if not is_real_folder(path)):
+        if not is_plain(path):
+            raise ValueError(f"{path} is a link, which stage 1 did not leave; train its run again.")
+        copy = target / path.relative_to(source)
+        make_folder(copy.parent, within=target)
+        shutil.copyfile(path, copy)
+        sync(copy)
+    for folder in {target, *(path for path in walk(target) if path.is_dir())}:
+        sync(folder)
 
 
 def handed_over(config: Config) -> tuple[Path, HandOff]:
@@ -115,7 +128,8 @@ def handed_over(config: Config) -> tuple[Path, HandOff]:
     final = final_folder(Path(config.run_dir), StageName.stage1)
     if not final.is_dir():
         raise ValueError(
-            f"stages=[stage2] needs stage 1's model in {final}; run with stage=all, or stage=segmentation first."
+            f"stages=[stage2] needs stage 1's model in {final}; run with stage=all, or stage=segmentation first, "
+            f"or take another run's by stage1_from=RUN_DIR."
         )
     path = final / HAND_OFF_NAME
     remedy = f"remove {final}, and the same command with stage=all makes it again from stage 1's last checkpoint"

@@ -1,6 +1,7 @@
 """`iccld ablate`: its arguments, and what it does in turn."""
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,7 +33,11 @@ def run(arguments: argparse.Namespace) -> int:
     for name in ("processes", "ranks"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"--{name} {getattr(arguments, name)} must be at least 1.")
-    ablation = open_ablation(read_grid(arguments.grid), arguments.output, num_ranks=arguments.ranks)
+    typed = shlex.join(["iccld", "ablate", str(arguments.grid), "--output", str(arguments.output)])
+    options = f" --ranks {arguments.ranks}" if arguments.ranks > 1 else ""
+    ablation = open_ablation(
+        read_grid(arguments.grid), arguments.output, num_ranks=arguments.ranks, command=typed + options
+    )
     if arguments.dry_run:
         return _show(ablation)
     if arguments.report_only:

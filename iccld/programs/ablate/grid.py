@@ -23,7 +23,7 @@ from iccld.redact import holds_secret
 
 GRID_KEYS = ("baseline", "seeds", "common", "runs")
 RUN_KEYS = ("settings", "after", "initial", "about")
-OWN_SETTINGS = ("seed", "run_dir")
+OWN_SETTINGS = ("seed", "run_dir", "stage1_from")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 _TAKEN = re.compile(r"lock|.*\.(json|md|png)")
 _SETTING = re.compile(r"[+~]*[A-Za-z_][^=\s]*=.*", re.DOTALL)
@@ -114,7 +114,7 @@ def _settings(value: Any, at: str) -> list[str]:
         if not _SETTING.fullmatch(word):
             raise ValueError(f"{at}: {word!r} must be key=value, as on the command line of train; correct it.")
         if key_of(word) in OWN_SETTINGS:
-            raise ValueError(f"{at}: {word} is set by the grid, for each seed and run; leave it out.")
+            raise ValueError(f"{at}: {word} is set by the grid, for each run (seeds, --output, after); leave it out.")
         if key_of(word) == "initial_model" and word.partition("=")[2] in ("", "''", '""'):
             raise ValueError(f"{at}: {word} names no model; leave it out.")
         if holds_secret(word):

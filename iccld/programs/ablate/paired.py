@@ -17,12 +17,13 @@ class Estimate:
     se: float | None
     n: int
 
-    def words(self, *, digits: int = 2, signed: bool = False) -> str:
-        """The mean with its spread, as the report shows it."""
+    def words(self, *, digits: int = 2, signed: bool = False, usual_n: int = 0) -> str:
+        """The mean with its spread, as the report shows it; the number of seeds, unless it is the usual one."""
         mean = f"{self.mean:{'+' if signed else ''}.{digits}f}"
         if self.se is None:
-            return f"{mean} (1 seed, spread unknown)"
-        return f"{mean} ± {self.se:.{digits}f} ({self.n} seeds)"
+            return f"{mean} ± ?" if usual_n == 1 else f"{mean} (1 seed, spread unknown)"
+        seeds = "" if self.n == usual_n else f" ({self.n} seeds)"
+        return f"{mean} ± {self.se:.{digits}f}{seeds}"
 
 
 def estimate(values: Sequence[float]) -> Estimate | None:

@@ -5,7 +5,6 @@ errors of the paired difference.
 """
 
 import json
-import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from iccld.durable import make_folder, write_whole
@@ -14,7 +13,7 @@ from iccld.programs.ablate.paired import Estimate, estimate, judgement, paired_d
 from iccld.programs.ablate.pictures import write_pictures
 from iccld.programs.ablate.rows import Ablation
 from iccld.programs.ablate.summary import OWN_STAGE1, RowFigures, figures_of, to_json
-from iccld.programs.ablate.tasks import Task, tasks_of
+from iccld.programs.ablate.tasks import tasks_of
 
 SUMMARY, REPORT = "summary.json", "report.md"
 HOW_TO_READ = """\
@@ -22,6 +21,7 @@ Scores are mIoU in per cent on the validation set, of the last checkpoint; ± is
 seeds. A difference is to the baseline, seed by seed. It is called better or worse if it is at least two of its own
 standard errors, over at least two seeds; otherwise no difference is shown. Minutes are those of the run's own training
 and do not include the stage 1 that it took from another run; memory is the most that one rank held."""
+WHICH_IMAGES = "They are the baseline's best, median and worst validation image by mIoU, the same for every run."
 
 
 def write_report(ablation: Ablation, *, pictures: bool) -> None:
@@ -50,18 +50,21 @@ def markdown(
 ) -> str:
     """The text of report.md."""
     grid = ablation.grid
-    lines = [f"# {ablation.folder.name}", "", f"Baseline `{grid.baseline}`, seeds {_listed(map(str, grid.seeds))}."]
-    lines += [HOW_TO_READ, "", *_overview(ablation, rows), "", *_missing(rows), *_second_stages(ablation, rows)]
+    lines = [f"# {ablation.folder.resolve().name}", ""]
+    lines += [
+        f"Baseline `{grid.baseline}`, seeds {_listed(map(str, grid.seeds))}.",
+        HOW_TO_READ,
+        "",
+        *_overview(ablation, rows),
+        "",
+        *_missing(rows),
+        *_second_stages(ablation, rows),
+    ]
     lines += ["## Classes", "", *_classes(rows), ""]
     lines += [line for name in charts for line in (f"![IoU of each class]({name})", "")]
     if samples and chosen:
         keys = "; ".join(f"{rank} {key}" for rank, key in chosen.items())
-        lines += [
-            "## Sample pictures",
-            "",
-            "The baseline's best, median and worst validation image by mIoU, from top to",
-        ]
-        lines += [f"bottom, and the same images for every run: {keys}.", ""]
+        lines += ["## Sample pictures", "", f"From top to bottom: {keys}.", WHICH_IMAGES, ""]
         lines += [line for name in samples for line in (f"![sample pictures]({name})", "")]
     lines += ["## Commands", "", *_commands(ablation), ""]
     commits = list(dict.fromkeys(commit for row in rows.values() for commit in row.commits))
@@ -114,25 +117,22 @@ def _second_stages(ablation: Ablation, rows: Mapping[str, RowFigures]) -> Iterat
 def _classes(rows: Mapping[str, RowFigures]) -> Iterator[str]:
     shown = [row for row in rows.values() if row.runs]
     names = list(dict.fromkeys(name for row in shown for name in row.classes))
-    yield from _head("IoU, %", *(f"`{row.name}`" for row in shown))
+    yield from _head("IoU, %", *(f"`{row.name}`, {_seeds(len(row.runs))}" for row in shown))
     for name in names:
-        yield _line([name, *(_words(row.classes.get(name)) for row in shown)])
+        yield _line([name, *(_words(row.classes.get(name), usual_n=len(row.runs)) for row in shown)])
 
 
 def _commands(ablation: Ablation) -> Iterator[str]:
-    """Those of every run, in the order in which they are begun; a run that takes another's stage 1 says so."""
-    yield "```"
-    for task in tasks_of(ablation.grid):
-        if after := ablation.grid.rows[task.name].after:
-            final = f"{ablation.run_dir(Task(after, task.seed))}/stage1/final"
-            own = ablation.run_dir(task) / "stage1"
-            yield shlex.join(["mkdir", "-p", str(own)]) + " && " + shlex.join(["cp", "-r", final, f"{own}/final"])
-        yield ablation.shown(task)
-    yield "```"
+    """That of the grid, then those of its runs, in the order in which they are begun."""
+    yield from ("```", ablation.command, "", *map(ablation.shown, tasks_of(ablation.grid)), "```")
 
 
-def _words(value: Estimate | None, *, digits: int = 2, signed: bool = False) -> str:
-    return value.words(digits=digits, signed=signed) if value else "-"
+def _seeds(n: int) -> str:
+    return f"{n} seeds" if n > 1 else "1 seed, spread unknown"
+
+
+def _words(value: Estimate | None, *, digits: int = 2, signed: bool = False, usual_n: int = 0) -> str:
+    return value.words(digits=digits, signed=signed, usual_n=usual_n) if value else "-"
 
 
 def _head(*cells: str) -> list[str]:

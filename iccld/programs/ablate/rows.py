@@ -18,7 +18,7 @@ from iccld.durable import make_folder, write_whole
 from iccld.programs.ablate.grid import Grid
 from iccld.programs.ablate.tasks import Task
 from iccld.programs.evaluate import unscored_stages
-from iccld.programs.hand_off import copy_first_stage, final_folder, is_finished
+from iccld.programs.hand_off import final_folder, is_finished
 from iccld.programs.results import about_of
 from iccld.reading import read_json
 from iccld.slurm.snapshot import PACKAGE, code_facts
@@ -30,12 +30,13 @@ NOT_OF_SCORES = ("models", "sha256", "batch_size")
 
 @dataclass(frozen=True)
 class Ablation:
-    """A grid in a folder. `configs`: the settings of each row, as of the first seed."""
+    """A grid in a folder. `configs`: the settings of each row, without those of a seed; `command`: what was typed."""
 
     grid: Grid
     folder: Path
     num_ranks: int
     configs: Mapping[str, Config]
+    command: str = "iccld ablate"
 
     def run_dir(self, task: Task) -> Path:
         return self.folder / task.name / f"seed_{task.seed}"
@@ -47,6 +48,8 @@ class Ablation:
         """`train` and its settings."""
         row = self.grid.rows[task.name]
         own = [f"seed={task.seed}", f"run_dir={self.run_dir(task)}"]
+        if row.after:
+            own.append(f"stage1_from={self.run_dir(Task(row.after, task.seed))}")
         if row.initial:
             own.append(f"initial_model={self.initial_model(task)}")
         return ["train", *row.settings, *own]
@@ -68,7 +71,7 @@ class Ablation:
         return shlex.join([*start, *self.words(task)])
 
 
-def open_ablation(grid: Grid, folder: Path, *, num_ranks: int) -> Ablation:
+def open_ablation(grid: Grid, folder: Path, *, num_ranks: int, command: str = "iccld ablate") -> Ablation:
     """The grid, once `train` would take the settings of every row. Raises ValueError naming the row."""
     if num_ranks > 1 and not LAUNCHER.is_file():
         raise ValueError(f"--ranks {num_ranks} needs {LAUNCHER}, which is not there; run it from a checkout.")
@@ -79,7 +82,7 @@ def open_ablation(grid: Grid, folder: Path, *, num_ranks: int) -> Ablation:
             _check(configs[name], row.after, num_ranks=num_ranks)
         except ValueError as error:
             raise ValueError(f"runs.{name}: {error}") from error
-    return Ablation(grid, folder, num_ranks, configs)
+    return Ablation(grid, folder, num_ranks, configs, command)
 
 
 def _check(config: Config, after: str, *, num_ranks: int) -> None:
@@ -118,7 +121,8 @@ def changes(ablation: Ablation, task: Task) -> list[str]:
     ]
     if has_finished(ablation, task):
         new, saved = ablation.config(task), read_config(run_dir / "config.yaml")
-        if row.initial:  # compared by its name above; a folder may have moved
+        new = replace(new, stage1_from=saved.stage1_from)  # compared by name above; a folder may have moved
+        if row.initial:
             new = replace(new, initial_model=saved.initial_model)
         found += [*differences(saved, new), *_changes_of_scores(saved, new)]
     return found
@@ -142,7 +146,7 @@ def refuse_changes(ablation: Ablation, task: Task) -> None:
 
 
 def prepare(ablation: Ablation, task: Task) -> None:
-    """The run directory before its process begins: the note of the grid, and the stage 1 that it takes."""
+    """Write the note of the grid into the run directory, before its process begins."""
     row, run_dir = ablation.grid.rows[task.name], ablation.run_dir(task)
     make_folder(run_dir, within=ablation.folder)
     facts = code_facts(__version__)
@@ -156,8 +160,6 @@ def prepare(ablation: Ablation, task: Task) -> None:
         "code": before if code in before else [*before, code],
     }
     write_whole(run_dir / NOTE_NAME, json.dumps(note, indent=1) + "\n")
-    if row.after and not is_finished(run_dir, StageName.stage1):
-        copy_first_stage(ablation.run_dir(Task(row.after, task.seed)), run_dir)
 
 
 def read_note(run_dir: Path) -> dict[str, Any]:
