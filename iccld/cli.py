@@ -33,7 +33,7 @@ Train segmentation models on labelled source images and unlabelled target images
   iccld checkpoint list|verify|export|convert DIR            look at them, get models out of them
   iccld profile experiment=... run_dir=runs/a                where a step's time and memory go
   iccld goodput runs/a                                       where the wall time of a run went
-  iccld ablate GRID.yaml --output runs/ablation              runs x seeds: trained, compared, reported
+  iccld ablate GRID.yaml --output runs/ablation              runs x seeds, compared and reported
 
 Any setting is changed by key=value; `iccld config experiment=...` shows all of them.
 For several ranks on this machine: python launch/local.py NUM_RANKS VERB ...

@@ -89,9 +89,7 @@ def take_first_stage(config: Config, *, is_main: bool) -> None:
         return
     source, target = final_folder(origin, StageName.stage1), final_folder(run_dir, StageName.stage1)
     if not (source / HAND_OFF_NAME).is_file() or not is_ours(source):
-        raise ValueError(
-            f"stage1_from={origin}: {source} is not what a finished stage 1 leaves; finish that run first."
-        )
+        raise ValueError(f"stage1_from={origin}: {source} holds no finished stage 1; finish that run first.")
     make_folder(target.parent, within=run_dir)
     scratch = scratch_folder(target, is_ours=is_ours)
     _copy(source, scratch)

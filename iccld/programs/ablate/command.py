@@ -22,6 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks", type=int, default=1, metavar="R", help="ranks of a run (default %(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="show what is left and the commands, and train nothing")
     parser.add_argument("--report-only", action="store_true", help="report what is finished, and train nothing")
+    about = "submit what is left as job arrays; a YAML file with the options of `iccld submit`"
+    parser.add_argument("--slurm", type=Path, metavar="SETTINGS.yaml", help=about)
     parser.add_argument("--no-pictures", action="store_true", help="no sample pictures of the validation set")
 
 
@@ -38,6 +40,8 @@ def run(arguments: argparse.Namespace) -> int:
     ablation = open_ablation(
         read_grid(arguments.grid), arguments.output, num_ranks=arguments.ranks, command=typed + options
     )
+    if arguments.slurm:
+        return _submit(ablation, arguments)
     if arguments.dry_run:
         return _show(ablation)
     if arguments.report_only:
@@ -54,6 +58,18 @@ def _show(ablation: "Ablation") -> int:
         print(f"{task}: {states[task].value}{f', after {needed}' if needed else ''}")
         print(f"  {ablation.shown(task)}")
     return 0
+
+
+def _submit(ablation: "Ablation", arguments: argparse.Namespace) -> int:
+    from iccld.programs.ablate.arrays import submit_rows
+    from iccld.runtime.lock import locked
+
+    if arguments.dry_run:
+        return submit_rows(ablation, settings=arguments.slurm, dry_run=True)
+    with locked(ablation.folder) as holder:
+        if holder:
+            raise ValueError(f"{ablation.folder} is in use by {holder}; wait for it, end it, or use another --output.")
+        return submit_rows(ablation, settings=arguments.slurm)
 
 
 def _train(ablation: "Ablation", arguments: argparse.Namespace) -> int:

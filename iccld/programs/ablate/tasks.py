@@ -71,6 +71,36 @@ def blocked_tasks(needs: Needs, states: Mapping[Task, State]) -> list[Task]:
     return [task for task in needs if task in blocked]
 
 
+@dataclass(frozen=True)
+class Array:
+    """Tasks of one row that may be one job array. `after`: the array whose element of the same place each waits for."""
+
+    name: str
+    seeds: tuple[int, ...]
+    after: "Array | None" = None
+
+    @property
+    def tasks(self) -> list[Task]:
+        return [Task(self.name, seed) for seed in self.seeds]
+
+
+def arrays_of(needs: Needs, states: Mapping[Task, State]) -> list[Array]:
+    """What is not finished, as arrays, each after the array that it waits for.
+
+    An array that waits has the seeds of the other one, so that places agree; a run that is finished ends at once.
+    """
+    arrays: list[Array] = []
+    for name in dict.fromkeys(task.name for task in needs):
+        left = [task for task in needs if task.name == name and states[task] is not State.finished]
+        needed = {needs[task] for task in left} - {None}
+        waited_for = [array for array in arrays if needed & set(array.tasks)]
+        arrays += [Array(name, array.seeds, array) for array in waited_for]
+        covered = {seed for array in waited_for for seed in array.seeds}
+        if seeds := tuple(task.seed for task in left if task.seed not in covered):
+            arrays.append(Array(name, seeds))
+    return arrays
+
+
 def devices_of(slot: int, *, num_ranks: int, devices: Sequence[str]) -> list[str]:
     """The devices of the process in a slot; slots share devices only if there are too few."""
     if len(devices) <= 1:
