@@ -27,7 +27,7 @@ BUSY_S = 5.0  # between two looks at a run that another process trains
 TAIL_BYTES, TAIL_LINES = 1 << 14, 15
 OF_THE_WORLD = {0, AGAIN, FORCED, -signal.SIGKILL, -signal.SIGTERM}
 """Exit statuses of runs that go on by the same command; 0: stopped, and saved."""
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # USR1: before the end of a job
 
 
 @dataclass
