@@ -165,7 +165,9 @@ def test_a_run_that_outlived_its_command_is_waited_for(
     [
         ("stage1.trainer.num_steps=7", "stage1.trainer.num_steps: 40000 -> 7"),
         ("stage=source_only", "stage1.objective.adapt: True -> False"),
-        ("inference.num_steps=[2]", "num_steps: [1, 4, 50] -> [2]"),
+        ("inference.num_steps=[2]", ""),  # of stage 2 alone, as the next two
+        ("stage2.trainer.num_steps=7", ""),
+        ("model.denoiser.width=8", ""),
         ("inference.weights=student", "weights: teacher -> student"),
         ("evaluation.max_images=3", "max_images: 0 -> 3"),
         ("metrics.log_every=7", ""),
@@ -188,6 +190,26 @@ def test_a_changed_entry_of_a_finished_row_is_refused_by_its_difference(tmp_path
         refuse_changes(changed, task)
     text = str(caught.value) if caught else ""
     assert words in text and "\n" not in text and ("another name" in text) == bool(words)
+
+
+def test_of_a_row_with_stage_2_its_settings_count_and_those_of_the_stage_1_that_it_took_do_not(tmp_path: Path):
+    values = {"baseline": "fine", "seeds": [0], "runs": {"fine": {}, "fine-b": {"after": "fine"}}}
+    values["common"] = ["model=tiny", "dataset=scenes", "stage=segmentation"]
+
+    def opened(*own: str) -> StandIn:
+        values["runs"]["fine-b"]["settings"] = ["stage=adversarial", *own]
+        real = open_ablation(parse_grid(values, where="grid"), tmp_path, num_ranks=1)
+        return StandIn(real.grid, real.folder, real.num_ranks, real.configs)
+
+    task = Task("fine-b", 0)
+    run_dir = opened().run_dir(task)
+    assert train_rows(opened(), num_processes=1).failures == {task: 0}, "a stage 1 is not what it must train"
+    (run_dir / "stage2/final/teacher").mkdir(parents=True)
+    scores = {"stage1": {"miou": 1.0}, "stage2": {"1": {"miou": 1.0}}}
+    (run_dir / "report/results.json").write_text(json.dumps(scores))
+    assert not changes(opened("stage1.trainer.num_steps=7"), task)
+    assert changes(opened("stage2.trainer.num_steps=7"), task) == ["stage2.trainer.num_steps: 40000 -> 7"]
+    assert changes(opened("inference.num_steps=[2]"), task) == ["num_steps: [1, 4, 50] -> [2]"]
 
 
 def test_a_row_that_begins_from_another_run_than_before_is_refused(tmp_path: Path):

@@ -25,6 +25,11 @@ from iccld.slurm.snapshot import PACKAGE, code_facts
 
 NOTE_NAME, LOG_NAME = "ablation.json", "train.log"
 LAUNCHER = PACKAGE.parent / "launch" / "local.py"
+OF_STAGE = {
+    StageName.stage1: ("stage1.",),
+    StageName.stage2: ("stage2.", "model.denoiser.", "model.discriminator.", "num_steps:", "noise_seeds:"),
+}
+"""The settings that change nothing in a run that does not train the stage."""
 NOT_OF_SCORES = ("models", "sha256", "batch_size")
 
 
@@ -124,7 +129,8 @@ def changes(ablation: Ablation, task: Task) -> list[str]:
         new = replace(new, stage1_from=saved.stage1_from)  # compared by name above; a folder may have moved
         if row.initial:
             new = replace(new, initial_model=saved.initial_model)
-        found += [*differences(saved, new), *_changes_of_scores(saved, new)]
+        unused = tuple(key for stage, keys in OF_STAGE.items() if stage not in new.stages for key in keys)
+        found += [c for c in (*differences(saved, new), *_changes_of_scores(saved, new)) if not c.startswith(unused)]
     return found
 
 

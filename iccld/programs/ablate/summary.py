@@ -156,6 +156,7 @@ def to_json(ablation: Ablation, rows: Mapping[str, RowFigures]) -> dict[str, Any
 
 def _row(ablation: Ablation, row: RowFigures, baseline: RowFigures) -> dict[str, Any]:
     of_grid, difference = ablation.grid.rows[row.name], paired_difference(row.mious(), baseline.mious())
+    gain = _difference(row.gain) | {"judgement": judgement(row.gain)}
     return {
         "about": of_grid.about,
         "after": of_grid.after,
@@ -173,11 +174,7 @@ def _row(ablation: Ablation, row: RowFigures, baseline: RowFigures) -> dict[str,
         "peak_gib": row.peak_gib,
         "classes": {name: _estimate("iou", value) for name, value in row.classes.items()},
         "commit": "; ".join(row.commits),
-        **(
-            {"gain_over_own_stage1": _difference(row.gain) | {"judgement": judgement(row.gain)}}
-            if row.has_second_stage
-            else {}
-        ),
+        **({"gain_over_own_stage1": gain} if row.has_second_stage else {}),
         "scores": {name: _scores(row, name, baseline) for name in [row.scored, *row.others]} if row.runs else {},
         "by_seed": {str(seed): _by_seed(row, run) for seed, run in row.runs.items()},
     }
