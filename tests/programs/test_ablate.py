@@ -55,7 +55,6 @@ def is_finished(run_dir: Path) -> bool:
     return (run_dir / "report/results.json").is_file()
 
 
-@pytest.mark.slow
 def test_a_grid_that_is_killed_goes_on_and_trains_nothing_twice(scene_shards: Path, tmp_path: Path):
     grid = write_grid(tmp_path / "grid.yaml", scene_shards, first=["stage1.trainer.num_steps=4"])
     folder = tmp_path / "out"
@@ -120,7 +119,6 @@ def check_report(folder: Path) -> None:
         assert name in report and (folder / name).read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.slow
 def test_ctrl_c_saves_the_row_and_a_changed_grid_is_refused(
     scene_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

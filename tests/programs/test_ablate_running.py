@@ -130,7 +130,7 @@ def test_a_signal_stops_the_rows_in_order_and_the_same_command_goes_on(
     ending = train_rows(ablation, num_processes=2)
     assert ending.status == 128 + signal.SIGTERM and not ending.failures
     assert set(ending.states.values()) == {State.waiting}
-    assert "SIGTERM: 2 runs save and end" in capsys.readouterr().out
+    assert "SIGTERM: runs save and end (2)" in capsys.readouterr().out
     assert all((ablation.run_dir(Task("slow", seed)) / "saved").exists() for seed in (0, 1))
     for seed in (0, 1):
         (ablation.run_dir(Task("slow", seed)) / "go").touch()

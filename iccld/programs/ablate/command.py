@@ -2,6 +2,7 @@
 
 import argparse
 import shlex
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -81,7 +82,8 @@ def _train(ablation: "Ablation", arguments: argparse.Namespace) -> int:
             raise ValueError(f"{ablation.folder} is in use by {holder}; wait for it, end it, or use another --output.")
         ending = train_rows(ablation, num_processes=arguments.processes)
         if ending.signal:
-            print("iccld ablate: stopped by a signal; the same command goes on", flush=True)
+            name = signal.Signals(ending.signal).name
+            print(f"iccld ablate: stopped by {name}; the same command goes on", flush=True)
             return ending.status
         _report(ablation, arguments)
     if ending.failures:

@@ -88,6 +88,7 @@ class Trainings:
         self.ending = Ending(states_of(ablation))
         self._running: dict[Task, _Process] = {}
         self._busy: dict[Task, float] = {}  # trained by another process; when to look again
+        self._waited_for: set[Task] = set()
         self._devices = _visible_devices()
 
     @property
@@ -114,7 +115,9 @@ class Trainings:
             with locked(make_folder(run_dir, within=self.ablation.folder)) as holder:
                 pass
             if holder:
-                print(f"{task}: is trained by {holder}, from an earlier command; waiting for it", flush=True)
+                if task not in self._waited_for:
+                    print(f"{task}: is trained by {holder}, from an earlier command; waiting for it", flush=True)
+                self._waited_for.add(task)
                 self._busy[task] = time.monotonic() + BUSY_S
             elif has_finished(self.ablation, task):
                 self._finish(task, "finished")
@@ -176,8 +179,7 @@ class Trainings:
 
     def stop(self, came: list[int]) -> None:
         """Let all processes save and end; a further signal is passed on, which ends them at once."""
-        name = signal.Signals(came[0]).name
-        print(f"{name}: {len(self._running)} runs save and end", flush=True)
+        print(f"{signal.Signals(came[0]).name}: runs save and end ({len(self._running)})", flush=True)
         passed_on = 0
         while self._running:
             if passed_on < len(came):
