@@ -55,6 +55,7 @@ def is_finished(run_dir: Path) -> bool:
     return (run_dir / "report/results.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_grid_that_is_killed_goes_on_and_trains_nothing_twice(scene_shards: Path, tmp_path: Path):
     grid = write_grid(tmp_path / "grid.yaml", scene_shards, first=["stage1.trainer.num_steps=4"])
     folder = tmp_path / "out"
