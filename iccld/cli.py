@@ -33,6 +33,7 @@ Train segmentation models on labelled source images and unlabelled target images
   iccld checkpoint list|verify|export|convert DIR            look at them, get models out of them
   iccld profile experiment=... run_dir=runs/a                where a step's time and memory go
   iccld goodput runs/a                                       where the wall time of a run went
+  iccld ablate GRID.yaml --output runs/ablation              runs x seeds, compared and reported
 
 Any setting is changed by key=value; `iccld config experiment=...` shows all of them.
 For several ranks on this machine: python launch/local.py NUM_RANKS VERB ...
@@ -174,6 +175,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_program_verbs(verbs: "argparse._SubParsersAction[_Parser]") -> None:
     from iccld.programs import goodput, submit
+    from iccld.programs.ablate import command as ablation
 
     submission = verbs.add_parser("submit", description=submit.DESCRIPTION)
     submit.add_arguments(submission)
@@ -191,6 +193,9 @@ def _add_program_verbs(verbs: "argparse._SubParsersAction[_Parser]") -> None:
     ledger = verbs.add_parser("goodput")
     goodput.add_arguments(ledger)
     ledger.set_defaults(run=goodput.run)
+    comparison = verbs.add_parser("ablate", description=ablation.DESCRIPTION)
+    ablation.add_arguments(comparison)
+    comparison.set_defaults(run=ablation.run)
 
 
 def _add_shards(verbs: "argparse._SubParsersAction[_Parser]") -> None:

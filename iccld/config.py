@@ -72,12 +72,17 @@ class InferenceConfig:
 
 @dataclass
 class Config:
-    """Everything a run is made of. `initial_model`: a model folder whose encoder and decoder stage 1 starts from."""
+    """Everything a run is made of.
+
+    `initial_model`: a model folder whose encoder and decoder stage 1 starts from.
+    `stage1_from`: the run directory whose finished stage 1 this run copies, to train stage 2 alone.
+    """
 
     run_dir: str = "runs/default"
     seed: int = 0
     stages: list[StageName] = field(default_factory=lambda: [StageName.stage1, StageName.stage2])
     initial_model: str = ""
+    stage1_from: str = ""
     preflight: bool = True  # devices, disk, shards and a collective are tried before a run
     statistics_samples: int = 256  # images of each domain over which the latent's mean and std are measured
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -96,6 +101,11 @@ class Config:
         if not self.stages or self.stages != [stage for stage in StageName if stage in self.stages]:
             names = [stage.value for stage in self.stages]
             raise ValueError(f"stages={names} must be [stage1], [stage2] or [stage1, stage2]; use stage=all.")
+        if self.stage1_from and StageName.stage1 in self.stages:
+            raise ValueError(
+                f"stage1_from={self.stage1_from} takes stage 1 from another run, which stages must not train; "
+                f"use stages=[stage2]."
+            )
         if self.statistics_samples < 1:
             raise ValueError(f"statistics_samples={self.statistics_samples} must be at least 1; 256 is usual.")
 

@@ -71,7 +71,7 @@ OWNERS = {
     "aiohttp": {"data/remote.py"},
     "tenacity": {"data/remote.py"},
     "zlib_ng": {"data/grey_png.py", "data/index.py", "data/integrity.py"},
-    "matplotlib": {"data/info.py", "programs/goodput.py", "programs/profile_report.py"},
+    "matplotlib": {"data/info.py", "programs/ablate/drawing.py", "programs/goodput.py", "programs/profile_report.py"},
     "safetensors": {"models/iccld.py", "programs/ema.py", "runtime/pieces.py"},
     "pickle": set(),
     "timm": set(),  # needs torchvision, which has no build for every torch
@@ -234,7 +234,9 @@ MAY_WRITE = {
     ("data/indexing.py", "np.save"),
     ("data/records.py", "np.lib.format.open_memmap"),  # over a file of `create`
     ("data/info.py", "figure.savefig"),  # into a file of `replacing`
+    ("programs/ablate/drawing.py", "figure.savefig"),
     ("programs/goodput.py", "figure.savefig"),
+    ("programs/hand_off.py", "shutil.copyfile"),  # into a folder of `scratch_folder`
     ("programs/profile_report.py", "figure.savefig"),
     ("programs/profile.py", "trace.export_chrome_trace"),  # into a temporary folder
     ("models/iccld.py", "save_file"),  # to the name of `replacing_by_name`

@@ -9,12 +9,23 @@ The folder appears whole, after the stage's last checkpoint: killed in between, 
 import dataclasses
 import json
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from iccld import __version__
 from iccld.config import Config, StageName, Weights
-from iccld.durable import file_checksum, holds_only, make_folder, scratch_folder, sync, write_whole
+from iccld.durable import (
+    file_checksum,
+    holds_only,
+    is_plain,
+    is_real_folder,
+    make_folder,
+    scratch_folder,
+    sync,
+    walk,
+    write_whole,
+)
 from iccld.models.model_card import CARD_NAME, WEIGHTS_NAME, build
 from iccld.reading import read_json
 from iccld.stages.base import Stage
@@ -67,6 +78,45 @@ def hand_over(stage: Stage, config: Config, *, step: int) -> None:
     sync(folder.parent)
 
 
+def take_first_stage(config: Config, *, is_main: bool) -> None:
+    """Copy the finished stage 1 that `stage1_from` names, unless the run has one; one rank does it.
+
+    A copy, so that each folder stays whole by itself: one may be moved, exported or removed without the other.
+    Raises ValueError where the other run has none, or the files are not what its `hand_off.json` tells of.
+    """
+    run_dir, origin = Path(config.run_dir), Path(config.stage1_from)
+    if not config.stage1_from or not is_main or is_finished(run_dir, StageName.stage1):
+        return
+    source, target = final_folder(origin, StageName.stage1), final_folder(run_dir, StageName.stage1)
+    if not (source / HAND_OFF_NAME).is_file() or not is_ours(source):
+        raise ValueError(f"stage1_from={origin}: {source} holds no finished stage 1; finish that run first.")
+    make_folder(target.parent, within=run_dir)
+    scratch = scratch_folder(target, is_ours=is_ours)
+    _copy(source, scratch)
+    try:
+        facts = build(HandOff, read_json(scratch / HAND_OFF_NAME), where=str(source / HAND_OFF_NAME))
+        checksum = file_checksum(scratch / Weights(facts.weights).value / WEIGHTS_NAME)
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(f"stage1_from={origin}: {source} cannot be read ({error}); train that run again.") from error
+    if checksum != facts.model_sha256:
+        raise ValueError(f"stage1_from={origin}: {source} is not what stage 1 left (its checksum differs).")
+    scratch.rename(target)
+    sync(target.parent)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """All files of a folder into one that is there. Raises ValueError for a link."""
+    for path in (path for path in walk(source) if not is_real_folder(path)):
+        if not is_plain(path):
+            raise ValueError(f"{path} is a link, which stage 1 did not leave; train its run again.")
+        copy = target / path.relative_to(source)
+        make_folder(copy.parent, within=target)
+        shutil.copyfile(path, copy)
+        sync(copy)
+    for folder in {target, *(path for path in walk(target) if path.is_dir())}:
+        sync(folder)
+
+
 def handed_over(config: Config) -> tuple[Path, HandOff]:
     """The model folder that stage 2 starts from, checked against what stage 1 wrote of it.
 
@@ -76,7 +126,8 @@ def handed_over(config: Config) -> tuple[Path, HandOff]:
     final = final_folder(Path(config.run_dir), StageName.stage1)
     if not final.is_dir():
         raise ValueError(
-            f"stages=[stage2] needs stage 1's model in {final}; run with stage=all, or stage=segmentation first."
+            f"stages=[stage2] needs stage 1's model in {final}; run with stage=all, or stage=segmentation first, "
+            f"or take another run's by stage1_from=RUN_DIR."
         )
     path = final / HAND_OFF_NAME
     remedy = f"remove {final}, and the same command with stage=all makes it again from stage 1's last checkpoint"

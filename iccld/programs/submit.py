@@ -57,6 +57,12 @@ def _add_setting(parser: argparse.ArgumentParser, setting: dataclasses.Field[Any
 
 def submit(arguments: argparse.Namespace) -> int:
     """Write and submit the job (or the chain's), or show it. Raises ValueError for what the user got wrong."""
+    submit_jobs(arguments)
+    return 0
+
+
+def submit_jobs(arguments: argparse.Namespace) -> str:
+    """As `submit`; the last job's number, or in a dry run a word that stands for it."""
     from iccld.programs.submitted_work import hide_secrets, jobs_of, run_dir_of
 
     settings = _settings(arguments)
@@ -85,7 +91,7 @@ def submit(arguments: argparse.Namespace) -> int:
                 write_secrets(path, words)
         job = f"JOB_OF_{re.sub('[^A-Za-z0-9]', '_', name)}" if arguments.dry_run else _sbatch(name, text, work)
         config = replace(config, after=(job,))
-    return 0
+    return config.after[0]
 
 
 def _prepare(work: Work) -> None:

@@ -29,7 +29,7 @@ from iccld.programs.evaluate import (
     unscored_stages,
 )
 from iccld.programs.fitness import check_fitness, check_room
-from iccld.programs.hand_off import final_folder, hand_over, handed_over, is_finished
+from iccld.programs.hand_off import final_folder, hand_over, handed_over, is_finished, take_first_stage
 from iccld.programs.micro_batch import with_micro_batch_size
 from iccld.programs.out_of_memory import explained_out_of_memory
 from iccld.programs.results import finished_models
@@ -70,6 +70,7 @@ def train(config: Config, preemption: Preemption | None = None, *, began: float 
             if engine.is_main:
                 write_event(run_dir, "launched", since=began)
             watchdog.phase("preflight")
+            together(lambda: take_first_stage(config, is_main=engine.is_main), engine)
             check_fitness(config, engine)
             with blaming_the_world(lambda: watchdog.has_trained):
                 return _run_stages(config, engine, preemption, watchdog)

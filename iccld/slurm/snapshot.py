@@ -114,8 +114,13 @@ def _is_left_over(scratch: Path) -> bool:
 
 def code_version(version: str) -> str:
     """Version, commit, what differs from it, and who submitted where."""
+    return "".join(f"{name}: {value}\n" for name, value in code_facts(version).items())
+
+
+def code_facts(version: str) -> dict[str, str]:
+    """What `code_version` tells, by name."""
     changed = _git("status", "--porcelain", "--", "iccld", *EXTRAS).splitlines()
-    facts = {
+    return {
         "iccld": version,
         "code": code_hash(),
         "commit": _git("rev-parse", "HEAD") or "not a git checkout",
@@ -123,7 +128,6 @@ def code_version(version: str) -> str:
         "python": sys.version.split()[0],
         "submitted": f"{time.strftime('%F %T')} on {platform.node()}",
     }
-    return "".join(f"{name}: {value}\n" for name, value in facts.items())
 
 
 def _git(*arguments: str) -> str:

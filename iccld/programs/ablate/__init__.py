@@ -1,0 +1,1 @@
+"""`iccld ablate`: named settings x seeds, trained, compared with one of them, and reported."""

@@ -1,0 +1,99 @@
+"""Sample pictures by a rule: the baseline's best, median and worst validation image, the same for all runs.
+
+An image's score is its mIoU under the baseline's model of the first finished seed, scored as its row is.
+"""
+
+from collections.abc import Iterator, Mapping
+from itertools import takewhile
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from iccld.config import Config, StageName
+from iccld.data.stream import read_validation
+from iccld.durable import replacing
+from iccld.evaluation import Predict, evaluate, windowed
+from iccld.outcome import naming
+from iccld.predict import colourise, comparison_picture
+from iccld.programs.ablate.paired import choose_images
+from iccld.programs.ablate.rows import Ablation
+from iccld.programs.ablate.summary import RowFigures
+from iccld.programs.ablate.tasks import Task
+from iccld.programs.evaluate import load_model, predict_function
+from iccld.programs.results import finished_models
+
+MAX_RUNS = 6  # in a picture
+Sample = Mapping[str, Any]
+"""As `read_validation` gives it."""
+
+
+def write_pictures(ablation: Ablation, rows: Mapping[str, RowFigures]) -> tuple[dict[str, str], list[str]]:
+    """Write `pictures_1.png`, ...; returns the chosen images' keys by rank, and the files' names."""
+    baseline = rows[ablation.grid.baseline]
+    if not baseline.runs:
+        return {}, []
+    seed = next(iter(baseline.runs))
+    chosen = choose(ablation, Task(baseline.name, seed))
+    shown = [name for name, row in rows.items() if seed in row.runs]
+    columns = {name: _predictions(ablation, Task(name, seed), list(chosen.values())) for name in shown}
+    palette = ablation.configs[baseline.name].data.class_set.build().palette
+    names: list[str] = []
+    for start in range(0, len(shown), MAX_RUNS):
+        part = shown[start : start + MAX_RUNS]
+        grid = [
+            [s["image"], colourise(s["labels"], palette), *(colourise(columns[name][i], palette) for name in part)]
+            for i, s in enumerate(chosen.values())
+        ]
+        names.append(f"pictures_{len(names) + 1}.png")
+        path = ablation.folder / names[-1]
+        with naming(path, "the picture"), replacing(path) as file:
+            comparison_picture(grid, ["image", "truth", *part]).save(file, format="PNG")
+    return {rank: f"{sample['key']} (seed {seed})" for rank, sample in chosen.items()}, names
+
+
+def choose(ablation: Ablation, task: Task) -> dict[str, Sample]:
+    """The best, the median and the worst image under a run's model."""
+    config = ablation.config(task)
+    device, predict = _device(), _predictor(config)
+    scores: dict[int, float] = {}
+    for sample in _samples(config):
+        result = evaluate(
+            [sample], predict, class_set=config.data.class_set.build(), config=config.evaluation, device=device
+        )
+        scores[sample["number"]] = result.miou
+    chosen = choose_images(scores)
+    samples = {sample["number"]: sample for sample in _samples(config) if sample["number"] in chosen.values()}
+    return {rank: samples[number] for rank, number in chosen.items()}
+
+
+def _samples(config: Config) -> Iterator[dict[str, Any]]:
+    """The validation images that are scored."""
+    most = config.evaluation.max_images
+    samples = read_validation(config.data)
+    return takewhile(lambda sample: sample["number"] < most, samples) if most else iter(samples)
+
+
+def _predictor(config: Config) -> Predict:
+    """The model of the last stage, with as many denoising steps as the row is scored with."""
+    model = load_model(finished_models(config)[-1], config).to(_device())
+    num_steps = config.inference.num_steps[0] if StageName.stage2 in config.stages else 0
+    return predict_function(model, num_steps=num_steps, seed=config.seed)
+
+
+def _predictions(ablation: Ablation, task: Task, samples: list[Sample]) -> list[np.ndarray]:
+    """`(H, W)` uint8 class indices of each sample."""
+    config = ablation.config(task)
+    device, predict = _device(), windowed(_predictor(config), config.evaluation)
+    found: list[np.ndarray] = []
+    for sample in samples:
+        images: Tensor = torch.from_numpy(sample["image"]).to(device).permute(2, 0, 1)[None].float() / 255
+        with torch.no_grad():
+            logits = predict(images, torch.tensor([sample["number"]], device=device))
+        found.append(logits.argmax(1)[0].to(torch.uint8).cpu().numpy())
+    return found
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"

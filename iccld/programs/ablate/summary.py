@@ -1,0 +1,212 @@
+"""The figures of a grid: each row's mean over its seeds with its spread, and the paired difference to the baseline.
+
+A row's score is that of its last stage: of stage 2 with the first of `inference.num_steps`, whatever scored best.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from iccld.config import Config, StageName
+from iccld.programs.ablate.paired import Estimate, estimate, judgement, paired_difference
+from iccld.programs.ablate.rows import Ablation, has_finished, read_note
+from iccld.programs.ablate.tasks import Task
+from iccld.programs.evaluate import named_results
+from iccld.programs.event_times import read_events, straightened
+from iccld.programs.goodput import attempts, total_of
+from iccld.programs.results import own_results, read_results
+from iccld.reading import MIB, read_limited
+from iccld.scores import EvaluationResult
+
+MAX_METRICS = 1024 * MIB
+OWN_STAGE1 = "stage1"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished run. `results` by what was scored: `stage1`, `stage2 x1`, ..., `mean latent`."""
+
+    results: Mapping[str, EvaluationResult]
+    by_noise_seed: list[float]
+    minutes: float
+    peak_gib: float | None
+    commits: list[str]
+
+
+@dataclass
+class RowFigures:
+    """A row with its finished runs by seed. `scored`: which of a run's results is the row's."""
+
+    name: str
+    scored: str
+    runs: dict[int, Run] = field(default_factory=dict)
+    missing: list[int] = field(default_factory=list)
+
+    def mious(self, scored: str = "") -> dict[int, float]:
+        """The mIoU by seed, of the seeds that have this result."""
+        name = scored or self.scored
+        return {seed: run.results[name].miou for seed, run in self.runs.items() if name in run.results}
+
+    @property
+    def miou(self) -> Estimate | None:
+        return estimate(list(self.mious().values()))
+
+    @property
+    def boundary(self) -> Estimate | None:
+        values = [run.results[self.scored].boundary_miou for run in self.runs.values()]
+        return estimate([value for value in values if not math.isnan(value)])
+
+    @property
+    def minutes(self) -> Estimate | None:
+        return estimate([run.minutes for run in self.runs.values()])
+
+    @property
+    def peak_gib(self) -> float | None:
+        """The most of any run."""
+        return max((run.peak_gib for run in self.runs.values() if run.peak_gib is not None), default=None)
+
+    @property
+    def has_second_stage(self) -> bool:
+        return self.scored != OWN_STAGE1
+
+    @property
+    def gain(self) -> Estimate | None:
+        """What stage 2 adds to the row's own stage 1, paired by seed."""
+        return paired_difference(self.mious(), self.mious(OWN_STAGE1)) if self.has_second_stage else None
+
+    @property
+    def others(self) -> list[str]:
+        """What else was scored, such as other numbers of denoising steps."""
+        return [name for run in list(self.runs.values())[:1] for name in run.results if name != self.scored]
+
+    @property
+    def classes(self) -> dict[str, Estimate]:
+        """The IoU by class; a class that a run neither has nor predicts counts in the other runs alone."""
+        found: dict[str, list[float]] = {}
+        for run in self.runs.values():
+            result = run.results[self.scored]
+            for name, iou in zip(result.names, result.iou, strict=True):
+                found.setdefault(name, []).extend([] if math.isnan(iou) else [iou])
+        return {name: value for name, ious in found.items() if (value := estimate(ious)) is not None}
+
+    @property
+    def commits(self) -> list[str]:
+        return list(dict.fromkeys(commit for run in self.runs.values() for commit in run.commits))
+
+
+def figures_of(ablation: Ablation) -> dict[str, RowFigures]:
+    """The rows in the order of the grid, with what is finished of them."""
+    rows: dict[str, RowFigures] = {}
+    for name in ablation.grid.rows:
+        row = rows[name] = RowFigures(name, scored_as(ablation.configs[name]))
+        for seed in ablation.grid.seeds:
+            task = Task(name, seed)
+            if has_finished(ablation, task):
+                row.runs[seed] = _run(ablation, task)
+            else:
+                row.missing.append(seed)
+    return rows
+
+
+def scored_as(config: Config) -> str:
+    """Which result is the row's."""
+    if StageName.stage2 not in config.stages:
+        return OWN_STAGE1
+    return f"stage2 x{config.inference.num_steps[0]}"
+
+
+def _run(ablation: Ablation, task: Task) -> Run:
+    run_dir, config = ablation.run_dir(task), ablation.config(task)
+    saved = read_results(own_results(config))
+    results, scored = named_results(saved), scored_as(config)
+    if scored not in results:
+        raise ValueError(f"{own_results(config)} holds no {scored}; remove it, and the same command scores again.")
+    stage, _, steps = scored.partition(" x")
+    scores = saved[stage][steps] if steps else saved[stage]
+    commits = [_commit(code) for code in read_note(run_dir)["code"]]
+    return Run(results, scores.get("miou_by_noise_seed", []), _minutes(run_dir), _peak_gib(run_dir), commits)
+
+
+def _commit(code: Mapping[str, str]) -> str:
+    return code["commit"] if code["changed"] == "nothing" else f"{code['commit']} with changes (code {code['code']})"
+
+
+def _minutes(run_dir: Path) -> float:
+    """Of all attempts, the scores at the end left out, and what passed between the attempts."""
+    events, _ = straightened(read_events(run_dir)[0])
+    total = total_of(attempts(events))
+    return (sum(total.values()) - total["down"]) / 60
+
+
+def _peak_gib(run_dir: Path) -> float | None:
+    """The most memory that a rank has held, as far as it was logged."""
+    path = run_dir / "metrics.jsonl"
+    lines = read_limited(path, MAX_METRICS).decode(errors="replace").splitlines() if path.is_file() else []
+    return max((peak for line in lines if (peak := json.loads(line).get("peak_gib")) is not None), default=None)
+
+
+def to_json(ablation: Ablation, rows: Mapping[str, RowFigures]) -> dict[str, Any]:
+    """What summary.json holds, by the rows' names."""
+    baseline = rows[ablation.grid.baseline]
+    return {name: _row(ablation, row, baseline) for name, row in rows.items()}
+
+
+def _row(ablation: Ablation, row: RowFigures, baseline: RowFigures) -> dict[str, Any]:
+    of_grid, difference = ablation.grid.rows[row.name], paired_difference(row.mious(), baseline.mious())
+    gain = _difference(row.gain) | {"judgement": judgement(row.gain)}
+    return {
+        "about": of_grid.about,
+        "after": of_grid.after,
+        "initial": of_grid.initial,
+        "settings": list(of_grid.settings),
+        "scored": row.scored,
+        **_estimate("miou", row.miou),
+        "seeds": sorted(row.runs),
+        "missing_seeds": row.missing,
+        **_difference(difference),
+        "judgement": "baseline" if row.name == baseline.name else judgement(difference),
+        **_estimate("boundary_miou", row.boundary),
+        **_estimate("minutes", row.minutes),
+        "minutes": row.minutes.mean if row.minutes else None,
+        "peak_gib": row.peak_gib,
+        "classes": {name: _estimate("iou", value) for name, value in row.classes.items()},
+        "commit": "; ".join(row.commits),
+        **({"gain_over_own_stage1": gain} if row.has_second_stage else {}),
+        "scores": {name: _scores(row, name, baseline) for name in [row.scored, *row.others]} if row.runs else {},
+        "by_seed": {str(seed): _by_seed(row, run) for seed, run in row.runs.items()},
+    }
+
+
+def _scores(row: RowFigures, scored: str, baseline: RowFigures) -> dict[str, Any]:
+    mious = row.mious(scored)
+    return _estimate("miou", estimate(list(mious.values()))) | _difference(paired_difference(mious, baseline.mious()))
+
+
+def _by_seed(row: RowFigures, run: Run) -> dict[str, Any]:
+    result = run.results[row.scored]
+    return {
+        "miou": result.miou,
+        "boundary_miou": result.boundary_miou,
+        "miou_by_noise_seed": run.by_noise_seed,
+        "miou_of": {name: other.miou for name, other in run.results.items()},
+        "minutes": run.minutes,
+        "peak_gib": run.peak_gib,
+        "commits": run.commits,
+    }
+
+
+def _estimate(name: str, value: Estimate | None) -> dict[str, Any]:
+    """Mean, standard deviation and error; null is unknown: with one seed there is no spread."""
+    parts = {"mean": value.mean, "std": value.std, "se": value.se} if value else dict.fromkeys(("mean", "std", "se"))
+    return {f"{name}_{part}": number for part, number in parts.items()}
+
+
+def _difference(value: Estimate | None) -> dict[str, Any]:
+    return {
+        "paired_difference": value.mean if value else None,
+        "paired_se": value.se if value else None,
+        "paired_seeds": value.n if value else 0,
+    }
