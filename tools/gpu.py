@@ -46,9 +46,11 @@ PARTS = {
     "stage1": Part("speed", "stage1", 170),
     "stage2": Part("speed", "stage2", 170),
     "denoiser": Part("speed", "denoiser", 150),
+    "evidence": Part("evidence", "evidence", 300),
 }
 """In the order of their worth."""
 ON_A_CPU = 4  # times the limit, for a few cores
+START_S = 30  # until a part's process has begun its work
 
 
 def main() -> int:
@@ -79,14 +81,20 @@ def has_failed(figures: Mapping[str, Any]) -> bool:
     return bool(figures.get("failed")) or figures.get("within") is False or any(map(has_failed, inner))
 
 
+def limit_of(part: str) -> int:
+    """Seconds that a part may take here."""
+    return PARTS[part].limit_s * (1 if torch.cuda.is_available() else ON_A_CPU)
+
+
 def run_here(name: str, folder: Path) -> int:
     part = PARTS[name]
     module = __import__(f"gpu_parts.{part.module}", fromlist=[part.function])
-    function: Callable[[Path], dict[str, Any]] = getattr(module, part.function)
+    function: Callable[..., dict[str, Any]] = getattr(module, part.function)
+    options = {"limit_s": limit_of(name) - START_S} if name == "evidence" else {}
     with tempfile.TemporaryDirectory(prefix="iccld_gpu_") as scratch:
-        figures = function(Path(scratch))
-        for log in Path(scratch).glob("*.log"):
-            (folder / log.name).write_text(log.read_text())
+        figures = function(Path(scratch), **options)
+        for kept in (path for path in Path(scratch).iterdir() if path.suffix in (".log", ".json", ".md")):
+            (folder / kept.name).write_text(kept.read_text())
     (folder / f".{name}.json").write_text(json.dumps(figures))
     return 0
 
@@ -97,7 +105,7 @@ def run_apart(name: str, folder: Path) -> dict[str, Any]:
     command = [sys.executable, __file__, str(folder), "--part", name]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     process = subprocess.Popen(command, start_new_session=True, **pipes)
-    limit_s = PARTS[name].limit_s * (1 if torch.cuda.is_available() else ON_A_CPU)
+    limit_s = limit_of(name)
     try:
         said, _ = process.communicate(timeout=limit_s)
         figures = json.loads(result.read_text()) if not process.returncode else {"failed": said[-1500:]}

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can show, on a machine without a network, in about 8 minutes (15 at most):
+# Everything that only a GPU can show, on a machine without a network, in about 8 minutes (20 at most):
 #     bash tools/gpu.sh FOLDER                             all parts; at most 8 files in FOLDER, gpu.json after each part
 #     ONLY="tests stage1" bash tools/gpu.sh FOLDER         some of them, again
+#     EVIDENCE=data ONLY=evidence bash tools/gpu.sh FOLDER    the grid data/grid.yaml, on shards that lie in data
 # The machine brings its own torch, accelerate and transformers. What else is needed lies in .wheels/, where
 # `bash tools/gpu_wheels.sh` has put it on a machine with a package index; with a .venv or without that folder, what is
 # installed is used.

@@ -8,6 +8,8 @@ from pathlib import Path
 import gpu
 import pytest
 
+from tests.factory import scene_overrides
+
 ROOT = Path(__file__).parents[2]
 MEASURED = {"samples_per_s": 30.0, "mfu": 0.5, "peak_gib": 40.0}
 
@@ -32,6 +34,21 @@ def test_a_part_that_takes_too_long_is_said_so(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setitem(gpu.PARTS, "correctness", gpu.PARTS["correctness"]._replace(limit_s=1))
     figures = gpu.run_apart("correctness", tmp_path)
     assert "not over within" in figures["failed"] and not list(tmp_path.iterdir())
+
+
+def test_a_grid_that_is_given_is_evidence(scene_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    common = [word for word in scene_overrides(scene_shards, tmp_path) if not word.startswith("run_dir=")]
+    common += ["stage1.trainer.num_steps=2", "evaluation.max_images=2"]
+    grid = {"baseline": "stage1", "seeds": [0], "common": common, "runs": {"stage1": {"settings": ["stages=[stage1]"]}}}
+    (tmp_path / "given").mkdir()
+    (tmp_path / "given/grid.yaml").write_text(json.dumps(grid))
+    monkeypatch.setenv("EVIDENCE", str(tmp_path / "given"))
+    (tmp_path / "out").mkdir()
+    figures = gpu.run_apart("evidence", tmp_path / "out")
+    assert not gpu.has_failed(figures) and figures["runs"]["stage1"]["seeds"] == [0], figures
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "evidence_summary.json", "evidence_report.md", "evidence.log"
+    }  # fmt: skip
 
 
 @pytest.mark.slow
