@@ -16,7 +16,7 @@ BACKEND = "inductor"
 class Compile(Enum):
     """What torch.compile gets: nothing, the blocks that a network repeats, or each network as a whole.
 
-    A block is compiled once for all of its repetitions of one shape: `blocks` pays where a network repeats a layer often.
+    A block is compiled once for all of its repetitions of one shape: `blocks` pays where a network repeats one often.
     `auto` is `blocks` on CUDA and `none` on a CPU.
     """
 
