@@ -93,7 +93,7 @@ def _missing(rows: Mapping[str, RowFigures]) -> Iterator[str]:
 
 
 def _second_stages(ablation: Ablation, rows: Mapping[str, RowFigures]) -> Iterator[str]:
-    """What stage 2 adds to the row's own stage 1, and every number of denoising steps."""
+    """Yield what stage 2 adds to the row's own stage 1, and every number of denoising steps."""
     shown = [row for row in rows.values() if row.has_second_stage and row.runs]
     if not shown:
         return

@@ -103,7 +103,7 @@ def _check(config: Config, after: str, *, num_ranks: int) -> None:
 
 
 def has_finished(ablation: Ablation, task: Task) -> bool:
-    """Whether all stages of the run are trained and scored. Raises ValueError where its scores are damaged."""
+    """Tell whether all stages of the run are trained and scored. Raises ValueError where its scores are damaged."""
     config = ablation.config(task)
     run_dir = ablation.run_dir(task)
     return all(is_finished(run_dir, stage) for stage in config.stages) and not unscored_stages(config)
@@ -135,7 +135,7 @@ def changes(ablation: Ablation, task: Task) -> list[str]:
 
 
 def _changes_of_scores(saved: Config, new: Config) -> list[str]:
-    """What a training may change between attempts, but changes its scores."""
+    """Settings that a training may change between attempts, but that change its scores."""
     old, now = ({**about_of([], each), "weights": each.inference.weights.value} for each in (saved, new))
     changed = [key for key in now if key not in NOT_OF_SCORES and old[key] != now[key]]
     return [f"{key}: {old[key]} -> {now[key]}" for key in changed]
@@ -169,7 +169,7 @@ def prepare(ablation: Ablation, task: Task) -> None:
 
 
 def read_note(run_dir: Path) -> dict[str, Any]:
-    """What `prepare` wrote. Raises ValueError for anything else."""
+    """Read what `prepare` wrote. Raises ValueError for anything else."""
     path = run_dir / NOTE_NAME
     note = read_json(path)
     if not isinstance(note, dict) or not isinstance(note.get("code"), list):

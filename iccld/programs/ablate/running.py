@@ -32,7 +32,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # USR1
 
 @dataclass
 class Ending:
-    """What became of the tasks. `failures`: their exit statuses; `signal`: what stopped the command, or 0."""
+    """Outcome of the tasks. `failures`: their exit statuses; `signal`: what stopped the command, or 0."""
 
     states: dict[Task, State]
     failures: dict[Task, int] = field(default_factory=dict)

@@ -74,12 +74,12 @@ class RowFigures:
 
     @property
     def gain(self) -> Estimate | None:
-        """What stage 2 adds to the row's own stage 1, paired by seed."""
+        """Gain of stage 2 over the row's own stage 1, paired by seed."""
         return paired_difference(self.mious(), self.mious(OWN_STAGE1)) if self.has_second_stage else None
 
     @property
     def others(self) -> list[str]:
-        """What else was scored, such as other numbers of denoising steps."""
+        """Further scores, such as other numbers of denoising steps."""
         return [name for run in list(self.runs.values())[:1] for name in run.results if name != self.scored]
 
     @property
@@ -135,7 +135,7 @@ def _commit(code: Mapping[str, str]) -> str:
 
 
 def _minutes(run_dir: Path) -> float:
-    """Of all attempts, the scores at the end left out, and what passed between the attempts."""
+    """Minutes of all attempts, without the scores at the end and what passed between the attempts."""
     events, _ = straightened(read_events(run_dir)[0])
     total = total_of(attempts(events))
     return (sum(total.values()) - total["down"]) / 60
@@ -149,7 +149,7 @@ def _peak_gib(run_dir: Path) -> float | None:
 
 
 def to_json(ablation: Ablation, rows: Mapping[str, RowFigures]) -> dict[str, Any]:
-    """What summary.json holds, by the rows' names."""
+    """Content of summary.json, by the rows' names."""
     baseline = rows[ablation.grid.baseline]
     return {name: _row(ablation, row, baseline) for name, row in rows.items()}
 

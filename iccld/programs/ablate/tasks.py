@@ -1,4 +1,4 @@
-"""What is left to run: a task is one row with one seed, and may wait for another one."""
+"""Tasks that are left to run: a task is one row with one seed, and may wait for another one."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class State(Enum):
 
 
 Needs = Mapping[Task, Task | None]
-"""What each task waits for, in the order in which tasks are begun."""
+"""Map each task to the one that it waits for, in the order in which tasks are begun."""
 
 
 def tasks_of(grid: Grid) -> Needs:
@@ -85,7 +85,7 @@ class Array:
 
 
 def arrays_of(needs: Needs, states: Mapping[Task, State]) -> list[Array]:
-    """What is not finished, as arrays, each after the array that it waits for.
+    """Group what is not finished into arrays, each after the array that it waits for.
 
     An array that waits has the seeds of the other one, so that places agree; a run that is finished ends at once.
     """
