@@ -27,6 +27,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from iccld.durable import write_whole
+
 mpl.use("Agg")
 
 
@@ -89,13 +91,16 @@ def limit_of(part: str) -> int:
 def run_here(name: str, folder: Path) -> int:
     part = PARTS[name]
     module = __import__(f"gpu_parts.{part.module}", fromlist=[part.function])
-    function: Callable[..., dict[str, Any]] = getattr(module, part.function)
+    function: Callable[..., Mapping[str, Any] | Iterator[tuple[str, Any]]] = getattr(module, part.function)
     options = {"limit_s": limit_of(name) - START_S} if name == "evidence" else {}
+    figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="iccld_gpu_") as scratch:
-        figures = function(Path(scratch), **options)
+        found = function(Path(scratch), **options)
+        for figure, value in found.items() if isinstance(found, Mapping) else found:
+            figures[figure] = value
+            write_whole(folder / f".{name}.json", json.dumps(figures).encode())  # what a limit leaves
         for kept in (path for path in Path(scratch).iterdir() if path.suffix in (".log", ".json", ".md")):
             (folder / kept.name).write_text(kept.read_text())
-    (folder / f".{name}.json").write_text(json.dumps(figures))
     return 0
 
 
@@ -108,13 +113,14 @@ def run_apart(name: str, folder: Path) -> dict[str, Any]:
     limit_s = limit_of(name)
     try:
         said, _ = process.communicate(timeout=limit_s)
-        figures = json.loads(result.read_text()) if not process.returncode else {"failed": said[-1500:]}
+        failed = {"failed": said[-1500:]} if process.returncode else {}
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)  # with the ranks that it started
         said, _ = process.communicate()
-        figures = {"failed": f"not over within {limit_s} s: {said[-1000:]}"}
+        failed = {"failed": f"not over within {limit_s} s: {said[-1000:]}"}
+    figures = json.loads(result.read_text()) if result.exists() else {}
     result.unlink(missing_ok=True)
-    return {**figures, "seconds": round(time.monotonic() - started, 1)}
+    return {**figures, **failed, "seconds": round(time.monotonic() - started, 1)}
 
 
 def draw(figures: Mapping[str, Any], path: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -23,6 +23,9 @@ from iccld.runtime.flops import count_step
 from iccld.runtime.peak_flops import nominal_flops
 
 GIB = 2**30
+NUM_KERNELS = 20  # the longest of a step
+
+Figures: TypeAlias = Iterator[tuple[str, dict[str, Any]]]
 
 
 def size_here() -> Size:
@@ -40,13 +43,14 @@ def attention(folder: Path) -> dict[str, Any]:
     return attention_figures(size_here(), device_here())
 
 
-def denoiser(folder: Path) -> dict[str, Any]:
+def denoiser(folder: Path) -> Figures:
     """The denoiser against diffusers' UNet of as many parameters, eager and compiled."""
     from training_peers.denoisers import compare_denoisers  # the other parts need no diffusers
 
     del folder
     kinds = {"eager": False, "compiled": True} if torch.cuda.is_available() else {"eager": False}
-    return {kind: compare_denoisers(size_here(), device_here(), compiled=on) for kind, on in kinds.items()}
+    for kind, on in kinds.items():
+        yield kind, compare_denoisers(size_here(), device_here(), compiled=on)
 
 
 @dataclass(frozen=True)
@@ -61,28 +65,27 @@ def _variants() -> dict[str, Variant]:
     eager = EngineConfig(precision=Precision.bf16, compile=Compile.none)
     blocks = replace(eager, compile=Compile.blocks)
     return {
-        "fp32": Variant(replace(eager, precision=Precision.fp32)),
-        "tf32": Variant(replace(eager, precision=Precision.fp32, matmul_precision=MatmulPrecision.high)),
-        "eager_fp32_norms": Variant(eager, fp32_norms=True),
-        "eager_no_cudnn_benchmark": Variant(replace(eager, cudnn_benchmark=False)),
         "eager": Variant(eager),
         "blocks": Variant(blocks),
+        "eager_fp32_norms": Variant(eager, fp32_norms=True),
+        "eager_no_cudnn_benchmark": Variant(replace(eager, cudnn_benchmark=False)),
+        "tf32": Variant(replace(eager, precision=Precision.fp32, matmul_precision=MatmulPrecision.high)),
+        "fp32": Variant(replace(eager, precision=Precision.fp32)),
         "blocks_deterministic": Variant(replace(blocks, deterministic=True)),
     }
 
 
-def stage(name: str, folder: Path) -> dict[str, Any]:
-    """Samples a second, MFU and peak memory of a stage's step, in each variant, each in turn and alone."""
+def stage(name: str, folder: Path) -> Figures:
+    """Samples a second, MFU, peak memory and longest kernels of a stage's step, in each variant, in turn and alone."""
     del folder
-    size, found = size_here(), {}
+    size = size_here()
     chosen = _variants() if torch.cuda.is_available() else {"eager": _variants()["eager"]}
     for variant_name, variant in chosen.items():
         try:
-            found[variant_name] = _measure(name, size, variant)
+            yield variant_name, _measure(name, size, variant)
         except (RuntimeError, NotImplementedError) as error:  # one that cannot run leaves the others their turn
-            found[variant_name] = {"failed": " ".join(str(error).split())[:300]}
+            yield variant_name, {"failed": " ".join(str(error).split())[:300]}
         torch.compiler.reset()
-    return found
 
 
 def _measure(name: str, size: Size, variant: Variant) -> dict[str, Any]:
@@ -97,6 +100,7 @@ def _measure(name: str, size: Size, variant: Variant) -> dict[str, Any]:
         seconds = statistics.median(seconds_of(ours, engine.device) for _ in range(size.rounds))
         peak_bytes = memory.peak_memory(engine.device)
         peak = nominal_flops(engine.device, variant.config.precision.value)
+        kernels = _kernels(ours, engine.device) if engine.device.type == "cuda" else {}
         engine.detach()
     return {
         "samples_per_s": size.batch_size / seconds,
@@ -105,7 +109,18 @@ def _measure(name: str, size: Size, variant: Variant) -> dict[str, Any]:
         "mfu": flops / seconds / peak if peak else None,
         "peak_gib": peak_bytes / GIB,
         "flops": flops,
+        **kernels,
     }
+
+
+def _kernels(step: Callable[[], object], device: torch.device) -> dict[str, Any]:
+    """Milliseconds that the device works in a step, and those of its longest kernels with their counts."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        seconds_of(step, device)
+    own = [one for one in profiler.key_averages() if one.device_type.name == "CUDA"]
+    own.sort(key=lambda one: -one.self_device_time_total)
+    longest = [[one.key[:90], round(one.self_device_time_total / 1e3, 3), one.count] for one in own[:NUM_KERNELS]]
+    return {"busy_ms": sum(one.self_device_time_total for one in own) / 1e3, "kernels": longest}
 
 
 @contextlib.contextmanager
@@ -120,5 +135,5 @@ def _norms(in_fp32: bool) -> Iterator[None]:
         GroupNorm.forward = own
 
 
-stage1: Callable[[Path], dict[str, Any]] = partial(stage, "stage1")
-stage2: Callable[[Path], dict[str, Any]] = partial(stage, "stage2")
+stage1: Callable[[Path], Figures] = partial(stage, "stage1")
+stage2: Callable[[Path], Figures] = partial(stage, "stage2")

@@ -21,6 +21,7 @@ from training_peers.turns import ratio_of, take_turns
 
 from iccld.models.blocks import LATENT_STRIDE, ResidualBlock, group_norm
 from iccld.models.denoiser import Denoiser, DenoiserConfig
+from iccld.runtime.compilation import Compile, compile_in_place
 from iccld.stages.adversarial import DOMAINS
 
 TOLERANCE = 0.02  # of the numbers of parameters
@@ -92,7 +93,7 @@ class Pass:
 
 
 def contenders(size: Size, device: torch.device, *, compiled: bool) -> dict[str, Pass]:
-    """Ours and theirs on equal inputs `(3B, C, h, w)`."""
+    """Ours and theirs on equal inputs `(3B, C, h, w)`; where compiled, theirs whole, ours as in training."""
     config = config_of(size).model
     channels, side, batch = (
         config.latent_channels,
@@ -105,8 +106,8 @@ def contenders(size: Size, device: torch.device, *, compiled: bool) -> dict[str,
     denoiser = Denoiser(config=config.denoiser, latent_channels=channels, condition_channels=channels)
     ours, theirs = denoiser.to(device), equal_unet(denoiser, channels).to(device)
     if compiled:
-        ours.compile()
-        theirs.compile()
+        compile_in_place([ours], Compile.blocks if device.type == "cuda" else Compile.whole)
+        theirs.compile(dynamic=False)
 
     def predict_ours(z_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         return ours(z_t, t, condition).noise_pred
