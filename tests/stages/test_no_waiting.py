@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from iccld.models.discriminator import Discriminator
 from iccld.models.latent import LatentKind
+from iccld.runtime.compilation import Compile
 from iccld.runtime.engine import Engine, EngineConfig
 from iccld.runtime.flops import on_meta
 from iccld.runtime.prefetch import map_tensors
@@ -113,7 +114,7 @@ def test_a_waiting_copy_a_literal_and_a_read_are_found() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", STAGES)
 def test_a_step_does_not_wait_on_a_gpu(name: str) -> None:
-    with Engine(EngineConfig()) as engine:
+    with Engine(EngineConfig(compile=Compile.none)) as engine:
         stage = STAGES[name][0]()
         for module in (stage.module, stage.models()["student"], stage.teacher.module):
             module.to(engine.device)

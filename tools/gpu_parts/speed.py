@@ -1,6 +1,7 @@
 """Parts attention, denoiser, stage1 and stage2: how fast the device is made to work, and what each means gains."""
 
 import contextlib
+import os
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -79,8 +80,10 @@ def stage(name: str, folder: Path) -> Figures:
     """Samples a second, MFU, peak memory and longest kernels of a stage's step, in each variant, in turn and alone."""
     del folder
     size = size_here()
-    chosen = _variants() if torch.cuda.is_available() else {"eager": _variants()["eager"]}
-    for variant_name, variant in chosen.items():
+    every = _variants()
+    chosen = os.environ.get("VARIANTS", "").split() or (every if torch.cuda.is_available() else ["eager"])
+    for variant_name in chosen:
+        variant = every[variant_name]
         try:
             yield variant_name, _measure(name, size, variant)
         except (RuntimeError, NotImplementedError) as error:  # one that cannot run leaves the others their turn
