@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can show, on a machine without a network, in about 8 minutes (20 at most):
+# Everything that only a GPU can show, on a machine without a network, in about 10 minutes (20 at most):
 #     bash tools/gpu.sh FOLDER                             all parts; at most 8 files in FOLDER, gpu.json after each part
 #     ONLY="tests stage1" bash tools/gpu.sh FOLDER         some of them, again
 #     LIMIT=100 VARIANTS="eager blocks" ONLY=...           at most so many seconds a part; of the stages, these variants
