@@ -56,7 +56,7 @@ def noise_of(name: StageName, config: Config) -> dict[str, tuple[int, ...]]:
     shape = (config.model.latent_channels, height, width)
     if name is StageName.stage2:
         return dict.fromkeys(adversarial.NOISE, shape)
-    noise = {segmentation.NOISE: shape} if config.model.latent is LatentKind.mask else {}
+    noise: dict[str, tuple[int, ...]] = {segmentation.NOISE: shape} if config.model.latent is LatentKind.mask else {}
     if config.stage1.objective.adapt and config.stage1.objective.corruption.strength:
         noise[segmentation.CORRUPTION_NOISE] = (3, *config.data.crop_size)
     return noise
