@@ -42,8 +42,9 @@ class SegmentationConfig:
     teacher_decay: float = 0.999
     use_teacher: bool = True  # False: the student's own pseudo-labels (an ablation of the paper)
     flip_teacher: bool = False  # pseudo-labels from the mean of the image's prediction and the mirrored image's
-    confidence_threshold: float = 0.968  # unused with class-wise thresholds
-    class_thresholds: float = 0.0  # share of a class's mean confidence that a pixel must reach; 0: image weight; 0.95
+    confidence_threshold: float = 0.968  # of pixels that count for the image weight q
+    class_thresholds: float = 0.0  # share of a class's mean confidence that a pixel must reach; 0: all weigh q; 0.95
+    image_weight: bool = False  # with class-wise thresholds: confident pixels weigh q, in place of 1
     class_balance: float = 0.0  # exponent of the balance of classes in the pseudo-labels' weights; 0.5: square root
     warm_start_steps: int = 0  # source only for so many steps, so that the first pseudo-labels are worth something
     target_weight: float = 1.0
@@ -193,6 +194,7 @@ class SegmentationStage(Stage):
             class_probabilities(predictor.segment, images, flip=self.config.flip_teacher),
             threshold=self.config.confidence_threshold,
             class_thresholds=self.config.class_thresholds,
+            image_weight=self.config.image_weight,
             class_balance=self.config.class_balance,
             valid=target["valid"],
         )

@@ -34,12 +34,19 @@ def class_probabilities(segment: Callable[[Tensor], Tensor], images: Tensor, *, 
 
 
 def pseudo_labels(
-    probabilities: Tensor, *, threshold: float, class_thresholds: float, class_balance: float, valid: Tensor
+    probabilities: Tensor,
+    *,
+    threshold: float,
+    class_thresholds: float,
+    image_weight: bool,
+    class_balance: float,
+    valid: Tensor,
 ) -> PseudoLabels:
     """The teacher's arg max, and how much each pixel weighs.
 
     With `class_thresholds` 0, every pixel weighs q, the fraction of its image's pixels with confidence >= `threshold`.
-    Above 0, a pixel weighs 1 if it reaches its class's threshold (`class_wise_thresholds`), else 0.
+    Above 0, a pixel weighs 1 (with `image_weight`, q) if it reaches its class's threshold (`class_wise_thresholds`),
+    else 0. A teacher that is seldom sure is then followed from the start; q makes it count little until it is.
     Then the weights are multiplied by `balance_factors` of exponent `class_balance`; 0 is off.
 
     probabilities: `(B, K, H, W)` float32; valid: `(B, H, W)` or `(B, H, 1)` bool, False where a pseudo-label is not to
@@ -48,13 +55,12 @@ def pseudo_labels(
     num_classes = probabilities.shape[1]
     confidence, labels = probabilities.max(dim=1)
     trusted = valid.float().expand(labels.shape)
+    confident = (confidence >= threshold).float().mean(dim=(1, 2))
+    weights = confident[:, None, None] * trusted
     if class_thresholds:
         thresholds = class_wise_thresholds(confidence, labels, trusted, share=class_thresholds, num_classes=num_classes)
-        weights = (confidence >= thresholds).float() * trusted
-        confident = weights.mean(dim=(1, 2))
-    else:
-        confident = (confidence >= threshold).float().mean(dim=(1, 2))
-        weights = confident[:, None, None] * trusted
+        reached = (confidence >= thresholds).float() * trusted
+        weights, confident = reached * weights if image_weight else reached, reached.mean(dim=(1, 2))
     if class_balance:
         weights = weights * balance_factors(labels, weights, exponent=class_balance, num_classes=num_classes)
     return PseudoLabels(labels.to(torch.uint8), weights, confident)

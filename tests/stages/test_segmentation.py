@@ -130,6 +130,9 @@ def test_class_wise_weights_reach_the_mix_where_the_target_shows():
     weights = tensors["masked_weights"]
     assert (weights == 0).any() and weights[weights > 0].unique().numel() > 2
     torch.testing.assert_close(weights.mean(dim=(1, 2)), tensors["confident"])
+    # The image weight is 0: no pixel of an untrained network is sure by the common threshold.
+    stage = make_stage(class_thresholds=0.25, image_weight=True, masked_weight=1.0)
+    assert (prepared(stage, range(3)).tensors["masked_weights"] == 0).all()
 
 
 def test_corruption_changes_source_and_mixed_images_alone_and_not_before_adaptation():

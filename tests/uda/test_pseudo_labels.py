@@ -11,6 +11,7 @@ from iccld.uda.pseudo_labels import MAX_BALANCE, PseudoLabels, class_probabiliti
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"class_thresholds": 0.95},
+    {"class_thresholds": 0.95, "image_weight": True},
     {"class_balance": 0.5},
     {"class_thresholds": 0.9, "class_balance": 0.5},
 ]
@@ -18,8 +19,8 @@ OPTIONS: list[dict[str, Any]] = [
 
 def label(probabilities: Tensor, **options: Any) -> PseudoLabels:
     valid = torch.ones(probabilities.shape[0], *probabilities.shape[2:], dtype=torch.bool)
-    defaults = {"threshold": 0.968, "class_thresholds": 0.0, "class_balance": 0.0, "valid": valid}
-    return pseudo_labels(probabilities, **{**defaults, **options})
+    defaults = {"threshold": 0.968, "class_thresholds": 0.0, "image_weight": False, "class_balance": 0.0}
+    return pseudo_labels(probabilities, **{"valid": valid, **defaults, **options})
 
 
 def random_probabilities(count: int = 3, *, num_classes: int = 6, seed: int = 0) -> Tensor:
@@ -70,6 +71,16 @@ def test_a_class_that_is_never_sure_keeps_pixels_by_class_wise_thresholds_and_no
     assert (weights == 1).all()
     common = label(probabilities, class_thresholds=0.0)
     assert (common.labels[..., 4:] == 2).all() and common.confident.tolist() == [0.5]
+
+
+def test_with_the_image_weight_confident_pixels_count_as_much_as_the_image_is_sure():
+    probabilities = random_probabilities()
+    plain = label(probabilities, threshold=0.9, class_thresholds=0.95)
+    weighted = label(probabilities, threshold=0.9, class_thresholds=0.95, image_weight=True)
+    q = (probabilities.amax(dim=1) >= 0.9).float().mean(dim=(1, 2))
+    assert (q > 0).all() and (q < 1).all()
+    torch.testing.assert_close(weighted.weights, plain.weights * q[:, None, None])
+    assert torch.equal(weighted.confident, plain.confident)
 
 
 @pytest.mark.parametrize("class_thresholds", [0.0, 0.95])

@@ -170,6 +170,7 @@ class DAFormerOrder:
                 class_probabilities(self.teacher.segment, target, flip=self.config.flip_teacher),
                 threshold=self.config.confidence_threshold,
                 class_thresholds=self.config.class_thresholds,
+                image_weight=self.config.image_weight,
                 class_balance=self.config.class_balance,
                 valid=self.batch["target"]["valid"],
             )
