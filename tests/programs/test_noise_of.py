@@ -11,19 +11,20 @@ from iccld.programs.building import build_stream, fresh_stage, noise_of
 from tests.factory import scene_overrides
 
 
+@pytest.mark.parametrize("strength", [0.0, 1.0])
 @pytest.mark.parametrize("latent", ["image", "mask"])
 @pytest.mark.parametrize("name", StageName)
 def test_a_stage_prepares_the_same_with_noise_of_the_stream(
-    scene_shards: Path, tmp_path: Path, name: StageName, latent: str
+    scene_shards: Path, tmp_path: Path, name: StageName, latent: str, strength: float
 ) -> None:
-    more = [f"model.latent={latent}", "data.num_workers=0"]
+    corruption = f"stage1.objective.corruption.strength={strength}"
+    more = [f"model.latent={latent}", "data.num_workers=0", corruption]
     config = load_config([*scene_overrides(scene_shards, tmp_path), *more])
     stage = fresh_stage(name, config, torch.device("cpu"))
     batch = next(build_stream(name, config, BatchLayout(2, 2)).batches(0))
     expected = noise_of(name, config)
-    assert (
-        bool(expected) == (name is StageName.stage2 or latent == "mask") and expected.keys() <= batch["source"].keys()
-    )
+    adds = name is StageName.stage2 or latent == "mask" or strength > 0
+    assert bool(expected) == adds and expected.keys() <= batch["source"].keys()
     without = {**batch, "source": {key: value for key, value in batch["source"].items() if key not in expected}}
     with torch.no_grad():
         ours, theirs = stage.prepare(batch, 10), stage.prepare(without, 10)

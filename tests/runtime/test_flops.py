@@ -20,6 +20,7 @@ from iccld.runtime.flops import FlopCounter, StepFlops, count_step, on_meta
 from iccld.stages.adversarial import AdversarialConfig, AdversarialStage, AdversaryInput
 from iccld.stages.base import Stage
 from iccld.stages.segmentation import SegmentationConfig, SegmentationStage
+from iccld.uda.corruption import CorruptionConfig
 from tests.factory import random_batch
 from tests.models.factory import BACKBONES, make_encoder, random_images, tiny_model
 
@@ -183,6 +184,8 @@ STAGES = {
     "source only": lambda: stage1(adapt=False),
     "masked, feature distance": lambda: stage1(masked_weight=1.0, feature_distance_weight=0.005),
     "own pseudo-labels": lambda: stage1(use_teacher=False),
+    "flip average, class-wise weights": lambda: stage1(flip_teacher=True, class_thresholds=0.95, class_balance=0.5),
+    "corruption": lambda: stage1(corruption=CorruptionConfig(strength=0.5)),
     "stage 1, mask latent": lambda: stage1(LatentKind.mask, masked_weight=1.0),
     "stage 2": stage2,
     "stage 2, z_0": lambda: stage2(seen=AdversaryInput.z0),
@@ -215,6 +218,13 @@ def test_a_step_is_counted_by_part_and_in_proportion_to_its_samples() -> None:
     second = count_step(stage2(LatentKind.mask), batch_of(1), 0)
     assert second.prepare.keys() == {"encoder", "decoder", "mask_encoder", "other"}
     assert second.forward.keys() == second.backward.keys() == {"denoiser", "discriminator"}
+
+
+def test_the_flip_average_doubles_the_teachers_work() -> None:
+    once, twice = (count_step(stage1(flip_teacher=flip), batch_of(1), 0) for flip in (False, True))
+    for part in ("teacher encoder", "teacher decoder"):
+        assert twice.prepare[part] == 2 * once.prepare[part]
+    assert (twice.forward, twice.backward) == (once.forward, once.backward)
 
 
 def test_counting_leaves_the_stage_as_it_is() -> None:

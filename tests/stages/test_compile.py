@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from iccld.runtime.compilation import Compile, compile_in_place, repeated_blocks
 from iccld.runtime.engine import Engine, EngineConfig, Precision
 from iccld.stages.base import Stage
 from iccld.stages.segmentation import SegmentationConfig, SegmentationStage
+from iccld.uda.corruption import CorruptionConfig
 from tests.factory import random_batch, tiny_model_config
 from tests.stages.test_adversarial import make_stage as make_adversarial
 
@@ -23,16 +25,19 @@ WARM_START = 1
 NUM_STEPS = 5
 
 
-def make_segmentation(*, use_teacher: bool = True) -> SegmentationStage:
+def make_segmentation(**options: Any) -> SegmentationStage:
     torch.manual_seed(0)
     model = ICCLD(config=tiny_model_config(), num_classes=19, with_denoiser=False)
-    settings = {"warm_start_steps": WARM_START, "confidence_threshold": 0.055, "use_teacher": use_teacher}
+    settings = {"warm_start_steps": WARM_START, "confidence_threshold": 0.055, **options}
     return SegmentationStage(model, SegmentationConfig(**settings), seed=0)
 
 
 STAGES = {
     "segmentation": make_segmentation,
     "own pseudo-labels": lambda: make_segmentation(use_teacher=False),
+    "every option": lambda: make_segmentation(
+        flip_teacher=True, class_thresholds=0.06, class_balance=0.5, corruption=CorruptionConfig(strength=1.0)
+    ),
     "adversarial": lambda: make_adversarial(adversarial_ramp_steps=4),
 }
 

@@ -18,13 +18,14 @@ from iccld.runtime.prefetch import map_tensors
 from iccld.stages.adversarial import AdversarialConfig, AdversarialStage, AdversaryInput
 from iccld.stages.base import Stage
 from iccld.stages.segmentation import SegmentationConfig, SegmentationStage
+from iccld.uda.corruption import CorruptionConfig
 from tests.factory import random_batch
 from tests.models.factory import BACKBONES, tiny_model
 
 
-def stage1(*, backbone: str = "segformer", latent: LatentKind = LatentKind.mask) -> Stage:
+def stage1(*, backbone: str = "segformer", latent: LatentKind = LatentKind.mask, **settings: Any) -> Stage:
     model = tiny_model(latent=latent, num_classes=19, backbone=backbone)
-    return SegmentationStage(model, SegmentationConfig(masked_weight=1.0), seed=0)
+    return SegmentationStage(model, SegmentationConfig(masked_weight=1.0, **settings), seed=0)
 
 
 def stage2(*, seen: AdversaryInput = AdversaryInput.noise, latent: LatentKind = LatentKind.image) -> Stage:
@@ -34,9 +35,16 @@ def stage2(*, seen: AdversaryInput = AdversaryInput.noise, latent: LatentKind = 
     return AdversarialStage(model, discriminator, AdversarialConfig(adversary_input=seen), seed=0)
 
 
+RECIPE: dict[str, Any] = {
+    "flip_teacher": True,
+    "class_thresholds": 0.95,
+    "class_balance": 0.5,
+    "corruption": CorruptionConfig(strength=1.0),
+}
 STAGES: dict[str, tuple[Callable[[], Stage], int]] = {
     **{f"stage 1, {backbone}": (lambda backbone=backbone: stage1(backbone=backbone), 6) for backbone in BACKBONES},
     "stage 1, image latent": (lambda: stage1(latent=LatentKind.image), 4),
+    "stage 1, every option": (lambda: stage1(latent=LatentKind.image, **RECIPE), 10),
     **{f"stage 2, {seen.name}": (lambda seen=seen: stage2(seen=seen), 6) for seen in AdversaryInput},
     "stage 2, mask latent": (lambda: stage2(latent=LatentKind.mask), 6),
 }
@@ -96,7 +104,7 @@ def test_a_step_reads_nothing_and_sends_only_draws_ahead(name: str) -> None:
     assert not literals.seen
     waited = [elements for elements, goes_on in copies.seen if not goes_on]
     # Kornia sends the blur's sigmas, two a sample, ahead to CUDA devices alone.
-    assert all(elements in (2 * 2, 2 * 6) for elements in waited) and len(waited) <= 2, copies.seen
+    assert all(elements in (2 * 2, 2 * 6) for elements in waited) and len(waited) <= 4, copies.seen
     assert 0 < len(copies.seen) - len(waited) <= most, copies.seen
 
 

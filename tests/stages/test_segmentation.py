@@ -9,12 +9,17 @@ from iccld.models.iccld import ICCLD
 from iccld.models.latent import LatentKind
 from iccld.stages.base import StageInputs
 from iccld.stages.segmentation import SegmentationConfig, SegmentationStage
+from iccld.uda.corruption import CorruptionConfig
+from iccld.uda.photometric import PhotometricConfig
 from tests.factory import random_batch, tiny_model_config
 
 OPTIONS = {
     "plain": {},
     "masked": {"masked_weight": 1.0, "masked_block": 16},
     "no_teacher": {"use_teacher": False},
+    "class_wise": {"class_thresholds": 0.25, "class_balance": 0.5},
+    "flip": {"flip_teacher": True},
+    "corruption": {"corruption": CorruptionConfig(strength=1.0)},
 }
 
 
@@ -107,6 +112,49 @@ def test_pseudo_labels_come_from_the_teacher_or_from_the_student_itself():
         assert torch.equal(labels[confident < 1], expected.to(labels.dtype)[confident < 1])
 
 
+def test_the_flip_average_turns_the_pseudo_labels_with_the_target():
+    straight, turned = (random_batch(num_classes=5, numbers=range(2)) for _ in range(2))
+    turned["target"]["images"] = turned["target"]["images"].flip(3)
+    for flip in (True, False):
+        stage = make_stage(flip_teacher=flip, masked_weight=1.0)  # masked labels are the pseudo-labels, unmixed
+        with torch.no_grad():
+            labels, mirrored = (stage.prepare(batch, 0).tensors["masked_labels"] for batch in (straight, turned))
+        assert ((labels == mirrored.flip(2)).float().mean() > 0.999) == flip
+
+
+def test_class_wise_weights_reach_the_mix_where_the_target_shows():
+    stage = make_stage(class_thresholds=0.25, class_balance=0.5, masked_weight=1.0)
+    tensors = prepared(stage, range(3)).tensors
+    pasted = tensors["mixed_weights"] != tensors["masked_weights"]
+    assert (tensors["mixed_weights"][pasted] == 1.0).all()
+    weights = tensors["masked_weights"]
+    assert (weights == 0).any() and weights[weights > 0].unique().numel() > 2
+    torch.testing.assert_close(weights.mean(dim=(1, 2)), tensors["confident"])
+    # The image weight is 0: no pixel of an untrained network is sure by the common threshold.
+    stage = make_stage(class_thresholds=0.25, image_weight=True, masked_weight=1.0)
+    assert (prepared(stage, range(3)).tensors["masked_weights"] == 0).all()
+
+
+def test_corruption_changes_source_and_mixed_images_alone_and_not_before_adaptation():
+    plain = make_stage(masked_weight=1.0)
+    corrupting = make_stage(masked_weight=1.0, corruption=CorruptionConfig(strength=1.0))
+    before, after = (prepared(stage, range(2)).tensors for stage in (plain, corrupting))
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"source_images", "mixed_images"}
+    warm = make_stage(warm_start_steps=1, corruption=CorruptionConfig(strength=1.0))
+    assert torch.equal(prepared(warm, range(2)).tensors["source_images"], before["source_images"])
+
+
+def test_the_mix_is_corrupted_after_it_was_pasted_and_before_the_strong_augmentation():
+    still = PhotometricConfig(jitter_probability=0.0, blur_probability=0.0)
+    blocks = CorruptionConfig(strength=1.0, fourier_band=0.0, jitter=0.0, blur_sigma=0.0, noise=0.0, block_ratio=1.0)
+    stage = make_stage(photometric=still, corruption=blocks)
+    assert (prepared(stage, range(2)).tensors["mixed_images"] == 0.5).all()  # source pixels too
+    stage = make_stage(photometric=PhotometricConfig(jitter_probability=1.0, jitter=0.5), corruption=blocks)
+    assert (prepared(stage, range(2)).tensors["mixed_images"] != 0.5).any()
+
+
 def test_every_trainable_parameter_has_a_group_and_a_rate():
     stage = make_stage(encoder_learning_rate=1e-5, decoder_learning_rate=1e-4)
     groups = stage.param_groups()
@@ -140,6 +188,8 @@ def test_the_latents_statistics_make_it_of_zero_mean_and_unit_variance():
     [
         ({"masked_ratio": 2.0}, r"masked_ratio=2.0 must be between 0 and 1"),
         ({"encoder_learning_rate": 0.0}, "must be above 0"),
+        ({"class_thresholds": 1.1}, "class_thresholds=1.1 must be between 0 and 1"),
+        ({"class_balance": -0.5}, "class_balance=-0.5 must be between 0 and 1"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, float], message: str):
