@@ -80,7 +80,8 @@ def section(title: str, part: Any, *, prefix: str, note: str = "") -> str:
         for field in dataclasses.fields(part)
         if not dataclasses.is_dataclass(getattr(part, field.name))
     ]
-    about = textwrap.fill(" ".join((inspect.getdoc(type(part)) or "").split()), 120, break_long_words=False)
+    written = "" if str(type(part).__doc__).startswith(f"{type(part).__name__}(") else inspect.getdoc(type(part)) or ""
+    about = textwrap.fill(" ".join(written.split()), 120, break_long_words=False, break_on_hyphens=False)
     table = "\n".join(["| setting | type | default | |", "|---|---|---|---|", *rows])
     return "\n\n".join(text.strip() for text in (f"## {title}", note, about, table) if text) + "\n"
 
