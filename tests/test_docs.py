@@ -18,7 +18,7 @@ from tools import write_settings
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
-GROUPS = ("model", "dataset", "stage", "experiment")
+GROUPS = {path.parent.name for path in (ROOT / "iccld/configs").glob("*/*.yaml")}
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 OURS = re.compile(r"(?:tools|launch|accelerate_configs|tests|results|iccld|docs)/[\w./-]*")
@@ -199,9 +199,11 @@ def test_the_page_of_settings_is_what_the_source_says():
 def test_each_setting_has_a_line_with_its_default_and_its_explanation():
     page = write_settings.page()
     assert "| `seed` | int | `0` |" in page
-    assert "| `model.latent` | `image`, `mask` | `image` |" in page
+    assert "| `model.latent` | `image`, `mask` | `image` | What z_0 is the latent of. |" in page
+    assert "| `metrics.wandb` | `disabled`, `offline`, `online` | `offline` |  |" in page, "not the docstring of Enum"
     assert "| `stage2.trainer.gradient_clip` | float | `1.0` | the largest norm of all gradients" in page
     assert "| `evaluation.max_images` | int | `0` | Only samples numbered below this are scored" in page
+    assert "| `data.source.weight` | float | `1.0` | its share where" in page, "inherited"
     assert "| `data.source.also.NAME.weight` |" in page and "| `lead_s` | int | `300` |" in page
 
 

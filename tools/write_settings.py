@@ -76,7 +76,7 @@ def section(title: str, part: Any, *, prefix: str, note: str = "") -> str:
     known, types = explanations(type(part)), fields_of(type(part))
     rows = [
         f"| `{prefix}{field.name}` | {type_name(types[field.name])} | {shown(getattr(part, field.name))} "
-        f"| {cell(known.get(field.name, ''))} |"
+        f"| {cell(known.get(field.name) or about_choices(types[field.name]))} |"
         for field in dataclasses.fields(part)
         if not dataclasses.is_dataclass(getattr(part, field.name))
     ]
@@ -114,6 +114,12 @@ def _own_explanations(schema: type) -> dict[str, str]:
         elif (comment := comments.get(statement.end_lineno or 0)) and not comment.startswith("fmt:"):
             found[statement.target.id] = comment
     return found
+
+
+def about_choices(kind: Any) -> str:
+    """The first paragraph of an enum's docstring; empty for another type."""
+    written = vars(kind).get("__doc__") if isinstance(kind, type) and issubclass(kind, Enum) else None
+    return " ".join((written or "").split("\n\n")[0].split())
 
 
 def type_name(kind: Any) -> str:
