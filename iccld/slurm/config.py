@@ -43,8 +43,8 @@ class SubmitConfig:
     account: str = ""  # SLURM's account
     partition: str = ""  # SLURM's partition, or several with commas
     qos: str = ""  # SLURM's quality of service
-    nodes: int = 1
-    gpus_per_node: int = 0
+    nodes: int = 1  # of a job
+    gpus_per_node: int = 0  # 0: none are asked for
     ranks_per_node: int = 0  # 0: one for each GPU, or one
     cpus_per_task: int = 8  # cores of a rank
     memory: str = ""  # of a node, as in 64G
@@ -57,7 +57,7 @@ class SubmitConfig:
     max_stalled: int = 3  # attempts in a row without a newer checkpoint, after which the job is not started again
     lead_s: int = 300  # seconds before the time limit at which the ranks are told to save
     launcher: Launcher = Launcher.srun  # SLURM starts each rank (`srun`), or one `accelerate launch` a node
-    container: Container = Container.none
+    container: Container = Container.none  # what the ranks run in
     image: str = ""  # the container's image
     mounts: tuple[str, ...] = ()  # FROM:TO, for the container
     modules: tuple[str, ...] = ()  # environment modules to load
