@@ -26,11 +26,12 @@ from iccld.training_step import TrainingStep
 class TrainerConfig:
     """One stage's length, batch and cadences. Micro-batch, accumulation and world size only divide the global batch."""
 
-    num_steps: int = 40_000
-    global_batch_size: int = 4
-    micro_batch_size: int | str = 2  # auto: the largest that fits in memory
+    num_steps: int = 40_000  # optimiser steps of the stage
+    global_batch_size: int = 4  # samples of each domain in a step, over all ranks; it belongs to the experiment
+    micro_batch_size: int | str = 2
+    """Samples that a rank computes at once; `auto`: the largest number that fits in memory."""
     gradient_clip: float = 0.0  # the largest norm of all gradients together; 0 is off
-    evaluate_every: int = 0  # 0: never while training
+    evaluate_every: int = 0  # score after every so many steps; 0: never while training
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 

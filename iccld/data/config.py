@@ -23,17 +23,13 @@ OnError = Enum("OnError", {"raise": "raise", "replace": "replace"})
 
 @dataclass
 class SetConfig:
-    """A set by the folder or URL of its shards with their index; an empty `shards` means that there is none.
+    """A set of samples. Of its first `first_percent`, those are used whose keys are in `keys`."""
 
-    `weight` is its share where a domain has several sets. Of its samples, the first `first_percent` are used and, of
-    these, those whose keys stand in the file `keys` (one a line; empty: all).
-    """
-
-    name: str = ""
-    shards: str = ""
-    weight: float = 1.0
-    first_percent: float = 100.0
-    keys: str = ""
+    name: str = ""  # for messages and reports
+    shards: str = ""  # folder or URL of the shards with their index; empty: there is no set
+    weight: float = 1.0  # its share where a domain has several sets
+    first_percent: float = 100.0  # how many of its samples are used, from the first on
+    keys: str = ""  # a file with the keys of the samples that are used, one a line; empty: all
 
     def __post_init__(self) -> None:
         name = without_secrets(self.shards) or "a set"
@@ -47,7 +43,7 @@ class SetConfig:
 class DatasetConfig(SetConfig):
     """The sets of a domain: this one, and further ones by name."""
 
-    also: dict[str, SetConfig] = field(default_factory=dict)
+    also: dict[str, SetConfig] = field(default_factory=dict)  # further sets of the domain, by name
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,8 +58,8 @@ class DatasetConfig(SetConfig):
 class ClassSetConfig:
     """Optional merging or dropping of the 19 classes; empty means the 19. See `labels.merged_class_set`."""
 
-    names: list[str] = field(default_factory=list)
-    of_train_id: dict[int, int] = field(default_factory=dict)
+    names: list[str] = field(default_factory=list)  # of the classes
+    of_train_id: dict[int, int] = field(default_factory=dict)  # which of them each Cityscapes train id becomes
 
     def build(self) -> ClassSet:
         if not self.names and not self.of_train_id:
@@ -82,18 +78,20 @@ class DataConfig:
     source: DatasetConfig = field(default_factory=DatasetConfig)
     target: DatasetConfig = field(default_factory=DatasetConfig)
     validation: DatasetConfig = field(default_factory=DatasetConfig)
-    crop_size: list[int] = field(default_factory=lambda: [512, 512])
-    num_workers: int = 2
-    rare_class_sampling: bool = True
-    rare_class_temperature: float = 0.01
+    crop_size: list[int] = field(default_factory=lambda: [512, 512])  # height and width, multiples of 8
+    num_workers: int = 2  # loader processes of a rank; 0: the training process loads
+    rare_class_sampling: bool = True  # draw a class, rare ones more often, and then a source image that shows it
+    rare_class_temperature: float = 0.01  # the lower, the more often rare classes are drawn (DAFormer, eq. 12)
     rare_class_min_pixels: int = 3000
-    max_class_share: float = 0.75
-    flip: float = 0.5
-    target_margin_top: float = 0.0
-    target_margin_bottom: float = 0.0
+    """An image shows a class if it has more pixels of it than this; a crop must show at least half as many."""
+    max_class_share: float = 0.75  # source crops are drawn again while one class fills more of them
+    flip: float = 0.5  # chance to mirror a crop
+    target_margin_top: float = 0.0  # share of the height at the top without pseudo-labels
+    target_margin_bottom: float = 0.0  # share of the height at the bottom without pseudo-labels
     class_set: ClassSetConfig = field(default_factory=ClassSetConfig)
     on_error: OnError = OnError["raise"]
-    max_bad_share: float = 0.001
+    """A sample that cannot be used ends the run, or gives way to the next one of the order."""
+    max_bad_share: float = 0.001  # more bad samples end the run even then
     storage: StorageConfig = field(default_factory=StorageConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
 

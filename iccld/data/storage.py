@@ -27,21 +27,21 @@ SCHEMES = ("http", "https", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")
 class StorageConfig:
     """How remote shards are read; a folder needs none of it.
 
-    `timeout_s` bounds one request of at most 8 MiB, `retry_for_s` all attempts of it together (the last one may begin
-    just before it; 0: one attempt). `options` go to the object store's file system as they are, "true" and "false" as
-    bools: `endpoint_url`, `anon`, `profile`, `key`, `secret` of s3fs. What is not a string there (`client_kwargs`) is
-    set in the client's own files and environment (`~/.aws/config`, `AWS_REGION`). Secrets belong there too, and those
-    of http(s) in `~/.netrc`: other users see a command line. Saved settings and messages hold no values of options,
-    and no user, password and query of a URL.
+    `options` go to the object store's file system as they are, "true" and "false" as bools. What is not a string there
+    (`client_kwargs`) is set in the client's own files and environment (`~/.aws/config`, `AWS_REGION`). Secrets belong
+    there too, and those of http(s) in `~/.netrc`: other users see a command line. Saved settings and messages hold no
+    values of options, and no user, password and query of a URL.
 
-    `allow_schemes` names further schemes of fsspec (hdfs, sftp, ...) that locations may have. Some of them write files
-    or run code when they open a location, so it counts on the command line only, never in a run's saved settings.
+    Some of the schemes that `allow_schemes` may name write files or run code when they open a location. So it counts
+    on the command line only, never in a run's saved settings.
     """
 
-    timeout_s: float = 20.0
-    retry_for_s: float = 300.0
+    timeout_s: float = 20.0  # bounds one request of at most 8 MiB
+    retry_for_s: float = 300.0  # bounds all attempts of a request together, but for the end of the last; 0: one attempt
     options: dict[str, str] = field(default_factory=dict)
+    """Of the object store's file system: `endpoint_url`, `anon`, `profile`, `key`, `secret` of s3fs."""
     allow_schemes: list[str] = field(default_factory=list)
+    """Further schemes of fsspec (hdfs, sftp, ...) that locations may have."""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.timeout_s) and self.timeout_s > 0):

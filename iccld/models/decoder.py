@@ -12,11 +12,11 @@ from iccld.models.blocks import LATENT_STRIDE, FeatureFusion, ResidualBlock, con
 
 @dataclass
 class DecoderConfig:
-    """`width` channels at stride 8, half of it at stride 4; `inter_coder`: the connection to the encoder's features."""
+    """Two levels, at stride 8 and stride 4."""
 
-    width: int = 256
-    inter_coder: bool = True
-    num_blocks: int = 2
+    width: int = 256  # channels at stride 8; half as many at stride 4
+    inter_coder: bool = True  # the connection to the encoder's features
+    num_blocks: int = 2  # residual blocks at each of the two strides
 
     def __post_init__(self) -> None:
         if self.width < 8 or self.width % 8:

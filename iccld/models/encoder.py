@@ -31,19 +31,18 @@ FORWARD_OPTIONS = {
 
 @dataclass
 class EncoderConfig:
-    """A published backbone (`pretrained`: hub id or folder), or one built without weights (`backbone_config`).
+    """A published backbone, or one that is built without weights."""
 
-    `backbone_config` is a transformers config with its `model_type`; `image_mean` and `image_std` are of RGB in [0, 1]
-    and belong to the backbone (ImageNet's here; MobileNetV2 wants 0.5). `width`: channels of the latent head.
-    `activation_checkpointing`: recompute the backbone's layers in the backward pass.
-    """
-
-    pretrained: str = ""
+    pretrained: str = ""  # hub id or folder of a published backbone
     backbone_config: dict[str, Any] = field(default_factory=dict)
+    """A transformers config with its `model_type`, for a backbone without weights."""
     image_mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
+    """Of RGB in [0, 1]; belongs to the backbone (ImageNet's here)."""
     image_std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
-    width: int = 256
+    """Likewise; MobileNetV2 wants 0.5 for both."""
+    width: int = 256  # channels of the latent head
     activation_checkpointing: bool = field(default=False, metadata={"of_training": True})
+    """Recompute the backbone's layers in the backward pass."""
 
     def __post_init__(self) -> None:
         for name in ("image_mean", "image_std"):

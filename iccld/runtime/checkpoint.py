@@ -58,9 +58,9 @@ class Ranks(Protocol):
 class CheckpointConfig:
     """How often to save, how many whole checkpoints stay, and whether training goes on while files are written."""
 
-    save_every: int = 1000
-    keep: int = 2
-    asynchronous: bool = True
+    save_every: int = 1000  # in steps
+    keep: int = 2  # how many whole checkpoints stay
+    asynchronous: bool = True  # training goes on while files are written
 
     def __post_init__(self) -> None:
         if self.save_every < 1:

@@ -10,21 +10,19 @@ WATCHED_BEATS = 5  # before its limit, a rank begins to look at the others'
 class WatchdogConfig:
     """Seconds without progress after which a rank is ended, by what it does.
 
-    `preflight_s`: in the checks before all; `start_s`: until the first step of a stage is done (weights are fetched,
-    code compiled), and after its last; `step_s`: in every phase of later steps; `save_s`, `evaluate_s` (an image): in
-    those. `collective_step_s`, `collective_s`: of the collectives in later steps, and of all others; longer, so that
-    the watchdog speaks first.
+    The limits of collectives are longer than those of the phases, so that the watchdog speaks first.
     """
 
-    enabled: bool = True
-    beat_s: float = 5.0
-    preflight_s: float = 180.0
+    enabled: bool = True  # false: nothing ends a rank that hangs
+    beat_s: float = 5.0  # between two signs of life that a rank writes
+    preflight_s: float = 180.0  # in the checks before a run
     start_s: float = 1800.0
-    step_s: float = 600.0
-    save_s: float = 1800.0
-    evaluate_s: float = 1800.0
-    collective_s: float = 3600.0
-    collective_step_s: float = 900.0
+    """Until the first step of a stage is done (weights are fetched, code compiled), and after its last step."""
+    step_s: float = 600.0  # in every phase of later steps
+    save_s: float = 1800.0  # in a save
+    evaluate_s: float = 1800.0  # in scoring one image
+    collective_s: float = 3600.0  # for a collective outside of the later steps
+    collective_step_s: float = 900.0  # for a collective in a later step
 
     def __post_init__(self) -> None:
         for name in (

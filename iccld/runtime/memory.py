@@ -27,13 +27,13 @@ GIB = 2**30
 
 @dataclass
 class MemoryConfig:
-    """`share`: of the free memory, the part that `micro_batch_size: auto` lets a rank take; the rest is for
-    fragmentation, for what libraries take beside the allocator, and for loader workers. `history`: on CUDA, the
-    snapshot of an out-of-memory holds the stack of every allocation; costs some microseconds an allocation.
+    """How much memory a rank may take. What `share` leaves is for fragmentation, for what libraries take beside the
+    allocator, and for loader workers.
     """
 
-    share: float = 0.9
+    share: float = 0.9  # of the free memory, the part that a rank may take with `micro_batch_size: auto`
     history: bool = False
+    """On CUDA, an out-of-memory report holds the stack of every allocation; costs microseconds for each."""
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:

@@ -35,16 +35,13 @@ FORCED = 76
 
 @dataclass
 class PreemptionConfig:
-    """What follows a signal that asks for a stop.
-
-    `grace_s`: seconds to the exit at once, 0 for no limit; more than a save takes. `debounce_s`: schedulers and
-    launchers send one request several times; later than this, it is another. `exit_status`: of a run that was asked
-    to stop and has saved.
-    """
+    """What follows a signal that asks for a stop."""
 
     grace_s: float = 600.0
+    """Seconds from the signal until the process exits at once; more than a save takes; 0: no limit."""
     debounce_s: float = 3.0
-    exit_status: int = 0
+    """Seconds in which further signals are the same request: schedulers and launchers send it several times."""
+    exit_status: int = 0  # the status of a run that was asked to stop and has saved
 
     def __post_init__(self) -> None:
         if not 0 <= self.debounce_s <= 60:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 class ScheduleConfig:
     """DAFormer's schedule: linear warm-up from `warmup_ratio`, times a linear decay to `final_ratio`."""
 
-    warmup_steps: int = 1500
-    warmup_ratio: float = 1e-6
-    final_ratio: float = 0.0
+    warmup_steps: int = 1500  # steps until the full learning rate; 0: no warm-up
+    warmup_ratio: float = 1e-6  # the share of the learning rate that the warm-up begins with
+    final_ratio: float = 0.0  # the share of it that is left after the last step
 
     def __post_init__(self) -> None:
         if self.warmup_steps < 0:

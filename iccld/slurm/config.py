@@ -37,38 +37,33 @@ _DIRECTIVE = re.compile(r"--[a-z][a-z-]*(=[A-Za-z0-9._:,+@/%=\[\]-]+)?")
 
 @dataclass(frozen=True)
 class SubmitConfig:
-    """The allocation, and how ranks are started in it. Empty strings leave a choice to the cluster.
+    """The allocation, and how ranks are started in it. Empty strings leave a choice to the cluster."""
 
-    `ranks_per_node`: 0 is one a GPU, or one. `lead_s`: how long before the time limit the ranks are told to save.
-    `max_stalled`: attempts in a row without a newer checkpoint after which the job is not started again.
-    `setup`: shell lines before the start. `directives`: further options of sbatch, as `--reservation=maintenance`.
-    """
-
-    job_name: str = "iccld"
-    account: str = ""
-    partition: str = ""
-    qos: str = ""
-    nodes: int = 1
-    gpus_per_node: int = 0
-    ranks_per_node: int = 0
-    cpus_per_task: int = 8
-    memory: str = ""
-    time: str = "24:00:00"
-    constraint: str = ""
-    exclude: tuple[str, ...] = ()
-    after: tuple[str, ...] = ()
-    max_running: int = 0
-    requeue: bool = True
-    max_stalled: int = 3
-    lead_s: int = 300
-    launcher: Launcher = Launcher.srun
-    container: Container = Container.none
-    image: str = ""
-    mounts: tuple[str, ...] = ()
-    modules: tuple[str, ...] = ()
-    setup: tuple[str, ...] = ()
-    directives: tuple[str, ...] = ()
-    python: str = "python"
+    job_name: str = "iccld"  # the name in the queue
+    account: str = ""  # SLURM's account
+    partition: str = ""  # SLURM's partition, or several with commas
+    qos: str = ""  # SLURM's quality of service
+    nodes: int = 1  # of a job
+    gpus_per_node: int = 0  # 0: none are asked for
+    ranks_per_node: int = 0  # 0: one for each GPU, or one
+    cpus_per_task: int = 8  # cores of a rank
+    memory: str = ""  # of a node, as in 64G
+    time: str = "24:00:00"  # the limit: minutes, hours:minutes:seconds or days-hours
+    constraint: str = ""  # SLURM's expression of node features
+    exclude: tuple[str, ...] = ()  # nodes that are left out
+    after: tuple[str, ...] = ()  # jobs that must end well before this one starts
+    max_running: int = 0  # elements of an array that run at once; 0: all
+    requeue: bool = True  # start the job again after it was stopped or lost
+    max_stalled: int = 3  # attempts in a row without a newer checkpoint, after which the job is not started again
+    lead_s: int = 300  # seconds before the time limit at which the ranks are told to save
+    launcher: Launcher = Launcher.srun  # SLURM starts each rank (`srun`), or one `accelerate launch` a node
+    container: Container = Container.none  # what the ranks run in
+    image: str = ""  # the container's image
+    mounts: tuple[str, ...] = ()  # FROM:TO, for the container
+    modules: tuple[str, ...] = ()  # environment modules to load
+    setup: tuple[str, ...] = ()  # shell lines before the start
+    directives: tuple[str, ...] = ()  # further options of sbatch, as `--reservation=maintenance`
+    python: str = "python"  # the interpreter of the ranks
 
     def __post_init__(self) -> None:
         for name, (pattern, rule) in _PATTERNS.items():

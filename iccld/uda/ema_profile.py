@@ -24,7 +24,7 @@ class EmaProfileConfig:
     """Which averages are kept beside the teacher, and how often they are written. No widths: none are."""
 
     widths: list[float] = field(default_factory=list)  # two, as [0.05, 0.10], span all others
-    snapshot_every: int = 0
+    snapshot_every: int = 0  # steps between the snapshots that are written; 0: none
 
     def __post_init__(self) -> None:
         setting = f"ema_profile.widths={self.widths}"

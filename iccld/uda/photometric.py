@@ -19,11 +19,12 @@ _BLUR_KERNEL = 9  # 3.5 sigma of the strongest blur
 class PhotometricConfig:
     """Colour jitter and blur; the defaults are DAFormer's."""
 
-    jitter_probability: float = 0.8
+    jitter_probability: float = 0.8  # chance that an image's colours are jittered
     jitter: float = 0.2
-    blur_probability: float = 0.5
-    blur_sigma_min: float = 0.15
-    blur_sigma_max: float = 1.15
+    """The largest change of brightness, contrast and saturation, as a factor, and of hue, as a share of the circle."""
+    blur_probability: float = 0.5  # chance that an image is blurred
+    blur_sigma_min: float = 0.15  # smallest standard deviation of the blur, in pixels
+    blur_sigma_max: float = 1.15  # largest standard deviation of the blur, in pixels
 
     def __post_init__(self) -> None:
         for name in ("jitter_probability", "jitter", "blur_probability"):
