@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from iccld.diffusion import noise_from_velocity, scaled_linear_alpha_bar
+from iccld.diffusion import noise_from_velocity, scaled_linear_alpha_bar, z_0_from_velocity
 from iccld.models.attention import AttentionBackend, check_backend, default_device_type
 from iccld.models.blocks import ResidualBlock, SelfAttention, TimeEmbedding, group_norm
 
@@ -68,9 +68,14 @@ class DenoiserConfig:
 
 
 class DenoiserOutput(NamedTuple):
-    """`noise_pred` `(B, C, h, w)`; `middle` `(B, middle_channels, h', w')`: the UNet's narrowest features."""
+    """The network's `velocity`, and the noise and the clean latent that it implies, each `(B, C, h, w)` float32.
 
+    `middle` `(B, middle_channels, h', w')`: the UNet's narrowest features.
+    """
+
+    velocity: Tensor
     noise_pred: Tensor
+    z_0_pred: Tensor
     middle: Tensor
 
 
@@ -131,7 +136,12 @@ class Denoiser(nn.Module):
                 x = F.interpolate(x, size=outputs[-1].shape[-2:], mode="nearest")
                 x = self.grow[i - 1](x)
             x = self._ascend(blocks, x, outputs, time, len(skips))
-        return DenoiserOutput(noise_from_velocity(z_t, self.head(x), t, self.alpha_bar), middle)
+        return self._output(z_t, t, self.head(x), middle)
+
+    def _output(self, z_t: Tensor, t: Tensor, velocity: Tensor, middle: Tensor) -> DenoiserOutput:
+        velocity = velocity.float()  # a half-precision network is exact to a hundredth
+        noise_pred = noise_from_velocity(z_t, velocity, t, self.alpha_bar)
+        return DenoiserOutput(velocity, noise_pred, z_0_from_velocity(z_t, velocity, t, self.alpha_bar), middle)
 
     def _residual(self, in_channels: int, out_channels: int) -> ResidualBlock:
         return ResidualBlock(in_channels, out_channels, time_channels=4 * self.config.width)

@@ -62,6 +62,7 @@ class ICCLD(nn.Module):
     """Images in [0, 1] to logits, with or without diffusion. Stage 1 needs no denoiser: `with_denoiser=False` saves it.
 
     `stage` says whether the denoiser is worth asking; whoever trains it sets `ModelStage.adversarial`.
+    `deterministic`: the denoiser never saw noise, so that it is asked once, with z_t = 0 (the control of stage 2).
     """
 
     alpha_bar: Tensor
@@ -77,6 +78,7 @@ class ICCLD(nn.Module):
         channels = config.latent_channels
         self.config, self.num_classes = config, num_classes
         self.stage = ModelStage.segmentation
+        self.deterministic = False
         self.card: ModelCard | None = None
         self.encoder = Encoder(config=config.encoder, latent_channels=channels)
         self.decoder = Decoder(
@@ -102,7 +104,10 @@ class ICCLD(nn.Module):
         return _to_image_size(self.decoder(encoded.latent, encoded.features), size)
 
     def denoise_segment(self, images: Tensor, *, noise: Tensor, num_steps: int) -> Tensor:
-        """Encode, denoise from `noise` (`latent_shape` per image) in `num_steps`, decode: logits `(B, K, H, W)`."""
+        """Encode, denoise from `noise` (`latent_shape` per image) in `num_steps`, decode: logits `(B, K, H, W)`.
+
+        Where the model is `deterministic`, there is neither noise nor more than one step, whatever is given.
+        """
         denoiser = self._trained_denoiser()
         encoded = self.encoder(images)
         if noise.shape != encoded.latent.shape:
@@ -111,9 +116,14 @@ class ICCLD(nn.Module):
                 f"draw it with shape {tuple(encoded.latent.shape)} (latent_shape gives it)."
             )
         condition = normalise(encoded.latent, mean=self.condition_mean, std=self.condition_std)
-        z_0 = sample(lambda z_t, t: denoiser(z_t, t, condition).noise_pred.float(), noise, self.alpha_bar, num_steps)
-        latent = denormalise(z_0, mean=self.latent_mean, std=self.latent_std)
-        return self.decode(EncoderOutput(latent, encoded.features), images.shape[-2:])
+        if self.deterministic:
+            noise, num_steps = torch.zeros_like(noise), 1
+        z_0 = sample(lambda z_t, t: denoiser(z_t, t, condition).z_0_pred, noise, self.alpha_bar, num_steps)
+        return self.decode(EncoderOutput(self.decodable(z_0), encoded.features), images.shape[-2:])
+
+    def decodable(self, z_0: Tensor) -> Tensor:
+        """The latent that D decodes, of a clean latent as it is diffused; both `(B, C, h, w)`."""
+        return denormalise(z_0, mean=self.latent_mean, std=self.latent_std)
 
     def segment_mean_latent(self, images: Tensor) -> Tensor:
         """A control: D sees the image's features, but the data's mean latent. Logits `(B, K, H, W)`."""
@@ -184,11 +194,7 @@ class ICCLD(nn.Module):
         config = build(ModelConfig, card.model, where=str(folder / CARD_NAME))
         if attention is not None:
             config = replace(config, denoiser=replace(config.denoiser, attention=attention))
-        if config.encoder.pretrained:
-            raise ValueError(
-                f"{folder / CARD_NAME} names an encoder, {config.encoder.pretrained!r}, in place of describing it; "
-                f"export the model again."
-            )
+        _check_encoder(config, folder / CARD_NAME)
         trained = card.stage is ModelStage.adversarial
         wanted = trained if with_denoiser is None else with_denoiser
         with _described_by(folder / CARD_NAME), torch.device("meta"):  # the shapes alone
@@ -197,6 +203,7 @@ class ICCLD(nn.Module):
         model = cls(config=config, num_classes=len(card.class_names), with_denoiser=wanted)
         model._load_weights(folder / WEIGHTS_NAME)
         model.card, model.stage = card, card.stage if wanted else ModelStage.segmentation
+        model.deterministic = wanted and card.deterministic
         return model.eval()
 
     def start_denoiser(self, config: DenoiserConfig) -> None:
@@ -228,7 +235,14 @@ class ICCLD(nn.Module):
     ) -> ModelCard:
         origin, colours = {"encoder": self.config.encoder.pretrained, **origin}, [list(map(int, c)) for c in palette]
         return ModelCard(
-            FORMAT_VERSION, self.stage, list(names), colours, self.rebuilding_config(), origin, weights_sha256=checksum
+            FORMAT_VERSION,
+            self.stage,
+            list(names),
+            colours,
+            self.rebuilding_config(),
+            origin,
+            weights_sha256=checksum,
+            deterministic=self.deterministic,
         )
 
     def _check_weights(self, path: Path, card: ModelCard, *, trained: bool) -> None:
@@ -256,6 +270,14 @@ class ICCLD(nn.Module):
         if self.denoiser is None:
             tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("denoiser.")}
         self.load_state_dict(tensors, strict=False)
+
+
+def _check_encoder(config: ModelConfig, card: Path) -> None:
+    if config.encoder.pretrained:
+        raise ValueError(
+            f"{card} names an encoder, {config.encoder.pretrained!r}, in place of describing it; "
+            f"export the model again."
+        )
 
 
 @contextlib.contextmanager

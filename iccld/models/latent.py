@@ -26,6 +26,16 @@ class LatentKind(Enum):
     image = "image"
     mask = "mask"
 
+    @property
+    def sees_strong_view(self) -> bool:
+        """Whether the condition comes from the strongly augmented view, not from the clean one."""
+        return self is not LatentKind.mask
+
+    @property
+    def is_of_labels(self) -> bool:
+        """Whether z_0, and so z_t wherever it is not pure noise, tells the labels."""
+        return self is not LatentKind.image
+
 
 class LatentPair(NamedTuple):
     """What is diffused and what it is conditioned on, each `(B, C, h, w)`."""
@@ -41,22 +51,21 @@ def make_mask_encoder(kind: LatentKind, *, num_classes: int, latent_channels: in
     return MaskEncoder(num_classes=num_classes, latent_channels=latent_channels)
 
 
-def raw_latent_pair(model: "ICCLD", *, clean: Tensor, strong_images: Tensor, labels: Tensor | None) -> LatentPair:
+def raw_latent_pair(model: "ICCLD", *, clean: Tensor, seen: Tensor, labels: Tensor | None) -> LatentPair:
     """z_0 and condition as the encoders give them; their statistics are measured at the end of stage 1.
 
-    clean: E's latent of the clean view, `(B, C, h, w)`. strong_images: `(B, 3, H, W)` float in [0, 1].
-    labels: `(B, H, W)` uint8 or int64, 255 is ignored; only
-    the reading `mask` asks for them.
+    clean, seen: E's latents of the clean view and of the view that the denoiser sees (`LatentKind.sees_strong_view`),
+    `(B, C, h, w)`. labels: `(B, H, W)` uint8 or int64, 255 is ignored; only the reading `mask` asks for them.
     """
     if model.mask_encoder is None:
-        return LatentPair(clean, model.encoder(strong_images).latent)
+        return LatentPair(clean, seen)
     assert labels is not None
-    return LatentPair(model.mask_encoder(labels), clean)
+    return LatentPair(model.mask_encoder(labels), seen)
 
 
-def latent_pair(model: "ICCLD", *, clean: Tensor, strong_images: Tensor, labels: Tensor | None) -> LatentPair:
+def latent_pair(model: "ICCLD", *, clean: Tensor, seen: Tensor, labels: Tensor | None) -> LatentPair:
     """`raw_latent_pair`, both normalised to zero mean and unit variance per channel, float32."""
-    pair = raw_latent_pair(model, clean=clean, strong_images=strong_images, labels=labels)
+    pair = raw_latent_pair(model, clean=clean, seen=seen, labels=labels)
     return LatentPair(
         normalise(pair.z_0, mean=model.latent_mean, std=model.latent_std),
         normalise(pair.condition, mean=model.condition_mean, std=model.condition_std),

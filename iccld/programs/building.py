@@ -55,7 +55,7 @@ def noise_of(name: StageName, config: Config) -> dict[str, tuple[int, ...]]:
     height, width = (-(-side // LATENT_STRIDE) for side in config.data.crop_size)
     shape = (config.model.latent_channels, height, width)
     if name is StageName.stage2:
-        return dict.fromkeys(adversarial.NOISE, shape)
+        return {} if config.stage2.objective.deterministic else dict.fromkeys(adversarial.NOISE, shape)
     return {segmentation.NOISE: shape} if config.model.latent is LatentKind.mask else {}
 
 

@@ -175,7 +175,10 @@ def _score_model(model: ICCLD, config: Config, score: Callable[[Predict], Evalua
         return {"stage1": _scores([score(predict_function(model, num_steps=0, seed=config.seed))])}
     by_steps = {}
     for num_steps in config.inference.num_steps:
-        seeds = range(config.inference.noise_seeds)
+        if model.deterministic and num_steps and by_steps:  # neither steps nor seeds change anything
+            by_steps[str(num_steps)] = next(iter(by_steps.values()))
+            continue
+        seeds = range(1 if model.deterministic else config.inference.noise_seeds)
         predictors = [predict_function(model, num_steps=num_steps, seed=config.seed, noise_seed=s) for s in seeds]
         by_steps[str(num_steps)] = _scores([score(predict) for predict in predictors])
     mean_latent = score(lambda images, _: model.segment_mean_latent(images))

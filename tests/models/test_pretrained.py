@@ -80,6 +80,22 @@ def test_a_trained_denoiser_can_be_left_on_disk(tmp_path: Path):
     assert loaded.denoiser is None and loaded.stage is ModelStage.segmentation
 
 
+def test_a_deterministic_model_stays_one(tmp_path: Path):
+    model = trained_model()
+    model.deterministic = True
+    loaded = ICCLD.from_pretrained(save(model, tmp_path))
+    noise = random_noise(model, IMAGES)
+    got = loaded.denoise_segment(IMAGES, noise=noise, num_steps=4)
+    assert torch.equal(got, model.denoise_segment(IMAGES, noise=torch.zeros_like(noise), num_steps=1))
+
+
+def test_a_card_of_an_earlier_version_means_a_model_with_noise(tmp_path: Path):
+    card = json.loads((save(trained_model(), tmp_path) / "config.json").read_text())
+    del card["deterministic"]
+    (tmp_path / "config.json").write_text(json.dumps(card))
+    assert not ICCLD.from_pretrained(tmp_path).deterministic
+
+
 def test_loading_needs_no_training_package(tmp_path: Path):
     save(trained_model(), tmp_path)
     program = f"""

@@ -167,11 +167,13 @@ def reference_of(settings: dict[str, Any]) -> Encoder | None:
     return make_encoder().requires_grad_(False) if settings.get("feature_distance_weight") else None
 
 
-def stage2(latent: LatentKind = LatentKind.image, *, seen: AdversaryInput = AdversaryInput.noise) -> AdversarialStage:
+def stage2(
+    latent: LatentKind = LatentKind.image, *, seen: AdversaryInput = AdversaryInput.noise, **settings: Any
+) -> AdversarialStage:
     model = tiny_model(latent=latent, num_classes=19)
     channels = model.denoiser.middle_channels if seen is AdversaryInput.features else 4
     discriminator = Discriminator(config=model.config.discriminator, in_channels=channels)
-    return AdversarialStage(model, discriminator, AdversarialConfig(adversary_input=seen), seed=0)
+    return AdversarialStage(model, discriminator, AdversarialConfig(adversary_input=seen, **settings), seed=0)
 
 
 def batch_of(count: int) -> dict[str, Any]:
@@ -188,6 +190,8 @@ STAGES = {
     "stage 2, z_0": lambda: stage2(seen=AdversaryInput.z0),
     "stage 2, features": lambda: stage2(seen=AdversaryInput.features),
     "stage 2, mask latent": lambda: stage2(LatentKind.mask),
+    "stage 2, task loss": lambda: stage2(task_weight=1.0),
+    "stage 2, twin": lambda: stage2(deterministic=True, task_weight=1.0),
 }
 
 
@@ -213,7 +217,7 @@ def test_a_step_is_counted_by_part_and_in_proportion_to_its_samples() -> None:
     assert one.forward["encoder"] == 3 * one.prepare["teacher encoder"] == 3 * one.prepare["reference"]
     assert one.forward["decoder"] == 4 * one.prepare["teacher decoder"]  # and of the mask's latent
     second = count_step(stage2(LatentKind.mask), batch_of(1), 0)
-    assert second.prepare.keys() == {"encoder", "decoder", "mask_encoder", "other"}
+    assert second.prepare.keys() == {"encoder", "decoder", "mask_encoder"}
     assert second.forward.keys() == second.backward.keys() == {"denoiser", "discriminator"}
 
 

@@ -13,6 +13,7 @@ from iccld.models.discriminator import Discriminator
 from iccld.models.iccld import ICCLD
 from iccld.models.latent import LatentKind
 from iccld.stages.adversarial import AdversarialConfig, AdversarialStage, AdversaryInput
+from iccld.stages.domains import mixed_images
 from iccld.uda.photometric import PhotometricConfig
 from tests.factory import random_batch, tiny_model_config
 
@@ -112,10 +113,13 @@ def test_the_encoder_sees_each_image_once_a_step(latent: LatentKind, images_a_sa
 def test_the_targets_labels_are_what_the_model_segments():
     stage, batch = make_stage(latent=LatentKind.mask), random_batch(num_classes=19, numbers=range(4))
     with torch.no_grad():
-        images, labels, latent = stage._domains(batch)
+        images = mixed_images(batch, torch.rand(4, 19))
+        clean, _ = stage._encoded(images, batch["source"]["numbers"])
+        labels = stage._labels(batch, images, clean)
         assert labels is not None
-        assert torch.equal(labels.chunk(3)[1], stage.model.segment(images.chunk(3)[1]).argmax(dim=1).to(torch.uint8))
-        torch.testing.assert_close(latent, stage.model.encoder(images).latent)
+        target = images.images.chunk(3)[1]
+        assert torch.equal(labels.labels.chunk(3)[1], stage.model.segment(target).argmax(dim=1).to(torch.uint8))
+        torch.testing.assert_close(clean.latent, stage.model.encoder(images.images).latent)
 
 
 def two_optimiser_step(stage: AdversarialStage, inputs: Any, optimisers: list[torch.optim.Optimizer]) -> list[float]:
@@ -182,11 +186,9 @@ def test_discriminator_accuracy_is_counted_per_domain_and_timestep_bin():
 
 
 def test_ignored_source_pixels_are_no_class_to_paste():
-    stage = make_stage()
     batch = random_batch(num_classes=19, numbers=range(4))
     batch["source"]["labels"].fill_(IGNORE_INDEX)
-    images, *_ = stage._domains(batch)
-    _, target, mixed = images.chunk(3)
+    _, target, mixed = mixed_images(batch, torch.rand(4, 19)).images.chunk(3)
     assert torch.equal(target, mixed)
 
 

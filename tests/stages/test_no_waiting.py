@@ -17,9 +17,12 @@ from iccld.runtime.flops import on_meta
 from iccld.runtime.prefetch import map_tensors
 from iccld.stages.adversarial import AdversarialConfig, AdversarialStage, AdversaryInput
 from iccld.stages.base import Stage
+from iccld.stages.denoising import DiffusionLoss
 from iccld.stages.segmentation import SegmentationConfig, SegmentationStage
 from tests.factory import random_batch
 from tests.models.factory import BACKBONES, tiny_model
+
+VELOCITY = DiffusionLoss.velocity
 
 
 def stage1(*, backbone: str = "segformer", latent: LatentKind = LatentKind.mask) -> Stage:
@@ -27,11 +30,13 @@ def stage1(*, backbone: str = "segformer", latent: LatentKind = LatentKind.mask)
     return SegmentationStage(model, SegmentationConfig(masked_weight=1.0), seed=0)
 
 
-def stage2(*, seen: AdversaryInput = AdversaryInput.noise, latent: LatentKind = LatentKind.image) -> Stage:
+def stage2(
+    *, seen: AdversaryInput = AdversaryInput.noise, latent: LatentKind = LatentKind.image, **settings: Any
+) -> Stage:
     model = tiny_model(latent=latent, num_classes=19)
     channels = model.denoiser.middle_channels if seen is AdversaryInput.features else 4
     discriminator = Discriminator(config=model.config.discriminator, in_channels=channels)
-    return AdversarialStage(model, discriminator, AdversarialConfig(adversary_input=seen), seed=0)
+    return AdversarialStage(model, discriminator, AdversarialConfig(adversary_input=seen, **settings), seed=0)
 
 
 STAGES: dict[str, tuple[Callable[[], Stage], int]] = {
@@ -39,6 +44,11 @@ STAGES: dict[str, tuple[Callable[[], Stage], int]] = {
     "stage 1, image latent": (lambda: stage1(latent=LatentKind.image), 4),
     **{f"stage 2, {seen.name}": (lambda seen=seen: stage2(seen=seen), 6) for seen in AdversaryInput},
     "stage 2, mask latent": (lambda: stage2(latent=LatentKind.mask), 6),
+    "stage 2, task loss": (
+        lambda: stage2(latent=LatentKind.mask, task_weight=1.0, pure_noise_share=0.5, diffusion_loss=VELOCITY),
+        6,
+    ),
+    "stage 2, twin": (lambda: stage2(deterministic=True, task_weight=1.0), 2),
 }
 """By name: the stage, and how many tensors of draws a step may send to the device."""
 

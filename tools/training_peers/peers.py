@@ -99,10 +99,10 @@ class TwoOptimisers:
                 guessed = self.model.segment(target).argmax(dim=1).to(labels.dtype)
                 labels = torch.cat([labels, guessed, paste(mask, labels, guessed)])
             clean = torch.cat([source, target, paste(mask, source, target)])
-            strong = strong_augment(clean, draws.photometric, self.config.photometric)
-            z_0, condition = latent_pair(
-                self.model, clean=self.model.encoder(clean).latent, strong_images=strong, labels=labels
-            )
+            latent = seen = self.model.encoder(clean).latent
+            if self.model.mask_encoder is None:
+                seen = self.model.encoder(strong_augment(clean, draws.photometric, self.config.photometric)).latent
+            z_0, condition = latent_pair(self.model, clean=latent, seen=seen, labels=labels)
         domains = torch.arange(len(DOMAINS), device=clean.device).repeat_interleave(len(source))
         return add_noise(z_0, draws.noise, draws.t, self.model.alpha_bar), condition, domains
 
