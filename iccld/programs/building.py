@@ -51,12 +51,15 @@ def build_stream(name: StageName, config: Config, layout: BatchLayout) -> Traini
 
 
 def noise_of(name: StageName, config: Config) -> dict[str, tuple[int, ...]]:
-    """The shapes, by purpose, of the noise that the stage adds to the latents of a micro-batch's samples."""
+    """The shapes, by purpose, of the noise that the stage adds to a micro-batch's latents, or to its images."""
     height, width = (-(-side // LATENT_STRIDE) for side in config.data.crop_size)
     shape = (config.model.latent_channels, height, width)
     if name is StageName.stage2:
         return {} if config.stage2.objective.deterministic else dict.fromkeys(adversarial.NOISE, shape)
-    return {segmentation.NOISE: shape} if config.model.latent is LatentKind.mask else {}
+    noise = {segmentation.NOISE: shape} if config.model.latent is LatentKind.mask else {}
+    if config.stage1.objective.adapt and config.stage1.objective.corruption.strength:
+        noise[segmentation.CORRUPTION_NOISE] = (3, *config.data.crop_size)
+    return noise
 
 
 def build_stage(name: StageName, config: Config, device: torch.device) -> Stage:

@@ -18,14 +18,17 @@ from iccld.models.iccld import ICCLD
 from iccld.models.latent import channel_moments, raw_latent_pair
 from iccld.stages.base import Stage, StageInputs, StageOutput, decayed_groups, keyed_noise, pair, to_float
 from iccld.uda.classmix import class_mask, paste
+from iccld.uda.corruption import CorruptionConfig, corrupt, draw_corruption
 from iccld.uda.ema_profile import EmaProfileConfig
 from iccld.uda.masking import block_mask
 from iccld.uda.photometric import NUM_DRAWS, PhotometricConfig, strong_augment
-from iccld.uda.pseudo_labels import PseudoLabels, pseudo_labels
+from iccld.uda.pseudo_labels import PseudoLabels, class_probabilities, pseudo_labels
 from iccld.uda.teacher import Teacher
 
 NOISE = "mask latent noise"
 """The purpose of the noise on the mask's latent."""
+CORRUPTION_NOISE = "corruption noise"
+"""The purpose of the corruption's noise `(3, H, W)`; a sample's source and mixed images share it."""
 
 
 @dataclass
@@ -38,7 +41,10 @@ class SegmentationConfig:
     weight_decay: float = 0.01
     teacher_decay: float = 0.999
     use_teacher: bool = True  # False: the student's own pseudo-labels (an ablation of the paper)
-    confidence_threshold: float = 0.968
+    flip_teacher: bool = False  # pseudo-labels from the mean of the image's prediction and the mirrored image's
+    confidence_threshold: float = 0.968  # unused with class-wise thresholds
+    class_thresholds: float = 0.0  # share of a class's mean confidence that a pixel must reach; 0: image weight; 0.95
+    class_balance: float = 0.0  # exponent of the balance of classes in the pseudo-labels' weights; 0.5: square root
     warm_start_steps: int = 0  # source only for so many steps, so that the first pseudo-labels are worth something
     target_weight: float = 1.0
     target_labels: bool = False  # an upper bound: the target's true labels in place of pseudo-labels
@@ -51,10 +57,12 @@ class SegmentationConfig:
     mask_latent_drop: float = 0.5  # share of samples whose inter-coder connection is dropped in the reconstruction
     mask_latent_noise: float = 0.5  # standard deviation of the noise on the latent in the reconstruction
     photometric: PhotometricConfig = field(default_factory=PhotometricConfig)
+    corruption: CorruptionConfig = field(default_factory=CorruptionConfig)  # of source and mixed images, in adaptation
     ema_profile: EmaProfileConfig = field(default_factory=EmaProfileConfig)
 
     def __post_init__(self) -> None:
-        for name in ("teacher_decay", "confidence_threshold", "masked_ratio", "mask_latent_drop"):
+        shares = ("teacher_decay", "confidence_threshold", "class_thresholds", "class_balance", "masked_ratio")
+        for name in (*shares, "mask_latent_drop"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"stage1.objective.{name}={getattr(self, name)} must be between 0 and 1.")
         for name in ("encoder_learning_rate", "decoder_learning_rate", "masked_block"):
@@ -144,7 +152,7 @@ class SegmentationStage(Stage):
         source = batch["source"]
         tensors = {"source_images": to_float(source["images"]), "source_labels": source["labels"]}
         if self.config.adapt and step >= self.config.warm_start_steps:
-            tensors |= self._adaptation(tensors["source_images"], source, batch["target"])
+            tensors |= self._adaptation(source, batch["target"])
         if self.reference is not None:
             tensors["reference_features"] = self.reference(tensors["source_images"]).features[-1]
         if self.model.mask_encoder is not None:
@@ -153,16 +161,16 @@ class SegmentationStage(Stage):
         counts = {view: (y != IGNORE_INDEX).sum().float() for view, y in labels.items() if y is not None}
         return StageInputs(tensors, counts)
 
-    def _adaptation(
-        self, source_images: Tensor, source: Mapping[str, Any], target: Mapping[str, Any]
-    ) -> dict[str, Tensor]:
-        images, numbers = to_float(target["images"]), target["numbers"]
+    def _adaptation(self, source: Mapping[str, Any], target: Mapping[str, Any]) -> dict[str, Tensor]:
+        source_images, images, numbers = to_float(source["images"]), to_float(target["images"]), target["numbers"]
         pseudo = self._pseudo_labels(images, target)
         scores = rng.uniform(self.num_classes, seed=self.seed, purpose="classmix", numbers=numbers)
         mask = class_mask(source["labels"], scores)
+        mixed = self._corrupted("mixed", paste(mask, source_images, images), source, images)
         draws = rng.uniform(NUM_DRAWS, seed=self.seed, purpose="photometric", numbers=numbers)
         tensors = {
-            "mixed_images": strong_augment(paste(mask, source_images, images), draws, self.config.photometric),
+            "source_images": self._corrupted("source", source_images, source, images),
+            "mixed_images": strong_augment(mixed, draws, self.config.photometric),
             "mixed_labels": paste(mask, source["labels"], pseudo.labels),
             "mixed_weights": paste(mask, torch.ones_like(pseudo.weights), pseudo.weights),
             "confident": pseudo.confident,
@@ -182,8 +190,21 @@ class SegmentationStage(Stage):
             return PseudoLabels(target["labels"], ones, ones.mean(dim=(1, 2)))
         predictor = self.teacher.module if self.config.use_teacher else self.model
         return pseudo_labels(
-            predictor.segment(images), threshold=self.config.confidence_threshold, valid=target["valid"]
+            class_probabilities(predictor.segment, images, flip=self.config.flip_teacher),
+            threshold=self.config.confidence_threshold,
+            class_thresholds=self.config.class_thresholds,
+            class_balance=self.config.class_balance,
+            valid=target["valid"],
         )
+
+    def _corrupted(self, view: str, images: Tensor, source: Mapping[str, Any], target_images: Tensor) -> Tensor:
+        """Labelled images made more like the target's; the stream pairs source i with target i by their number."""
+        config = self.config.corruption
+        if not config.strength:
+            return images
+        noise = keyed_noise(source, CORRUPTION_NOISE, images.shape[1:], seed=self.seed)
+        key = {"seed": self.seed, "purpose": f"corruption {view}", "numbers": source["numbers"]}
+        return corrupt(images, target_images, draw_corruption(config, noise=noise, **key), config)
 
     def _visible(self, images: Tensor, numbers: Tensor) -> Tensor:
         height, width = images.shape[-2:]

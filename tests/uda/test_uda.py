@@ -1,4 +1,4 @@
-"""ClassMix, pseudo-labels, masks, strong augmentation and the teacher, against slow references and properties."""
+"""ClassMix, masks, strong augmentation and the teacher, against slow references and properties."""
 
 import math
 
@@ -12,7 +12,6 @@ from iccld.labels import IGNORE_INDEX
 from iccld.uda.classmix import class_mask, paste
 from iccld.uda.masking import block_mask
 from iccld.uda.photometric import NUM_DRAWS, PhotometricConfig, strong_augment
-from iccld.uda.pseudo_labels import pseudo_labels
 from iccld.uda.teacher import Teacher, ema_decay
 
 
@@ -45,18 +44,6 @@ def test_paste_keeps_source_pixels_under_the_mask_and_target_pixels_elsewhere():
     assert torch.equal(mixed[where], source[where])
     assert torch.equal(mixed[~where], target[~where])
     assert torch.equal(paste(mask, source[:, 0], target[:, 0]), mixed[:, 0])
-
-
-def test_pseudo_labels_weigh_each_image_by_its_confident_share_and_margins_by_zero():
-    logits = torch.zeros(2, 3, 4, 4)
-    logits[0, 1] = 20.0  # every pixel of image 0 is sure
-    logits[1, 2, 0] = 20.0  # one row of four of image 1 is
-    valid = torch.ones(2, 4, 4, dtype=torch.bool)
-    valid[:, 3] = False
-    labels, weights, confident = pseudo_labels(logits, threshold=0.968, valid=valid)
-    assert (labels[0] == 1).all() and (labels[1, 0] == 2).all()
-    assert confident.tolist() == [1.0, 0.25]
-    assert (weights[0, :3] == 1.0).all() and (weights[1, :3] == 0.25).all() and (weights[:, 3] == 0).all()
 
 
 @given(st.integers(1, 70), st.integers(1, 70), st.integers(1, 5), st.integers(1, 5))

@@ -21,7 +21,7 @@ from iccld.stages.adversarial import DOMAINS, AdversarialStage
 from iccld.stages.segmentation import SegmentationStage
 from iccld.uda.classmix import class_mask, paste
 from iccld.uda.photometric import NUM_DRAWS, strong_augment
-from iccld.uda.pseudo_labels import pseudo_labels
+from iccld.uda.pseudo_labels import class_probabilities, pseudo_labels
 
 
 def new_accelerator() -> Accelerator:
@@ -167,8 +167,10 @@ class DAFormerOrder:
         self._learn(source, labels, None)
         with torch.no_grad(), self.autocast():
             pseudo = pseudo_labels(
-                self.teacher.segment(target),
+                class_probabilities(self.teacher.segment, target, flip=self.config.flip_teacher),
                 threshold=self.config.confidence_threshold,
+                class_thresholds=self.config.class_thresholds,
+                class_balance=self.config.class_balance,
                 valid=self.batch["target"]["valid"],
             )
             mask = class_mask(labels, draws.scores)
