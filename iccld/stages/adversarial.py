@@ -5,31 +5,51 @@ Method: L2 = ||noise_pred - noise||^2 + lambda_adv * L_adv(discriminator(noise_p
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from iccld import rng
 from iccld.labels import IGNORE_INDEX
-from iccld.models.discriminator import Discriminator
-from iccld.models.encoder import EncoderOutput
+from iccld.models.discriminator import Discriminator, DiscriminatorConfig
 from iccld.models.iccld import ICCLD
-from iccld.models.latent import latent_pair
+from iccld.models.latent import LatentKind
 from iccld.models.model_card import ModelStage
-from iccld.stages.adversarial_module import LABELLED, AdversarialModule
+from iccld.stages.adversarial_module import AdversarialModule
 from iccld.stages.base import Stage, StageInputs, decayed_groups, keyed_noise
 from iccld.stages.denoising import Noised, draw_timesteps, noised, without_noise
-from iccld.stages.domains import DOMAINS, Images, Labels, encoded_of, mixed_images, mixed_labels, of_domains
-from iccld.stages.objective import AdversarialConfig, AdversaryInput
-from iccld.uda.photometric import NUM_DRAWS, strong_augment
-from iccld.uda.pseudo_labels import PseudoLabels, pseudo_labels
+from iccld.stages.domains import DOMAINS, LABELLED, of_domains
+from iccld.stages.named import Tensors
+from iccld.stages.objective import AdversarialConfig, AdversaryInput, PseudoLabelSource
+from iccld.stages.views import CORRUPTION_NOISE, LABEL_NOISE, Views
 from iccld.uda.teacher import Teacher
 
-__all__ = ["NOISE", "AdversarialConfig", "AdversarialModule", "AdversarialStage", "AdversaryInput"]
+__all__ = ["AdversarialConfig", "AdversarialModule", "AdversarialStage", "AdversaryInput"]
 NOISE = tuple(f"noise {domain}" for domain in DOMAINS)
 """The purposes of its noise; that of all three is keyed by the source's numbers."""
+
+
+def noise_shapes(
+    config: AdversarialConfig, *, latent: Sequence[int], crop_size: Sequence[int]
+) -> dict[str, tuple[int, ...]]:
+    """The shapes, by purpose, of the noise that a step draws for each sample."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    if not config.deterministic:
+        shapes |= dict.fromkeys(NOISE, tuple(latent))
+        if config.pseudo_labels is PseudoLabelSource.denoiser:
+            shapes |= dict.fromkeys(LABEL_NOISE[: 1 + config.flip_teacher], tuple(latent))
+    if config.corruption.strength:
+        shapes[CORRUPTION_NOISE] = (3, *crop_size)
+    return shapes
+
+
+def new_discriminator(model: ICCLD, objective: AdversarialConfig, config: DiscriminatorConfig) -> Discriminator:
+    """A discriminator of what the objective shows it."""
+    assert model.denoiser is not None
+    channels = {AdversaryInput.features: model.denoiser.middle_channels, AdversaryInput.map: model.num_classes}
+    in_channels = channels.get(objective.adversary_input, model.config.latent_channels)
+    return Discriminator(config=config, in_channels=in_channels, num_domains=len(objective.adversary_domains))
 
 
 class AdversarialStage(Stage):
@@ -44,65 +64,42 @@ class AdversarialStage(Stage):
         model.stage, model.deterministic = ModelStage.adversarial, config.deterministic
         for part in self.frozen():
             part.requires_grad_(False).eval()
+        self.views = Views(model, config, seed)
         self.module = AdversarialModule(model, discriminator, config)
         self.student, self.ema_profile = self.module.denoiser, config.ema_profile
         self.teacher = Teacher(self.student, max_decay=config.teacher_decay)
 
     def prepare(self, batch: Mapping[str, Any], step: int) -> StageInputs:
-        numbers = batch["source"]["numbers"]
-        images = mixed_images(batch, self._uniform(self.model.num_classes, "classmix", batch["target"]["numbers"]))
-        clean, seen = self._encoded(images, numbers)
-        labels = self._labels(batch, images, clean)
-        z_0, condition = latent_pair(
-            self.model, clean=clean.latent, seen=seen.latent, labels=labels.labels if labels else None
-        )
-        given = self._noised(batch, z_0)
-        tensors = {"z_0": z_0, "condition": condition} | given._asdict() | self._weights(len(numbers), step, z_0.device)
-        denominators = {
-            "diffusion": tensors["diffusion_weights"].sum(),
-            "adversarial": torch.full((), float(len(z_0)), device=z_0.device),
-        }
+        tensors = self.views(batch)
+        if self.views.are_labelled_by_denoiser:
+            tensors = self.views.with_own_labels(batch, tensors, self.teacher.module)
+        z_0 = tensors["z_0"]
+        count, given = len(z_0) // len(DOMAINS), self._noised(batch, z_0)
+        tensors |= given._asdict() | self._weights(count, step, z_0.device)
+        denominators = {"diffusion": tensors["diffusion_weights"].sum()}
+        seen = {"adversarial": self.config.moved_domains, "discriminator": self.config.adversary_domains}
+        for name, domains in seen.items():
+            denominators[name] = torch.full((), float(count * len(domains)), device=z_0.device)
         if self.config.task_weight:
-            assert labels is not None
-            tensors |= {f"features_{i}": level for i, level in enumerate(seen.features)}
-            tensors |= self._task_tensors(labels, given.is_pure)
-            denominators |= {f"task_{name}": tensors.pop(f"{name}_count") for name in LABELLED}
+            denominators |= self._restrict_labels(tensors, given.is_pure)
         return StageInputs(tensors, denominators)
-
-    def _encoded(self, images: Images, numbers: Tensor) -> tuple[EncoderOutput, EncoderOutput]:
-        """E's output of the clean view and of the one that the denoiser sees, each of all domains.
-
-        E passes an image once: the target's features are also what its pseudo-labels are decoded from.
-        """
-        clean = self.model.encoder(images.images)
-        if not self.model.config.latent.sees_strong_view:
-            return clean, clean
-        draws = torch.cat([self._uniform(NUM_DRAWS, f"strong view {domain}", numbers) for domain in DOMAINS])
-        return clean, self.model.encoder(strong_augment(images.images, draws, self.config.photometric))
-
-    def _labels(self, batch: Mapping[str, Any], images: Images, clean: EncoderOutput) -> Labels | None:
-        """The labels of all domains; None where neither z_0 nor a loss is of labels."""
-        if not (self.model.config.latent.is_of_labels or self.config.task_weight):
-            return None
-        return mixed_labels(batch["source"]["labels"], self._pseudo_labels(batch, clean), images.pasted)
-
-    def _pseudo_labels(self, batch: Mapping[str, Any], clean: EncoderOutput) -> PseudoLabels:
-        target = batch["target"]
-        logits = self.model.decode(encoded_of(clean, ["target"]), target["images"].shape[-2:])
-        return pseudo_labels(logits, threshold=self.config.confidence_threshold, valid=target["valid"])
 
     def _noised(self, batch: Mapping[str, Any], z_0: Tensor) -> Noised:
         numbers, alpha_bar, share = batch["source"]["numbers"], self.model.alpha_bar, self.config.pure_noise_share
         if self.config.deterministic:
             return without_noise(z_0, alpha_bar)
-        draws = torch.cat([self._uniform(1, f"timestep {domain}", numbers)[:, 0] for domain in DOMAINS])
-        pure = torch.cat([self._uniform(1, f"pure noise {domain}", numbers)[:, 0] for domain in DOMAINS])
+        draws, pure = (
+            torch.cat([self.views.uniform(1, f"{purpose} {domain}", numbers)[:, 0] for domain in DOMAINS])
+            for purpose in ("timestep", "pure noise")
+        )
         timesteps = draw_timesteps(draws, pure, pure_noise_share=share, num_steps=len(alpha_bar))
+        if self.model.config.latent is LatentKind.residual:  # there, the denoiser takes z_t at T-1 for pure noise
+            timesteps = timesteps.masked_fill(timesteps == len(alpha_bar) - 1, len(alpha_bar))
         shape = z_0.shape[1:]
         noise = torch.cat([keyed_noise(batch["source"], purpose, shape, seed=self.seed) for purpose in NOISE])
         return noised(z_0, noise, timesteps, alpha_bar)
 
-    def _weights(self, count: int, step: int, device: torch.device) -> dict[str, Tensor]:
+    def _weights(self, count: int, step: int, device: torch.device) -> Tensors:
         """Which domain a sample is of, and what the losses weigh; `count` samples a domain.
 
         Filled on the device: a tensor made from the host's numbers is a copy that the host waits for.
@@ -115,23 +112,19 @@ class AdversarialStage(Stage):
             "adversarial_weight": torch.full((), ramp * config.adversarial_weight, device=device),
         }
 
-    def _task_tensors(self, labels: Labels, is_pure: Tensor) -> dict[str, Tensor]:
-        """Labels, pixel weights and number of valid pixels for the task loss.
+    def _restrict_labels(self, tensors: Tensors, is_pure: Tensor) -> Tensors:
+        """The number of valid pixels of the task losses.
 
         Where z_t is made of labels, only samples whose z_t is pure noise count: the others' tells them.
         """
-        counted, weights = labels.labels != IGNORE_INDEX, labels.weights
-        if self.model.config.latent.is_of_labels:
-            counted, weights = counted & is_pure[:, None, None], weights * is_pure[:, None, None]
-        tensors = {}
+        counts = {}
         for name in LABELLED:
-            tensors[f"{name}_labels"] = of_domains(labels.labels, [name])
-            tensors[f"{name}_weights"] = of_domains(weights, [name])
-            tensors[f"{name}_count"] = of_domains(counted, [name]).sum().float()
-        return tensors
-
-    def _uniform(self, count: int, purpose: str, numbers: Tensor) -> Tensor:
-        return rng.uniform(count, seed=self.seed, purpose=f"stage2 {purpose}", numbers=numbers)
+            valid = tensors[f"{name}_labels"] != IGNORE_INDEX
+            if self.model.config.latent.is_of_labels:
+                pure = of_domains(is_pure, [name])[:, None, None]
+                valid, tensors[f"{name}_weights"] = valid & pure, tensors[f"{name}_weights"] * pure
+            counts[f"task_{name}"] = valid.sum().float()
+        return counts
 
     def param_groups(self) -> list[dict[str, Any]]:
         config, module = self.config, self.module
@@ -148,7 +141,8 @@ class AdversarialStage(Stage):
         ]
 
     def parts(self) -> dict[str, nn.Module]:
-        return dict(self.model.named_children()) | super().parts()
+        own = {"denoiser's average": self.teacher.module} if self.views.are_labelled_by_denoiser else {}
+        return dict(self.model.named_children()) | super().parts() | own
 
     def models(self) -> dict[str, ICCLD]:
         teacher = copy.deepcopy(self.model)

@@ -15,6 +15,7 @@ from iccld.uda.classmix import class_mask, paste
 from iccld.uda.pseudo_labels import PseudoLabels
 
 DOMAINS = ("source", "target", "mixed")
+LABELLED = ("source", "mixed")
 
 
 class Images(NamedTuple):
@@ -25,7 +26,7 @@ class Images(NamedTuple):
 
 
 class Labels(NamedTuple):
-    """labels: `(3B, H, W)` uint8, 255 is ignored; weights: `(3B, H, W)` float32 in [0, 1], 1 on the source's pixels."""
+    """labels: `(3B, H, W)` uint8, 255 is ignored; weights: `(3B, H, W)` float32 >= 0, 1 on the source's pixels."""
 
     labels: Tensor
     weights: Tensor
@@ -54,3 +55,9 @@ def of_domains(whole: Tensor, names: Sequence[str]) -> Tensor:
 def encoded_of(encoded: EncoderOutput, names: Sequence[str]) -> EncoderOutput:
     """E's output of some domains."""
     return EncoderOutput(of_domains(encoded.latent, names), tuple(of_domains(f, names) for f in encoded.features))
+
+
+def joined(*parts: EncoderOutput) -> EncoderOutput:
+    """E's output of several batches, one after another."""
+    latents, features = zip(*parts, strict=True)
+    return EncoderOutput(torch.cat(latents), tuple(torch.cat(level) for level in zip(*features, strict=True)))

@@ -12,14 +12,17 @@ from torch.utils.flop_counter import FlopCounterMode, conv_backward_flop
 
 from iccld.models.attention import AttentionBackend
 from iccld.models.blocks import SelfAttention
+from iccld.models.condition import ConditionKind
 from iccld.models.denoiser import Denoiser, DenoiserConfig
 from iccld.models.discriminator import Discriminator, DiscriminatorConfig
 from iccld.models.encoder import Encoder
 from iccld.models.latent import LatentKind
 from iccld.runtime.flops import FlopCounter, StepFlops, count_step, on_meta
-from iccld.stages.adversarial import AdversarialConfig, AdversarialStage, AdversaryInput
+from iccld.stages.adversarial import AdversarialConfig, AdversarialStage, AdversaryInput, new_discriminator
 from iccld.stages.base import Stage
+from iccld.stages.objective import PseudoLabelSource
 from iccld.stages.segmentation import SegmentationConfig, SegmentationStage
+from iccld.uda.corruption import CorruptionConfig
 from tests.factory import random_batch
 from tests.models.factory import BACKBONES, make_encoder, random_images, tiny_model
 
@@ -168,12 +171,16 @@ def reference_of(settings: dict[str, Any]) -> Encoder | None:
 
 
 def stage2(
-    latent: LatentKind = LatentKind.image, *, seen: AdversaryInput = AdversaryInput.noise, **settings: Any
+    latent: LatentKind = LatentKind.image,
+    *,
+    seen: AdversaryInput = AdversaryInput.noise,
+    condition: ConditionKind = ConditionKind.latent,
+    **settings: Any,
 ) -> AdversarialStage:
-    model = tiny_model(latent=latent, num_classes=19)
-    channels = model.denoiser.middle_channels if seen is AdversaryInput.features else 4
-    discriminator = Discriminator(config=model.config.discriminator, in_channels=channels)
-    return AdversarialStage(model, discriminator, AdversarialConfig(adversary_input=seen, **settings), seed=0)
+    model = tiny_model(latent=latent, num_classes=19, condition=condition)
+    objective = AdversarialConfig(adversary_input=seen, **settings)
+    discriminator = new_discriminator(model, objective, model.config.discriminator)
+    return AdversarialStage(model, discriminator, objective, seed=0)
 
 
 def batch_of(count: int) -> dict[str, Any]:
@@ -191,6 +198,12 @@ STAGES = {
     "stage 2, features": lambda: stage2(seen=AdversaryInput.features),
     "stage 2, mask latent": lambda: stage2(LatentKind.mask),
     "stage 2, task loss": lambda: stage2(task_weight=1.0),
+    "stage 2, residual": lambda: stage2(LatentKind.residual, pure_noise_share=0.5, task_weight=1.0),
+    "stage 2, map": lambda: stage2(seen=AdversaryInput.map),
+    "stage 2, own labels": lambda: stage2(
+        task_weight=1.0, pseudo_labels=PseudoLabelSource.denoiser, flip_teacher=True, corruption=CorruptionConfig(0.5)
+    ),
+    "stage 2, rich": lambda: stage2(condition=ConditionKind.rich),
     "stage 2, twin": lambda: stage2(deterministic=True, task_weight=1.0),
 }
 

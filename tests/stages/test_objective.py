@@ -10,10 +10,13 @@ from torch import Tensor
 from iccld.diffusion import add_noise
 from iccld.labels import IGNORE_INDEX
 from iccld.losses import latent_mse, weighted_cross_entropy
+from iccld.models.condition import ConditionKind
 from iccld.models.latent import LatentKind
 from iccld.stages.adversarial import AdversarialConfig, AdversarialStage, AdversaryInput
 from iccld.stages.base import StageInputs
 from iccld.stages.denoising import DiffusionLoss, Noised, denoising_errors, draw_timesteps, noised
+from iccld.stages.objective import PseudoLabelSource
+from iccld.uda.corruption import CorruptionConfig
 from tests.factory import random_batch
 from tests.models.factory import without_gradient
 from tests.stages.test_adversarial import make_stage
@@ -25,6 +28,20 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "pure noise": {"pure_noise_share": 0.5},
     "task": TASK,
     "task, mask": {**TASK, "latent": LatentKind.mask, "pure_noise_share": 0.8},
+    "corruption": {"corruption": CorruptionConfig(strength=1.0), **TASK},
+    "corruption, mask": {"corruption": CorruptionConfig(strength=1.0), "latent": LatentKind.mask},
+    "rich": {"condition": ConditionKind.rich, **TASK},
+    "residual": {"latent": LatentKind.residual, "pure_noise_share": 0.8, "diffusion_loss": VELOCITY, **TASK},
+    "residual alone": {"latent": LatentKind.residual},
+    "own labels": {"pseudo_labels": PseudoLabelSource.denoiser, "flip_teacher": True, **TASK},
+    "own labels, mask": {"pseudo_labels": PseudoLabelSource.denoiser, "latent": LatentKind.mask},
+    "own labels, residual, rich": {
+        "pseudo_labels": PseudoLabelSource.denoiser,
+        "latent": LatentKind.residual,
+        "condition": ConditionKind.rich,
+    },
+    "map": {"seen": AdversaryInput.map},
+    "map, task, rich": {"seen": AdversaryInput.map, "condition": ConditionKind.rich, **TASK},
     "twin": {"deterministic": True, "diffusion_loss": VELOCITY, **TASK},
     "twin, mask": {"deterministic": True, "latent": LatentKind.mask, **TASK},
 }
@@ -145,7 +162,7 @@ def test_the_task_loss_is_of_the_decoded_clean_latent():
     tensors = inputs.tensors
     z_0 = stage.module.denoiser(tensors["z_t"], tensors["t"], tensors["condition"]).z_0_pred
     latent = z_0 * stage.model.latent_std.view(1, -1, 1, 1) + stage.model.latent_mean.view(1, -1, 1, 1)
-    logits = stage.model.decoder(latent, [tensors[f"features_{i}"] for i in range(4)]).chunk(3)
+    logits = stage.model.decoder(latent, [tensors[f"seen_features_{i}"] for i in range(4)]).chunk(3)
     losses = stage.module(inputs).losses
     for name, of_domain in (("source", logits[0]), ("mixed", logits[2])):
         labels, weights = tensors[f"{name}_labels"], tensors[f"{name}_weights"]
@@ -161,7 +178,9 @@ def test_the_features_are_those_of_the_view_that_the_denoiser_sees():
     tensors = prepared(stage).tensors
     hook.remove()
     clean, seen = outputs
-    assert torch.equal(tensors["features_1"], seen.features[1]) and not torch.equal(clean.features[1], seen.features[1])
+    assert torch.equal(tensors["seen_features_1"], seen.features[1]) and not torch.equal(
+        clean.features[1], seen.features[1]
+    )
 
 
 def test_a_label_in_z_t_is_no_answer():

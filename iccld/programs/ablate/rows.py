@@ -25,9 +25,17 @@ from iccld.slurm.snapshot import PACKAGE, code_facts
 
 NOTE_NAME, LOG_NAME = "ablation.json", "train.log"
 LAUNCHER = PACKAGE.parent / "launch" / "local.py"
+OF_DENOISER = ("model.condition", "model.residual_")
 OF_STAGE = {
     StageName.stage1: ("stage1.",),
-    StageName.stage2: ("stage2.", "model.denoiser.", "model.discriminator.", "num_steps:", "noise_seeds:"),
+    StageName.stage2: (
+        "stage2.",
+        "model.denoiser.",
+        "model.discriminator.",
+        *OF_DENOISER,
+        "num_steps:",
+        "noise_seeds:",
+    ),
 }
 """The settings that change nothing in a run that does not train the stage."""
 NOT_OF_SCORES = ("models", "sha256", "batch_size")
