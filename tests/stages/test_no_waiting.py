@@ -121,7 +121,7 @@ def test_a_step_reads_nothing_and_sends_only_draws_ahead(name: str) -> None:
     assert not literals.seen
     waited = [elements for elements, goes_on in copies.seen if not goes_on]
     # Kornia sends the blur's sigmas, two a sample, ahead to CUDA devices alone.
-    assert all(elements in (2 * 2, 2 * 6) for elements in waited) and len(waited) <= 2, copies.seen
+    assert all(elements in (2 * 2, 2 * 6) for elements in waited) and len(waited) <= 4, copies.seen
     assert 0 < len(copies.seen) - len(waited) <= most, copies.seen
 
 
