@@ -102,22 +102,23 @@ class Views:
         """The view that the denoiser sees: corrupted, then strongly augmented where the latent's reading has it."""
         seen = images.images
         if self.config.corruption.strength:
-            source, target, mixed = seen.chunk(len(DOMAINS))
-            source, mixed = self._corrupted(batch, "source", source), self._corrupted(batch, "mixed", mixed)
-            seen = torch.cat([source, target, mixed])
+            seen = self._corrupted(batch, seen)
         if not self.model.config.latent.sees_strong_view:
             return seen
         numbers = batch["source"]["numbers"]
         draws = torch.cat([self.uniform(NUM_DRAWS, f"strong view {domain}", numbers) for domain in DOMAINS])
         return strong_augment(seen, draws, self.config.photometric)
 
-    def _corrupted(self, batch: Mapping[str, Any], view: str, images: Tensor) -> Tensor:
-        """Labelled images made more like the target's of the same number; source and mixed share the noise."""
-        config, source = self.config.corruption, batch["source"]
-        noise = keyed_noise(source, CORRUPTION_NOISE, images.shape[1:], seed=self.seed)
-        purpose = f"stage2 corruption {view}"
-        draws = draw_corruption(config, noise=noise, seed=self.seed, purpose=purpose, numbers=source["numbers"])
-        return corrupt(images, to_float(batch["target"]["images"]), draws, config)
+    def _corrupted(self, batch: Mapping[str, Any], images: Tensor) -> Tensor:
+        """Source and mixed images made more like the target's of the same number; they share the noise."""
+        config, numbers = self.config.corruption, batch["source"]["numbers"]
+        noise = keyed_noise(batch["source"], CORRUPTION_NOISE, images.shape[1:], seed=self.seed)
+        views = dict(zip(DOMAINS, images.chunk(len(DOMAINS)), strict=True))
+        for name in LABELLED:
+            purpose = f"stage2 corruption {name}"
+            draws = draw_corruption(config, noise=noise, seed=self.seed, purpose=purpose, numbers=numbers)
+            views[name] = corrupt(views[name], views["target"], draws, config)
+        return torch.cat([*views.values()])
 
     def _target_images(self, batch: Mapping[str, Any]) -> Tensor:
         """The clean target images, and if asked their mirrored ones after them."""
