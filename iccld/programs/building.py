@@ -55,7 +55,9 @@ def noise_of(name: StageName, config: Config) -> dict[str, tuple[int, ...]]:
     shape = (config.model.latent_channels, height, width)
     if name is StageName.stage2:
         return noise_shapes(config.stage2.objective, latent=shape, crop_size=config.data.crop_size)
-    noise = {segmentation.NOISE: shape} if config.model.latent is LatentKind.mask else {}
+    noise: dict[str, tuple[int, ...]] = {}
+    if config.model.latent is LatentKind.mask:
+        noise[segmentation.NOISE] = shape
     if config.stage1.objective.adapt and config.stage1.objective.corruption.strength:
         noise[segmentation.CORRUPTION_NOISE] = (3, *config.data.crop_size)
     return noise

@@ -14,8 +14,8 @@ from iccld.stages.base import to_float
 from iccld.uda.classmix import class_mask, paste
 from iccld.uda.pseudo_labels import PseudoLabels
 
-DOMAINS = ("source", "target", "mixed")
-LABELLED = ("source", "mixed")
+DOMAINS: tuple[str, ...] = ("source", "target", "mixed")
+LABELLED: tuple[str, ...] = ("source", "mixed")
 
 
 class Images(NamedTuple):

@@ -90,7 +90,7 @@ class TwoOptimisers:
         self.step += 1
 
     @torch.no_grad()
-    def _prepare(self, draws: AdversarialDraws) -> tuple[Tensor, Tensor, Tensor]:
+    def _prepare(self, draws: AdversarialDraws) -> tuple[Tensor, Any, Tensor]:
         source, target = (self.batch[name]["images"].float() / 255 for name in ("source", "target"))
         labels = self.batch["source"]["labels"]
         mask = class_mask(labels, draws.scores)
