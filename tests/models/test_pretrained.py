@@ -162,7 +162,7 @@ def test_a_card_may_lack_what_only_training_asks_for(tmp_path: Path):
             lambda c: c["model"]["decoder"].update(depth=1),
             r"model card|config\.json: decoder: DecoderConfig has unknown depth",
         ),
-        (lambda c: c["model"].update(latent="sound"), r"latent='sound' must be one of \['image', 'mask'\]"),
+        (lambda c: c["model"].update(latent="sound"), r"latent='sound' must be one of \['image', 'mask', 'residual'\]"),
         (lambda c: c["model"].update(latent_channels="4"), r"latent_channels='4' must be of type int"),
         (lambda c: c["model"]["decoder"].update(inter_coder=1), r"inter_coder=1 must be of type bool"),
         (lambda c: c["model"].update(decoder=3), r"decoder=3 must be a JSON object"),
