@@ -61,13 +61,18 @@ class InferenceConfig:
 
     weights: Weights = Weights.teacher
     num_steps: list[int] = field(default_factory=lambda: [1, 4, 50])
-    noise_seeds: int = 1
+    noise_seeds: int = 1  # each is scored on its own
+    num_averaged: int = 1  # denoised from so many noises, whose class probabilities are averaged
+    blend: float = 0.0  # share of D(E(x))'s probabilities, as after stage 1, in the denoised ones
 
     def __post_init__(self) -> None:
         if not self.num_steps or min(self.num_steps) < 0 or max(self.num_steps) > 1000:
             raise ValueError(f"inference.num_steps={self.num_steps} must be numbers of denoising steps, 0 to 1000.")
-        if self.noise_seeds < 1:
-            raise ValueError(f"inference.noise_seeds={self.noise_seeds} must be at least 1.")
+        for name in ("noise_seeds", "num_averaged"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"inference.{name}={getattr(self, name)} must be at least 1.")
+        if not 0.0 <= self.blend <= 1.0:
+            raise ValueError(f"inference.blend={self.blend} must be between 0 (off) and 1 (stage 1's map alone).")
 
 
 @dataclass

@@ -45,10 +45,25 @@ def predict_noise(z_t: Tensor, z_0: Tensor, t: Tensor, alpha_bar: Tensor) -> Ten
 def noise_from_velocity(z_t: Tensor, velocity: Tensor, t: Tensor, alpha_bar: Tensor) -> Tensor:
     """The noise that a velocity v = sqrt(alpha_bar_t) noise - sqrt(1 - alpha_bar_t) z_0 implies (Salimans & Ho 2022).
 
-    The z_0 that it implies is sqrt(alpha_bar_t) z_t - sqrt(1 - alpha_bar_t) v: an error in v is never magnified.
+    An error in v is never magnified, neither here nor in `z_0_from_velocity`.
     """
     signal_scale, noise_scale = _scales(t, alpha_bar)
     return noise_scale * z_t + signal_scale * velocity
+
+
+def z_0_from_velocity(z_t: Tensor, velocity: Tensor, t: Tensor, alpha_bar: Tensor) -> Tensor:
+    """The clean latent that a velocity implies, sqrt(alpha_bar_t) z_t - sqrt(1 - alpha_bar_t) v."""
+    signal_scale, noise_scale = _scales(t, alpha_bar)
+    return signal_scale * z_t - noise_scale * velocity
+
+
+def velocity_of(z_0: Tensor, noise: Tensor, t: Tensor, alpha_bar: Tensor) -> Tensor:
+    """v = sqrt(alpha_bar_t) noise - sqrt(1 - alpha_bar_t) z_0 (Salimans & Ho 2022).
+
+    Its squared error is that of the noise over alpha_bar_t, and that of z_0 over 1 - alpha_bar_t.
+    """
+    signal_scale, noise_scale = _scales(t, alpha_bar)
+    return signal_scale * noise - noise_scale * z_0
 
 
 def trailing_timesteps(num_steps: int, *, num_train_steps: int = NUM_TRAIN_STEPS) -> list[int]:
@@ -64,14 +79,18 @@ def trailing_timesteps(num_steps: int, *, num_train_steps: int = NUM_TRAIN_STEPS
     return [round(num_train_steps * i / num_steps) - 1 for i in range(num_steps, 0, -1)]
 
 
-def ddim_step(z_t: Tensor, noise_pred: Tensor, t: Tensor, t_next: Tensor | None, alpha_bar: Tensor) -> Tensor:
-    """One deterministic step from t to the smaller `t_next` (DDIM, equation 12 with eta = 0); None: to z_0."""
-    z_0 = predict_z_0(z_t, noise_pred, t, alpha_bar)
-    return z_0 if t_next is None else add_noise(z_0, noise_pred, t_next, alpha_bar)
+def ddim_step(z_t: Tensor, z_0_pred: Tensor, t: Tensor, t_next: Tensor | None, alpha_bar: Tensor) -> Tensor:
+    """One deterministic step from t to the smaller `t_next` (DDIM, equation 12 with eta = 0); None: to z_0.
+
+    The noise is the one that z_0 implies: derived from the noise, z_0 would have its error 14 times near pure noise.
+    """
+    if t_next is None:
+        return z_0_pred
+    return add_noise(z_0_pred, predict_noise(z_t, z_0_pred, t, alpha_bar), t_next, alpha_bar)
 
 
 def sample(denoise: Callable[[Tensor, Tensor], Tensor], noise: Tensor, alpha_bar: Tensor, num_steps: int) -> Tensor:
-    """Follow `denoise(z_t, t) -> noise_pred` from `noise` `(B, C, h, w)` in `num_steps` DDIM steps; returns z_0."""
+    """Follow `denoise(z_t, t) -> z_0_pred` from `noise` `(B, C, h, w)` in `num_steps` DDIM steps; returns z_0."""
     steps = trailing_timesteps(num_steps, num_train_steps=len(alpha_bar))
     timesteps = [noise.new_full((len(noise),), t, dtype=torch.int64) for t in steps]
     z_t = noise

@@ -50,8 +50,12 @@ def domain_confusion(logits: Tensor) -> Tensor:
 
 def noise_mse(noise_pred: Tensor, noise: Tensor, weights: Tensor) -> Tensor:
     """Sum over samples of weight * mean squared error: a float32 scalar. Latents `(B, C, h, w)`, weights `(B,)`."""
-    errors = (noise_pred.float() - noise.float()).square().mean(dim=(1, 2, 3))
-    return (weights * errors).sum()
+    return (weights * latent_mse(noise_pred, noise)).sum()
+
+
+def latent_mse(prediction: Tensor, latent: Tensor) -> Tensor:
+    """`(B,)` float32: the mean squared error of each sample. Latents `(B, C, h, w)`."""
+    return (prediction.float() - latent.float()).square().mean(dim=(1, 2, 3))
 
 
 def feature_distance(

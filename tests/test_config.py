@@ -1,6 +1,8 @@
 import pytest
 
 from iccld.config import differences, load_config
+from iccld.stages.denoising import DiffusionLoss
+from iccld.stages.objective import AdversaryInput
 
 TWO_SETS = "+data.source.also={synthia:{shards:b,weight:2}}"
 
@@ -55,3 +57,11 @@ def test_a_bad_data_setting_is_named_in_one_line(override: str, message: str) ->
     with pytest.raises(ValueError, match=message) as raised:
         load_config([override])
     assert "\n" not in str(raised.value)
+
+
+def test_the_papers_objective_is_one_word_whatever_an_experiment_says() -> None:
+    objective = load_config(["experiment=demo", "stage2=paper"]).stage2.objective
+    assert objective.diffusion_loss is DiffusionLoss.noise and objective.adversary_input is AdversaryInput.noise
+    assert objective.pure_noise_share == objective.task_weight == 0 and not objective.deterministic
+    assert objective.learning_rate == load_config(["experiment=demo"]).stage2.objective.learning_rate
+    assert load_config(["stage2=paper", "stage2.objective.task_weight=2"]).stage2.objective.task_weight == 2

@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from iccld.diffusion import noise_from_velocity, scaled_linear_alpha_bar
+from iccld.diffusion import noise_from_velocity, scaled_linear_alpha_bar, z_0_from_velocity
 from iccld.models.attention import AttentionBackend, check_backend, default_device_type
 from iccld.models.blocks import ResidualBlock, SelfAttention, TimeEmbedding, group_norm
+from iccld.models.condition import Condition, RichCondition
 
 
 @dataclass
@@ -68,9 +69,14 @@ class DenoiserConfig:
 
 
 class DenoiserOutput(NamedTuple):
-    """`noise_pred` `(B, C, h, w)`; `middle` `(B, middle_channels, h', w')`: the UNet's narrowest features."""
+    """The network's `velocity`, and the noise and the clean latent that it implies, each `(B, C, h, w)` float32.
 
+    `middle` `(B, middle_channels, h', w')`: the UNet's narrowest features.
+    """
+
+    velocity: Tensor
     noise_pred: Tensor
+    z_0_pred: Tensor
     middle: Tensor
 
 
@@ -85,7 +91,19 @@ class Denoiser(nn.Module):
     alpha_bar: Tensor
     can_recompute = True  # as the encoder says it
 
-    def __init__(self, *, config: DenoiserConfig, latent_channels: int, condition_channels: int) -> None:
+    def __init__(
+        self,
+        *,
+        config: DenoiserConfig,
+        latent_channels: int,
+        condition_channels: int,
+        rich: RichCondition | None = None,
+        starts_at_zero: bool = False,
+    ) -> None:
+        """`condition_channels`: of the condition as the UNet sees it; `rich` makes it of a `Condition`.
+
+        `starts_at_zero`: untrained, z_0_pred is exactly 0 at the last timestep. There, z_t has to be pure noise.
+        """
         super().__init__()
         check_backend(config.attention, default_device_type())
         self.register_buffer("alpha_bar", scaled_linear_alpha_bar(), persistent=False)
@@ -106,16 +124,17 @@ class Denoiser(nn.Module):
         self.head = nn.Sequential(
             group_norm(channels[0]), nn.SiLU(), nn.Conv2d(channels[0], latent_channels, 3, padding=1)
         )
-        self._shrink_output()
+        self.rich, self.starts_at_zero = rich, starts_at_zero
+        self._shrink_output(0.0 if starts_at_zero else 0.1)
 
     @property
     def middle_channels(self) -> int:
         return self.config.channels[-1]
 
-    def forward(self, z_t: Tensor, t: Tensor, condition: Tensor) -> DenoiserOutput:
-        """z_t and condition `(B, C, h, w)` float, t `(B,)` int64; any h, w."""
+    def forward(self, z_t: Tensor, t: Tensor, condition: Tensor | Condition) -> DenoiserOutput:
+        """z_t and condition `(B, C, h, w)` float, t `(B,)` int64; any h, w. A `Condition` where it is rich."""
         time = self.time(t)
-        x = self.stem(torch.cat([z_t, condition], dim=1))
+        x = self.stem(torch.cat([z_t, self._seen(condition)], dim=1))
         skips: list[list[Tensor]] = []
         for level, blocks in enumerate(self.down):
             x, outputs = self._descend(blocks, x, time, level)
@@ -131,7 +150,21 @@ class Denoiser(nn.Module):
                 x = F.interpolate(x, size=outputs[-1].shape[-2:], mode="nearest")
                 x = self.grow[i - 1](x)
             x = self._ascend(blocks, x, outputs, time, len(skips))
-        return DenoiserOutput(noise_from_velocity(z_t, self.head(x), t, self.alpha_bar), middle)
+        return self._output(z_t, t, self.head(x), middle)
+
+    def _output(self, z_t: Tensor, t: Tensor, velocity: Tensor, middle: Tensor) -> DenoiserOutput:
+        velocity = velocity.float()  # a half-precision network is exact to a hundredth
+        noise_pred = noise_from_velocity(z_t, velocity, t, self.alpha_bar)
+        if self.starts_at_zero:  # pure noise says nothing of z_0
+            z_t = z_t.masked_fill((t == len(self.alpha_bar) - 1).view(-1, 1, 1, 1), 0.0)
+        return DenoiserOutput(velocity, noise_pred, z_0_from_velocity(z_t, velocity, t, self.alpha_bar), middle)
+
+    def _seen(self, condition: Tensor | Condition) -> Tensor:
+        if self.rich is None:
+            assert isinstance(condition, Tensor)
+            return condition
+        assert isinstance(condition, Condition)
+        return self.rich(condition)
 
     def _residual(self, in_channels: int, out_channels: int) -> ResidualBlock:
         return ResidualBlock(in_channels, out_channels, time_channels=4 * self.config.width)
@@ -168,8 +201,8 @@ class Denoiser(nn.Module):
             return checkpoint(part, x, time, use_reentrant=False, preserve_rng_state=False)
         return part(x, time)
 
-    def _shrink_output(self) -> None:
-        """Start near zero, not at zero.
+    def _shrink_output(self, factor: float) -> None:
+        """Start near zero, not at zero, unless the untrained output must be nothing.
 
         The usual zero initialisation predicts no noise at first, but the gradient reaches the earlier layers through
         the last convolution's weight: were it zero, the first adversarial step would change nothing but the last layer.
@@ -177,5 +210,5 @@ class Denoiser(nn.Module):
         last = self.head[-1]
         assert isinstance(last, nn.Conv2d) and last.bias is not None
         with torch.no_grad():
-            last.weight.mul_(0.1)
+            last.weight.mul_(factor)
             last.bias.zero_()

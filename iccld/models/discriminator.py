@@ -1,6 +1,6 @@
 """The discriminator: which domain does a predicted noise (or another input of latent shape) come from?
 
-`B C h w` input, `D` = 3 domains: source, target, mixed.
+`B C h w` input, `D` domains: source, target and mostly mixed.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class DiscriminatorConfig:
 class Discriminator(nn.Module):
     """Timestep-aware patch classifier. It has no normalisation: nothing may mix samples, and contrast is evidence."""
 
-    def __init__(self, *, config: DiscriminatorConfig, in_channels: int) -> None:
+    def __init__(self, *, config: DiscriminatorConfig, in_channels: int, num_domains: int = NUM_DOMAINS) -> None:
         super().__init__()
         widths = [config.width * 2**i for i in range(config.num_layers)]
         # Kernel 3 with padding halves any size rounding up, so that a latent of a few positions never vanishes.
@@ -38,10 +38,10 @@ class Discriminator(nn.Module):
             for fan_in, fan_out in zip([in_channels, *widths], widths, strict=False)
         )
         self.time = TimeEmbedding(width=config.width, out_channels=widths[0])
-        self.head = nn.Conv2d(widths[-1], NUM_DOMAINS, 3, padding=1)
+        self.head = nn.Conv2d(widths[-1], num_domains, 3, padding=1)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """`(B, in_channels, h, w)` and timesteps `(B,)` int64 to logits `(B, 3, ceil(h/2^n), ceil(w/2^n))`."""
+        """`(B, in_channels, h, w)` and timesteps `(B,)` int64 to logits `(B, D, ceil(h/2^n), ceil(w/2^n))`."""
         hidden = self.convs[0](x) + self.time(t)[:, :, None, None]
         for conv in self.convs[1:]:
             hidden = conv(F.leaky_relu(hidden, 0.2))

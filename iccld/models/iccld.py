@@ -17,6 +17,7 @@ from iccld.diffusion import sample, scaled_linear_alpha_bar
 from iccld.durable import file_checksum, make_folder, replacing_by_name
 from iccld.models.attention import AttentionBackend
 from iccld.models.blocks import LATENT_STRIDE
+from iccld.models.condition import Condition, ConditionKind, RichCondition
 from iccld.models.decoder import Decoder, DecoderConfig
 from iccld.models.denoiser import Denoiser, DenoiserConfig
 from iccld.models.discriminator import DiscriminatorConfig
@@ -33,6 +34,7 @@ from iccld.models.model_card import (
     to_plain,
     write_card,
 )
+from iccld.models.residual import residual_scale
 
 logger = logging.getLogger(__name__)
 LOGITS_STRIDE = LATENT_STRIDE // 2
@@ -50,8 +52,17 @@ class ModelConfig:
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
     latent: LatentKind = LatentKind.image
     latent_channels: int = 16
+    condition: ConditionKind = field(default=ConditionKind.latent, metadata={"optional": True})
+    residual_steps: int = field(default=4, metadata={"optional": True})
+    residual_step: float = field(default=0.1, metadata={"optional": True})
+    """Of the reading `residual`: gradient steps, and the length of each in the latent's standard deviations."""
 
     def __post_init__(self) -> None:
+        if self.residual_steps < 1 or not 0 < self.residual_step < float("inf"):
+            raise ValueError(
+                f"model.residual_steps={self.residual_steps} must be at least 1, and "
+                f"model.residual_step={self.residual_step} above 0; use 4 and 0.1."
+            )
         if self.latent_channels < 1:
             raise ValueError(
                 f"model.latent_channels={self.latent_channels} must be at least 1; use 16, or 4 for masks."
@@ -62,6 +73,7 @@ class ICCLD(nn.Module):
     """Images in [0, 1] to logits, with or without diffusion. Stage 1 needs no denoiser: `with_denoiser=False` saves it.
 
     `stage` says whether the denoiser is worth asking; whoever trains it sets `ModelStage.adversarial`.
+    `deterministic`: the denoiser never saw noise, so that it is asked once, with z_t = 0 (the control of stage 2).
     """
 
     alpha_bar: Tensor
@@ -77,6 +89,7 @@ class ICCLD(nn.Module):
         channels = config.latent_channels
         self.config, self.num_classes = config, num_classes
         self.stage = ModelStage.segmentation
+        self.deterministic = False
         self.card: ModelCard | None = None
         self.encoder = Encoder(config=config.encoder, latent_channels=channels)
         self.decoder = Decoder(
@@ -102,7 +115,10 @@ class ICCLD(nn.Module):
         return _to_image_size(self.decoder(encoded.latent, encoded.features), size)
 
     def denoise_segment(self, images: Tensor, *, noise: Tensor, num_steps: int) -> Tensor:
-        """Encode, denoise from `noise` (`latent_shape` per image) in `num_steps`, decode: logits `(B, K, H, W)`."""
+        """Encode, denoise from `noise` (`latent_shape` per image) in `num_steps`, decode: logits `(B, K, H, W)`.
+
+        Where the model is `deterministic`, there is neither noise nor more than one step, whatever is given.
+        """
         denoiser = self._trained_denoiser()
         encoded = self.encoder(images)
         if noise.shape != encoded.latent.shape:
@@ -110,15 +126,37 @@ class ICCLD(nn.Module):
                 f"noise of shape {tuple(noise.shape)} does not fit images of shape {tuple(images.shape)}; "
                 f"draw it with shape {tuple(encoded.latent.shape)} (latent_shape gives it)."
             )
-        condition = normalise(encoded.latent, mean=self.condition_mean, std=self.condition_std)
-        z_0 = sample(lambda z_t, t: denoiser(z_t, t, condition).noise_pred.float(), noise, self.alpha_bar, num_steps)
-        latent = denormalise(z_0, mean=self.latent_mean, std=self.latent_std)
-        return self.decode(EncoderOutput(latent, encoded.features), images.shape[-2:])
+        condition = self.condition_of(encoded, images)
+        if self.deterministic:
+            noise, num_steps = torch.zeros_like(noise), 1
+        z_0 = sample(lambda z_t, t: denoiser(z_t, t, condition).z_0_pred, noise, self.alpha_bar, num_steps)
+        return self.decode(EncoderOutput(self.decodable(z_0, encoded.latent), encoded.features), images.shape[-2:])
+
+    def condition_of(self, encoded: EncoderOutput, images: Tensor) -> Tensor | Condition:
+        """What the denoiser sees of a view: `images` `(B, 3, H, W)` in [0, 1], and what E gave for them."""
+        latent = normalise(encoded.latent, mean=self.condition_mean, std=self.condition_std)
+        if self.config.condition is ConditionKind.latent:
+            return latent
+        logits = self.decoder(encoded.latent, encoded.features).float()
+        probabilities = F.avg_pool2d(logits.softmax(dim=1), LATENT_STRIDE // LOGITS_STRIDE)
+        return Condition(latent, encoded.features[1:], probabilities, images)
+
+    def decodable(self, z_0: Tensor, encoded_latent: Tensor) -> Tensor:
+        """The latent that D decodes, of a clean latent as it is diffused; all `(B, C, h, w)`.
+
+        encoded_latent: E's, of the view that the denoiser sees; the reading `residual` moves it.
+        """
+        if self.config.latent is LatentKind.residual:
+            return encoded_latent.float() + residual_scale(self) * z_0
+        return denormalise(z_0, mean=self.latent_mean, std=self.latent_std)
 
     def segment_mean_latent(self, images: Tensor) -> Tensor:
-        """A control: D sees the image's features, but the data's mean latent. Logits `(B, K, H, W)`."""
+        """A control: D sees the image's features, but the data's mean latent (no move of E's, where z_0 is one).
+
+        Returns logits `(B, K, H, W)`.
+        """
         encoded = self.encoder(images)
-        latent = self.latent_mean.view(1, -1, 1, 1).expand_as(encoded.latent)
+        latent = self.decodable(torch.zeros_like(encoded.latent), encoded.latent)
         return self.decode(EncoderOutput(latent, encoded.features), images.shape[-2:])
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
@@ -184,11 +222,7 @@ class ICCLD(nn.Module):
         config = build(ModelConfig, card.model, where=str(folder / CARD_NAME))
         if attention is not None:
             config = replace(config, denoiser=replace(config.denoiser, attention=attention))
-        if config.encoder.pretrained:
-            raise ValueError(
-                f"{folder / CARD_NAME} names an encoder, {config.encoder.pretrained!r}, in place of describing it; "
-                f"export the model again."
-            )
+        _check_encoder(config, folder / CARD_NAME)
         trained = card.stage is ModelStage.adversarial
         wanted = trained if with_denoiser is None else with_denoiser
         with _described_by(folder / CARD_NAME), torch.device("meta"):  # the shapes alone
@@ -197,16 +231,46 @@ class ICCLD(nn.Module):
         model = cls(config=config, num_classes=len(card.class_names), with_denoiser=wanted)
         model._load_weights(folder / WEIGHTS_NAME)
         model.card, model.stage = card, card.stage if wanted else ModelStage.segmentation
+        model.deterministic = wanted and card.deterministic
         return model.eval()
 
-    def start_denoiser(self, config: DenoiserConfig) -> None:
-        """Take a fresh denoiser, to be trained in stage 2."""
-        self.config = replace(self.config, denoiser=config)
+    def start_denoiser(self, config: ModelConfig) -> None:
+        """Take a fresh denoiser, to be trained in stage 2, and what else of the model that stage decides.
+
+        Raises ValueError where stage 1 was trained for another reading of the latent: `image` serves for `residual`.
+        """
+        old, new = self.config.latent, config.latent
+        if (old is LatentKind.mask) != (new is LatentKind.mask):
+            raise ValueError(
+                f"model.latent={new.name} needs a stage 1 of its own, this one was trained with {old.name}; "
+                f"use model.latent={old.name}, or train stage 1 again."
+            )
+        self.config = replace(
+            self.config,
+            denoiser=config.denoiser,
+            latent=new,
+            condition=config.condition,
+            residual_steps=config.residual_steps,
+            residual_step=config.residual_step,
+        )
         self.denoiser = self._new_denoiser()
 
     def _new_denoiser(self) -> Denoiser:
-        channels = self.config.latent_channels
-        return Denoiser(config=self.config.denoiser, latent_channels=channels, condition_channels=channels)
+        config, rich = self.config, None
+        if config.condition is ConditionKind.rich:
+            rich = RichCondition(
+                latent_channels=config.latent_channels,
+                feature_channels=self.encoder.feature_channels[1:],
+                num_classes=self.num_classes,
+                width=config.denoiser.width,
+            )
+        return Denoiser(
+            config=config.denoiser,
+            latent_channels=config.latent_channels,
+            condition_channels=rich.out_channels if rich else config.latent_channels,
+            rich=rich,
+            starts_at_zero=config.latent is LatentKind.residual,
+        )
 
     def _trained_denoiser(self) -> Denoiser:
         if self.denoiser is None or self.stage is not ModelStage.adversarial:
@@ -228,7 +292,14 @@ class ICCLD(nn.Module):
     ) -> ModelCard:
         origin, colours = {"encoder": self.config.encoder.pretrained, **origin}, [list(map(int, c)) for c in palette]
         return ModelCard(
-            FORMAT_VERSION, self.stage, list(names), colours, self.rebuilding_config(), origin, weights_sha256=checksum
+            FORMAT_VERSION,
+            self.stage,
+            list(names),
+            colours,
+            self.rebuilding_config(),
+            origin,
+            weights_sha256=checksum,
+            deterministic=self.deterministic,
         )
 
     def _check_weights(self, path: Path, card: ModelCard, *, trained: bool) -> None:
@@ -256,6 +327,14 @@ class ICCLD(nn.Module):
         if self.denoiser is None:
             tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("denoiser.")}
         self.load_state_dict(tensors, strict=False)
+
+
+def _check_encoder(config: ModelConfig, card: Path) -> None:
+    if config.encoder.pretrained:
+        raise ValueError(
+            f"{card} names an encoder, {config.encoder.pretrained!r}, in place of describing it; "
+            f"export the model again."
+        )
 
 
 @contextlib.contextmanager

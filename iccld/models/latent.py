@@ -1,11 +1,13 @@
-"""The seam (method §3, "What is z_0?"): two readings of what is diffused. Beside it, only
+"""The seam (method §3, "What is z_0?"): the readings of what is diffused. Beside it, only
 `programs/building.py`, which says what noise is drawn, knows which one is on.
 
 - `image`: z_0 = E(clean view), condition = E(strongly augmented view). Were the condition z_0 itself, copying it would
   solve the task and diffusion would be decoration.
 - `mask`: z_0 = M(labels) (pseudo-labels on target pixels), condition = E(clean view).
+- `residual`: z_0 = a move of E(strong view) towards the labels (`iccld.models.residual`), condition = E(strong view).
+  Stage 1 is that of `image`. What is decoded is E's latent plus the move; an untrained denoiser moves nothing.
 
-In both, inference conditions on E(image), decodes z_0 by D, and diffuses latents of unit variance. `C h w` latent.
+In all, inference conditions on E(image), decodes z_0 by D, and diffuses latents of unit variance. `C h w` latent.
 """
 
 from enum import Enum
@@ -15,8 +17,10 @@ import torch
 from torch import Tensor
 
 from iccld.models.mask_encoder import MaskEncoder
+from iccld.models.residual import fitted_residual
 
 if TYPE_CHECKING:
+    from iccld.models.encoder import EncoderOutput
     from iccld.models.iccld import ICCLD
 
 
@@ -25,6 +29,17 @@ class LatentKind(Enum):
 
     image = "image"
     mask = "mask"
+    residual = "residual"
+
+    @property
+    def sees_strong_view(self) -> bool:
+        """Whether the condition comes from the strongly augmented view, not from the clean one."""
+        return self is not LatentKind.mask
+
+    @property
+    def is_of_labels(self) -> bool:
+        """Whether z_0, and so z_t wherever it is not pure noise, tells the labels."""
+        return self is not LatentKind.image
 
 
 class LatentPair(NamedTuple):
@@ -36,31 +51,39 @@ class LatentPair(NamedTuple):
 
 def make_mask_encoder(kind: LatentKind, *, num_classes: int, latent_channels: int) -> MaskEncoder | None:
     """M, where the reading has one."""
-    if kind is LatentKind.image:
+    if kind is not LatentKind.mask:
         return None
     return MaskEncoder(num_classes=num_classes, latent_channels=latent_channels)
 
 
-def raw_latent_pair(model: "ICCLD", *, clean: Tensor, strong_images: Tensor, labels: Tensor | None) -> LatentPair:
+def raw_latent_pair(model: "ICCLD", *, clean: Tensor, seen: Tensor, labels: Tensor | None) -> LatentPair:
     """z_0 and condition as the encoders give them; their statistics are measured at the end of stage 1.
 
-    clean: E's latent of the clean view, `(B, C, h, w)`. strong_images: `(B, 3, H, W)` float in [0, 1].
-    labels: `(B, H, W)` uint8 or int64, 255 is ignored; only
-    the reading `mask` asks for them.
+    clean, seen: E's latents of the clean view and of the view that the denoiser sees (`LatentKind.sees_strong_view`),
+    `(B, C, h, w)`. labels: `(B, H, W)` uint8 or int64, 255 is ignored; only the reading `mask` asks for them.
     """
     if model.mask_encoder is None:
-        return LatentPair(clean, model.encoder(strong_images).latent)
+        return LatentPair(clean, seen)
     assert labels is not None
-    return LatentPair(model.mask_encoder(labels), clean)
+    return LatentPair(model.mask_encoder(labels), seen)
 
 
-def latent_pair(model: "ICCLD", *, clean: Tensor, strong_images: Tensor, labels: Tensor | None) -> LatentPair:
-    """`raw_latent_pair`, both normalised to zero mean and unit variance per channel, float32."""
-    pair = raw_latent_pair(model, clean=clean, strong_images=strong_images, labels=labels)
-    return LatentPair(
-        normalise(pair.z_0, mean=model.latent_mean, std=model.latent_std),
-        normalise(pair.condition, mean=model.condition_mean, std=model.condition_std),
-    )
+def diffused_latent(
+    model: "ICCLD", *, clean: Tensor | None, seen: "EncoderOutput", labels: Tensor | None, weights: Tensor | None
+) -> Tensor:
+    """z_0 as it is diffused, `(B, C, h, w)` float32 of about zero mean and unit variance per channel.
+
+    clean: E's latent of the clean view, for the reading `image`. seen: E's output of the view that the denoiser sees.
+    labels: `(B, H, W)` uint8 or int64, 255 is ignored; weights: `(B, H, W)` float32 >= 0, for the reading `residual`.
+    """
+    if model.config.latent is LatentKind.residual:
+        assert labels is not None and weights is not None
+        return fitted_residual(model, seen, labels, weights)
+    if model.mask_encoder is not None:
+        assert labels is not None
+        clean = model.mask_encoder(labels)
+    assert clean is not None
+    return normalise(clean, mean=model.latent_mean, std=model.latent_std)
 
 
 def normalise(z: Tensor, *, mean: Tensor, std: Tensor) -> Tensor:

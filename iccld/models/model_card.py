@@ -39,7 +39,7 @@ class ModelStage(Enum):
 class ModelCard:
     """`model` is a `ModelConfig` as plain values; `origin` says freely where the weights come from.
 
-    `weights_sha256` is of the file beside the card; empty where format 1 has none.
+    `weights_sha256` is of the file beside the card; empty where format 1 has none. `deterministic`: see `ICCLD`.
     """
 
     format_version: int
@@ -49,6 +49,7 @@ class ModelCard:
     model: dict[str, Any]
     origin: dict[str, Any]
     weights_sha256: str = field(default="", metadata={"of_training": True})
+    deterministic: bool = field(default=False, metadata={"optional": True})
 
     def __post_init__(self) -> None:
         names, colours = self.class_names, self.palette
@@ -141,12 +142,13 @@ def to_plain(value: Any) -> Any:
 def build(cls: type[T], values: dict[str, Any], *, where: str) -> T:
     """The dataclass that `to_plain` came from. Unknown and missing keys and wrong types are errors naming `where`.
 
-    A field whose metadata say `of_training` is no part of what is described, and may be missing.
+    A field may be missing whose metadata say `of_training` (no part of what is described) or `optional` (earlier
+    versions wrote none, and meant its default).
     """
     known = typing.get_type_hints(cls)
     fields: dict[str, Any] = {f.name: known[f.name] for f in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
     wrong = {f"unknown {key}" for key in values.keys() - fields.keys()}
-    needed = {f.name for f in dataclasses.fields(cls) if not f.metadata.get("of_training")}  # pyright: ignore[reportArgumentType]
+    needed = {f.name for f in dataclasses.fields(cls) if not {"of_training", "optional"} & f.metadata.keys()}  # pyright: ignore[reportArgumentType]
     wrong |= {f"missing {key}" for key in needed - values.keys()}
     if wrong:
         raise ValueError(

@@ -14,7 +14,6 @@ from iccld.config import Config, StageName
 from iccld.data.config import BatchLayout
 from iccld.data.stream import TrainingStream
 from iccld.models.blocks import LATENT_STRIDE
-from iccld.models.discriminator import Discriminator
 from iccld.models.iccld import ICCLD
 from iccld.models.latent import LatentKind
 from iccld.programs.checks import plan_of
@@ -22,8 +21,8 @@ from iccld.programs.hand_off import handed_over
 from iccld.programs.micro_batch import Trials
 from iccld.runtime.engine import Engine
 from iccld.runtime.watchdog import Watchdog
-from iccld.stages import adversarial, segmentation
-from iccld.stages.adversarial import AdversarialStage, AdversaryInput
+from iccld.stages import segmentation
+from iccld.stages.adversarial import AdversarialStage, new_discriminator, noise_shapes
 from iccld.stages.base import Stage
 from iccld.stages.segmentation import SegmentationStage
 from iccld.trainer import TrainerConfig
@@ -55,7 +54,7 @@ def noise_of(name: StageName, config: Config) -> dict[str, tuple[int, ...]]:
     height, width = (-(-side // LATENT_STRIDE) for side in config.data.crop_size)
     shape = (config.model.latent_channels, height, width)
     if name is StageName.stage2:
-        return dict.fromkeys(adversarial.NOISE, shape)
+        return noise_shapes(config.stage2.objective, latent=shape, crop_size=config.data.crop_size)
     noise: dict[str, tuple[int, ...]] = {segmentation.NOISE: shape} if config.model.latent is LatentKind.mask else {}
     if config.stage1.objective.adapt and config.stage1.objective.corruption.strength:
         noise[segmentation.CORRUPTION_NOISE] = (3, *config.data.crop_size)
@@ -86,11 +85,8 @@ def fresh_stage(name: StageName, config: Config, device: torch.device) -> Stage:
 
 
 def _second_stage(model: ICCLD, config: Config, device: torch.device) -> AdversarialStage:
-    model.start_denoiser(config.model.denoiser)
-    assert model.denoiser is not None
-    sees_middle = config.stage2.objective.adversary_input is AdversaryInput.features
-    channels = model.denoiser.middle_channels if sees_middle else config.model.latent_channels
-    discriminator = Discriminator(config=config.model.discriminator, in_channels=channels)
+    model.start_denoiser(config.model)
+    discriminator = new_discriminator(model, config.stage2.objective, config.model.discriminator)
     return AdversarialStage(model.to(device), discriminator.to(device), config.stage2.objective, seed=config.seed)
 
 

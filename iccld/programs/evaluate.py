@@ -32,16 +32,31 @@ from iccld.runtime.telemetry import write_event
 from iccld.runtime.watchdog import Watchdog
 
 
-def predict_function(model: ICCLD, *, num_steps: int, seed: int, noise_seed: int = 0) -> Predict:
-    """D(E(x)) for 0 steps, else `num_steps` of denoising from noise keyed by the image's number."""
+def predict_function(
+    model: ICCLD, *, num_steps: int, seed: int, noise_seed: int = 0, num_averaged: int = 1, blend: float = 0.0
+) -> Predict:
+    """D(E(x)) for 0 steps, else `num_steps` of denoising from noise keyed by the image's number.
+
+    Probabilities are averaged over `num_averaged` noises, and with a share `blend` of D(E(x))'s; what is returned then
+    is their logarithm. Noises of two `noise_seed`s are never the same.
+    """
+
+    def denoised(images: Tensor, numbers: Tensor, draw: int) -> Tensor:
+        shape, purpose = model.latent_shape(*images.shape[2:]), f"evaluation noise {draw}"
+        noise = rng.normal(shape, seed=seed, purpose=purpose, numbers=numbers, device=images.device)
+        return model.denoise_segment(images, noise=noise, num_steps=num_steps)
 
     def predict(images: Tensor, numbers: Tensor) -> Tensor:
         if num_steps == 0:
             return model.segment(images)
-        shape = model.latent_shape(*images.shape[2:])
-        purpose = f"evaluation noise {noise_seed}"
-        noise = rng.normal(shape, seed=seed, purpose=purpose, numbers=numbers, device=images.device)
-        return model.denoise_segment(images, noise=noise, num_steps=num_steps)
+        count = 1 if model.deterministic else num_averaged
+        maps = [denoised(images, numbers, noise_seed * count + i) for i in range(count)]
+        if count == 1 and not blend:
+            return maps[0]
+        mean = torch.stack([logits.float().softmax(dim=1) for logits in maps]).mean(dim=0)
+        if blend:
+            mean = torch.lerp(mean, model.segment(images).float().softmax(dim=1), blend)
+        return mean.clamp(min=1e-12).log()
 
     return predict
 
@@ -175,8 +190,13 @@ def _score_model(model: ICCLD, config: Config, score: Callable[[Predict], Evalua
         return {"stage1": _scores([score(predict_function(model, num_steps=0, seed=config.seed))])}
     by_steps = {}
     for num_steps in config.inference.num_steps:
-        seeds = range(config.inference.noise_seeds)
-        predictors = [predict_function(model, num_steps=num_steps, seed=config.seed, noise_seed=s) for s in seeds]
+        if model.deterministic and num_steps and by_steps:  # neither steps nor seeds change anything
+            by_steps[str(num_steps)] = next(iter(by_steps.values()))
+            continue
+        seeds = range(1 if model.deterministic else config.inference.noise_seeds)
+        options = {"num_averaged": config.inference.num_averaged, "blend": config.inference.blend}
+        options |= {"num_steps": num_steps, "seed": config.seed}
+        predictors = [predict_function(model, noise_seed=noise_seed, **options) for noise_seed in seeds]
         by_steps[str(num_steps)] = _scores([score(predict) for predict in predictors])
     mean_latent = score(lambda images, _: model.segment_mean_latent(images))
     return {"stage2": by_steps, "stage2_mean_latent": _scores([mean_latent])}

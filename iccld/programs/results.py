@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from iccld.config import Config, StageName, Weights, read_config
+from iccld.config import Config, InferenceConfig, StageName, Weights, read_config
 from iccld.data.storage import without_secrets
 from iccld.durable import file_checksum
 from iccld.models.model_card import WEIGHTS_NAME
@@ -42,6 +42,12 @@ def about_of(folders: Sequence[Path], config: Config) -> dict[str, Any]:
     }
 
 
+def _averaging(inference: InferenceConfig) -> dict[str, Any]:
+    """What is averaged, where anything is: results of earlier versions, which averaged nothing, stay what they are."""
+    usual, names = InferenceConfig(), ("num_averaged", "blend")
+    return {name: own for name in names if (own := getattr(inference, name)) != getattr(usual, name)}
+
+
 def _settings(config: Config) -> dict[str, Any]:
     data, inference, classes = config.data.validation, config.inference, config.data.class_set.build()
     also = {name: dataclasses.replace(part, shards=without_secrets(part.shards)) for name, part in data.also.items()}
@@ -53,6 +59,7 @@ def _settings(config: Config) -> dict[str, Any]:
         "noise_seeds": inference.noise_seeds,
         "seed": config.seed,
         "precision": config.engine.precision.name,
+        **_averaging(inference),
         **dataclasses.asdict(config.evaluation),
     }
 

@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from iccld import __version__
 from iccld.config import Config, StageName, to_dict
 from iccld.data.stream import TrainingStream
 from iccld.data.workers import prepare_workers
+from iccld.models.iccld import ModelConfig
 from iccld.outcome import blaming_the_world
 from iccld.programs.building import build_stage, build_stream, first_batches, layout_of, trials_of, whole_stage
 from iccld.programs.checks import check_alone, check_links, check_run_dir, check_settings, together, watch
@@ -180,6 +182,10 @@ def _about(stage: Stage, config: Config, stream: TrainingStream) -> Mapping[str,
     model = dict(resolved["model"])
     for part in ("encoder", "denoiser"):
         model[part] = {key: value for key, value in model[part].items() if key != "activation_checkpointing"}
+    usual, later = to_dict(ModelConfig()), [f.name for f in fields(ModelConfig) if "optional" in f.metadata]
+    for name in later:  # an earlier version wrote none of them
+        if model[name] == usual[name]:
+            del model[name]
     about = {
         "version": __version__,
         "stage": stage.name,

@@ -120,8 +120,10 @@ class FlopCounter(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        out, name = func(*args, **kwargs), getattr(func, "__name__", "")
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        if func is torch.autograd.grad:  # of a gradient within the step, the backward pass is work of its own
+            self.forward += self.backward([args[0]] if isinstance(args[0], Tensor) else args[0])
+        out = func(*args, **kwargs)
         if name in UNKNOWN:
             raise ValueError(f"FLOPs: torch's {name} has no rule; call matmul, or add one to iccld/runtime/flops.py.")
         if rule := RULES.get(name):

@@ -253,8 +253,10 @@ class SegmentationStage(Stage):
         encoded = model.encoder(images)
         labels = domain["labels"] if "labels" in domain else model.decode(encoded, images.shape[-2:]).argmax(dim=1)
         draws = rng.uniform(NUM_DRAWS, seed=self.seed, purpose="latent statistics", numbers=domain["numbers"])
-        strong = strong_augment(images, draws, self.config.photometric)
-        latents = raw_latent_pair(model, clean=encoded.latent, strong_images=strong, labels=labels)
+        seen = encoded.latent
+        if model.config.latent.sees_strong_view:
+            seen = model.encoder(strong_augment(images, draws, self.config.photometric)).latent
+        latents = raw_latent_pair(model, clean=encoded.latent, seen=seen, labels=labels)
         return channel_moments(latents.z_0), channel_moments(latents.condition)
 
     def averages(self) -> dict[nn.Module, tuple[str, ...]]:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from iccld.models.condition import ConditionKind
 from iccld.models.decoder import DecoderConfig
 from iccld.models.denoiser import DenoiserConfig
 from iccld.models.discriminator import DiscriminatorConfig
@@ -38,7 +39,12 @@ def make_encoder(backbone: str = "segformer", *, seed: int = 0) -> Encoder:
     return Encoder(config=encoder_config(backbone), latent_channels=4)
 
 
-def model_config(*, latent: LatentKind = LatentKind.image, backbone: str = "segformer") -> ModelConfig:
+def model_config(
+    *,
+    latent: LatentKind = LatentKind.image,
+    condition: ConditionKind = ConditionKind.latent,
+    backbone: str = "segformer",
+) -> ModelConfig:
     return ModelConfig(
         encoder=encoder_config(backbone),
         decoder=DecoderConfig(width=16, num_blocks=1),
@@ -46,6 +52,7 @@ def model_config(*, latent: LatentKind = LatentKind.image, backbone: str = "segf
         discriminator=DiscriminatorConfig(width=8),
         latent=latent,
         latent_channels=4,
+        condition=condition,
     )
 
 

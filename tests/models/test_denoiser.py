@@ -28,8 +28,8 @@ def random_inputs(height: int = 6, width: int = 10, *, seed: int = 0):
 @pytest.mark.parametrize(("height", "width"), [(8, 16), (9, 11), (1, 1), (5, 2), (3, 17)])
 def test_any_size_is_kept(height: int, width: int):
     denoiser = make_denoiser()
-    noise_pred, middle = denoiser(*random_inputs(height, width))
-    assert noise_pred.shape == (2, 4, height, width)
+    velocity, noise_pred, z_0_pred, middle = denoiser(*random_inputs(height, width))
+    assert velocity.shape == noise_pred.shape == z_0_pred.shape == (2, 4, height, width)
     assert middle.shape == (2, denoiser.middle_channels, -(-height // 4), -(-width // 4))
 
 

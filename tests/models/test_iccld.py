@@ -33,7 +33,7 @@ def test_denoised_latents_pass_the_statistics_both_ways():
             from iccld.models.denoiser import DenoiserOutput
 
             seen.append(condition)
-            return DenoiserOutput(predict_noise(z_t, target, t, model.alpha_bar), condition)
+            return DenoiserOutput(condition, predict_noise(z_t, target, t, model.alpha_bar), target, condition)
 
     model.denoiser = Perfect()  # pyright: ignore
     got = model.denoise_segment(IMAGES, noise=random_noise(model, IMAGES), num_steps=3)

@@ -80,6 +80,22 @@ def test_a_trained_denoiser_can_be_left_on_disk(tmp_path: Path):
     assert loaded.denoiser is None and loaded.stage is ModelStage.segmentation
 
 
+def test_a_deterministic_model_stays_one(tmp_path: Path):
+    model = trained_model()
+    model.deterministic = True
+    loaded = ICCLD.from_pretrained(save(model, tmp_path))
+    noise = random_noise(model, IMAGES)
+    got = loaded.denoise_segment(IMAGES, noise=noise, num_steps=4)
+    assert torch.equal(got, model.denoise_segment(IMAGES, noise=torch.zeros_like(noise), num_steps=1))
+
+
+def test_a_card_of_an_earlier_version_means_a_model_with_noise(tmp_path: Path):
+    card = json.loads((save(trained_model(), tmp_path) / "config.json").read_text())
+    del card["deterministic"]
+    (tmp_path / "config.json").write_text(json.dumps(card))
+    assert not ICCLD.from_pretrained(tmp_path).deterministic
+
+
 def test_loading_needs_no_training_package(tmp_path: Path):
     save(trained_model(), tmp_path)
     program = f"""
@@ -146,7 +162,7 @@ def test_a_card_may_lack_what_only_training_asks_for(tmp_path: Path):
             lambda c: c["model"]["decoder"].update(depth=1),
             r"model card|config\.json: decoder: DecoderConfig has unknown depth",
         ),
-        (lambda c: c["model"].update(latent="sound"), r"latent='sound' must be one of \['image', 'mask'\]"),
+        (lambda c: c["model"].update(latent="sound"), r"latent='sound' must be one of \['image', 'mask', 'residual'\]"),
         (lambda c: c["model"].update(latent_channels="4"), r"latent_channels='4' must be of type int"),
         (lambda c: c["model"]["decoder"].update(inter_coder=1), r"inter_coder=1 must be of type bool"),
         (lambda c: c["model"].update(decoder=3), r"decoder=3 must be a JSON object"),

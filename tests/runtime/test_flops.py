@@ -12,13 +12,15 @@ from torch.utils.flop_counter import FlopCounterMode, conv_backward_flop
 
 from iccld.models.attention import AttentionBackend
 from iccld.models.blocks import SelfAttention
+from iccld.models.condition import ConditionKind
 from iccld.models.denoiser import Denoiser, DenoiserConfig
 from iccld.models.discriminator import Discriminator, DiscriminatorConfig
 from iccld.models.encoder import Encoder
 from iccld.models.latent import LatentKind
 from iccld.runtime.flops import FlopCounter, StepFlops, count_step, on_meta
-from iccld.stages.adversarial import AdversarialConfig, AdversarialStage, AdversaryInput
+from iccld.stages.adversarial import AdversarialConfig, AdversarialStage, AdversaryInput, new_discriminator
 from iccld.stages.base import Stage
+from iccld.stages.objective import PseudoLabelSource
 from iccld.stages.segmentation import SegmentationConfig, SegmentationStage
 from iccld.uda.corruption import CorruptionConfig
 from tests.factory import random_batch
@@ -168,11 +170,17 @@ def reference_of(settings: dict[str, Any]) -> Encoder | None:
     return make_encoder().requires_grad_(False) if settings.get("feature_distance_weight") else None
 
 
-def stage2(latent: LatentKind = LatentKind.image, *, seen: AdversaryInput = AdversaryInput.noise) -> AdversarialStage:
-    model = tiny_model(latent=latent, num_classes=19)
-    channels = model.denoiser.middle_channels if seen is AdversaryInput.features else 4
-    discriminator = Discriminator(config=model.config.discriminator, in_channels=channels)
-    return AdversarialStage(model, discriminator, AdversarialConfig(adversary_input=seen), seed=0)
+def stage2(
+    latent: LatentKind = LatentKind.image,
+    *,
+    seen: AdversaryInput = AdversaryInput.noise,
+    condition: ConditionKind = ConditionKind.latent,
+    **settings: Any,
+) -> AdversarialStage:
+    model = tiny_model(latent=latent, num_classes=19, condition=condition)
+    objective = AdversarialConfig(adversary_input=seen, **settings)
+    discriminator = new_discriminator(model, objective, model.config.discriminator)
+    return AdversarialStage(model, discriminator, objective, seed=0)
 
 
 def batch_of(count: int) -> dict[str, Any]:
@@ -191,6 +199,14 @@ STAGES = {
     "stage 2, z_0": lambda: stage2(seen=AdversaryInput.z0),
     "stage 2, features": lambda: stage2(seen=AdversaryInput.features),
     "stage 2, mask latent": lambda: stage2(LatentKind.mask),
+    "stage 2, task loss": lambda: stage2(task_weight=1.0),
+    "stage 2, residual": lambda: stage2(LatentKind.residual, pure_noise_share=0.5, task_weight=1.0),
+    "stage 2, map": lambda: stage2(seen=AdversaryInput.map),
+    "stage 2, own labels": lambda: stage2(
+        task_weight=1.0, pseudo_labels=PseudoLabelSource.denoiser, flip_teacher=True, corruption=CorruptionConfig(0.5)
+    ),
+    "stage 2, rich": lambda: stage2(condition=ConditionKind.rich),
+    "stage 2, twin": lambda: stage2(deterministic=True, task_weight=1.0),
 }
 
 
@@ -216,7 +232,7 @@ def test_a_step_is_counted_by_part_and_in_proportion_to_its_samples() -> None:
     assert one.forward["encoder"] == 3 * one.prepare["teacher encoder"] == 3 * one.prepare["reference"]
     assert one.forward["decoder"] == 4 * one.prepare["teacher decoder"]  # and of the mask's latent
     second = count_step(stage2(LatentKind.mask), batch_of(1), 0)
-    assert second.prepare.keys() == {"encoder", "decoder", "mask_encoder", "other"}
+    assert second.prepare.keys() == {"encoder", "decoder", "mask_encoder"}
     assert second.forward.keys() == second.backward.keys() == {"denoiser", "discriminator"}
 
 

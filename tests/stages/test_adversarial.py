@@ -1,6 +1,7 @@
 """Stage 2: the adversarial gradient goes where it should, and one engine equals two optimisers."""
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,10 +10,11 @@ from torch.func import functional_call
 
 from iccld.labels import IGNORE_INDEX
 from iccld.losses import domain_confusion, domain_cross_entropy, noise_mse
-from iccld.models.discriminator import Discriminator
+from iccld.models.condition import ConditionKind
 from iccld.models.iccld import ICCLD
-from iccld.models.latent import LatentKind
-from iccld.stages.adversarial import AdversarialConfig, AdversarialStage, AdversaryInput
+from iccld.models.latent import LatentKind, diffused_latent
+from iccld.stages.adversarial import AdversarialConfig, AdversarialStage, AdversaryInput, new_discriminator
+from iccld.stages.domains import mixed_images
 from iccld.uda.photometric import PhotometricConfig
 from tests.factory import random_batch, tiny_model_config
 
@@ -20,15 +22,18 @@ INPUTS = list(AdversaryInput)
 
 
 def make_stage(
-    *, seen: AdversaryInput = AdversaryInput.noise, latent: LatentKind = LatentKind.image, **settings: Any
+    *,
+    seen: AdversaryInput = AdversaryInput.noise,
+    latent: LatentKind = LatentKind.image,
+    condition: ConditionKind = ConditionKind.latent,
+    **settings: Any,
 ) -> AdversarialStage:
     torch.manual_seed(0)
-    config = tiny_model_config(latent=latent)
+    config = replace(tiny_model_config(latent=latent), condition=condition)
     model = ICCLD(config=config, num_classes=19, with_denoiser=True)
-    channels = model.denoiser.middle_channels if seen is AdversaryInput.features else config.latent_channels
-    discriminator = Discriminator(config=config.discriminator, in_channels=channels)
     settings = {"adversarial_ramp_steps": 0, "adversarial_weight": 1.0, "adversary_input": seen} | settings
-    return AdversarialStage(model, discriminator, AdversarialConfig(**settings), seed=0)
+    objective = AdversarialConfig(**settings)
+    return AdversarialStage(model, new_discriminator(model, objective, config.discriminator), objective, seed=0)
 
 
 def prepared(stage: AdversarialStage, step: int = 0):
@@ -112,10 +117,11 @@ def test_the_encoder_sees_each_image_once_a_step(latent: LatentKind, images_a_sa
 def test_the_targets_labels_are_what_the_model_segments():
     stage, batch = make_stage(latent=LatentKind.mask), random_batch(num_classes=19, numbers=range(4))
     with torch.no_grad():
-        images, labels, latent = stage._domains(batch)
-        assert labels is not None
-        assert torch.equal(labels.chunk(3)[1], stage.model.segment(images.chunk(3)[1]).argmax(dim=1).to(torch.uint8))
-        torch.testing.assert_close(latent, stage.model.encoder(images).latent)
+        target = batch["target"]["images"].float() / 255
+        expected = stage.model.segment(target).argmax(dim=1).to(torch.uint8)
+        clean, labels = stage.model.encoder(target), expected.repeat(3, 1, 1)
+        z_0 = diffused_latent(stage.model, clean=None, seen=clean, labels=labels, weights=None)
+        torch.testing.assert_close(prepared(stage).tensors["z_0"].chunk(3)[1], z_0.chunk(3)[1])
 
 
 def two_optimiser_step(stage: AdversarialStage, inputs: Any, optimisers: list[torch.optim.Optimizer]) -> list[float]:
@@ -182,11 +188,9 @@ def test_discriminator_accuracy_is_counted_per_domain_and_timestep_bin():
 
 
 def test_ignored_source_pixels_are_no_class_to_paste():
-    stage = make_stage()
     batch = random_batch(num_classes=19, numbers=range(4))
     batch["source"]["labels"].fill_(IGNORE_INDEX)
-    images, *_ = stage._domains(batch)
-    _, target, mixed = images.chunk(3)
+    _, target, mixed = mixed_images(batch, torch.rand(4, 19)).images.chunk(3)
     assert torch.equal(target, mixed)
 
 

@@ -9,18 +9,22 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from iccld.models.discriminator import Discriminator
+from iccld.models.condition import ConditionKind
 from iccld.models.latent import LatentKind
 from iccld.runtime.compilation import Compile
 from iccld.runtime.engine import Engine, EngineConfig
 from iccld.runtime.flops import on_meta
 from iccld.runtime.prefetch import map_tensors
-from iccld.stages.adversarial import AdversarialConfig, AdversarialStage, AdversaryInput
+from iccld.stages.adversarial import AdversarialConfig, AdversarialStage, AdversaryInput, new_discriminator
 from iccld.stages.base import Stage
+from iccld.stages.denoising import DiffusionLoss
+from iccld.stages.objective import PseudoLabelSource
 from iccld.stages.segmentation import SegmentationConfig, SegmentationStage
 from iccld.uda.corruption import CorruptionConfig
 from tests.factory import random_batch
 from tests.models.factory import BACKBONES, tiny_model
+
+VELOCITY = DiffusionLoss.velocity
 
 
 def stage1(*, backbone: str = "segformer", latent: LatentKind = LatentKind.mask, **settings: Any) -> Stage:
@@ -28,11 +32,17 @@ def stage1(*, backbone: str = "segformer", latent: LatentKind = LatentKind.mask,
     return SegmentationStage(model, SegmentationConfig(masked_weight=1.0, **settings), seed=0)
 
 
-def stage2(*, seen: AdversaryInput = AdversaryInput.noise, latent: LatentKind = LatentKind.image) -> Stage:
-    model = tiny_model(latent=latent, num_classes=19)
-    channels = model.denoiser.middle_channels if seen is AdversaryInput.features else 4
-    discriminator = Discriminator(config=model.config.discriminator, in_channels=channels)
-    return AdversarialStage(model, discriminator, AdversarialConfig(adversary_input=seen), seed=0)
+def stage2(
+    *,
+    seen: AdversaryInput = AdversaryInput.noise,
+    latent: LatentKind = LatentKind.image,
+    condition: ConditionKind = ConditionKind.latent,
+    **settings: Any,
+) -> Stage:
+    model = tiny_model(latent=latent, num_classes=19, condition=condition)
+    objective = AdversarialConfig(adversary_input=seen, **settings)
+    discriminator = new_discriminator(model, objective, model.config.discriminator)
+    return AdversarialStage(model, discriminator, objective, seed=0)
 
 
 RECIPE: dict[str, Any] = {
@@ -47,6 +57,20 @@ STAGES: dict[str, tuple[Callable[[], Stage], int]] = {
     "stage 1, every option": (lambda: stage1(latent=LatentKind.image, **RECIPE), 10),
     **{f"stage 2, {seen.name}": (lambda seen=seen: stage2(seen=seen), 6) for seen in AdversaryInput},
     "stage 2, mask latent": (lambda: stage2(latent=LatentKind.mask), 6),
+    "stage 2, task loss": (
+        lambda: stage2(latent=LatentKind.mask, task_weight=1.0, pure_noise_share=0.5, diffusion_loss=VELOCITY),
+        6,
+    ),
+    "stage 2, corruption": (lambda: stage2(corruption=CorruptionConfig(strength=1.0)), 11),
+    "stage 2, rich, own labels": (
+        lambda: stage2(condition=ConditionKind.rich, task_weight=1.0, pseudo_labels=PseudoLabelSource.denoiser),
+        7,
+    ),
+    "stage 2, residual": (
+        lambda: stage2(latent=LatentKind.residual, task_weight=1.0, pure_noise_share=0.5, flip_teacher=True),
+        6,
+    ),
+    "stage 2, twin": (lambda: stage2(deterministic=True, task_weight=1.0), 2),
 }
 """By name: the stage, and how many tensors of draws a step may send to the device."""
 

@@ -15,7 +15,7 @@ from iccld.diffusion import add_noise
 from iccld.labels import IGNORE_INDEX
 from iccld.losses import domain_confusion, domain_cross_entropy, noise_mse, weighted_cross_entropy
 from iccld.models.blocks import LATENT_STRIDE
-from iccld.models.latent import latent_pair
+from iccld.models.latent import diffused_latent
 from iccld.runtime.prefetch import map_tensors
 from iccld.stages.adversarial import DOMAINS, AdversarialStage
 from iccld.stages.segmentation import SegmentationStage
@@ -90,7 +90,7 @@ class TwoOptimisers:
         self.step += 1
 
     @torch.no_grad()
-    def _prepare(self, draws: AdversarialDraws) -> tuple[Tensor, Tensor, Tensor]:
+    def _prepare(self, draws: AdversarialDraws) -> tuple[Tensor, Any, Tensor]:
         source, target = (self.batch[name]["images"].float() / 255 for name in ("source", "target"))
         labels = self.batch["source"]["labels"]
         mask = class_mask(labels, draws.scores)
@@ -99,10 +99,11 @@ class TwoOptimisers:
                 guessed = self.model.segment(target).argmax(dim=1).to(labels.dtype)
                 labels = torch.cat([labels, guessed, paste(mask, labels, guessed)])
             clean = torch.cat([source, target, paste(mask, source, target)])
-            strong = strong_augment(clean, draws.photometric, self.config.photometric)
-            z_0, condition = latent_pair(
-                self.model, clean=self.model.encoder(clean).latent, strong_images=strong, labels=labels
-            )
+            encoded = seen = self.model.encoder(clean)
+            if self.model.mask_encoder is None:
+                seen = self.model.encoder(strong_augment(clean, draws.photometric, self.config.photometric))
+            z_0 = diffused_latent(self.model, clean=encoded.latent, seen=seen, labels=labels, weights=None)
+            condition = self.model.condition_of(seen, clean)
         domains = torch.arange(len(DOMAINS), device=clean.device).repeat_interleave(len(source))
         return add_noise(z_0, draws.noise, draws.t, self.model.alpha_bar), condition, domains
 

@@ -25,9 +25,11 @@ from iccld.slurm.snapshot import PACKAGE, code_facts
 
 NOTE_NAME, LOG_NAME = "ablation.json", "train.log"
 LAUNCHER = PACKAGE.parent / "launch" / "local.py"
+OF_DENOISER = ("model.denoiser.", "model.discriminator.", "model.condition", "model.residual_")
+OF_DENOISING = ("num_steps:", "noise_seeds:", "num_averaged:", "blend:")
 OF_STAGE = {
     StageName.stage1: ("stage1.",),
-    StageName.stage2: ("stage2.", "model.denoiser.", "model.discriminator.", "num_steps:", "noise_seeds:"),
+    StageName.stage2: ("stage2.", *OF_DENOISER, *OF_DENOISING),
 }
 """The settings that change nothing in a run that does not train the stage."""
 NOT_OF_SCORES = ("models", "sha256", "batch_size")
@@ -137,8 +139,8 @@ def changes(ablation: Ablation, task: Task) -> list[str]:
 def _changes_of_scores(saved: Config, new: Config) -> list[str]:
     """Settings that a training may change between attempts, but that change its scores."""
     old, now = ({**about_of([], each), "weights": each.inference.weights.value} for each in (saved, new))
-    changed = [key for key in now if key not in NOT_OF_SCORES and old[key] != now[key]]
-    return [f"{key}: {old[key]} -> {now[key]}" for key in changed]
+    changed = [key for key in {**old, **now} if key not in NOT_OF_SCORES and old.get(key) != now.get(key)]
+    return [f"{key}: {old.get(key)} -> {now.get(key)}" for key in changed]
 
 
 def refuse_changes(ablation: Ablation, task: Task) -> None:

@@ -1,0 +1,63 @@
+"""What the denoiser is told of the image. `B C h w` latent (stride 8), `H W` image, `K` classes."""
+
+from collections.abc import Sequence
+from enum import Enum
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from iccld.models.blocks import FEATURE_STRIDES, LATENT_STRIDE, conv_block, resample
+
+RICH_STRIDES = tuple(stride for stride in FEATURE_STRIDES if stride >= LATENT_STRIDE)
+
+
+class ConditionKind(Enum):
+    """`latent`: E's latent alone (the paper). `rich`: also E's features, D's probabilities of it, image and place."""
+
+    latent = "latent"
+    rich = "rich"
+
+
+class Condition(NamedTuple):
+    """What a rich condition is made of, all of one view.
+
+    latent: E's, normalised, `(B, C, h, w)`. features: E's at strides 8, 16 and 32. probabilities: `(B, K, h, w)`, D's
+    of E's latent. images: `(B, 3, H, W)` in [0, 1].
+    """
+
+    latent: Tensor
+    features: Sequence[Tensor]
+    probabilities: Tensor
+    images: Tensor
+
+
+class RichCondition(nn.Module):
+    """Project the parts of a rich condition, each to a share of `width` channels, and concatenate them at stride 8."""
+
+    def __init__(self, *, latent_channels: int, feature_channels: Sequence[int], num_classes: int, width: int) -> None:
+        """feature_channels: E's at strides 8, 16 and 32."""
+        super().__init__()
+        share = max(4, width // 4)
+        self.features = nn.ModuleList(conv_block(channels, share, kernel_size=1) for channels in feature_channels)
+        self.classes = conv_block(num_classes, share, kernel_size=1)
+        self.image = nn.Sequential(
+            conv_block(3, share, stride=2), conv_block(share, share, stride=2), conv_block(share, share, stride=2)
+        )
+        self.out_channels = latent_channels + (len(feature_channels) + 2) * share + 2
+
+    def forward(self, condition: Condition) -> Tensor:
+        """`(B, out_channels, h, w)`."""
+        latent, size = condition.latent, condition.latent.shape[-2:]
+        levels = zip(self.features, condition.features, RICH_STRIDES, strict=True)
+        parts = [resample(project(x), stride=s, to_stride=LATENT_STRIDE, size=size) for project, x, s in levels]
+        parts += [self.classes(condition.probabilities), self.image(condition.images), _positions(latent)]
+        return torch.cat([latent, *(part.to(latent.dtype) for part in parts)], dim=1)
+
+
+def _positions(latent: Tensor) -> Tensor:
+    """Row and column of each position, `(B, 2, h, w)` in [-1, 1]: of the crop in training, else of the image."""
+    height, width = latent.shape[-2:]
+    rows = torch.linspace(-1.0, 1.0, height, device=latent.device).view(1, 1, -1, 1)
+    columns = torch.linspace(-1.0, 1.0, width, device=latent.device).view(1, 1, 1, -1)
+    return torch.cat([rows.expand(len(latent), 1, -1, width), columns.expand(len(latent), 1, height, -1)], dim=1)

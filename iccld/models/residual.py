@@ -1,0 +1,46 @@
+"""The reading `residual`: what is diffused is a small move of E's latent, r = (z* - z_E) / σ (`C h w` latent).
+
+z* is where a few gradient steps towards the labels, through the frozen D, lead from E's latent. Each step has the root
+mean square `residual_step` over a sample, in units of the latent's standard deviations; σ is the length of all steps.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from iccld.labels import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    from iccld.models.encoder import EncoderOutput
+    from iccld.models.iccld import ICCLD
+
+
+def residual_scale(model: "ICCLD") -> Tensor:
+    """σ, `(1, C, 1, 1)`: so that r has a root mean square of at most 1."""
+    length = model.config.residual_steps * model.config.residual_step
+    return length * model.latent_std.view(1, -1, 1, 1)
+
+
+def fitted_residual(model: "ICCLD", encoded: "EncoderOutput", labels: Tensor, weights: Tensor) -> Tensor:
+    """r of each sample, `(B, C, h, w)` float32, without a gradient.
+
+    encoded: E's output of the view that the denoiser sees. labels: `(B, H, W)`, 255 is ignored. weights: `(B, H, W)`
+    float32 >= 0; besides the pixels' share in the gradient, a sample's mean weight shortens its steps.
+    """
+    config, unit = model.config, model.latent_std.view(1, -1, 1, 1)
+    valid = (labels != IGNORE_INDEX).float()
+    trust = (weights * valid).sum(dim=(1, 2)) / valid.sum(dim=(1, 2)).clamp(min=1.0)
+    start = encoded.latent.float()
+    move = torch.zeros_like(start)
+    for _ in range(config.residual_steps):
+        with torch.enable_grad():
+            at = move.detach().requires_grad_()
+            logits = model.decoder(start + unit * at, encoded.features).float()
+            logits = F.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=False)
+            losses = F.cross_entropy(logits, labels.long(), ignore_index=IGNORE_INDEX, reduction="none")
+            (gradient,) = torch.autograd.grad((losses * weights).sum(), [at])
+        size = gradient.square().mean(dim=(1, 2, 3), keepdim=True).sqrt().clamp(min=1e-12)
+        move = move - config.residual_step * trust.view(-1, 1, 1, 1) * gradient / size
+    return move / (config.residual_steps * config.residual_step)

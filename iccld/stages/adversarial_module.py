@@ -1,0 +1,103 @@
+"""What trains in stage 2, and its losses: the denoiser, and the discriminator that it is trained against.
+
+Both live in one module under one optimiser: the denoiser's term sees the discriminator with detached parameters, the
+discriminator's term sees detached predictions, so one backward serves both.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from iccld.losses import domain_confusion, domain_cross_entropy, weighted_cross_entropy
+from iccld.models.denoiser import DenoiserOutput
+from iccld.models.discriminator import Discriminator
+from iccld.models.iccld import ICCLD
+from iccld.stages.base import StageInputs, StageOutput, pair
+from iccld.stages.denoising import Noised, denoising_errors
+from iccld.stages.domains import DOMAINS, LABELLED, encoded_of, of_domains
+from iccld.stages.named import Tensors, tensors_to_condition, tensors_to_encoded
+from iccld.stages.objective import AdversarialConfig, AdversaryInput
+
+NUM_TIMESTEP_BINS = 4
+
+
+class AdversarialModule(nn.Module):
+    """What trains in stage 2: the denoiser and the discriminator."""
+
+    alpha_bar: Tensor
+
+    def __init__(self, model: ICCLD, discriminator: Discriminator, config: AdversarialConfig) -> None:
+        super().__init__()
+        assert model.denoiser is not None
+        self.denoiser, self.discriminator, self.config = model.denoiser, discriminator, config
+        self._whole = (model,)  # within a tuple it is no part: D stays out of what is trained, sharded and saved
+        self.register_buffer("alpha_bar", model.alpha_bar.clone(), persistent=False)
+
+    def forward(self, inputs: StageInputs) -> StageOutput:
+        """Losses of the micro-batch; the three domains pass the denoiser together (no layer mixes samples)."""
+        tensors, denominators = inputs
+        given = Noised(*(tensors[name] for name in Noised._fields))
+        prediction = self.denoiser(given.z_t, given.t, tensors_to_condition(tensors))
+        errors = denoising_errors(prediction, tensors["z_0"], given, self.alpha_bar, loss=self.config.diffusion_loss)
+        losses = {"diffusion": (tensors["diffusion_weights"] * errors).sum() / denominators["diffusion"]}
+        logits = self._decoded(prediction.z_0_pred, tensors)
+        if self.config.task_weight:
+            losses |= self._task_losses(logits, tensors, denominators)
+        seen, domains, t = self._seen(prediction, logits), tensors["domains"], given.t
+        if len(self.config.adversary_domains) < len(DOMAINS):
+            domains, t = (of_domains(each, self.config.adversary_domains) for each in (domains, t))
+        losses["adversarial"] = tensors["adversarial_weight"] * self._confusion(seen, t) / denominators["adversarial"]
+        guesses = self.discriminator(seen.detach(), t)
+        losses["discriminator"] = domain_cross_entropy(guesses, domains).sum() / denominators["discriminator"]
+        return StageOutput(losses, self._metrics(guesses, domains, t))
+
+    def _confusion(self, seen: Tensor, t: Tensor) -> Tensor:
+        """Sum over the samples that the denoiser is to change, seen by the discriminator as it is now."""
+        frozen = {name: p.detach() for name, p in self.discriminator.named_parameters()}
+        if self.config.adversary_input is not AdversaryInput.map:
+            return domain_confusion(functional_call(self.discriminator, frozen, (seen, t))).sum()
+        of_target = functional_call(self.discriminator, frozen, (seen.chunk(2)[1], t.chunk(2)[1]))
+        source = torch.zeros_like(t.chunk(2)[1])
+        return domain_cross_entropy(of_target, source).sum()
+
+    def _task_losses(self, logits: Tensors, tensors: Tensors, denominators: Tensors) -> Tensors:
+        """Cross entropy of D(z_0_pred, F); the gradient passes D, whose weights stay."""
+        losses = {}
+        for name in LABELLED:
+            labels, weights = tensors[f"{name}_labels"], tensors[f"{name}_weights"]
+            count = denominators[f"task_{name}"]
+            loss = weighted_cross_entropy(logits[name], labels, weights=weights, denominator=count)
+            losses[f"task_{name}"] = self.config.task_weight * loss
+        return losses
+
+    def _decoded(self, z_0: Tensor, tensors: Tensors) -> Tensors:
+        """D's logits at stride 4 of a clean latent and the features of the view that the denoiser saw, by domain."""
+        asked = {*(LABELLED if self.config.task_weight else ())}
+        asked |= {*(self.config.adversary_domains if self.config.adversary_input is AdversaryInput.map else ())}
+        if not asked:
+            return {}
+        (model,), names = self._whole, [name for name in DOMAINS if name in asked]
+        seen = encoded_of(tensors_to_encoded(tensors, "seen"), names)
+        logits = model.decoder(model.decodable(of_domains(z_0, names), seen.latent), seen.features)
+        return dict(zip(names, logits.chunk(len(names)), strict=True))
+
+    def _seen(self, prediction: DenoiserOutput, logits: Tensors) -> Tensor:
+        """What the discriminator sees."""
+        if self.config.adversary_input is AdversaryInput.map:
+            return torch.cat([logits[name] for name in self.config.adversary_domains]).float().softmax(dim=1)
+        if self.config.adversary_input is AdversaryInput.features:
+            return prediction.middle
+        if self.config.adversary_input is AdversaryInput.z0:
+            return prediction.z_0_pred
+        return prediction.noise_pred
+
+    def _metrics(self, guesses: Tensor, domains: Tensor, t: Tensor) -> Tensors:
+        """The discriminator's accuracy per domain and timestep bin: chance says nothing, near 1 is a give-away."""
+        right = (guesses.mean(dim=(2, 3)).argmax(dim=1) == domains).float()
+        bins = t * NUM_TIMESTEP_BINS // len(self.alpha_bar)
+        metrics = {}
+        for i, domain in enumerate(self.config.adversary_domains):
+            metrics[f"accuracy/{domain}"] = pair((right * (domains == i)).sum(), (domains == i).sum())
+        for i in range(NUM_TIMESTEP_BINS):
+            metrics[f"accuracy/t_bin_{i}"] = pair((right * (bins == i)).sum(), (bins == i).sum())
+        return metrics

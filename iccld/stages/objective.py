@@ -1,0 +1,88 @@
+"""The settings of stage 2's objective."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from iccld.stages.denoising import DiffusionLoss
+from iccld.stages.domains import DOMAINS
+from iccld.uda.corruption import CorruptionConfig
+from iccld.uda.ema_profile import EmaProfileConfig
+from iccld.uda.photometric import PhotometricConfig
+
+
+class AdversaryInput(Enum):
+    """What the discriminator sees: predicted noise (the paper), the clean latent it implies, or the UNet's middle.
+
+    `map`: softmax of D(z_0_pred, F), of source and target alone, and only the target's term moves the denoiser: towards
+    what the discriminator takes for the source.
+    """
+
+    noise = "noise"
+    z0 = "z0"
+    features = "features"
+    map = "map"
+
+
+class PseudoLabelSource(Enum):
+    """Who labels the target: E and D as stage 1 left them, or the mean of these and the denoiser's EMA, in one step."""
+
+    stage1 = "stage1"
+    denoiser = "denoiser"
+
+
+@dataclass
+class AdversarialConfig:
+    """Stage 2. `domain_weights` are those of the diffusion term for source, target, mixed; 0 leaves a domain out."""
+
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.05
+    discriminator_learning_rate: float = 1e-4
+    teacher_decay: float = 0.999
+    diffusion_loss: DiffusionLoss = DiffusionLoss.noise
+    pure_noise_share: float = 0.0  # of the samples: z_t is pure noise, as the sampler starts, and the loss is on z_0
+    deterministic: bool = False  # the control: z_t = 0 at the last timestep throughout, in inference too
+    task_weight: float = 0.0  # cross entropy of D(z_0_pred, F) on source labels and mixed pseudo-labels
+    pseudo_labels: PseudoLabelSource = PseudoLabelSource.stage1
+    flip_teacher: bool = False  # this and the next three as in stage 1
+    confidence_threshold: float = 0.968
+    class_thresholds: float = 0.0
+    class_balance: float = 0.0
+    adversarial_weight: float = 1e-3
+    adversarial_ramp_steps: int = 1000
+    adversary_input: AdversaryInput = AdversaryInput.noise
+    domain_weights: list[float] = field(default_factory=lambda: [1.0, 1.0, 1.0])
+    photometric: PhotometricConfig = field(default_factory=PhotometricConfig)
+    corruption: CorruptionConfig = field(default_factory=CorruptionConfig)  # of the view of source and mixed images
+    ema_profile: EmaProfileConfig = field(default_factory=EmaProfileConfig)
+
+    @property
+    def decodes(self) -> bool:
+        """Whether a loss passes D."""
+        return self.task_weight > 0 or self.adversary_input is AdversaryInput.map
+
+    @property
+    def adversary_domains(self) -> tuple[str, ...]:
+        """The domains that the discriminator tells apart."""
+        return ("source", "target") if self.adversary_input is AdversaryInput.map else DOMAINS
+
+    @property
+    def moved_domains(self) -> tuple[str, ...]:
+        """Those of them whose samples the adversarial term moves."""
+        return ("target",) if self.adversary_input is AdversaryInput.map else DOMAINS
+
+    def __post_init__(self) -> None:
+        if len(self.domain_weights) != 3 or min(self.domain_weights) < 0 or sum(self.domain_weights) == 0:
+            raise ValueError(
+                f"stage2.objective.domain_weights={self.domain_weights} must be three weights >= 0 "
+                f"(source, target, mixed), not all 0."
+            )
+        for name in ("task_weight", "adversarial_weight", "adversarial_ramp_steps", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"stage2.objective.{name}={getattr(self, name)} must be 0 (off) or above.")
+        for name in ("learning_rate", "discriminator_learning_rate"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"stage2.objective.{name}={getattr(self, name)} must be above 0.")
+        shares = ("teacher_decay", "pure_noise_share", "confidence_threshold", "class_thresholds", "class_balance")
+        for name in shares:
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"stage2.objective.{name}={getattr(self, name)} must be between 0 and 1.")

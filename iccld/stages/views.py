@@ -1,0 +1,180 @@
+"""What the frozen networks give in stage 2: the views of a step's images, their encodings, and what is to be predicted.
+
+    source, target, mixed ── clean view ── E ── z_0 (reading `image`), pseudo-labels of the target
+                          └─ corrupted, strongly augmented view ── E ── condition, features for D
+
+It depends on no step and on the samples' numbers alone, but for pseudo-labels of the denoiser's average.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from iccld import rng
+from iccld.models.denoiser import Denoiser
+from iccld.models.encoder import EncoderOutput
+from iccld.models.iccld import ICCLD
+from iccld.models.latent import LatentKind, diffused_latent
+from iccld.stages.base import keyed_noise, to_float
+from iccld.stages.domains import (
+    DOMAINS,
+    LABELLED,
+    Images,
+    Labels,
+    encoded_of,
+    joined,
+    mixed_images,
+    mixed_labels,
+    of_domains,
+)
+from iccld.stages.named import Tensors, condition_to_tensors, encoded_to_tensors, tensors_to_encoded
+from iccld.stages.objective import AdversarialConfig, PseudoLabelSource
+from iccld.stages.target_labels import target_probabilities, unmirrored
+from iccld.uda.corruption import corrupt, draw_corruption
+from iccld.uda.photometric import NUM_DRAWS, strong_augment
+from iccld.uda.pseudo_labels import pseudo_labels
+
+CORRUPTION_NOISE = "stage2 corruption noise"
+LABEL_NOISE = ("pseudo-label noise", "mirrored pseudo-label noise")
+
+
+@dataclass
+class Views:
+    """Makes them with E, D and M of `model`."""
+
+    model: ICCLD
+    config: AdversarialConfig
+    seed: int
+
+    @property
+    def need_labels(self) -> bool:
+        """Whether z_0 or a loss is of labels."""
+        return self.model.config.latent.is_of_labels or self.config.task_weight > 0
+
+    @property
+    def are_labelled_by_denoiser(self) -> bool:
+        return self.need_labels and self.config.pseudo_labels is PseudoLabelSource.denoiser
+
+    def __call__(self, batch: Mapping[str, Any]) -> Tensors:
+        """`condition` (with its parts, where it is rich); `seen_latent`, `seen_features_0` to `_3` if a loss needs D.
+
+        Also what `_targets` gives for stage 1's pseudo-labels; or what `with_own_labels` finds the denoiser's from.
+        """
+        images = mixed_images(batch, self.uniform(self.model.num_classes, "classmix", batch["target"]["numbers"]))
+        seen_images = self._seen_images(batch, images)
+        clean, seen, target = self._encoded(batch, images, seen_images)
+        tensors = condition_to_tensors(self.model.condition_of(seen, seen_images))
+        if self.config.decodes or self.are_labelled_by_denoiser:
+            tensors |= encoded_to_tensors(seen, "seen")
+        clean_latent = None if clean is None else clean.latent
+        if target is None:
+            return tensors | self._targets(batch, images.pasted, clean_latent, seen, None)
+        if self.are_labelled_by_denoiser:
+            kept = {"pasted": images.pasted} | ({} if clean_latent is None else {"clean_latent": clean_latent})
+            return tensors | kept | encoded_to_tensors(target, "target")
+        probabilities = target_probabilities(self.model, target, self._target_images(batch))
+        probabilities = unmirrored(probabilities, len(images.pasted))
+        return tensors | self._targets(batch, images.pasted, clean_latent, seen, probabilities)
+
+    def with_own_labels(self, batch: Mapping[str, Any], tensors: Tensors, denoiser: Denoiser) -> Tensors:
+        """The views with what is to be predicted of pseudo-labels that are the denoiser's too."""
+        target = tensors_to_encoded(tensors, "target")
+        rest = {name: tensor for name, tensor in tensors.items() if not name.startswith("target_")}
+        pasted, clean_latent = rest.pop("pasted"), rest.pop("clean_latent", None)
+        shape = target.latent.shape[1:]
+        if self.config.deterministic:
+            noise = torch.zeros_like(target.latent, dtype=torch.float32)
+        else:
+            purposes = LABEL_NOISE[: 1 + self.config.flip_teacher]
+            noise = torch.cat([keyed_noise(batch["source"], each, shape, seed=self.seed) for each in purposes])
+        found = target_probabilities(self.model, target, self._target_images(batch), denoiser=denoiser, noise=noise)
+        seen = tensors_to_encoded(rest, "seen")
+        return rest | self._targets(batch, pasted, clean_latent, seen, unmirrored(found, len(pasted)))
+
+    def uniform(self, count: int, purpose: str, numbers: Tensor) -> Tensor:
+        """`(len(numbers), count)` draws in [0, 1), on the host."""
+        return rng.uniform(count, seed=self.seed, purpose=f"stage2 {purpose}", numbers=numbers)
+
+    def _seen_images(self, batch: Mapping[str, Any], images: Images) -> Tensor:
+        """The view that the denoiser sees: corrupted, then strongly augmented where the latent's reading has it."""
+        seen = images.images
+        if self.config.corruption.strength:
+            seen = self._corrupted(batch, seen)
+        if not self.model.config.latent.sees_strong_view:
+            return seen
+        numbers = batch["source"]["numbers"]
+        draws = torch.cat([self.uniform(NUM_DRAWS, f"strong view {domain}", numbers) for domain in DOMAINS])
+        return strong_augment(seen, draws, self.config.photometric)
+
+    def _corrupted(self, batch: Mapping[str, Any], images: Tensor) -> Tensor:
+        """Source and mixed images made more like the target's of the same number; they share the noise."""
+        config, numbers = self.config.corruption, batch["source"]["numbers"]
+        noise = keyed_noise(batch["source"], CORRUPTION_NOISE, images.shape[1:], seed=self.seed)
+        views = dict(zip(DOMAINS, images.chunk(len(DOMAINS)), strict=True))
+        for name in LABELLED:
+            purpose = f"stage2 corruption {name}"
+            draws = draw_corruption(config, noise=noise, seed=self.seed, purpose=purpose, numbers=numbers)
+            views[name] = corrupt(views[name], views["target"], draws, config)
+        return torch.cat([*views.values()])
+
+    def _target_images(self, batch: Mapping[str, Any]) -> Tensor:
+        """The clean target images, and if asked their mirrored ones after them."""
+        images = to_float(batch["target"]["images"])
+        return torch.cat([images, images.flip(3)]) if self.config.flip_teacher else images
+
+    def _encoded(
+        self, batch: Mapping[str, Any], images: Images, seen_images: Tensor
+    ) -> tuple[EncoderOutput | None, EncoderOutput, EncoderOutput | None]:
+        """E's output of the clean view, of the seen one, and of the target's images for pseudo-labels.
+
+        E passes an image once, and none that nothing asks for (None).
+        """
+        encoder, is_clean_seen = self.model.encoder, seen_images is images.images
+        needs_clean = is_clean_seen or self.model.config.latent is LatentKind.image
+        clean = encoder(images.images) if needs_clean else None
+        seen = clean if clean is not None and is_clean_seen else encoder(seen_images)
+        if not self.need_labels:
+            return clean, seen, None
+        target_images = self._target_images(batch)
+        if clean is None:
+            return clean, seen, encoder(target_images)
+        target = encoded_of(clean, ["target"])
+        if self.config.flip_teacher:
+            target = joined(target, encoder(target_images[len(target.latent) :]))
+        return clean, seen, target
+
+    def _targets(
+        self,
+        batch: Mapping[str, Any],
+        pasted: Tensor,
+        clean_latent: Tensor | None,
+        seen: EncoderOutput,
+        probabilities: Tensor | None,
+    ) -> Tensors:
+        """`z_0` and, for the task loss, labels and weights `(B, H, W)` of source and mixed, as `source_labels`, ...
+
+        probabilities: `(B, K, H, W)` float32 of the target images, where labels are needed.
+        """
+        labels = None if probabilities is None else self._labels(batch, probabilities, pasted)
+        of_z_0 = {"labels": labels.labels if labels else None, "weights": labels.weights if labels else None}
+        tensors = {"z_0": diffused_latent(self.model, clean=clean_latent, seen=seen, **of_z_0)}
+        if self.config.task_weight:
+            assert labels is not None
+            for name in LABELLED:
+                tensors[f"{name}_labels"] = of_domains(labels.labels, [name])
+                tensors[f"{name}_weights"] = of_domains(labels.weights, [name])
+        return tensors
+
+    def _labels(self, batch: Mapping[str, Any], probabilities: Tensor, pasted: Tensor) -> Labels:
+        pseudo = pseudo_labels(
+            probabilities,
+            threshold=self.config.confidence_threshold,
+            class_thresholds=self.config.class_thresholds,
+            image_weight=False,
+            class_balance=self.config.class_balance,
+            valid=batch["target"]["valid"],
+        )
+        return mixed_labels(batch["source"]["labels"], pseudo, pasted)
