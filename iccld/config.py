@@ -30,6 +30,7 @@ from iccld.runtime.metrics import MetricsConfig
 from iccld.runtime.preemption import PreemptionConfig
 from iccld.stages.adversarial import AdversarialConfig
 from iccld.stages.segmentation import SegmentationConfig
+from iccld.stages.view_cache import ViewCacheConfig
 from iccld.trainer import TrainerConfig
 
 
@@ -53,6 +54,15 @@ class Stage1Config:
 class Stage2Config:
     trainer: TrainerConfig = field(default_factory=lambda: TrainerConfig(gradient_clip=1.0))
     objective: AdversarialConfig = field(default_factory=AdversarialConfig)
+    cache: ViewCacheConfig = field(default_factory=ViewCacheConfig)
+
+    def __post_init__(self) -> None:
+        num_samples, batch = self.cache.num_samples, self.trainer.global_batch_size
+        if num_samples % batch:
+            raise ValueError(
+                f"stage2.cache.num_samples={num_samples} must be a multiple of stage2.trainer.global_batch_size="
+                f"{batch}; use {-(-num_samples // batch) * batch}."
+            )
 
 
 @dataclass
@@ -123,6 +133,7 @@ FREE_SETTINGS = (
     "preemption.", "watchdog.", "preflight", "memory.",
     "stage1.trainer.micro_batch_size", "stage2.trainer.micro_batch_size", "stage1.trainer.checkpoint.",
     "stage2.trainer.checkpoint.", "stage1.trainer.evaluate_every", "stage2.trainer.evaluate_every",
+    "stage2.cache.folder", "stage2.cache.max_gib",
     "model.encoder.activation_checkpointing", "model.denoiser.activation_checkpointing",
 )  # fmt: skip
 
@@ -269,10 +280,18 @@ def _of_this_version(values: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def differences(old: Config, new: Config) -> list[str]:
     """`key: old -> new` of every setting that must not differ between two attempts at one run."""
-    before, after = _flat(to_dict(old)), _flat(to_dict(new))
+    before, after = bound_settings(old), bound_settings(new)
     changed = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
-    bound = [key for key in changed if not re.sub(r"\.also\.[^.]+\.shards$", ".shards", key).startswith(FREE_SETTINGS)]
-    return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in bound]
+    return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in changed]
+
+
+def bound_settings(config: Config) -> dict[str, Any]:
+    """The settings, by their keys, that must not differ between two attempts at one run."""
+    return {
+        key: value
+        for key, value in _flat(to_dict(config)).items()
+        if not re.sub(r"\.also\.[^.]+\.shards$", ".shards", key).startswith(FREE_SETTINGS)
+    }
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

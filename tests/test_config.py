@@ -22,6 +22,8 @@ def changed(*overrides: str) -> list[str]:
         "data.cache.folder=/local",
         "data.storage.timeout_s=5",
         "data.num_workers=7",
+        "stage2.cache.folder=/local",
+        "stage2.cache.max_gib=5",
     ],
 )
 def test_what_only_moves_or_speeds_up_data_may_change_between_attempts(override: str) -> None:
@@ -35,6 +37,7 @@ def test_what_only_moves_or_speeds_up_data_may_change_between_attempts(override:
         ("data.source.first_percent=50", "data.source.first_percent: 100.0 -> 50.0"),
         ("data.source.keys=k.txt", "data.source.keys:  -> k.txt"),
         ("data.crop_size=[64,64]", "data.crop_size: [512, 512] -> [64, 64]"),
+        ("stage2.cache={folder:x,num_samples:8}", "stage2.cache.num_samples: 0 -> 8"),
     ],
 )
 def test_what_changes_the_samples_may_not(override: str, difference: str) -> None:

@@ -8,6 +8,7 @@
 1 denoiser   forward and backward pass against diffusers' UNet2DModel of as many parameters
 2 steps      stage 2 against a loop with two optimisers, stage 1 against DAFormer's order of work, on equal modules,
              in bf16 where the device computes in it; DAFormer's in fp32, as it is, and once more at equal precision
+2 cache      stage 2 that finds its views in the cache of frozen outputs, against itself without one
 3 scaling    two ranks over twice one rank at one batch a rank; and over two processes that exchange nothing
 3 data       the share of a step that real runs wait for batches from shards (less is better)
 4 attention  xformers against SDPA (needs CUDA)
@@ -39,12 +40,12 @@ from training_peers.denoisers import compare_denoisers
 from training_peers.guard import GOALS, is_met, regressions, unmeasured
 from training_peers.processes import data_wait, in_own_process, weak_scaling
 from training_peers.sizes import SIZES, STAGES, Size
-from training_peers.steps import bf16_where_fast, compare_steps, measure_stage, timing_share
+from training_peers.steps import bf16_where_fast, compare_cache, compare_steps, measure_stage, timing_share
 
 from iccld.runtime.engine import Precision
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("denoiser", "steps", "scaling", "data", "attention", "device")
+PARTS = ("denoiser", "steps", "cache", "scaling", "data", "attention", "device")
 MASK_READING = ("model.latent=mask", "model.latent_channels=4")
 Found = Iterator[tuple[str, dict[str, Any]]]
 
@@ -84,6 +85,8 @@ def measure(chosen: argparse.Namespace) -> Found:
             yield f"denoiser_over_diffusers{kind}", found
     if "steps" in chosen.parts:
         yield from measure_steps(size, device, afresh)
+    if "cache" in chosen.parts:
+        yield "stage2_cached_over_not", afresh(compare_cache, size, bf16_where_fast(device))
     if "scaling" in chosen.parts:
         found = weak_scaling("stage2", chosen.size)
         yield "weak_scaling_2", found

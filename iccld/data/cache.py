@@ -66,20 +66,26 @@ class SampleCache:
     waited for another process; `failures` of the disk. Raises ValueError where the folder cannot be used.
     """
 
+    setting, contents, without = "data.cache", "samples", "samples come from the storage"
+    """For messages, and the sub-folder's name; a cache of something else is a subclass with names of its own."""
+    num_buckets = NUM_BUCKETS
+    waits = False
+    """Whether a put waits while another process puts something in the same bucket; if not, it is left."""
+
     def __init__(self, config: CacheConfig) -> None:
         self.config = config
         self.counters = Counters(hits=0, misses=0, puts=0, evictions=0, full=0, busy=0, failures=0)
-        self._bucket_bytes = int(config.max_gib * 2**30) // NUM_BUCKETS
+        self._bucket_bytes = int(config.max_gib * 2**30) // self.num_buckets
         self._folder = Path(config.folder)
-        self._samples = self._folder / "samples"
+        self._samples = self._folder / self.contents
         self._writes = True
         try:
             with self._locked(self._samples):
                 pass
         except OSError as error:
             raise ValueError(
-                f"data.cache.folder={config.folder} cannot be written to or locked ({error.strerror}); use a folder of "
-                f"this node's disk, or '' for no cache."
+                f"{self.setting}.folder={config.folder} cannot be written to or locked ({error.strerror}); use a "
+                f"folder of this node's disk, or '' for no cache."
             ) from error
 
     def __reduce__(self) -> tuple[type["SampleCache"], tuple[CacheConfig]]:
@@ -96,7 +102,7 @@ class SampleCache:
         return data
 
     def put(self, key: str, data: bytes) -> None:
-        """Keeps the bytes if there is room; never waits, never raises for what the disk does."""
+        """Keeps the bytes if there is room; never raises for what the disk does."""
         size = _on_disk(_LENGTH.size + len(data))
         if not self._writes:
             return
@@ -127,7 +133,7 @@ class SampleCache:
 
     def _path(self, key: str) -> Path:
         digest = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
-        return self._samples / f"{int(digest[:2], 16) % NUM_BUCKETS:02x}" / digest
+        return self._samples / f"{int(digest[:2], 16) % self.num_buckets:02x}" / digest
 
     def _entry(self, path: Path) -> bytes | None:
         refuse_links(path.parent, within=self._folder)
@@ -156,7 +162,7 @@ class SampleCache:
         try:
             held = True
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock, fcntl.LOCK_EX if self.waits else fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 held = False
             yield lock if held else None
@@ -212,7 +218,7 @@ class SampleCache:
         """The first failure of a process is said, all are counted."""
         if not self.counters["failures"]:
             what = error.strerror if isinstance(error, OSError) else error
-            logger.warning("data.cache.folder=%s: %s; samples come from the storage.", self.config.folder, what)
+            logger.warning("%s.folder=%s: %s; %s.", self.setting, self.config.folder, what, self.without)
         self.counters.add(failures=1)
 
 

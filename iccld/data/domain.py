@@ -83,15 +83,18 @@ class DomainStream:
         table: np.ndarray | None,
         on_error: OnError = OnError["raise"],
         noise: Mapping[str, tuple[int, ...]] | None = None,
+        repeat_after: int = 0,
     ) -> None:
         """`table` maps train ids to class indices (`ClassSet.table`); with None, labels are never read.
 
         `noise`: shapes, by purpose, of normal noise that is drawn for each sample and handed out under that name.
+        `repeat_after`: sample n is read as n modulo this, if above 0; its number and its noise stay those of n.
         """
         for part in parts:
             check_crop_fits(part, view.crop_size)
         self.name, self.parts, self.order, self.seed = name, list(parts), order, seed
         self.view, self.table, self.on_error, self.noise = view, table, on_error, noise or {}
+        self.repeat_after = repeat_after
 
     def batch(self, numbers: Sequence[int]) -> MicroBatch:
         """The samples `numbers`; see `TrainingStream`. Raises BadSample, unless bad samples are replaced.
@@ -103,11 +106,12 @@ class DomainStream:
         labels = torch.empty(len(numbers), height, width, dtype=torch.uint8)
         valid = torch.empty(len(numbers), height, 1, dtype=torch.bool)
         bad: list[BadSample] = []
-        draws = [self.order[n] for n in numbers]
+        read_as = [n % self.repeat_after if self.repeat_after else n for n in numbers]
+        draws = [self.order[n] for n in read_as]
         fetched = self._fetch(draws)
         keys = [
             self._fill(n, draws[j], raw=fetched[j], bad=bad, places=(images[j], labels[j], valid[j]))
-            for j, n in enumerate(numbers)
+            for j, n in enumerate(read_as)
         ]
         batch: MicroBatch = {"images": images.permute(0, 3, 1, 2), "valid": valid, "keys": keys}
         batch["numbers"] = torch.tensor(list(numbers), dtype=torch.int64)

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from iccld.data import integrity
 from iccld.data.config import BatchLayout, DataConfig
 from iccld.data.domain import DomainStream, View, relabel
+from iccld.data.order import Order
 from iccld.data.parts import Part, domain_order, open_parts
 from iccld.data.processes import say
 from iccld.data.sample import decode_pixels, decode_train_ids
@@ -51,14 +52,16 @@ class TrainingStream:
         with_target: bool = True,
         target_labels: bool = False,
         noise: Mapping[str, tuple[int, ...]] | None = None,
+        repeat_after: int = 0,
         report: Callable[[str], None] = say,
     ) -> None:
         """`noise`: shapes, by purpose, of what is drawn for each sample beside the steps, in the loader's workers.
 
+        `repeat_after`: the images and labels of sample n are those of n modulo this, in all domains; 0: each its own.
         `report` is told of every bad sample once. Raises ValueError where a set cannot be used.
         """
         self.config, self.layout, self.report = config, layout, report
-        self.class_set = config.class_set.build()
+        self.class_set, self.repeat_after = config.class_set.build(), repeat_after
         self.domains = {"source": self._source(seed, noise)}
         if with_target and config.target.shards:
             self.domains["target"] = self._target(seed, target_labels)
@@ -127,8 +130,7 @@ class TrainingStream:
         parts = open_parts(config, "source", with_labels=True)
         order = domain_order(parts, config, seed=seed, rare_classes=config.rare_class_sampling)
         table = self.class_set.table()
-        on_error = config.on_error
-        return DomainStream("source", parts, order, seed=seed, view=view, table=table, on_error=on_error, noise=noise)
+        return self._stream("source", parts, order, seed=seed, view=view, table=table, noise=noise)
 
     def _target(self, seed: int, with_labels: bool) -> DomainStream:
         config = self.config
@@ -141,7 +143,10 @@ class TrainingStream:
         parts = open_parts(config, "target", with_labels=with_labels)
         order = domain_order(parts, config, seed=seed, rare_classes=False)
         table = self.class_set.table() if with_labels else None
-        return DomainStream("target", parts, order, seed=seed, view=view, table=table, on_error=config.on_error)
+        return self._stream("target", parts, order, seed=seed, view=view, table=table)
+
+    def _stream(self, name: str, parts: list[Part], order: Order, **how: Any) -> DomainStream:
+        return DomainStream(name, parts, order, on_error=self.config.on_error, repeat_after=self.repeat_after, **how)
 
     def _crop_size(self) -> tuple[int, int]:
         height, width = self.config.crop_size

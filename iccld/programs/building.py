@@ -25,6 +25,7 @@ from iccld.stages import segmentation
 from iccld.stages.adversarial import AdversarialStage, new_discriminator, noise_shapes
 from iccld.stages.base import Stage
 from iccld.stages.segmentation import SegmentationStage
+from iccld.stages.views import CORRUPTION_NOISE
 from iccld.trainer import TrainerConfig
 
 
@@ -46,6 +47,7 @@ def build_stream(name: StageName, config: Config, layout: BatchLayout) -> Traini
         with_target=name is StageName.stage2 or config.stage1.objective.adapt,
         target_labels=config.stage1.objective.target_labels,
         noise=noise_of(name, config),
+        repeat_after=config.stage2.cache.num_samples if name is StageName.stage2 else 0,
     )
 
 
@@ -54,7 +56,10 @@ def noise_of(name: StageName, config: Config) -> dict[str, tuple[int, ...]]:
     height, width = (-(-side // LATENT_STRIDE) for side in config.data.crop_size)
     shape = (config.model.latent_channels, height, width)
     if name is StageName.stage2:
-        return noise_shapes(config.stage2.objective, latent=shape, crop_size=config.data.crop_size)
+        drawn = noise_shapes(config.stage2.objective, latent=shape, crop_size=config.data.crop_size)
+        if config.stage2.cache.num_samples:  # a view that repeats has the noise of another number
+            drawn.pop(CORRUPTION_NOISE, None)
+        return drawn
     noise: dict[str, tuple[int, ...]] = {segmentation.NOISE: shape} if config.model.latent is LatentKind.mask else {}
     if config.stage1.objective.adapt and config.stage1.objective.corruption.strength:
         noise[segmentation.CORRUPTION_NOISE] = (3, *config.data.crop_size)

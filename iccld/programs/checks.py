@@ -11,6 +11,7 @@ from iccld.durable import make_folder, refuse_links, refuse_unless_plain, remove
 from iccld.models.attention import check_backend
 from iccld.outcome import plain, status_of
 from iccld.programs.hand_off import is_finished
+from iccld.programs.kept_views import open_view_files
 from iccld.runtime.engine import Engine
 from iccld.runtime.watchdog import Watchdog
 from iccld.trainer import TrainerConfig
@@ -56,6 +57,8 @@ def check_settings(config: Config, engine: Engine) -> None:
         plan_of(name, config).num_accumulation(engine.world_size)
     if StageName.stage2 in config.stages:
         check_backend(config.model.denoiser.attention, engine.device.type)
+        if config.stage2.cache.num_samples:
+            open_view_files(config)
     class_set = config.data.class_set.build()
     class_set.subset(config.evaluation.num_classes or class_set.num_classes)
     if config.data.validation.shards:

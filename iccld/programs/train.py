@@ -32,6 +32,7 @@ from iccld.programs.evaluate import (
 )
 from iccld.programs.fitness import check_fitness, check_room
 from iccld.programs.hand_off import final_folder, hand_over, handed_over, is_finished, take_first_stage
+from iccld.programs.kept_views import keep_views
 from iccld.programs.micro_batch import with_micro_batch_size
 from iccld.programs.out_of_memory import explained_out_of_memory
 from iccld.programs.results import finished_models
@@ -110,7 +111,10 @@ def _run_stage(name: StageName, config: Config, engine: Engine, preemption: Pree
     checkpoints = CheckpointStore(
         folder / "checkpoints", plan.checkpoint, engine, announce=lambda step: metrics.event("saved", step=step)
     )
-    with explained_out_of_memory(stage, plan, config, engine, watchdog=watchdog, checkpoints=checkpoints):
+    with (
+        keep_views(stage, config, engine, stream),
+        explained_out_of_memory(stage, plan, config, engine, watchdog=watchdog, checkpoints=checkpoints),
+    ):
         finished = Trainer(
             stage=stage,
             stream=stream,

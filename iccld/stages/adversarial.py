@@ -22,6 +22,7 @@ from iccld.stages.denoising import Noised, draw_timesteps, noised, without_noise
 from iccld.stages.domains import DOMAINS, LABELLED, of_domains
 from iccld.stages.named import Tensors
 from iccld.stages.objective import AdversarialConfig, AdversaryInput, PseudoLabelSource
+from iccld.stages.view_cache import ViewCache
 from iccld.stages.views import CORRUPTION_NOISE, LABEL_NOISE, Views
 from iccld.uda.teacher import Teacher
 
@@ -65,12 +66,13 @@ class AdversarialStage(Stage):
         for part in self.frozen():
             part.requires_grad_(False).eval()
         self.views = Views(model, config, seed)
+        self.view_cache: ViewCache | None = None
         self.module = AdversarialModule(model, discriminator, config)
         self.student, self.ema_profile = self.module.denoiser, config.ema_profile
         self.teacher = Teacher(self.student, max_decay=config.teacher_decay)
 
     def prepare(self, batch: Mapping[str, Any], step: int) -> StageInputs:
-        tensors = self.views(batch)
+        tensors = self.views(batch) if self.view_cache is None else self.view_cache(batch, self.views)
         if self.views.are_labelled_by_denoiser:
             tensors = self.views.with_own_labels(batch, tensors, self.teacher.module)
         z_0 = tensors["z_0"]

@@ -17,6 +17,7 @@ from iccld.stages.denoising import Noised, denoising_errors
 from iccld.stages.domains import DOMAINS, LABELLED, encoded_of, of_domains
 from iccld.stages.named import Tensors, tensors_to_condition, tensors_to_encoded
 from iccld.stages.objective import AdversarialConfig, AdversaryInput
+from iccld.stages.view_cache import hit_metric
 
 NUM_TIMESTEP_BINS = 4
 
@@ -49,7 +50,7 @@ class AdversarialModule(nn.Module):
         losses["adversarial"] = tensors["adversarial_weight"] * self._confusion(seen, t) / denominators["adversarial"]
         guesses = self.discriminator(seen.detach(), t)
         losses["discriminator"] = domain_cross_entropy(guesses, domains).sum() / denominators["discriminator"]
-        return StageOutput(losses, self._metrics(guesses, domains, t))
+        return StageOutput(losses, self._metrics(guesses, domains, t) | hit_metric(tensors))
 
     def _confusion(self, seen: Tensor, t: Tensor) -> Tensor:
         """Sum over the samples that the denoiser is to change, seen by the discriminator as it is now."""

@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from iccld.data import cache as cache_module
 from iccld.data.cache import CacheConfig, SampleCache
 
 NUM_BUCKETS = 4
@@ -17,7 +16,7 @@ DAY = 86_400.0
 @pytest.fixture(autouse=True)
 def few_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a test fills them within the second."""
-    monkeypatch.setattr(cache_module, "NUM_BUCKETS", NUM_BUCKETS)
+    monkeypatch.setattr(SampleCache, "num_buckets", NUM_BUCKETS)
 
 
 def samples(cache: SampleCache) -> Path:

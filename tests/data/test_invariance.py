@@ -84,6 +84,27 @@ def test_ranks_and_workers_change_nothing_even_in_mid_run(
     assert found == REFERENCES[rare, several]
 
 
+@pytest.mark.parametrize(("rare", "several"), [(False, True), (True, False)])
+def test_a_stream_that_repeats_reads_the_same_again_under_numbers_and_noise_of_its_own(
+    sets: dict[str, str], rare: bool, several: bool
+) -> None:
+    """From any step on: image, crop, flip, labels and partner of sample n are those of n modulo the period."""
+    data, period = mixture(sets, rare=rare, several=several), 2 * GLOBAL_BATCH_SIZE
+    plain = sequence(data, 1, 1, 0, 2)
+    stream = TrainingStream(data, seed=SEED, layout=layout(2, 1), repeat_after=period, noise={"noise": (2,)})
+    for batch in itertools.islice(stream.batches(3), 4):
+        numbers = batch["source"]["numbers"].tolist()
+        assert min(numbers) >= 3 * GLOBAL_BATCH_SIZE
+        for domain, part in batch.items():
+            assert part["numbers"].tolist() == numbers
+            for j, number in enumerate(numbers):
+                key, *arrays, _ = plain[domain, number % period]
+                found = [part[name][j].numpy().tobytes() for name in ("images", "labels") if name in part]
+                assert (part["keys"][j], *found) == (key, *arrays)
+        own = rng.normal((2,), seed=SEED, purpose="noise", numbers=batch["source"]["numbers"], device="cpu")
+        assert batch["source"]["noise"].equal(own)
+
+
 @pytest.mark.parametrize("several", [False, True])
 def test_an_epoch_of_each_set_loses_and_repeats_nothing(sets: dict[str, str], several: bool) -> None:
     """Of 10,000 numbers each set gets its share; any run of its own numbers that is an epoch long has each once."""

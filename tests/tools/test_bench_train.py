@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from iccld import rng
-from iccld.runtime.engine import Engine, EngineConfig
+from iccld.runtime.engine import Engine, EngineConfig, Precision
 from iccld.stages.adversarial import DOMAINS
 from iccld.stages.base import Stage
 from iccld.uda.photometric import NUM_DRAWS
@@ -25,6 +25,7 @@ from training_peers import processes  # noqa: E402
 from training_peers.guard import regressions, unmeasured  # noqa: E402
 from training_peers.peers import AdversarialDraws, DAFormerOrder, MixingDraws, TwoOptimisers  # noqa: E402
 from training_peers.sizes import SIZES, Ours, config_of, make_stage, random_batch  # noqa: E402
+from training_peers.steps import compare_cache  # noqa: E402
 from training_peers.turns import ratio_of, take_turns  # noqa: E402
 
 TOY, CPU = SIZES["toy"], torch.device("cpu")
@@ -55,6 +56,11 @@ def assert_equal_step(ours: Ours, theirs: Any, stages: tuple[Any, Any], draws: A
     moved, expected = weights(mine) - before, weights(other) - before
     assert expected.abs().max() > 1e-6
     torch.testing.assert_close(moved, expected, rtol=0, atol=1e-3 * float(expected.abs().max()))
+
+
+def test_a_step_that_finds_its_views_is_compared_with_one_that_computes_them() -> None:
+    found = compare_cache(TOY, Precision.fp32)
+    assert found["ratio"] > 1 and found["filling_s"] > found["ours_s"] and found["entry_mib"] > 0
 
 
 @pytest.mark.parametrize("reading", ["image", "mask"])

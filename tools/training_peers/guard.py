@@ -12,6 +12,7 @@ GOALS = {
     "stage2_over_two_optimisers_mask": {"cpu": 1.2, "cuda": 1.2},
     "stage1_over_daformer_order": {"cpu": 1.3, "cuda": 1.3},
     "stage1_over_daformer_order_equal_precision": {},
+    "stage2_cached_over_not": {},
     "weak_scaling_2": {"cpu": 0.95, "cuda": 0.95},
     "weak_scaling_2_over_independent": {},
     "data_wait": {"cpu": 0.02, "cuda": 0.02},

@@ -2,6 +2,9 @@
 
 import gc
 import statistics
+import tempfile
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,12 +12,16 @@ from training_peers.peers import DAFormerOrder, TwoOptimisers
 from training_peers.sizes import Ours, Size, config_of, make_stage, random_batch
 from training_peers.turns import NUM_WARMUP, ratio_of, seconds_of, take_turns
 
+from iccld.data.cache import CacheConfig
+from iccld.programs.kept_views import ViewFiles
+from iccld.programs.synthetic import synthetic_batch
 from iccld.runtime.compilation import Compile
 from iccld.runtime.engine import Engine, EngineConfig, Precision
 from iccld.runtime.flops import count_step
 from iccld.runtime.peak_flops import nominal_flops
 from iccld.runtime.profiling import PhaseTimer
 from iccld.runtime.watchdog import Watchdog
+from iccld.stages.view_cache import ViewCache
 
 NUM_TIMED = 500  # empty steps
 PEERS: dict[str, Any] = {"stage1": DAFormerOrder, "stage2": TwoOptimisers}
@@ -41,6 +48,32 @@ def compare_steps(
         seconds = take_turns({"ours": ours, "theirs": theirs}, engine.device, rounds=size.rounds)
         engine.detach()
     return ratio_of(seconds["ours"], seconds["theirs"], batch_size=size.batch_size)
+
+
+def compare_cache(size: Size, precision: Precision, *overrides: str) -> dict[str, Any]:
+    """Stage 2 whose views are found in the cache (ours) against one without (theirs); and one that fills it.
+
+    One stage for all, which takes the views from elsewhere at each turn.
+    """
+    config = config_of(size, *overrides)
+    batch = synthetic_batch(config, range(size.batch_size))
+    with Engine(EngineConfig(precision=precision)) as engine, tempfile.TemporaryDirectory() as folder:
+        stage: Any = make_stage("stage2", config, engine.device)
+        ours, files = Ours(stage, engine, batch), ViewFiles(CacheConfig(folder, 16.0))
+        full, new = (ViewCache(size.batch_size, files, identity=name) for name in ("full", "new"))
+
+        def step(cache: ViewCache | None) -> None:
+            stage.view_cache = cache
+            new.identity = f"new {ours.step}"
+            ours()
+            new.finish()
+
+        calls = {"ours": partial(step, full), "theirs": partial(step, None), "filling": partial(step, new)}
+        seconds = take_turns(calls, engine.device, rounds=size.rounds)
+        entry_mib = max(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()) / 2**20
+        engine.detach()
+    filling_s = statistics.median(seconds["filling"])
+    return ratio_of(seconds["ours"], seconds["theirs"], filling_s=filling_s, entry_mib=entry_mib)
 
 
 def measure_stage(name: str, size: Size, precision: Precision) -> dict[str, dict[str, Any]]:

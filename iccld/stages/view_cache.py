@@ -1,0 +1,211 @@
+"""A cache of what frozen networks give for a sample: computed once, read from then on.
+
+    number n ── modulo num_samples ── image, crop, flip, partner, mix, strong view ── E, D ── kept
+    number n ── timestep, noise ── never kept
+
+All draws stay functions of position: with a cache, sample n looks as sample n modulo `num_samples` does (the stream's
+`repeat_after` reads it so, and the stage draws its mix and its strong view so), and its timestep and its noise are
+those of n. So training sees `num_samples` fixed views of each domain, again and again, under ever new noise.
+
+An entry is what a whole micro-batch gives. `num_samples` is a multiple of the global batch size, so the numbers of a
+micro-batch, taken modulo it, are those of one of the first micro-batches, on any number of ranks. What is read was
+therefore computed in the very same batch, and what is computed is rounded as what is read: a step has the same bits
+whether the cache is empty, partly filled or full, and a run may resume with any of them.
+"""
+
+import json
+import struct
+import zlib
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from iccld import rng
+from iccld.stages.base import pair
+from iccld.stages.named import Tensors
+
+FORMAT = 1
+HIT = "is_kept"
+"""The name of a scalar beside the views: 1 where they were read, 0 where they were computed."""
+_OF_IMAGES = ("images", "labels", "valid", "keys")
+_MAX_PENDING = 4
+_ALIGNMENT = 16
+_NUMBER = struct.Struct("<I")
+_START = 2 * _NUMBER.size
+
+
+@dataclass
+class ViewCacheConfig:
+    """`num_samples`: how many samples of each domain are seen, again and again; 0: no cache, and every sample is new.
+
+    `folder`: of the node's own disk, or of its memory (/dev/shm), for all ranks of the node, and for all runs of the
+    same stage 1 and settings. `max_gib`: what it may take; what is not kept is computed each time. FLOPs and MFU of a
+    run count the frozen networks as if they ran in every step.
+    """
+
+    num_samples: int = 0
+    folder: str = ""
+    max_gib: float = 20.0
+
+    def __post_init__(self) -> None:
+        if self.num_samples < 0:
+            raise ValueError(f"stage2.cache.num_samples={self.num_samples} must be 0 (no cache) or above.")
+        if self.num_samples and not self.folder:
+            raise ValueError(
+                f"stage2.cache.num_samples={self.num_samples} needs stage2.cache.folder, a folder of this node's disk "
+                f"or memory (/dev/shm/...); set it, or num_samples=0 for no cache."
+            )
+        if not 0 < self.max_gib < float("inf"):
+            raise ValueError(
+                f"stage2.cache.max_gib={self.max_gib} must be positive; num_samples=0 turns the cache off."
+            )
+
+
+class Store(Protocol):
+    """Bytes by key, which may get lost at any time."""
+
+    @property
+    def counters(self) -> Mapping[str, int]: ...
+
+    def get(self, key: str) -> bytes | None: ...
+
+    def put(self, key: str, data: bytes) -> None: ...
+
+    def discard(self, key: str) -> None: ...
+
+
+class ViewCache:
+    """What `make` gives for a micro-batch, from the store if it is there.
+
+    `identity` says what the views depend on besides the numbers: networks, settings, data. `report` is told once when
+    the store is full. fp32 is kept as fp16, all else as it is.
+    """
+
+    def __init__(
+        self, num_samples: int, store: Store, *, identity: str, report: Callable[[str], None] = lambda text: None
+    ) -> None:
+        self.num_samples, self.store, self.identity, self.report = num_samples, store, identity, report
+        self._writer, self._pending = ThreadPoolExecutor(1, "view cache"), deque[Future[None]]()
+        self._is_full = False
+
+    def __deepcopy__(self, memo: Any) -> None:
+        """None: a copy of a stage, which is there to count or to try, must neither read nor write."""
+
+    def __call__(self, batch: Mapping[str, Any], make: Callable[[Mapping[str, Any]], Mapping[str, Tensor]]) -> Tensors:
+        """`make` of a micro-batch whose `numbers` are those that its samples are seen as, on its device.
+
+        The host waits neither for the device nor for a write. Raises ValueError for values that fp16 does not hold,
+        which a later call may find.
+        """
+        self._collect()
+        numbers, device = batch["source"]["numbers"] % self.num_samples, batch["source"]["images"].device
+        key = f"{self.identity}/{len(numbers)}/{int(numbers[0])}"
+        data = self.store.get(key)
+        if data is not None:
+            if _is_whole(data):
+                return {HIT: torch.ones((), device=device), **_unpack(data, device)}
+            self.store.discard(key)
+        # Without the noise that the stream draws for the true numbers: what a view needs of it is drawn for `numbers`.
+        seen = {
+            name: {part: domain[part] for part in _OF_IMAGES if part in domain} | {"numbers": numbers}
+            for name, domain in batch.items()
+        }
+        kept = {name: _Kept(_rounded(tensor), tensor.dtype) for name, tensor in make(seen).items()}
+        if len(self._pending) < _MAX_PENDING:
+            copied = _to_host(kept, device)
+            self._pending.append(self._writer.submit(self._write, key, *copied))
+        views = {name: tensor.to(dtype, copy=True) for name, (tensor, dtype) in kept.items()}
+        return {HIT: torch.zeros((), device=device), **views}
+
+    def finish(self) -> None:
+        """Wait for what is being written."""
+        while self._pending:
+            self._pending.popleft().result()
+
+    def _collect(self) -> None:
+        while self._pending and self._pending[0].done():
+            self._pending.popleft().result()
+
+    def _write(self, key: str, kept: "dict[str, _Kept]", copied: Any) -> None:
+        if copied is not None:
+            copied.synchronize()
+        for name, (tensor, _) in kept.items():
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                raise ValueError(
+                    f"stage2.cache: {name} has values that are not finite, or that fp16 does not hold (above 65504); "
+                    f"set stage2.cache.num_samples=0."
+                )
+        self.store.put(key, _pack(kept))
+        if self.store.counters["full"] and not self._is_full:
+            self._is_full = True
+            self.report("stage2.cache.max_gib is used up: the other views are computed each time they are seen.")
+
+
+class _Kept(NamedTuple):
+    """`dtype`: what the tensor is read as."""
+
+    tensor: Tensor
+    dtype: torch.dtype
+
+
+def hit_metric(tensors: Tensors) -> Tensors:
+    """The share of micro-batches that were found, where there is a cache."""
+    return {"cache/hits": pair(tensors[HIT], 1.0)} if HIT in tensors else {}
+
+
+def _rounded(tensor: Tensor) -> Tensor:
+    """A copy as it is kept, in the same layout: networks that read it take as long as before."""
+    return tensor.to(torch.float16 if tensor.dtype is torch.float32 else tensor.dtype, copy=True)
+
+
+def _to_host(kept: dict[str, _Kept], device: torch.device) -> tuple[dict[str, _Kept], Any]:
+    """The tensors on the host, and on CUDA the event after which they are there."""
+    if device.type != "cuda":
+        return kept, None
+    on_host = {}
+    for name, (tensor, dtype) in kept.items():
+        host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+        on_host[name] = _Kept(host.copy_(tensor, non_blocking=True), dtype)
+    return on_host, torch.cuda.current_stream(device).record_event()
+
+
+def _pack(kept: Mapping[str, _Kept]) -> bytes:
+    """A checksum of all that follows, the header's length, the header, the tensors' bytes each at a multiple of 16."""
+    header, body = [], bytearray()
+    for name, (tensor, dtype) in kept.items():
+        order = sorted(range(tensor.dim()), key=lambda axis: -tensor.stride(axis))
+        dense = tensor.permute(order).contiguous()
+        header.append([name, _name(tensor.dtype), _name(dtype), order, list(dense.shape)])
+        body += dense.flatten().view(torch.uint8).numpy().data
+        body += bytes(-tensor.nbytes % _ALIGNMENT)
+    text = json.dumps(header).encode()
+    text += b" " * (-(_START + len(text)) % _ALIGNMENT)
+    whole = _NUMBER.pack(len(text)) + text + body
+    return _NUMBER.pack(zlib.crc32(whole)) + whole
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _is_whole(data: bytes) -> bool:
+    return len(data) > _START and _NUMBER.unpack_from(data)[0] == zlib.crc32(memoryview(data)[_NUMBER.size :])
+
+
+def _unpack(data: bytes, device: torch.device) -> Tensors:
+    """What `_pack` made, on the device by one copy, in the dtypes that it is read as."""
+    start = _START + _NUMBER.unpack_from(data, _NUMBER.size)[0]
+    buffer = rng.to_device(torch.frombuffer(bytearray(memoryview(data)[start:]), dtype=torch.uint8), device)
+    views, offset = {}, 0
+    for name, kept_as, read_as, order, shape in json.loads(data[_START:start]):
+        dtype = getattr(torch, kept_as)
+        size = dtype.itemsize * torch.Size(shape).numel()
+        dense = buffer[offset : offset + size].view(dtype).view(shape)
+        views[name] = dense.permute([order.index(axis) for axis in range(len(order))]).to(getattr(torch, read_as))
+        offset += size + -size % _ALIGNMENT
+    return views

@@ -1,0 +1,102 @@
+"""Views are kept under what they depend on, within the folder and the room that the settings give."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from iccld.config import StageName, load_config
+from iccld.data.config import BatchLayout
+from iccld.programs import kept_views
+from iccld.programs.building import build_stream, noise_of
+from iccld.programs.kept_views import identity_of_views, open_view_files
+from iccld.stages.views import CORRUPTION_NOISE
+from tests.factory import scene_overrides
+
+ENGINE: Any = SimpleNamespace(
+    device=SimpleNamespace(type="cpu"), accelerator=SimpleNamespace(mixed_precision="no"), is_main=True
+)
+
+
+@pytest.fixture
+def identity(scene_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(kept_views, "handed_over", lambda config: ("", SimpleNamespace(model_sha256="weights")))
+
+    def of(*overrides: str) -> str:
+        config = load_config([*scene_overrides(scene_shards, tmp_path), *overrides])
+        return identity_of_views(config, ENGINE, build_stream(StageName.stage2, config, BatchLayout(2, 2)))
+
+    return of
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "data.crop_size=[32,64]",
+        "data.flip=0",
+        "data.target.first_percent=50",
+        "seed=1",
+        "stage2.objective.photometric.jitter=0.5",
+        "engine.precision=bf16",
+        "model.latent=mask",
+        "stage2.objective.task_weight=1",
+        "stage2.objective.corruption.strength=0.5",
+        "stage2.objective.adversary_input=map",
+    ],
+)
+def test_what_changes_the_views_changes_their_names(identity: Any, override: str) -> None:
+    assert identity(override) != identity()
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "stage2.objective.learning_rate=1e-5",
+        "stage2.objective.adversarial_weight=0",
+        "stage2.objective.pure_noise_share=0.5",
+        "stage2.objective.deterministic=true",
+        "stage2.trainer.num_steps=7",
+        "model.denoiser.width=32",
+        "run_dir=elsewhere",
+        "data.num_workers=3",
+        "stage1.trainer.num_steps=7",
+    ],
+)
+def test_what_does_not_change_them_shares_them(identity: Any, override: str) -> None:
+    assert identity(override) == identity()
+
+
+def test_other_weights_of_stage_1_are_other_views(identity: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = identity()
+    monkeypatch.setattr(kept_views, "handed_over", lambda config: ("", SimpleNamespace(model_sha256="others")))
+    assert identity() != before
+
+
+def test_files_stay_within_the_room_given(tmp_path: Path) -> None:
+    cache = f"stage2.cache.folder={tmp_path}/views"
+    files = open_view_files(load_config([cache, f"stage2.cache.max_gib={2**-6}"]))  # a MiB in each bucket
+    for number in range(100):
+        files.put(str(number), bytes(1 << 19))
+    assert files.counters["full"] > 0
+    kept = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in kept) <= 1 << 24
+    assert sum(files.get(str(number)) is not None for number in range(100)) == files.counters["puts"] > 10
+
+
+def test_a_folder_that_cannot_be_used_is_named_with_its_setting(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"stage2.cache.folder=\S+file cannot be written to"):
+        open_view_files(load_config([f"stage2.cache.folder={tmp_path}/file"]))
+
+
+def test_the_stream_draws_no_noise_for_views_that_repeat() -> None:
+    corrupted = ["stage2.objective.corruption.strength=1"]
+    cache = ["stage2.cache.folder=x", "stage2.cache.num_samples=8"]
+    plain, cached = (noise_of(StageName.stage2, load_config(words)) for words in (corrupted, corrupted + cache))
+    assert plain.keys() - cached.keys() == {CORRUPTION_NOISE} and cached
+
+
+def test_a_period_that_cuts_a_batch_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"num_samples=10 must be a multiple of \S+=4; use 12"):
+        load_config(["stage2.cache.folder=x", "stage2.cache.num_samples=10", "stage2.trainer.global_batch_size=4"])
