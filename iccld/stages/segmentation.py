@@ -176,7 +176,8 @@ class SegmentationStage(Stage):
             "confident": pseudo.confident,
         }
         if not self.config.target_labels:
-            counts = diagnostics.class_counts(pseudo.labels, source["labels"], num_classes=self.num_classes)
+            seen = pseudo.labels.masked_fill(~target["valid"], IGNORE_INDEX)
+            counts = diagnostics.class_counts(seen, source["labels"], num_classes=self.num_classes)
             tensors |= {diagnostics.CLASSES: counts, "mixed_is_target": diagnostics.thinned(~mask)}
         if self.config.masked_weight:
             augmented = strong_augment(images, draws, self.config.photometric)
