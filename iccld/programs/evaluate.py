@@ -16,7 +16,7 @@ from rich.markup import escape
 from torch import Tensor
 
 from iccld import rng
-from iccld.config import Config, read_config
+from iccld.config import Config, StageName, read_config
 from iccld.data.config import locations, of_saved_run, refuse_unasked
 from iccld.data.stream import read_validation
 from iccld.durable import make_folder, refuse_links, write_whole
@@ -148,7 +148,7 @@ def evaluate_models(
 
     Returns `{"stage1": scores, "stage2": {"1": scores, ...}, "stage2_mean_latent": scores}`, as far as they exist, and
     under `about` what was scored, and how. The mean latent is a control: denoising must be worth more than it. Under
-    `diagnostics` are those of the last model.
+    `diagnostics` are those of each stage; what they warn of is told.
     """
     about: dict[str, Any] = {}
     places: list[Path] = []
@@ -166,22 +166,26 @@ def evaluate_models(
         score = partial(evaluate_predictor, config=config, engine=engine, give_up=give_up)
         results |= _score_model(load_model(folder, config).to(engine.device), config, score)
     if config.evaluation.diagnostic_images:
-        results[DIAGNOSTICS] = _diagnose(folders[-1], config, engine, give_up)
+        results[DIAGNOSTICS] = _diagnose(folders, config, engine, give_up)
     if engine.is_main:
         _report({"about": about} | results, places[0])
     return results
 
 
-def _diagnose(folder: Path, config: Config, engine: Engine, give_up: Callable[[], bool]) -> dict[str, Any]:
-    """The diagnostics of a model folder; what they warn of is told."""
-    teacher, beside = load_model(folder, config).to(engine.device), student_beside(folder)
-    student = load_model(beside, config).to(engine.device) if beside else None
-    diagnosis = diagnose_model(teacher, config, engine, student=student, give_up=give_up)
-    if engine.is_main:
-        run_dir = Path(config.run_dir) if folder in finished_models(config) else None
-        for stage, signs in signs_of_diagnosis(diagnosis).items():
-            tell(signs, run_dir=run_dir, stage=stage)
-    return diagnosis.to_json()
+def _diagnose(folders: Sequence[Path], config: Config, engine: Engine, give_up: Callable[[], bool]) -> dict[str, Any]:
+    """The diagnostics by stage; bounds are those of the last model, whose E and D are those of the one before."""
+    found: dict[str, Any] = {}
+    for folder in folders:
+        teacher, beside = load_model(folder, config).to(engine.device), student_beside(folder)
+        student = load_model(beside, config).to(engine.device) if beside else None
+        options = {"student": student, "with_bounds": folder == folders[-1], "give_up": give_up}
+        diagnosis = diagnose_model(teacher, config, engine, **options)
+        stage = (StageName.stage1 if teacher.denoiser is None else StageName.stage2).value
+        found[stage] = diagnosis.to_json()
+        if engine.is_main:
+            run_dir = Path(config.run_dir) if folder in finished_models(config) else None
+            tell(signs_of_diagnosis(diagnosis), run_dir=run_dir, stage=stage)
+    return found
 
 
 def unscored_stages(config: Config) -> list[str]:

@@ -175,9 +175,9 @@ def _flops(stage: Stage, config: Config, engine: Engine) -> Callable[[int], floa
 
 
 def _validate(stage: Stage, config: Config, engine: Engine, give_up: Callable[[], bool]) -> dict[str, float]:
-    """The teacher's scores in mid-training, with the fewest denoising steps and diagnostics where there is a denoiser.
+    """The teacher's scores and diagnostics in mid-training: with the fewest denoising steps where there is a denoiser.
 
-    What is logged so far and these diagnostics may hold a warning, which is told now.
+    What they, and the lines logged so far, warn of is told now.
     """
     models = whole_stage(stage, config, engine).models()
     model = models["teacher"]
@@ -186,7 +186,7 @@ def _validate(stage: Stage, config: Config, engine: Engine, give_up: Callable[[]
     result = evaluate_predictor(predict, config, engine, give_up=give_up)
     values = {"miou": result.miou, "boundary_miou": result.boundary_miou}
     diagnosis = None
-    if model.denoiser is not None and config.evaluation.diagnostic_images:
+    if config.evaluation.diagnostic_images:
         options = {"student": models["student"], "with_bounds": False, "give_up": give_up}
         diagnosis = diagnose_model(model, config, engine, **options)
         values |= diagnosis.to_metrics()
@@ -199,7 +199,7 @@ def _warn(stage: Stage, config: Config, diagnosis: Diagnosis | None = None) -> N
     """Tell what the stage's figures warn of. Call on one rank."""
     run_dir = Path(config.run_dir)
     signs = signs_of_training(read_entries(run_dir), config, stage.name)
-    signs += signs_of_diagnosis(diagnosis).get(stage.name, []) if diagnosis else []
+    signs += signs_of_diagnosis(diagnosis) if diagnosis else []
     tell(signs, run_dir=run_dir, stage=stage.name)
 
 
