@@ -132,8 +132,8 @@ def _run_stage(name: StageName, config: Config, engine: Engine, preemption: Pree
         stage = whole_stage(stage, config, engine)
         if engine.is_main:
             measure_latents(stage, config, engine)
-            hand_over(stage, config, step=plan.num_steps)
             _warn(stage, config)
+            hand_over(stage, config, step=plan.num_steps)
         engine.barrier()
         metrics.event("finished", step=plan.num_steps)
     engine.detach()
