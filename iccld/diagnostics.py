@@ -4,7 +4,7 @@ All maps of an image are decoded with the image's own features; they differ in t
 
     stage1                     E's latent
     own_latent                 z_0, the true latent (of the image, or of its true labels)
-    mean_latent                the data's mean: what D knows without any latent
+    mean_latent                the mean z_0: what D knows without it (`stage1`, where z_0 is a move of E's latent)
     other_latent               z_0 of another image
     fitted_latent              E's latent after `FIT_STEPS` gradient steps on the true labels: an upper bound
     denoised                   one step of the denoiser from noise
@@ -17,7 +17,7 @@ no figure depends on a batch. `H W` image, `K` classes, `C h w` latent.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,13 +26,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from iccld import rng
-from iccld.diffusion import add_noise, predict_z_0, trailing_timesteps
+from iccld.diffusion import add_noise, trailing_timesteps
 from iccld.evaluation import STRIDE, EvaluationConfig
 from iccld.labels import IGNORE_INDEX, ClassSet
 from iccld.losses import weighted_cross_entropy
 from iccld.models.encoder import EncoderOutput
 from iccld.models.iccld import ICCLD
-from iccld.models.latent import denormalise, latent_pair
+from iccld.models.latent import diffused_latent
 from iccld.scores import Scores
 
 FIT_STEPS = 20
@@ -159,41 +159,45 @@ def make_example(sample: Mapping[str, Any], *, config: EvaluationConfig, device:
     return Example(F.pad(images, sides, mode="replicate"), labels[:, 0].to(torch.uint8), sample["number"])
 
 
+@torch.no_grad()
 def label_maps(
     model: ICCLD, example: Example, other: Example | None, *, seed: int, with_bounds: bool = True
 ) -> Iterator[tuple[str, Tensor]]:
     """Each latent's name and its map: class indices `(1, H, W)` int64."""
 
+    size, encoded = example.images.shape[-2:], model.encoder(example.images)
+
     def decoded(latent: Tensor) -> Tensor:
         return model.decode(EncoderOutput(latent, encoded.features), size).argmax(dim=1)
 
     def of_z_0(z_0: Tensor) -> Tensor:
-        return decoded(denormalise(z_0, mean=model.latent_mean, std=model.latent_std))
+        return decoded(model.decodable(z_0, encoded.latent))
 
-    with torch.no_grad():
-        size, encoded = example.images.shape[-2:], model.encoder(example.images)
-        pair = _latents(model, example, encoded)
-        yield "stage1", decoded(encoded.latent)
-        yield YARDSTICK, blurred(example.labels, stride=BLUR_STRIDE, num_classes=model.num_classes)
-        yield "own_latent", of_z_0(pair.z_0)
-        if with_bounds:
-            yield "mean_latent", of_z_0(torch.zeros_like(pair.z_0))
-            yield "fitted_latent", decoded(fitted_latent(model, encoded, example.labels))
-        if with_bounds and other is not None:
-            yield "other_latent", of_z_0(_resized_z_0(model, other, size=pair.z_0.shape[-2:]))
-        if model.denoiser is not None:
-            yield "denoised", segmented(model, example, seed=seed)
-            for t in _timesteps(model):
-                yield f"z_0_at_{t}", of_z_0(_predicted_z_0(model, pair, t, number=example.number, seed=seed))
+    z_0 = _true_z_0(model, example, encoded)
+    yield "stage1", decoded(encoded.latent)
+    yield YARDSTICK, blurred(example.labels, stride=BLUR_STRIDE, num_classes=model.num_classes)
+    yield "own_latent", of_z_0(z_0)
+    if with_bounds:
+        yield "mean_latent", of_z_0(torch.zeros_like(z_0))
+        yield "fitted_latent", decoded(fitted_latent(model, encoded, example.labels))
+    if with_bounds and other is not None:
+        yield "other_latent", of_z_0(_resized_z_0(model, other, size=z_0.shape[-2:]))
+    if model.denoiser is not None:
+        yield "denoised", segmented(model, example, seed=seed)
+        condition = model.condition_of(encoded, example.images)
+        for t in _timesteps(model):
+            z_t, timesteps = _true_z_t(model, z_0, t, number=example.number, seed=seed)
+            yield f"z_0_at_{t}", of_z_0(model.denoiser(z_t, timesteps, condition).z_0_pred)
 
 
+@torch.no_grad()
 def segmented(model: ICCLD, example: Example, *, seed: int) -> Tensor:
     """The model's own map `(1, H, W)`: by one denoising step from keyed noise, or D(E(x)) without a denoiser."""
-    with torch.no_grad():
-        if model.denoiser is None:
-            return model.segment(example.images).argmax(dim=1)
-        noise = _noise(model, example, purpose="diagnostics", seed=seed)
-        return model.denoise_segment(example.images, noise=noise, num_steps=1).argmax(dim=1)
+    if model.denoiser is None:
+        return model.segment(example.images).argmax(dim=1)
+    shape = model.latent_shape(*example.images.shape[-2:])
+    noise = _noise(shape, example.number, "diagnostics", seed=seed, device=example.images.device)
+    return model.denoise_segment(example.images, noise=noise, num_steps=1).argmax(dim=1)
 
 
 def fitted_latent(model: ICCLD, encoded: EncoderOutput, labels: Tensor) -> Tensor:
@@ -219,37 +223,31 @@ def blurred(labels: Tensor, *, stride: int, num_classes: int) -> Tensor:
 
 
 def _timesteps(model: ICCLD) -> list[int]:
-    return trailing_timesteps(NUM_TIMESTEPS, num_train_steps=len(model.alpha_bar))
+    """Those of four-step sampling; none where the denoiser never sees noise."""
+    return [] if model.deterministic else trailing_timesteps(NUM_TIMESTEPS, num_train_steps=len(model.alpha_bar))
 
 
-def _latents(model: ICCLD, example: Example, encoded: EncoderOutput) -> Any:
-    """The true z_0 and the condition, both as at inference: of the clean image."""
-    return latent_pair(model, clean=encoded.latent, strong_images=example.images, labels=example.labels)
+def _true_z_0(model: ICCLD, example: Example, encoded: EncoderOutput) -> Tensor:
+    """z_0 as it is diffused, of the clean image, which is also what the denoiser sees, and of the true labels."""
+    weights = torch.ones_like(example.labels, dtype=torch.float32)
+    return diffused_latent(model, clean=encoded.latent, seen=encoded, labels=example.labels, weights=weights)
 
 
 def _resized_z_0(model: ICCLD, other: Example, *, size: torch.Size) -> Tensor:
-    z_0 = _latents(model, other, model.encoder(other.images)).z_0
+    z_0 = _true_z_0(model, other, model.encoder(other.images))
     return z_0 if z_0.shape[-2:] == size else F.interpolate(z_0, size=size, mode="bilinear", align_corners=False)
 
 
-def _predicted_z_0(model: ICCLD, pair: Any, t: int, *, number: int, seed: int) -> Tensor:
-    assert model.denoiser is not None
-    timesteps = torch.full((1,), t, device=pair.z_0.device)
-    noise = _draw(pair.z_0, number, purpose=f"diagnostics {t}", seed=seed)
-    z_t = add_noise(pair.z_0, noise, timesteps, model.alpha_bar)
-    noise_pred = model.denoiser(z_t, timesteps, pair.condition).noise_pred.float()
-    return predict_z_0(z_t, noise_pred, timesteps, model.alpha_bar)
+def _true_z_t(model: ICCLD, z_0: Tensor, t: int, *, number: int, seed: int) -> tuple[Tensor, Tensor]:
+    """z_t of z_0 under keyed noise, and t as the denoiser takes it, `(1,)`."""
+    timesteps = torch.full((1,), t, device=z_0.device)
+    noise = _noise(z_0.shape[1:], number, f"diagnostics {t}", seed=seed, device=z_0.device)
+    return add_noise(z_0, noise, timesteps, model.alpha_bar), timesteps
 
 
-def _noise(model: ICCLD, example: Example, *, purpose: str, seed: int) -> Tensor:
-    shape = (1, *model.latent_shape(*example.images.shape[-2:]))
-    return _draw(example.images.new_empty(shape), example.number, purpose=purpose, seed=seed)
-
-
-def _draw(like: Tensor, number: int, *, purpose: str, seed: int) -> Tensor:
-    return rng.normal(
-        tuple(like.shape[1:]), seed=seed, purpose=purpose, numbers=torch.tensor([number]), device=like.device
-    )
+def _noise(shape: Sequence[int], number: int, purpose: str, *, seed: int, device: torch.device) -> Tensor:
+    """`(1, *shape)`."""
+    return rng.normal(tuple(shape), seed=seed, purpose=purpose, numbers=torch.tensor([number]), device=device)
 
 
 def _middle(tensor: Tensor, window: list[int]) -> Tensor:

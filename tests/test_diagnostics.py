@@ -21,12 +21,13 @@ from iccld.diagnostics import (
     diagnose,
     figure_names,
     fitted_latent,
+    label_maps,
     make_example,
 )
 from iccld.evaluation import EvaluationConfig
 from iccld.labels import IGNORE_INDEX, merged_class_set
 from iccld.models.encoder import EncoderOutput
-from iccld.models.latent import LatentKind
+from iccld.models.latent import LatentKind, denormalise, normalise
 from tests.models.factory import trained_model
 
 CLASS_SET = merged_class_set(["road", "person", "car"], {0: 0, 1: 0, 11: 1, 13: 2})
@@ -39,7 +40,9 @@ class Reader:
 
     denoiser: Any = None
     mask_encoder = None
+    deterministic = False
     num_classes = K
+    config = SimpleNamespace(latent=LatentKind.image)
 
     def __init__(self, *, error: int = 0, denoised: float = 1.0) -> None:
         """`error`: E takes each class for one so many further on; the denoiser multiplies z_0 by `denoised`."""
@@ -59,6 +62,12 @@ class Reader:
     def segment(self, images: Tensor) -> Tensor:
         return self.decode(self.encoder(images), images.shape[-2:])
 
+    def decodable(self, z_0: Tensor, encoded_latent: Tensor) -> Tensor:
+        return denormalise(z_0, mean=self.latent_mean, std=self.latent_std)
+
+    def condition_of(self, encoded: EncoderOutput, images: Tensor) -> Tensor:
+        return normalise(encoded.latent, mean=self.condition_mean, std=self.condition_std)
+
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         return K, height // 8, width // 8
 
@@ -67,9 +76,7 @@ class Denoised(Reader):
     """With a denoiser that knows z_0 = E(x), given as the condition, or a multiple of it."""
 
     def denoiser(self, z_t: Tensor, t: Tensor, condition: Tensor) -> Any:
-        signal, noise = (self.alpha_bar[t] ** 0.5).view(-1, 1, 1, 1), ((1 - self.alpha_bar[t]) ** 0.5).view(-1, 1, 1, 1)
-        z_0 = self.denoised * condition
-        return SimpleNamespace(noise_pred=(z_t - signal * z_0) / noise, z_0_pred=z_0)
+        return SimpleNamespace(z_0_pred=self.denoised * condition)
 
     def denoise_segment(self, images: Tensor, *, noise: Tensor, num_steps: int) -> Tensor:
         assert noise.shape == (1, *self.latent_shape(*images.shape[-2:])) and num_steps == 1
@@ -124,9 +131,7 @@ def test_a_denoiser_that_knows_z_0_decodes_as_z_0_does_at_every_timestep(factor:
 def test_a_denoiser_that_takes_z_t_for_z_0_is_worse_the_more_noise_there_is():
     class Copying(Denoised):
         def denoiser(self, z_t: Tensor, t: Tensor, condition: Tensor) -> Any:
-            return SimpleNamespace(
-                noise_pred=z_t * (1 - self.alpha_bar[t] ** 0.5) / (1 - self.alpha_bar[t]) ** 0.5, z_0_pred=z_t
-            )
+            return SimpleNamespace(z_0_pred=z_t)
 
     figures = found(Copying(), [(sample(n), None) for n in range(4)])
     mious = [figures[f"z_0_at_{t}"].miou for t in TIMES]
@@ -173,6 +178,23 @@ def test_without_bounds_those_are_left_out_and_the_others_are_the_same():
     pairs = [(sample(0), sample(1))]
     whole, part = found(model, pairs), found(model, pairs, with_bounds=False)
     assert part == {name: figure for name, figure in whole.items() if name not in BOUNDS}
+
+
+def test_a_denoiser_that_never_sees_noise_has_no_timesteps():
+    model = trained_model(num_classes=K)
+    model.deterministic = True
+    names = found(model, [(sample(0), None)], with_bounds=False)
+    assert list(names) == ["stage1", "own_latent", "denoised", YARDSTICK]
+
+
+def test_where_z_0_is_a_move_of_es_latent_no_move_is_stage_1_and_the_true_move_lowers_the_loss():
+    model = trained_model(latent=LatentKind.residual, num_classes=K)
+    example = make_example(sample(0), config=EvaluationConfig(), device="cpu")
+    maps = dict(label_maps(model, example, None, seed=0))
+    assert torch.equal(maps["mean_latent"], maps["stage1"])
+    assert not torch.equal(maps["own_latent"], maps["stage1"])
+    right = [(maps[name] == example.labels).float().mean() for name in ("stage1", "own_latent", "fitted_latent")]
+    assert right == sorted(right)
 
 
 def test_the_noise_is_keyed_by_the_image_and_the_seed():

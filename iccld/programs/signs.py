@@ -54,7 +54,7 @@ def signs_of_training(entries: Sequence[Mapping[str, Any]], config: Config, stag
     found = _of_discriminator(recent, is_ramped=recent[0]["step"] + 1 >= ramp)
     share = _mean(recent, diagnostics.DISAGREEMENT)
     found += _of_disagreement(share, "of target images", most=VIEWS_APART)
-    return found + _of_classes(recent, config)
+    return found + _of_classes(recent, config, stage)
 
 
 def signs_of_diagnosis(diagnosis: Diagnosis) -> list[Sign]:
@@ -125,17 +125,20 @@ def _of_disagreement(share: float | None, where: str, *, most: float) -> list[Si
     return [Sign("apart", words)]
 
 
-def _of_classes(recent: Sequence[Mapping[str, Any]], config: Config) -> list[Sign]:
+def _of_classes(recent: Sequence[Mapping[str, Any]], config: Config, stage: str) -> list[Sign]:
     """A class must be missing from all of the lines."""
     lost = set.intersection(*(set(entry.get(f"{diagnostics.CLASSES}/lost", ())) for entry in recent))
     if not lost:
         return []
     names = config.data.class_set.build().names
-    sampling = "" if config.data.rare_class_sampling else "data.rare_class_sampling=true, "
+    objective = getattr(config, stage).objective
+    remedies = [] if config.data.rare_class_sampling else ["data.rare_class_sampling=true"]
+    remedies += [] if objective.class_thresholds else [f"{stage}.objective.class_thresholds=0.95"]
+    remedies += [] if objective.class_balance else [f"{stage}.objective.class_balance=0.5"]
+    remedies += ["a longer stage1.objective.warm_start_steps"]
     words = (
         f"the pseudo-labels have lost {', '.join(names[i] for i in sorted(lost))}, which the source's labels show; "
-        f"unless the target has none, try {sampling}a longer stage1.objective.warm_start_steps, or a lower "
-        f"stage1.objective.target_weight."
+        f"unless the target has none, try {', or '.join(remedies)}."
     )
     return [Sign("lost_classes", words)]
 

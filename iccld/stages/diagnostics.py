@@ -21,10 +21,10 @@ def thinned(labels: Tensor) -> Tensor:
 
 
 def class_counts(pseudo_labels: Tensor, source_labels: Tensor, *, num_classes: int) -> Tensor:
-    """`(2, K)` float32: pixels of each class in the pseudo-labels and in the source's labels, `(B, H, W)` each."""
+    """`(2, K)` int64: pixels of each class in the pseudo-labels and in the source's labels, `(B, H, W)` each."""
     classes = torch.arange(num_classes, device=source_labels.device).view(-1, 1, 1, 1)
     counts = [(thinned(labels) == classes).sum(dim=(1, 2, 3)) for labels in (pseudo_labels, source_labels)]
-    return torch.stack(counts).float()
+    return torch.stack(counts)
 
 
 def disagreement(logits: Tensor, labels: Tensor, where: Tensor) -> Tensor:

@@ -275,7 +275,7 @@ def _metrics(tensors: dict[str, Tensor], logits: dict[str, Tensor]) -> dict[str,
         return {}
     metrics = {"confident": pair(tensors["confident"].sum(), len(tensors["confident"]))}
     if diagnostics.CLASSES in tensors:
-        metrics[diagnostics.CLASSES] = tensors[diagnostics.CLASSES]
+        metrics[diagnostics.CLASSES] = tensors[diagnostics.CLASSES].float()
         where = tensors["mixed_is_target"]
         metrics[diagnostics.DISAGREEMENT] = diagnostics.disagreement(logits["mixed"], tensors["mixed_labels"], where)
     return metrics

@@ -95,6 +95,7 @@ def test_classes_are_lost_that_all_recent_lines_lack_and_they_are_named():
     entries += lines("stage1", first=2000, count=1, **{"pseudo_classes/lost": [5, 11]})
     (sign,) = signs_of_training(entries, Config(), "stage1")
     assert sign.name == "lost_classes" and "have lost person, which" in sign.words
+    assert "stage1.objective.class_thresholds=0.95, or" in sign.words
     entries[-1]["pseudo_classes/lost"] = [5]
     assert not signs_of_training(entries, Config(), "stage1")
     del entries[-1]["pseudo_classes/lost"]

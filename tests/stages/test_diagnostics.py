@@ -4,7 +4,11 @@ import pytest
 import torch
 
 from iccld.labels import IGNORE_INDEX
+from iccld.stages.base import to_float
 from iccld.stages.diagnostics import CLASSES, DISAGREEMENT, class_counts, disagreement, thinned
+from iccld.stages.objective import PseudoLabelSource
+from tests.factory import random_batch
+from tests.stages.test_adversarial import make_stage as make_second_stage
 from tests.stages.test_segmentation import make_stage, prepared
 
 
@@ -46,8 +50,6 @@ def test_stage_1_tells_of_its_pseudo_labels_and_its_student():
 
 
 def test_the_margins_of_target_images_do_not_count():
-    from tests.factory import random_batch
-
     stage, batch = make_stage(), random_batch(num_classes=5, numbers=range(2))
     batch["target"]["valid"][:, :16] = False
     with torch.no_grad():
@@ -56,13 +58,28 @@ def test_the_margins_of_target_images_do_not_count():
 
 
 def test_with_the_targets_true_labels_there_are_no_pseudo_labels_to_tell_of():
-    from tests.factory import random_batch
-
     stage, batch = make_stage(target_labels=True), random_batch(num_classes=5, numbers=range(2))
     batch["target"]["labels"] = batch["source"]["labels"]
     with torch.no_grad():
         inputs = stage.prepare(batch, 0)
     assert stage.module(inputs).metrics.keys() == {"confident"}
+
+
+@pytest.mark.parametrize("source", PseudoLabelSource)
+def test_stage_2_tells_of_the_pseudo_labels_that_it_uses(source: PseudoLabelSource):
+    stage = make_second_stage(task_weight=1.0, pseudo_labels=source)
+    batch = random_batch(num_classes=19, numbers=range(4))
+    batch["target"]["valid"][:, :16] = False
+    with torch.no_grad():
+        inputs = stage.prepare(batch, 0)
+    counts = stage.module(inputs).metrics[CLASSES]
+    assert counts.dtype == torch.float32 and counts.sum(dim=1).tolist() == [4 * 16 * 64 / 16, 4 * 32 * 64 / 16]
+    if source is PseudoLabelSource.stage1:
+        with torch.no_grad():
+            labels = stage.model.segment(to_float(batch["target"]["images"])).argmax(dim=1)
+        expected = torch.bincount(thinned(labels)[:, 4:].flatten(), minlength=19)
+        assert torch.equal(counts[0], expected.float())
+    assert CLASSES not in make_second_stage().prepare(batch, 0).tensors, "no one asks for labels"
 
 
 @pytest.mark.parametrize("name", [CLASSES, DISAGREEMENT])
