@@ -93,6 +93,7 @@ class Diagnosis:
         return metrics
 
 
+@torch.compiler.set_stance("force_eager")  # as for scores: images come in many sizes
 def diagnose(
     pairs: Iterable[tuple[Mapping[str, Any], Mapping[str, Any] | None]],
     model: ICCLD,
