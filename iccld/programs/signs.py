@@ -49,9 +49,10 @@ def signs_of_training(entries: Sequence[Mapping[str, Any]], config: Config, stag
     recent = lines[-RECENT:]
     if len(recent) < RECENT:
         return []
-    has_ramp = stage == StageName.stage2.value
-    ramp = config.stage2.objective.adversarial_ramp_steps if has_ramp else 0
-    found = _of_discriminator(recent, is_ramped=recent[0]["step"] + 1 >= ramp)
+    objective = config.stage2.objective
+    found: list[Sign] = []
+    if stage == StageName.stage2.value and objective.adversarial_weight:
+        found += _of_discriminator(recent, is_ramped=recent[0]["step"] + 1 >= objective.adversarial_ramp_steps)
     share = _mean(recent, diagnostics.DISAGREEMENT)
     found += _of_disagreement(share, "of target images", most=VIEWS_APART)
     return found + _of_classes(recent, config, stage)
@@ -108,8 +109,8 @@ def _of_discriminator(recent: Sequence[Mapping[str, Any]], *, is_ramped: bool) -
     if is_ramped and accuracy <= chance + BLIND:
         words = (
             f"{seen}: it sees no difference, and teaches the denoiser nothing; try another "
-            f"stage2.objective.adversary_input, a higher stage2.objective.discriminator_learning_rate, or save its "
-            f"time with stage2.objective.adversarial_weight=0."
+            f"stage2.objective.adversary_input, a higher stage2.objective.discriminator_learning_rate, or none of it, "
+            f"by stage2.objective.adversarial_weight=0."
         )
         return [Sign("blind_discriminator", words)]
     return []

@@ -59,6 +59,13 @@ def test_chance_is_that_of_the_domains_there_are():
     assert names(lines(**accuracy(0.5))) == []
 
 
+def test_a_discriminator_that_teaches_nothing_by_its_weight_is_not_told_of():
+    config = Config()
+    config.stage2.objective.adversarial_weight = 0.0
+    assert not signs_of_training(lines(**accuracy(0.3)), config, "stage2")
+    assert not signs_of_training(lines(**accuracy(1.0)), config, "stage2")
+
+
 def test_a_domain_that_is_always_known_does_not_hide_those_that_are_not():
     mixed = {"accuracy/source": 1.0, "accuracy/target": 0.0, "accuracy/mixed": 0.1}
     assert names(lines(**mixed)) == ["blind_discriminator"]
