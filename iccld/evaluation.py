@@ -48,9 +48,14 @@ class EvaluationConfig:
     """Images a pass, or windows a pass with `sliding_window`."""
     max_images: int = 0
     """Only samples numbered below this are scored; 0 for all."""
+    diagnostic_images: int = 8
+    """Images, evenly spread over those that are scored, on which latents are compared (`iccld.diagnostics`); 0: none.
+    """
 
     def __post_init__(self) -> None:
-        for name, rule in (("num_classes", 0), ("boundary_width", 1), ("batch_size", 1), ("max_images", 0)):
+        least = {"boundary_width": 1, "batch_size": 1}
+        for name in ("num_classes", "boundary_width", "batch_size", "max_images", "diagnostic_images"):
+            rule = least.get(name, 0)
             if getattr(self, name) < rule:
                 raise ValueError(
                     f"evaluation.{name}={getattr(self, name)} must be at least {rule}; use {rule} or more."

@@ -46,6 +46,7 @@ MAY_IMPORT = {
     "trainer": {"training_step", "runtime", "stages.base"},
     "scores": {"labels"},
     "evaluation": {"labels", "scores"},
+    "diagnostics": {"labels", "scores", "evaluation", "diffusion", "losses", "models"},
     "predict": {"labels", "durable", "data.decode"},
     "config": EVERYTHING,
     "programs": EVERYTHING,

@@ -49,8 +49,31 @@ def test_train_leaves_the_run_directory_of_the_readme(run_dir: Path):
     ):
         assert (run_dir / path).is_file(), path
     results = json.loads((run_dir / "report/results.json").read_text())
-    assert set(results) == {"about", "stage1", "stage2", "stage2_mean_latent"} and set(results["stage2"]) == {"1", "2"}
+    assert set(results) == {"about", "stage1", "stage2", "stage2_mean_latent", "diagnostics"}
+    assert set(results["stage2"]) == {"1", "2"}
     assert results["stage1"]["num_images"] == 5 and len(results["stage1"]["iou"]) == 19
+    of_stages = results["diagnostics"]
+    assert set(of_stages["stage1"]) == {"num_images", "stage1", "own_latent", "student", "labels_at_16"}
+    assert {"fitted_latent", "other_latent", "denoised", "z_0_at_999", "student"} < set(of_stages["stage2"])
+    assert all(found["num_images"] == 5 for found in of_stages.values()), "there are fewer than asked for"
+    entries = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    of_stage1 = {name for entry in entries if entry["stage"] == "stage1" for name in entry}
+    assert {"pseudo_classes/distance", "pseudo_classes/lost", "disagreement"} < of_stage1
+
+
+def test_a_score_in_mid_training_has_diagnostics_without_the_bounds(scene_shards: Path, tmp_path: Path):
+    more = ["stage2.trainer.evaluate_every=1", "evaluation.diagnostic_images=2", "evaluation.max_images=3"]
+    assert main(["train", *scene_overrides(scene_shards, tmp_path), *QUICK, *more]) == 0
+    entries = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    scores = [entry for entry in entries if "miou" in entry]
+    assert [(entry["stage"], entry["step"]) for entry in scores] == [("stage2", 0), ("stage2", 1)]
+    for entry in scores:
+        assert {"boundary_miou", "diagnostics/z_0_at_999", "diagnostics/disagreement"} < set(entry)
+        assert "diagnostics/fitted_latent" not in entry
+    results = json.loads((tmp_path / "report/results.json").read_text())
+    assert results["diagnostics"]["stage2"]["num_images"] == 2
+    assert main(["evaluate", str(tmp_path), "evaluation.diagnostic_images=0"]) == 0
+    assert "diagnostics" not in json.loads((tmp_path / "report/results.json").read_text())
 
 
 def test_training_a_finished_run_again_ends_at_once(
@@ -71,15 +94,17 @@ def test_evaluate_scores_the_student_or_another_model_beside_the_teacher(
     assert main(["evaluate", str(run_dir), "--model", str(run_dir / "stage1/final/student")]) == 0
     assert (run_dir / "report/results.json").read_bytes() == kept
     (of_student,) = run_dir.glob("report/results_student_camera_val_x3_*.json")
-    assert set(json.loads(of_student.read_text())) == {"about", "stage1", "stage2", "stage2_mean_latent"}
+    found = json.loads(of_student.read_text())
+    assert set(found) == {"about", "stage1", "stage2", "stage2_mean_latent", "diagnostics"}
+    assert "student" not in found["diagnostics"]["stage2"], "it is the student that is scored"
     (of_model,) = run_dir.glob("report/results_stage1_student_camera_val_*.json")
-    assert set(json.loads(of_model.read_text())) == {"about", "stage1"}
+    assert set(json.loads(of_model.read_text())) == {"about", "stage1", "diagnostics"}
 
 
 def test_a_stage_that_is_trained_later_is_scored_too(scene_shards: Path, tmp_path: Path):
     overrides = [*scene_overrides(scene_shards, tmp_path), *QUICK]
     assert main(["train", *overrides, "stages=[stage1]"]) == 0
-    assert set(json.loads((tmp_path / "report/results.json").read_text())) == {"about", "stage1"}
+    assert set(json.loads((tmp_path / "report/results.json").read_text())) == {"about", "stage1", "diagnostics"}
     assert main(["train", *overrides]) == 0
     assert "stage2" in json.loads((tmp_path / "report/results.json").read_text())
 

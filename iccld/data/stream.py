@@ -7,6 +7,7 @@ ranks and workers, and goes on as if it had never stopped.
 """
 
 import itertools
+from bisect import bisect_right
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -219,15 +220,35 @@ def read_validation(config: DataConfig, *, rank: int = 0, world_size: int = 1) -
     bad sample is always raised, since scores of fewer images are other scores.
     """
     parts = open_parts(config, "validation", with_labels=True)
-    return _validation_samples(parts, config, rank, world_size)
+    numbers = range(rank, sum(len(part.positions) for part in parts), world_size)
+    return _validation_samples(parts, config, numbers)
 
 
-def _validation_samples(parts: list[Part], config: DataConfig, rank: int, world_size: int) -> Iterator[dict[str, Any]]:
+def read_validation_pairs(
+    config: DataConfig, *, most: int, below: int = 0, rank: int = 0, world_size: int = 1
+) -> Iterator[tuple[dict[str, Any], dict[str, Any] | None]]:
+    """This rank's part of at most `most` validation samples, each with the one half of them further on.
+
+    They are evenly spread over all samples, or over those numbered below `below`. A sample that is alone has None.
+    Neighbours may be frames of one clip, and alike: hence the distance. Samples are those of `read_validation`.
+    """
+    parts = open_parts(config, "validation", with_labels=True)
+    total = sum(len(part.positions) for part in parts)
+    total = min(total, below) if below else total
+    count = min(most, total)
+    spread = [i * total // count for i in range(count)]
+    for i in range(rank, count, world_size):
+        chosen = [spread[i], spread[(i + count // 2) % count]][: min(count, 2)]
+        sample, other = [*_validation_samples(parts, config, chosen), None][:2]
+        yield sample, other
+
+
+def _validation_samples(parts: list[Part], config: DataConfig, numbers: Iterable[int]) -> Iterator[dict[str, Any]]:
     table = config.class_set.build().table()
-    places = ((part, int(position)) for part in parts for position in part.positions)
-    for number, (part, position) in enumerate(places):
-        if number % world_size != rank:
-            continue
+    ends = list(itertools.accumulate(len(part.positions) for part in parts))
+    for number in numbers:
+        part = parts[at := bisect_right(ends, number)]
+        position = int(part.positions[number - (ends[at - 1] if at else 0)])
         integrity.raise_damage()
         sample = part.reader.read(position, with_labels=True)
         try:

@@ -16,7 +16,7 @@ from rich.markup import escape
 from torch import Tensor
 
 from iccld import rng
-from iccld.config import Config, read_config
+from iccld.config import Config, StageName, read_config
 from iccld.data.config import locations, of_saved_run, refuse_unasked
 from iccld.data.stream import read_validation
 from iccld.durable import make_folder, refuse_links, write_whole
@@ -24,12 +24,16 @@ from iccld.evaluation import EvaluationResult, Predict, evaluate, results_table
 from iccld.models.iccld import ICCLD
 from iccld.models.model_card import ModelStage
 from iccld.programs.checks import together, watch
+from iccld.programs.diagnose import diagnose_model, student_beside
 from iccld.programs.results import about_of, finished_models, own_results, place_for, read_results
+from iccld.programs.signs import signs_of_diagnosis, tell
 from iccld.redact import redacted, without_secrets
 from iccld.runtime.engine import Engine
 from iccld.runtime.preemption import Preempted, Preemption
 from iccld.runtime.telemetry import write_event
 from iccld.runtime.watchdog import Watchdog
+
+DIAGNOSTICS = "diagnostics"
 
 
 def predict_function(
@@ -143,7 +147,8 @@ def evaluate_models(
     """Score model folders and write `report/results.json`, or a file of their own: see `programs.results`.
 
     Returns `{"stage1": scores, "stage2": {"1": scores, ...}, "stage2_mean_latent": scores}`, as far as they exist, and
-    under `about` what was scored, and how. The mean latent is a control: denoising must be worth more than it.
+    under `about` what was scored, and how. The mean latent is a control: denoising must be worth more than it. Under
+    `diagnostics` are those of each stage; what they warn of is told.
     """
     about: dict[str, Any] = {}
     places: list[Path] = []
@@ -160,9 +165,27 @@ def evaluate_models(
             print(f"scoring {folder}", flush=True)
         score = partial(evaluate_predictor, config=config, engine=engine, give_up=give_up)
         results |= _score_model(load_model(folder, config).to(engine.device), config, score)
+    if config.evaluation.diagnostic_images:
+        results[DIAGNOSTICS] = _diagnose(folders, config, engine, give_up)
     if engine.is_main:
         _report({"about": about} | results, places[0])
     return results
+
+
+def _diagnose(folders: Sequence[Path], config: Config, engine: Engine, give_up: Callable[[], bool]) -> dict[str, Any]:
+    """The diagnostics by stage; bounds are those of the last model, whose E and D are those of the one before."""
+    found: dict[str, Any] = {}
+    for folder in folders:
+        teacher, beside = load_model(folder, config).to(engine.device), student_beside(folder)
+        student = load_model(beside, config).to(engine.device) if beside else None
+        options = {"student": student, "with_bounds": folder == folders[-1], "give_up": give_up}
+        diagnosis = diagnose_model(teacher, config, engine, **options)
+        stage = (StageName.stage1 if teacher.denoiser is None else StageName.stage2).value
+        found[stage] = diagnosis.to_json()
+        if engine.is_main:
+            run_dir = Path(config.run_dir) if folder in finished_models(config) else None
+            tell(signs_of_diagnosis(diagnosis), run_dir=run_dir, stage=stage)
+    return found
 
 
 def unscored_stages(config: Config) -> list[str]:
@@ -215,7 +238,7 @@ def named_results(results: Mapping[str, Any]) -> dict[str, EvaluationResult]:
     """A flat view for tables: `stage1`, `stage2 x1`, ..."""
     flat = {}
     for name, scores in results.items():
-        if name == "about":
+        if name in ("about", DIAGNOSTICS):
             continue
         name = name.removeprefix("stage2_").replace("_", " ")
         parts = {name: scores} if "miou" in scores else {f"{name} x{steps}": of for steps, of in scores.items()}

@@ -23,7 +23,7 @@ from iccld.durable import file_checksum
 from iccld.models.model_card import WEIGHTS_NAME
 from iccld.reading import MIB, read_json
 
-OF_NO_CONSEQUENCE = ("models", "batch_size")
+OF_NO_CONSEQUENCE = ("models", "batch_size", "diagnostic_images")
 """What may differ between two evaluations that are the same: the weights are known by their checksum."""
 
 

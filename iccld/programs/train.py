@@ -5,6 +5,7 @@ the first left (`hand_off`).
 """
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -17,10 +18,12 @@ from iccld import __version__
 from iccld.config import Config, StageName, to_dict
 from iccld.data.stream import TrainingStream
 from iccld.data.workers import prepare_workers
+from iccld.diagnostics import Diagnosis
 from iccld.models.iccld import ModelConfig
 from iccld.outcome import blaming_the_world
 from iccld.programs.building import build_stage, build_stream, first_batches, layout_of, trials_of, whole_stage
 from iccld.programs.checks import check_alone, check_links, check_run_dir, check_settings, together, watch
+from iccld.programs.diagnose import diagnose_model
 from iccld.programs.ema import write_due_snapshot
 from iccld.programs.evaluate import (
     asks,
@@ -36,6 +39,7 @@ from iccld.programs.kept_views import keep_views
 from iccld.programs.micro_batch import with_micro_batch_size
 from iccld.programs.out_of_memory import explained_out_of_memory
 from iccld.programs.results import finished_models
+from iccld.programs.signs import read_entries, signs_of_diagnosis, signs_of_training, tell
 from iccld.programs.synthetic import flops_per_sample
 from iccld.runtime.checkpoint import CheckpointStore
 from iccld.runtime.engine import Engine
@@ -132,6 +136,7 @@ def _run_stage(name: StageName, config: Config, engine: Engine, preemption: Pree
         stage = whole_stage(stage, config, engine)
         if engine.is_main:
             measure_latents(stage, config, engine)
+            _warn(stage, config)
             hand_over(stage, config, step=plan.num_steps)
         engine.barrier()
         metrics.event("finished", step=plan.num_steps)
@@ -174,11 +179,32 @@ def _flops(stage: Stage, config: Config, engine: Engine) -> Callable[[int], floa
 
 
 def _validate(stage: Stage, config: Config, engine: Engine, give_up: Callable[[], bool]) -> dict[str, float]:
-    """The teacher's score in mid-training: with the fewest denoising steps where there is a denoiser."""
-    model = whole_stage(stage, config, engine).models()["teacher"]
+    """The teacher's scores and diagnostics in mid-training: with the fewest denoising steps where there is a denoiser.
+
+    What they, and the lines logged so far, warn of is told now.
+    """
+    models = whole_stage(stage, config, engine).models()
+    model = models["teacher"]
     num_steps = min(config.inference.num_steps) if model.denoiser is not None else 0
     predict = predict_function(model, num_steps=num_steps, seed=config.seed)
-    return {"miou": evaluate_predictor(predict, config, engine, give_up=give_up).miou}
+    result = evaluate_predictor(predict, config, engine, give_up=give_up)
+    values = {"miou": result.miou, "boundary_miou": result.boundary_miou}
+    diagnosis = None
+    if config.evaluation.diagnostic_images:
+        options = {"student": models["student"], "with_bounds": False, "give_up": give_up}
+        diagnosis = diagnose_model(model, config, engine, **options)
+        values |= diagnosis.to_metrics()
+    if engine.is_main:
+        _warn(stage, config, diagnosis)
+    return {name: value for name, value in values.items() if not math.isnan(value)}
+
+
+def _warn(stage: Stage, config: Config, diagnosis: Diagnosis | None = None) -> None:
+    """Tell what the stage's figures warn of. Call on one rank."""
+    run_dir = Path(config.run_dir)
+    signs = signs_of_training(read_entries(run_dir), config, stage.name)
+    signs += signs_of_diagnosis(diagnosis) if diagnosis else []
+    tell(signs, run_dir=run_dir, stage=stage.name)
 
 
 def _about(stage: Stage, config: Config, stream: TrainingStream) -> Mapping[str, Any]:

@@ -37,6 +37,11 @@ class MetricsConfig:
             raise ValueError(f"metrics.peak_tflops={self.peak_tflops} must be 0 (by the device's name) or above.")
 
 
+LOST = 0.02
+"""A bin with less than a fiftieth of its share is as good as gone. Rare-class sampling shows some classes ten times as
+often as they are: a bin must not seem lost for that."""
+
+
 class NonFiniteLossError(ValueError):
     """A loss became NaN or infinite."""
 
@@ -100,7 +105,7 @@ class MetricsLogger:
             return True  # torn by a crash
 
     def record(self, step: int, losses: Mapping[str, Tensor], metrics: Mapping[str, Tensor]) -> None:
-        """This rank's mean losses of one step, and (sum, count) metrics; nothing is read from the device."""
+        """This rank's mean losses and metrics (`StageOutput`) of one step; nothing is read from the device."""
         self._losses[step] = dict(losses)
         for name, value in metrics.items():
             self._metrics[name] = self._metrics[name] + value if name in self._metrics else value
@@ -126,7 +131,7 @@ class MetricsLogger:
             return
         flat = {f"{step:09d}/{name}": loss for step, losses in self._losses.items() for name, loss in losses.items()}
         reduced = {key: float(total) / self._world_size for key, total in self._sum_values(flat).items()}
-        pairs = {name: values.tolist() for name, values in self._sum_values(self._metrics).items()}
+        metrics = self._summed_metrics()
         steps = sorted(self._losses)
         self._losses, self._metrics = {}, {}
         for key, value in reduced.items():
@@ -141,12 +146,22 @@ class MetricsLogger:
         last = {key.split("/", 1)[1]: value for key, value in reduced.items() if int(key.split("/", 1)[0]) == steps[-1]}
         entry = {"stage": self.stage, "step": steps[-1], "loss": sum(last.values())}
         entry |= {f"loss/{name}": value for name, value in last.items()}
-        entry |= {name: total / count for name, (total, count) in pairs.items() if count}
+        entry |= metrics
         entry |= self._totals(counters or {}, device=next(iter(flat.values())).device)
         entry |= self._rates(take_timings(), flat, steps, global_batch_size)
         self.write(entry)
         if self.is_main:
             print(_terminal_line(entry, num_steps), flush=True)
+
+    def _summed_metrics(self) -> dict[str, Any]:
+        """The window's metrics over all ranks, as a line has them; without those of which nothing was counted."""
+        pairs = {name: value for name, value in self._metrics.items() if value.dim() == 1}
+        histograms = {name: value for name, value in self._metrics.items() if value.dim() == 2}
+        sums = {name: value.tolist() for name, value in self._sum_values(pairs).items()}
+        entry: dict[str, Any] = {name: total / count for name, (total, count) in sums.items() if count}
+        for name, (counts, reference) in self._sum_values(histograms).items():
+            entry |= compared(name, counts.tolist(), reference.tolist())
+        return entry
 
     def _rates(
         self, timed: list[Seconds], losses: Mapping[str, Tensor], steps: Sequence[int], global_batch_size: int
@@ -193,6 +208,19 @@ class MetricsLogger:
 
     def close(self) -> None:
         self._wandb.finish()
+
+
+def compared(name: str, counts: Sequence[float], reference: Sequence[float]) -> dict[str, Any]:
+    """Two histograms as a line has them: half the L1 distance of their shares, in [0, 1], and the bins that are lost.
+
+    A bin is lost whose share is below `LOST` of its share in the reference. Nothing where either counts nothing.
+    """
+    if not sum(counts) or not sum(reference):
+        return {}
+    shares = [(count / sum(counts), other / sum(reference)) for count, other in zip(counts, reference, strict=True)]
+    distance = sum(abs(share - other) for share, other in shares) / 2
+    lost = [i for i, (share, other) in enumerate(shares) if share < LOST * other]
+    return {f"{name}/distance": distance, f"{name}/lost": lost}
 
 
 def _without_storage(data: Mapping[str, Any]) -> dict[str, Any]:

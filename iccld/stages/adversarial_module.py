@@ -14,6 +14,7 @@ from iccld.models.discriminator import Discriminator
 from iccld.models.iccld import ICCLD
 from iccld.stages.base import StageInputs, StageOutput, pair
 from iccld.stages.denoising import Noised, denoising_errors
+from iccld.stages.diagnostics import CLASSES
 from iccld.stages.domains import DOMAINS, LABELLED, encoded_of, of_domains
 from iccld.stages.named import Tensors, tensors_to_condition, tensors_to_encoded
 from iccld.stages.objective import AdversarialConfig, AdversaryInput
@@ -50,7 +51,8 @@ class AdversarialModule(nn.Module):
         losses["adversarial"] = tensors["adversarial_weight"] * self._confusion(seen, t) / denominators["adversarial"]
         guesses = self.discriminator(seen.detach(), t)
         losses["discriminator"] = domain_cross_entropy(guesses, domains).sum() / denominators["discriminator"]
-        return StageOutput(losses, self._metrics(guesses, domains, t) | hit_metric(tensors))
+        classes = {CLASSES: tensors[CLASSES].float()} if CLASSES in tensors else {}
+        return StageOutput(losses, classes | self._metrics(guesses, domains, t) | hit_metric(tensors))
 
     def _confusion(self, seen: Tensor, t: Tensor) -> Tensor:
         """Sum over the samples that the denoiser is to change, seen by the discriminator as it is now."""

@@ -26,7 +26,12 @@ class StageInputs(NamedTuple):
 
 
 class StageOutput(NamedTuple):
-    """`losses`: scalars whose sum is minimised. `metrics`: `(2,)` pairs (sum, count), reported as sum / count."""
+    """`losses`: scalars whose sum is minimised.
+
+    `metrics`: `(2,)` pairs (sum, count), reported as sum / count; or `(2, n)` histograms, the second the reference of
+    the first, reported as `NAME/distance` and `NAME/lost` (`runtime.metrics.compared`). They are summed over
+    micro-batches, ranks and steps.
+    """
 
     losses: dict[str, Tensor]
     metrics: dict[str, Tensor]

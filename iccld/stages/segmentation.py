@@ -16,6 +16,7 @@ from iccld.losses import feature_distance, weighted_cross_entropy
 from iccld.models.encoder import Encoder
 from iccld.models.iccld import ICCLD
 from iccld.models.latent import channel_moments, raw_latent_pair
+from iccld.stages import diagnostics
 from iccld.stages.base import Stage, StageInputs, StageOutput, decayed_groups, keyed_noise, pair, to_float
 from iccld.uda.classmix import class_mask, paste
 from iccld.uda.corruption import CorruptionConfig, corrupt, draw_corruption
@@ -103,8 +104,7 @@ class SegmentationModule(nn.Module):
         losses |= self._reference_loss(tensors, source_features) | self._mask_latent_loss(
             tensors, denominators, source_features
         )
-        confident = tensors.get("confident")
-        return StageOutput(losses, {} if confident is None else {"confident": pair(confident.sum(), len(confident))})
+        return StageOutput(losses, _metrics(tensors, dict(zip(views, logits, strict=True))))
 
     def _reference_loss(self, tensors: dict[str, Tensor], features: list[Tensor]) -> dict[str, Tensor]:
         if "reference_features" not in tensors:
@@ -176,6 +176,10 @@ class SegmentationStage(Stage):
             "mixed_weights": paste(mask, torch.ones_like(pseudo.weights), pseudo.weights),
             "confident": pseudo.confident,
         }
+        if not self.config.target_labels:
+            seen = pseudo.labels.masked_fill(~target["valid"], IGNORE_INDEX)
+            counts = diagnostics.class_counts(seen, source["labels"], num_classes=self.num_classes)
+            tensors |= {diagnostics.CLASSES: counts, "mixed_is_target": diagnostics.thinned(~mask)}
         if self.config.masked_weight:
             augmented = strong_augment(images, draws, self.config.photometric)
             tensors |= {
@@ -265,6 +269,18 @@ class SegmentationStage(Stage):
     def frozen(self) -> list[nn.Module]:
         predictor = self.teacher.module if self.config.use_teacher else self.model
         return [part for part in (predictor.encoder, predictor.decoder, self.reference) if part is not None]
+
+
+def _metrics(tensors: dict[str, Tensor], logits: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Confident pixels; classes of the pseudo-labels; where the student, on the mix, is not of the teacher's mind."""
+    if "confident" not in tensors:
+        return {}
+    metrics = {"confident": pair(tensors["confident"].sum(), len(tensors["confident"]))}
+    if diagnostics.CLASSES in tensors:
+        metrics[diagnostics.CLASSES] = tensors[diagnostics.CLASSES].float()
+        where = tensors["mixed_is_target"]
+        metrics[diagnostics.DISAGREEMENT] = diagnostics.disagreement(logits["mixed"], tensors["mixed_labels"], where)
+    return metrics
 
 
 def _check_feature_distance(model: ICCLD, config: SegmentationConfig, reference: Encoder | None) -> None:

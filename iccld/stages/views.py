@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from iccld import rng
+from iccld.labels import IGNORE_INDEX
 from iccld.models.denoiser import Denoiser
 from iccld.models.encoder import EncoderOutput
 from iccld.models.iccld import ICCLD
 from iccld.models.latent import LatentKind, diffused_latent
 from iccld.stages.base import keyed_noise, to_float
+from iccld.stages.diagnostics import CLASSES, class_counts
 from iccld.stages.domains import (
     DOMAINS,
     LABELLED,
@@ -154,13 +156,18 @@ class Views:
         seen: EncoderOutput,
         probabilities: Tensor | None,
     ) -> Tensors:
-        """`z_0` and, for the task loss, labels and weights `(B, H, W)` of source and mixed, as `source_labels`, ...
+        """`z_0`, counts of the pseudo-labels' classes and, for the task loss, labels and weights `(B, H, W)` of source
+        and mixed, as `source_labels`, ...
 
         probabilities: `(B, K, H, W)` float32 of the target images, where labels are needed.
         """
         labels = None if probabilities is None else self._labels(batch, probabilities, pasted)
         of_z_0 = {"labels": labels.labels if labels else None, "weights": labels.weights if labels else None}
         tensors = {"z_0": diffused_latent(self.model, clean=clean_latent, seen=seen, **of_z_0)}
+        if labels is not None:
+            pseudo = of_domains(labels.labels, ["target"]).masked_fill(~batch["target"]["valid"], IGNORE_INDEX)
+            counts = class_counts(pseudo, batch["source"]["labels"], num_classes=self.model.num_classes)
+            tensors[CLASSES] = counts
         if self.config.task_weight:
             assert labels is not None
             for name in LABELLED:

@@ -7,11 +7,13 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from iccld.diagnostics import diagnose
 from iccld.evaluation import EvaluationConfig, evaluate
 from iccld.labels import CITYSCAPES_19
 from iccld.runtime.engine import Engine, EngineConfig
 from iccld.stages.base import StageInputs
 from tests.factory import random_batch
+from tests.models.factory import trained_model
 from tests.stages.test_adversarial import make_stage, two_optimiser_step
 
 
@@ -87,9 +89,27 @@ def check_evaluation(engine: Engine) -> None:
     assert evaluate(mine, predict, **options, all_reduce=engine.all_reduce_sum) == evaluate(samples, predict, **options)
 
 
+def check_diagnostics(engine: Engine) -> None:
+    """Three images on two ranks have the figures of one, to the last count."""
+    model, student = (trained_model(num_classes=19, seed=seed) for seed in (0, 1))
+    generator = torch.Generator().manual_seed(0)
+    samples = [
+        {
+            "image": torch.randint(0, 256, (16, 24, 3), generator=generator, dtype=torch.uint8).numpy(),
+            "labels": torch.randint(0, 19, (16, 24), generator=generator, dtype=torch.uint8).numpy(),
+            "number": number,
+        }
+        for number in range(3)
+    ]
+    pairs = list(zip(samples, samples[1:] + samples[:1], strict=True))
+    options = {"student": student, "class_set": CITYSCAPES_19, "config": EvaluationConfig(), "seed": 0}
+    mine = pairs[engine.rank :: engine.world_size]
+    assert diagnose(mine, model, **options, all_reduce=engine.all_reduce_sum) == diagnose(pairs, model, **options)
+
+
 def main(done: Path) -> None:
     torch.set_num_threads(1)
-    for check in (check_two_optimisers, check_equal_weights, check_evaluation):
+    for check in (check_two_optimisers, check_equal_weights, check_evaluation, check_diagnostics):
         with Engine(EngineConfig()) as engine:
             assert engine.world_size == 2
             check(engine)

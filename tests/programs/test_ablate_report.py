@@ -26,7 +26,8 @@ def result(miou: float, *, rider: float = 1.0) -> EvaluationResult:
 
 
 def run(results: dict[str, EvaluationResult], *, minutes: float = 1.0, commit: str = "abc") -> Run:
-    return Run(results, [], minutes, 0.5, [commit])
+    diagnostics = {"num_images": 8, **{name: {"miou": of.miou} for name, of in results.items()}}
+    return Run(results, [], minutes, 0.5, [commit], diagnostics)
 
 
 @st.composite
@@ -54,7 +55,7 @@ def test_no_mean_without_its_spread_and_no_better_within_two_errors(made: tuple[
     ablation, rows = made
     lines = markdown(ablation, rows).splitlines()
     tables = [line for line in lines if line.startswith("| ") and not line.startswith("|---")]
-    assert len({len(re.split(r"(?<!\\)\|", line)) for line in tables}) <= 3, "of a table, all rows have as many cells"
+    assert len({len(re.split(r"(?<!\\)\|", line)) for line in tables}) <= 4, "of a table, all rows have as many cells"
     for line in tables:
         for cell in re.split(r"(?<!\\)\|", line)[2:]:
             is_memory = cell.strip() == "0.50"
@@ -87,6 +88,13 @@ def test_the_summary_is_json_with_the_names_and_without_nan(made: tuple[Ablation
         assert (row["miou_std"] is None) == (len(row["seeds"]) < 2)
         assert row["paired_seeds"] == len(set(row["seeds"]) & set(summary[ablation.grid.baseline]["seeds"]))
         assert ("gain_over_own_stage1" in row) == (rows[name].scored != "stage1")
+
+
+def test_diagnostics_are_means_over_the_runs_that_have_them():
+    without = Run({"stage1": result(9.0)}, [], 1.0, None, [])  # of an earlier version
+    row = RowFigures("a", "stage1", {0: run({"stage1": result(4.0)}), 1: run({"stage1": result(6.0)}), 2: without})
+    assert row.diagnostics == {"stage1": estimate([4.0, 6.0])}
+    assert RowFigures("b", "stage1", {0: without}).diagnostics == {}
 
 
 def test_a_class_that_a_seed_has_not_counts_in_the_others_alone():

@@ -170,6 +170,7 @@ def test_a_run_that_outlived_its_command_is_waited_for(
         ("model.denoiser.width=8", ""),
         ("inference.weights=student", "weights: teacher -> student"),
         ("evaluation.max_images=3", "max_images: 0 -> 3"),
+        ("evaluation.diagnostic_images=3", ""),
         ("metrics.log_every=7", ""),
         ("data.num_workers=1", ""),
     ],

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from iccld.runtime.metrics import MetricsConfig, MetricsLogger, NonFiniteLossError, WandbMode
+from iccld.runtime.metrics import MetricsConfig, MetricsLogger, NonFiniteLossError, WandbMode, compared
 
 
 def logger(folder: Path, *, wandb: WandbMode = WandbMode.disabled) -> MetricsLogger:
@@ -40,6 +40,27 @@ def test_losses_metrics_and_rates_of_a_window(tmp_path: Path, capsys: pytest.Cap
     assert entry["accuracy"] == 0.25 and "empty" not in entry
     assert entry["samples_per_s"] == 4.0 and entry["data_wait"] == 0.25
     assert "stage1 step 2/10  loss 2.5000  4.0 samples/s  data wait 25 %  ETA 0:08" in capsys.readouterr().out
+
+
+def test_histograms_are_summed_over_the_window_and_compared_by_their_shares(tmp_path: Path):
+    metrics = logger(tmp_path)
+    metrics.start(step=0, logger_id=None, config={})
+    for counts in ([[90.0, 10.0, 0.0], [25.0, 0.0, 25.0]], [[0.0, 0.0, 0.0], [25.0, 25.0, 0.0]]):
+        more = {"accuracy": torch.tensor([1.0, 4.0]), "none": torch.zeros(2, 3)}
+        metrics.record(0, {"source": torch.tensor(1.0)}, {"classes": torch.tensor(counts), **more})
+    flush(metrics)
+    (entry,) = entries(tmp_path)
+    # 0.9 0.1 0 beside 0.5 0.25 0.25: half of 0.4 + 0.15 + 0.25.
+    assert entry["classes/distance"] == pytest.approx(0.4) and entry["classes/lost"] == [2]
+    assert entry["accuracy"] == 0.25 and not [name for name in entry if name.startswith("none")]
+
+
+@pytest.mark.parametrize(("count", "lost"), [(4.1, []), (3.9, [1])])
+def test_a_bin_is_lost_below_a_fiftieth_of_its_share(count: float, lost: list[int]):
+    found = compared("classes", [1000.0 - count, count, 0.0], [400.0, 100.0, 0.0])  # 0.2 / 50 = 0.004
+    assert found["classes/lost"] == lost
+    assert compared("same", [2.0, 6.0], [1.0, 3.0]) == {"same/distance": 0.0, "same/lost": []}
+    assert compared("apart", [2.0, 0.0], [0.0, 3.0]) == {"apart/distance": 1.0, "apart/lost": [1]}
 
 
 def test_a_loss_that_is_not_finite_names_loss_step_and_samples(tmp_path: Path):

@@ -23,6 +23,12 @@ standard errors, over at least two seeds; otherwise no difference is shown. Minu
 and do not include the stage 1 that it took from another run; memory is the most that one rank held."""
 WHICH_IMAGES = "They are the baseline's best, median and worst validation image by mIoU, the same for every run."
 
+WHICH_LATENTS = """\
+They are of a few validation images, and to be compared with one another alone. Each is D's map with the image's own
+features, under another latent: E's (stage1), the true z_0 (own), the mean, another image's, E's after gradient steps on
+the true labels (fitted, an upper bound), one denoising step from noise (denoised), and the z_0 that is predicted from
+the true z_t (z_0_at_t). The student is another set of weights; labels_at_16 is no model, but labels in cells of 16."""
+
 
 def write_report(ablation: Ablation, *, pictures: bool) -> None:
     """Write everything from what is finished, and say where."""
@@ -60,7 +66,7 @@ def markdown(
         *_missing(rows),
         *_second_stages(ablation, rows),
     ]
-    lines += ["## Classes", "", *_classes(rows), ""]
+    lines += [*_diagnostics(rows), "## Classes", "", *_classes(rows), ""]
     lines += [line for name in charts for line in (f"![IoU of each class]({name})", "")]
     if samples and chosen:
         keys = "; ".join(f"{rank} {key}" for rank, key in chosen.items())
@@ -111,6 +117,18 @@ def _second_stages(ablation: Ablation, rows: Mapping[str, RowFigures]) -> Iterat
             cells = [f"`{row.name}`", scored, _words(estimate(list(mious.values()))), _words(gain, signed=True)]
             cells += [judgement(gain) if gain else "", _words(difference, signed=True), judgement(difference)]
             yield _line(cells)
+    yield ""
+
+
+def _diagnostics(rows: Mapping[str, RowFigures]) -> Iterator[str]:
+    """Yield the mIoU of each run's last stage under other latents, where it was measured."""
+    shown = [row for row in rows.values() if row.diagnostics]
+    if not shown:
+        return
+    yield from ("## Diagnostics", "", WHICH_LATENTS, "")
+    yield from _head("mIoU, %", *(f"`{row.name}`, {_seeds(len(row.runs))}" for row in shown))
+    for name in dict.fromkeys(name for row in shown for name in row.diagnostics):
+        yield _line([name, *(_words(row.diagnostics.get(name), usual_n=len(row.runs)) for row in shown)])
     yield ""
 
 

@@ -32,7 +32,7 @@ OF_STAGE = {
     StageName.stage2: ("stage2.", *OF_DENOISER, *OF_DENOISING),
 }
 """The settings that change nothing in a run that does not train the stage."""
-NOT_OF_SCORES = ("models", "sha256", "batch_size")
+NOT_OF_SCORES = ("models", "sha256", "batch_size", "diagnostic_images")
 
 
 @dataclass(frozen=True)

@@ -27,13 +27,17 @@ OWN_STAGE1 = "stage1"
 
 @dataclass(frozen=True)
 class Run:
-    """One finished run. `results` by what was scored: `stage1`, `stage2 x1`, ..., `mean latent`."""
+    """One finished run. `results` by what was scored: `stage1`, `stage2 x1`, ..., `mean latent`.
+
+    `diagnostics`: those of its last stage, as `evaluate` writes them; earlier versions wrote none.
+    """
 
     results: Mapping[str, EvaluationResult]
     by_noise_seed: list[float]
     minutes: float
     peak_gib: float | None
     commits: list[str]
+    diagnostics: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -93,6 +97,16 @@ class RowFigures:
         return {name: value for name, ious in found.items() if (value := estimate(ious)) is not None}
 
     @property
+    def diagnostics(self) -> dict[str, Estimate]:
+        """The mIoU under each latent, on the images of the diagnostics."""
+        found: dict[str, list[float]] = {}
+        for run in self.runs.values():
+            for name, figure in run.diagnostics.items():
+                if isinstance(figure, Mapping) and figure["miou"] is not None:
+                    found.setdefault(name, []).append(figure["miou"])
+        return {name: value for name, mious in found.items() if (value := estimate(mious)) is not None}
+
+    @property
     def commits(self) -> list[str]:
         return list(dict.fromkeys(commit for run in self.runs.values() for commit in run.commits))
 
@@ -127,7 +141,8 @@ def _run(ablation: Ablation, task: Task) -> Run:
     stage, _, steps = scored.partition(" x")
     scores = saved[stage][steps] if steps else saved[stage]
     commits = [_commit(code) for code in read_note(run_dir)["code"]]
-    return Run(results, scores.get("miou_by_noise_seed", []), _minutes(run_dir), _peak_gib(run_dir), commits)
+    by_noise_seed, diagnostics = scores.get("miou_by_noise_seed", []), saved.get("diagnostics", {}).get(stage, {})
+    return Run(results, by_noise_seed, _minutes(run_dir), _peak_gib(run_dir), commits, diagnostics)
 
 
 def _commit(code: Mapping[str, str]) -> str:
@@ -173,6 +188,7 @@ def _row(ablation: Ablation, row: RowFigures, baseline: RowFigures) -> dict[str,
         "minutes": row.minutes.mean if row.minutes else None,
         "peak_gib": row.peak_gib,
         "classes": {name: _estimate("iou", value) for name, value in row.classes.items()},
+        "diagnostics": {name: _estimate("miou", value) for name, value in row.diagnostics.items()},
         "commit": "; ".join(row.commits),
         **({"gain_over_own_stage1": gain} if row.has_second_stage else {}),
         "scores": {name: _scores(row, name, baseline) for name in [row.scored, *row.others]} if row.runs else {},
@@ -195,6 +211,7 @@ def _by_seed(row: RowFigures, run: Run) -> dict[str, Any]:
         "minutes": run.minutes,
         "peak_gib": run.peak_gib,
         "commits": run.commits,
+        "diagnostics": run.diagnostics,
     }
 
 
