@@ -69,8 +69,8 @@ class Stage2Config:
 class InferenceConfig:
     """Which weights predict, and with how many denoising steps (0: the decoder alone, as after stage 1)."""
 
-    weights: Weights = Weights.teacher
-    num_steps: list[int] = field(default_factory=lambda: [1, 4, 50])
+    weights: Weights = Weights.teacher  # which model predicts: the teacher or the student
+    num_steps: list[int] = field(default_factory=lambda: [1, 4, 50])  # denoising steps; 0: the decoder alone
     noise_seeds: int = 1  # each is scored on its own
     num_averaged: int = 1  # denoised from so many noises, whose class probabilities are averaged
     blend: float = 0.0  # share of D(E(x))'s probabilities, as after stage 1, in the denoised ones
@@ -93,11 +93,12 @@ class Config:
     `stage1_from`: the run directory whose finished stage 1 this run copies, to train stage 2 alone.
     """
 
-    run_dir: str = "runs/default"
-    seed: int = 0
+    run_dir: str = "runs/default"  # the folder that gets everything a run writes
+    seed: int = 0  # of every random draw
     stages: list[StageName] = field(default_factory=lambda: [StageName.stage1, StageName.stage2])
-    initial_model: str = ""
-    stage1_from: str = ""
+    """The stages that this run trains."""
+    initial_model: str = ""  # a model folder whose encoder and decoder stage 1 starts from
+    stage1_from: str = ""  # a run directory whose finished stage 1 this run takes
     preflight: bool = True  # devices, disk, shards and a collective are tried before a run
     statistics_samples: int = 256  # images of each domain over which the latent's mean and std are measured
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -37,9 +37,9 @@ class EvaluationConfig:
 
     image_size: list[int] = field(default_factory=list)
     """Images are resized to it for the model, and the logits back to the labels' size; empty: as they are."""
-    sliding_window: bool = False
-    window: list[int] = field(default_factory=lambda: [512, 512])
-    stride: list[int] = field(default_factory=lambda: [384, 384])
+    sliding_window: bool = False  # segment overlapping windows, not the whole image
+    window: list[int] = field(default_factory=lambda: [512, 512])  # height and width of a window
+    stride: list[int] = field(default_factory=lambda: [384, 384])  # from window to window, down and across
     num_classes: int = 0
     """The classes that the means run over: 0 for all of the model's; 19, 16 or 13 of the 19 Cityscapes classes."""
     boundary_width: int = 2

@@ -49,8 +49,8 @@ class CacheConfig:
     A sample larger than 1/256 of `max_gib` is not kept.
     """
 
-    folder: str = ""
-    max_gib: float = 100.0
+    folder: str = ""  # on the node's own disk; empty: no cache
+    max_gib: float = 100.0  # how much of it samples may take
 
     def __post_init__(self) -> None:
         if not 0 < self.max_gib < float("inf"):

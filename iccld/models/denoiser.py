@@ -18,11 +18,12 @@ from iccld.models.condition import Condition, RichCondition
 class DenoiserConfig:
     """Level i has `width * channel_multipliers[i]` channels at 1 / 2^i of the latent's resolution."""
 
-    width: int = 128
+    width: int = 128  # channels of the finest level
     channel_multipliers: list[int] = field(default_factory=lambda: [1, 2, 4])
-    num_blocks: int = 2
+    """Of each level, times `width`; the finest first."""
+    num_blocks: int = 2  # residual blocks a level
     attention_levels: list[int] = field(default_factory=lambda: [1, 2])  # the middle always has attention
-    head_dim: int = 64
+    head_dim: int = 64  # channels of an attention head
     attention: AttentionBackend = AttentionBackend.sdpa
     activation_checkpointing: bool | int = field(default=False, metadata={"of_training": True})
     """Recompute blocks in the backward pass: all of them, or those of so many of the finest levels."""

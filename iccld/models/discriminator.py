@@ -17,8 +17,8 @@ NUM_DOMAINS = 3
 class DiscriminatorConfig:
     """`num_layers` stride-2 convolutions; the first has `width` channels, each further one twice as many."""
 
-    width: int = 64
-    num_layers: int = 3
+    width: int = 64  # channels of the first layer; each further one has twice as many
+    num_layers: int = 3  # convolutions of stride 2
 
     def __post_init__(self) -> None:
         for name, low in (("width", 2), ("num_layers", 1)):

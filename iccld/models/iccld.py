@@ -51,11 +51,12 @@ class ModelConfig:
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
     latent: LatentKind = LatentKind.image
-    latent_channels: int = 16
+    latent_channels: int = 16  # channels of the latent; 16 for images, 4 will do for masks
     condition: ConditionKind = field(default=ConditionKind.latent, metadata={"optional": True})
     residual_steps: int = field(default=4, metadata={"optional": True})
+    """Gradient steps towards the labels, where the latent is `residual`."""
     residual_step: float = field(default=0.1, metadata={"optional": True})
-    """Of the reading `residual`: gradient steps, and the length of each in the latent's standard deviations."""
+    """Length of each of these steps, in standard deviations of the latent."""
 
     def __post_init__(self) -> None:
         if self.residual_steps < 1 or not 0 < self.residual_step < float("inf"):

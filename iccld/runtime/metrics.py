@@ -25,10 +25,10 @@ from iccld.runtime.throughput import RankSeconds, rates, slow_rank_words, slowes
 class MetricsConfig:
     """`log_every`: in steps; losses stay on the device in between. `peak_tflops`: what a device could do, for MFU."""
 
-    log_every: int = 50
+    log_every: int = 50  # steps between two lines of metrics.jsonl
     peak_tflops: float = 0.0  # 10^12 floating-point operations a second; 0: by the device's name, where it is known
-    wandb: WandbMode = WandbMode.offline
-    wandb_project: str = "iccld"
+    wandb: WandbMode = WandbMode.offline  # whether wandb gets the metrics, and when
+    wandb_project: str = "iccld"  # wandb's project
 
     def __post_init__(self) -> None:
         if self.log_every < 1:

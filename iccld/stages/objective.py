@@ -34,23 +34,24 @@ class PseudoLabelSource(Enum):
 class AdversarialConfig:
     """Stage 2. `domain_weights` are those of the diffusion term for source, target, mixed; 0 leaves a domain out."""
 
-    learning_rate: float = 1e-4
-    weight_decay: float = 0.05
-    discriminator_learning_rate: float = 1e-4
-    teacher_decay: float = 0.999
+    learning_rate: float = 1e-4  # of the denoiser
+    weight_decay: float = 0.05  # AdamW's
+    discriminator_learning_rate: float = 1e-4  # of the discriminator
+    teacher_decay: float = 0.999  # of the teacher's moving average, once it is warm
     diffusion_loss: DiffusionLoss = DiffusionLoss.noise
     pure_noise_share: float = 0.0  # of the samples: z_t is pure noise, as the sampler starts, and the loss is on z_0
     deterministic: bool = False  # the control: z_t = 0 at the last timestep throughout, in inference too
     task_weight: float = 0.0  # cross entropy of D(z_0_pred, F) on source labels and mixed pseudo-labels
     pseudo_labels: PseudoLabelSource = PseudoLabelSource.stage1
-    flip_teacher: bool = False  # this and the next three as in stage 1
-    confidence_threshold: float = 0.968
-    class_thresholds: float = 0.0
-    class_balance: float = 0.0
-    adversarial_weight: float = 1e-3
-    adversarial_ramp_steps: int = 1000
+    flip_teacher: bool = False  # pseudo-labels from the mean with the mirrored image's prediction
+    confidence_threshold: float = 0.968  # of pixels that count for the image weight q
+    class_thresholds: float = 0.0  # share of a class's mean confidence that a pixel must reach; 0: all weigh q
+    class_balance: float = 0.0  # exponent of the balance of classes in the pseudo-labels' weights
+    adversarial_weight: float = 1e-3  # of the denoiser's adversarial loss; 0: off
+    adversarial_ramp_steps: int = 1000  # steps over which that weight grows from 0
     adversary_input: AdversaryInput = AdversaryInput.noise
     domain_weights: list[float] = field(default_factory=lambda: [1.0, 1.0, 1.0])
+    """Of the diffusion loss on source, target and mixed images; 0 leaves one out."""
     photometric: PhotometricConfig = field(default_factory=PhotometricConfig)
     corruption: CorruptionConfig = field(default_factory=CorruptionConfig)  # of the view of source and mixed images
     ema_profile: EmaProfileConfig = field(default_factory=EmaProfileConfig)

@@ -37,10 +37,10 @@ class SegmentationConfig:
     """Stage 1. The defaults are the field's published constants (DAFormer, MIC); an option of weight 0 is off."""
 
     adapt: bool = True  # False: source only
-    encoder_learning_rate: float = 6e-5
-    decoder_learning_rate: float = 6e-4
-    weight_decay: float = 0.01
-    teacher_decay: float = 0.999
+    encoder_learning_rate: float = 6e-5  # of the backbone
+    decoder_learning_rate: float = 6e-4  # of everything else that is trained
+    weight_decay: float = 0.01  # AdamW's
+    teacher_decay: float = 0.999  # of the teacher's moving average, once it is warm
     use_teacher: bool = True  # False: the student's own pseudo-labels (an ablation of the paper)
     flip_teacher: bool = False  # pseudo-labels from the mean of the image's prediction and the mirrored image's
     confidence_threshold: float = 0.968  # of pixels that count for the image weight q
@@ -48,13 +48,14 @@ class SegmentationConfig:
     image_weight: bool = False  # with class-wise thresholds: confident pixels weigh q, in place of 1
     class_balance: float = 0.0  # exponent of the balance of classes in the pseudo-labels' weights; 0.5: square root
     warm_start_steps: int = 0  # source only for so many steps, so that the first pseudo-labels are worth something
-    target_weight: float = 1.0
+    target_weight: float = 1.0  # of the loss on mixed images
     target_labels: bool = False  # an upper bound: the target's true labels in place of pseudo-labels
-    masked_weight: float = 0.0
-    masked_block: int = 64
-    masked_ratio: float = 0.7
-    feature_distance_weight: float = 0.0
+    masked_weight: float = 0.0  # of the loss on masked target images; 0: off
+    masked_block: int = 64  # side of a masked block, in pixels
+    masked_ratio: float = 0.7  # share of the blocks that is masked
+    feature_distance_weight: float = 0.0  # of the distance to the features of the pretrained encoder; 0: off
     feature_distance_classes: list[int] = field(default_factory=lambda: [6, 7, 11, 12, 13, 14, 15, 16, 17, 18])
+    """Train ids of the classes that the distance is taken over."""
     mask_latent_weight: float = 1.0  # reconstruction of labels, where the latent is of the mask
     mask_latent_drop: float = 0.5  # share of samples whose inter-coder connection is dropped in the reconstruction
     mask_latent_noise: float = 0.5  # standard deviation of the noise on the latent in the reconstruction

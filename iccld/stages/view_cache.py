@@ -41,16 +41,11 @@ _START = 2 * _NUMBER.size
 
 @dataclass
 class ViewCacheConfig:
-    """`num_samples`: how many samples of each domain are seen, again and again; 0: no cache, and every sample is new.
+    """The cache of what E and D give in stage 2. FLOPs and MFU count both as if they ran in every step."""
 
-    `folder`: of the node's own disk, or of its memory (/dev/shm), for all ranks of the node, and for all runs of the
-    same stage 1 and settings. `max_gib`: what it may take; what is not kept is computed each time. FLOPs and MFU of a
-    run count the frozen networks as if they ran in every step.
-    """
-
-    num_samples: int = 0
-    folder: str = ""
-    max_gib: float = 20.0
+    num_samples: int = 0  # of each domain, seen again and again; 0: no cache, and every sample is new
+    folder: str = ""  # on the node's disk or in its memory, shared by its ranks and by runs of equal views
+    max_gib: float = 20.0  # the most that the folder may take; what does not fit is computed each time
 
     def __post_init__(self) -> None:
         if self.num_samples < 0:

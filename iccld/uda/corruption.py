@@ -22,18 +22,18 @@ GREY = 0.5
 
 @dataclass
 class CorruptionConfig:
-    """Corruption of labelled images towards the target. `strength` in [0, 1] scales every part; 0 is off.
+    """Corruption of labelled images towards the target.
 
     A sample draws how much it gets of each part, from nothing to the largest; blocks have a fixed share.
     """
 
-    strength: float = 0.0
+    strength: float = 0.0  # in [0, 1], scales every part; 0 is off
     fourier_band: float = 0.1  # largest half width of the band that is the target's, as a share of the shorter side
-    jitter: float = 0.4
-    blur_sigma: float = 1.5
+    jitter: float = 0.4  # largest change of brightness, contrast, saturation and hue
+    blur_sigma: float = 1.5  # largest standard deviation of the blur, in pixels
     noise: float = 0.1  # largest standard deviation
-    block: int = 16
-    block_ratio: float = 0.15
+    block: int = 16  # side of a grey block, in pixels
+    block_ratio: float = 0.15  # share of the blocks that turns grey
 
     def __post_init__(self) -> None:
         for name, most in (("strength", 1.0), ("fourier_band", 0.5), ("jitter", 1.0), ("block_ratio", 1.0)):
