@@ -61,6 +61,7 @@ class SegmentationConfig:
     mask_latent_noise: float = 0.5  # standard deviation of the noise on the latent in the reconstruction
     photometric: PhotometricConfig = field(default_factory=PhotometricConfig)
     corruption: CorruptionConfig = field(default_factory=CorruptionConfig)  # of source and mixed images, in adaptation
+    corruption_start: int = 0  # corruption begins at this step: it slows down a network that has learnt little yet
     ema_profile: EmaProfileConfig = field(default_factory=EmaProfileConfig)
 
     def __post_init__(self) -> None:
@@ -71,7 +72,8 @@ class SegmentationConfig:
         for name in ("encoder_learning_rate", "decoder_learning_rate", "masked_block"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"stage1.objective.{name}={getattr(self, name)} must be above 0.")
-        for name in ("weight_decay", "target_weight", "masked_weight", "feature_distance_weight", "mask_latent_weight"):
+        weights = ("weight_decay", "target_weight", "masked_weight", "feature_distance_weight", "mask_latent_weight")
+        for name in ("corruption_start", *weights):
             if getattr(self, name) < 0:
                 raise ValueError(f"stage1.objective.{name}={getattr(self, name)} must be 0 (off) or above.")
 
@@ -154,7 +156,7 @@ class SegmentationStage(Stage):
         source = batch["source"]
         tensors = {"source_images": to_float(source["images"]), "source_labels": source["labels"]}
         if self.config.adapt and step >= self.config.warm_start_steps:
-            tensors |= self._adaptation(source, batch["target"])
+            tensors |= self._adaptation(source, batch["target"], step)
         if self.reference is not None:
             tensors["reference_features"] = self.reference(tensors["source_images"]).features[-1]
         if self.model.mask_encoder is not None:
@@ -163,16 +165,18 @@ class SegmentationStage(Stage):
         counts = {view: (y != IGNORE_INDEX).sum().float() for view, y in labels.items() if y is not None}
         return StageInputs(tensors, counts)
 
-    def _adaptation(self, source: Mapping[str, Any], target: Mapping[str, Any]) -> dict[str, Tensor]:
+    def _adaptation(self, source: Mapping[str, Any], target: Mapping[str, Any], step: int) -> dict[str, Tensor]:
         source_images, images, numbers = to_float(source["images"]), to_float(target["images"]), target["numbers"]
         pseudo = self._pseudo_labels(images, target)
         scores = rng.uniform(self.num_classes, seed=self.seed, purpose="classmix", numbers=numbers)
         mask = class_mask(source["labels"], scores)
-        mixed = self._corrupted("mixed", paste(mask, source_images, images), source, images)
+        labelled = {"source": source_images, "mixed": paste(mask, source_images, images)}
+        if step >= self.config.corruption_start:
+            labelled = {view: self._corrupted(view, given, source, images) for view, given in labelled.items()}
         draws = rng.uniform(NUM_DRAWS, seed=self.seed, purpose="photometric", numbers=numbers)
         tensors = {
-            "source_images": self._corrupted("source", source_images, source, images),
-            "mixed_images": strong_augment(mixed, draws, self.config.photometric),
+            "source_images": labelled["source"],
+            "mixed_images": strong_augment(labelled["mixed"], draws, self.config.photometric),
             "mixed_labels": paste(mask, source["labels"], pseudo.labels),
             "mixed_weights": paste(mask, torch.ones_like(pseudo.weights), pseudo.weights),
             "confident": pseudo.confident,

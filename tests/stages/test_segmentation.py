@@ -146,6 +146,15 @@ def test_corruption_changes_source_and_mixed_images_alone_and_not_before_adaptat
     assert torch.equal(prepared(warm, range(2)).tensors["source_images"], before["source_images"])
 
 
+def test_corruption_begins_at_its_step():
+    plain = make_stage()
+    late = make_stage(corruption=CorruptionConfig(strength=1.0), corruption_start=2)
+    for step, equal in ((1, True), (2, False)):
+        before, after = (prepared(stage, range(2), step=step).tensors for stage in (plain, late))
+        for name in ("source_images", "mixed_images"):
+            assert torch.equal(before[name], after[name]) is equal
+
+
 def test_the_mix_is_corrupted_after_it_was_pasted_and_before_the_strong_augmentation():
     still = PhotometricConfig(jitter_probability=0.0, blur_probability=0.0)
     blocks = CorruptionConfig(strength=1.0, fourier_band=0.0, jitter=0.0, blur_sigma=0.0, noise=0.0, block_ratio=1.0)
