@@ -220,7 +220,8 @@ def blurred(labels: Tensor, *, stride: int, num_classes: int) -> Tensor:
     """The class `(1, H, W)` that the labels' shares in cells of `stride` pixels, bilinearly upsampled, give a pixel."""
     classes = torch.arange(num_classes, device=labels.device).view(1, -1, 1, 1)
     shares = F.avg_pool2d((labels[:, None] == classes).float(), stride, ceil_mode=True)
-    return F.interpolate(shares, size=labels.shape[-2:], mode="bilinear", align_corners=False).argmax(dim=1)
+    upsampled = F.interpolate(shares, scale_factor=float(stride), mode="bilinear", align_corners=False)
+    return upsampled[..., : labels.shape[1], : labels.shape[2]].argmax(dim=1)
 
 
 def _timesteps(model: ICCLD) -> list[int]:

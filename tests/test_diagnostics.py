@@ -277,3 +277,11 @@ def test_an_image_of_another_size_gives_a_latent_of_this_ones():
     assert isinstance(make_example(sample(0), config=EvaluationConfig(), device="cpu"), Example)
     figures = found(Reader(), [(sample(0), sample(1, height=64, width=96))])
     assert 0 < figures["other_latent"].changed < 100
+
+
+@pytest.mark.parametrize("height", [352, 360, 368])
+def test_blurred_labels_of_whole_cells_are_the_labels(height: int):
+    rows = torch.arange(height) // 16 % 2
+    labels = rows.view(1, -1, 1).expand(1, height, 32).to(torch.uint8)
+    far_from_edges = (torch.arange(height) % 16 >= 4) & (torch.arange(height) % 16 < 12)
+    assert torch.equal(blurred(labels, stride=16, num_classes=2)[:, far_from_edges], labels[:, far_from_edges].long())

@@ -27,11 +27,12 @@ def fitted_residual(model: "ICCLD", encoded: "EncoderOutput", labels: Tensor, we
     """r of each sample, `(B, C, h, w)` float32, without a gradient.
 
     encoded: E's output of the view that the denoiser sees. labels: `(B, H, W)`, 255 is ignored. weights: `(B, H, W)`
-    float32 >= 0; besides the pixels' share in the gradient, a sample's mean weight shortens its steps.
+    float32 >= 0; besides the pixels' share in the gradient, a sample's mean weight, if below 1, shortens its steps.
     """
     config, unit = model.config, model.latent_std.view(1, -1, 1, 1)
     valid = (labels != IGNORE_INDEX).float()
     trust = (weights * valid).sum(dim=(1, 2)) / valid.sum(dim=(1, 2)).clamp(min=1.0)
+    trust = trust.clamp(max=1.0)  # a balance of classes can raise the weights that pasting leaves
     start = encoded.latent.float()
     move = torch.zeros_like(start)
     for _ in range(config.residual_steps):

@@ -213,8 +213,9 @@ def _score_model(model: ICCLD, config: Config, score: Callable[[Predict], Evalua
         return {"stage1": _scores([score(predict_function(model, num_steps=0, seed=config.seed))])}
     by_steps = {}
     for num_steps in config.inference.num_steps:
-        if model.deterministic and num_steps and by_steps:  # neither steps nor seeds change anything
-            by_steps[str(num_steps)] = next(iter(by_steps.values()))
+        denoised = next((scores for steps, scores in by_steps.items() if steps != "0"), None)
+        if model.deterministic and num_steps and denoised:  # neither steps nor seeds change anything
+            by_steps[str(num_steps)] = denoised
             continue
         seeds = range(1 if model.deterministic else config.inference.noise_seeds)
         options = {"num_averaged": config.inference.num_averaged, "blend": config.inference.blend}

@@ -69,5 +69,6 @@ def identity_of_views(config: Config, engine: Engine, stream: TrainingStream) ->
         "settings": settings,
         "device": engine.device.type,
         "precision": engine.accelerator.mixed_precision,
+        "compile": config.engine.compile.on(engine.device).name,
     }
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()

@@ -185,7 +185,7 @@ def _validate(stage: Stage, config: Config, engine: Engine, give_up: Callable[[]
     """
     models = whole_stage(stage, config, engine).models()
     model = models["teacher"]
-    num_steps = min(config.inference.num_steps) if model.denoiser is not None else 0
+    num_steps = min(filter(None, config.inference.num_steps), default=0) if model.denoiser is not None else 0
     predict = predict_function(model, num_steps=num_steps, seed=config.seed)
     result = evaluate_predictor(predict, config, engine, give_up=give_up)
     values = {"miou": result.miou, "boundary_miou": result.boundary_miou}

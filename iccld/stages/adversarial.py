@@ -60,7 +60,7 @@ class AdversarialStage(Stage):
     module: AdversarialModule
 
     def __init__(self, model: ICCLD, discriminator: Discriminator, config: AdversarialConfig, *, seed: int) -> None:
-        _check_task_loss(model, config)
+        _check_labels(model, config)
         self.model, self.config, self.seed = model, config, seed
         model.stage, model.deterministic = ModelStage.adversarial, config.deterministic
         for part in self.frozen():
@@ -159,7 +159,14 @@ class AdversarialStage(Stage):
         return [self.module.discriminator]
 
 
-def _check_task_loss(model: ICCLD, config: AdversarialConfig) -> None:
+def _check_labels(model: ICCLD, config: AdversarialConfig) -> None:
+    uses_labels = config.task_weight > 0 or model.config.latent.is_of_labels
+    if config.pseudo_labels is PseudoLabelSource.denoiser and not uses_labels:
+        raise ValueError(
+            f"stage2.objective.pseudo_labels={config.pseudo_labels.name} changes nothing with "
+            f"model.latent={model.config.latent.name} and task_weight=0, as no loss is of labels; set "
+            f"stage2.objective.task_weight above 0."
+        )
     pure = config.deterministic or config.pure_noise_share > 0
     if config.task_weight and model.config.latent.is_of_labels and not pure:
         raise ValueError(

@@ -1,5 +1,6 @@
 """The settings of stage 2's objective."""
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -72,17 +73,18 @@ class AdversarialConfig:
         return ("target",) if self.adversary_input is AdversaryInput.map else DOMAINS
 
     def __post_init__(self) -> None:
-        if len(self.domain_weights) != 3 or min(self.domain_weights) < 0 or sum(self.domain_weights) == 0:
+        weights = self.domain_weights
+        if len(weights) != 3 or not all(0 <= weight < math.inf for weight in weights) or sum(weights) == 0:
             raise ValueError(
                 f"stage2.objective.domain_weights={self.domain_weights} must be three weights >= 0 "
                 f"(source, target, mixed), not all 0."
             )
         for name in ("task_weight", "adversarial_weight", "adversarial_ramp_steps", "weight_decay"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"stage2.objective.{name}={getattr(self, name)} must be 0 (off) or above.")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"stage2.objective.{name}={getattr(self, name)} must be 0 (off) or above, and finite.")
         for name in ("learning_rate", "discriminator_learning_rate"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"stage2.objective.{name}={getattr(self, name)} must be above 0.")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"stage2.objective.{name}={getattr(self, name)} must be above 0, and finite.")
         shares = ("teacher_decay", "pure_noise_share", "confidence_threshold", "class_thresholds", "class_balance")
         for name in shares:
             if not 0.0 <= getattr(self, name) <= 1.0:

@@ -40,8 +40,8 @@ class CorruptionConfig:
             if not 0.0 <= getattr(self, name) <= most:
                 raise ValueError(f"corruption.{name}={getattr(self, name)} must be between 0 (off) and {most:g}.")
         for name in ("blur_sigma", "noise"):
-            if not getattr(self, name) >= 0.0:
-                raise ValueError(f"corruption.{name}={getattr(self, name)} must be 0 (off) or above.")
+            if not 0.0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"corruption.{name}={getattr(self, name)} must be 0 (off) or above, and finite.")
         if self.block < 1:
             raise ValueError(f"corruption.block={self.block} must be at least 1 pixel; 16 is usual.")
 

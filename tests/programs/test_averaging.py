@@ -1,12 +1,14 @@
 """Averaged predictions: over noises, and with the map of stage 1."""
 
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from iccld.config import load_config
-from iccld.programs.evaluate import predict_function
+from iccld.programs.evaluate import _score_model, predict_function
 from iccld.programs.results import about_of
 from tests.models.factory import trained_model
 
@@ -40,6 +42,20 @@ def test_a_deterministic_model_has_nothing_to_average():
     model = trained_model()
     model.deterministic = True
     assert torch.equal(logits_of(model, num_averaged=4, noise_seed=2), logits_of(model))
+
+
+def test_a_deterministic_models_scores_are_those_of_its_one_step_and_not_of_the_decoder_alone():
+    model = trained_model()
+    model.deterministic = True
+    config = load_config(["model=tiny", "dataset=scenes", "inference.num_steps=[0,1,4]"])
+
+    def score(predict: Callable[..., torch.Tensor]) -> Any:
+        total = float(predict(IMAGES, NUMBERS).abs().sum())
+        return SimpleNamespace(miou=total, to_json=lambda: {"miou": total})
+
+    with torch.no_grad():
+        scores = _score_model(model, config, score)["stage2"]
+    assert scores["1"] == scores["4"] != scores["0"]
 
 
 def test_what_is_averaged_is_told_with_the_scores_and_only_then():

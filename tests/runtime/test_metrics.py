@@ -59,6 +59,7 @@ def test_histograms_are_summed_over_the_window_and_compared_by_their_shares(tmp_
 def test_a_bin_is_lost_below_a_fiftieth_of_its_share(count: float, lost: list[int]):
     found = compared("classes", [1000.0 - count, count, 0.0], [400.0, 100.0, 0.0])  # 0.2 / 50 = 0.004
     assert found["classes/lost"] == lost
+    assert compared("rare", [1e5, 0.0], [999_999.0, 1.0])["rare/lost"] == [], "the reference has next to none"
     assert compared("same", [2.0, 6.0], [1.0, 3.0]) == {"same/distance": 0.0, "same/lost": []}
     assert compared("apart", [2.0, 0.0], [0.0, 3.0]) == {"apart/distance": 1.0, "apart/lost": [1]}
 

@@ -14,6 +14,7 @@ from iccld.models.iccld import ICCLD
 from iccld.models.latent import LatentKind
 from iccld.models.residual import fitted_residual, residual_scale
 from iccld.stages.adversarial import AdversarialStage, AdversaryInput, noise_shapes
+from iccld.stages.base import to_float
 from iccld.stages.named import tensors_to_condition
 from iccld.stages.objective import AdversarialConfig, PseudoLabelSource
 from iccld.uda.corruption import CorruptionConfig
@@ -246,3 +247,18 @@ def test_the_stream_draws_the_noise_that_a_step_asks_for():
     assert len(found) == 6 and not noise_shapes(
         replace(config, deterministic=True, corruption=CorruptionConfig()), **shapes
     )
+
+
+def test_pseudo_labels_that_no_loss_asks_for_are_refused():
+    with pytest.raises(ValueError, match=r"pseudo_labels=denoiser changes nothing .* set stage2.objective.task_weight"):
+        make_stage(pseudo_labels=OWN)
+
+
+def test_a_trust_above_1_lengthens_no_step_of_the_residual():
+    stage = make_stage(latent=LatentKind.residual)
+    images = random_batch(num_classes=19, numbers=range(2))["source"]["images"]
+    labels = random_batch(num_classes=19, numbers=range(2))["source"]["labels"]
+    encoded = stage.model.encoder(to_float(images))
+    plain, heavy = (fitted_residual(stage.model, encoded, labels, torch.full(labels.shape, w)) for w in (1.0, 4.0))
+    assert heavy.square().mean().sqrt() <= 1.0
+    torch.testing.assert_close(plain, heavy, rtol=1e-3, atol=1e-4)
