@@ -164,7 +164,7 @@ def evaluate_models(
         if engine.is_main:
             print(f"scoring {folder}", flush=True)
         score = partial(evaluate_predictor, config=config, engine=engine, give_up=give_up)
-        results |= _score_model(load_model(folder, config).to(engine.device), config, score)
+        results |= score_model(load_model(folder, config).to(engine.device), config, score)
     if config.evaluation.diagnostic_images:
         results[DIAGNOSTICS] = _diagnose(folders, config, engine, give_up)
     if engine.is_main:
@@ -208,7 +208,7 @@ def load_model(folder: Path, config: Config) -> ICCLD:
     return model
 
 
-def _score_model(model: ICCLD, config: Config, score: Callable[[Predict], EvaluationResult]) -> dict[str, Any]:
+def score_model(model: ICCLD, config: Config, score: Callable[[Predict], EvaluationResult]) -> dict[str, Any]:
     if model.stage is not ModelStage.adversarial:
         return {"stage1": _scores([score(predict_function(model, num_steps=0, seed=config.seed))])}
     by_steps = {}

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from iccld.config import load_config
-from iccld.programs.evaluate import _score_model, predict_function
+from iccld.programs.evaluate import score_model, predict_function
 from iccld.programs.results import about_of
 from tests.models.factory import trained_model
 
@@ -54,7 +54,7 @@ def test_a_deterministic_models_scores_are_those_of_its_one_step_and_not_of_the_
         return SimpleNamespace(miou=total, to_json=lambda: {"miou": total})
 
     with torch.no_grad():
-        scores = _score_model(model, config, score)["stage2"]
+        scores = score_model(model, config, score)["stage2"]
     assert scores["1"] == scores["4"] != scores["0"]
 
 
