@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from iccld.config import load_config
-from iccld.programs.evaluate import score_model, predict_function
+from iccld.programs.evaluate import predict_function, score_model
 from iccld.programs.results import about_of
 from tests.models.factory import trained_model
 
