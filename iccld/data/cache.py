@@ -70,7 +70,7 @@ class SampleCache:
     """For messages, and the sub-folder's name; a cache of something else is a subclass with names of its own."""
     num_buckets = NUM_BUCKETS
     waits = False
-    """Whether a put waits while another process puts something in the same bucket; if not, it is left."""
+    """True: a put waits while another process fills the same bucket; False: it is left out."""
 
     def __init__(self, config: CacheConfig) -> None:
         self.config = config

@@ -39,7 +39,7 @@ class StorageConfig:
     timeout_s: float = 20.0  # bounds one request of at most 8 MiB
     retry_for_s: float = 300.0  # bounds all attempts of a request together, but for the end of the last; 0: one attempt
     options: dict[str, str] = field(default_factory=dict)
-    """Of the object store's file system: `endpoint_url`, `anon`, `profile`, `key`, `secret` of s3fs."""
+    """Options of the object store's file system: `endpoint_url`, `anon`, `profile`, `key`, `secret` of s3fs."""
     allow_schemes: list[str] = field(default_factory=list)
     """Further schemes of fsspec (hdfs, sftp, ...) that locations may have."""
 

@@ -1,4 +1,4 @@
-"""What the denoiser is told of the image. `B C h w` latent (stride 8), `H W` image, `K` classes."""
+"""The denoiser's condition: all that it is told of the image. `B C h w` latent (stride 8), `H W` image, `K` classes."""
 
 from collections.abc import Sequence
 from enum import Enum
@@ -20,7 +20,7 @@ class ConditionKind(Enum):
 
 
 class Condition(NamedTuple):
-    """What a rich condition is made of, all of one view.
+    """The parts of a rich condition, all of one view.
 
     latent: E's, normalised, `(B, C, h, w)`. features: E's at strides 8, 16 and 32. probabilities: `(B, K, h, w)`, D's
     of E's latent. images: `(B, 3, H, W)` in [0, 1].

@@ -20,7 +20,7 @@ class DenoiserConfig:
 
     width: int = 128  # channels of the finest level
     channel_multipliers: list[int] = field(default_factory=lambda: [1, 2, 4])
-    """Of each level, times `width`; the finest first."""
+    """Channels of each level, as multiples of `width`; the finest first."""
     num_blocks: int = 2  # residual blocks a level
     attention_levels: list[int] = field(default_factory=lambda: [1, 2])  # the middle always has attention
     head_dim: int = 64  # channels of an attention head

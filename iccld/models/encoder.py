@@ -37,7 +37,7 @@ class EncoderConfig:
     backbone_config: dict[str, Any] = field(default_factory=dict)
     """A transformers config with its `model_type`, for a backbone without weights."""
     image_mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
-    """Of RGB in [0, 1]; belongs to the backbone (ImageNet's here)."""
+    """Mean of RGB in [0, 1]; belongs to the backbone (ImageNet's here)."""
     image_std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
     """Likewise; MobileNetV2 wants 0.5 for both."""
     width: int = 256  # channels of the latent head

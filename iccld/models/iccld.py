@@ -134,7 +134,7 @@ class ICCLD(nn.Module):
         return self.decode(EncoderOutput(self.decodable(z_0, encoded.latent), encoded.features), images.shape[-2:])
 
     def condition_of(self, encoded: EncoderOutput, images: Tensor) -> Tensor | Condition:
-        """What the denoiser sees of a view: `images` `(B, 3, H, W)` in [0, 1], and what E gave for them."""
+        """Build what the denoiser sees of a view: `images` `(B, 3, H, W)` in [0, 1], and what E gave for them."""
         latent = normalise(encoded.latent, mean=self.condition_mean, std=self.condition_std)
         if self.config.condition is ConditionKind.latent:
             return latent

@@ -33,12 +33,12 @@ class LatentKind(Enum):
 
     @property
     def sees_strong_view(self) -> bool:
-        """Whether the condition comes from the strongly augmented view, not from the clean one."""
+        """Tell whether the condition comes from the strongly augmented view, not from the clean one."""
         return self is not LatentKind.mask
 
     @property
     def is_of_labels(self) -> bool:
-        """Whether z_0, and so z_t wherever it is not pure noise, tells the labels."""
+        """Tell whether z_0, and so z_t wherever it is not pure noise, gives the labels away."""
         return self is not LatentKind.image
 
 

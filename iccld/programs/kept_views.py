@@ -1,4 +1,4 @@
-"""Where stage 2 keeps its views: in files of the node, by what they depend on."""
+"""Keep stage 2's views in files of the node, named by all that they depend on."""
 
 import hashlib
 import json
@@ -59,7 +59,7 @@ def keep_views(stage: Stage, config: Config, engine: Engine, stream: TrainingStr
 
 
 def identity_of_views(config: Config, engine: Engine, stream: TrainingStream) -> str:
-    """What the views of the samples depend on: stage 1's weights, data, settings, and what they are computed with."""
+    """Hash all that views depend on: stage 1's weights, data, settings, and what they are computed with."""
     settings = {key: value for key, value in bound_settings(config).items() if not key.startswith(NOT_OF_VIEWS)}
     what = {
         "format": FORMAT,

@@ -43,7 +43,7 @@ def about_of(folders: Sequence[Path], config: Config) -> dict[str, Any]:
 
 
 def _averaging(inference: InferenceConfig) -> dict[str, Any]:
-    """What is averaged, where anything is: results of earlier versions, which averaged nothing, stay what they are."""
+    """Name what is averaged, if anything is: results that averaged nothing keep the names that they had."""
     usual, names = InferenceConfig(), ("num_averaged", "blend")
     return {name: own for name in names if (own := getattr(inference, name)) != getattr(usual, name)}
 
