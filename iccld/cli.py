@@ -95,7 +95,7 @@ def _printable(character: str) -> str:
 
 def run() -> NoReturn:
     """Run the verb of the command line, and end the process."""
-    from iccld.runtime.ending import run_to_the_end
+    from iccld.runtime.faults.ending import run_to_the_end
 
     run_to_the_end(main)
 
@@ -174,8 +174,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_program_verbs(verbs: "argparse._SubParsersAction[_Parser]") -> None:
-    from iccld.programs import goodput, submit
+    from iccld.programs import goodput
     from iccld.programs.ablate import command as ablation
+    from iccld.programs.submit import submit
 
     submission = verbs.add_parser("submit", description=submit.DESCRIPTION)
     submit.add_arguments(submission)
@@ -201,8 +202,9 @@ def _add_program_verbs(verbs: "argparse._SubParsersAction[_Parser]") -> None:
 def _add_shards(verbs: "argparse._SubParsersAction[_Parser]") -> None:
     shards = verbs.add_parser("shards")
     actions = shards.add_subparsers(dest="action", required=True, metavar="ACTION")
-    from iccld.data import indexing, info, verify
-    from iccld.data import shards as making
+    from iccld.data.shards import describing as info
+    from iccld.data.shards import indexing, making
+    from iccld.data.shards import verifying as verify
 
     for name, action, summary in (
         ("make", making, "convert a data set to tars and an index"),
@@ -236,12 +238,12 @@ def _add_checkpoint(verbs: "argparse._SubParsersAction[_Parser]") -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from iccld.runtime.preemption import Preemption
+    from iccld.runtime.faults.preemption import Preemption
 
     began = float(os.environ.get("ICCLD_ATTEMPT_BEGAN") or time.time())  # the job script's word, else now
     with Preemption() as preemption:  # before the imports, which take seconds
         from iccld.config import load_config
-        from iccld.programs.train import train
+        from iccld.programs.train.train import train
 
         config = load_config(arguments.overrides, config_dir=arguments.config_dir)
         finished = train(config, preemption, began=began)
@@ -262,16 +264,16 @@ def _config(arguments: argparse.Namespace) -> None:
 
 
 def _profile(arguments: argparse.Namespace) -> int:
-    from iccld.programs.profile import run
+    from iccld.programs.profile.profile import run
 
     return run(arguments)
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from iccld.runtime.preemption import Preemption
+    from iccld.runtime.faults.preemption import Preemption
 
     with Preemption() as preemption:
-        from iccld.programs.evaluate import evaluate_run, saved_settings
+        from iccld.programs.evaluate.evaluate import evaluate_run, saved_settings
 
         config = saved_settings(arguments.run_dir, arguments.overrides)
         finished = evaluate_run(config, preemption, model_folder=arguments.model)

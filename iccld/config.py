@@ -23,11 +23,11 @@ from iccld.evaluation import EvaluationConfig
 from iccld.group_files import check_group_file, own_files, place_of, remedy_of
 from iccld.models.iccld import ModelConfig
 from iccld.redact import redacted
-from iccld.runtime.engine import EngineConfig
-from iccld.runtime.limits import WatchdogConfig
-from iccld.runtime.memory import MemoryConfig
-from iccld.runtime.metrics import MetricsConfig
-from iccld.runtime.preemption import PreemptionConfig
+from iccld.runtime.engine.engine import EngineConfig
+from iccld.runtime.faults.limits import WatchdogConfig
+from iccld.runtime.faults.preemption import PreemptionConfig
+from iccld.runtime.measure.memory import MemoryConfig
+from iccld.runtime.measure.metrics import MetricsConfig
 from iccld.stages.adversarial import AdversarialConfig
 from iccld.stages.segmentation import SegmentationConfig
 from iccld.stages.view_cache import ViewCacheConfig

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from iccld.data.decode import LOOSE, MAX_BYTES, decode_image, find_format
+from iccld.data.images.decode import LOOSE, MAX_BYTES, decode_image, find_format
 from iccld.durable import NotOursError, make_folder, replacing
 from iccld.labels import ClassSet
 from iccld.outcome import naming

@@ -9,15 +9,15 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from iccld.outcome import AGAIN, Interrupted, plain, status_of, words
-from iccld.runtime.checkpoint import CheckpointConfig, CheckpointStore
-from iccld.runtime.engine import Engine
-from iccld.runtime.manifest import Checkpoint, CheckpointError
-from iccld.runtime.metrics import MetricsLogger
-from iccld.runtime.micro_batch import check_micro_batch_size, num_accumulation
-from iccld.runtime.preemption import Preempted, Preemption, say
-from iccld.runtime.profiling import OVERLAPPED, PhaseTimer
+from iccld.runtime.checkpoint.manifest import Checkpoint, CheckpointError
+from iccld.runtime.checkpoint.store import CheckpointConfig, CheckpointStore
+from iccld.runtime.engine.engine import Engine
+from iccld.runtime.engine.micro_batch import check_micro_batch_size, num_accumulation
+from iccld.runtime.faults.preemption import Preempted, Preemption, say
+from iccld.runtime.faults.watchdog import Watchdog
+from iccld.runtime.measure.metrics import MetricsLogger
+from iccld.runtime.measure.profiling import OVERLAPPED, PhaseTimer
 from iccld.runtime.schedule import ScheduleConfig, learning_rate_factor
-from iccld.runtime.watchdog import Watchdog
 from iccld.stages.base import Stage
 from iccld.training_step import TrainingStep
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iccld.runtime.engine import Engine
-from iccld.runtime.profiling import PhaseTimer
+from iccld.runtime.engine.engine import Engine
+from iccld.runtime.measure.profiling import PhaseTimer
 from iccld.stages.base import Stage, StageInputs
 
 Means = dict[str, Tensor]

@@ -12,12 +12,12 @@ import torch
 from rich.console import Console
 
 from iccld.config import Config
-from iccld.data.stream import read_validation
+from iccld.data.stream.stream import read_validation
 from iccld.durable import replacing, write_whole
 from iccld.evaluation import results_table
 from iccld.models.iccld import ICCLD
 from iccld.predict import colourise, comparison_picture
-from iccld.programs.evaluate import named_results, predict_function, saved_settings
+from iccld.programs.evaluate.evaluate import named_results, predict_function, saved_settings
 
 NUM_PICTURES = 6
 

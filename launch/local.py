@@ -27,7 +27,7 @@ from torch.distributed.elastic.rendezvous import (
 )
 
 from iccld.outcome import AGAIN, REFUSED
-from iccld.runtime.open_files import check_open_files
+from iccld.runtime.faults.open_files import check_open_files
 
 ROOT = Path(__file__).resolve().parents[1]
 ENGINES = ("ddp", "zero1", "zero2", "fsdp2")

@@ -48,8 +48,8 @@ def make_scene_shards(folder: Path) -> None:
     """64x128 scenes through the converters of the real sets: 16 source, 16 target (with and without labels), 5
     validation.
     """
-    from iccld.data.scenes import write_cityscapes, write_gta5
-    from iccld.data.shards import MakeShardsConfig, make_shards
+    from iccld.data.shards.making import MakeShardsConfig, make_shards
+    from iccld.demo.scenes import write_cityscapes, write_gta5
 
     write_gta5(folder / "gta5", count=16, seed=0, height=64, width=128)
     write_cityscapes(folder / "cityscapes", train=16, val=5, seed=0, height=64, width=128)

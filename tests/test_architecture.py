@@ -41,13 +41,14 @@ MAY_IMPORT = {
     "data": {"labels", "durable"},
     "runtime": {"durable"},
     "slurm": {"durable"},
+    "demo": {"labels", "durable", "data"},
     "stages": {"models", "diffusion", "losses", "uda"},
     "training_step": {"runtime", "stages.base"},
     "trainer": {"training_step", "runtime", "stages.base"},
     "scores": {"labels"},
     "evaluation": {"labels", "scores"},
     "diagnostics": {"labels", "scores", "evaluation", "diffusion", "losses", "models"},
-    "predict": {"labels", "durable", "data.decode"},
+    "predict": {"labels", "durable", "data.images"},
     "config": EVERYTHING,
     "programs": EVERYTHING,
     "__main__": EVERYTHING,
@@ -59,21 +60,26 @@ ONLY_TORCH_AND_NUMPY = {"labels", "rng", "diffusion", "losses", "uda"}
 
 OWNERS = {
     "xformers": {"models/attention.py"},
-    "accelerate": {"runtime/engine.py"},
-    "deepspeed": {"runtime/zero.py"},
-    "wandb": {"runtime/telemetry.py"},
+    "accelerate": {"runtime/engine/engine.py"},
+    "deepspeed": {"runtime/engine/zero.py"},
+    "wandb": {"runtime/measure/telemetry.py"},
     "transformers": {"models/backbone.py"},
     "hydra": {"config.py"},
     "omegaconf": {"config.py"},
     "kornia": {"uda/photometric.py"},
-    "simplejpeg": {"data/decode.py"},
-    "webdataset": {"data/chunks.py"},
-    "fsspec": {"data/remote.py"},
-    "aiohttp": {"data/remote.py"},
-    "tenacity": {"data/remote.py"},
-    "zlib_ng": {"data/grey_png.py", "data/index.py", "data/integrity.py"},
-    "matplotlib": {"data/info.py", "programs/ablate/drawing.py", "programs/goodput.py", "programs/profile_report.py"},
-    "safetensors": {"models/iccld.py", "programs/ema.py", "runtime/pieces.py"},
+    "simplejpeg": {"data/images/decode.py"},
+    "webdataset": {"data/shards/chunks.py"},
+    "fsspec": {"data/storage/remote.py"},
+    "aiohttp": {"data/storage/remote.py"},
+    "tenacity": {"data/storage/remote.py"},
+    "zlib_ng": {"data/images/grey_png.py", "data/storage/index.py", "data/storage/integrity.py"},
+    "matplotlib": {
+        "data/shards/describing.py",
+        "programs/ablate/drawing.py",
+        "programs/goodput.py",
+        "programs/profile/report.py",
+    },
+    "safetensors": {"models/iccld.py", "programs/evaluate/averaging.py", "runtime/checkpoint/pieces.py"},
     "pickle": set(),
     "timm": set(),  # needs torchvision, which has no build for every torch
     "torchvision": set(),
@@ -230,20 +236,20 @@ WRITERS = re.compile(
 )
 MAY_WRITE = {
     ("cli.py", "os.open"),  # of the null device
-    ("data/chunks.py", "np.save"),  # into memory
-    ("data/index.py", "np.save"),  # into a file of `create`
-    ("data/indexing.py", "np.save"),
-    ("data/records.py", "np.lib.format.open_memmap"),  # over a file of `create`
-    ("data/info.py", "figure.savefig"),  # into a file of `replacing`
+    ("data/shards/chunks.py", "np.save"),  # into memory
+    ("data/storage/index.py", "np.save"),  # into a file of `create`
+    ("data/shards/indexing.py", "np.save"),
+    ("data/shards/records.py", "np.lib.format.open_memmap"),  # over a file of `create`
+    ("data/shards/describing.py", "figure.savefig"),  # into a file of `replacing`
     ("programs/ablate/drawing.py", "figure.savefig"),
     ("programs/goodput.py", "figure.savefig"),
-    ("programs/hand_off.py", "shutil.copyfile"),  # into a folder of `scratch_folder`
-    ("programs/profile_report.py", "figure.savefig"),
-    ("programs/profile.py", "trace.export_chrome_trace"),  # into a temporary folder
+    ("programs/run/hand_off.py", "shutil.copyfile"),  # into a folder of `scratch_folder`
+    ("programs/profile/report.py", "figure.savefig"),
+    ("programs/profile/profile.py", "trace.export_chrome_trace"),  # into a temporary folder
     ("models/iccld.py", "save_file"),  # to the name of `replacing_by_name`
-    ("programs/ema.py", "save_file"),
-    ("runtime/memory.py", "torch.cuda.memory._dump_snapshot"),
-    ("runtime/host_memory.py", "Path('/proc/self/clear_refs').write_text"),  # the kernel's
+    ("programs/evaluate/averaging.py", "save_file"),
+    ("runtime/measure/memory.py", "torch.cuda.memory._dump_snapshot"),
+    ("runtime/measure/host_memory.py", "Path('/proc/self/clear_refs').write_text"),  # the kernel's
     ("slurm/snapshot.py", "shutil.copyfile"),  # into a folder of `scratch_folder`
 }
 """The calls that write, or delete whole folders, outside `iccld/durable.py`, each into what that file has made."""
@@ -316,12 +322,12 @@ def test_experiments_open_with_command_cost_and_expected_result():
         (RULES[0], "iccld/models/decoder.py", "from iccld import stages", 1, "may import ['diffusion', 'durable']"),
         (RULES[0], "iccld/trainer.py", "from iccld.stages import segmentation", 1, "'stages.base'"),
         (RULES[0], "iccld/config.py", "def f():\n    import iccld.cli", 2, "config must not import iccld.cli"),
-        (RULES[0], "iccld/runtime/engine.py", "import launch.slurm", 1, "must not import launch"),
+        (RULES[0], "iccld/runtime/engine/engine.py", "import launch.slurm", 1, "must not import launch"),
         (RULES[0], "iccld/extra.py", "", 1, "'extra' is not in the table"),
         (RULES[1], "iccld/uda/classmix.py", "import scipy.ndimage", 1, "uda imports scipy"),
         (RULES[2], "iccld/models/blocks.py", "import xformers.ops", 1, "belongs to ['models/attention.py']"),
         (RULES[2], "iccld/models/blocks.py", "import_module('xformers.ops')", 1, "belongs to ['models/attention.py']"),
-        (RULES[2], "iccld/data/decode.py", "from torchvision import io", 1, "belongs to no file"),
+        (RULES[2], "iccld/data/images/decode.py", "from torchvision import io", 1, "belongs to no file"),
         (RULES[3], "tools/plot.py", "\n" * 401, 400, "401 lines"),
         (RULES[4], "launch/local.py", "def f():\n" + "    pass\n" * 40, 1, "f has 41 lines"),
         (RULES[5], "iccld/data/utils.py", "", 1, "after what it does"),
@@ -339,7 +345,7 @@ def test_experiments_open_with_command_cost_and_expected_result():
         (RULES[10], "iccld/trainer.py", "(folder / 'a').write_text('')", 1, "write_text may follow a link"),
         (RULES[10], "iccld/trainer.py", "path.open('ab')", 1, "path.open may follow a link"),
         (RULES[10], "iccld/trainer.py", "os.open(path, os.O_RDWR | os.O_CREAT)", 1, "os.open may follow a link"),
-        (RULES[10], "iccld/data/index.py", "shutil.rmtree(folder)", 1, "shutil.rmtree may follow a link"),
+        (RULES[10], "iccld/data/storage/index.py", "shutil.rmtree(folder)", 1, "shutil.rmtree may follow a link"),
     ],
 )
 def test_a_broken_rule_is_found_with_its_line(rule, path, text, line, words):
@@ -352,14 +358,20 @@ def test_a_broken_rule_is_found_with_its_line(rule, path, text, line, words):
     [
         (
             "iccld/trainer.py",
-            "'''Loop.'''\nfrom iccld.stages.base import Stage\nfrom iccld.runtime.engine import Engine",
+            "'''Loop.'''\nfrom iccld.stages.base import Stage\nfrom iccld.runtime.engine.engine import Engine",
         ),
         ("iccld/models/iccld.py", "'''Model.'''\nfrom iccld.models.decoder import Decoder\nfrom iccld import rng"),
-        ("iccld/config.py", "'''Schema.'''\nfrom hydra import compose\nfrom iccld.data.stream import StreamConfig"),
+        (
+            "iccld/config.py",
+            "'''Schema.'''\nfrom hydra import compose\nfrom iccld.data.stream.stream import StreamConfig",
+        ),
         ("iccld/uda/photometric.py", "'''Colour.'''\nimport kornia\nimport torch"),
-        ("iccld/runtime/checkpoint.py", "'''Files.'''\ntorch.load(p, weights_only=True)"),
+        ("iccld/runtime/checkpoint/store.py", "'''Files.'''\ntorch.load(p, weights_only=True)"),
         ("tools/make_shards.py", "from iccld.data import shards\nimport webdataset"),
-        ("iccld/runtime/pieces.py", "'''Files.'''\npath.open('rb')\nos.fdopen(number, 'rb')\nnp.load(path, 'r')"),
+        (
+            "iccld/runtime/checkpoint/pieces.py",
+            "'''Files.'''\npath.open('rb')\nos.fdopen(number, 'rb')\nnp.load(path, 'r')",
+        ),
     ],
 )
 def test_what_the_rules_allow_is_not_found(path, text):

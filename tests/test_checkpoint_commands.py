@@ -17,12 +17,12 @@ import torch
 from iccld.cli import main
 from iccld.config import StageName, load_config
 from iccld.models.iccld import ICCLD
-from iccld.programs import hand_off
-from iccld.programs.ema import write_reconstruction
-from iccld.programs.hand_off import handed_over
-from iccld.programs.train import train
-from iccld.runtime.checkpoint import is_torn
-from iccld.runtime.manifest import verify
+from iccld.programs.evaluate.averaging import write_reconstruction
+from iccld.programs.run import hand_off
+from iccld.programs.run.hand_off import handed_over
+from iccld.programs.train.train import train
+from iccld.runtime.checkpoint.manifest import verify
+from iccld.runtime.checkpoint.store import is_torn
 from iccld.slurm.snapshot import code_hash, copy_code
 from tests.factory import scene_overrides
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from iccld.cli import main
-from iccld.data.index import ShardIndex
-from iccld.data.order import EpochOrder
-from iccld.runtime.lock import locked
+from iccld.data.storage.index import ShardIndex
+from iccld.data.stream.order import EpochOrder
+from iccld.runtime.faults.lock import locked
 from tests.factory import scene_overrides
 
 ROOT = Path(__file__).parents[1]

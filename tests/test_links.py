@@ -22,7 +22,7 @@ from PIL import Image
 
 import iccld.slurm
 from iccld.cli import main
-from iccld.data.cache import CacheConfig, SampleCache
+from iccld.data.storage.cache import CacheConfig, SampleCache
 from iccld.durable import is_real_folder
 from tests.factory import scene_overrides
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from iccld.data.storage import MissingShard, StorageError, Unreachable
-from iccld.data.workers import WorkerDied
+from iccld.data.storage.base import MissingShard, StorageError, Unreachable
+from iccld.data.stream.workers import WorkerDied
 from iccld.outcome import AGAIN, REFUSED, Interrupted, blaming_the_world, naming, plain, status_of, words
-from iccld.runtime.checkpoint import UnsavedError
-from iccld.runtime.manifest import CheckpointError
-from iccld.runtime.metrics import NonFiniteLossError
+from iccld.runtime.checkpoint.manifest import CheckpointError
+from iccld.runtime.checkpoint.store import UnsavedError
+from iccld.runtime.measure.metrics import NonFiniteLossError
 
 THE_USER = [
     ValueError("data.crop_size=500 must be a multiple of 8"),

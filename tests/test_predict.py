@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from iccld.data.decode import decode_image
+from iccld.data.images.decode import decode_image
 from iccld.labels import CITYSCAPES_19, CITYSCAPES_PALETTE, merged_class_set
 from iccld.predict import colourise, comparison_picture, overlay, predict_path, read_image
 

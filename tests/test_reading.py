@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from iccld.programs.evaluate.results import read_results
 from iccld.programs.goodput import read_events
-from iccld.programs.results import read_results
 from iccld.reading import read_json, read_limited
-from iccld.runtime.manifest import MANIFEST, DamagedError, read_manifest
+from iccld.runtime.checkpoint.manifest import MANIFEST, DamagedError, read_manifest
 
 
 def test_a_file_is_read_up_to_a_limit(tmp_path: Path) -> None:

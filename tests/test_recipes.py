@@ -8,7 +8,7 @@ import torch
 
 from iccld import config as config_module
 from iccld.config import StageName, differences, load_config
-from iccld.programs.building import fresh_stage
+from iccld.programs.run.building import fresh_stage
 from tests.factory import random_batch
 
 BASES = sorted(

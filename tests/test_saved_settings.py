@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 
 from iccld.config import Config, StageName, Weights, config_from, differences, read_config, to_dict, to_yaml
 from iccld.data.config import ClassSetConfig, DataConfig, DatasetConfig, OnError, SetConfig
-from iccld.data.storage import StorageConfig
+from iccld.data.storage.base import StorageConfig
 from iccld.models.decoder import DecoderConfig
 from iccld.models.encoder import EncoderConfig
 from iccld.models.iccld import ModelConfig
 from iccld.models.latent import LatentKind
-from iccld.runtime.metrics import MetricsConfig, WandbMode
-from iccld.runtime.preemption import PreemptionConfig
+from iccld.runtime.faults.preemption import PreemptionConfig
+from iccld.runtime.measure.metrics import MetricsConfig, WandbMode
 from iccld.stages.adversarial import AdversarialConfig, AdversaryInput
 from iccld.stages.segmentation import SegmentationConfig
 from iccld.trainer import TrainerConfig

@@ -18,7 +18,7 @@ import pytest
 
 from iccld.cli import main, parse, settings_of
 from iccld.config import Config, load_config, to_dict, to_yaml
-from iccld.programs.submitted_work import hide_secrets, jobs_of
+from iccld.programs.submit.work import hide_secrets, jobs_of
 from iccld.reading import read_secrets, write_secrets
 from iccld.redact import HIDDEN, holds_secret, redact, redacted, secrets_in, without_secrets
 from iccld.slurm.config import Work
@@ -281,7 +281,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 TRAIN = """
 import sys
 from iccld.config import load_config
-from iccld.programs.train import train
+from iccld.programs.train.train import train
 words, secret = sys.argv[1:-3], sys.argv[-3:]
 config = load_config(words)
 config.data.source.shards, config.data.validation.shards = (word.partition("=")[2] for word in secret[:2])
@@ -371,7 +371,8 @@ def test_no_secret_of_a_run_is_written_or_said_or_sent_elsewhere(
     ],
 )
 def test_what_a_redirect_names_is_not_said(tmp_path: Path, leads_to: str, caplog: pytest.LogCaptureFixture) -> None:
-    from iccld.data.storage import StorageConfig, StorageError, open_storage
+    from iccld.data.storage.base import StorageConfig, StorageError
+    from iccld.data.storage.open import open_storage
 
     server = Server(tmp_path, leads_to=leads_to)
     storage = open_storage(f"http://{server.place}/a", StorageConfig(timeout_s=5.0, retry_for_s=1.0))
@@ -384,7 +385,8 @@ def test_what_a_redirect_names_is_not_said(tmp_path: Path, leads_to: str, caplog
 
 READ_ENCRYPTED = """
 import sys
-from iccld.data.storage import StorageConfig, open_storage
+from iccld.data.storage.base import StorageConfig
+from iccld.data.storage.open import open_storage
 open_storage(sys.argv[1], StorageConfig(timeout_s=5.0, retry_for_s=1.0)).read("x.tar", 0, 1)
 """
 

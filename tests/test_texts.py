@@ -61,8 +61,8 @@ def test_what_a_user_wrote_is_read_here_alone() -> None:
         "programs",
         "slurm/history.py",
         "models/model_card.py",
-        "data/scenes/export.py",
-        "data/shards.py",
+        "demo/scenes/export.py",
+        "data/shards/making.py",
     }
     root = Path(__file__).parents[1] / "iccld"
     readers = {path.relative_to(root).as_posix() for path in root.rglob("*.py") if ".read_text(" in path.read_text()}

@@ -26,8 +26,8 @@ from torch import nn
 
 from iccld.durable import sync
 from iccld.models.denoiser import Denoiser, DenoiserConfig
-from iccld.runtime.checkpoint import CheckpointConfig, CheckpointStore
-from iccld.runtime.engine import Engine, EngineConfig
+from iccld.runtime.checkpoint.store import CheckpointConfig, CheckpointStore
+from iccld.runtime.engine.engine import Engine, EngineConfig
 
 MODES = ("asynchronous", "synchronous", "save_state")
 TIMES = ("stall_s", "total_s", "durable_s", "restore_s")

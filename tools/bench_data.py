@@ -29,10 +29,10 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from iccld.data.index import ShardIndex, shard_dtype, write_index
 from iccld.data.processes import in_processes, usable_cpus
-from iccld.data.scenes import Domain, render
-from iccld.data.shards import MakeShardsConfig, make_shards
+from iccld.data.shards.making import MakeShardsConfig, make_shards
+from iccld.data.storage.index import ShardIndex, shard_dtype, write_index
+from iccld.demo.scenes import Domain, render
 
 NUM_READY = 4  # batches that a waiting worker has made already; they are not counted
 NUM_DRAWN_ALONE = 16  # images in the time that it takes to start another process

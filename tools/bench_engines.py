@@ -29,11 +29,11 @@ from rich.table import Table
 from iccld.config import load_config
 from iccld.models.discriminator import Discriminator
 from iccld.models.iccld import ICCLD
-from iccld.programs.synthetic import synthetic_batch
-from iccld.runtime.engine import Engine, EngineConfig
-from iccld.runtime.engine_kind import EngineKind
-from iccld.runtime.peak_flops import wait_for
-from iccld.runtime.profiling import PhaseTimer
+from iccld.programs.run.synthetic import synthetic_batch
+from iccld.runtime.engine.engine import Engine, EngineConfig
+from iccld.runtime.engine.kind import EngineKind
+from iccld.runtime.measure.peaks import wait_for
+from iccld.runtime.measure.profiling import PhaseTimer
 from iccld.stages.adversarial import AdversarialConfig, AdversarialStage
 from iccld.trainer import TrainerConfig, attach
 from iccld.training_step import TrainingStep
@@ -90,7 +90,7 @@ def measure(num_params: float, *, num_steps: int, batch_size: int, size: int) ->
     """On every rank: train for some steps; the figures of all ranks. The first step is not timed."""
     with Engine(EngineConfig()) as engine:
         if engine.kind in (EngineKind.zero1, EngineKind.zero2):
-            importlib.import_module("iccld.runtime.zero")  # the library itself is no part of the memory
+            importlib.import_module("iccld.runtime.engine.zero")  # the library itself is no part of the memory
         memory = Memory(engine.device)
         stage, local = make_stage(num_params), batch_size // engine.world_size
         stage.model.to(engine.device)

@@ -30,8 +30,8 @@ from torch import Tensor
 from iccld.config import load_config
 from iccld.models.encoder import EncoderConfig
 from iccld.models.iccld import ICCLD, ModelConfig
-from iccld.runtime.flops import FlopCounter, on_meta
-from iccld.runtime.peak_flops import wait_for
+from iccld.runtime.measure.flops import FlopCounter, on_meta
+from iccld.runtime.measure.peaks import wait_for
 from iccld.stages.base import StageInputs
 from iccld.stages.segmentation import SegmentationConfig, SegmentationModule
 

@@ -23,7 +23,7 @@ from webdataset.autodecode import handle_extension
 from webdataset.compat import WebDataset, WebLoader
 
 from iccld.data.config import BatchLayout, DataConfig, DatasetConfig
-from iccld.data.stream import TrainingStream
+from iccld.data.stream.stream import TrainingStream
 
 Pair = tuple[Tensor, Tensor]
 ENDLESS = 10**9

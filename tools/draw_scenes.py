@@ -5,7 +5,7 @@ import os
 import time
 from pathlib import Path
 
-from iccld.data.scenes import write_cityscapes, write_gta5
+from iccld.demo.scenes import write_cityscapes, write_gta5
 
 
 def main() -> None:

@@ -29,8 +29,8 @@ from typing import Any
 import psutil
 from compare_runs import STAGES, differences, lines
 
-from iccld.data.scenes import write_cityscapes, write_gta5
-from iccld.data.shards import MakeShardsConfig, make_shards
+from iccld.data.shards.making import MakeShardsConfig, make_shards
+from iccld.demo.scenes import write_cityscapes, write_gta5
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_STEPS, BATCH = 8, 4

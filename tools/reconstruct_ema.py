@@ -18,8 +18,8 @@ from rich.markup import escape
 
 from iccld.config import StageName
 from iccld.evaluation import results_table
-from iccld.programs.ema import sweep, write_reconstruction
-from iccld.programs.evaluate import saved_settings
+from iccld.programs.evaluate.averaging import sweep, write_reconstruction
+from iccld.programs.evaluate.evaluate import saved_settings
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from iccld.data.cache import CacheConfig
-from iccld.data.storage import StorageConfig, is_remote
+from iccld.data.storage.base import StorageConfig, is_remote
+from iccld.data.storage.cache import CacheConfig
 from iccld.labels import CITYSCAPES_19, ClassSet, merged_class_set
 from iccld.redact import without_secrets
 

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from iccld.data.decode import decode_image, decode_label, image_size
-from iccld.data.index import NUM_TRAIN_IDS
+from iccld.data.images.decode import decode_image, decode_label, image_size
+from iccld.data.storage.index import NUM_TRAIN_IDS
 from iccld.labels import IGNORE_INDEX
 
 _MAX_NAMED = 5

@@ -1,5 +1,5 @@
 """The seam (method §3, "What is z_0?"): the readings of what is diffused. Beside it, only
-`programs/building.py`, which says what noise is drawn, knows which one is on.
+`programs/run/building.py`, which says what noise is drawn, knows which one is on.
 
 - `image`: z_0 = E(clean view), condition = E(strongly augmented view). Were the condition z_0 itself, copying it would
   solve the task and diffusion would be decoration.

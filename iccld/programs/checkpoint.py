@@ -19,10 +19,17 @@ from iccld.config import Config, StageName, Weights, config_from
 from iccld.durable import scratch_folder, sync
 from iccld.models.iccld import ModelConfig
 from iccld.models.model_card import build, check_sizes
-from iccld.programs.building import build_stage
-from iccld.runtime.checkpoint import FOLDER, is_torn, pointed_at
-from iccld.runtime.manifest import MANIFEST, Checkpoint, CheckpointError, read_manifest, verify, write_manifest
-from iccld.runtime.pieces import Run, join_tables, share_out, write_runs
+from iccld.programs.run.building import build_stage
+from iccld.runtime.checkpoint.manifest import (
+    MANIFEST,
+    Checkpoint,
+    CheckpointError,
+    read_manifest,
+    verify,
+    write_manifest,
+)
+from iccld.runtime.checkpoint.pieces import Run, join_tables, share_out, write_runs
+from iccld.runtime.checkpoint.store import FOLDER, is_torn, pointed_at
 from iccld.stages.base import Stage
 
 GIB = 1 << 30

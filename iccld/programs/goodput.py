@@ -18,7 +18,7 @@ from rich.table import Table
 
 from iccld.durable import make_folder, replacing, write_whole
 from iccld.outcome import naming
-from iccld.programs.event_times import Event, read_events, straightened
+from iccld.programs.run.event_times import Event, read_events, straightened
 
 CATEGORIES = {
     "training": ("steps that count", "#2a7f62"),

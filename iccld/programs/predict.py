@@ -9,7 +9,7 @@ from iccld.labels import ClassSet
 from iccld.models.attention import AttentionBackend
 from iccld.models.iccld import ICCLD
 from iccld.predict import predict_path
-from iccld.programs.evaluate import predict_function
+from iccld.programs.evaluate.evaluate import predict_function
 
 
 def predict_images(

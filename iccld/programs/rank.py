@@ -17,8 +17,8 @@ from pathlib import Path
 from iccld import cli
 from iccld.durable import write_whole
 from iccld.outcome import words
-from iccld.runtime.ending import run_to_the_end
-from iccld.runtime.preemption import SIGNALS, STOPPED_BY_WATCHDOG, host_name, say
+from iccld.runtime.faults.ending import run_to_the_end
+from iccld.runtime.faults.preemption import SIGNALS, STOPPED_BY_WATCHDOG, host_name, say
 from iccld.slurm.ranks import interface_towards, rank_environment
 
 GATHER_S = 240.0  # less than the engine waits for ranks, since it could not name them
@@ -78,7 +78,7 @@ def _await_others(folder: Path, run_dir: Path) -> None:
     on = f", none on {', '.join(sorted(hosts))}" if hosts else ""
     what = f"{len(missing)} ranks have not begun (the first is rank {missing[0]}){on}"
     say(f"iccld: {what}")
-    from iccld.runtime.telemetry import write_event
+    from iccld.runtime.measure.telemetry import write_event
 
     for host in sorted(hosts):
         write_event(run_dir, "unfit", host=host, check="start", what=what)

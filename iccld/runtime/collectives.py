@@ -11,7 +11,7 @@ import torch
 from torch.distributed import distributed_c10d
 
 from iccld.durable import write_whole
-from iccld.runtime.limits import WatchdogConfig
+from iccld.runtime.faults.limits import WatchdogConfig
 
 # Of PyTorch's private names, these are used: `_world.pg_map`, `_set_pg_timeout`, `_get_sequence_number_for_group` and
 # `_dump_nccl_trace`; there are no public ones.

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from iccld.data.cache import CacheConfig, SampleCache
+from iccld.data.storage.cache import CacheConfig, SampleCache
 
 NUM_BUCKETS = 4
 ENTRY_BYTES = 10_000

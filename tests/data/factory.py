@@ -10,11 +10,11 @@ import numpy as np
 from PIL import Image
 
 from iccld.data.config import BatchLayout, DataConfig, DatasetConfig
-from iccld.data.index import ARRAY_FILES, HEADER_FILE, ShardIndex, file_checksum, write_index
-from iccld.data.indexing import IndexResult
-from iccld.data.integrity import Totals
-from iccld.data.packing import ImageFormat
-from iccld.data.shards import MakeShardsConfig, make_shards
+from iccld.data.shards.indexing import IndexResult
+from iccld.data.shards.making import MakeShardsConfig, make_shards
+from iccld.data.shards.packing import ImageFormat
+from iccld.data.storage.index import ARRAY_FILES, HEADER_FILE, ShardIndex, file_checksum, write_index
+from iccld.data.storage.integrity import Totals
 from iccld.labels import CITYSCAPES_IDS
 
 HEIGHT, WIDTH = 24, 32

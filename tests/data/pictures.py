@@ -7,7 +7,7 @@ import zlib
 import numpy as np
 from PIL import Image
 
-from iccld.data.grey_png import SIGNATURE
+from iccld.data.images.grey_png import SIGNATURE
 
 HEIGHT, WIDTH = 45, 58
 

@@ -5,7 +5,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from iccld.data.config import BatchLayout, ClassSetConfig, DataConfig, DatasetConfig
-from iccld.data.stream import TrainingStream, read_validation
+from iccld.data.stream.stream import TrainingStream, read_validation
 from tests.data.factory import config, layout
 
 

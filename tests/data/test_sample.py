@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from iccld.data.indexing import build_index
 from iccld.data.sample import count_classes, decode_train_ids, examine
-from iccld.data.stream import TrainingStream, read_validation
-from iccld.data.verify import verify_shards
+from iccld.data.shards.indexing import build_index
+from iccld.data.shards.verifying import verify_shards
+from iccld.data.stream.stream import TrainingStream, read_validation
 from tests.data.factory import config, layout, png, seal
 from tests.data.pictures import chunk, encode
 from tests.data.png_writer import KINDS, NUM_CHANNELS, exif, jpeg_with_exif, write_png

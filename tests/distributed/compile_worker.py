@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from iccld.runtime import compilation
-from iccld.runtime.compilation import Compile
+from iccld.runtime.engine import compilation
+from iccld.runtime.engine.compilation import Compile
 from tests.stages.test_compile import STAGES, WARM_START, train
 
 

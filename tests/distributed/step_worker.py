@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from iccld.diagnostics import diagnose
 from iccld.evaluation import EvaluationConfig, evaluate
 from iccld.labels import CITYSCAPES_19
-from iccld.runtime.engine import Engine, EngineConfig
+from iccld.runtime.engine.engine import Engine, EngineConfig
 from iccld.stages.base import StageInputs
 from tests.factory import random_batch
 from tests.models.factory import trained_model

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from iccld.runtime.manifest import verify
+from iccld.runtime.checkpoint.manifest import verify
 from iccld.stages.diagnostics import CLASSES
 from tests.distributed.launch import run_jobs
 from tests.factory import scene_overrides

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from iccld.config import load_config
-from iccld.programs import train as program
-from iccld.runtime.ending import run_to_the_end
-from iccld.runtime.preemption import Preemption
+from iccld.programs.train import train as program
+from iccld.runtime.faults.ending import run_to_the_end
+from iccld.runtime.faults.preemption import Preemption
 from iccld.stages.base import Stage, StageInputs
 
 ENGINES = {

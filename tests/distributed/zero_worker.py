@@ -10,7 +10,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 
-from iccld.runtime.engine import Engine, EngineConfig
+from iccld.runtime.engine.engine import Engine, EngineConfig
 
 CLIP = 0.01
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from iccld.outcome import REFUSED
-from iccld.runtime.manifest import verify
+from iccld.runtime.checkpoint.manifest import verify
 from tests.faults.ranks import Ranks, events
 from tests.faults.test_preemption import overrides, statuses
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from iccld.config import load_config
-from iccld.programs import train as program
-from iccld.runtime import checkpoint
-from iccld.runtime.manifest import verify
+from iccld.programs.train import train as program
+from iccld.runtime.checkpoint import store as checkpoint
+from iccld.runtime.checkpoint.manifest import verify
 from tests.factory import scene_overrides
 
 

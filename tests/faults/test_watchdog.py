@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from iccld.runtime.heartbeat import read_heartbeat
-from iccld.runtime.preemption import STOPPED_BY_WATCHDOG
+from iccld.runtime.faults.heartbeat import read_heartbeat
+from iccld.runtime.faults.preemption import STOPPED_BY_WATCHDOG
 from tests.faults.ranks import Ranks, events
 from tests.faults.test_preemption import overrides, statuses
 

@@ -16,10 +16,13 @@ from typing import Any
 import torch
 
 from iccld.cli import main
-from iccld.data.domain import DomainStream
-from iccld.programs import evaluate, fitness, profile, train
-from iccld.runtime import checkpoint, host_memory
-from iccld.runtime.ending import run_to_the_end
+from iccld.data.stream.domain import DomainStream
+from iccld.programs.evaluate import evaluate
+from iccld.programs.profile import profile
+from iccld.programs.train import fitness, train
+from iccld.runtime.checkpoint import store as checkpoint
+from iccld.runtime.faults.ending import run_to_the_end
+from iccld.runtime.measure import host_memory
 
 FAULT = json.loads(os.environ["FAULT"])
 FOREVER_S = 300

@@ -145,7 +145,7 @@ def test_a_run_that_outlived_its_command_is_waited_for(
     ablation = stand_in(tmp_path, {"fine": ""}, seeds=[0])
     run_dir = ablation.run_dir(Task("fine", 0))
     holder = (
-        "import sys, time; from pathlib import Path; from iccld.runtime.lock import locked\n"
+        "import sys, time; from pathlib import Path; from iccld.runtime.faults.lock import locked\n"
         "folder = Path(sys.argv[1])\nwith locked(folder):\n"
         "    (folder / 'held').touch()\n"
         "    while not (folder / 'go').exists(): time.sleep(0.02)\n"

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from iccld.config import load_config
-from iccld.programs.evaluate import predict_function, score_model
-from iccld.programs.results import about_of
+from iccld.programs.evaluate.evaluate import predict_function, score_model
+from iccld.programs.evaluate.results import about_of
 from tests.models.factory import trained_model
 
 IMAGES, NUMBERS = torch.rand(2, 3, 32, 64, generator=torch.Generator().manual_seed(0)), torch.tensor([3, 5])

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from iccld.outcome import AGAIN, REFUSED, status_of
-from iccld.programs.checks import together
+from iccld.programs.run.checks import together
 
 
 class Ranks:

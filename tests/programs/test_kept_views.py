@@ -8,9 +8,9 @@ import pytest
 
 from iccld.config import StageName, load_config
 from iccld.data.config import BatchLayout
-from iccld.programs import kept_views
-from iccld.programs.building import build_stream, noise_of
-from iccld.programs.kept_views import identity_of_views, open_view_files
+from iccld.programs.run import kept_views
+from iccld.programs.run.building import build_stream, noise_of
+from iccld.programs.run.kept_views import identity_of_views, open_view_files
 from iccld.stages.views import CORRUPTION_NOISE
 from tests.factory import scene_overrides
 

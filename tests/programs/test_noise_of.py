@@ -7,7 +7,7 @@ import torch
 
 from iccld.config import StageName, load_config
 from iccld.data.config import BatchLayout
-from iccld.programs.building import build_stream, fresh_stage, noise_of
+from iccld.programs.run.building import build_stream, fresh_stage, noise_of
 from tests.factory import scene_overrides
 
 

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from iccld.config import StageName, load_config
-from iccld.programs.building import build_stage
-from iccld.programs.train import measure_latents
-from iccld.runtime.engine import Engine, EngineConfig
-from iccld.runtime.flops import on_meta
+from iccld.programs.run.building import build_stage
+from iccld.programs.train.train import measure_latents
+from iccld.runtime.engine.engine import Engine, EngineConfig
+from iccld.runtime.measure.flops import on_meta
 from tests.factory import scene_overrides
 
 META = torch.device("meta")

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from iccld.config import StageName, load_config
-from iccld.programs.building import fresh_stage
-from iccld.programs.checks import plan_of
-from iccld.programs.out_of_memory import remedies
-from iccld.runtime.engine import Engine, EngineConfig
+from iccld.programs.run.building import fresh_stage
+from iccld.programs.run.checks import plan_of
+from iccld.programs.run.out_of_memory import remedies
+from iccld.runtime.engine.engine import Engine, EngineConfig
 
 CONVNEXT = (
     "model.encoder.pretrained=",

@@ -11,10 +11,10 @@ import torch
 from iccld.cli import main
 from iccld.config import StageName, load_config
 from iccld.data.config import BatchLayout
-from iccld.programs import profile
-from iccld.programs.building import build_stage, build_stream
-from iccld.programs.synthetic import flops_per_sample, synthetic_batch, synthetic_batches
-from iccld.runtime.profiling import OUTSIDE, PHASES
+from iccld.programs.profile import profile
+from iccld.programs.run.building import build_stage, build_stream
+from iccld.programs.run.synthetic import flops_per_sample, synthetic_batch, synthetic_batches
+from iccld.runtime.measure.profiling import OUTSIDE, PHASES
 from tests.factory import scene_overrides
 from tests.faults.ranks import Ranks
 

@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from iccld.config import Config, config_from, to_yaml
-from iccld.programs.evaluate import evaluate_models
-from iccld.programs.results import about_of, finished_models, own_results, place_for, read_results
+from iccld.programs.evaluate.evaluate import evaluate_models
+from iccld.programs.evaluate.results import about_of, finished_models, own_results, place_for, read_results
 
 OVERRIDES = [
     "inference.num_steps=[1]", "inference.noise_seeds=2", "evaluation.image_size=[64,128]",

@@ -11,9 +11,10 @@ import yaml
 
 from iccld.config import load_config, to_dict
 from iccld.data.config import locations
-from iccld.data.storage import SCHEMES, StorageConfig, open_storage
-from iccld.programs.evaluate import saved_settings
-from iccld.programs.submitted_work import run_dir_of
+from iccld.data.storage.base import StorageConfig
+from iccld.data.storage.open import SCHEMES, open_storage
+from iccld.programs.evaluate.evaluate import saved_settings
+from iccld.programs.submit.work import run_dir_of
 from tests.test_secrets import Server
 
 EVIL = "http://127.0.0.1:9/val"

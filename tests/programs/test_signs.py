@@ -8,7 +8,7 @@ import pytest
 
 from iccld.config import Config
 from iccld.diagnostics import YARDSTICK, Diagnosis, Figure
-from iccld.programs.signs import (
+from iccld.programs.run.signs import (
     APART,
     BLIND,
     RECENT,
@@ -20,7 +20,7 @@ from iccld.programs.signs import (
     signs_of_training,
     tell,
 )
-from iccld.runtime.telemetry import write_event
+from iccld.runtime.measure.telemetry import write_event
 
 RAMP = Config().stage2.objective.adversarial_ramp_steps
 DOMAINS = ("source", "target", "mixed")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from iccld.programs.ema import read_snapshots, write_snapshot
+from iccld.programs.evaluate.averaging import read_snapshots, write_snapshot
 
 
 def snapshot(folder: Path, *, step: int = 8) -> Path:

@@ -8,7 +8,7 @@ import pytest
 
 from iccld.config import Config, StageName, config_from
 from iccld.durable import file_checksum
-from iccld.programs.hand_off import final_folder, handed_over, take_first_stage
+from iccld.programs.run.hand_off import final_folder, handed_over, take_first_stage
 
 
 def finished_run(run_dir: Path) -> Path:

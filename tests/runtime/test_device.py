@@ -33,7 +33,7 @@ def test_two_ranks_on_one_gpu_are_refused_in_a_line(monkeypatch: pytest.MonkeyPa
 TRAIN = """
 import sys
 import torch
-from iccld.runtime.engine import EngineConfig
+from iccld.runtime.engine.engine import EngineConfig
 from tests.stages.test_compile import STAGES, train
 torch.set_num_threads(1)
 config = EngineConfig(deterministic=sys.argv[1] == "deterministic")

@@ -4,7 +4,7 @@ import os
 import sys
 
 from iccld.programs.rank import main
-from iccld.runtime.ending import run_to_the_end
+from iccld.runtime.faults.ending import run_to_the_end
 from tests.faults.worker import inject
 
 if __name__ in ("__main__", "__mp_main__") and os.environ.get("SLURM_RESTART_COUNT", "0") == "0":

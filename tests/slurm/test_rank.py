@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from iccld.cli import main
-from iccld.runtime.preemption import STOPPED_BY_WATCHDOG
+from iccld.runtime.faults.preemption import STOPPED_BY_WATCHDOG
 from tests.factory import scene_overrides
 from tests.slurm.cluster import free_ports, wait_until
 from tests.slurm.jobs import events

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from iccld.programs.submitted_work import jobs_of
+from iccld.programs.submit.work import jobs_of
 from iccld.slurm.config import Container, Launcher, SubmitConfig, Variant, Work, seconds_of
 from iccld.slurm.history import failing_nodes, lead_time_s
 from iccld.slurm.script import sbatch_text

@@ -12,9 +12,9 @@ from torch._dynamo.utils import counters
 from iccld.models.blocks import ResidualBlock, SelfAttention
 from iccld.models.denoiser import Denoiser, DenoiserConfig
 from iccld.models.iccld import ICCLD
-from iccld.runtime import compilation
-from iccld.runtime.compilation import Compile, compile_in_place, repeated_blocks
-from iccld.runtime.engine import Engine, EngineConfig, Precision
+from iccld.runtime.engine import compilation
+from iccld.runtime.engine.compilation import Compile, compile_in_place, repeated_blocks
+from iccld.runtime.engine.engine import Engine, EngineConfig, Precision
 from iccld.stages.base import Stage
 from iccld.stages.segmentation import SegmentationConfig, SegmentationStage
 from iccld.uda.corruption import CorruptionConfig

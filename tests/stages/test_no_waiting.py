@@ -11,10 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from iccld.models.condition import ConditionKind
 from iccld.models.latent import LatentKind
-from iccld.runtime.compilation import Compile
-from iccld.runtime.engine import Engine, EngineConfig
-from iccld.runtime.flops import on_meta
-from iccld.runtime.prefetch import map_tensors
+from iccld.runtime.engine.compilation import Compile
+from iccld.runtime.engine.engine import Engine, EngineConfig
+from iccld.runtime.engine.prefetch import map_tensors
+from iccld.runtime.measure.flops import on_meta
 from iccld.stages.adversarial import AdversarialConfig, AdversarialStage, AdversaryInput, new_discriminator
 from iccld.stages.base import Stage
 from iccld.stages.denoising import DiffusionLoss

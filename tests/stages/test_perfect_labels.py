@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from iccld.cli import main
-from iccld.data.shards import MakeShardsConfig, make_shards
+from iccld.data.shards.making import MakeShardsConfig, make_shards
 from iccld.labels import CITYSCAPES_PALETTE
 
 NUM_STEPS = {"stage1": 250, "stage2": 400}

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from iccld.models.latent import LatentKind
-from iccld.runtime.compilation import Compile
-from iccld.runtime.engine import Engine, EngineConfig
-from iccld.runtime.flops import on_meta
-from iccld.runtime.prefetch import map_tensors
+from iccld.runtime.engine.compilation import Compile
+from iccld.runtime.engine.engine import Engine, EngineConfig
+from iccld.runtime.engine.prefetch import map_tensors
+from iccld.runtime.measure.flops import on_meta
 from iccld.stages.adversarial import AdversarialStage
 from iccld.stages.view_cache import _MAX_PENDING, HIT, ViewCache, ViewCacheConfig
 from iccld.stages.views import CORRUPTION_NOISE

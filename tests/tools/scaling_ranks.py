@@ -15,8 +15,8 @@ from bench_engines import make_stage
 from scaling.links import time_collectives
 
 from iccld.config import load_config
-from iccld.programs.synthetic import synthetic_batch
-from iccld.runtime.engine import Engine, EngineConfig
+from iccld.programs.run.synthetic import synthetic_batch
+from iccld.runtime.engine.engine import Engine, EngineConfig
 from iccld.stages.adversarial import AdversarialStage
 from iccld.trainer import TrainerConfig, attach
 

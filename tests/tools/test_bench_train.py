@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from iccld import rng
-from iccld.runtime.engine import Engine, EngineConfig, Precision
+from iccld.runtime.engine.engine import Engine, EngineConfig, Precision
 from iccld.stages.adversarial import DOMAINS
 from iccld.stages.base import Stage
 from iccld.uda.photometric import NUM_DRAWS

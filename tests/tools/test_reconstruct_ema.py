@@ -13,7 +13,13 @@ from torch import Tensor
 from iccld.config import Config, StageName, load_config, to_yaml
 from iccld.models.iccld import ICCLD
 from iccld.models.model_card import ModelStage
-from iccld.programs.ema import averaged_part, plan_reconstruction, put_weights, read_snapshots, write_snapshot
+from iccld.programs.evaluate.averaging import (
+    averaged_part,
+    plan_reconstruction,
+    put_weights,
+    read_snapshots,
+    write_snapshot,
+)
 from iccld.uda.ema_profile import PowerAverages
 from tests.factory import scene_overrides
 from tools import reconstruct_ema

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from iccld.runtime.peak_flops import measured_bandwidth, measured_flops, nominal_flops
+from iccld.runtime.measure.peaks import measured_bandwidth, measured_flops, nominal_flops
 
 PACKAGES = ("torch", "accelerate", "deepspeed", "transformers", "diffusers", "kornia", "xformers", "numpy")
 

@@ -17,11 +17,11 @@ from training_peers.turns import NUM_WARMUP, seconds_of
 
 from iccld.config import StageName
 from iccld.models.blocks import GroupNorm
-from iccld.runtime import memory
-from iccld.runtime.compilation import Compile
-from iccld.runtime.engine import Engine, EngineConfig, MatmulPrecision, Precision
-from iccld.runtime.flops import count_step
-from iccld.runtime.peak_flops import nominal_flops
+from iccld.runtime.engine.compilation import Compile
+from iccld.runtime.engine.engine import Engine, EngineConfig, MatmulPrecision, Precision
+from iccld.runtime.measure import memory
+from iccld.runtime.measure.flops import count_step
+from iccld.runtime.measure.peaks import nominal_flops
 from iccld.stages.base import Stage
 
 GIB = 2**30

@@ -10,7 +10,7 @@ from scaling.profile import Profile, slowest
 
 MIB = 1 << 20
 FIRST_BUCKET, BUCKET = 1 * MIB, 25 * MIB  # DDP's
-ZERO_BUCKET = 40_000_000  # runtime/zero.py's, in fp32
+ZERO_BUCKET = 40_000_000  # runtime/engine/zero.py's, in fp32
 NUM_SMALL, SMALL = 2, 8  # messages of a few bytes a step: may we go on, and the losses' denominators
 ZERO_SMALL = [("all_reduce", SMALL)] * 3 + [("all_gather", SMALL)] * 2  # flags, norms and undecayed weights, as traced
 

@@ -21,7 +21,7 @@ from training_peers.turns import ratio_of, take_turns
 
 from iccld.models.blocks import LATENT_STRIDE, ResidualBlock, group_norm
 from iccld.models.denoiser import Denoiser, DenoiserConfig
-from iccld.runtime.compilation import Compile, compile_in_place
+from iccld.runtime.engine.compilation import Compile, compile_in_place
 from iccld.stages.adversarial import DOMAINS
 
 TOLERANCE = 0.02  # of the numbers of parameters

@@ -8,10 +8,10 @@ import torch
 from iccld.config import Config, StageName, load_config
 from iccld.models.discriminator import Discriminator
 from iccld.models.iccld import ICCLD
-from iccld.programs.building import noise_of
-from iccld.programs.synthetic import synthetic_batch
-from iccld.runtime.engine import Engine
-from iccld.runtime.profiling import PhaseTimer
+from iccld.programs.run.building import noise_of
+from iccld.programs.run.synthetic import synthetic_batch
+from iccld.runtime.engine.engine import Engine
+from iccld.runtime.measure.profiling import PhaseTimer
 from iccld.stages.adversarial import AdversarialStage
 from iccld.stages.base import Stage
 from iccld.stages.segmentation import SegmentationStage

@@ -12,15 +12,15 @@ from training_peers.peers import DAFormerOrder, TwoOptimisers
 from training_peers.sizes import Ours, Size, config_of, make_stage, random_batch
 from training_peers.turns import NUM_WARMUP, ratio_of, seconds_of, take_turns
 
-from iccld.data.cache import CacheConfig
-from iccld.programs.kept_views import ViewFiles
-from iccld.programs.synthetic import synthetic_batch
-from iccld.runtime.compilation import Compile
-from iccld.runtime.engine import Engine, EngineConfig, Precision
-from iccld.runtime.flops import count_step
-from iccld.runtime.peak_flops import nominal_flops
-from iccld.runtime.profiling import PhaseTimer
-from iccld.runtime.watchdog import Watchdog
+from iccld.data.storage.cache import CacheConfig
+from iccld.programs.run.kept_views import ViewFiles
+from iccld.programs.run.synthetic import synthetic_batch
+from iccld.runtime.engine.compilation import Compile
+from iccld.runtime.engine.engine import Engine, EngineConfig, Precision
+from iccld.runtime.faults.watchdog import Watchdog
+from iccld.runtime.measure.flops import count_step
+from iccld.runtime.measure.peaks import nominal_flops
+from iccld.runtime.measure.profiling import PhaseTimer
 from iccld.stages.view_cache import ViewCache
 
 NUM_TIMED = 500  # empty steps

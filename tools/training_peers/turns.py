@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from iccld.runtime.peak_flops import wait_for
+from iccld.runtime.measure.peaks import wait_for
 
 NUM_WARMUP = 2
 

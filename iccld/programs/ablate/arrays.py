@@ -7,11 +7,11 @@ command, so it is for what failed, once the jobs are over.
 import argparse
 from pathlib import Path
 
-from iccld.programs import submit
 from iccld.programs.ablate.grid import key_of
 from iccld.programs.ablate.rows import Ablation, prepare
 from iccld.programs.ablate.running import states_of
 from iccld.programs.ablate.tasks import Array, Task, arrays_of, tasks_of
+from iccld.programs.submit import submit
 
 
 def submit_rows(ablation: Ablation, *, settings: Path, dry_run: bool = False) -> int:

@@ -63,7 +63,7 @@ def _show(ablation: "Ablation") -> int:
 
 def _submit(ablation: "Ablation", arguments: argparse.Namespace) -> int:
     from iccld.programs.ablate.arrays import submit_rows
-    from iccld.runtime.lock import locked
+    from iccld.runtime.faults.lock import locked
 
     if arguments.dry_run:
         return submit_rows(ablation, settings=arguments.slurm, dry_run=True)
@@ -75,7 +75,7 @@ def _submit(ablation: "Ablation", arguments: argparse.Namespace) -> int:
 
 def _train(ablation: "Ablation", arguments: argparse.Namespace) -> int:
     from iccld.programs.ablate.running import train_rows
-    from iccld.runtime.lock import locked
+    from iccld.runtime.faults.lock import locked
 
     with locked(ablation.folder) as holder:
         if holder:

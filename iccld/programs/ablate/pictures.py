@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from iccld.config import Config, StageName
-from iccld.data.stream import read_validation
+from iccld.data.stream.stream import read_validation
 from iccld.durable import replacing
 from iccld.evaluation import Predict, evaluate, windowed
 from iccld.outcome import naming
@@ -21,8 +21,8 @@ from iccld.programs.ablate.paired import choose_images
 from iccld.programs.ablate.rows import Ablation
 from iccld.programs.ablate.summary import RowFigures
 from iccld.programs.ablate.tasks import Task
-from iccld.programs.evaluate import load_model, predict_function
-from iccld.programs.results import finished_models
+from iccld.programs.evaluate.evaluate import load_model, predict_function
+from iccld.programs.evaluate.results import finished_models
 
 MAX_RUNS = 6  # in a picture
 Sample = Mapping[str, Any]

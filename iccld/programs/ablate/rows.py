@@ -17,9 +17,9 @@ from iccld.config import Config, StageName, differences, load_config, read_confi
 from iccld.durable import make_folder, write_whole
 from iccld.programs.ablate.grid import Grid
 from iccld.programs.ablate.tasks import Task
-from iccld.programs.evaluate import unscored_stages
-from iccld.programs.hand_off import final_folder, is_finished
-from iccld.programs.results import about_of
+from iccld.programs.evaluate.evaluate import unscored_stages
+from iccld.programs.evaluate.results import about_of
+from iccld.programs.run.hand_off import final_folder, is_finished
 from iccld.reading import read_json
 from iccld.slurm.snapshot import PACKAGE, code_facts
 

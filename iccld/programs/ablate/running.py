@@ -19,8 +19,8 @@ from iccld.outcome import AGAIN, status_of, words
 from iccld.programs.ablate.rows import LOG_NAME, Ablation, has_finished, prepare, refuse_changes
 from iccld.programs.ablate.tasks import State, Task, blocked_tasks, devices_of, next_task, tasks_of
 from iccld.reading import read_bytes
-from iccld.runtime.lock import locked
-from iccld.runtime.preemption import FORCED
+from iccld.runtime.faults.lock import locked
+from iccld.runtime.faults.preemption import FORCED
 
 POLL_S = 0.2
 BUSY_S = 5.0  # between two looks at a run that another process trains

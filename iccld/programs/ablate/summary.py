@@ -14,10 +14,10 @@ from iccld.config import Config, StageName
 from iccld.programs.ablate.paired import Estimate, estimate, judgement, paired_difference
 from iccld.programs.ablate.rows import Ablation, has_finished, read_note
 from iccld.programs.ablate.tasks import Task
-from iccld.programs.evaluate import named_results
-from iccld.programs.event_times import read_events, straightened
+from iccld.programs.evaluate.evaluate import named_results
+from iccld.programs.evaluate.results import own_results, read_results
 from iccld.programs.goodput import attempts, total_of
-from iccld.programs.results import own_results, read_results
+from iccld.programs.run.event_times import read_events, straightened
 from iccld.reading import MIB, read_limited
 from iccld.scores import EvaluationResult
 

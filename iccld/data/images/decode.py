@@ -1,0 +1,314 @@
+"""Bytes to arrays, the one way for making, indexing, verifying, training and predicting.
+
+    bytes ── format, size, depth, orientation, by the file's own header ── limits ── pixels ── upright ── window
+
+simplejpeg decodes JPEG, PIL the rest. What arrives may be hostile: sizes are checked in the header, before memory is
+spent on pixels, and nothing but the formats asked for is tried.
+"""
+
+import io
+import struct
+from collections.abc import Iterator
+from enum import Enum
+from typing import NamedTuple
+
+import numpy as np
+import simplejpeg
+from PIL import Image
+from PIL.TiffImagePlugin import TiffImageFile
+
+from iccld.data.images.bounds import MAX_PIXELS, as_value_errors, check_size
+from iccld.data.images.grey_png import decode_grey_png
+from iccld.data.images.jpeg import JpegHeader, count_scans, only_pixels, read_jpeg_header, without_padding
+from iccld.data.images.orientation import UPRIGHT, is_turned, read_orientation, upright
+from iccld.data.images.png import PALETTE, png_orientation, read_palette, read_png_header, read_samples
+
+__all__ = ["MAX_PIXELS", "Format", "Window", "decode_image", "decode_label", "find_format", "image_size", "is_upright"]
+
+LABEL_EXTENSION = "label.png"
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+MAX_BYTES = 2**28
+"""The most bytes of an encoded image."""
+MAX_SCANS = 100
+"""The most scans of a JPEG; progressive ones have about ten."""
+DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, struct.error)
+"""What a file that cannot be read, or bytes that are broken, hostile, or no image, raise."""
+_TIFF_DEPTH = 258
+_MAX_PARTS = 2**16
+_SAMPLINGS = {(1, 1), (2, 1), (2, 2), (1, 2), (4, 1)}
+"""Of brightness against colours, in JPEGs that simplejpeg has a name for."""
+
+
+class Format(Enum):
+    """Formats of images, by their names in PIL."""
+
+    JPEG = "JPEG"
+    PNG = "PNG"
+    WEBP = "WEBP"
+    BMP = "BMP"
+    GIF = "GIF"
+    PPM = "PPM"
+    TIFF = "TIFF"
+
+
+PACKED = (Format.JPEG, Format.PNG, Format.WEBP)
+"""The formats that shards hold, and that they are made from."""
+LOOSE = tuple(Format)
+"""The formats that are read where the user's own images are segmented; of several frames or pages the first."""
+
+_MAGIC = {
+    b"\xff\xd8\xff": Format.JPEG,
+    b"\x89PNG\r\n\x1a\n": Format.PNG,
+    b"BM": Format.BMP,
+    b"GIF87a": Format.GIF,
+    b"GIF89a": Format.GIF,
+    **{b"P%d%c" % (number, space): Format.PPM for number in range(1, 7) for space in b" \t\r\n#"},
+    b"II*\0": Format.TIFF,
+    b"MM\0*": Format.TIFF,
+    b"II+\0": Format.TIFF,
+    b"MM\0+": Format.TIFF,
+}
+_STRANGERS = {
+    b"\0\0\0\x0cjP  ": "a JPEG 2000",
+    b"\xff\x4f\xff\x51": "a JPEG 2000",
+    b"\xff\x0a": "a JPEG XL",
+    b"\0\0\0\x0cJXL ": "a JPEG XL",
+    b"version https://git-lfs": "a pointer of Git LFS, whose file was not fetched",
+    b"<": "a page of the web, or another text with tags",
+    b"%PDF": "a PDF",
+    b"PK\x03\x04": "a zip",
+    b"\x1f\x8b": "a file of gzip",
+}
+
+
+class Window(NamedTuple):
+    """A part of an image, in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+class _Header(NamedTuple):
+    """An image's format, its size as stored, and what turns it upright; `jpeg` is the rest of a JPEG's header."""
+
+    format: Format
+    height: int
+    width: int
+    orientation: int
+    jpeg: JpegHeader | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the upright image."""
+        return (self.width, self.height) if is_turned(self.orientation) else (self.height, self.width)
+
+
+def decode_image(data: bytes, *, window: Window | None = None, formats: tuple[Format, ...] = PACKED) -> np.ndarray:
+    """An encoded image, or the window of it, to `(H, W, 3)` uint8 RGB: the same pixels either way.
+
+    It is upright, and the window one of the upright image. Alpha is dropped, other depths are scaled to 8 bits. Of a
+    PNG, no rows below the window are decoded. Of a JPEG all are: libjpeg-turbo could skip some, but no package that
+    installs everywhere offers it, and most of the time is spent on bits that must be read in any case. The result may
+    be a view of a larger array. Raises ValueError.
+    """
+    header = _read_header(data, formats)
+    _check_inside(header.size, window)
+    if header.format is Format.PNG and window and header.orientation == UPRIGHT:
+        top, left, height, width = window
+        return _png_colors(data, box=(left, top, left + width, top + height))
+    if header.jpeg:
+        image = _decode_jpeg(data, header.jpeg)
+    elif header.format is Format.PNG:
+        image = _png_colors(data)
+    else:
+        image = _decode_by_pil(data, header.format)
+    if image.shape[:2] != (header.height, header.width) and header.format is not Format.TIFF:
+        raise ValueError(
+            f"its header says {header.height}x{header.width} pixels, it has {image.shape[0]}x{image.shape[1]}"
+        )
+    return _cut(upright(image, header.orientation), window)
+
+
+def decode_label(data: bytes) -> np.ndarray:
+    """An encoded label image to `(H, W)` ids, uint8 or (of 16 bits) uint16: grey values, or indices of a palette.
+
+    Several channels are read where they say one id: equal colours, and alpha that is opaque. The array may be
+    read-only. Raises ValueError.
+    """
+    header = _read_header(data, PACKED)
+    ids = decode_grey_png(data) if header.format is Format.PNG else None
+    return upright(ids, header.orientation) if ids is not None else _one_channel(decode_channels(data))
+
+
+def decode_channels(data: bytes) -> np.ndarray:
+    """An encoded label image to the samples that were written, `(H, W, C)` uint8 or uint16; alpha is last of 2 or 4.
+
+    Raises ValueError.
+    """
+    header = _read_header(data, PACKED)
+    refuse_lossy(data)
+    channels = read_samples(data) if header.format is Format.PNG else _decode_by_pil(data, header.format)
+    return upright(channels, header.orientation)
+
+
+def refuse_lossy(data: bytes) -> None:
+    """Refuse, as a label, an image of a format that does not keep what was written."""
+    found = find_format(data)
+    lossy = found is Format.WEBP and all(kind != b"VP8L" for kind, _, _ in _webp_parts(data))
+    if found is Format.JPEG or lossy:
+        kind = "a JPEG" if found is Format.JPEG else "a lossy WebP"
+        raise ValueError(f"it is {kind}, which keeps colours roughly and ids not at all; export labels as PNG")
+
+
+def image_size(data: bytes) -> tuple[int, int]:
+    """(height, width) of an encoded image, upright, read from its header. Raises ValueError."""
+    return _read_header(data, PACKED).size
+
+
+def is_upright(data: bytes) -> bool:
+    """Whether an encoded image is stored as it is to be seen. Raises ValueError."""
+    return _read_header(data, PACKED).orientation == UPRIGHT
+
+
+def find_format(data: bytes) -> Format | None:
+    """The format that the first bytes say; 16 are enough."""
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return Format.WEBP
+    return next((format_ for magic, format_ in _MAGIC.items() if data.startswith(magic)), None)
+
+
+def _read_header(data: bytes, formats: tuple[Format, ...]) -> _Header:
+    if len(data) > MAX_BYTES:
+        raise ValueError(f"it has {len(data)} bytes; an image may have {MAX_BYTES}")
+    found = find_format(data)
+    if found not in formats:
+        raise ValueError(_not_one_of(formats, data, found))
+    if found is Format.JPEG:
+        jpeg = read_jpeg_header(data)
+        header = _Header(found, jpeg.height, jpeg.width, jpeg.orientation, jpeg)
+    elif found is Format.PNG:
+        header = _Header(found, *read_png_header(data)[:2], png_orientation(data))
+    else:
+        orientation = _webp_orientation(data) if found is Format.WEBP else UPRIGHT  # PIL turns TIFFs itself
+        with as_value_errors("PIL"), Image.open(io.BytesIO(data), formats=(found.value,)) as image:
+            header = _Header(found, image.height, image.width, orientation)
+    check_size(header.height, header.width)
+    return header
+
+
+def _not_one_of(formats: tuple[Format, ...], data: bytes, found: Format | None) -> str:
+    """Why the data is not read."""
+    known = ", ".join(format_.value.replace("WEBP", "WebP") for format_ in formats)
+    stranger = next((name for magic, name in _STRANGERS.items() if data[:64].lstrip().startswith(magic)), "")
+    if data[4:8] == b"ftyp":
+        stranger = "a HEIF or AVIF image, or a film"
+    what = f"a {found.value}" if found else stranger
+    if not data:
+        return "it is empty"
+    return f"it is {what}; {known} can be read" if what else f"it is no image of a known format ({known})"
+
+
+def _check_inside(size: tuple[int, int], window: Window | None) -> None:
+    height, width = size
+    if window and (
+        min(window.top, window.left) < 0 or window.top + window.height > height or window.left + window.width > width
+    ):
+        raise ValueError(f"it has {height}x{width} pixels, in which {window} does not lie")
+
+
+def _decode_jpeg(data: bytes, header: JpegHeader) -> np.ndarray:
+    """`(H, W, 3)` uint8 as stored. Inks, and samplings without a name, are left to PIL."""
+    if header.depth != 8 or not header.usual:
+        kind = "without the usual compression" if header.depth == 8 else f"of {header.depth} bits a sample"
+        raise ValueError(f"it is a JPEG {kind}; export it as a usual one, or as PNG")
+    num_scans = count_scans(data, header, at_most=MAX_SCANS)
+    if num_scans > MAX_SCANS:
+        raise ValueError(f"it has {num_scans} scans; a JPEG may have {MAX_SCANS}")
+    brightness, *colors = header.samplings
+    if len(colors) not in (0, 2) or (colors and (brightness not in _SAMPLINGS or set(colors) != {(1, 1)})):
+        return _decode_by_pil(only_pixels(data, header), Format.JPEG)
+    try:
+        return _decode_by_simplejpeg(data, header)
+    except ValueError as error:  # which it raises at the least irregularity
+        if "extraneous bytes" not in str(error):
+            raise
+    data = only_pixels(data, header)
+    try:
+        return _decode_by_simplejpeg(data, header)
+    except ValueError as error:
+        return _decode_by_simplejpeg(without_padding(data, str(error)), header)
+
+
+def _decode_by_simplejpeg(data: bytes, header: JpegHeader) -> np.ndarray:
+    with as_value_errors("simplejpeg"):
+        height, width, *_ = simplejpeg.decode_jpeg_header(data)
+        if (height, width) != (header.height, header.width):
+            raise ValueError("it is a JPEG with several headers")
+        return simplejpeg.decode_jpeg(data, colorspace="RGB")
+
+
+def _decode_by_pil(data: bytes, format_: Format) -> np.ndarray:
+    """`(H, W, 3)` uint8 as PIL reads the first frame or page; it turns TIFFs upright itself."""
+    with as_value_errors("PIL"), Image.open(io.BytesIO(data), formats=(format_.value,)) as image:
+        check_size(image.height, image.width)
+        if image.mode == "F" or (image.mode == "I" and format_ is Format.TIFF):
+            raise ValueError("pixels of 32 bits have no known range; save it with 8 or 16 bits")
+        if image.mode.startswith("I"):  # 16 bits, which PIL would clip to 255
+            depth = image.tag_v2.get(_TIFF_DEPTH, (16,))[0] if isinstance(image, TiffImageFile) else 16
+            samples = np.asarray(image, np.int64)[..., None]
+            return _to_colors(np.clip(samples * 65535 // (2**depth - 1), 0, 65535).astype(np.uint16))
+        return np.array(image.convert("RGB"))
+
+
+def _png_colors(data: bytes, *, box: tuple[int, int, int, int] | None = None) -> np.ndarray:
+    header, samples = read_png_header(data), read_samples(data, box=box)
+    if header.color == PALETTE:
+        return read_palette(data)[samples[..., 0]]
+    if header.depth < 8:
+        samples = samples * np.uint8(255 // (2**header.depth - 1))
+    return _to_colors(samples)
+
+
+def _to_colors(samples: np.ndarray) -> np.ndarray:
+    """`(H, W, 3)` uint8 of grey or colours `(H, W, 1-4)`, uint8 or uint16, perhaps with alpha, which is dropped."""
+    num_colors = 1 if samples.shape[-1] < 3 else 3
+    colors = samples[..., :num_colors]
+    if colors.dtype == np.uint16:
+        colors = ((colors.astype(np.uint32) + 128) // 257).astype(np.uint8)  # 65535 to 255, rounded
+    return colors if num_colors == 3 else np.repeat(colors, 3, axis=-1)
+
+
+def _one_channel(channels: np.ndarray) -> np.ndarray:
+    """The ids `(H, W)` that channels `(H, W, C)` say alike; of 2 and 4 channels the last one is alpha."""
+    if channels.shape[-1] in (2, 4):
+        if (channels[..., -1] != np.iinfo(channels.dtype).max).any():
+            raise ValueError("it has transparent pixels; labels must have one id a pixel: export it without alpha")
+        channels = channels[..., :-1]
+    if (channels[..., 1:] != channels[..., :1]).any():
+        raise ValueError("it has several channels, which differ; labels must have one id a pixel")
+    return np.ascontiguousarray(channels[..., 0])
+
+
+def _webp_parts(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """The kind of each part of a WebP, and where its content lies; bytes after its end are no part."""
+    at, end = 12, min(len(data), 8 + int.from_bytes(data[4:8], "little"))
+    for _ in range(_MAX_PARTS):
+        if at + 8 > end:
+            return
+        kind, length = struct.unpack_from("<4sI", data, at)
+        yield kind, at + 8, at + 8 + length
+        at += 8 + length + length % 2
+    raise ValueError(f"it has more than {_MAX_PARTS} parts")
+
+
+def _webp_orientation(data: bytes) -> int:
+    found = (read_orientation(data[start:end]) for kind, start, end in _webp_parts(data) if kind == b"EXIF")
+    return next(found, UPRIGHT)
+
+
+def _cut(array: np.ndarray, window: Window | None) -> np.ndarray:
+    if window is None:
+        return array
+    return array[window.top : window.top + window.height, window.left : window.left + window.width]

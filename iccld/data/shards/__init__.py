@@ -1,0 +1,1 @@
+"""Makes, indexes, verifies and describes sets of shards."""

@@ -1,0 +1,191 @@
+"""A data set's table over its files: the pairs, and the train ids of a label."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from iccld.data.shards.converters.pairing import Pair, pair_labels
+from iccld.data.shards.converters.pattern import Pattern, has_image_ending
+from iccld.data.shards.converters.readers import (
+    LabelsAs,
+    class_list_ids,
+    read_colors,
+    read_ids,
+    read_polygons,
+    read_red16,
+)
+from iccld.data.shards.converters.table import KNOWN_IDS, Ids, Table, read_mapping, read_table
+from iccld.data.shards.converters.tree import InputTree, NotSeen, fold
+from iccld.data.shards.tally import Tally, plain
+from iccld.data.shards.tars import LEAVE_OUT, Problem
+
+_TABLES = Path(__file__).parent / "tables"
+DATASETS = tuple(sorted(path.stem for path in _TABLES.glob("*.yaml")))
+"""The packaged data sets."""
+
+_READERS: Mapping[LabelsAs, Any] = {
+    LabelsAs.ids: read_ids,
+    LabelsAs.red16: read_red16,
+    LabelsAs.colors: read_colors,
+    LabelsAs.polygons: read_polygons,
+}
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What an input holds: the pairs, sorted by image; lost images; labels without an image, sorted; and the rest."""
+
+    pairs: list[Pair]
+    problems: list[Problem]
+    spare_labels: list[str]
+    passed_over: Tally
+
+
+class Converter:
+    """One data set's files by its table. It can be pickled and used from several processes."""
+
+    def __init__(self, table: Table, root: Path, *, split: str = "", ids: Ids | None = None) -> None:
+        self.name, self.table, self.split = table.name, table, split
+        self.ids: Ids = ids or table.ids or KNOWN_IDS["cityscapes_train_ids"]
+        patterns = [pattern.with_split(split) for pattern in (table.images, *table.labels)]
+        tops = [pattern.top for pattern in patterns] + [Pattern(path).top for path in table.class_list]
+        self.tree = InputTree(root, tops=tops if all(tops) else ())
+        there = [self.tree.exists(path) for path in table.class_list]
+        chosen = there.index(True) if any(there) else 0
+        self._images, self._labels = patterns[0], patterns[1 + chosen] if table.labels else None
+        self._class_list = table.class_list[chosen] if table.class_list else ""
+
+    def survey(self, *, with_labels: bool = True) -> Survey:
+        """Looks at all files where images and labels lie. Raises ValueError if there are no pairs."""
+        not_seen, labels = NotSeen(), self._labels if with_labels else None
+        images = self.tree.files(self._images.folder, not_seen=not_seen)
+        found = [(path, self._images.match(path)) for path in images]
+        pairs = [self._pair(path, values) for path, values in found if values is not None]
+        others = [path for path, values in found if values is None]
+        unread = [path for path in others if self._is_unread_image(path)]
+        if not pairs:
+            raise ValueError(self._no_pairs(unread))
+        label_files = self._label_files(labels, images, not_seen) if labels else []
+        pairs = pair_labels(pairs, label_files) if labels else pairs
+        if pairs[0].label and self.tree.exists(pairs[0].label):
+            _ = self._train_ids  # a class list that does not fit is one error, not one a label
+        used = {path for pair in pairs for path in (pair.image, pair.label)}.union(unread)
+        spare = [path for path in label_files if path not in used and labels and labels.match(path)]
+        for path in sorted({*others, *label_files} - used - set(spare)):
+            _, dot, ending = path.rpartition("/")[2].rpartition(".")
+            not_seen.passed_over.add(f"files are not used: {plain(dot + ending) if dot else 'without ending'}", path)
+        problems = [
+            Problem(place, what, f"put the file itself there, {LEAVE_OUT}") for place, what in sorted(not_seen.lost)
+        ]
+        what, remedy = "images of its format are not read", f"convert it to PNG or JPEG, {LEAVE_OUT}"
+        problems += [Problem(self.tree.location(path), what, remedy) for path in unread]
+        return Survey(pairs, problems, spare, not_seen.passed_over)
+
+    def pairs(self) -> list[Pair]:
+        """All pairs of the split, sorted by the image's path. Raises ValueError if there are none."""
+        return self.survey().pairs
+
+    def labels_without_image(self) -> list[str]:
+        """The label files of the split that belong to no image, sorted."""
+        return self.survey().spare_labels
+
+    def _label_files(self, labels: Pattern, images: Sequence[str], not_seen: NotSeen) -> list[str]:
+        """The files where labels lie, which may be among those where images lie."""
+        inside = fold(f"{labels.folder}/") if labels.folder else ""
+        if inside.startswith(fold(f"{self._images.folder}/") if self._images.folder else ""):
+            return [path for path in images if fold(path).startswith(inside)]
+        return self.tree.files(labels.folder, not_seen=not_seen)
+
+    def _is_unread_image(self, path: str) -> bool:
+        return (
+            has_image_ending(path)
+            and self._images.matches_but_for_ending(path)
+            and not (self._labels and self._labels.match(path))
+        )
+
+    def _no_pairs(self, unread: Sequence[str]) -> str:
+        where = f"{self.tree.root} (--split {self.split})" if self.split else self.tree.root
+        more = (
+            f"; images of other formats are not read ({len(unread)}, such as {plain(unread[0])}): convert them"
+            if unread
+            else ""
+        )
+        return f"--input {where} holds no images of {self.name}, which lie as {self._layout()}{more}."
+
+    def train_ids(self, path: str) -> np.ndarray:
+        """The `(H, W)` uint8 train ids of a label file. Raises UnknownIds or one of DECODE_ERRORS."""
+        return _READERS[self.table.labels_as](self.tree.read(path), self._train_ids)
+
+    def describe(self) -> dict[str, Any]:
+        """What the pairs and their labels' meaning depend on, as JSON."""
+        return {
+            "images": self._images.text,
+            "labels": self._labels.text if self._labels else None,
+            "key": self._key.text,
+            "labels_as": self.table.labels_as.value,
+            "class_list": self._class_list,
+            "ids": {str(old): new for old, new in sorted(self.ids.items())},
+        }
+
+    @property
+    def _key(self) -> Pattern:
+        names = [name for name in self._images.names if name != "suffix"]
+        return self.table.key or Pattern("/".join(f"{{{name}}}" for name in names))
+
+    def _pair(self, image: str, values: dict[str, str]) -> Pair:
+        values = values | {"split": self.split}
+        return Pair(self._key.fill(values), image, self._labels.fill(values) if self._labels else None)
+
+    def _layout(self) -> str:
+        return self._images.text + (f", and labels as {self._labels.text}" if self._labels else "")
+
+    @cached_property
+    def _train_ids(self) -> Ids:
+        """What a label file may hold, to train ids."""
+        if not self._class_list:
+            return self.ids
+        location = self.tree.location(self._class_list)
+        if not self.tree.exists(self._class_list):
+            raise ValueError(f"{location} is missing; {self.name} needs it to tell what its label ids mean")
+        try:
+            return class_list_ids(self.tree.read(self._class_list), self.ids)
+        except ValueError as error:
+            raise ValueError(f"{location}: {error}; use the data set of its version") from error
+
+
+def open_converter(dataset: str, root: Path, *, split: str = "", mapping: Path | None = None) -> Converter:
+    """The converter of a packaged data set, or of the table at the path `dataset`, over the files in `root`.
+
+    Raises ValueError where a setting is wrong.
+    """
+    if dataset in DATASETS:
+        table = read_table(_TABLES / f"{dataset}.yaml")
+    elif dataset.endswith((".yaml", ".yml")):
+        table = read_table(Path(dataset))
+    else:
+        packaged = ", ".join(DATASETS)
+        raise ValueError(f"--dataset {dataset} is unknown; use one of {packaged}, or the path of a YAML of your own.")
+    _check_split(table, split)
+    if mapping is None:
+        return Converter(table, root, split=split)
+    if table.ids is not None or not table.labels:
+        raise ValueError(f"--mapping {mapping}: the ids of {table.name} are known; leave --mapping out.")
+    return Converter(table, root, split=split, ids=read_mapping(mapping, table))
+
+
+def _check_split(table: Table, split: str) -> None:
+    if split and (not Pattern(split).is_sound() or Pattern(split).names):
+        raise ValueError(f"--split {split} must be the name of a folder in --input.")
+    if table.splits is None:
+        return
+    choice = f"use one of {', '.join(table.splits)}"
+    if split and not table.splits:
+        raise ValueError(f"--split {split}: {table.name} has no splits; leave --split out.")
+    if table.splits and not split:
+        raise ValueError(f"--split is missing: {table.name} keeps its splits in folders; {choice}.")
+    if split not in table.splits and split:
+        raise ValueError(f"--split {split} is none of {table.name}; {choice}.")

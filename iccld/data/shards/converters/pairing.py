@@ -1,0 +1,45 @@
+"""Which label belongs to which image."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from iccld.data.shards.converters.tree import fold
+from iccld.data.shards.tally import plain
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An image and where its label belongs, whether that file exists or not; None where the set has no labels.
+
+    Paths are those of the input tree.
+    """
+
+    key: str
+    image: str
+    label: str | None
+
+
+def pair_labels(pairs: Sequence[Pair], files: Sequence[str]) -> list[Pair]:
+    """Gives each pair the file of its label: by its very name, or else by letters' case or accents written otherwise.
+
+    Raises ValueError where it may be either of two.
+    """
+    there = set(files)
+    taken = there & {pair.label for pair in pairs}
+    lacking = [pair for pair in pairs if pair.label and pair.label not in there]
+    if not lacking:
+        return list(pairs)
+    free, wanting = defaultdict[str, list[str]](list), defaultdict[str, list[str]](list)
+    for path in files:
+        if path not in taken:
+            free[fold(path)].append(path)
+    for pair in lacking:
+        wanting[fold(pair.label or "")].append(pair.image)
+    found = dict[str, str]()
+    for name, images in wanting.items():
+        if len(labels := free.get(name, [])) > 1 or (labels and len(images) > 1):
+            names = ", ".join(map(plain, [*images, *labels]))
+            raise ValueError(f"{names}: it is not clear which label is which image's; rename them alike.")
+        found.update(dict.fromkeys(images, labels[0]) if labels else {})
+    return [replace(pair, label=found.get(pair.image, pair.label)) for pair in pairs]

@@ -1,0 +1,171 @@
+"""A storage: files side by side, in a folder, on a web server or in an object store; bytes by (name, offset, size).
+
+It may be used by several threads, in processes that were forked after its first use, and may be pickled.
+"""
+
+import copy
+import math
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Self
+from urllib.parse import unquote, urlsplit
+
+from iccld.data.storage.counters import Counters
+from iccld.redact import is_url, without_secrets
+
+MAX_NAME_BYTES = 255
+
+
+@dataclass
+class StorageConfig:
+    """How remote shards are read; a folder needs none of it.
+
+    `options` go to the object store's file system as they are, "true" and "false" as bools. What is not a string there
+    (`client_kwargs`) is set in the client's own files and environment (`~/.aws/config`, `AWS_REGION`). Secrets belong
+    there too, and those of http(s) in `~/.netrc`: other users see a command line. Saved settings and messages hold no
+    values of options, and no user, password and query of a URL.
+
+    Some of the schemes that `allow_schemes` may name write files or run code when they open a location. So it counts
+    on the command line only, never in a run's saved settings.
+    """
+
+    timeout_s: float = 20.0  # bounds one request of at most 8 MiB
+    retry_for_s: float = 300.0  # bounds all attempts of a request together, but for the end of the last; 0: one attempt
+    options: dict[str, str] = field(default_factory=dict)
+    """Options of the object store's file system: `endpoint_url`, `anon`, `profile`, `key`, `secret` of s3fs."""
+    allow_schemes: list[str] = field(default_factory=list)
+    """Further schemes of fsspec (hdfs, sftp, ...) that locations may have."""
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.timeout_s) and self.timeout_s > 0):
+            raise ValueError(f"data.storage.timeout_s={self.timeout_s} must be positive; 20 is usual.")
+        if not (math.isfinite(self.retry_for_s) and self.retry_for_s >= 0):
+            raise ValueError(
+                f"data.storage.retry_for_s={self.retry_for_s} must be at least 0; 300 is usual, 0 gives up at once."
+            )
+
+
+class StorageError(OSError):
+    """A read that failed for good; the message says where, what was read, why, and what to do."""
+
+
+class Unreachable(StorageError, ConnectionError):
+    """The storage did not answer for as long as it was asked; it may answer later."""
+
+
+class MissingShard(StorageError, FileNotFoundError):
+    """There is no such file in the storage."""
+
+
+class ShortRead(StorageError):
+    """The file ends before the bytes that were asked for."""
+
+
+class Storage(ABC):
+    """Files by their names. `counters`: requests, retries and bytes read; those of `below` are its parent's."""
+
+    is_local: ClassVar[bool]
+    piece_bytes: ClassVar[int]
+    """The largest single request; longer reads are made of several."""
+
+    def __init__(self, location: str) -> None:
+        self.location = location
+        self.counters = Counters(requests=0, retries=0, bytes=0)
+
+    def read(self, name: str, offset: int, size: int) -> bytes:
+        """Exactly the `size` bytes at `offset` of the file `name`.
+
+        Raises MissingShard, ShortRead where the file ends before, StorageError for all that cannot be mended.
+        """
+        check_name(name, self.location)
+        if offset < 0 or size < 0 or offset + size > sys.maxsize:
+            raise ShortRead(
+                f"{self.describe(name)}: {size} bytes at {offset} cannot be in any file; make its index again."
+            )
+        if size <= self.piece_bytes:
+            data = self._read(name, offset, size) if size else b""
+        else:
+            data = b"".join(self._read(name, *piece) for piece in self._pieces(offset, size))
+        self.counters.add(bytes=size)
+        return data
+
+    def read_all(self, name: str, *, limit: int) -> bytes:
+        """The whole file; raises StorageError where it has more than `limit` bytes."""
+        size = self.size(name)
+        check_size(self.describe(name), size, range(limit + 1))
+        return self.read(name, 0, size)
+
+    def size(self, name: str) -> int:
+        """The file's bytes; raises what `read` raises."""
+        check_name(name, self.location)
+        return self._size(name)
+
+    def pieces(self, name: str, size: int) -> Iterator[bytes]:
+        """The first `size` bytes of a file, a piece of bounded size at a time."""
+        for offset, length in self._pieces(0, size):
+            yield self.read(name, offset, length)
+
+    def below(self, folder: str) -> Self:
+        """The storage of a folder in this one."""
+        check_name(folder, self.location)
+        lower = copy.copy(self)
+        lower.location = self._address(folder)
+        return lower
+
+    def describe(self, name: str) -> str:
+        """The file's place as messages give it, without credentials."""
+        return f"{without_secrets(self.location).rstrip('/')}/{name}"
+
+    @abstractmethod
+    def _address(self, name: str) -> str: ...
+
+    @abstractmethod
+    def _read(self, name: str, offset: int, size: int) -> bytes: ...
+
+    @abstractmethod
+    def _size(self, name: str) -> int: ...
+
+    def _pieces(self, offset: int, size: int) -> Iterator[tuple[int, int]]:
+        for start in range(offset, offset + size, self.piece_bytes):
+            yield start, min(self.piece_bytes, offset + size - start)
+
+
+def short_read(place: str, offset: int, size: int, total: int) -> ShortRead:
+    """The error that says how far a read goes beyond the `total` bytes of the file at `place`."""
+    return ShortRead(
+        f"{place}: bytes {offset}-{offset + size - 1} are wanted, but it has {total}; it is truncated: restore it, or "
+        f"make it and its index again."
+    )
+
+
+def check_name(name: str, location: str) -> None:
+    """Raises StorageError for what is no plain file name: it may come from anyone's index, and lead elsewhere."""
+    plain = name.isprintable() and not {"/", "\\"} & set(name) and name not in ("", ".", "..")
+    if not plain or len(name.encode()) > MAX_NAME_BYTES:
+        raise StorageError(
+            f"{without_secrets(location)}: {name[:80]!r} is no plain file name of at most {MAX_NAME_BYTES} "
+            f"bytes; make the index again."
+        )
+
+
+def check_size(place: str, size: int, sizes: range) -> None:
+    """Raises StorageError where a file cannot be what it should be, by its size."""
+    if size not in sizes:
+        wanted = f"at most {sizes[-1]:,}" if sizes[0] == 0 else f"{sizes[0]:,} to {sizes[-1]:,}"
+        raise StorageError(
+            f"{place} has {size:,} bytes, and should have {wanted}; it is not what it should be: upload it again."
+        )
+
+
+def is_remote(location: str | Path) -> bool:
+    """Whether a location is a URL; `file://` URLs are local."""
+    return is_url(str(location))
+
+
+def local_folder(location: str | Path) -> Path:
+    """The folder that a local location means: a path or a `file://` URL."""
+    text = str(location)
+    return Path(unquote(urlsplit(text).path) if text.lower().startswith("file://") else text)

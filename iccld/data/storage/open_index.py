@@ -1,0 +1,113 @@
+"""The index of a set wherever it lies: a folder's is opened there, a remote one is copied once a node."""
+
+import os
+import shutil
+import zlib
+from contextlib import suppress
+from pathlib import Path
+
+from iccld.data.storage import integrity
+from iccld.data.storage.base import MissingShard, Storage, StorageError, check_name, check_size, is_remote, local_folder
+from iccld.data.storage.index import (
+    ARRAY_FILES,
+    HEADER_FILE,
+    INDEX_FOLDER,
+    MAX_HEADER_BYTES,
+    ShardIndex,
+    array_bytes,
+    file_checksum,
+    parse_header,
+)
+from iccld.durable import locked, make_folder, remove_left_overs, replacing, write_whole
+from iccld.reading import read_limited
+from iccld.redact import without_secrets
+
+_LEFT_OVER_AFTER_S = 86_400.0
+
+
+def open_index(
+    storage: Storage, location: str, *, setting: str = "shards", cache_folder: str | Path = ""
+) -> ShardIndex:
+    """The index of the set at `location`; a remote one is copied once a node, and again when it has changed."""
+    if not is_remote(location):
+        return ShardIndex.open(local_folder(location), setting=setting)
+    public = without_secrets(location)
+    where = f"{setting}={public}: {INDEX_FOLDER}/{HEADER_FILE}"
+    indexed = storage.below(INDEX_FOLDER)
+    try:
+        text = indexed.read_all(HEADER_FILE, limit=MAX_HEADER_BYTES)
+    except MissingShard as error:
+        raise ValueError(f"{where} is missing ({error}); upload the folder {INDEX_FOLDER}/ with the shards.") from error
+    header = parse_header(text, where)
+    version = "-".join(f"{sum_:08x}" for sum_ in (zlib.crc32(text), *(header.checksums[name] for name in ARRAY_FILES)))
+    kept = Path(cache_folder) if cache_folder else user_cache_folder()
+    folder = make_folder(kept / INDEX_FOLDER / version, within=kept)
+    for name, sizes in array_bytes(header).items():
+        if _may_be_damaged(folder / name, sizes):
+            fetch_file(indexed, name, folder, checksum=header.checksums[name], sizes=sizes)
+    path = folder / HEADER_FILE
+    if not path.is_file() or read_limited(path, MAX_HEADER_BYTES) != text:
+        write_whole(path, text)
+    return ShardIndex.open(public, setting=setting, folder=folder)
+
+
+def _may_be_damaged(copy: Path, sizes: range) -> bool:
+    """Whether to compare a copy with its checksum; a large one, which takes minutes, is checked beside the work."""
+    return not copy.is_file() or (size := copy.stat().st_size) not in sizes or size <= integrity.AT_ONCE_BYTES
+
+
+def user_cache_folder() -> Path:
+    """Where this user's copies of remote indices go if no folder is set: `$XDG_CACHE_HOME` or `~/.cache`, `/iccld`."""
+    if folder := os.environ.get("XDG_CACHE_HOME"):
+        return Path(folder) / "iccld"
+    try:
+        return Path.home() / ".cache" / "iccld"
+    except RuntimeError as error:
+        raise ValueError("This user has no home folder for copies of indices; set data.cache.folder.") from error
+
+
+def fetch_file(storage: Storage, name: str, folder: Path, *, sizes: range, checksum: int | None = None) -> Path:
+    """Copies a file of one of `sizes` into `folder`, in pieces; it appears whole or not at all. Returns its path.
+
+    With `checksum` (CRC-32), a copy that has it is kept, and what arrives is checked. Ranks that ask for it at once
+    wait for the one that copies it. Raises what reading raises, and StorageError where size or checksum are others,
+    or the disk has no room.
+    """
+    check_name(name, storage.location)
+    path = folder / name
+    while checksum is None or not path.is_file() or file_checksum(path) != checksum:
+        before = _version(path)
+        with locked(folder / f".{name}.lock"):  # without locks, all copy: slower, and as right
+            if _version(path) == before:
+                _copy(storage, name, path, checksum, sizes)
+                return path
+        if checksum is None:  # another rank has copied it in the meantime
+            return path
+    return path
+
+
+def _version(path: Path) -> tuple[int, int] | None:
+    with suppress(FileNotFoundError):
+        status = path.stat()
+        return status.st_ino, status.st_mtime_ns
+    return None
+
+
+def _copy(storage: Storage, name: str, path: Path, checksum: int | None, sizes: range) -> None:
+    size, free = storage.size(name), shutil.disk_usage(path.parent).free
+    check_size(storage.describe(name), size, sizes)
+    if size > free:
+        raise StorageError(
+            f"{storage.describe(name)}: its {size:,} bytes do not fit into {path.parent} ({free:,} are free); make "
+            f"room, or set data.cache.folder to a larger disk."
+        )
+    remove_left_overs(path.parent, of=name, older_than_s=_LEFT_OVER_AFTER_S)
+    found = 0
+    with replacing(path) as file:
+        for piece in storage.pieces(name, size):
+            file.write(piece)
+            found = zlib.crc32(piece, found)
+        if checksum not in (None, found):
+            raise StorageError(
+                f"{storage.describe(name)}: its checksum is {found:08x}, it should be {checksum:08x}; upload it again."
+            )

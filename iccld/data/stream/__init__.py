@@ -1,0 +1,1 @@
+"""Training batches, each a function of its number."""

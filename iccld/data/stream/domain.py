@@ -1,0 +1,201 @@
+"""One domain's samples by their number: read, cropped, mapped to classes, and put together to micro-batches."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from iccld import rng
+from iccld.data.config import STRIDE, OnError
+from iccld.data.images.decode import Window, decode_image
+from iccld.data.sample import check_indexed_size, decode_train_ids
+from iccld.data.storage.index import NUM_TRAIN_IDS
+from iccld.data.storage.reader import BadSample, RawSample
+from iccld.data.stream.crops import Crop, apply_crop, draw_crop, source_merit, valid_rows
+from iccld.data.stream.order import Draw, Order
+from iccld.data.stream.sets import Part
+
+MAX_REPLACEMENTS = 100
+
+MicroBatch = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class View:
+    """How samples are looked at: the crop's (height, width), the chance to mirror it, and what it is to show.
+
+    Source crops are drawn until no class fills more than `max_class_share` of them and, for a sample that was drawn
+    for a class, until at least half of `wanted_pixels` (or of what the image has) are in it. Rows in the margins,
+    fractions of the image's height, are not valid.
+    """
+
+    crop_size: tuple[int, int]
+    flip: float
+    max_class_share: float = 1.0
+    wanted_pixels: int = 0
+    margin_top: float = 0.0
+    margin_bottom: float = 0.0
+
+
+def check_crop_fits(part: Part, crop_size: tuple[int, int]) -> None:
+    """Refuses a crop that is larger than any image in use; looks at the images only where the smallest is too small."""
+    least = part.index.header.min_size
+    if all(side <= limit for side, limit in zip(crop_size, least, strict=True)):
+        return
+    samples = part.index.samples[["height", "width"]]
+    chosen = samples[: len(part.positions)] if isinstance(part.positions, range) else samples[part.positions]
+    small = np.flatnonzero((chosen["height"] < crop_size[0]) | (chosen["width"] < crop_size[1]))
+    if len(small):
+        first, fits = small[0], [int(chosen[side].min()) // STRIDE * STRIDE for side in ("height", "width")]
+        raise ValueError(
+            f"data.crop_size={list(crop_size)} is larger than sample {part.index.key(int(part.positions[first]))!r} of "
+            f"{part.index.location} ({chosen['height'][first]}x{chosen['width'][first]} pixels; {len(small)} of "
+            f"{len(chosen)} samples are too small); use at most {fits}, or make the shards with a larger --size."
+        )
+
+
+def relabel(train_ids: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """`table[train_ids]` for a `(256,)` uint8 table; on images, `bytes.translate` takes a tenth of NumPy's time."""
+    mapped = bytearray(train_ids.tobytes()).translate(table.tobytes())
+    return np.frombuffer(mapped, np.uint8).reshape(train_ids.shape)
+
+
+def _copy(window: np.ndarray, out: Tensor, *, flip: bool) -> None:
+    """Copies an `(H, W, ...)` window, mirrored left to right or not; torch mirrors several times faster than NumPy."""
+    pixels = torch.from_numpy(window)
+    out.copy_(torch.flip(pixels, [1]) if flip else pixels)
+
+
+class DomainStream:
+    """The samples of the source or the target: everything about sample n is a function of (seed, name, n)."""
+
+    def __init__(
+        self,
+        name: str,
+        parts: Sequence[Part],
+        order: Order,
+        *,
+        seed: int,
+        view: View,
+        table: np.ndarray | None,
+        on_error: OnError = OnError["raise"],
+        noise: Mapping[str, tuple[int, ...]] | None = None,
+        repeat_after: int = 0,
+    ) -> None:
+        """`table` maps train ids to class indices (`ClassSet.table`); with None, labels are never read.
+
+        `noise`: shapes, by purpose, of normal noise that is drawn for each sample and handed out under that name.
+        `repeat_after`: sample n is read as n modulo this, if above 0; its number and its noise stay those of n.
+        """
+        for part in parts:
+            check_crop_fits(part, view.crop_size)
+        self.name, self.parts, self.order, self.seed = name, list(parts), order, seed
+        self.view, self.table, self.on_error, self.noise = view, table, on_error, noise or {}
+        self.repeat_after = repeat_after
+
+    def batch(self, numbers: Sequence[int]) -> MicroBatch:
+        """The samples `numbers`; see `TrainingStream`. Raises BadSample, unless bad samples are replaced.
+
+        Besides, `replaced` lists the (key, shard, what was wrong) of every sample that was replaced.
+        """
+        height, width = self.view.crop_size
+        images = torch.empty(len(numbers), height, width, 3, dtype=torch.uint8)
+        labels = torch.empty(len(numbers), height, width, dtype=torch.uint8)
+        valid = torch.empty(len(numbers), height, 1, dtype=torch.bool)
+        bad: list[BadSample] = []
+        read_as = [n % self.repeat_after if self.repeat_after else n for n in numbers]
+        draws = [self.order[n] for n in read_as]
+        fetched = self._fetch(draws)
+        keys = [
+            self._fill(n, draws[j], raw=fetched[j], bad=bad, places=(images[j], labels[j], valid[j]))
+            for j, n in enumerate(read_as)
+        ]
+        batch: MicroBatch = {"images": images.permute(0, 3, 1, 2), "valid": valid, "keys": keys}
+        batch["numbers"] = torch.tensor(list(numbers), dtype=torch.int64)
+        if self.table is not None:
+            batch["labels"] = labels
+        for purpose, shape in self.noise.items():
+            batch[purpose] = rng.normal(shape, seed=self.seed, purpose=purpose, numbers=batch["numbers"], device="cpu")
+        return batch | {"replaced": [(sample.key, sample.shard, sample.what) for sample in bad]}
+
+    def _fetch(self, draws: Sequence[Draw]) -> list[RawSample | BadSample]:
+        """The encoded samples, or what is wrong with them; one call to each set's reader."""
+        fetched: dict[int, RawSample | BadSample] = {}
+        for number, part in enumerate(self.parts):
+            places = [j for j, draw in enumerate(draws) if draw.part == number]
+            positions = [draws[j].index for j in places]
+            fetched |= zip(places, part.reader.read_all(positions, with_labels=self.table is not None), strict=True)
+        return [fetched[j] for j in range(len(draws))]
+
+    def _fill(
+        self,
+        number: int,
+        draw: Draw,
+        *,
+        raw: RawSample | BadSample,
+        bad: list[BadSample],
+        places: tuple[Tensor, ...],
+    ) -> str:
+        """Writes sample `number`, or its replacement, into its places in the batch and returns its key."""
+        for attempt in range(MAX_REPLACEMENTS):
+            if attempt:
+                draw = self.order[number + attempt]
+                raw = self._fetch([draw])[0]
+            try:
+                if isinstance(raw, BadSample):
+                    raise raw
+                self._decode_into(places, raw, draw, number)
+            except BadSample as error:
+                if self.on_error is OnError["raise"]:
+                    raise
+                bad.append(error)
+            else:
+                return self.parts[draw.part].index.key(draw.index)
+        raise ValueError(f"{MAX_REPLACEMENTS} samples in a row are bad, the last: {bad[-1]}")
+
+    def _decode_into(self, places: tuple[Tensor, ...], raw: RawSample, draw: Draw, number: int) -> None:
+        """Decodes the sample into its places in the batch: image `(H, W, 3)`, labels `(H, W)`, valid `(H, 1)`."""
+        image_out, labels_out, valid_out = places
+        part, view = self.parts[draw.part], self.view
+        record = part.index.samples[draw.index]
+        size = int(record["height"]), int(record["width"])
+        try:
+            check_indexed_size(raw.image, size)
+            ids = None if self.table is None else decode_train_ids(raw.label, size)
+            crop = draw_crop(
+                size,
+                view.crop_size,
+                flip=view.flip,
+                generator=rng.numpy_generator(self.seed, f"{self.name}/crop", number),
+                merit=None if ids is None else self._merit(ids, draw),
+            )
+            image = decode_image(raw.image, window=Window(crop.top, crop.left, *view.crop_size))
+        except ValueError as error:
+            raise part.reader.bad(draw.index, f"it cannot be used: {error}") from error
+        _copy(image, image_out, flip=crop.flip)
+        if ids is not None:
+            _copy(self._labels(ids, crop), labels_out, flip=crop.flip)
+        margins = {"margin_top": view.margin_top, "margin_bottom": view.margin_bottom}
+        valid_out[:] = torch.from_numpy(valid_rows(size[0], crop, view.crop_size[0], **margins))[:, None]
+
+    def _labels(self, train_ids: np.ndarray, crop: Crop) -> np.ndarray:
+        """The class indices of a crop's window, not mirrored."""
+        assert self.table is not None
+        return relabel(apply_crop(train_ids, crop._replace(flip=False), self.view.crop_size), self.table)
+
+    def _merit(self, train_ids: np.ndarray, draw: Draw) -> Callable[[Crop], int] | None:
+        """What makes a crop of this labelled image good, if anything."""
+        view, wanted = self.view, draw.wanted_class
+        if wanted is None and view.max_class_share >= 1:
+            return None
+        pixels = self.parts[draw.part].index.samples["class_pixels"][draw.index]
+        shown = 0 if wanted is None or self.table is None else int(pixels[self.table[:NUM_TRAIN_IDS] == wanted].sum())
+        return lambda crop: source_merit(
+            self._labels(train_ids, crop),
+            max_class_share=view.max_class_share,
+            wanted_class=wanted,
+            wanted_pixels=max(min(view.wanted_pixels, shown) // 2, 1),
+        )

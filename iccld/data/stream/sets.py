@@ -1,0 +1,172 @@
+"""The sets that make up a domain: each opened where it lies, cut down to the wanted samples, and put in order."""
+
+import math
+import zlib
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from iccld.data.config import DataConfig, DatasetConfig, OnError, SetConfig
+from iccld.data.storage import integrity
+from iccld.data.storage.base import MissingShard, Storage
+from iccld.data.storage.cache import SampleCache
+from iccld.data.storage.index import NUM_TRAIN_IDS, ShardIndex, rank_samples
+from iccld.data.storage.open import open_storage
+from iccld.data.storage.open_index import open_index
+from iccld.data.storage.reader import ShardReader
+from iccld.data.stream.order import EpochOrder, MixedOrder, Order, RareClassOrder, SubsetOrder
+from iccld.redact import without_secrets
+from iccld.texts import read_text
+
+MAX_CHECKED_SHARDS = 1000
+_KEYS_AT_ONCE = 1_000_000
+
+
+@dataclass(frozen=True)
+class Part:
+    """One set of a domain. `positions` are the samples in use, `name` is what their order is keyed with."""
+
+    name: str
+    reader: ShardReader
+    positions: Sequence[int] | np.ndarray
+    weight: float
+
+    @property
+    def index(self) -> ShardIndex:
+        return self.reader.index
+
+    @property
+    def used(self) -> dict[str, int]:
+        """What a run remembers of the samples in use, where these are not all."""
+        if self.is_whole:
+            return {}
+        positions = self.positions
+        checksum = 0 if isinstance(positions, range) else zlib.crc32(np.asarray(positions, np.int64).tobytes())
+        return {"num_used": len(positions), "used": checksum}
+
+    @property
+    def is_whole(self) -> bool:
+        return len(self.positions) == len(self.index)
+
+
+def open_parts(config: DataConfig, role: str, *, with_labels: bool) -> list[Part]:
+    """The sets of the `role` "source", "target" or "validation"; the first is keyed as `role`, others by their name.
+
+    Raises ValueError where one is missing, damaged, or lacks the labels that are needed.
+    """
+    dataset: DatasetConfig = getattr(config, role)
+    if not dataset.shards:
+        raise ValueError(f"data.{role}.shards is empty, but a {role} set is needed; set it to a folder of shards.")
+    cache = SampleCache(config.cache) if config.cache.folder else None
+    sets: dict[str, SetConfig] = {"": dataset} | dict(sorted(dataset.also.items()))
+    return [_open_part(part, role, name, config, cache, with_labels=with_labels) for name, part in sets.items()]
+
+
+def _open_part(
+    part: SetConfig, role: str, name: str, config: DataConfig, cache: SampleCache | None, *, with_labels: bool
+) -> Part:
+    setting = f"data.{role}.also.{name}" if name else f"data.{role}"
+    storage = open_storage(part.shards, config.storage)
+    index = open_index(storage, part.shards, setting=f"{setting}.shards", cache_folder=config.cache.folder)
+    integrity.ensure(index)
+    if with_labels and not index.header.has_labels:
+        raise ValueError(
+            f"{setting}.shards={without_secrets(part.shards)} has no labels, but the labels of the {role} set are "
+            f"needed; make the shards without --no-labels."
+        )
+    if config.on_error is OnError["raise"] and storage.is_local and index.header.num_shards <= MAX_CHECKED_SHARDS:
+        _check_shards(index, storage, f"{setting}.shards={part.shards}")
+    reader = ShardReader(index, storage, None if storage.is_local else cache)
+    return Part(f"{role}/{name}" if name else role, reader, _positions(part, index, setting), part.weight)
+
+
+def _check_shards(index: ShardIndex, storage: Storage, where: str) -> None:
+    for shard in range(len(index.shards)):
+        name, expected = index.shard_name(shard), int(index.shards["size"][shard])
+        try:
+            size = storage.size(name)
+        except MissingShard as error:
+            raise ValueError(
+                f"{where}: {error}, but the index names it; restore it, or index the set again."
+            ) from error
+        if size != expected:
+            raise ValueError(
+                f"{where}: {storage.describe(name)} has {size} bytes, its index says {expected}; restore it, or index "
+                f"the set again."
+            )
+
+
+def _positions(part: SetConfig, index: ShardIndex, setting: str) -> range | np.ndarray:
+    positions = range(math.ceil(len(index) * part.first_percent / 100))
+    return _positions_of_keys(part.keys, index, len(positions), setting) if part.keys else positions
+
+
+def _positions_of_keys(path: str, index: ShardIndex, num_samples: int, setting: str) -> np.ndarray:
+    """Where the keys in a file, one a line, lie among the first `num_samples`."""
+    where = f"{setting}.keys={path}"
+    lines = {line for line in read_text(Path(path), where).splitlines() if line.strip()}
+    found = _find(index, {spelling for line in lines for spelling in (line, line.strip())}, num_samples)
+    there = set(index.samples["key"][found].tolist())
+    # Blanks around a key are the editor's, unless there is a key with just these.
+    wanted = {line if line.encode() in there else line.strip() for line in lines}
+    missing = sorted(key for key in wanted if key.encode() not in there)
+    if missing or not wanted:
+        names = ", ".join(missing[:3]) or "no key at all"
+        raise ValueError(
+            f"{where}: {len(missing)} of its {len(wanted)} keys are not in {index.location} ({names}); "
+            f"write them as `iccld shards info --keys` does."
+        )
+    return found if len(there) == len(wanted) else _find(index, wanted, num_samples)
+
+
+def _find(index: ShardIndex, keys: Collection[str], num_samples: int) -> np.ndarray:
+    """The ascending positions of the keys that are among the first `num_samples`."""
+    wanted = np.array([key.encode() for key in keys], np.bytes_)
+    found = [
+        start + np.flatnonzero(np.isin(index.samples["key"][start : min(start + _KEYS_AT_ONCE, num_samples)], wanted))
+        for start in range(0, num_samples, _KEYS_AT_ONCE)
+    ]
+    return np.concatenate([np.empty(0, np.int64), *found]).astype(np.int64)
+
+
+def domain_order(parts: Sequence[Part], config: DataConfig, *, seed: int, rare_classes: bool) -> Order:
+    """The order of a domain: each set's own, by epochs or by rare classes, and the mixture of all of them."""
+    orders = [
+        _rare_order(part, config, seed)
+        if rare_classes
+        else _of_part(EpochOrder(len(part.positions), seed=seed, stream=part.name), part)
+        for part in parts
+    ]
+    if len(orders) == 1:
+        return orders[0]
+    return MixedOrder(orders, [part.weight for part in parts], seed=seed, stream=parts[0].name)
+
+
+def _rare_order(part: Part, config: DataConfig, seed: int) -> Order:
+    """What it needs to know of a whole set, or its first samples, lies in the index; of keys, it is gathered here."""
+    index, class_set = part.index, config.class_set.build()
+    class_pixels, totals = index.samples["class_pixels"], np.array(index.header.class_pixels)
+    if isinstance(part.positions, range):
+        images_with = [index.samples_with(train_id) for train_id in range(NUM_TRAIN_IDS)]
+    else:
+        class_pixels = class_pixels[part.positions]
+        images_with, totals = rank_samples(class_pixels), class_pixels.sum(0, dtype=np.int64)
+    members = [[t for t, c in class_set.of_train_id.items() if c == own] for own in range(class_set.num_classes)]
+    order = RareClassOrder(
+        class_pixels,
+        images_with,
+        totals=totals,
+        members=members,
+        seed=seed,
+        stream=part.name,
+        temperature=config.rare_class_temperature,
+        min_pixels=config.rare_class_min_pixels,
+        num_images=len(part.positions),
+    )
+    return _of_part(order, part)
+
+
+def _of_part(order: Order, part: Part) -> Order:
+    return order if isinstance(part.positions, range) else SubsetOrder(order, part.positions)

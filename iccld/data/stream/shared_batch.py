@@ -1,0 +1,93 @@
+"""A batch's tensors side by side in one piece of memory, since each piece is fetched from a worker that is busy."""
+
+import errno
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import get_worker_info
+
+from iccld.data.config import DataConfig
+from iccld.data.stream.workers import SHARED_MEMORY
+
+ALIGNMENT = 64  # bytes
+NUM_AHEAD = 2  # batches that a worker makes before they are asked for
+LOCKS_BYTES = 8 * 4096  # of a worker's queue, and of the queue for all
+
+Batch = dict[str, dict[str, Any]]
+
+
+class Place(NamedTuple):
+    """Where a tensor's bytes begin, and how they are read."""
+
+    begin: int
+    dtype: torch.dtype
+    shape: Sequence[int]  # the loader makes a list of a tuple
+    stride: Sequence[int]
+
+    def view(self, memory: Tensor) -> Tensor:
+        length = torch.Size(self.shape).numel() * self.dtype.itemsize
+        return memory[self.begin :][:length].view(self.dtype).as_strided(self.shape, self.stride)
+
+
+class Packed(NamedTuple):
+    """A batch with a `Place` in `memory`, (N,) uint8, for each of its tensors."""
+
+    batch: Batch
+    memory: Tensor
+
+
+def pack(batch: Batch) -> Packed:
+    """The batch, its tensors (which must be dense) copied into one new memory, shared in a loader worker."""
+    size = 0
+    places: Batch = {name: {} for name in batch}
+    for name, part in batch.items():
+        for key, value in part.items():
+            if isinstance(value, Tensor):
+                places[name][key] = Place(size, value.dtype, tuple(value.shape), value.stride())
+                size += -(-value.nbytes // ALIGNMENT) * ALIGNMENT
+    memory = _allocate(size)
+    for name, part in places.items():
+        for key, place in part.items():
+            place.view(memory).copy_(batch[name][key])
+    return Packed({name: part | places[name] for name, part in batch.items()}, memory)
+
+
+def unpack(packed: Packed) -> Batch:
+    """The batch that was packed; its tensors are views of the memory."""
+    return {
+        name: {key: value.view(packed.memory) if isinstance(value, Place) else value for key, value in part.items()}
+        for name, part in packed.batch.items()
+    }
+
+
+def shared_bytes(
+    config: DataConfig, *, micro_batch_size: int, num_held: int, noise: Mapping[str, tuple[int, ...]] | None = None
+) -> int:
+    """The most shared memory that a rank's workers take, while the rank holds `num_held` of their batches.
+
+    `noise`: as `TrainingStream` takes it.
+    """
+    height, width = config.crop_size
+    sample = height * width * (3 + 1) + height + torch.int64.itemsize  # image, label, valid, number
+    batch = 2 * (micro_batch_size * sample + 4 * ALIGNMENT)  # of two domains
+    for shape in (noise or {}).values():
+        batch += micro_batch_size * math.prod(shape) * torch.float32.itemsize + ALIGNMENT
+    num_batches = NUM_AHEAD * config.num_workers + num_held
+    return (num_batches * batch + (config.num_workers + 1) * LOCKS_BYTES) if config.num_workers else 0
+
+
+def _allocate(size: int) -> Tensor:
+    """(size,) uint8; in a loader worker in shared memory at once, where the loader would copy it to."""
+    if get_worker_info() is None:
+        return torch.empty(size, dtype=torch.uint8)
+    try:
+        shared = torch.UntypedStorage._new_shared(size)  # as torch's own collating does
+    except RuntimeError as error:
+        if "shared memory" not in str(error):
+            raise
+        what = f"no shared memory for a batch of {size:,} bytes (set fewer data.num_workers, or mount a larger one)"
+        raise OSError(errno.ENOSPC, what, SHARED_MEMORY) from error
+    return torch.empty(0, dtype=torch.uint8).set_(shared)

@@ -1,0 +1,259 @@
+"""The endless stream of training batches, and the labelled images that a model is scored on.
+
+    number n ── order ── sample i ── index ── bytes ── decode ── crop, flip ── micro-batch ── loader ── step
+
+Everything to the right of n is a function of (seed, domain, n), so a stream starts at any step, for any number of
+ranks and workers, and goes on as if it had never stopped.
+"""
+
+import itertools
+from bisect import bisect_right
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from iccld.data.config import BatchLayout, DataConfig
+from iccld.data.processes import say
+from iccld.data.sample import decode_pixels, decode_train_ids
+from iccld.data.storage import integrity
+from iccld.data.stream.domain import DomainStream, View, relabel
+from iccld.data.stream.order import Order
+from iccld.data.stream.sets import Part, domain_order, open_parts
+from iccld.data.stream.shared_batch import NUM_AHEAD, Batch, Packed, pack, unpack
+from iccld.data.stream.workers import deliveries_of, initialize_worker, worker_context
+from iccld.outcome import plain
+
+MIN_DRAWN = 1000
+
+
+class TrainingStream:
+    """Micro-batches of the source and, where one is configured, the target.
+
+    A batch is `{"source": {...}, "target": {...}}`, each with
+
+    - `images`: (B, 3, H, W) uint8 RGB, in channels-last memory
+    - `labels`: (B, H, W) uint8 class indices or 255; for the target only with `target_labels`
+    - `valid`: (B, H, 1) bool, False in the rows of the target's margins
+    - `numbers`: (B,) int64 sample numbers, from which every later draw is keyed
+    - `keys`: list of B names
+    - in the source, normal noise `(B, *shape)` float32 under each purpose of `noise`
+
+    `counters` are this rank's sums since the start: samples drawn and replaced; requests, retries and bytes of the
+    storage; hits and misses of the cache.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        *,
+        seed: int,
+        layout: BatchLayout,
+        with_target: bool = True,
+        target_labels: bool = False,
+        noise: Mapping[str, tuple[int, ...]] | None = None,
+        repeat_after: int = 0,
+        report: Callable[[str], None] = say,
+    ) -> None:
+        """`noise`: shapes, by purpose, of what is drawn for each sample beside the steps, in the loader's workers.
+
+        `repeat_after`: the images and labels of sample n are those of n modulo this, in all domains; 0: each its own.
+        `report` is told of every bad sample once. Raises ValueError where a set cannot be used.
+        """
+        self.config, self.layout, self.report = config, layout, report
+        self.class_set, self.repeat_after = config.class_set.build(), repeat_after
+        self.domains = {"source": self._source(seed, noise)}
+        if with_target and config.target.shards:
+            self.domains["target"] = self._target(seed, target_labels)
+        self._drawn = {f"{name}_{what}": 0 for name in self.domains for what in ("samples", "replaced")}
+        self._transfers: dict[int, dict[str, int]] = {}
+        self._reported: set[tuple[str, str]] = set()
+
+    @property
+    def counters(self) -> dict[str, int]:
+        return _summed([self._drawn, *self._transfers.values()])
+
+    def fingerprints(self) -> dict[str, Any]:
+        """What a checkpoint remembers of the sets that it was trained on; where they lie is no part of it."""
+        return {
+            part.name: part.index.fingerprint() | part.used for domain in self.domains.values() for part in domain.parts
+        }
+
+    def batches(self, start_step: int) -> Generator[Batch, None, None]:
+        """This rank's micro-batches in order, from the first of `start_step` on, without end.
+
+        Raises ValueError or OSError, in one line, where a batch cannot be made or too many samples are bad, and
+        WorkerDied where a worker was killed. A script that reads with workers does its work under
+        `if __name__ == "__main__":`.
+        """
+        loader = DataLoader(
+            _MicroBatches(self.domains, self.layout, start_step),
+            batch_size=None,
+            num_workers=self.config.num_workers,
+            worker_init_fn=initialize_worker,
+            multiprocessing_context=worker_context(self.config.num_workers),
+            prefetch_factor=NUM_AHEAD if self.config.num_workers else None,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # its own, so that starting a loader draws nothing from the global one
+        )
+        for delivery in deliveries_of(loader):
+            integrity.raise_damage()
+            if delivery.failure:
+                raise delivery.failure
+            self._transfers[delivery.worker] = delivery.transfers
+            batch = unpack(delivery.packed)
+            for name, micro_batch in batch.items():
+                self._judge(name, len(micro_batch["keys"]), micro_batch.pop("replaced"))
+                micro_batch["numbers"] = micro_batch["numbers"].clone()  # the host keeps them, and not all the memory
+            yield batch
+
+    def _judge(self, domain: str, num_samples: int, bad: list[tuple[str, str, str]]) -> None:
+        """Counts the samples of a micro-batch, reports bad ones once, and ends the run if there are too many."""
+        drawn = self._drawn
+        drawn[f"{domain}_samples"] += num_samples
+        drawn[f"{domain}_replaced"] += len(bad)
+        for key, shard, what in bad:
+            if (key, shard) not in self._reported:
+                self._reported.add((key, shard))
+                self.report(f"bad sample replaced: {shard}: {key!r}: {what}")
+        count, total = drawn[f"{domain}_replaced"], drawn[f"{domain}_samples"]
+        if count > self.config.max_bad_share * max(total, MIN_DRAWN):
+            raise ValueError(
+                f"{count} bad samples among {total} of the {domain} are more than data.max_bad_share="
+                f"{self.config.max_bad_share} (of at least {MIN_DRAWN:,}); look at them with `iccld shards verify`, or "
+                f"allow a larger share."
+            )
+
+    def _source(self, seed: int, noise: Mapping[str, tuple[int, ...]] | None) -> DomainStream:
+        config = self.config
+        view = View(self._crop_size(), config.flip, config.max_class_share, config.rare_class_min_pixels)
+        parts = open_parts(config, "source", with_labels=True)
+        order = domain_order(parts, config, seed=seed, rare_classes=config.rare_class_sampling)
+        table = self.class_set.table()
+        return self._stream("source", parts, order, seed=seed, view=view, table=table, noise=noise)
+
+    def _target(self, seed: int, with_labels: bool) -> DomainStream:
+        config = self.config
+        view = View(
+            self._crop_size(),
+            config.flip,
+            margin_top=config.target_margin_top,
+            margin_bottom=config.target_margin_bottom,
+        )
+        parts = open_parts(config, "target", with_labels=with_labels)
+        order = domain_order(parts, config, seed=seed, rare_classes=False)
+        table = self.class_set.table() if with_labels else None
+        return self._stream("target", parts, order, seed=seed, view=view, table=table)
+
+    def _stream(self, name: str, parts: list[Part], order: Order, **how: Any) -> DomainStream:
+        return DomainStream(name, parts, order, on_error=self.config.on_error, repeat_after=self.repeat_after, **how)
+
+    def _crop_size(self) -> tuple[int, int]:
+        height, width = self.config.crop_size
+        return height, width
+
+
+class _Delivery(NamedTuple):
+    """What a worker hands over: a batch and the sums of its transfers, or why it cannot make one.
+
+    A worker's exception would arrive as a traceback.
+    """
+
+    packed: Packed
+    worker: int
+    transfers: dict[str, int]
+    failure: Exception | None = None
+
+
+class _MicroBatches(IterableDataset):
+    """Worker w of N makes the micro-batches w, w + N, ..., whole; the loader hands them out in turn."""
+
+    def __init__(self, domains: dict[str, DomainStream], layout: BatchLayout, start_step: int) -> None:
+        self.domains, self.layout, self.start_step = domains, layout, start_step
+
+    def __iter__(self) -> Iterator[_Delivery]:
+        before = self._transfers()  # what was opened beforehand is not counted
+        worker = get_worker_info()
+        first, stride = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        for position in itertools.count(self.start_step * self.layout.num_accumulation + first, stride):
+            numbers = self.layout.numbers(*divmod(position, self.layout.num_accumulation))
+            try:
+                packed = pack({name: domain.batch(numbers) for name, domain in self.domains.items()})
+            except (ValueError, OSError) as error:
+                yield _Delivery(pack({}), first, {}, failure=plain(error))
+                return
+            except MemoryError:
+                failure = OSError("a batch does not fit in memory; set a smaller micro-batch.")
+                yield _Delivery(pack({}), first, {}, failure)
+                return
+            transfers = {name: count - before[name] for name, count in self._transfers().items()}
+            yield _Delivery(packed, first, transfers)
+
+    def _transfers(self) -> dict[str, int]:
+        """Of all storages and caches, since this process began."""
+        readers = [part.reader for domain in self.domains.values() for part in domain.parts]
+        storages = [reader.storage for reader in readers]
+        caches = {id(reader.cache): reader.cache for reader in readers if reader.cache}  # one may serve several sets
+        return _summed(
+            [
+                *({f"storage_{name}": count for name, count in storage.counters.items()} for storage in storages),
+                *({f"cache_{name}": count for name, count in cache.counters.items()} for cache in caches.values()),
+            ]
+        )
+
+
+def _summed(counters: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """By name; unlike a Counter's sum, it keeps names whose count is 0, so that all ranks have the same."""
+    total: dict[str, int] = {}
+    for each in counters:
+        for name, count in each.items():
+            total[name] = total.get(name, 0) + count
+    return total
+
+
+def read_validation(config: DataConfig, *, rank: int = 0, world_size: int = 1) -> Iterator[dict[str, Any]]:
+    """This rank's part of the validation sets, whole images: samples rank, rank + world_size, ...
+
+    Yields `image` (H, W, 3) uint8 RGB, `labels` (H, W) uint8 class indices or 255, `key` and `number`. Ranks may get
+    one image more or less than others. What is wrong with the settings is raised at once, not at the first image; a
+    bad sample is always raised, since scores of fewer images are other scores.
+    """
+    parts = open_parts(config, "validation", with_labels=True)
+    numbers = range(rank, sum(len(part.positions) for part in parts), world_size)
+    return _validation_samples(parts, config, numbers)
+
+
+def read_validation_pairs(
+    config: DataConfig, *, most: int, below: int = 0, rank: int = 0, world_size: int = 1
+) -> Iterator[tuple[dict[str, Any], dict[str, Any] | None]]:
+    """This rank's part of at most `most` validation samples, each with the one half of them further on.
+
+    They are evenly spread over all samples, or over those numbered below `below`. A sample that is alone has None.
+    Neighbours may be frames of one clip, and alike: hence the distance. Samples are those of `read_validation`.
+    """
+    parts = open_parts(config, "validation", with_labels=True)
+    total = sum(len(part.positions) for part in parts)
+    total = min(total, below) if below else total
+    count = min(most, total)
+    spread = [i * total // count for i in range(count)]
+    for i in range(rank, count, world_size):
+        chosen = [spread[i], spread[(i + count // 2) % count]][: min(count, 2)]
+        sample, other = [*_validation_samples(parts, config, chosen), None][:2]
+        yield sample, other
+
+
+def _validation_samples(parts: list[Part], config: DataConfig, numbers: Iterable[int]) -> Iterator[dict[str, Any]]:
+    table = config.class_set.build().table()
+    ends = list(itertools.accumulate(len(part.positions) for part in parts))
+    for number in numbers:
+        part = parts[at := bisect_right(ends, number)]
+        position = int(part.positions[number - (ends[at - 1] if at else 0)])
+        integrity.raise_damage()
+        sample = part.reader.read(position, with_labels=True)
+        try:
+            image = decode_pixels(sample.image)
+            labels = relabel(decode_train_ids(sample.label, image.shape[:2]), table)
+        except ValueError as error:
+            raise part.reader.bad(position, f"it cannot be used: {error}") from error
+        yield {"image": image, "labels": labels, "key": part.index.key(position), "number": number}

@@ -1,0 +1,174 @@
+"""Loader workers: how they start, signals that are meant for the training process, and a worker's death told to it."""
+
+import errno
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from mmap import ALLOCATIONGRANULARITY
+from multiprocessing import forkserver, resource_tracker
+from multiprocessing.connection import wait
+from multiprocessing.reduction import ForkingPickler
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+T = TypeVar("T")
+
+SHARED_MEMORY = "/dev/shm"
+PRELOADED = ["iccld.data.stream.stream", "iccld.data.storage.remote"]  # they start no threads
+ORPHANED_S = 2.0  # between two looks at whether the parent still lives
+DYING_S = 2.0  # until it is known that a worker has ended whose connection broke
+LOST = (EOFError, ConnectionError, FileNotFoundError)  # what a fetch meets when its worker is gone
+SERVER_GONE = 255  # the status that multiprocessing gives a worker whose server is gone
+MAX_TEMPORARY = 107 - len("/pymp-01234567/listener-01234567")  # a socket's path has at most 107 bytes
+SWITCH_S = 1e-3  # the training process waits for a worker's thread that hands tensors over, Python's 5 ms for each
+
+
+class WorkerDied(ChildProcessError):
+    """A loader worker ended that should not have; the same command may do better."""
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Around the start of processes: they hold back, from their first instruction on, what is meant for this one."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGUSR1, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def worker_context(num_workers: int) -> Any:
+    """The multiprocessing context of loader workers; None without workers.
+
+    A process of training has threads in Python and C++, whose locks a fork would copy as they are; a worker could wait
+    for one for ever. So workers are forked from a server that has no threads and has imported what they need.
+    """
+    if not num_workers:
+        return None
+    prepare_workers()
+    return multiprocessing.get_context("forkserver")
+
+
+def prepare_workers() -> None:
+    """Let the server import while this process does other things; not needed, but the first batch comes sooner.
+
+    Raises ValueError where its sockets cannot be in the folder for temporary files.
+    """
+    folder = tempfile.gettempdir()
+    if len(os.fsencode(folder)) > MAX_TEMPORARY:
+        raise ValueError(
+            f"TMPDIR={folder} is too long for the sockets of loader workers; set one of at most {MAX_TEMPORARY} "
+            f"characters, or data.num_workers=0."
+        )
+    forkserver.set_forkserver_preload(PRELOADED)
+    for start in (resource_tracker.ensure_running, forkserver.ensure_running):  # the first one lets go of signals
+        with signals_held():
+            start()
+
+
+def _send_place(array: np.memmap) -> tuple[Any, ...]:
+    """Pickle a read-only view of a file as its place there: a worker maps the file itself, and is sent no records."""
+    memory = array._mmap  # type: ignore[attr-defined]
+    if memory is None or array.mode != "r" or array.filename is None:
+        return np.array, (np.asarray(array),)
+    begin = array.offset - array.offset % ALLOCATIONGRANULARITY  # of the map in the file
+    offset = begin + array.ctypes.data - np.frombuffer(memory, np.uint8).ctypes.data
+    return _map_place, (str(array.filename), offset, array.shape, array.strides, array.dtype)
+
+
+def _map_place(path: str, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    memory = np.memmap(path, np.uint8, mode="r")
+    return np.ndarray(shape, dtype, memory, offset, strides)  # type: ignore[call-overload]
+
+
+ForkingPickler.register(np.memmap, _send_place)
+
+
+def initialize_worker(worker_id: int) -> None:
+    """Prepares a loader worker (the `worker_init_fn` of its loader): one thread, quick to hand over, deaf to signals.
+
+    A scheduler signals every process of a job. If workers took SIGUSR1 or SIGTERM the default way, they would die and
+    take the training process with them before it has saved.
+    """
+    del worker_id
+    sys.excepthook = _end  # Python's thread that hands tensors over would say what fails, and try again for ever
+    torch.set_num_threads(1)
+    sys.setswitchinterval(SWITCH_S)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    # A loader that closes, or an interpreter that exits, ends its workers by SIGTERM: that one must work.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_obey_the_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end(kind: type[BaseException], error: BaseException, trace: object) -> None:
+    os.write(2, f"a loader worker ends: {kind.__name__}: {error}\n".encode())
+    os._exit(1)
+
+
+def _obey_the_parent(server: int) -> None:
+    """End with the training process, at its SIGTERM, or with the server, which would tell it how this one ended."""
+    parent = multiprocessing.parent_process()
+    while parent is not None and parent.is_alive() and os.getppid() == server:
+        came = signal.sigtimedwait({signal.SIGTERM}, ORPHANED_S)
+        if came is not None and came.si_pid == parent.pid:
+            break
+    os._exit(0)  # 0, so that the parent does not take it for a worker that failed
+
+
+def deliveries_of(loader: Iterable[T]) -> Iterator[T]:
+    """Start a loader's workers. Raises OSError where the system does not let them start."""
+    try:
+        with signals_held():
+            return _hearing_deaths_within(iter(loader))
+    except EOFError as error:
+        raise WorkerDied(_last_words("did not start, since the process that starts it was killed")) from error
+    except OSError as error:
+        place = SHARED_MEMORY if error.errno in (errno.ENOSPC, errno.EROFS) else None
+        raise OSError(error.errno, f"loader workers cannot start: {error.strerror}", place) from error
+
+
+def _hearing_deaths_within(deliveries: Iterator[T]) -> Iterator[T]:
+    """A loader's deliveries. Raises WorkerDied once one of its workers has ended that should not have.
+
+    By itself, the loader raises whatever that end broke: the connection by which tensors are handed over, for one.
+    """
+    workers: list[Any] = list(getattr(deliveries, "_workers", ()))  # there are none without workers
+    while True:
+        _look_after(workers)
+        try:
+            delivery = next(deliveries)
+        except StopIteration:
+            return
+        except Exception as error:
+            _look_after(workers, for_s=DYING_S, error=error)
+            if workers and (isinstance(error, LOST) or str(error).startswith("DataLoader worker")):
+                raise WorkerDied(_last_words("ended")) from error
+            raise
+        yield delivery
+
+
+def _look_after(workers: list[Any], *, for_s: float = 0.0, error: Exception | None = None) -> None:
+    """Raise WorkerDied, because of `error`, if a worker is dead, or is within `for_s` seconds."""
+    if workers and wait([worker.sentinel for worker in workers], for_s):
+        for worker in workers:
+            if worker.exitcode:  # None: it lives; 0: it had no more to do
+                raise WorkerDied(_last_words(_end_of(worker.exitcode), worker.pid)) from error
+
+
+def _end_of(status: int) -> str:
+    if status == SERVER_GONE:
+        return "is lost, since the process that started it was killed"
+    return f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+
+
+def _last_words(what: str, process: int | None = None) -> str:
+    who = f"a loader worker (process {process})" if process else "a loader worker"
+    return f"{who} {what}; if memory does not suffice, set fewer data.num_workers or a smaller micro-batch."

@@ -1,0 +1,1 @@
+"""The demo: procedural street scenes. Nothing else of `iccld` imports them."""

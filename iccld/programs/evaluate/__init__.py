@@ -1,0 +1,1 @@
+"""`iccld evaluate`, and models averaged out of snapshots."""

@@ -1,0 +1,247 @@
+"""Snapshots of a stage's power-function averages, and models of any other average out of them.
+
+Snapshots are `stageN/ema/step_00000100.safetensors`: tensors `ema_0.050/<parameter>` of stage 1's model, or of stage
+2's denoiser, by the names of `named_parameters()`.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from iccld import __version__
+from iccld.config import Config, StageName
+from iccld.durable import make_folder, remove_left_overs, replacing_by_name
+from iccld.evaluation import EvaluationResult
+from iccld.models.iccld import ICCLD
+from iccld.models.model_card import ModelStage
+from iccld.programs.evaluate.evaluate import evaluate_predictor, load_model, predict_function
+from iccld.runtime.engine.engine import Engine
+from iccld.stages.base import Stage
+from iccld.uda.ema_profile import Profile, label, profile_error, snapshot_weights
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A file of averages: `step` optimiser steps were done."""
+
+    path: Path
+    step: int
+    widths: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """A combination of snapshots. `profile_error` is the distance of its profile from the wanted one, relative."""
+
+    wanted: Profile
+    snapshots: Sequence[Snapshot]
+    weights: Mapping[Profile, float]
+    profile_error: float
+
+    def tensor(self, name: str) -> Tensor:
+        """The reconstructed tensor, fp32. Sums in fp64: weights of either sign may be tens."""
+        total = torch.zeros((), dtype=torch.float64)
+        for snapshot in self.snapshots:
+            used = [(width, self.weights[Profile(snapshot.step, width)]) for width in snapshot.widths]
+            if any(weight for _, weight in used):
+                with safe_open(snapshot.path, framework="pt") as file:
+                    total = total + sum(
+                        w * file.get_tensor(f"{label(width)}/{name}").double() for width, w in used if w
+                    )
+        return total.float()
+
+
+def snapshot_name(step: int) -> str:
+    """The file's name after `step` optimiser steps."""
+    return f"step_{step:08d}.safetensors"
+
+
+def write_snapshot(
+    folder: Path,
+    averages: Mapping[str, Tensor],
+    *,
+    step: int,
+    widths: Sequence[float],
+    dtype: torch.dtype = torch.float16,
+) -> Path:
+    """Write `PowerAverages.state_dict()`, its tensors full, after `step` optimiser steps; whole or not at all.
+
+    Raises ValueError where an average is too large for `dtype` (the paper's fp16) or is not finite, OSError where the
+    disk is full.
+    """
+    tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in averages.items()}
+    broken = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+    if broken:
+        raise ValueError(
+            f"ema_profile: after step {step}, {', '.join(broken[:3])} is not finite in {dtype}; "
+            f"look for a diverged loss, or set ema_profile.widths=[]."
+        )
+    make_folder(folder, within=folder.parent)
+    path = folder / snapshot_name(step)
+    remove_left_overs(folder)
+    metadata = {"step": str(step), "widths": json.dumps([float(width) for width in widths])}
+    try:
+        with replacing_by_name(path) as scratch:
+            save_file(tensors, scratch, metadata=metadata)
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written ({error}); make room, and give the same command again.") from error
+    return path
+
+
+def write_due_snapshot(stage: Stage, folder: Path, engine: Engine, *, num_steps: int) -> None:
+    """Every `ema_profile.snapshot_every` steps, the stage's averages. Call on every rank."""
+    plan = stage.ema_profile
+    if stage.profiles is not None and num_steps % plan.snapshot_every == 0:
+        averages = engine.backend.full(stage.profiles.state_dict())
+        if engine.is_main:
+            write_snapshot(folder, averages, step=num_steps, widths=plan.widths)
+
+
+def read_snapshots(folder: Path) -> list[Snapshot]:
+    """The folder's snapshots by step; reads their headers alone.
+
+    Raises ValueError where there is none, and naming one that is broken.
+    """
+    paths = sorted(path for path in folder.glob("step_*.safetensors") if re.fullmatch(r"step_\d{8}", path.stem))
+    if not paths:
+        raise ValueError(
+            f"{folder} holds no snapshots; train with ema_profile.widths=[0.05,0.10] and ema_profile.snapshot_every."
+        )
+    return [_read_header(path) for path in paths]
+
+
+def _read_header(path: Path) -> Snapshot:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            names = set(file.keys())
+        step, widths = int(metadata["step"]), tuple(map(float, json.loads(metadata["widths"])))
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise ValueError(f"{path} is not a whole snapshot ({error!r}); remove it: the others will do.") from error
+    missing = [label(width) for width in widths if not any(name.startswith(f"{label(width)}/") for name in names)]
+    if missing or path.name != snapshot_name(step):
+        raise ValueError(
+            f"{path} does not hold what it says, step {step} and widths {list(widths)}; remove it: the others will do."
+        )
+    return Snapshot(path, step, widths)
+
+
+def plan_reconstruction(snapshots: Sequence[Snapshot], *, width: float, step: int = 0) -> Reconstruction:
+    """The combination that is nearest to an average of `width` after `step` steps; 0: the last snapshot's step.
+
+    Raises ValueError where no snapshot was taken at `step`, or the width is not one.
+    """
+    steps = [snapshot.step for snapshot in snapshots]
+    step = step or steps[-1]
+    if step not in steps:
+        near = sorted(steps, key=lambda other: abs(other - step))[:3]
+        raise ValueError(
+            f"--step {step}: no snapshot was taken there (the nearest: {', '.join(map(str, sorted(near)))}); use one."
+        )
+    past = [snapshot for snapshot in snapshots if snapshot.step <= step]
+    profiles = [Profile(snapshot.step, w) for snapshot in past for w in snapshot.widths]
+    wanted = Profile(step, width)
+    weights = snapshot_weights(profiles, wanted)
+    combination = dict(zip(profiles, map(float, weights), strict=True))
+    return Reconstruction(wanted, past, combination, profile_error(profiles, weights, wanted))
+
+
+def put_weights(module: nn.Module, reconstruction: Reconstruction) -> None:
+    """Replace all parameters in place; buffers stay. Raises ValueError where the snapshots are of another module."""
+    parameters = dict(module.named_parameters())
+    for snapshot in reconstruction.snapshots:
+        with safe_open(snapshot.path, framework="pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        own = {f"{label(w)}/{name}": tuple(p.shape) for w in snapshot.widths for name, p in parameters.items()}
+        wrong = sorted(name for name in own.keys() | shapes.keys() if own.get(name) != shapes.get(name))
+        if wrong:
+            raise ValueError(
+                f"{snapshot.path} is of another model than the run's: {len(wrong)} averages are missing, unknown or "
+                f"of another shape ({', '.join(wrong[:3])}); use snapshots and model of one run."
+            )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(reconstruction.tensor(name))
+
+
+def teacher_folder(run_dir: Path, stage: StageName) -> Path:
+    """The stage's finished teacher. Raises ValueError while there is none."""
+    folder = run_dir / stage.value / "final" / "teacher"
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{run_dir} holds no finished {stage.value} ({folder}); let the same train command finish.")
+    return folder
+
+
+def averaged_part(model: ICCLD) -> nn.Module:
+    """What the stage averages: the denoiser of stage 2, all of stage 1's model."""
+    return model.denoiser if model.stage is ModelStage.adversarial and model.denoiser is not None else model
+
+
+def write_reconstruction(run_dir: Path, stage: StageName, output: Path, *, width: float, step: int = 0) -> float:
+    """Write a model folder like the stage's teacher, of another average; returns the error of its profile.
+
+    All but the averaged parameters is the finished teacher's, the latent's statistics of stage 1 too.
+    Raises ValueError where `output` holds something, and as the functions above do.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"--output {output} is there already, and is not an empty folder; name a new one.")
+    model = ICCLD.from_pretrained(teacher_folder(run_dir, stage))
+    plan = plan_reconstruction(read_snapshots(run_dir / stage.value / "ema"), width=width, step=step)
+    put_weights(averaged_part(model), plan)
+    card = model.card
+    assert card is not None
+    origin = {
+        **card.origin,
+        "weights": f"average of relative width {width}",
+        "width": width,
+        "step": plan.wanted.step,
+        "profile_error": plan.profile_error,
+        "version": __version__,
+    }
+    model.save_pretrained(output, class_names=card.class_names, palette=card.palette, origin=origin)
+    return plan.profile_error
+
+
+def sweep(config: Config, stage: StageName, *, widths: Sequence[float], step: int = 0) -> list[dict[str, Any]]:
+    """Score the finished teacher and a reconstruction of each width on the run's validation set, in one process.
+
+    Rows `{"weights", "width", "step", "profile_error", "scores": {number of denoising steps: EvaluationResult}}`, the
+    teacher first, its width, step and error None. Only the first noise seed is scored.
+    """
+    run_dir = Path(config.run_dir)
+    folder = teacher_folder(run_dir, stage)
+    snapshots = read_snapshots(run_dir / stage.value / "ema")
+    plans = [plan_reconstruction(snapshots, width=width, step=step) for width in widths]
+    with Engine(config.engine) as engine:
+        model = load_model(folder, config).to(engine.device)
+        rows = [_row("teacher", None, _score(model, config, engine))]
+        for plan in plans:
+            put_weights(averaged_part(model), plan)
+            rows.append(_row(label(plan.wanted.width), plan, _score(model, config, engine)))
+    return rows
+
+
+def _score(model: ICCLD, config: Config, engine: Engine) -> dict[int, EvaluationResult]:
+    by_steps = config.inference.num_steps if model.stage is ModelStage.adversarial else [0]
+    return {
+        num_steps: evaluate_predictor(predict_function(model, num_steps=num_steps, seed=config.seed), config, engine)
+        for num_steps in by_steps
+    }
+
+
+def _row(name: str, plan: Reconstruction | None, scores: dict[int, EvaluationResult]) -> dict[str, Any]:
+    return {
+        "weights": name,
+        "width": plan.wanted.width if plan else None,
+        "step": plan.wanted.step if plan else None,
+        "profile_error": plan.profile_error if plan else None,
+        "scores": scores,
+    }

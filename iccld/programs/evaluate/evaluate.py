@@ -1,0 +1,266 @@
+"""`iccld evaluate`: scores of a run's finished stages, or of one model folder, on the validation set."""
+
+import dataclasses
+import json
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from torch import Tensor
+
+from iccld import rng
+from iccld.config import Config, StageName, read_config
+from iccld.data.config import locations, of_saved_run, refuse_unasked
+from iccld.data.stream.stream import read_validation
+from iccld.durable import make_folder, refuse_links, write_whole
+from iccld.evaluation import EvaluationResult, Predict, evaluate, results_table
+from iccld.models.iccld import ICCLD
+from iccld.models.model_card import ModelStage
+from iccld.programs.evaluate.diagnose import diagnose_model, student_beside
+from iccld.programs.evaluate.results import about_of, finished_models, own_results, place_for, read_results
+from iccld.programs.run.checks import together, watch
+from iccld.programs.run.signs import signs_of_diagnosis, tell
+from iccld.redact import redacted, without_secrets
+from iccld.runtime.engine.engine import Engine
+from iccld.runtime.faults.preemption import Preempted, Preemption
+from iccld.runtime.faults.watchdog import Watchdog
+from iccld.runtime.measure.telemetry import write_event
+
+DIAGNOSTICS = "diagnostics"
+
+
+def predict_function(
+    model: ICCLD, *, num_steps: int, seed: int, noise_seed: int = 0, num_averaged: int = 1, blend: float = 0.0
+) -> Predict:
+    """D(E(x)) for 0 steps, else `num_steps` of denoising from noise keyed by the image's number.
+
+    Probabilities are averaged over `num_averaged` noises, and with a share `blend` of D(E(x))'s; what is returned then
+    is their logarithm. Noises of two `noise_seed`s are never the same.
+    """
+
+    def denoised(images: Tensor, numbers: Tensor, draw: int) -> Tensor:
+        shape, purpose = model.latent_shape(*images.shape[2:]), f"evaluation noise {draw}"
+        noise = rng.normal(shape, seed=seed, purpose=purpose, numbers=numbers, device=images.device)
+        return model.denoise_segment(images, noise=noise, num_steps=num_steps)
+
+    def predict(images: Tensor, numbers: Tensor) -> Tensor:
+        if num_steps == 0:
+            return model.segment(images)
+        count = 1 if model.deterministic else num_averaged
+        maps = [denoised(images, numbers, noise_seed * count + i) for i in range(count)]
+        if count == 1 and not blend:
+            return maps[0]
+        mean = torch.stack([logits.float().softmax(dim=1) for logits in maps]).mean(dim=0)
+        if blend:
+            mean = torch.lerp(mean, model.segment(images).float().softmax(dim=1), blend)
+        return mean.clamp(min=1e-12).log()
+
+    return predict
+
+
+def evaluate_predictor(
+    predict: Predict, config: Config, engine: Engine, *, give_up: Callable[[], bool] = lambda: False
+) -> EvaluationResult:
+    """Scores on the validation set, its images divided over the ranks. Call on every rank.
+
+    `give_up` is asked before each image; where a rank says yes, all raise Preempted.
+    """
+
+    def reduce(counts: Tensor) -> Tensor:
+        if engine.any(give_up()):
+            raise Preempted("scoring was given up")
+        return engine.all_reduce_sum(counts)
+
+    samples = read_validation(config.data, rank=engine.rank, world_size=engine.world_size)
+    with torch.no_grad(), engine.autocast():
+        return evaluate(
+            takewhile(lambda _: not give_up(), samples),
+            predict,
+            class_set=config.data.class_set.build(),
+            config=config.evaluation,
+            device=engine.device,
+            all_reduce=reduce,
+        )
+
+
+def asks(preemption: Preemption, watchdog: Watchdog) -> Callable[[], bool]:
+    """Asked before each image that is scored."""
+    return lambda: watchdog.tick() or preemption.came
+
+
+def stopped(config: Config, engine: Engine, stage: str) -> bool:
+    """Asked to stop where there is nothing to save; False."""
+    if engine.is_main:
+        write_event(Path(config.run_dir), "preempted", stage=stage)
+    return False
+
+
+def saved_settings(run_dir: Path, overrides: Sequence[str]) -> Config:
+    """The settings of a run, which may be a stranger's, with those of the command line.
+
+    Raises ValueError where there is no run, or its validation set is nothing to read unasked (`of_saved_run`).
+    """
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        raise ValueError(f"there is no run in {run_dir} (no config.yaml); give a folder that train wrote.")
+    if given := [word for word in overrides if word.lstrip("+").startswith("run_dir=")]:
+        raise ValueError(f"{given[0]}: the run is what stands first, {run_dir}; leave the setting out.")
+    roles = ["validation"]
+    config = read_config(path, [*overrides, f"run_dir={run_dir}"], keep=partial(of_saved_run, roles=roles))
+    refuse_unasked(config.data, roles=roles, where=str(path))
+    return config
+
+
+def evaluate_run(config: Config, preemption: Preemption | None = None, *, model_folder: str = "") -> bool:
+    """Score the run's finished stages, or one model folder; False if a signal ended it. Call on every rank."""
+    preemption = preemption or Preemption()
+    preemption.config = config.preemption
+    folders = [Path(model_folder)] if model_folder else finished_models(config)
+    if not folders:
+        raise ValueError(f"run_dir={config.run_dir} holds no finished stage (stage1/final, stage2/final); train first.")
+    # The run may be training meanwhile, with heartbeats of its own.
+    beats = Path(config.run_dir) / "heartbeats" / "evaluate"
+    refuse_links(Path(config.run_dir) / "report", within=Path(config.run_dir))
+    with Engine(config.engine) as engine, watch(config, engine, beats_in=beats) as watchdog:
+        watchdog.begin("evaluation")
+        watchdog.phase("evaluate")
+        if engine.is_main:
+            for key, location in locations(config.data, ["validation"], with_keys=True).items():
+                print(f"on {key}={without_secrets(location)}", flush=True)
+        try:
+            evaluate_models(folders, config, engine, give_up=asks(preemption, watchdog))
+        except Preempted:
+            return stopped(config, engine, "evaluation")
+    return True
+
+
+def evaluate_models(
+    folders: Sequence[Path], config: Config, engine: Engine, *, give_up: Callable[[], bool] = lambda: False
+) -> dict[str, Any]:
+    """Score model folders and write `report/results.json`, or a file of their own: see `programs.results`.
+
+    Returns `{"stage1": scores, "stage2": {"1": scores, ...}, "stage2_mean_latent": scores}`, as far as they exist, and
+    under `about` what was scored, and how. The mean latent is a control: denoising must be worth more than it. Under
+    `diagnostics` are those of each stage; what they warn of is told.
+    """
+    about: dict[str, Any] = {}
+    places: list[Path] = []
+
+    def find_place() -> None:
+        if engine.is_main:
+            about.update(about_of(folders, config))
+            places.append(place_for(folders, config, about))
+
+    together(find_place, engine)  # what is damaged there must not cost the scores
+    results: dict[str, Any] = {}
+    for folder in folders:
+        if engine.is_main:
+            print(f"scoring {folder}", flush=True)
+        score = partial(evaluate_predictor, config=config, engine=engine, give_up=give_up)
+        results |= score_model(load_model(folder, config).to(engine.device), config, score)
+    if config.evaluation.diagnostic_images:
+        results[DIAGNOSTICS] = _diagnose(folders, config, engine, give_up)
+    if engine.is_main:
+        _report({"about": about} | results, places[0])
+    return results
+
+
+def _diagnose(folders: Sequence[Path], config: Config, engine: Engine, give_up: Callable[[], bool]) -> dict[str, Any]:
+    """The diagnostics by stage; bounds are those of the last model, whose E and D are those of the one before."""
+    found: dict[str, Any] = {}
+    for folder in folders:
+        teacher, beside = load_model(folder, config).to(engine.device), student_beside(folder)
+        student = load_model(beside, config).to(engine.device) if beside else None
+        options = {"student": student, "with_bounds": folder == folders[-1], "give_up": give_up}
+        diagnosis = diagnose_model(teacher, config, engine, **options)
+        stage = (StageName.stage1 if teacher.denoiser is None else StageName.stage2).value
+        found[stage] = diagnosis.to_json()
+        if engine.is_main:
+            run_dir = Path(config.run_dir) if folder in finished_models(config) else None
+            tell(signs_of_diagnosis(diagnosis), run_dir=run_dir, stage=stage)
+    return found
+
+
+def unscored_stages(config: Config) -> list[str]:
+    """The finished stages that the report does not hold."""
+    path = own_results(config)
+    scored = read_results(path) if path.exists() else {}
+    return [folder.parts[-3] for folder in finished_models(config) if folder.parts[-3] not in scored]
+
+
+def load_model(folder: Path, config: Config) -> ICCLD:
+    """The model, once its classes are those of the data."""
+    model = ICCLD.from_pretrained(folder, attention=config.model.denoiser.attention)
+    assert model.card is not None
+    own, names = model.card.class_names, config.data.class_set.build().names
+    if own != list(names):
+        raise ValueError(
+            f"{folder} tells {len(own)} classes apart ({', '.join(own)}), data.class_set has {len(names)} "
+            f"({', '.join(names)}); use the dataset config that it was trained with."
+        )
+    return model
+
+
+def score_model(model: ICCLD, config: Config, score: Callable[[Predict], EvaluationResult]) -> dict[str, Any]:
+    if model.stage is not ModelStage.adversarial:
+        return {"stage1": _scores([score(predict_function(model, num_steps=0, seed=config.seed))])}
+    by_steps = {}
+    for num_steps in config.inference.num_steps:
+        denoised = next((scores for steps, scores in by_steps.items() if steps != "0"), None)
+        if model.deterministic and num_steps and denoised:  # neither steps nor seeds change anything
+            by_steps[str(num_steps)] = denoised
+            continue
+        seeds = range(1 if model.deterministic else config.inference.noise_seeds)
+        options = {"num_averaged": config.inference.num_averaged, "blend": config.inference.blend}
+        options |= {"num_steps": num_steps, "seed": config.seed}
+        predictors = [predict_function(model, noise_seed=noise_seed, **options) for noise_seed in seeds]
+        by_steps[str(num_steps)] = _scores([score(predict) for predict in predictors])
+    mean_latent = score(lambda images, _: model.segment_mean_latent(images))
+    return {"stage2": by_steps, "stage2_mean_latent": _scores([mean_latent])}
+
+
+def _scores(by_noise_seed: list[EvaluationResult]) -> dict[str, Any]:
+    """The first seed's scores; over several seeds, also the mean mIoU and all of them."""
+    scores = by_noise_seed[0].to_json()
+    if len(by_noise_seed) > 1:
+        mious = [result.miou for result in by_noise_seed]
+        scores |= {"miou": statistics.fmean(mious), "miou_by_noise_seed": mious}
+    return scores
+
+
+def named_results(results: Mapping[str, Any]) -> dict[str, EvaluationResult]:
+    """A flat view for tables: `stage1`, `stage2 x1`, ..."""
+    flat = {}
+    for name, scores in results.items():
+        if name in ("about", DIAGNOSTICS):
+            continue
+        name = name.removeprefix("stage2_").replace("_", " ")
+        parts = {name: scores} if "miou" in scores else {f"{name} x{steps}": of for steps, of in scores.items()}
+        fields = {field.name for field in dataclasses.fields(EvaluationResult)}
+        for label, values in parts.items():
+            known = {key: _numbers(value) for key, value in values.items() if key in fields}
+            flat[label] = EvaluationResult(**known)
+    return flat
+
+
+def _numbers(value: Any) -> Any:
+    """JSON's null back to NaN."""
+    if isinstance(value, list):
+        return [_numbers(item) for item in value]
+    return float("nan") if value is None else value
+
+
+def _report(results: Mapping[str, Any], path: Path) -> None:
+    make_folder(path.parent, within=path.parent.parent)
+    write_whole(path, json.dumps(redacted(results), indent=1))
+    Console(width=None if sys.stdout.isatty() else 120).print(
+        results_table(named_results(results), title=escape(", ".join(results["about"]["models"])))
+    )
+    print(f"written to {path}", flush=True)

@@ -1,0 +1,117 @@
+"""The figures of a profile: a rank's seconds and memory, rates, FLOPs, sizes, and what the launch was."""
+
+import statistics
+from typing import Any
+
+import torch
+
+from iccld.config import Config
+from iccld.programs.run.out_of_memory import parts_held
+from iccld.runtime.engine.engine import Engine
+from iccld.runtime.faults.preemption import host_name
+from iccld.runtime.measure import memory
+from iccld.runtime.measure.flops import StepFlops
+from iccld.runtime.measure.peaks import measured_flops, nominal_flops, wait_for
+from iccld.runtime.measure.profiling import OUTSIDE, OVERLAPPED, PHASES, PhaseTimer, Seconds
+from iccld.stages.base import Stage
+from iccld.trainer import TrainerConfig
+
+
+def of_this_rank(steps: list[Seconds], stage: Stage, engine: Engine) -> dict[str, Any]:
+    return {
+        "rank": engine.rank,
+        "host": host_name(),
+        "peak_bytes": memory.peak_memory(engine.device),
+        "held_bytes": {part: sum(map(memory.bytes_of, of.values())) for part, of in parts_held(stage, engine).items()},
+        "step_s": [step["total"] - sum(step.get(phase, 0.0) for phase in OUTSIDE) for step in steps],
+        "phases": {phase: _median(steps, phase) for phase in (*PHASES, OVERLAPPED) if phase not in OUTSIDE},
+    }
+
+
+def rates_of(
+    ranks: list[dict[str, Any]], plan: TrainerConfig, flops: float, config: Config, engine: Engine
+) -> dict[str, Any]:
+    """`flops` are a sample's."""
+    step_s = statistics.median(map(max, zip(*(rank["step_s"] for rank in ranks), strict=True)))
+    achieved = flops * plan.global_batch_size / step_s / engine.world_size
+    peak_flops, source = _peak(config, engine)
+    return {
+        "step_s": step_s,
+        "samples_per_s": plan.global_batch_size / step_s,
+        "samples_per_s_per_rank": plan.global_batch_size / step_s / engine.world_size,
+        "achieved_flops_per_rank": achieved,
+        "peak_flops": peak_flops,
+        "peak_source": source,
+        "mfu": achieved / peak_flops,
+    }
+
+
+def flops_of(flops: StepFlops) -> dict[str, Any]:
+    prepare = sum(flops.prepare.values())
+    return {
+        "flops_per_sample": {"prepare": prepare, "train": flops.total - prepare},
+        "flops_by_part": {
+            part: {kind: getattr(flops, kind).get(part, 0) for kind in flops._fields}
+            for part in sorted({part for by_part in flops for part in by_part})
+        },
+    }
+
+
+def sizes_of(stage: Stage, engine: Engine, ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a step exchanges, and what a checkpoint holds."""
+    trained = sum(p.numel() for group in stage.param_groups() for p in group["params"])
+    stored = [run.data.nbytes for run in engine.runs(_state(stage)).values()]
+    return {
+        "num_parameters": trained,
+        "gradient_bytes": 4 * trained,
+        "teacher_bytes": sum(rank["held_bytes"]["averages"] for rank in ranks)
+        // (1 if engine.is_sharded else len(ranks)),
+        "save_stall_s": _copy_to_host_s(stage, engine),
+        "checkpoint_bytes": sum(engine.gather_objects(sum(stored))),
+    }
+
+
+def launch_of(engine: Engine, plan: TrainerConfig, hosts: list[str]) -> dict[str, Any]:
+    device = engine.device
+    return {
+        "engine": engine.kind.value,
+        "world_size": engine.world_size,
+        "num_nodes": len(set(hosts)),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "precision": engine.config.precision.name,
+        "compile": engine.compile.value,
+        "threads": torch.get_num_threads(),
+        "global_batch_size": plan.global_batch_size,
+        "micro_batch_size": plan.chosen_micro_batch_size,
+        "num_accumulation": plan.num_accumulation(engine.world_size),
+    }
+
+
+def _median(steps: list[Seconds], phase: str) -> float:
+    return statistics.median(step.get(phase, 0.0) for step in steps)
+
+
+def _peak(config: Config, engine: Engine) -> tuple[float, str]:
+    """FLOP/s of a device, and where the figure is from."""
+    if config.metrics.peak_tflops:
+        return 1e12 * config.metrics.peak_tflops, "metrics.peak_tflops"
+    precision = engine.accelerator.mixed_precision
+    if nominal := nominal_flops(engine.device, precision):
+        return nominal, "the device's data sheet"
+    measured = engine.gather_objects(measured_flops(engine.device, precision))  # at once, as they train
+    return statistics.median(measured), "measured: a matrix product on every rank at once"
+
+
+def _copy_to_host_s(stage: Stage, engine: Engine) -> float:
+    """What a step pays for a save: seconds of the slowest rank for the copy of its part of the state."""
+    clock = PhaseTimer()
+    wait_for(engine.device)
+    for _ in range(2):  # the first makes the buffers
+        with clock.span("copy"):
+            _ = [run.data.to("cpu", copy=True) for run in engine.runs(_state(stage)).values()]
+        clock.end_step()
+    return max(engine.gather_objects(clock.take()[-1]["copy"]))
+
+
+def _state(stage: Stage) -> dict[str, Any]:
+    return {f"stage/{name}": tensor for name, tensor in stage.state_dict().items()}

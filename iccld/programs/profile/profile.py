@@ -1,0 +1,179 @@
+"""`iccld profile key=value ...`: a short run of an experiment under any launch, and where its time and memory went.
+
+Each configured stage is trained for some steps, as `iccld train` would, from fresh weights, and nothing of it is kept
+but the report: `RUN_DIR/profile/stage1/` with profile.json, profile.png and a trace of a few steps of every rank.
+"""
+
+import os
+import shutil
+import tempfile
+from argparse import Namespace
+from collections.abc import Iterator, Mapping
+from contextlib import closing, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from iccld import __version__
+from iccld.config import Config, StageName, load_config
+from iccld.durable import make_folder, replacing
+from iccld.programs.profile.figures import flops_of, launch_of, of_this_rank, rates_of, sizes_of
+from iccld.programs.profile.report import write_report
+from iccld.programs.profile.roofline import roofline, work_by_part
+from iccld.programs.run.building import build_stage, build_stream, fresh_stage, layout_of, trials_of
+from iccld.programs.run.checks import check_settings, watch
+from iccld.programs.run.hand_off import is_finished
+from iccld.programs.run.micro_batch import with_micro_batch_size
+from iccld.programs.run.out_of_memory import explained_out_of_memory
+from iccld.programs.run.synthetic import flops_per_sample, synthetic_batch, synthetic_batches
+from iccld.runtime.engine.engine import Engine
+from iccld.runtime.faults.open_files import check_open_files
+from iccld.runtime.faults.watchdog import Watchdog
+from iccld.runtime.measure import memory
+from iccld.runtime.measure.peaks import wait_for
+from iccld.runtime.measure.profiling import OVERLAPPED, PhaseTimer, Ranges
+from iccld.stages.base import Stage
+from iccld.trainer import TrainerConfig, attach
+from iccld.training_step import TrainingStep
+
+FORMAT = 1
+VERSIONS = ("torch", "accelerate", "deepspeed", "transformers", "xformers")
+
+
+@dataclass(frozen=True)
+class ProfileOptions:
+    """How many steps are timed, left out before them, and traced after them; `synthetic`: batches without data."""
+
+    num_steps: int
+    num_warmup: int
+    num_traced: int
+    synthetic: bool
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_steps", 2), ("num_warmup", 1), ("num_traced", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least {least}.")
+
+    @property
+    def num_all(self) -> int:
+        return self.num_warmup + self.num_steps + self.num_traced
+
+
+def run(arguments: Namespace) -> int:
+    """Profile the stages. Raises ValueError where the user erred."""
+    options = ProfileOptions(arguments.num_steps, arguments.num_warmup, arguments.num_traced, arguments.synthetic)
+    config = load_config(arguments.overrides, config_dir=arguments.config_dir)
+    output = arguments.output or Path(config.run_dir) / "profile"
+    make_folder(output, within=arguments.output or Path(config.run_dir))
+    own = replace(config, run_dir=str(output))  # whatever is written down is no part of the run
+    check_open_files(num_workers=config.data.num_workers, world_size=int(os.environ.get("WORLD_SIZE") or 1))
+    with Engine(config.engine) as engine, watch(own, engine) as watchdog:
+        if not options.synthetic:
+            check_settings(config, engine)
+        for name in config.stages:
+            folder = output / name.value
+            make_folder(folder, within=output)
+            watchdog.begin(name.value)
+            figures = profile_stage(name, config, engine, options, watchdog, folder)  # the same on every rank
+            if engine.is_main:
+                write_report(figures, folder)
+            engine.detach()
+    return 0
+
+
+def profile_stage(
+    name: StageName, config: Config, engine: Engine, options: ProfileOptions, watchdog: Watchdog, folder: Path
+) -> dict[str, Any]:
+    """The figures of profile.json; the traces and what a failure leaves behind are written into the folder."""
+    is_made = name is StageName.stage1 or engine.gather_objects(is_finished(Path(config.run_dir), StageName.stage1))[0]
+    build = partial(build_stage if is_made else fresh_stage, name, config, engine.device)
+    own = replace(config, run_dir=str(folder.parent))
+    trials = replace(trials_of(name, config, engine, watchdog), config=own, build=build)
+    if options.synthetic:
+        trials = replace(trials, batch=lambda size: synthetic_batch(config, range(size)))
+    plan = with_micro_batch_size(name.value, trials)
+    plan = replace(plan, num_steps=max(plan.num_steps, options.num_all))
+    stage = build()
+    flops = flops_per_sample(stage, config, plan.num_steps - 1)
+    work = work_by_part(stage, config, plan.chosen_micro_batch_size)
+    memory.restart_peak(engine.device)
+    with explained_out_of_memory(stage, plan, own, engine, watchdog=watchdog):
+        attach(stage, engine, plan)
+        of_this_rank = _run(stage, plan, config, engine, options, watchdog, folder)
+    watchdog.phase("finish")
+    ranks = engine.gather_objects(of_this_rank)
+    return {
+        "format": FORMAT,
+        "stage": name.value,
+        **launch_of(engine, plan, [rank["host"] for rank in ranks]),
+        **{name: getattr(options, name) for name in ("synthetic", "num_steps", "num_warmup")},
+        **rates_of(ranks, plan, flops.total, config, engine),
+        "ranks": ranks,
+        **flops_of(flops),
+        **sizes_of(stage, engine, ranks),
+        "roofline": roofline(stage, config, work, plan.chosen_micro_batch_size, engine),
+        "versions": {"iccld": __version__, **{package: _version(package) for package in VERSIONS}},
+    }
+
+
+def _version(package: str) -> str:
+    """The installed version; "unknown" for a package that lies on the path without its metadata."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _run(
+    stage: Stage,
+    plan: TrainerConfig,
+    config: Config,
+    engine: Engine,
+    options: ProfileOptions,
+    watchdog: Watchdog,
+    folder: Path,
+) -> dict[str, Any]:
+    """What this rank measures in the last steps of the stage: nothing is left out there."""
+    first, layout = plan.num_steps - options.num_all, layout_of(plan, engine)
+    if options.synthetic:
+        made: Any = nullcontext(synthetic_batches(StageName(stage.name), config, layout, first))
+    else:
+        made = closing(build_stream(StageName(stage.name), config, layout).batches(first))
+    with made as batches:
+        timer = PhaseTimer(engine.device, watchdog.phase)
+        batches = engine.prefetch(batches, copying=lambda: timer.span(OVERLAPPED))
+        _steps(stage, engine, timer, batches, range(first, first + options.num_warmup))
+        wait_for(engine.device)
+        timer.take()
+        first += options.num_warmup
+        _steps(stage, engine, timer, batches, range(first, first + options.num_steps))
+        wait_for(engine.device)
+        found = of_this_rank(timer.take(), stage, engine)
+        first += options.num_steps
+        if not options.num_traced:
+            return found | {"trace": ""}
+        path = folder / f"trace_rank_{engine.rank:05d}.json.gz"
+        with torch.profiler.profile() as trace, Ranges() as ranges:
+            _steps(stage, engine, PhaseTimer(engine.device, ranges.begin), batches, range(first, plan.num_steps))
+            wait_for(engine.device)
+        with tempfile.TemporaryDirectory() as scratch, replacing(path) as file:
+            trace.export_chrome_trace(f"{scratch}/{path.name}")
+            with Path(scratch, path.name).open("rb") as written:
+                shutil.copyfileobj(written, file)
+        return found | {"trace": path.name}
+
+
+def _steps(stage: Stage, engine: Engine, timer: PhaseTimer, batches: Iterator[Mapping[str, Any]], steps: range) -> None:
+    """As the trainer's loop, without what is between steps."""
+    train = TrainingStep(stage, engine, timer)
+    for step in steps:
+        with timer.phase("data"):
+            micro_batches = [next(batches) for _ in range(engine.backend.plan.num_accumulation)]
+        with timer.span("agree"):
+            engine.any(False)
+        train(micro_batches, step)
+        timer.end_step()

@@ -1,0 +1,1 @@
+"""What the verbs share: a run is put together, checked, handed on."""

@@ -1,0 +1,133 @@
+"""What is checked before a run begins: that it is alone, that its settings fit, that the folder is its own."""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from iccld.config import Config, StageName, differences, read_config, to_yaml
+from iccld.data.stream.stream import read_validation
+from iccld.durable import make_folder, refuse_links, refuse_unless_plain, remove_left_overs, write_whole
+from iccld.models.attention import check_backend
+from iccld.outcome import plain, status_of
+from iccld.programs.run.hand_off import is_finished
+from iccld.programs.run.kept_views import open_view_files
+from iccld.runtime.engine.engine import Engine
+from iccld.runtime.faults.watchdog import Watchdog
+from iccld.trainer import TrainerConfig
+
+LEFT_OVER_AFTER_S = 86_400.0  # whoever wrote them is no more
+
+
+def check_links(run_dir: Path, config: Config) -> None:
+    """Refuse links where a training writes, before it has worked for days. Every rank looks, so that all end alike."""
+    parts = [
+        f"{stage.value}/{part}"
+        for stage in config.stages
+        if not is_finished(run_dir, stage)
+        for part in ("checkpoints", "final", "ema")
+    ]
+    for name in ("heartbeats", "logs", "profile", "report", "wandb", *parts):
+        refuse_links(run_dir / name, within=run_dir)
+    for name in ("lock", "config.yaml", "metrics.jsonl", "events.jsonl"):
+        refuse_unless_plain(run_dir / name)
+
+
+def check_alone(run_dir: Path, holder: str, engine: Engine) -> None:
+    holder = engine.gather_objects(holder)[0]
+    if holder:
+        raise ValueError(f"run_dir={run_dir} is in use by {holder}; wait for it, end it, or use another run_dir.")
+
+
+def together(check: Callable[[], None], engine: Engine) -> None:
+    """Make a check on every rank; what one of them finds (a damaged index, say) ends all, and is said once."""
+    failure: Exception | None = None
+    try:
+        check()
+    except (ValueError, OSError) as error:
+        failure = plain(error)
+    if found := [failure for failure in engine.gather_objects(failure) if failure]:
+        worst = max(found, key=status_of)
+        raise worst if engine.is_main else SystemExit(status_of(worst))
+
+
+def check_settings(config: Config, engine: Engine) -> None:
+    """Whatever a later stage would stumble over, before time is spent on an earlier one."""
+    for name in config.stages:
+        plan_of(name, config).num_accumulation(engine.world_size)
+    if StageName.stage2 in config.stages:
+        check_backend(config.model.denoiser.attention, engine.device.type)
+        if config.stage2.cache.num_samples:
+            open_view_files(config)
+    class_set = config.data.class_set.build()
+    class_set.subset(config.evaluation.num_classes or class_set.num_classes)
+    if config.data.validation.shards:
+        read_validation(config.data)
+    elif any(plan_of(name, config).evaluate_every for name in config.stages):
+        raise ValueError(
+            "trainer.evaluate_every is set, but data.validation.shards is empty; set it, or evaluate_every=0."
+        )
+    if engine.is_sharded and StageName.stage1 in config.stages and not config.stage1.objective.use_teacher:
+        raise ValueError(
+            "stage1.objective.use_teacher=false asks the student for pseudo-labels, which FSDP2 holds in shards; "
+            "launch with ddp, zero1 or zero2."
+        )
+    if not config.data.target.shards and (config.stage1.objective.adapt or StageName.stage2 in config.stages):
+        raise ValueError(
+            "data.target.shards is empty, but adaptation needs target images; set it, or use stage=source_only."
+        )
+
+
+def check_run_dir(run_dir: Path, config: Config, engine: Engine) -> None:
+    """A run directory belongs to one config, but for the settings of a stage that has not begun."""
+    path = run_dir / "config.yaml"
+    if path.exists() and any((run_dir / stage.value).exists() for stage in StageName):
+        unbegun = tuple(f"{stage.value}." for stage in StageName if not (run_dir / stage.value).exists())
+        changed = [change for change in differences(read_config(path), config) if not change.startswith(unbegun)]
+        if changed:
+            raise ValueError(
+                f"run_dir={run_dir} holds a run of another config ({'; '.join(changed[:5])}); "
+                f"use another run_dir, or the settings in {path}."
+            )
+    engine.barrier()  # nobody writes before all have compared
+    if engine.is_main:
+        make_folder(run_dir, within=run_dir)
+        write_whole(path, to_yaml(config))
+    engine.barrier()
+
+
+def watch(config: Config, engine: Engine, *, beats_in: Path | None = None) -> Watchdog:
+    """The watchdog of this attempt, not yet started. Call on every rank. `beats_in`: not in the run's own folder."""
+    limits, retry_for_s = config.watchdog, config.data.storage.retry_for_s
+    if limits.enabled and limits.step_s <= retry_for_s and "://" in f"{config.data.source} {config.data.target}":
+        raise ValueError(
+            f"watchdog.step_s={limits.step_s} must be above data.storage.retry_for_s={retry_for_s}, so that a store "
+            f"that comes back in time is waited for; use {2 * retry_for_s:g}."
+        )
+    engine.set_timeout(limits.collective_s, of_saves=True)
+    run_dir, attempt = Path(config.run_dir), engine.gather_objects(f"{time.time()} {os.getpid()}")[0]
+    beats = (beats_in or run_dir) / "heartbeats"
+    for folder in (beats, run_dir / "logs"):
+        refuse_links(folder, within=run_dir)
+    refuse_unless_plain(run_dir / "events.jsonl")
+    watchdog = Watchdog(
+        run_dir,
+        limits,
+        rank=engine.rank,
+        world_size=engine.world_size,
+        attempt=attempt,
+        beats_in=beats_in,
+        set_timeout=engine.set_timeout,
+    )
+    if engine.is_main:
+        watchdog.refusal.forget()
+        for path in beats.glob("rank_*.json"):  # of an attempt on more ranks
+            path.unlink()
+        for folder in (run_dir, beats):
+            remove_left_overs(folder, older_than_s=LEFT_OVER_AFTER_S)
+    engine.barrier()
+    return watchdog
+
+
+def plan_of(name: StageName, config: Config) -> TrainerConfig:
+    return config.stage1.trainer if name is StageName.stage1 else config.stage2.trainer

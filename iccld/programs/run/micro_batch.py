@@ -1,0 +1,166 @@
+"""`micro_batch_size: auto`: the largest that divides a rank's part of the global batch and fits in its memory.
+
+Tried on a stage that is thrown away, with the run's own first samples: two steps as the loop takes them, the second
+with the optimiser's moments in place. DDP on GPUs tries by bisection until memory is out, within `memory.share` of what
+was free, and without a collective in which a rank that fails alone would leave the others. Elsewhere (a CPU, where
+failing may mean to be killed; sharded engines, which cannot do without collectives) the peaks of 1 and 2 samples give
+a line. Scores in mid-training are not tried.
+
+A resumed run keeps the number of its newest checkpoint while engine, precision and number of ranks are the same.
+"""
+
+import contextlib
+import gc
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from iccld.config import Config
+from iccld.programs.run.out_of_memory import explained_out_of_memory
+from iccld.runtime.checkpoint.manifest import read_manifest
+from iccld.runtime.checkpoint.store import FOLDER, pointed_at
+from iccld.runtime.engine.engine import Engine, EngineKind
+from iccld.runtime.engine.micro_batch import AUTO, divisors, largest_by_line, largest_by_trial
+from iccld.runtime.engine.prefetch import map_tensors
+from iccld.runtime.faults.preemption import host_name
+from iccld.runtime.faults.watchdog import Watchdog
+from iccld.runtime.measure import memory
+from iccld.runtime.measure.telemetry import write_event
+from iccld.stages.base import Stage
+from iccld.trainer import TrainerConfig, attach
+
+NUM_COMPUTED = 2  # micro-batches of a trial's step; the others only take their memory
+
+
+@dataclass
+class Trials:
+    """What it takes to try. `build` gives a stage of its own; `batch`, a rank's first samples, so many."""
+
+    plan: TrainerConfig
+    config: Config
+    engine: Engine
+    watchdog: Watchdog
+    build: Callable[[], Stage]
+    batch: Callable[[int], Mapping[str, Any]]
+    peaks: dict[int, float] = field(default_factory=dict)  # bytes, by size; infinite where memory was out
+
+    @property
+    def is_local(self) -> bool:
+        """Whether a step can do without a collective."""
+        return self.engine.kind is EngineKind.ddp
+
+    def fits(self, size: int) -> bool:
+        """Whether all ranks had memory for two steps. Call on every rank."""
+        engine, stage, failed = self.engine, self.build(), False
+        memory.restart_peak(engine.device)
+        try:
+            with torch.compiler.set_stance("force_eager"):  # to compile for every size takes longer than to train
+                self._train(stage, size)
+        except (RuntimeError, MemoryError) as error:
+            if not memory.is_out_of_memory(error):
+                raise
+            failed = True
+            if size == 1:
+                plan = replace(self.plan, micro_batch_size=1)
+                with explained_out_of_memory(stage, plan, self.config, engine, watchdog=self.watchdog):
+                    raise
+            traceback.clear_frames(error.__traceback__)
+        self.peaks[size] = float("inf") if engine.any(failed) else float(memory.peak_memory(engine.device))
+        del stage
+        engine.detach()
+        gc.collect()
+        memory.restart_peak(engine.device)
+        self.watchdog.tick()
+        return self.peaks[size] < float("inf")
+
+    def _train(self, stage: Stage, size: int) -> None:
+        engine, num_micro_batches = self.engine, -(-self.plan.global_batch_size // (size * self.engine.world_size))
+        plan = replace(
+            self.plan,
+            micro_batch_size=size,
+            global_batch_size=size * num_micro_batches * engine.world_size,
+        )
+        attach(stage, engine, plan)
+        batches = _copies(self.batch(size), num_micro_batches, engine.device)
+        step = plan.num_steps - 1  # nothing is left out there, as it may be in the first steps
+        saved = []
+        for _ in range(2):
+            with torch.no_grad(), engine.autocast():
+                inputs = [stage.prepare(batch, step) for batch in batches[:NUM_COMPUTED]]
+            waiting = _copies(inputs[0]._asdict(), num_micro_batches - len(inputs), engine.device)
+            for i, micro_batch in enumerate(inputs):
+                with engine.micro_batch(is_last=i + 1 == len(inputs) and not self.is_local):
+                    output = engine.module(micro_batch)
+                    engine.backward(torch.stack(list(output.losses.values())).sum())
+                del output
+            engine.step()
+            stage.after_step(step)
+            if engine.device.type == "cpu" and not saved:  # what a save copies stays in the host's memory
+                saved = [run.data.clone() for run in engine.runs(stage.state_dict()).values()]
+            del inputs, waiting
+
+
+def _copies(tensors: Mapping[str, Any], count: int, device: torch.device) -> list[Any]:
+    return [map_tensors(tensors, lambda tensor: tensor.to(device, copy=True)) for _ in range(count)]
+
+
+def with_micro_batch_size(stage_name: str, trials: Trials) -> TrainerConfig:
+    """The plan with a number for `auto`, the same on all ranks. Call on every rank, with no module attached.
+
+    Nothing of the run is touched: the stage comes from its seed, and every draw from its sample's number.
+    """
+    plan, engine, run_dir = trials.plan, trials.engine, Path(trials.config.run_dir)
+    if plan.micro_batch_size != AUTO:
+        return plan
+    before = engine.gather_objects(_number_before(run_dir / stage_name, plan, trials))[0]  # as rank 0 sees it
+    size, how = (before, "as before") if before else _choose(trials)
+    plan = replace(plan, micro_batch_size=size)
+    if engine.is_main:
+        tried = {str(tried): peak if peak < float("inf") else None for tried, peak in trials.peaks.items()}
+        facts = {"stage": stage_name, "chosen": size, "how": how, "peak_bytes": tried}
+        write_event(run_dir, "micro_batch_size", **facts, num_accumulation=plan.num_accumulation(engine.world_size))
+        print(f"{stage_name}.trainer.micro_batch_size: auto -> {size} ({how})", flush=True)
+    return plan
+
+
+def _number_before(folder: Path, plan: TrainerConfig, trials: Trials) -> int:
+    """That of the newest checkpoint, if it was made as this run goes on; else 0."""
+    engine, model = trials.engine, trials.config.model
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        name = pointed_at(folder / "checkpoints")
+        manifest = read_manifest(folder / "checkpoints" / name) if FOLDER.fullmatch(name) else {}
+        layout, parts = manifest["layout"], manifest["config"]["model"]
+        kept = [parts[part].get("activation_checkpointing", False) for part in ("encoder", "denoiser")]
+        now = [model.encoder.activation_checkpointing, model.denoiser.activation_checkpointing]
+        now += [engine.kind.value, engine.world_size, engine.config.precision.name]
+        if [*kept, layout["engine"], layout["world_size"], layout["precision"]] == now:
+            return plan.global_batch_size // (engine.world_size * layout["num_accumulation"])
+    return 0
+
+
+def _choose(trials: Trials) -> tuple[int, str]:
+    """A size that all ranks bear, and how it was found."""
+    engine, device, share = trials.engine, trials.engine.device, trials.config.memory.share
+    sizes = divisors(trials.plan.global_batch_size // engine.world_size)
+    if sizes == [1]:
+        return 1, "no other divides a rank's samples"
+    trials.fits(1)  # first, so that libraries, threads and communicators have taken theirs
+    num_sharing = engine.gather_objects(host_name()).count(host_name())
+    free = memory.free_memory(device, num_sharing=num_sharing)
+    limit = memory.taken_memory(device) + share * free
+    said = f"{100 * share:.0f} % of the {memory.gib(free)} that were free to a rank"
+    if device.type == "cuda" and trials.is_local:
+        with memory.limited(device, int(min(engine.gather_objects(limit)))):
+            size = largest_by_trial(sizes[1:], trials.fits) or 1
+        tried = [f"{size} {'fits' if peak < float('inf') else 'does not'}" for size, peak in trials.peaks.items()]
+        how = f"tried in {said}: {', '.join(tried)}"
+    else:
+        trials.fits(2)
+        size = min(engine.gather_objects(largest_by_line(sizes, trials.peaks, limit=limit)))
+        peaks = ", ".join(f"{memory.gib(peak)} with {size}" for size, peak in trials.peaks.items())
+        how = f"the line through peaks of {peaks} stays below {memory.gib(limit)}, with {said}"
+    return size, how

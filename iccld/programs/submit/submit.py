@@ -1,0 +1,146 @@
+"""`iccld submit`: job scripts written, shown or handed to sbatch."""
+
+import argparse
+import dataclasses
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from iccld import __version__
+from iccld.durable import NotOursError, is_plain, make_folder, write_whole
+from iccld.reading import write_secrets
+from iccld.slurm.config import SETTINGS, SubmitConfig, Work
+from iccld.slurm.history import failing_nodes, lead_time_s
+from iccld.slurm.script import sbatch_text
+from iccld.slurm.settings_file import read_settings
+from iccld.slurm.snapshot import code_version, copy_code
+
+DESCRIPTION = """\
+Options of the allocation come before the verb, settings of the run after it:
+iccld submit --nodes 2 --gpus-per-node 4 --time 4:00:00 train experiment=gta5_to_cityscapes run_dir=runs/gta5
+"""
+GRACE = "preemption.grace_s="
+_LISTS = ("exclude", "after", "mounts", "modules", "setup", "directives")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dry-run", action="store_true", help="show the script, write and submit nothing")
+    parser.add_argument("--settings", type=Path, help="a YAML file with options of those below")
+    parser.add_argument("--engine", default="", help="ddp (default), zero1, zero2, fsdp2, or the path of a YAML file")
+    parser.add_argument("--chain", action="store_true", help="stage 1, stage 2 and scoring as jobs that wait in turn")
+    parser.add_argument("--seeds", default="", metavar="N|A,B,..", help="an array with a run a seed")
+    about = "an element of an array: a name, and settings of its own; may be repeated"
+    parser.add_argument("--variant", action="append", default=[], nargs="+", metavar="NAME KEY=VALUE", help=about)
+    for setting in dataclasses.fields(SubmitConfig):
+        if setting.name != "requeue":
+            _add_setting(parser, setting)
+    parser.add_argument("--no-requeue", dest="requeue", action="store_const", const=False, help="once, and no more")
+    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="train|profile|evaluate ...")
+
+
+def _add_setting(parser: argparse.ArgumentParser, setting: dataclasses.Field[Any]) -> None:
+    options: dict[str, Any] = {"default": None, "metavar": "X"}
+    if setting.name in _LISTS:
+        example = ", as in --directives=--reservation=NAME" if setting.name == "directives" else ""
+        options |= {"action": "append", "help": f"may be repeated{example}"}
+    elif isinstance(setting.default, Enum):
+        options |= {"choices": [choice.value for choice in type(setting.default)], "metavar": None}
+    elif isinstance(setting.default, int):
+        options |= {"type": int, "help": f"{setting.default} unless given"}
+    parser.add_argument(f"--{setting.name.replace('_', '-')}", **options)
+
+
+def submit(arguments: argparse.Namespace) -> int:
+    """Write and submit the job (or the chain's), or show it. Raises ValueError for what the user got wrong."""
+    submit_jobs(arguments)
+    return 0
+
+
+def submit_jobs(arguments: argparse.Namespace) -> str:
+    """As `submit`; the last job's number, or in a dry run a word that stands for it."""
+    from iccld.programs.submit.work import hide_secrets, jobs_of, run_dir_of
+
+    settings = _settings(arguments)
+    engine = settings.pop("engine", "ddp")
+    command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
+    run_dir = run_dir_of(command)
+    config = _with_history(settings, run_dir)
+    variants = [(name, settings_of) for name, *settings_of in arguments.variant]
+    if command[0] == "train" and not any(word.lstrip("+").startswith(GRACE) for word in command):
+        command = [*command, f"{GRACE}{max(config.lead_s - 30, config.lead_s // 2)}"]  # before SLURM's own end
+    jobs = jobs_of(
+        command, num_ranks=config.num_ranks, engine=engine, chain=arguments.chain, seeds=arguments.seeds,
+        variants=variants,
+    )  # fmt: skip
+    if not arguments.dry_run:
+        _prepare(jobs[0][1])
+    for suffix, work in jobs:
+        name = config.job_name + suffix
+        work, secrets = hide_secrets(name, work)
+        config_of_job = replace(config, job_name=name)
+        text = sbatch_text(config_of_job, work)
+        if arguments.dry_run:
+            print(text)
+        else:
+            for path, words in secrets.items():
+                write_secrets(path, words)
+        job = f"JOB_OF_{re.sub('[^A-Za-z0-9]', '_', name)}" if arguments.dry_run else _sbatch(name, text, work)
+        config = replace(config, after=(job,))
+    return config.after[0]
+
+
+def _prepare(work: Work) -> None:
+    """The folders that a job finds, and the code that it runs."""
+    if not shutil.which("sbatch"):
+        raise ValueError("sbatch is not on PATH: submit from a login node of the cluster, or look with --dry-run.")
+    run_dir = Path(work.run_dir)
+    for folder in ("logs", "slurm", "code"):
+        make_folder(run_dir / folder, within=run_dir)
+    if strange := next((path for path in (run_dir / "logs").iterdir() if not is_plain(path)), None):
+        raise NotOursError(f"{strange} is no file of its own, and SLURM would write a job's log through it; remove it.")
+    copy_code(run_dir / "code")
+    write_whole(run_dir / "code_version.txt", code_version(__version__))
+
+
+def _sbatch(name: str, text: str, work: Work) -> str:
+    """Submit, say where it can be followed, and return the job's number."""
+    script = Path(work.run_dir) / "slurm" / f"{name}.sbatch"
+    write_whole(script, text)
+    done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ValueError(f"sbatch refused {script}: {' '.join(done.stderr.split())}")
+    job = done.stdout.strip().split(";")[0]
+    log = f"{name}-{job}{'_N' if work.variants else ''}.log"
+    print(f"job {job}: {name}, log {work.run_dir}/logs/{log}", flush=True)
+    return job
+
+
+def _with_history(settings: dict[str, Any], run_dir: Path) -> SubmitConfig:
+    """What is not said otherwise comes from the run: its name, how long a save takes, which nodes failed."""
+    name = re.sub(r"[^A-Za-z0-9._+-]", "_", run_dir.name).lstrip("._+-") or "iccld"
+    config: dict[str, Any] = {"job_name": name[:80], "lead_s": lead_time_s(run_dir)} | settings
+    if "image" not in config:
+        config.setdefault("python", sys.executable)
+    if failing := failing_nodes(run_dir):
+        print(f"not on {', '.join(failing)}: failed twice ({run_dir}/slurm/failed_nodes)", flush=True)
+        config["exclude"] = tuple(dict.fromkeys([*config.get("exclude", ()), *failing]))
+    return SubmitConfig(**config)
+
+
+def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Options of the command line over those of the file."""
+    settings: dict[str, Any] = {}
+    if arguments.settings:
+        settings |= read_settings(arguments.settings)
+    settings |= {name: given for name in (*SETTINGS, "engine") if (given := getattr(arguments, name)) not in (None, "")}
+    for name in settings.keys() & set(_LISTS):
+        settings[name] = tuple(str(value) for value in settings[name])
+    for setting in dataclasses.fields(SubmitConfig):
+        if isinstance(setting.default, Enum) and isinstance(given := settings.get(setting.name), str):
+            settings[setting.name] = type(setting.default)(given)
+    return settings

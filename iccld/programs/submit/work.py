@@ -1,0 +1,175 @@
+"""What the jobs of a submission run: one job that goes on by itself, a chain, or an array of runs."""
+
+import hashlib
+import itertools
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from iccld.cli import parse, settings_of
+from iccld.config import Config, config_from, load_config
+from iccld.programs.evaluate.evaluate import saved_settings
+from iccld.redact import holds_secret
+from iccld.slurm.config import Variant, Work
+from iccld.slurm.engine_file import FOLDER, engine_path, engine_variables
+from iccld.slurm.snapshot import code_hash
+
+Element = tuple[str, list[str]]
+
+
+def run_dir_of(command: Sequence[str]) -> Path:
+    """The run that `train`, `profile` or `evaluate` works on. Raises ValueError for settings that it would refuse."""
+    if not command or command[0] not in ("train", "profile", "evaluate"):
+        raise ValueError(
+            f"{(command or [''])[0]!r} cannot be submitted; end with `train key=value ...`, `profile key=value ...` or "
+            f"`evaluate RUN_DIR ...`."
+        )
+    if command[0] != "evaluate":
+        return Path(_config(command).run_dir).absolute()
+    arguments = parse(command)
+    words = settings_of(arguments)
+    if (arguments.run_dir / "config.yaml").exists():
+        saved_settings(arguments.run_dir, words)
+    else:  # not yet: a job before this one makes it
+        config_from({}, where="evaluate", overrides=words)
+    return arguments.run_dir.absolute()
+
+
+def _config(command: Sequence[str]) -> Config:
+    arguments = parse(command)
+    return load_config(settings_of(arguments), config_dir=arguments.config_dir)
+
+
+def jobs_of(
+    command: Sequence[str],
+    *,
+    num_ranks: int,
+    engine: str = "ddp",
+    chain: bool = False,
+    seeds: str = "",
+    variants: Sequence[tuple[str, list[str]]] = (),
+) -> list[tuple[str, Work]]:
+    """What each job adds to the name, and its work; each waits for the one before it. Raises ValueError."""
+    run_dir, path = run_dir_of(command), engine_path(engine)
+    code = run_dir / "code" / code_hash()
+    work = Work(
+        run_dir=str(run_dir),
+        code=str(code),
+        folder=str(Path.cwd()),
+        variables=engine_variables(path),
+        engine_file=str(code / FOLDER.name / path.name if path.parent == FOLDER else path.absolute()),
+    )
+    elements = list(_elements(seeds, variants))
+    if command[0] != "train" and (chain or elements):
+        raise ValueError("--chain, --seeds and --variant are of `train`; scoring and profiling are one job.")
+    jobs = []
+    for suffix, words in _chain(command) if chain else [("", list(command))]:
+        of_elements = tuple(_variant(element, words, run_dir) for element in elements)
+        for arguments in [variant.arguments for variant in of_elements] or [words]:
+            _check_batches(arguments, num_ranks)
+        jobs.append((suffix, replace(work, arguments=tuple(words), variants=of_elements)))
+    return jobs
+
+
+def hide_secrets(name: str, work: Work) -> tuple[Work, dict[Path, list[str]]]:
+    """The job's work with the settings that are secret in files, and what each of these files is to hold.
+
+    A job script is read by others, and so is a command line; the files belong to the user alone. A file's name depends
+    on what it holds: a later submission leaves a waiting job its own.
+    """
+    files: dict[Path, list[str]] = {}
+
+    def shown(words: Sequence[str], suffix: str = "") -> tuple[str, ...]:
+        hidden = _hidden(words)
+        if not hidden:
+            return tuple(words)
+        path = Path(work.run_dir) / "slurm" / f"{name}{suffix}-{_digest(hidden)}.secrets"
+        files[path] = hidden
+        return *(word for word in words if word not in hidden), f"--secrets={path}"
+
+    variants = tuple(
+        replace(variant, arguments=shown(variant.arguments, f"-{Path(variant.run_dir).name}"))
+        for variant in work.variants
+    )
+    return replace(work, arguments=shown(work.arguments), variants=variants), files
+
+
+def _hidden(words: Sequence[str]) -> list[str]:
+    """The secret settings, and those above and below them, which they override or are overridden by.
+
+    What a file holds comes before the other words, so all of these go there, in their order.
+    """
+    settings = [word for word in words if "=" in word and not word.startswith("-")]
+    hidden = [word for word in settings if holds_secret(word)]
+    count = 0
+    while len(hidden) > count:
+        count = len(hidden)
+        hidden = [word for word in settings if any(_related(_name(word), _name(other)) for other in hidden)]
+    return hidden
+
+
+def _related(key: str, other: str) -> bool:
+    return f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}.")
+
+
+def _digest(words: Sequence[str]) -> str:
+    """Slow to compute: others see it, and must not find a password by trying."""
+    return hashlib.scrypt("\n".join(words).encode(), salt=b"iccld", n=1 << 14, r=8, p=1, dklen=6).hex()
+
+
+def _check_batches(command: Sequence[str], num_ranks: int) -> None:
+    """That the ranks can share the batch, before they wait in a queue to find out."""
+    if command[0] != "evaluate":
+        config = _config(command)
+        for name in config.stages:
+            getattr(config, name.value).trainer.num_accumulation(num_ranks)
+
+
+def _chain(command: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """A job a stage, then one that finds them finished and scores them."""
+    config = _config(command)
+    for name in config.stages:
+        settings = [f"stages=[{name.value}]"]
+        if not getattr(config, name.value).trainer.evaluate_every:
+            settings.append("data.validation.shards=")  # scoring is the last job's
+        yield f"-{name.value}", _with_settings(command, settings)
+    yield "-scores", list(command)
+
+
+def _elements(seeds: str, variants: Iterable[tuple[str, list[str]]]) -> Iterator[Element]:
+    """Every variant with every seed."""
+    if seeds and not re.fullmatch(r"[1-9]\d*|\d+(,\d+)+", seeds):
+        raise ValueError(f"--seeds {seeds} must be how many, as in 3, or which, as in 0,5,7.")
+    numbers = seeds.split(",") if "," in seeds else [str(seed) for seed in range(int(seeds or 0))]
+    of_seeds = [(f"seed_{seed}", [f"seed={seed}"]) for seed in numbers]
+    named = list(variants)
+    for name, settings in named:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", name):
+            raise ValueError(f"--variant {name!r} names a folder: letters, digits and ._+- only.")
+        if wrong := [setting for setting in settings if "=" not in setting]:
+            raise ValueError(f"--variant {name}: {wrong[0]!r} must be key=value.")
+    if of_seeds and named:
+        for (name, settings), (seed, of_seed) in itertools.product(named, of_seeds):
+            yield f"{name}_{seed}", [*settings, *of_seed]
+    else:
+        yield from named or of_seeds
+
+
+def _variant(element: Element, words: Sequence[str], run_dir: Path) -> Variant:
+    name, settings = element
+    own = run_dir / name
+    return Variant(str(own), tuple(_with_settings(words, [*settings, f"run_dir={own}"])))
+
+
+def _with_settings(words: Sequence[str], settings: Sequence[str]) -> list[str]:
+    """`train` with the settings last, in place of earlier ones of the same name."""
+    arguments, names = parse(words), {_name(setting) for setting in settings}
+    kept = [word for word in arguments.overrides if _name(word) not in names]
+    options = [f"--config-dir={arguments.config_dir}"] if arguments.config_dir else []
+    options += [f"--secrets={path}" for path in arguments.secrets]
+    return ["train", *options, *kept, *settings]
+
+
+def _name(setting: str) -> str:
+    return setting.partition("=")[0].lstrip("+~")

@@ -1,0 +1,106 @@
+"""Whether the nodes are fit for a run: the checks of `runtime/faults/preflight.py` on what this run needs."""
+
+import os
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext, suppress
+from functools import partial
+from pathlib import Path
+
+from iccld.config import Config, StageName
+from iccld.data.config import OnError
+from iccld.data.stream.sets import open_parts
+from iccld.data.stream.shared_batch import shared_bytes
+from iccld.programs.run.building import noise_of
+from iccld.programs.run.checks import plan_of
+from iccld.runtime.engine.engine import Engine
+from iccld.runtime.faults.preemption import STOPPED_BY_WATCHDOG
+from iccld.runtime.faults.preflight import (
+    Finding,
+    check_collective,
+    check_device,
+    check_folder,
+    check_shared_memory,
+    check_space,
+    preflight,
+)
+from iccld.runtime.measure.telemetry import write_event
+from iccld.stages.base import Stage
+from iccld.trainer import TrainerConfig
+
+
+def check_fitness(config: Config, engine: Engine) -> None:
+    """Before the first stage. Call on every rank; what is wrong ends all of them, see `_refuse`."""
+    if not config.preflight:
+        return
+    run_dir, plans = Path(config.run_dir), {name: plan_of(name, config) for name in config.stages}
+    checks: dict[str, Callable[[], None]] = {
+        "device": partial(check_device, engine.device),
+        "run_dir": partial(check_folder, run_dir, engine.rank),
+        "shards": partial(_read_shards, config),
+        "shared_memory": partial(_share_memory, plans, config, engine),
+        "collective": partial(check_collective, engine.device, engine),
+    }
+    _refuse(preflight(checks, engine), run_dir, engine)
+
+
+def check_room(stage: Stage, plan: TrainerConfig, config: Config, engine: Engine) -> None:
+    """Before a stage's first step, when its sizes are known: `keep` checkpoints and the one being written; workers."""
+    if not config.preflight:
+        return
+    run_dir = Path(config.run_dir)
+    size = _checkpoint_bytes(stage) * (plan.checkpoint.keep + 1)
+    check = partial(check_space, run_dir / stage.name / "checkpoints", size)
+    checks = {
+        "disk": check if engine.is_main else lambda: None,
+        "shared_memory": partial(_share_memory, {StageName(stage.name): plan}, config, engine),
+    }
+    _refuse(preflight(checks, engine), run_dir, engine)
+
+
+def _checkpoint_bytes(stage: Stage) -> int:
+    """Weights, two fp32 moments of what trains, and the stage's own state."""
+    held = [*stage.module.state_dict().values(), *stage.state_dict().values()]
+    trained = [p for group in stage.param_groups() for p in group["params"]]
+    return sum(tensor.numel() * tensor.element_size() for tensor in held) + 8 * sum(p.numel() for p in trained)
+
+
+def _read_shards(config: Config) -> None:
+    """The first and the last sample of every set, from wherever they lie."""
+    labelled = {"source": True, "target": config.stage1.objective.target_labels, "validation": True}
+    for domain, with_labels in labelled.items():
+        if getattr(config.data, domain).shards:
+            for part in open_parts(config.data, domain, with_labels=with_labels):
+                for position in {int(part.positions[0]), int(part.positions[-1])}:
+                    with suppress(ValueError) if config.data.on_error is OnError.replace else nullcontext():
+                        part.reader.read(position, with_labels=with_labels)
+
+
+def _share_memory(plans: Mapping[StageName, TrainerConfig], config: Config, engine: Engine) -> None:
+    """On the first rank of a node, what the loader workers of all its ranks hold at once."""
+    needed = [
+        shared_bytes(
+            config.data,
+            micro_batch_size=plan.chosen_micro_batch_size,
+            num_held=plan.num_accumulation(engine.world_size),
+            noise=noise_of(name, config),
+        )
+        for name, plan in plans.items()
+    ]
+    if os.environ.get("LOCAL_RANK", "0") == "0" and any(needed):
+        check_shared_memory(max(needed) * int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def _refuse(found: list[Finding], run_dir: Path, engine: Engine) -> None:
+    """All ranks end: with 2 where the user must mend something, with STOPPED_BY_WATCHDOG where another node may do."""
+    if not found:
+        return
+    of_node = [finding for finding in found if finding.of_node]
+    if engine.is_main:
+        for finding in of_node:
+            print(f"preflight: {finding}", file=sys.stderr, flush=True)
+            write_event(run_dir, "unfit", host=finding.host, check=finding.check, what=finding.what)
+    engine.barrier()  # nobody ends before it is said
+    if len(of_node) == len(found):
+        raise SystemExit(STOPPED_BY_WATCHDOG)
+    raise ValueError("\n".join(str(f) for f in found if not f.of_node)) if engine.is_main else SystemExit(2)

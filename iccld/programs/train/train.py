@@ -1,0 +1,228 @@
+"""`iccld train`: the stages of a run, one after the other, each from where it stopped; then their scores.
+
+Killed anywhere, the same command goes on: within a stage from its newest whole checkpoint, between the stages from what
+the first left (`hand_off`).
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from iccld import __version__
+from iccld.config import Config, StageName, to_dict
+from iccld.data.stream.stream import TrainingStream
+from iccld.data.stream.workers import prepare_workers
+from iccld.diagnostics import Diagnosis
+from iccld.models.iccld import ModelConfig
+from iccld.outcome import blaming_the_world
+from iccld.programs.evaluate.averaging import write_due_snapshot
+from iccld.programs.evaluate.diagnose import diagnose_model
+from iccld.programs.evaluate.evaluate import (
+    asks,
+    evaluate_models,
+    evaluate_predictor,
+    predict_function,
+    stopped,
+    unscored_stages,
+)
+from iccld.programs.evaluate.results import finished_models
+from iccld.programs.run.building import build_stage, build_stream, first_batches, layout_of, trials_of, whole_stage
+from iccld.programs.run.checks import check_alone, check_links, check_run_dir, check_settings, together, watch
+from iccld.programs.run.hand_off import final_folder, hand_over, handed_over, is_finished, take_first_stage
+from iccld.programs.run.kept_views import keep_views
+from iccld.programs.run.micro_batch import with_micro_batch_size
+from iccld.programs.run.out_of_memory import explained_out_of_memory
+from iccld.programs.run.signs import read_entries, signs_of_diagnosis, signs_of_training, tell
+from iccld.programs.run.synthetic import flops_per_sample
+from iccld.programs.train.fitness import check_fitness, check_room
+from iccld.runtime.checkpoint.store import CheckpointStore
+from iccld.runtime.engine.engine import Engine
+from iccld.runtime.engine.kind import EngineKind
+from iccld.runtime.faults.lock import locked
+from iccld.runtime.faults.open_files import check_open_files
+from iccld.runtime.faults.preemption import Preempted, Preemption
+from iccld.runtime.faults.watchdog import Watchdog
+from iccld.runtime.measure.memory import restart_peak
+from iccld.runtime.measure.metrics import MetricsLogger
+from iccld.runtime.measure.peaks import nominal_flops
+from iccld.runtime.measure.telemetry import write_event
+from iccld.stages.base import Stage
+from iccld.trainer import Trainer
+
+
+def train(config: Config, preemption: Preemption | None = None, *, began: float | None = None) -> bool:
+    """Run the configured stages, then score them; False if a signal ended the run early. Call on every rank.
+
+    `began`: when this attempt did, in seconds since the epoch; now, if not given.
+    """
+    began = began or time.time()
+    preemption = preemption or Preemption()
+    preemption.config = config.preemption
+    run_dir = Path(config.run_dir)
+    check_links(run_dir, config)
+    check_open_files(num_workers=config.data.num_workers, world_size=int(os.environ.get("WORLD_SIZE") or 1))
+    if config.data.num_workers:
+        prepare_workers()  # after the limit of open files, which they inherit
+    with Engine(config.engine) as engine, locked(run_dir) if engine.is_main else nullcontext("") as holder:
+        check_alone(run_dir, holder, engine)
+        with watch(config, engine) as watchdog:
+            together(lambda: check_settings(config, engine), engine)
+            check_run_dir(run_dir, config, engine)
+            if engine.is_main:
+                write_event(run_dir, "launched", since=began)
+            watchdog.phase("preflight")
+            together(lambda: take_first_stage(config, is_main=engine.is_main), engine)
+            check_fitness(config, engine)
+            with blaming_the_world(lambda: watchdog.has_trained):
+                return _run_stages(config, engine, preemption, watchdog)
+
+
+def _run_stages(config: Config, engine: Engine, preemption: Preemption, watchdog: Watchdog) -> bool:
+    run_dir = Path(config.run_dir)
+    for name in config.stages:
+        watchdog.begin(name.value)
+        if engine.gather_objects(is_finished(run_dir, name))[0]:  # as rank 0 sees it: file systems cache
+            if engine.is_main:
+                print(f"{name.value} is finished: {final_folder(run_dir, name)}", flush=True)
+        elif engine.any(preemption.came):
+            return stopped(config, engine, name.value)
+        elif not _run_stage(name, config, engine, preemption, watchdog):
+            return False
+    if config.data.validation.shards and unscored_stages(config):
+        watchdog.begin("evaluation")
+        watchdog.phase("evaluate")
+        try:
+            evaluate_models(finished_models(config), config, engine, give_up=asks(preemption, watchdog))
+        except Preempted:
+            return stopped(config, engine, "evaluation")
+    return True
+
+
+def _run_stage(name: StageName, config: Config, engine: Engine, preemption: Preemption, watchdog: Watchdog) -> bool:
+    plan = with_micro_batch_size(name.value, trials_of(name, config, engine, watchdog))
+    stream = build_stream(name, config, layout_of(plan, engine))
+    stage = build_stage(name, config, engine.device)
+    check_room(stage, plan, config, engine)
+    restart_peak(engine.device)
+    folder = Path(config.run_dir) / name.value
+    metrics = _metrics(stage, config, engine)
+    checkpoints = CheckpointStore(
+        folder / "checkpoints", plan.checkpoint, engine, announce=lambda step: metrics.event("saved", step=step)
+    )
+    with (
+        keep_views(stage, config, engine, stream),
+        explained_out_of_memory(stage, plan, config, engine, watchdog=watchdog, checkpoints=checkpoints),
+    ):
+        finished = Trainer(
+            stage=stage,
+            stream=stream,
+            engine=engine,
+            checkpoints=checkpoints,
+            metrics=metrics,
+            preemption=preemption,
+            watchdog=watchdog,
+            config=plan,
+            about=_about(stage, config, stream),
+            evaluate=lambda: _validate(stage, config, engine, asks(preemption, watchdog)),
+            after_step=lambda step: write_due_snapshot(stage, folder / "ema", engine, num_steps=step + 1),
+        ).run()
+    if finished:
+        stage = whole_stage(stage, config, engine)
+        if engine.is_main:
+            measure_latents(stage, config, engine)
+            _warn(stage, config)
+            hand_over(stage, config, step=plan.num_steps)
+        engine.barrier()
+        metrics.event("finished", step=plan.num_steps)
+    engine.detach()
+    metrics.close()
+    return finished
+
+
+def measure_latents(stage: Stage, config: Config, engine: Engine) -> None:
+    """Let a trained stage measure what the next one needs, on its own device. Call on one rank."""
+    stage.finish(engine.prefetch(first_batches(StageName(stage.name), config)))
+
+
+def _metrics(stage: Stage, config: Config, engine: Engine) -> MetricsLogger:
+    precision = engine.accelerator.mixed_precision
+    return MetricsLogger(
+        Path(config.run_dir),
+        config.metrics,
+        stage=stage.name,
+        is_main=engine.is_main,
+        world_size=engine.world_size,
+        sum_values=engine.sum_values,
+        gather=engine.gather_objects,
+        flops=_flops(stage, config, engine),
+        names_slow_rank=engine.kind is EngineKind.ddp,  # others exchange in every phase
+        peak_flops=1e12 * config.metrics.peak_tflops or nominal_flops(engine.device, precision),
+    )
+
+
+def _flops(stage: Stage, config: Config, engine: Engine) -> Callable[[int], float]:
+    """Of a sample in a step: fewer in a warm start. 0 where they cannot be counted, which ends no training."""
+    begin = config.stage1.objective.warm_start_steps if stage.name == StageName.stage1.value else 0
+    try:
+        counts = {step: flops_per_sample(stage, config, step).total for step in {0, begin}}
+    except (ValueError, RuntimeError, NotImplementedError) as error:  # a backbone with an operation that has no rule
+        if engine.is_main:
+            print(f"{stage.name}: no FLOPs and no MFU: {str(error).splitlines()[0]}", flush=True)
+        return lambda step: 0.0
+    return lambda step: counts[0 if step < begin else begin]
+
+
+def _validate(stage: Stage, config: Config, engine: Engine, give_up: Callable[[], bool]) -> dict[str, float]:
+    """The teacher's scores and diagnostics in mid-training: with the fewest denoising steps where there is a denoiser.
+
+    What they, and the lines logged so far, warn of is told now.
+    """
+    models = whole_stage(stage, config, engine).models()
+    model = models["teacher"]
+    num_steps = min(filter(None, config.inference.num_steps), default=0) if model.denoiser is not None else 0
+    predict = predict_function(model, num_steps=num_steps, seed=config.seed)
+    result = evaluate_predictor(predict, config, engine, give_up=give_up)
+    values = {"miou": result.miou, "boundary_miou": result.boundary_miou}
+    diagnosis = None
+    if config.evaluation.diagnostic_images:
+        options = {"student": models["student"], "with_bounds": False, "give_up": give_up}
+        diagnosis = diagnose_model(model, config, engine, **options)
+        values |= diagnosis.to_metrics()
+    if engine.is_main:
+        _warn(stage, config, diagnosis)
+    return {name: value for name, value in values.items() if not math.isnan(value)}
+
+
+def _warn(stage: Stage, config: Config, diagnosis: Diagnosis | None = None) -> None:
+    """Tell what the stage's figures warn of. Call on one rank."""
+    run_dir = Path(config.run_dir)
+    signs = signs_of_training(read_entries(run_dir), config, stage.name)
+    signs += signs_of_diagnosis(diagnosis) if diagnosis else []
+    tell(signs, run_dir=run_dir, stage=stage.name)
+
+
+def _about(stage: Stage, config: Config, stream: TrainingStream) -> Mapping[str, Any]:
+    resolved = to_dict(config)
+    model = dict(resolved["model"])
+    for part in ("encoder", "denoiser"):
+        model[part] = {key: value for key, value in model[part].items() if key != "activation_checkpointing"}
+    usual, later = to_dict(ModelConfig()), [f.name for f in fields(ModelConfig) if "optional" in f.metadata]
+    for name in later:  # an earlier version wrote none of them
+        if model[name] == usual[name]:
+            del model[name]
+    about = {
+        "version": __version__,
+        "stage": stage.name,
+        "model": model,
+        "data": stream.fingerprints(),
+        "origin": handed_over(config)[1].model_sha256 if stage.name == "stage2" else config.initial_model,
+        "rebuilding_config": stage.models()["student"].rebuilding_config(),
+        "config": resolved,
+    }
+    return json.loads(json.dumps(about))  # as a resume reads it: keys are strings

@@ -1,0 +1,1 @@
+"""Checkpoints: their pieces, their manifest, and the folder that holds them."""

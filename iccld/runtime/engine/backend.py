@@ -1,0 +1,147 @@
+"""What an engine does with a module: wrap it, exchange gradients, step, and hand out the state that a rank holds.
+
+`Replicated` is DDP (or one process): every rank holds everything. `fsdp2.py` and `zero.py` shard.
+"""
+
+import contextlib
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from iccld.runtime.checkpoint.pieces import Run, TensorReader, share_out, whole
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a backend is told of the experiment and of the ranks."""
+
+    device: torch.device
+    rank: int
+    world_size: int
+    micro_batch_size: int
+    num_accumulation: int
+    gradient_clip: float  # the largest norm; 0 is off
+
+
+class Backend(ABC):
+    """One module and its AdamW on this rank.
+
+    `raw` is the module itself, `module` what is called for a forward pass with gradients.
+    """
+
+    raw: nn.Module
+    module: Callable[..., Any]
+    optimizer: Any
+    plan: Plan
+
+    def shard(self, module: nn.Module, *, methods: Iterable[str]) -> None:  # noqa: B027, most keep it whole
+        """Hold a module that does not train as the trained one is held; `methods` are called like `forward`."""
+
+    @contextlib.contextmanager
+    def micro_batch(self, *, is_last: bool) -> Iterator[None]:
+        """Around forward and backward of one micro-batch; gradients are exchanged in the last one only."""
+        yield
+
+    def backward(self, loss: Tensor) -> None:
+        (loss / self.plan.num_accumulation).backward()
+
+    @abstractmethod
+    def step(self) -> None:
+        """Clip, update, and clear the gradients."""
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The trained parameters by name."""
+        return {name: p for name, p in self.raw.named_parameters() if p.requires_grad}
+
+    def runs(self, extra: Mapping[str, Tensor]) -> dict[str, Run]:
+        """What this rank writes of module, moments and `extra` (by full name); all ranks' runs together are whole."""
+        state = {f"module/{name}": value for name, value in self.raw.state_dict().items()}
+        return self._held_runs({**state, **extra}) | self._moment_runs()
+
+    def _held_runs(self, tensors: Mapping[str, Tensor]) -> dict[str, Run]:
+        runs = {name: whole(tensor) for name, tensor in tensors.items()}
+        return share_out(runs, rank=self.plan.rank, world_size=self.plan.world_size)
+
+    @abstractmethod
+    def _moment_runs(self) -> dict[str, Run]: ...
+
+    def load(self, reader: TensorReader, step: int) -> None:
+        """Fill module and moments from a checkpoint made after `step` steps, whichever ranks and engine wrote it."""
+        self.fill({f"module/{name}": value for name, value in self.raw.state_dict().items()}, reader)
+        self._load_moments(reader, float(step))
+
+    @torch.no_grad()
+    def fill(self, tensors: Mapping[str, Tensor], reader: TensorReader) -> None:
+        """Fill tensors in place, by full name: each rank reads what it holds."""
+        for name, tensor in tensors.items():
+            run = self._run_held(tensor)
+            stored = reader.read(name, run.start, run.start + len(run.data))
+            if run.shape != reader.shape(name):
+                raise ValueError(f"{reader.folder}: {name} has shape {reader.shape(name)}, not {run.shape}.")
+            local_tensor(tensor).copy_(stored.view(local_tensor(tensor).shape))
+
+    def _run_held(self, tensor: Tensor) -> Run:
+        return whole(tensor)
+
+    @abstractmethod
+    def _load_moments(self, reader: TensorReader, step: float) -> None: ...
+
+    def full(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The whole tensors, on every rank. Call on every rank."""
+        return dict(tensors)
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor that may be sharded."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[union-attr,operator]
+
+
+class Replicated(Backend):
+    """One process, or DDP through Accelerate."""
+
+    def __init__(self, raw: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Any, plan: Plan) -> None:
+        self.raw, self.plan, self._accelerator = raw, plan, accelerator
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # accelerate's argument
+            self.module, self.optimizer = accelerator.prepare(raw, optimizer)
+
+    @contextlib.contextmanager
+    def micro_batch(self, *, is_last: bool) -> Iterator[None]:
+        # DDP decides in the forward pass whether the backward pass will exchange gradients.
+        with contextlib.nullcontext() if is_last else self._accelerator.no_sync(self.module):
+            yield
+
+    def step(self) -> None:
+        if self.plan.gradient_clip:
+            self._accelerator.clip_grad_norm_(self.raw.parameters(), self.plan.gradient_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def _moment_runs(self) -> dict[str, Run]:
+        return self._held_runs(
+            {
+                f"{moment}/{name}": self.optimizer.state[p][moment]
+                for name, p in self.parameters().items()
+                for moment in MOMENTS
+            }
+        )
+
+    def _load_moments(self, reader: TensorReader, step: float) -> None:
+        load_adam_state(self, self.optimizer.state, reader, step)
+
+
+@torch.no_grad()
+def load_adam_state(backend: Backend, state: Any, reader: TensorReader, step: float) -> None:
+    """AdamW's moments of parameters that have a state of their own each; `step` is what AdamW counts."""
+    for name, p in backend.parameters().items():
+        state[p] = {"step": torch.tensor(step, device=p.device if p.is_cuda else "cpu")}
+        for moment in MOMENTS:
+            state[p][moment] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            backend.fill({f"{moment}/{name}": state[p][moment]}, reader)

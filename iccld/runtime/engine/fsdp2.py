@@ -1,0 +1,118 @@
+"""FSDP2: parameters, gradients and moments sharded over the ranks along their first dimension.
+
+Native `fully_shard`: Accelerate's path needs a GPU, and on a CPU leaves modules unwrapped.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+from iccld.runtime.checkpoint.pieces import Run, TensorReader, share_out, whole
+from iccld.runtime.engine.backend import MOMENTS, Backend, Plan, load_adam_state, local_tensor
+
+
+class FSDP2(Backend):
+    """`replicated`: modules whose parameters stay whole, because they are used beside their own forward pass."""
+
+    def __init__(
+        self,
+        raw: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        plan: Plan,
+        *,
+        replicated: Iterable[nn.Module],
+        min_num_params: int,
+        reshard_after_forward: bool,
+    ) -> None:
+        self.raw = self.module = raw
+        self.plan, self.optimizer = plan, optimizer
+        self._mesh = init_device_mesh(plan.device.type, (plan.world_size,))
+        self._min_num_params = min_num_params
+        self._whole = [p for module in replicated for p in module.parameters()]
+        before = dict(raw.named_parameters())
+        self._shard(raw, set(self._whole), reshard=reshard_after_forward)
+        after = dict(raw.named_parameters())
+        replaced = {id(before[name]): after[name] for name in before}
+        for group in optimizer.param_groups:
+            group["params"] = [replaced[id(p)] for p in group["params"]]
+
+    def _shard(self, module: nn.Module, whole_params: set[nn.Parameter], *, reshard: bool) -> None:
+        """Layers of some size gather their parameters one after another; what is left gathers with the root."""
+        options: dict[str, Any] = {"mesh": self._mesh, "reshard_after_forward": reshard}
+        layers = [layer for group in module.modules() if isinstance(group, nn.ModuleList) for layer in group]
+        for layer in reversed(layers):  # inner layers before those that hold them
+            size = sum(p.numel() for p in layer.parameters() if not isinstance(p, DTensor))
+            is_whole = any(p in whole_params for p in layer.parameters())
+            if not isinstance(layer, nn.ModuleList) and not is_whole and size >= self._min_num_params:
+                fully_shard(layer, **options)
+        fully_shard(module, **options, ignored_params=whole_params)
+
+    def shard(self, module: nn.Module, *, methods: Iterable[str]) -> None:
+        self._shard(module, set(), reshard=True)  # no backward pass comes that would
+        for method in methods:
+            register_fsdp_forward_method(module, method)
+
+    @contextlib.contextmanager
+    def micro_batch(self, *, is_last: bool) -> Iterator[None]:
+        self.raw.set_requires_gradient_sync(is_last)  # type: ignore[operator]
+        yield
+
+    def step(self) -> None:
+        self._average_whole()
+        if self.plan.gradient_clip:
+            self._clip()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def _average_whole(self) -> None:
+        gradients = [p.grad for p in self._whole if p.grad is not None]
+        if not gradients or self.plan.world_size == 1:
+            return
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        torch.distributed.all_reduce(flat)
+        flat /= self.plan.world_size
+        for gradient, average in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(average.view_as(gradient))
+
+    def _clip(self) -> None:
+        """As `clip_grad_norm_`, which does not mix sharded and whole gradients."""
+        gradients = [p.grad for p in self.parameters().values() if p.grad is not None]
+        sharded = [local_tensor(g) for g in gradients if isinstance(g, DTensor)]
+        kept = [g for g in gradients if not isinstance(g, DTensor)]
+        square = torch.stack([g.square().sum() for g in sharded]).sum() if sharded else torch.zeros(())
+        square = square.to(self.plan.device)
+        torch.distributed.all_reduce(square)
+        norm = torch.sqrt(square + sum(g.square().sum() for g in kept))
+        factor = (self.plan.gradient_clip / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_([*sharded, *kept], factor)  # pyright: ignore[reportPrivateImportUsage]
+
+    def _run_held(self, tensor: Tensor) -> Run:
+        if not isinstance(tensor, DTensor):
+            return whole(tensor)
+        shape, local = tuple(tensor.shape), tensor.to_local().detach()
+        rows = -(-shape[0] // self.plan.world_size)  # as torch.chunk: the last ranks may have fewer, or none
+        first = min(self.plan.rank * rows, shape[0])
+        return Run(shape, first * math.prod(shape[1:]), local.reshape(-1))
+
+    def _held_runs(self, tensors: Mapping[str, Tensor]) -> dict[str, Run]:
+        sharded = {name: self._run_held(t) for name, t in tensors.items() if isinstance(t, DTensor)}
+        kept = {name: whole(t) for name, t in tensors.items() if not isinstance(t, DTensor)}
+        mine = share_out(kept, rank=self.plan.rank, world_size=self.plan.world_size)
+        return mine | {name: run for name, run in sharded.items() if len(run.data)}
+
+    def _moment_runs(self) -> dict[str, Run]:
+        state = self.optimizer.state
+        return self._held_runs({f"{m}/{name}": state[p][m] for name, p in self.parameters().items() for m in MOMENTS})
+
+    def _load_moments(self, reader: TensorReader, step: float) -> None:
+        load_adam_state(self, self.optimizer.state, reader, step)
+
+    def full(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in tensors.items()}

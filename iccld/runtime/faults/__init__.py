@@ -1,0 +1,1 @@
+"""What goes wrong on ranks and nodes: found, said, and ended in order."""

@@ -1,0 +1,130 @@
+"""A check of seconds before a run: what is wrong with a node is said with its name, not met an hour later.
+
+A check does something small and raises ValueError, OSError or RuntimeError where it fails.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from iccld.durable import write_whole
+from iccld.runtime.faults.preemption import host_name
+from iccld.runtime.measure.memory import gib
+
+SHARED_MEMORY = Path("/dev/shm")
+
+
+class Ranks(Protocol):
+    """What the checks need of the engine."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def world_size(self) -> int: ...
+
+    def gather_objects(self, value: Any) -> list[Any]: ...
+
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Finding:
+    """`of_node`: other nodes did not find it, or it is in the nature of the check; another node may do."""
+
+    host: str
+    check: str
+    what: str
+    of_node: bool
+
+    def __str__(self) -> str:
+        remedy = "leave the node out (--exclude), and start again" if self.of_node else "mend it, and start again"
+        return f"{self.host}: {self.check}: {self.what.rstrip('.')}; {remedy}"
+
+
+def preflight(checks: Mapping[str, Callable[[], None]], ranks: Ranks) -> list[Finding]:
+    """Do all checks on every rank; what was found, one finding a host and check, the same on every rank.
+
+    A check named `device` or `collective` is always of the node; on one host, so is what the system refuses (OSError).
+    `collective` comes last, where all others went well.
+    """
+    found = _share({name: _try(check) for name, check in checks.items() if name != "collective"}, ranks)
+    if not found and "collective" in checks:
+        found = _share({"collective": _try(checks["collective"])}, ranks)
+    return found
+
+
+def _try(check: Callable[[], None]) -> tuple[str, bool]:
+    """What is wrong, and whether it is the system that said so."""
+    try:
+        check()
+    except (ValueError, OSError, RuntimeError) as error:
+        return " ".join(str(error).split()) or repr(error), isinstance(error, OSError)
+    return "", False
+
+
+def _share(outcomes: Mapping[str, tuple[str, bool]], ranks: Ranks) -> list[Finding]:
+    of_ranks = ranks.gather_objects((host_name(), dict(outcomes)))
+    hosts = {host for host, _ in of_ranks}
+    found: dict[tuple[str, str], Finding] = {}
+    for host, outcome in of_ranks:
+        for name, (what, is_system) in outcome.items():
+            where = {other for other, of_other in of_ranks if of_other[name][0]}
+            if what:
+                of_node = name in ("device", "collective") or where != hosts or (is_system and len(hosts) == 1)
+                found.setdefault((host, name), Finding(host, name, what, of_node))
+    return list(found.values())
+
+
+def check_device(device: torch.device) -> None:
+    """Allocate, multiply, compare with what the host computes."""
+    ones = torch.arange(256.0).remainder(7).repeat(256, 1)
+    expected, product = ones @ ones.T, (ones.to(device) @ ones.T.to(device)).cpu()
+    if not torch.equal(product, expected):  # small integers: exact in every precision
+        raise ValueError(f"{device} multiplies wrongly")
+
+
+def check_collective(device: torch.device, ranks: Ranks) -> None:
+    total = ranks.all_reduce_sum(torch.full((1024,), float(ranks.rank + 1), device=device))
+    expected = ranks.world_size * (ranks.world_size + 1) / 2
+    if not bool((total == expected).all()):
+        raise ValueError(f"the sum over all ranks is {float(total[0]):g}, not {expected:g}")
+
+
+def check_folder(folder: Path, rank: int) -> None:
+    """That each rank can write there."""
+    probe = folder / f".preflight_{rank:05d}"
+    write_whole(probe, os.urandom(1024), durably=False)
+    probe.unlink()
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """That `needed` bytes, together with what the folder holds already, have room."""
+    held = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    near = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(near).free
+    if free + held < needed:
+        raise ValueError(
+            f"{folder} needs {gib(needed)} for checkpoints, {gib(free + held)} are free; "
+            f"make room, set a smaller checkpoint.keep, or use another run_dir"
+        )
+
+
+def check_shared_memory(needed: int, folder: Path = SHARED_MEMORY) -> None:
+    """That `needed` bytes can be taken, as loader workers do for batches and locks."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            os.posix_fallocate(file.fileno(), 0, needed)
+    except OSError as error:
+        raise ValueError(
+            f"{folder} does not give the {needed / 2**20:.1f} MiB that loader workers share ({error.strerror}); mount "
+            f"a larger one (in containers: --shm-size or --ipc=host), set fewer data.num_workers, or "
+            f"data.num_workers=0, which needs none"
+        ) from error

@@ -1,0 +1,253 @@
+"""A thread a rank that sees a run stand still, says which rank holds it up, and ends the process.
+
+The loop tells it where it is (stage, step, phase), which costs an assignment. A rank that stays in a phase for longer
+than its limit looks at the heartbeats of all, names who is behind in one line on stderr and in `events.jsonl`, dumps
+the stacks of its threads to `run_dir/logs/stacks_rank_00003.txt` (and what NCCL remembers of its collectives), and ends
+with status STOPPED_BY_WATCHDOG. So do ranks whose collective failed since another is gone, and a rank whose launcher is
+gone; where one has refused for all (`refusal`), the others end with its status. Where no thread can run (code that
+keeps the interpreter's lock), a timer in C writes the stacks to stderr and ends the process with status 1; the others
+name it.
+
+Collectives time out later than the watchdog ends the process, since they cannot say whom they waited for.
+"""
+
+import contextlib
+import faulthandler
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple, Self
+
+from iccld.durable import create, make_folder
+from iccld.outcome import REFUSED
+from iccld.runtime.collectives import is_failure, num_begun, write_record
+from iccld.runtime.faults.heartbeat import Heartbeat, Peers, held_up_by, write_heartbeat
+from iccld.runtime.faults.limits import WATCHED_BEATS, WatchdogConfig
+from iccld.runtime.faults.preemption import STOPPED_BY_WATCHDOG, host_name, say
+from iccld.runtime.faults.refusal import Refusal
+from iccld.runtime.measure.telemetry import write_event
+
+LOST_BEATS = 3  # a beat that stands still for so many is a rank that is gone
+SAID = 4  # names in one line, at most
+END_S = 30.0  # for whatever may hang at the end
+
+
+class _Place(NamedTuple):
+    stage: str = ""
+    step: int = 0
+    phase: str = "start"
+    moves: int = 0
+    since: float = 0.0
+
+
+class Watchdog:
+    """Where this rank is; as a context, also the thread that watches over it.
+
+    `set_timeout` sets the collectives' time limit. `beats_in` holds the heartbeats in place of `run_dir`. `attempt` is
+    the same on all ranks, and new in each attempt.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path = Path(),
+        config: WatchdogConfig | None = None,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        attempt: str = "",
+        beats_in: Path | None = None,
+        set_timeout: Callable[[float], None] = lambda seconds: None,
+    ) -> None:
+        self.run_dir, self.config, self.beats_in = run_dir, config or WatchdogConfig(), beats_in or run_dir
+        self.rank, self.world_size, self.attempt, self._set_timeout = rank, world_size, attempt, set_timeout
+        self.has_trained = False
+        """Whether this attempt has made a step."""
+        self._place, self._steps_begun, self._timeout = _Place(since=time.monotonic()), 0, 0.0
+        self._armed = 0.0
+        self._beat, self._started_by, self._stop = 0, os.getppid(), threading.Event()
+        self._peers, self._ending = self._new_peers(), threading.Lock()
+        self.refusal = Refusal(self.beats_in / "heartbeats", attempt)
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+
+    def begin(self, stage: str) -> None:
+        """A stage, or what comes after the last one."""
+        self._steps_begun = 0
+        self._go(stage=stage, step=0, phase="start")
+
+    def step(self, step: int) -> None:
+        self._steps_begun += 1
+        self.has_trained |= self._steps_begun > 1
+        self._go(step=step)
+
+    def phase(self, name: str) -> None:
+        self._go(phase=name)
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} on {host_name()} in {self._heartbeat().place}"
+
+    @property
+    def phase_now(self) -> str:
+        return self._place.phase
+
+    @contextlib.contextmanager
+    def aside(self, phase: str) -> Iterator[None]:
+        """Something that this rank does alone, after which it is where it was: ranks are told apart by their moves."""
+        place = self._place
+        self._place = place._replace(phase=phase, since=time.monotonic())
+        try:
+            yield
+        finally:
+            self._place = place._replace(since=time.monotonic())
+
+    def tick(self) -> None:
+        """Something was done within the phase."""
+        self._place = self._place._replace(since=time.monotonic())
+
+    def _go(self, **where: str | int) -> None:
+        place = self._place
+        self._place = place._replace(moves=place.moves + 1, since=time.monotonic(), **where)  # type: ignore[arg-type]
+        limit = self._limit()
+        if limit != self._armed and self._thread.is_alive():
+            self._arm(limit)  # not at the next beat: there may be none
+        timeout = self.config.collective_step_s if limit == self.config.step_s else self.config.collective_s
+        if timeout != self._timeout:
+            self._timeout = timeout
+            self._set_timeout(timeout)
+
+    def _limit(self) -> float:
+        """Seconds that the rank may spend where it is."""
+        return self.config.limit(self._place.phase, is_first=self._steps_begun < 2)
+
+    def _arm(self, limit: float) -> None:
+        """Rearmed by each beat, the timer in C comes only where the thread cannot run."""
+        self._armed = limit
+        faulthandler.dump_traceback_later(limit + WATCHED_BEATS * self.config.beat_s, exit=True, file=2)
+
+    def __enter__(self) -> Self:
+        self._go()
+        if self.config.enabled:
+            make_folder(self.beats_in / "heartbeats", within=self.run_dir)
+            self._write()
+            self._thread.start()
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if not self.config.enabled:
+            return
+        if error is not None and self.world_size > 1 and is_failure(error):
+            self._lost(error)
+        self._stop.set()
+        self._thread.join(END_S)  # met in C++ by the interpreter's end, a thread would abort the process
+        faulthandler.cancel_dump_traceback_later()
+        with contextlib.suppress(OSError):  # the file system may be what failed
+            self._write(ended=f"{type(error).__name__}: {error}".splitlines()[0] if error else "in order")
+        if error is not None and self.world_size > 1:
+            faulthandler.dump_traceback_later(END_S, exit=True, file=2)  # others wait for its end
+
+    def _run(self) -> None:
+        while not self._stop.wait(self.config.beat_s):
+            place, now, limit = self._place, time.monotonic(), self._limit()
+            self._arm(limit)
+            with contextlib.suppress(OSError):  # a file system may be away for a while
+                self._write()
+            if self.refusal.is_said():
+                self._follow()
+            if os.getppid() != self._started_by and "RANK" in os.environ:
+                self._end({self.rank: f"{self._heartbeat()} lost the process that started it"}, {})
+            if now - place.since < limit - WATCHED_BEATS * self.config.beat_s:
+                self._peers = self._new_peers()
+                continue
+            self._peers.look(now)
+            if now - place.since >= limit and self._place is place:
+                still = self._peers.still(now, for_s=LOST_BEATS * self.config.beat_s) - {self.rank}
+                seen = self._peers.seen
+                self._end(held_up_by(seen, still, world_size=self.world_size), seen)
+
+    def _follow(self) -> None:
+        """The main thread ends this rank when its collective breaks; one that waits for a device may never see that."""
+        if not self._stop.wait(LOST_BEATS * self.config.beat_s):
+            os._exit(REFUSED)
+
+    def _new_peers(self) -> Peers:
+        return Peers(self.beats_in, attempt=self.attempt, world_size=self.world_size)
+
+    def _heartbeat(self, ended: str = "") -> Heartbeat:
+        place = self._place
+        return Heartbeat(
+            rank=self.rank,
+            host=host_name(),
+            pid=os.getpid(),
+            attempt=self.attempt,
+            stage=place.stage,
+            step=place.step,
+            phase=place.phase,
+            moves=place.moves,
+            in_phase_s=round(time.monotonic() - place.since, 1),
+            collectives=num_begun(),
+            time=time.time(),
+            beat=self._beat,
+            ended=ended,
+        )
+
+    def _write(self, ended: str = "") -> None:
+        self._beat += 1
+        write_heartbeat(self.beats_in, self._heartbeat(ended))
+
+    def _lost(self, error: BaseException) -> None:
+        """A collective failed: wait until it can be said which rank is gone."""
+        peers, limit = self._new_peers(), time.monotonic() + (LOST_BEATS + 2) * self.config.beat_s
+        still: set[int] = set()
+        while time.monotonic() < limit and not still and not peers.ended():
+            if self.refusal.is_said():
+                os._exit(REFUSED)
+            time.sleep(self.config.beat_s / 4)
+            peers.look(time.monotonic())
+            still = peers.still(time.monotonic(), for_s=LOST_BEATS * self.config.beat_s) - {self.rank}
+        why = f"its collective failed ({str(error).splitlines()[0]})"
+        self._end(held_up_by(peers.seen, still, world_size=self.world_size), peers.seen, why=why)
+
+    def _end(self, causes: Mapping[int, str], seen: Mapping[int, Heartbeat], *, why: str = "") -> None:
+        """Say it, leave the stacks, and end. Ranks that only wait end last: their end would end the cause too soon."""
+        self._ending.acquire()  # never released: the thread and the main thread do not both end it
+        faulthandler.dump_traceback_later(END_S + 2 * self.config.beat_s, exit=True, file=2)
+        own = self._heartbeat()
+        waiting = [rank for rank in sorted(seen) if rank not in causes]
+        speaks = waiting[0] if waiting else min(causes)
+        if self.rank == speaks or self.rank in list(causes)[:SAID]:
+            words = list(causes.values())[:SAID] + [f"and {len(causes) - SAID} more"] * (len(causes) > SAID)
+            words += [f"{own} {why or 'waits'} in {own.place} since {own.in_phase_s:.0f} s"] * (self.rank not in causes)
+            words += ["no rank is behind; a device or the network stands still"] * (not causes)
+            say("watchdog: " + "; ".join([*words, f"stacks in {self._logs()}"]))
+        with contextlib.suppress(OSError, ValueError):
+            if self.rank == speaks:
+                everybody = {rank: f"rank {rank} waits, as all do" for rank in range(self.world_size)}
+                self._note(causes or everybody, {**seen, self.rank: own})
+            if self.rank in causes:  # those that have not waited as long meet a broken collective, and read this
+                self._write(ended=f"its watchdog ended it: {causes[self.rank]}")
+            self._dump()
+        if self.rank not in causes and self.world_size > 1:
+            time.sleep(2 * self.config.beat_s)
+        os._exit(STOPPED_BY_WATCHDOG)
+
+    def _note(self, causes: Mapping[int, str], seen: Mapping[int, Heartbeat]) -> None:
+        for rank, what in list(causes.items())[:SAID]:
+            known = seen.get(rank)
+            where = {"host": known.host, "phase": known.phase, "step": known.step} if known else {}
+            sure = len(causes) < self.world_size or self.world_size == 1  # else no rank could be told from the others
+            facts = {"stage": self._place.stage, "rank": rank, **where, "sure": sure, "what": what}
+            write_event(self.run_dir, "stopped", **facts)
+
+    def _logs(self) -> Path:
+        return self.run_dir / "logs"
+
+    def _dump(self) -> None:
+        make_folder(self._logs(), within=self.run_dir)
+        path = self._logs() / f"stacks_rank_{self.rank:05d}.txt"
+        path.unlink(missing_ok=True)
+        with create(path) as file:
+            file.write(f"{self._heartbeat()} in {self._heartbeat().place}\n\n".encode())
+            file.flush()
+            faulthandler.dump_traceback(file, all_threads=True)
+        write_record(self._logs() / f"nccl_rank_{self.rank:05d}.pickle")

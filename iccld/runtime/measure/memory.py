@@ -1,0 +1,169 @@
+"""A rank's memory: what is there, what each part of a training holds of it, and what is left behind when it is out."""
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from iccld.durable import make_folder, replacing_by_name, write_whole
+from iccld.runtime.engine.backend import Backend, local_tensor
+from iccld.runtime.measure import host_memory
+
+# What PyTorch and the libraries under it say in a RuntimeError: CUDA, cuBLAS, cuDNN, the CPU's allocator, C++, oneDNN.
+FAILURE = re.compile(
+    r"out of memory|(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED|can't allocate memory|not enough memory|bad_alloc|"
+    r"could not create a memory object",
+    re.IGNORECASE,
+)
+ASKED = re.compile(r"tried to allocate ([\d.]+ (?:bytes|[KMGT]iB))", re.IGNORECASE)
+GIB = 2**30
+
+
+@dataclass
+class MemoryConfig:
+    """How much memory a rank may take. What `share` leaves is for fragmentation, for what libraries take beside the
+    allocator, and for loader workers.
+    """
+
+    share: float = 0.9  # of the free memory, the part that a rank may take with `micro_batch_size: auto`
+    history: bool = False
+    """On CUDA, an out-of-memory report holds the stack of every allocation; costs microseconds for each."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ValueError(f"memory.share={self.share} must be above 0 and at most 1; 0.9 is usual.")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and bool(FAILURE.search(str(error)))
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes; on a CPU, of what bounds this process most."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return host_memory.total_memory()
+
+
+def free_memory(device: torch.device, *, num_sharing: int) -> int:
+    """Bytes that this rank may still take. `num_sharing`: ranks on this host, which share it if they run on its CPU."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return host_memory.free_memory(num_sharing=num_sharing)
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes taken since `restart_peak`: from the device by PyTorch's allocator, or resident of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    return host_memory.process_memory("VmHWM")
+
+
+def taken_memory(device: torch.device) -> int:
+    """What `peak_memory` would be if nothing more were taken."""
+    return torch.cuda.memory_reserved(device) if device.type == "cuda" else host_memory.process_memory("VmRSS")
+
+
+def restart_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        host_memory.restart_peak()
+
+
+@contextlib.contextmanager
+def limited(device: torch.device, limit: int) -> Iterator[None]:
+    """On CUDA: as if PyTorch's allocator could take so many bytes and no more."""
+    total = total_memory(device)
+    torch.cuda.set_per_process_memory_fraction(min(limit / total, 1.0), device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
+def record_history(device: torch.device, config: MemoryConfig) -> None:
+    if config.history and device.type == "cuda":
+        torch.cuda.memory._record_memory_history(max_entries=1_000_000)
+
+
+Parts = Mapping[str, Mapping[str, Tensor]]
+"""Tensors by name, by the part of the training that they are."""
+
+
+def training_parts(backend: Backend) -> dict[str, dict[str, Tensor]]:
+    """What this rank holds of weights, gradients and optimiser (moments; under ZeRO also its fp32 copy)."""
+    weights = dict(backend.raw.state_dict(keep_vars=True))
+    names = {id(tensor): name for name, tensor in weights.items()}
+    optimiser: dict[str, Tensor] = {}
+    for number, (p, state) in enumerate(backend.optimizer.state.items()):
+        name = names.get(id(p), f"group {number}")
+        copy = {} if id(p) in names else {"copy": p}
+        optimiser |= {f"{kind}/{name}": t for kind, t in {**state, **copy}.items() if isinstance(t, Tensor)}
+    gradients = {name: p.grad for name, p in weights.items() if p.grad is not None}
+    return {"weights": weights, "gradients": gradients, "optimiser moments": optimiser}
+
+
+def bytes_of(tensor: Tensor) -> int:
+    held = local_tensor(tensor)
+    return held.numel() * held.element_size()
+
+
+@dataclass(frozen=True)
+class OutOfMemory:
+    """What was known when an allocation failed. Bytes."""
+
+    asked: str
+    peak: int
+    total: int
+    parts: dict[str, int]
+
+    @classmethod
+    def of(cls, error: BaseException, parts: Parts, device: torch.device) -> "OutOfMemory":
+        found = ASKED.search(str(error))
+        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory(device)
+        held = {name: sum(map(bytes_of, tensors.values())) for name, tensors in parts.items()}
+        held["activations and the rest"] = max(peak - sum(held.values()), 0)
+        return cls(_readable(found[1]) if found else "more", peak, total_memory(device), held)
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {gib(size)}" for name, size in self.parts.items() if size)
+        return f"asked for {self.asked}; at its peak it held {gib(self.peak)} of {gib(self.total)} ({parts})"
+
+
+def gib(size: float) -> str:
+    return f"{size / GIB:.2f} GiB" if size >= 0.1 * GIB else f"{size / 2**20:.1f} MiB"
+
+
+def _readable(asked: str) -> str:
+    return gib(int(asked.split()[0])) if asked.endswith("bytes") else asked
+
+
+def write_snapshot(stem: Path, parts: Parts, facts: Mapping[str, Any]) -> Path:
+    """On CUDA the allocator's, for pytorch.org/memory_viz; else the tensors of the parts, largest first, as JSON.
+    Returns the file.
+    """
+    make_folder(stem.parent, within=stem.parent.parent)
+    if torch.cuda.is_available():
+        path = stem.with_suffix(".pickle")
+        with replacing_by_name(path) as scratch:
+            torch.cuda.memory._dump_snapshot(str(scratch))
+        return path
+    tensors = [
+        {"part": part, "name": name, "shape": list(local_tensor(t).shape), "dtype": str(t.dtype), "bytes": bytes_of(t)}
+        for part, of_part in parts.items()
+        for name, t in of_part.items()
+    ]
+    tensors.sort(key=lambda tensor: -tensor["bytes"])
+    path = stem.with_suffix(".json")
+    write_whole(path, json.dumps({**facts, "process": host_memory.status_lines(), "tensors": tensors}, indent=1))
+    return path

@@ -1,0 +1,240 @@
+"""What a run writes down: metrics.jsonl, events.jsonl, the terminal's line, and wandb."""
+
+import json
+import math
+import secrets
+import socket
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from iccld.durable import refuse_unless_plain, write_whole
+from iccld.redact import redacted
+from iccld.runtime.measure.memory import peak_memory
+from iccld.runtime.measure.profiling import Seconds, summed
+from iccld.runtime.measure.telemetry import Lines, WandbMode, WandbRun, write_event
+from iccld.runtime.measure.throughput import RankSeconds, rates, slow_rank_words, slowest
+
+
+@dataclass
+class MetricsConfig:
+    """`log_every`: in steps; losses stay on the device in between. `peak_tflops`: what a device could do, for MFU."""
+
+    log_every: int = 50  # steps between two lines of metrics.jsonl
+    peak_tflops: float = 0.0  # 10^12 floating-point operations a second; 0: by the device's name, where it is known
+    wandb: WandbMode = WandbMode.offline  # whether wandb gets the metrics, and when
+    wandb_project: str = "iccld"  # wandb's project
+
+    def __post_init__(self) -> None:
+        if self.log_every < 1:
+            raise ValueError(f"metrics.log_every={self.log_every} must be at least 1 step.")
+        if self.peak_tflops < 0:
+            raise ValueError(f"metrics.peak_tflops={self.peak_tflops} must be 0 (by the device's name) or above.")
+
+
+LOST = 0.02
+"""A bin with less than a fiftieth of its share is as good as gone. Rare-class sampling shows some classes ten times as
+often as they are: a bin must not seem lost for that."""
+RARE = 1e-4
+"""A share below which the reference itself has next to nothing of a bin, so that it cannot be lost."""
+
+
+class NonFiniteLossError(ValueError):
+    """A loss became NaN or infinite."""
+
+
+class MetricsLogger:
+    """Collects a stage's losses without waiting for the device; `flush` reduces, checks and writes them.
+
+    `sum_values` sums named tensors over the ranks, `gather` collects an object of each; every rank must record and
+    flush the same steps. `flops`: floating-point operations of a sample in a step; `peak_flops`: a rank's a second (0:
+    unknown); `names_slow_rank`: a rank's seconds tell its own work from what it waits for others.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: MetricsConfig,
+        *,
+        stage: str,
+        is_main: bool,
+        world_size: int,
+        sum_values: Callable[[Mapping[str, Tensor]], dict[str, Tensor]],
+        gather: Callable[[Any], list[Any]] = lambda value: [value],
+        flops: Callable[[int], float] = lambda step: 0.0,
+        peak_flops: float = 0.0,
+        names_slow_rank: bool = True,
+    ) -> None:
+        self.run_dir, self.config, self.stage, self.is_main = run_dir, config, stage, is_main
+        self._world_size, self._sum_values, self._gather = world_size, sum_values, gather
+        self.flops, self.peak_flops, self.names_slow_rank = flops, peak_flops, names_slow_rank
+        self._losses: dict[int, dict[str, Tensor]] = {}
+        self._metrics: dict[str, Tensor] = {}
+        self._lines, self._wandb = Lines(run_dir / "metrics.jsonl"), WandbRun()
+        self.logger_id: str | None = None
+
+    def start(self, *, step: int, logger_id: str | None, config: Mapping[str, Any]) -> None:
+        """Begin or go on at `step`: what an earlier attempt logged beyond it is dropped, as it will be logged again."""
+        self.logger_id = logger_id
+        if not self.is_main:
+            return
+        path = self.run_dir / "metrics.jsonl"
+        refuse_unless_plain(path)
+        if path.exists():
+            lines = [line for line in path.read_text(errors="replace").splitlines() if not self._is_ahead(line, step)]
+            write_whole(path, "".join(line + "\n" for line in lines))
+        if self.config.wandb is not WandbMode.disabled:
+            self.logger_id = self.logger_id or secrets.token_hex(4)
+            self._wandb.start(
+                self.config.wandb,
+                project=self.config.wandb_project,
+                id=self.logger_id,
+                name=f"{self.run_dir.name}/{self.stage}",
+                dir=self.run_dir,
+                config=redacted({**config, "data": _without_storage(config.get("data", {}))}),
+            )
+
+    def _is_ahead(self, line: str, step: int) -> bool:
+        try:
+            entry = json.loads(line)
+            return entry["stage"] == self.stage and entry["step"] >= step
+        except (ValueError, TypeError, KeyError):
+            return True  # torn by a crash
+
+    def record(self, step: int, losses: Mapping[str, Tensor], metrics: Mapping[str, Tensor]) -> None:
+        """This rank's mean losses and metrics (`StageOutput`) of one step; nothing is read from the device."""
+        self._losses[step] = dict(losses)
+        for name, value in metrics.items():
+            self._metrics[name] = self._metrics[name] + value if name in self._metrics else value
+
+    def is_due(self, step: int) -> bool:
+        return (step + 1) % self.config.log_every == 0
+
+    def flush(
+        self,
+        *,
+        global_batch_size: int,
+        num_steps: int,
+        take_timings: Callable[[], list[Seconds]],
+        counters: Mapping[str, int] | None = None,
+    ) -> None:
+        """Reduce over ranks, check that every loss is finite, write one line. Raises NonFiniteLossError.
+
+        `take_timings` gives the seconds of this rank's steps by phase; it is asked when the losses have been read, and
+        the device with them.
+        `counters` are this rank's sums since the start, of the same names on every rank; their totals are written.
+        """
+        if not self._losses:
+            return
+        flat = {f"{step:09d}/{name}": loss for step, losses in self._losses.items() for name, loss in losses.items()}
+        reduced = {key: float(total) / self._world_size for key, total in self._sum_values(flat).items()}
+        metrics = self._summed_metrics()
+        steps = sorted(self._losses)
+        self._losses, self._metrics = {}, {}
+        for key, value in reduced.items():
+            if not math.isfinite(value):
+                step, name = int(key.split("/", 1)[0]), key.split("/", 1)[1]
+                first, last = step * global_batch_size, (step + 1) * global_batch_size - 1
+                raise NonFiniteLossError(
+                    f"{self.stage}: loss {name!r} is {value} in step {step}, samples {first}-{last} of each stream; "
+                    f"nothing was saved after the last whole checkpoint. Lower the learning rate, or set "
+                    f"trainer.gradient_clip."
+                )
+        last = {key.split("/", 1)[1]: value for key, value in reduced.items() if int(key.split("/", 1)[0]) == steps[-1]}
+        entry = {"stage": self.stage, "step": steps[-1], "loss": sum(last.values())}
+        entry |= {f"loss/{name}": value for name, value in last.items()}
+        entry |= metrics
+        entry |= self._totals(counters or {}, device=next(iter(flat.values())).device)
+        entry |= self._rates(take_timings(), flat, steps, global_batch_size)
+        self.write(entry)
+        if self.is_main:
+            print(_terminal_line(entry, num_steps), flush=True)
+
+    def _summed_metrics(self) -> dict[str, Any]:
+        """The window's metrics over all ranks, as a line has them; without those of which nothing was counted."""
+        pairs = {name: value for name, value in self._metrics.items() if value.dim() == 1}
+        histograms = {name: value for name, value in self._metrics.items() if value.dim() == 2}
+        sums = {name: value.tolist() for name, value in self._sum_values(pairs).items()}
+        entry: dict[str, Any] = {name: total / count for name, (total, count) in sums.items() if count}
+        for name, (counts, reference) in self._sum_values(histograms).items():
+            entry |= compared(name, counts.tolist(), reference.tolist())
+        return entry
+
+    def _rates(
+        self, timed: list[Seconds], losses: Mapping[str, Tensor], steps: Sequence[int], global_batch_size: int
+    ) -> dict[str, Any]:
+        """How fast the ranks were in the steps; rank 0's seconds also go into events.jsonl."""
+        device = next(iter(losses.values())).device
+        own = RankSeconds(socket.gethostname(), summed(timed), peak_memory(device))
+        ranks = self._gather(own)
+        if not timed:
+            return {}
+        seconds = {name: round(value, 3) for name, value in own.seconds.items()}
+        self.event("progress", step=steps[-1] + 1, num_steps=len(timed), seconds=seconds)
+        flops = statistics.fmean(map(self.flops, steps))
+        facts = {"global_batch_size": global_batch_size, "flops": flops, "peak_flops": self.peak_flops}
+        slow = slowest(ranks, len(timed)) if self.names_slow_rank and len(ranks) > 1 else {}
+        return rates(ranks, len(timed), **facts) | slow
+
+    def _totals(self, counters: Mapping[str, int], *, device: torch.device) -> dict[str, int]:
+        """Sums over ranks, without those that are 0."""
+        counts = {name: torch.tensor(float(count), device=device) for name, count in counters.items()}
+        return {f"data/{name}": int(total) for name, total in self._sum_values(counts).items() if total}
+
+    def write(self, entry: Mapping[str, Any]) -> None:
+        """One line of metrics.jsonl, and the same to wandb on the axis `step`."""
+        if not self.is_main:
+            return
+        self._lines.add(entry)
+        facts = {name: value for name, value in entry.items() if name != "stage"}
+        self._wandb.tell(lambda run: run.log(facts, step=entry["step"]))
+
+    def event(self, kind: str, **facts: Any) -> None:
+        """One line of events.jsonl: what happened to the run, and when."""
+        if self.is_main:
+            write_event(self.run_dir, kind, stage=self.stage, **facts)
+
+    def owes_scores(self, step: int) -> bool:
+        """On the main rank: whether the step was logged, but not what `evaluate` gave after it."""
+        path = self.run_dir / "metrics.jsonl"
+        if not self.is_main or not path.exists():
+            return False
+        lines = [json.loads(line) for line in path.read_text().splitlines()]  # `start` has left none that is torn
+        entries = [line for line in lines if (line["stage"], line["step"]) == (self.stage, step)]
+        return any("loss" in entry for entry in entries) and all("loss" in entry for entry in entries)
+
+    def close(self) -> None:
+        self._wandb.finish()
+
+
+def compared(name: str, counts: Sequence[float], reference: Sequence[float]) -> dict[str, Any]:
+    """Two histograms as a line has them: half the L1 distance of their shares, in [0, 1], and the bins that are lost.
+
+    A bin is lost whose share is below `LOST` of its share in the reference, unless that has next to none of it either.
+    Nothing where either counts nothing.
+    """
+    if not sum(counts) or not sum(reference):
+        return {}
+    shares = [(count / sum(counts), other / sum(reference)) for count, other in zip(counts, reference, strict=True)]
+    distance = sum(abs(share - other) for share, other in shares) / 2
+    lost = [i for i, (share, other) in enumerate(shares) if other >= RARE and share < LOST * other]
+    return {f"{name}/distance": distance, f"{name}/lost": lost}
+
+
+def _without_storage(data: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in data.items() if name != "storage"}
+
+
+def _terminal_line(entry: Mapping[str, Any], num_steps: int) -> str:
+    line = f"{entry['stage']} step {entry['step'] + 1}/{num_steps}  loss {entry['loss']:.4f}"
+    if "step_s" not in entry:
+        return line
+    line += f"  {entry['samples_per_s']:.1f} samples/s  data wait {100 * entry['data_wait']:.0f} %"
+    line += f"  MFU {100 * entry['mfu']:.0f} %" if "mfu" in entry else ""
+    minutes, seconds = divmod(round((num_steps - 1 - entry["step"]) * entry["step_s"]), 60)
+    return f"{line}  ETA {minutes}:{seconds:02d}{slow_rank_words(entry)}"

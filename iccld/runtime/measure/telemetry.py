@@ -1,0 +1,176 @@
+"""What others may read of a run while it trains: lines of JSON in files, and wandb (which only this file knows).
+
+None of it ends a run: what cannot be written or sent is said in one line, and training goes on.
+"""
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from iccld.durable import NotOursError, open_to_append, refuse_links
+from iccld.outcome import naming, words
+from iccld.redact import redact, redacted
+from iccld.runtime.faults.preemption import say
+
+START_S = 45.0  # for wandb to find its server
+CALL_S = 60.0  # for whatever else is asked of it; it goes on in the background where that is not enough
+
+
+_refused: set[Path] = set()  # run directories whose events have no file; said once
+
+
+class WandbMode(Enum):
+    disabled = "disabled"
+    offline = "offline"
+    online = "online"
+
+
+class WandbRun:
+    """A run of wandb, or nothing once it has failed."""
+
+    def __init__(self) -> None:
+        self._run: Any = None
+
+    def start(self, mode: WandbMode, **facts: Any) -> None:
+        """Begin, or go on; `facts` as `wandb.init` takes them. Without network or login, online becomes offline."""
+        if mode is WandbMode.disabled:
+            return
+        try:
+            refuse_links(facts["dir"] / "wandb", within=facts["dir"])
+        except NotOursError as error:
+            say(f"wandb: {error} metrics.jsonl and training go on without it")
+            return
+        if not (failure := self._try(mode, facts)):
+            return
+        said = f"wandb: {mode.value} did not start ({failure}); "
+        if mode is WandbMode.online:
+            if not (failure := self._try(WandbMode.offline, facts)):
+                say(f"{said}it is offline, in {facts['dir']}/wandb: `wandb sync` sends that where there is a network")
+                return
+            said += f"nor did offline ({failure}); "
+        say(f"{said}metrics.jsonl and training go on without it")
+
+    def _try(self, mode: WandbMode, facts: Mapping[str, Any]) -> str:
+        """Start it; why it did not, if so."""
+
+        def start() -> Any:
+            import wandb  # 1.6 s; only where it is used
+
+            # Its own notes on the process would hold the command line, and the URL of a git remote.
+            quiet: dict[str, Any] = {"x_disable_meta": True, "disable_git": True, "save_code": False}
+            settings = wandb.Settings(silent=True, console="off", init_timeout=START_S / 2, **quiet)
+            try:
+                return wandb.init(mode=mode.value, settings=settings, resume="allow", **facts)  # type: ignore[arg-type]
+            except Exception:
+                wandb.teardown()  # or the name would stay in use
+                raise
+
+        try:
+            self._run = _within(START_S, start)
+        except Exception as error:  # whatever it is, it is no reason not to train
+            return _one_line(error)
+        return ""
+
+    def tell(self, tell: Callable[[Any], None]) -> None:
+        """Call it with the run. A scheduler may end wandb's own process by the SIGTERM that asks for a save."""
+        if (run := self._run) is None:
+            return
+        try:
+            _within(CALL_S, lambda: tell(run))
+        except Exception as error:
+            self._run = None
+            say(f"wandb: it ended ({_one_line(error)}); metrics.jsonl and training go on")
+
+    def finish(self) -> None:
+        self.tell(lambda run: run.finish())
+
+
+def _within(limit_s: float, function: Callable[[], Any]) -> Any:
+    """What the function returns or raises. Raises TimeoutError where that takes longer; it is left behind then."""
+    outcome: dict[str, Any] = {}
+
+    def run() -> None:
+        try:
+            outcome["value"] = function()
+        except BaseException as error:  # raised again by the thread that waits
+            outcome["error"] = error
+
+    thread = threading.Thread(target=run, name="telemetry", daemon=True)
+    thread.start()
+    thread.join(limit_s)
+    if thread.is_alive():
+        raise TimeoutError(f"no answer within {limit_s:g} s")
+    if "error" in outcome:
+        raise RuntimeError(_one_line(outcome["error"])) from outcome["error"]
+    return outcome["value"]
+
+
+def _one_line(error: BaseException) -> str:
+    return redact(" ".join(str(error).split()) or repr(error))[:300]
+
+
+class Lines:
+    """A file of lines that grows by whole ones; those that found no room are tried again with the next."""
+
+    MOST = 10_000  # that are kept
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._left = path, ""
+
+    def add(self, entry: Mapping[str, Any]) -> None:
+        text = self._left + json.dumps(entry) + "\n"
+        try:
+            append(self.path, text)
+        except (OSError, NotOursError) as error:
+            if not self._left:
+                remedy = "" if isinstance(error, NotOursError) else "; make room there"
+                say(f"{error}{remedy}: training goes on, and tries again")
+            self._left = "".join(text.splitlines(keepends=True)[-self.MOST :])
+        else:
+            self._left = ""
+
+
+def append(path: Path, text: str) -> None:
+    """Add whole lines to a file, or nothing; after a line that a crash has torn, on a new one."""
+    data = text.encode()
+    with naming(path, path.name), open_to_append(path) as file:
+        end = file.seek(0, os.SEEK_END)
+        if end:
+            file.seek(end - 1)
+            data = b"\n" * (file.read(1) != b"\n") + data
+        try:
+            while data:
+                data = data[os.write(file.fileno(), data) :]
+        except OSError:  # the disk is full now
+            os.truncate(file.fileno(), end)
+            raise
+
+
+def write_event(run_dir: Path, kind: str, **facts: Any) -> None:
+    """One line of events.jsonl, at two clocks: the one that people set, and that of this boot, which nobody does."""
+    try:
+        append(
+            run_dir / "events.jsonl",
+            json.dumps({"time": time.time(), **uptime(), "event": kind, **redacted(facts)}) + "\n",
+        )
+    except NotOursError as error:
+        if run_dir not in _refused:
+            say(f"{error} Training goes on; the event {kind!r} and later ones are not in it")
+        _refused.add(run_dir)
+    except OSError as error:
+        say(f"{words(error)}; the event {kind!r} is not in it")
+
+
+def uptime() -> dict[str, Any]:
+    """Seconds since this machine's boot, and which boot that was."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    clock = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+    try:
+        return {"boot": boot.read_text().strip()[:8], "up_s": round(time.clock_gettime(clock), 3)}
+    except OSError:
+        return {}

@@ -1,0 +1,433 @@
+"""Checkpoints appear whole or not at all, and a damaged one is named and passed over."""
+
+import json
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from iccld.durable import file_checksum
+from iccld.models.denoiser import Denoiser, DenoiserConfig
+from iccld.runtime.checkpoint.manifest import CheckpointError, DamagedError, ForeignFormatError, verify, write_manifest
+from iccld.runtime.checkpoint.pieces import whole
+from iccld.runtime.checkpoint.store import ALIGNMENT, PIECE_BYTES, CheckpointConfig, CheckpointStore, in_pieces
+
+ABOUT = {"stage": "stage1", "layout": {"engine": "ddp", "world_size": 1}}
+
+
+class OneRank:
+    rank, world_size = 0, 1
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        return [value]
+
+    gather_saved = gather_objects
+
+
+def store(folder: Path, reports: list[str] | None = None, *, asynchronous: bool = False) -> CheckpointStore:
+    reports = reports if reports is not None else []
+    return CheckpointStore(folder, CheckpointConfig(asynchronous=asynchronous), OneRank(), report=reports.append)
+
+
+def save(checkpoints: CheckpointStore, step: int) -> Path:
+    runs = {"module/weight": whole(torch.full((8, 8), float(step))), "exp_avg/weight": whole(torch.ones(8, 8))}
+    checkpoints.save(step, runs, ABOUT)
+    return checkpoints.folder / f"step_{step:08d}"
+
+
+def test_what_is_saved_is_loaded(tmp_path: Path):
+    checkpoints = store(tmp_path)
+    assert checkpoints.newest() is None
+    save(checkpoints, 7)
+    checkpoint = checkpoints.newest()
+    assert checkpoint and checkpoint.step == 7 and checkpoint.manifest["stage"] == "stage1"
+    assert torch.equal(checkpoint.reader.tensor("module/weight"), torch.full((8, 8), 7.0))
+    assert (tmp_path / "latest").read_text() == "step_00000007"
+
+
+def test_a_background_save_keeps_what_was_when_it_was_asked_for(tmp_path: Path):
+    announced: list[int] = []
+    config = CheckpointConfig(asynchronous=True)
+    checkpoints = CheckpointStore(tmp_path, config, OneRank(), announce=announced.append)
+    weight = torch.zeros(1_000_000)
+    for step in range(1, 4):
+        weight.fill_(step)
+        checkpoints.save(step, {"module/weight": whole(weight)}, ABOUT)
+        weight.fill_(-1.0)  # training goes on
+    checkpoints.wait()
+    assert announced == [1, 2, 3]
+    checkpoint = checkpoints.newest()
+    assert checkpoint and torch.equal(checkpoint.reader.tensor("module/weight"), torch.full((1_000_000,), 3.0))
+
+
+@given(st.lists(st.integers(0, 3000), max_size=40))
+def test_blocks_lie_apart_in_few_pieces(sizes: list[int]):
+    places, lengths = in_pieces(sizes, length=1024)
+    for piece, length in enumerate(lengths):
+        inside = [(begin, size) for (number, begin), size in zip(places, sizes, strict=True) if number == piece]
+        ends = [begin + size for begin, size in inside]
+        assert inside and all(begin % ALIGNMENT == 0 for begin, _ in inside) and max(ends) <= length
+        assert all(end <= begin for end, (begin, _) in zip(ends, inside[1:], strict=False))
+        assert length <= 1024 or len(inside) == 1
+
+
+def test_pinned_memory_is_little_more_than_what_it_holds():
+    """By powers of two, for the weights, moments and teacher of a denoiser."""
+    with torch.device("meta"):
+        denoiser = Denoiser(config=DenoiserConfig(width=352), latent_channels=4, condition_channels=4)
+    sizes = [4 * parameter.numel() for parameter in denoiser.parameters()] * 4
+    _, lengths = in_pieces(sizes, length=PIECE_BYTES)
+    taken = sum(1 << (length - 1).bit_length() for length in lengths)
+    assert sum(sizes) > 5e9 and taken < 1.15 * sum(sizes)
+    assert sum(1 << (size - 1).bit_length() for size in sizes) > 1.3 * sum(sizes)
+
+
+def test_tensors_of_all_kinds_go_through_memory_that_is_kept(tmp_path: Path):
+    checkpoints, places = store(tmp_path, asynchronous=True), set()
+    for step in (1, 2, 3):
+        tensors = {
+            "a": torch.randn(7, 3).bfloat16(),
+            "b": torch.tensor([step]),
+            "c": torch.rand(5) > 0.5,
+            "d": torch.empty(0),
+            "e": torch.randn(7, 5, dtype=torch.float64),
+        }
+        checkpoints.save(step, {name: whole(tensor) for name, tensor in tensors.items()}, ABOUT)
+        checkpoints.wait()
+        checkpoint = checkpoints.newest()
+        assert checkpoint and checkpoint.step == step
+        assert all(torch.equal(checkpoint.reader.tensor(name), tensor) for name, tensor in tensors.items())
+        places.add(checkpoints._memory[0].data_ptr())
+    assert len(places) == 1
+
+
+def test_a_background_save_that_failed_is_reported_by_the_next(tmp_path: Path, small_disk: Path):
+    checkpoints = store(small_disk, asynchronous=True)
+    save(checkpoints, 1)
+    assert not checkpoints.has_failed
+    checkpoints.save(2, {"module/weight": whole(torch.zeros(4_000_000))}, ABOUT)
+    limit = time.monotonic() + 60
+    while not checkpoints.has_failed and time.monotonic() < limit:
+        time.sleep(0.01)
+    with pytest.raises(CheckpointError, match=r"step_00000002 was not written.*No space left on device"):
+        save(checkpoints, 3)
+    assert not checkpoints.has_failed
+    newest = checkpoints.newest()
+    assert newest and newest.step == 1
+
+
+def test_the_step_that_was_saved_last_is_not_written_again(tmp_path: Path):
+    """A stop just after a save must not take away the checkpoint that it is about to replace."""
+    checkpoints = store(tmp_path)
+    before = save(checkpoints, 5).stat().st_ino
+    assert save(checkpoints, 5).stat().st_ino == before
+    assert save(checkpoints, 6).stat().st_ino != before
+
+
+def test_older_ones_go_only_after_a_newer_is_whole(tmp_path: Path):
+    checkpoints = store(tmp_path)
+    for step in (1, 2, 3):
+        save(checkpoints, step)
+    assert [folder.name for folder in checkpoints.folders()] == ["step_00000002", "step_00000003"]
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, Path.unlink])
+@pytest.mark.parametrize("name", ["rank_00000.safetensors", "manifest.json"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
+    tmp_path: Path, name: str, damage: Callable[[Path], None]
+):
+    reports: list[str] = []
+    checkpoints = store(tmp_path, reports)
+    save(checkpoints, 1)
+    damaged = save(checkpoints, 2)
+    damage(damaged / name)
+    checkpoint = checkpoints.newest()
+    assert checkpoint and checkpoint.step == 1
+    assert len(reports) == 1 and name in reports[0] and damaged.name in reports[0]
+
+
+def test_a_save_after_a_fall_back_keeps_the_whole_ones_and_drops_the_damaged(tmp_path: Path):
+    checkpoints = store(tmp_path)
+    for step in (100, 200, 300):
+        save(checkpoints, step)
+    flip(tmp_path / "step_00000300" / "rank_00000.safetensors")
+    newest = checkpoints.newest()
+    assert newest and newest.step == 200
+    save(checkpoints, 250)
+    assert [folder.name for folder in checkpoints.folders()] == ["step_00000200", "step_00000250"]
+
+
+@pytest.mark.parametrize("said", ["step_00000001", "", None])
+def test_latest_names_the_newest_whole_one_again(tmp_path: Path, said: str | None):
+    """A kill between the rename and `latest` of a run's last save would leave it behind for ever."""
+    checkpoints = store(tmp_path)
+    for step in (1, 2):
+        save(checkpoints, step)
+    latest = tmp_path / "latest"
+    latest.unlink() if said is None else latest.write_text(said)
+    assert checkpoints.newest()
+    assert latest.read_text() == "step_00000002"
+    flip(tmp_path / "step_00000002" / "rank_00000.safetensors")
+    assert checkpoints.newest()
+    assert latest.read_text() == "step_00000001"
+
+
+def test_no_bit_of_a_manifest_can_be_flipped_unseen(tmp_path: Path):
+    path = save(store(tmp_path), 1) / "manifest.json"
+    content = path.read_bytes()
+    for position in range(len(content)):
+        flipped = bytearray(content)
+        flipped[position] ^= 1 << position % 8
+        path.write_bytes(flipped)
+        with pytest.raises(DamagedError, match=r"damaged: manifest\.json"):
+            verify(path.parent)
+
+
+def test_what_cannot_be_read_now_is_passed_over_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A disk that is away for a while must not cost the checkpoints on it."""
+    for step in (1, 2):
+        save(store(tmp_path), step)
+    reports: list[str] = []
+    checkpoints = store(tmp_path, reports)
+    with monkeypatch.context() as patch:
+        away = tmp_path / "step_00000002" / "rank_00000.safetensors"
+
+        def fail(path: Path) -> str:
+            if path == away:
+                raise OSError(5, "Input/output error")
+            return file_checksum(path)
+
+        patch.setattr("iccld.runtime.checkpoint.manifest.file_checksum", fail)
+        newest = checkpoints.newest()
+        assert newest and newest.step == 1 and "Input/output error" in reports[0]
+    save(checkpoints, 2)
+    save(checkpoints, 3)
+    kept = list(tmp_path.glob("step_00000002.aside_*"))
+    assert len(kept) == 1 and (kept[0] / "rank_00000.safetensors").is_file()
+    assert [folder.name for folder in checkpoints.folders()] == ["step_00000002", "step_00000003"]
+
+
+def test_torn_saves_are_cleared_by_the_next(tmp_path: Path):
+    (tmp_path / "step_00000007.tmp").mkdir()
+    save(store(tmp_path), 8)
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("stray", ["step_00000008.tmp", "step_00000007.tmp", "step_backup.tmp"])
+@pytest.mark.parametrize("kind", ["link", "dangling link", "file", "foreign folder"])
+def test_a_stray_name_stops_no_save_and_is_left(tmp_path: Path, kind: str, stray: str):
+    folder, home, reports = tmp_path / "checkpoints", tmp_path / "home", list[str]()
+    for made in (folder, home):
+        made.mkdir()
+    (home / "rank_00000.safetensors").write_text("precious")
+    if kind == "file":
+        (folder / stray).write_text("")
+    elif kind == "foreign folder":
+        (folder / stray).mkdir()
+        (folder / stray / "notes.txt").write_text("precious")
+    else:
+        (folder / stray).symlink_to(home if kind == "link" else tmp_path / "absent")
+    checkpoints = store(folder, reports)
+    for step in (8, 9, 10):
+        verify(save(checkpoints, step))
+    assert os.path.lexists(folder / stray) and [said for said in reports if stray in said] == reports
+    assert len(reports) == 1 and "is left as it is" in reports[0]
+    assert (home / "rank_00000.safetensors").read_text() == "precious" and len(list(home.iterdir())) == 1
+    assert kind != "foreign folder" or (folder / stray / "notes.txt").is_file()
+
+
+def test_a_linked_checkpoint_is_read_and_never_deleted(tmp_path: Path):
+    """The user may start from another run's."""
+    save(store(tmp_path / "other"), 1)
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "step_00000001").symlink_to(tmp_path / "other" / "step_00000001")
+    reports: list[str] = []
+    checkpoints = store(tmp_path / "own", reports)
+    newest = checkpoints.newest()
+    assert newest and newest.step == 1
+    for step in (2, 3, 4):
+        save(checkpoints, step)
+    assert [path.name for path in checkpoints.folders()] == ["step_00000001", "step_00000003", "step_00000004"]
+    verify(tmp_path / "other" / "step_00000001")
+    assert len(reports) == 1 and "step_00000001 is a link; it is left" in reports[0]
+
+
+def hostile_manifests() -> Iterator[tuple[str, Callable[[Path], object]]]:
+    """What a stranger, or a disk, may leave in place of a manifest."""
+    texts = {
+        "nested": "[" * 100_000,
+        "nested in part": '{"sha256": "", "files": ' + '{"a":' * 100_000 + "1" + "}" * 100_001,
+        "less nested": json.dumps({"a": 1}).replace("1", "[" * 900 + "]" * 900),
+        "not JSON": "{",
+        "a list": "[]",
+        "not text": "\udcff",
+        "a large number": '{"step": 1' + "0" * 5000 + "}",
+    }
+    for name, text in texts.items():
+        yield name, lambda path, text=text: path.write_bytes(text.encode(errors="surrogateescape"))
+    yield "a folder", lambda path: (path.unlink(), path.mkdir())
+    yield "a pipe", lambda path: (path.unlink(), os.mkfifo(path))
+    yield "a link", lambda path: path.rename(path.with_name("other")) and path.symlink_to("other")
+    for key in ("step", "files", "tensors"):
+        for value in (None, [], {}, "x", -1, 1.5, {"a": 1}, {"a": {"size": 1}}, {"a": []}, [[]]):
+            if (key, value) not in (("tensors", {}),):
+                yield f"{key}={value}", lambda path, key=key, value=value: rewrite(path, {key: value})
+    for layout in (None, [], {}, {"engine": "ddp"}, {"engine": 1, "world_size": 1}):
+        yield f"layout={layout}", lambda path, layout=layout: rewrite(path, {"layout": layout})
+    yield "stage=None", lambda path: rewrite(path, {"stage": None})
+    facts = {"size": 8, "sha256": ""}
+    for name in ("/etc/passwd", "../step_00000001/rank_00000.safetensors", "..", "", "a/b", "a\0b"):
+        yield f"file {name!r}", lambda path, name=name: rewrite(path, {"files": {name: facts}, "tensors": {}})
+    entry = {"shape": [1], "dtype": "float32", "pieces": [["rank_00000.safetensors", 0, 1]]}
+    for change in (
+        {"pieces": [["../other.safetensors", 0, 1]]},
+        {"pieces": [[7, 0, 1]]},
+        {"pieces": [["rank_00000.safetensors", -1, 1]]},
+        {"pieces": [0]},
+        {"dtype": "__class__"},
+        {"shape": [True]},
+    ):
+        yield f"{change}", lambda path, change=change: rewrite(path, {"tensors": {"a": entry | change}})
+
+
+def rewrite(path: Path, change: dict[str, Any]) -> None:
+    """As somebody does who knows the checksum."""
+    facts = json.loads(path.read_text())
+    write_manifest(path.parent, {name: value for name, value in (facts | change).items() if name != "sha256"})
+
+
+HOSTILE = dict(hostile_manifests())
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_manifest_is_named_and_the_older_checkpoint_is_used(tmp_path: Path, name: str):
+    reports: list[str] = []
+    checkpoints = store(tmp_path, reports)
+    for step in (1, 2):
+        save(checkpoints, step)
+    HOSTILE[name](tmp_path / "step_00000002" / "manifest.json")
+    newest = checkpoints.newest()
+    assert newest and newest.step == 1
+    assert len(reports) == 1 and "step_00000002" in reports[0] and "\n" not in reports[0]
+    checkpoints = store(tmp_path, reports)
+    for step in (3, 4):
+        save(checkpoints, step)
+
+
+@pytest.mark.parametrize("form", ["../elsewhere", "{}/elsewhere", "./elsewhere"])
+def test_a_manifest_names_no_file_outside_its_folder(tmp_path: Path, form: str):
+    """Even one that is there, and has the size and the checksum that are given."""
+    folder, name = save(store(tmp_path), 1), form.format(tmp_path)
+    (folder / name).write_bytes(b"elsewhere")
+    facts = {"size": 9, "sha256": file_checksum(folder / name)}
+    rewrite(folder / "manifest.json", {"files": {name: facts}, "tensors": {}})
+    with pytest.raises(DamagedError, match="for a file's name, which would lie elsewhere"):
+        verify(folder)
+
+
+@pytest.mark.parametrize("target", ["same", "other"])
+def test_a_link_in_a_checkpoint_is_damage(tmp_path: Path, target: str):
+    """Even where the bytes are the same: what it leads to may change, or go."""
+    folder = save(store(tmp_path / "a"), 1)
+    file = folder / "rank_00000.safetensors"
+    elsewhere = file.rename(tmp_path / "elsewhere")
+    file.symlink_to(elsewhere if target == "same" else "/dev/null")
+    with pytest.raises(DamagedError, match=r"rank_00000\.safetensors is a link"):
+        verify(folder)
+
+
+def test_when_all_are_damaged_the_run_does_not_start_anew_in_silence(tmp_path: Path):
+    checkpoints = store(tmp_path)
+    (save(checkpoints, 1) / "rank_00000.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"all 1 are damaged or unreadable; .* remove the folder"):
+        checkpoints.newest()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], capture_output=True, check=False
+    )
+    if done.returncode:
+        pytest.skip("mounting a small file system needs privileges")
+    yield folder
+    subprocess.run(["mount", "-o", "remount,rw", str(folder)], check=True)
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_costs_nothing_that_was_saved(small_disk: Path):
+    checkpoints = store(small_disk)
+    save(checkpoints, 1)
+    with pytest.raises(CheckpointError, match=r"was not written; .* Make room, .*rank 0: .*No space left"):
+        checkpoints.save(2, {"module/weight": whole(torch.zeros(4_000_000))}, ABOUT)
+    newest = checkpoints.newest()
+    assert newest and newest.step == 1
+    save(checkpoints, 2)
+    newest = checkpoints.newest()
+    assert newest and newest.step == 2
+
+
+def test_a_folder_that_cannot_be_written_is_named(small_disk: Path):
+    checkpoints = store(small_disk)
+    save(checkpoints, 1)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(CheckpointError, match=r"step_00000002 was not written.*Read-only file system"):
+        save(checkpoints, 2)
+    newest = checkpoints.newest()
+    assert newest and newest.step == 1
+
+
+def test_another_format_is_refused_and_kept(tmp_path: Path):
+    """By an older version of iccld, after a newer one: going on from an older step would overwrite good work."""
+    checkpoints = store(tmp_path)
+    save(checkpoints, 1)
+    folder = save(checkpoints, 2)
+    manifest = json.loads((folder / "manifest.json").read_text()) | {"format": 99}
+    del manifest["sha256"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ForeignFormatError, match="has format 99, and this version of iccld reads 2"):
+        verify(folder)
+    with pytest.raises(CheckpointError, match="has format 99"):
+        checkpoints.newest()
+    assert folder.is_dir()
+
+
+def test_keeping_fewer_than_two_is_refused():
+    with pytest.raises(ValueError, match=r"checkpoint.keep=1 must be at least 2"):
+        CheckpointConfig(keep=1)
+
+
+def test_what_cannot_be_listed_stops_no_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    reports: list[str] = []
+    checkpoints, closed = store(tmp_path, reports), tmp_path / "step_00000001.tmp"
+    closed.mkdir()
+    listdir = os.listdir
+
+    def listing(path: Any = ".") -> Any:  # rights do not bind root, who may run this
+        if str(path) == str(closed):
+            raise PermissionError(13, "Permission denied", str(path))
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", listing)
+    assert save(checkpoints, 1).is_dir() and closed.is_dir()
+    assert reports == [f"{closed} is no checkpoint that was torn; it is left as it is"]

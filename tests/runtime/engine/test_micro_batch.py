@@ -1,0 +1,48 @@
+"""Choosing among the divisors, and the setting itself."""
+
+import pytest
+
+from iccld.config import load_config, read_config, to_yaml
+from iccld.runtime.engine.micro_batch import divisors, largest_by_line, largest_by_trial
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 12, 64, 96])
+def test_bisection_finds_the_largest_that_fits_in_few_trials(count: int) -> None:
+    sizes = divisors(count)
+    assert all(count % size == 0 for size in sizes) and sizes[0] == 1 and sizes[-1] == count
+    for bound in range(count + 2):
+        tried: list[int] = []
+
+        def fits(size: int, bound: int = bound, tried: list[int] = tried) -> bool:
+            tried.append(size)
+            return size <= bound
+
+        assert largest_by_trial(sizes, fits) == max((size for size in sizes if size <= bound), default=0)
+        assert len(tried) == len(set(tried)) <= len(sizes).bit_length()
+
+
+def test_the_line_ends_at_the_limit_and_never_below_one() -> None:
+    sizes, peaks = divisors(24), {1: 100.0, 2: 110.0}
+    assert largest_by_line(sizes, peaks, limit=170) == 8 == largest_by_line(sizes, peaks, limit=170.1)
+    assert largest_by_line(sizes, peaks, limit=169.9) == 6
+    assert largest_by_line(sizes, peaks, limit=50) == 1
+    assert largest_by_line(sizes, {1: 100.0, 2: float("inf")}, limit=1e9) == 1
+    assert largest_by_line(sizes, {1: 100.0, 2: 99.0}, limit=100) == 24, "noise is no gain"
+
+
+def test_auto_is_a_setting_like_a_number(tmp_path) -> None:
+    config = load_config(["stage1.trainer.micro_batch_size=auto", "stage2.trainer.micro_batch_size=3"])
+    assert config.stage1.trainer.micro_batch_size == "auto" and config.stage2.trainer.micro_batch_size == 3
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(config))
+    assert read_config(path) == config
+    assert config.stage1.trainer.num_accumulation(4) == 1, "the ranks can share the batch"
+    with pytest.raises(ValueError, match="global_batch_size=4 must be a multiple of micro_batch_size=1 x 3 ranks"):
+        config.stage1.trainer.num_accumulation(3)
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "largest", "2.5", "true", "'4'", "null", "[1]"])
+def test_another_word_is_refused_in_one_line(value: str) -> None:
+    with pytest.raises(ValueError, match=r"micro_batch_size|Union") as refused:
+        load_config([f"stage1.trainer.micro_batch_size={value}"])
+    assert "\n" not in str(refused.value)

@@ -1,0 +1,93 @@
+"""What a run writes down."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from iccld.runtime.measure.metrics import MetricsConfig, MetricsLogger, NonFiniteLossError, WandbMode, compared
+
+
+def logger(folder: Path, *, wandb: WandbMode = WandbMode.disabled) -> MetricsLogger:
+    def sum_values(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return dict(values)
+
+    config = MetricsConfig(log_every=2, wandb=wandb)
+    return MetricsLogger(folder, config, stage="stage1", is_main=True, world_size=1, sum_values=sum_values)
+
+
+def flush(metrics: MetricsLogger) -> None:
+    metrics.flush(global_batch_size=4, num_steps=10, take_timings=lambda: [{"total": 1.0, "data": 0.25}] * 2)
+
+
+def entries(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_losses_metrics_and_rates_of_a_window(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    metrics = logger(tmp_path)
+    metrics.start(step=0, logger_id=None, config={})
+    for step in (0, 1):
+        losses = {"source": torch.tensor(1.0 + step), "mixed": torch.tensor(0.5)}
+        metrics.record(step, losses, {"accuracy": torch.tensor([1.0, 4.0]), "empty": torch.tensor([0.0, 0.0])})
+    assert metrics.is_due(1) and not metrics.is_due(0)
+    flush(metrics)
+    (entry,) = entries(tmp_path)
+    assert entry["step"] == 1 and entry["loss"] == 2.5 and entry["loss/source"] == 2.0
+    assert entry["accuracy"] == 0.25 and "empty" not in entry
+    assert entry["samples_per_s"] == 4.0 and entry["data_wait"] == 0.25
+    assert "stage1 step 2/10  loss 2.5000  4.0 samples/s  data wait 25 %  ETA 0:08" in capsys.readouterr().out
+
+
+def test_histograms_are_summed_over_the_window_and_compared_by_their_shares(tmp_path: Path):
+    metrics = logger(tmp_path)
+    metrics.start(step=0, logger_id=None, config={})
+    for counts in ([[90.0, 10.0, 0.0], [25.0, 0.0, 25.0]], [[0.0, 0.0, 0.0], [25.0, 25.0, 0.0]]):
+        more = {"accuracy": torch.tensor([1.0, 4.0]), "none": torch.zeros(2, 3)}
+        metrics.record(0, {"source": torch.tensor(1.0)}, {"classes": torch.tensor(counts), **more})
+    flush(metrics)
+    (entry,) = entries(tmp_path)
+    # 0.9 0.1 0 beside 0.5 0.25 0.25: half of 0.4 + 0.15 + 0.25.
+    assert entry["classes/distance"] == pytest.approx(0.4) and entry["classes/lost"] == [2]
+    assert entry["accuracy"] == 0.25 and not [name for name in entry if name.startswith("none")]
+
+
+@pytest.mark.parametrize(("count", "lost"), [(4.1, []), (3.9, [1])])
+def test_a_bin_is_lost_below_a_fiftieth_of_its_share(count: float, lost: list[int]):
+    found = compared("classes", [1000.0 - count, count, 0.0], [400.0, 100.0, 0.0])  # 0.2 / 50 = 0.004
+    assert found["classes/lost"] == lost
+    assert compared("rare", [1e5, 0.0], [999_999.0, 1.0])["rare/lost"] == [], "the reference has next to none"
+    assert compared("same", [2.0, 6.0], [1.0, 3.0]) == {"same/distance": 0.0, "same/lost": []}
+    assert compared("apart", [2.0, 0.0], [0.0, 3.0]) == {"apart/distance": 1.0, "apart/lost": [1]}
+
+
+def test_a_loss_that_is_not_finite_names_loss_step_and_samples(tmp_path: Path):
+    metrics = logger(tmp_path)
+    metrics.record(5, {"mixed": torch.tensor(1.0)}, {})
+    metrics.record(6, {"mixed": torch.tensor(float("nan"))}, {})
+    with pytest.raises(NonFiniteLossError, match=r"loss 'mixed' is nan in step 6, samples 24-27 of each stream"):
+        flush(metrics)
+
+
+def test_going_on_drops_what_a_crashed_attempt_logged_beyond_the_checkpoint(tmp_path: Path):
+    metrics = logger(tmp_path)
+    metrics.start(step=0, logger_id=None, config={})
+    for step in range(4):
+        metrics.record(step, {"source": torch.tensor(float(step))}, {})
+        flush(metrics)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"stage": "stage1", "st')
+    logger(tmp_path).start(step=2, logger_id=None, config={})
+    assert [entry["step"] for entry in entries(tmp_path)] == [0, 1]
+
+
+def test_wandb_offline_keeps_its_run_id(tmp_path: Path):
+    metrics = logger(tmp_path, wandb=WandbMode.offline)
+    metrics.start(step=0, logger_id="abc123", config={"seed": 0})
+    metrics.write({"stage": "stage1", "step": 3, "loss": 1.0})
+    metrics.close()
+    assert metrics.logger_id == "abc123"
+    assert list(tmp_path.glob("wandb/offline-run-*-abc123"))
