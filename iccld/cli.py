@@ -33,6 +33,9 @@ Train segmentation models on labelled source images and unlabelled target images
   iccld checkpoint list|verify|export|convert DIR            look at them, get models out of them
   iccld profile experiment=... run_dir=runs/a                where a step's time and memory go
   iccld goodput runs/a                                       where the wall time of a run went
+  iccld report runs/a                                        a page of it: curves, scores, pictures, settings
+  iccld runs runs                                            the runs below a folder: state, step, score
+  iccld compare runs/a runs/b                                settings and scores that differ
   iccld ablate GRID.yaml --output runs/ablation              runs x seeds, compared and reported
 
 Any setting is changed by key=value; `iccld config experiment=...` shows all of them.
@@ -174,8 +177,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_program_verbs(verbs: "argparse._SubParsersAction[_Parser]") -> None:
-    from iccld.programs import goodput
+    from iccld.programs import compare, goodput, runs
     from iccld.programs.ablate import command as ablation
+    from iccld.programs.report import command as report
     from iccld.programs.submit import submit
 
     submission = verbs.add_parser("submit", description=submit.DESCRIPTION)
@@ -194,6 +198,10 @@ def _add_program_verbs(verbs: "argparse._SubParsersAction[_Parser]") -> None:
     ledger = verbs.add_parser("goodput")
     goodput.add_arguments(ledger)
     ledger.set_defaults(run=goodput.run)
+    for name, program in (("report", report), ("runs", runs), ("compare", compare)):
+        reader = verbs.add_parser(name, description=program.DESCRIPTION)
+        program.add_arguments(reader)
+        reader.set_defaults(run=program.run)
     comparison = verbs.add_parser("ablate", description=ablation.DESCRIPTION)
     ablation.add_arguments(comparison)
     comparison.set_defaults(run=ablation.run)

@@ -290,16 +290,6 @@ def bound_settings(config: Config) -> dict[str, Any]:
     """The settings, by their keys, that must not differ between two attempts at one run."""
     return {
         key: value
-        for key, value in _flat(to_dict(config)).items()
+        for key, value in settings.flat(to_dict(config)).items()
         if not re.sub(r"\.also\.[^.]+\.shards$", ".shards", key).startswith(FREE_SETTINGS)
     }
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

@@ -103,3 +103,14 @@ def with_typed_keys(value: Any, schema: Any) -> Any:
 
 def _key(key: Any) -> Any:
     return int(key) if isinstance(key, str) and re.fullmatch(r"-?\d{1,9}", key) else key
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as `{"a.b.c": value}`; an empty mapping stays a value."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found

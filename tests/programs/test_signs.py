@@ -8,6 +8,7 @@ import pytest
 
 from iccld.config import Config
 from iccld.diagnostics import YARDSTICK, Diagnosis, Figure
+from iccld.programs.run.metric_lines import read_entries
 from iccld.programs.run.signs import (
     APART,
     BLIND,
@@ -15,7 +16,6 @@ from iccld.programs.run.signs import (
     TOO_STRONG,
     VIEWS_APART,
     Sign,
-    read_entries,
     signs_of_diagnosis,
     signs_of_training,
     tell,

@@ -5,8 +5,6 @@ that of self-training: classes that vanish from the pseudo-labels. What is told 
 run that was interrupted tells the same.
 """
 
-import contextlib
-import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +14,6 @@ from typing import Any
 from iccld.config import Config, StageName
 from iccld.diagnostics import BLUR_STRIDE, YARDSTICK, Diagnosis, Figure
 from iccld.programs.run.event_times import read_events
-from iccld.reading import MIB, read_limited
 from iccld.runtime.measure.telemetry import write_event
 from iccld.stages import diagnostics
 
@@ -32,7 +29,6 @@ APART = 0.25
 VIEWS_APART = 0.6
 """The same in training, where the teacher sees a target image and the student the mix that is made of it: augmented,
 with half of it pasted over. That alone sets them apart, by 0.4 in a short run that is sound."""
-MAX_METRICS = 1024 * MIB
 
 
 @dataclass(frozen=True)
@@ -65,17 +61,6 @@ def signs_of_diagnosis(diagnosis: Diagnosis) -> list[Sign]:
     if "student" in figures:
         found += _of_disagreement(figures["student"].changed / 100, "of validation images", most=APART)
     return found
-
-
-def read_entries(run_dir: Path) -> list[Mapping[str, Any]]:
-    """The lines of metrics.jsonl, without what a crash has torn."""
-    path = run_dir / "metrics.jsonl"
-    lines = read_limited(path, MAX_METRICS).decode(errors="replace").splitlines() if path.is_file() else []
-    entries = []
-    for line in lines:
-        with contextlib.suppress(ValueError):
-            entries.append(json.loads(line))
-    return [entry for entry in entries if isinstance(entry, dict) and {"stage", "step"} <= entry.keys()]
 
 
 def tell(signs: Iterable[Sign], *, run_dir: Path | None, stage: str) -> None:

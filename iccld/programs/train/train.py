@@ -36,9 +36,10 @@ from iccld.programs.run.building import build_stage, build_stream, first_batches
 from iccld.programs.run.checks import check_alone, check_links, check_run_dir, check_settings, together, watch
 from iccld.programs.run.hand_off import final_folder, hand_over, handed_over, is_finished, take_first_stage
 from iccld.programs.run.kept_views import keep_views
+from iccld.programs.run.metric_lines import read_entries
 from iccld.programs.run.micro_batch import with_micro_batch_size
 from iccld.programs.run.out_of_memory import explained_out_of_memory
-from iccld.programs.run.signs import read_entries, signs_of_diagnosis, signs_of_training, tell
+from iccld.programs.run.signs import signs_of_diagnosis, signs_of_training, tell
 from iccld.programs.run.synthetic import flops_per_sample
 from iccld.programs.train.fitness import check_fitness, check_room
 from iccld.runtime.checkpoint.store import CheckpointStore

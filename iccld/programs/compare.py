@@ -1,0 +1,88 @@
+"""`iccld compare A B`: the settings and scores in which two runs differ, paired by class."""
+
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from iccld.programs.run.record import ABSENT, Record, differing, read_records, shown, words_of
+from iccld.programs.run.saved_scores import MEANS, SavedScores
+
+DESCRIPTION = """\
+Show the settings and the scores in which two runs differ, class by class, and where they stand.
+Nothing is written. Exit status: 0, also where nothing differs, or 2 where there is no run.
+"""
+WIDTH = 140  # columns, where the output is no terminal
+Pair = tuple[str, SavedScores, SavedScores]
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The arguments of `iccld compare`."""
+    parser.add_argument("run_dirs", type=Path, nargs=2, metavar="RUN_DIR")
+
+
+def run(arguments: Namespace) -> int:
+    """Print the tables. Raises ValueError where there is no run."""
+    one, other = read_records(arguments.run_dirs)
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    for table in tables_of(one, other):
+        console.print(table)
+    if not pairs(one, other):
+        print("no final scores to compare: one of the runs has none yet")
+    for record in (one, other):
+        for note in record.notes:
+            print(f"note: {record.name}: {note}")
+    return 0
+
+
+def tables_of(one: Record, other: Record) -> Iterator[Table]:
+    """How both stand, the settings that differ, and the scores of each pair."""
+    names = [escape(record.name) for record in (one, other)]
+    standing = Table("", *names)
+    for label, words in (
+        ("state", lambda record: record.state),
+        ("stage, step", lambda record: f"{record.position[0] or ABSENT}, {record.position[1]}"),
+        ("goodput", lambda record: ABSENT if record.goodput is None else f"{100 * record.goodput:.1f} %"),
+    ):
+        standing.add_row(label, words(one), words(other))
+    yield standing
+    settings = Table("setting", *names, title="settings that differ")
+    for key, values in sorted(differing([one, other]).items()):
+        settings.add_row(escape(key), *(escape(words_of(value)) for value in values))
+    if settings.row_count:
+        yield settings
+    for pair in pairs(one, other):
+        yield _scores(pair, names)
+
+
+def pairs(one: Record, other: Record) -> list[Pair]:
+    """What both were scored by; of two that share nothing, each its last stage."""
+    mine, theirs = one.results.scores, other.results.scores
+    shared = [(label, mine[label], theirs[label]) for label in mine if label in theirs]
+    if shared or one.results.last is None or other.results.last is None:
+        return shared
+    (label, scores), (other_label, other_scores) = one.results.last, other.results.last
+    return [(f"{label} and {other_label}", scores, other_scores)]
+
+
+def _scores(pair: Pair, names: list[str]) -> Table:
+    """The means, then the classes, with the second run's gain over the first."""
+    label, one, other = pair
+    table = Table("%", title=escape(shown(label)))
+    for name in (*names, "difference"):
+        table.add_column(name, justify="right")
+    rows = [(title, one.means[key], other.means[key]) for key, title in MEANS.items()]
+    classes = dict.fromkeys([*one.iou, *other.iou])
+    rows += [(name, one.iou.get(name), other.iou.get(name)) for name in classes]
+    for number, (name, before, after) in enumerate(rows):
+        gain = ABSENT if before is None or after is None else f"{after - before:+.2f}"
+        table.add_row(escape(shown(name)), _words(before), _words(after), gain, end_section=number == len(MEANS) - 1)
+    return table
+
+
+def _words(value: float | None) -> str:
+    return ABSENT if value is None else f"{value:.2f}"

@@ -1,0 +1,1 @@
+"""`iccld report`: a page of a run, or of several side by side."""

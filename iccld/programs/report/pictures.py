@@ -1,0 +1,82 @@
+"""The pictures that a run holds, made small enough for a page and put into it.
+
+A picture may be anyone's: it is decoded within bounds and encoded anew, so that nothing but its pixels gets into the
+page. Links are passed over, as they may lead to files that are not the run's.
+"""
+
+import base64
+import io
+import itertools
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from iccld.data.images.decode import decode_image
+from iccld.durable import is_real_folder
+from iccld.programs.run.record import Record, shown
+from iccld.reading import read_limited
+
+FOLDERS = ("pictures", "predictions", "report")
+MAX_SHOWN = 12  # of a run
+MAX_LISTED = 10_000  # files that are looked at below a folder
+MAX_BYTES = 64 << 20
+MAX_WIDTH = 960  # pixels, in the page
+FEW_COLOURS = 256
+QUALITY = 88
+
+
+@dataclass(frozen=True)
+class Picture:
+    """`name`: the path below the run directory. `url` holds the pixels."""
+
+    name: str
+    url: str
+    width: int
+    height: int
+
+
+def pictures_of(record: Record) -> list[Picture]:
+    """The newest by name of each folder, at most `MAX_SHOWN`; what cannot be read is noted in the record."""
+    found: list[Picture] = []
+    for folder in FOLDERS:
+        paths = sorted(_files(record.run_dir / folder), key=_natural)[-MAX_SHOWN:]
+        for path in paths[: MAX_SHOWN - len(found)]:
+            try:
+                found.append(_embedded(path, record.run_dir))
+            except (ValueError, OSError) as error:
+                record.notes.append(shown(f"{path}: no picture that can be shown ({error})"))
+    return found
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """PNGs and JPEGs below a folder, without label maps (their overlays are shown) and without links."""
+    if not is_real_folder(folder):
+        return
+    for path in itertools.islice(folder.rglob("*"), MAX_LISTED):  # which follows no links
+        wanted = path.suffix.lower() in (".png", ".jpg", ".jpeg") and not path.stem.endswith("_label")
+        if wanted and path.is_file() and not path.is_symlink():
+            yield path
+
+
+def _natural(path: Path) -> list[tuple[int, str]]:
+    """Numbers by their size: step_100 after step_20."""
+    return [(int(word[:18]), "") if word.isdigit() else (-1, word) for word in re.split(r"(\d+)", str(path))]
+
+
+def _embedded(path: Path, run_dir: Path) -> Picture:
+    image = Image.fromarray(decode_image(read_limited(path, MAX_BYTES)))
+    few = image.getcolors(FEW_COLOURS) is not None
+    width = min(image.width, MAX_WIDTH)
+    height = max(1, round(image.height * width / image.width))
+    if width < image.width:
+        image = image.resize((width, height), Image.Resampling.NEAREST if few else Image.Resampling.LANCZOS)
+    data = io.BytesIO()
+    if few:
+        image.quantize(FEW_COLOURS).save(data, format="PNG", optimize=True)
+    else:
+        image.save(data, format="JPEG", quality=QUALITY)
+    url = f"data:image/{'png' if few else 'jpeg'};base64,{base64.b64encode(data.getvalue()).decode()}"
+    return Picture(shown(path.relative_to(run_dir).as_posix()), url, width, height)

@@ -1,0 +1,185 @@
+"""What a run directory tells of its run, read without torch: unfinished, torn, of an earlier version or a stranger's.
+
+What cannot be read is left out, and a note says so. Secrets that an earlier version or another hand left are hidden.
+"""
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+from iccld.durable import is_real_folder
+from iccld.plain_yaml import read_yaml
+from iccld.programs.goodput import Attempt, attempts, total_of
+from iccld.programs.run.event_times import Event, read_events, straightened
+from iccld.programs.run.metric_lines import curve, read_entries
+from iccld.programs.run.saved_scores import NOTHING, SavedResults, read_own
+from iccld.reading import read_limited
+from iccld.redact import redact, redacted
+from iccld.settings import flat
+
+T = TypeVar("T")
+
+STAGES = ("stage1", "stage2")
+BEAT_S = 60.0
+"""A lock that was written more recently than this is held by a run that lives."""
+MARKS = ("config.yaml", "events.jsonl", "metrics.jsonl")
+"""The files of which a run directory has at least one."""
+
+
+@dataclass
+class Record:
+    """One run. `settings` by their whole names, as `stage1.trainer.num_steps`; `notes`: what was left out, and why."""
+
+    run_dir: Path
+    name: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    entries: list[Mapping[str, Any]] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+    results: SavedResults = NOTHING
+    notes: list[str] = field(default_factory=list)
+
+    @cached_property
+    def attempts(self) -> list[Attempt]:
+        """The attempts, oldest first; none if the events tell of none."""
+        return attempts(self.events) if any(event["event"] == "launched" for event in self.events) else []
+
+    @cached_property
+    def seconds(self) -> dict[str, float]:
+        """The seconds of all attempts by what they went into."""
+        return total_of(self.attempts)
+
+    @property
+    def goodput(self) -> float | None:
+        """The share of the wall time that went into steps that count, in [0, 1]; None if it is not known."""
+        wall = sum(self.seconds.values())
+        return self.seconds["training"] / wall if wall else None
+
+    @property
+    def stages(self) -> list[str]:
+        """The stages that the run trains."""
+        given = self.settings.get("stages")
+        return [stage for stage in STAGES if not isinstance(given, list) or stage in given]
+
+    @property
+    def position(self) -> tuple[str, int]:
+        """The stage that was trained last, and its steps done; ("", 0) before the first."""
+        for event in reversed(self.events):
+            if event["event"] in ("progress", "started", "finished") and event.get("stage") in STAGES:
+                step = event.get("step")
+                return event["stage"], step if isinstance(step, int) else 0
+        return "", 0
+
+    @property
+    def score(self) -> tuple[str, float] | None:
+        """The newest mIoU in per cent with what was scored: of the results, else of the newest line in training."""
+        if (last := self.results.last) and (miou := last[1].means["miou"]) is not None:
+            return last[0], miou
+        lines = [(stage, values) for stage in reversed(STAGES) if (values := self.mious(stage))]
+        return (lines[0][0], lines[0][1][-1][1]) if lines else None
+
+    @property
+    def best_score(self) -> tuple[str, float] | None:
+        """The highest mIoU of all that was scored, also in training; the mean latent is no model."""
+        found = [(stage, miou) for stage in STAGES for _, miou in self.mious(stage)]
+        for label, scores in self.results.scores.items():
+            miou = scores.means["miou"]
+            found += [(label, miou)] if label.startswith(STAGES) and miou is not None else []
+        return max(found, key=lambda pair: pair[1], default=None)
+
+    def mious(self, stage: str) -> list[tuple[int, float]]:
+        """The steps done and the mIoU of the scores in training."""
+        return curve(self.entries, "miou", stage=stage)
+
+    @cached_property
+    def state(self) -> str:
+        """`running`, `finished`, `stopped` (by a signal), `failed` (by an error, or killed), or `not started`."""
+        if _is_held(self.run_dir):
+            return "running"
+        if all(is_real_folder(self.run_dir / stage / "final") for stage in self.stages):
+            return "finished"
+        kinds = [event["event"] for event in self.events if event["event"] not in ("saved", "warning")]
+        if not kinds:
+            return "not started"
+        return "stopped" if kinds[-1] == "preempted" else "failed"
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder looks like a run directory, also of a run that is torn."""
+    return sum((folder / mark).is_file() for mark in MARKS) >= (2 if not (folder / "events.jsonl").is_file() else 1)
+
+
+def read_record(run_dir: Path, name: str = "") -> Record:
+    """Everything that is there. Raises ValueError where there is no run."""
+    if not is_run(run_dir):
+        raise ValueError(f"there is no run in {run_dir} (no events.jsonl); give a folder that train wrote.")
+    record = Record(run_dir, name or shown(run_dir.resolve().name))
+
+    def tried(read: Callable[[], T], otherwise: T) -> T:
+        try:
+            return read()
+        except (ValueError, OSError) as error:
+            record.notes.append(shown(redact(str(error))))
+            return otherwise
+
+    record.settings = tried(lambda: _settings(run_dir), {})
+    events, lost = tried(lambda: read_events(run_dir), ([], []))
+    record.events, moved = straightened(events)
+    record.notes += [shown(note) for note in (*lost, *moved)]
+    record.entries = tried(lambda: read_entries(run_dir), [])
+    record.results = tried(lambda: read_own(run_dir), NOTHING)
+    return record
+
+
+def read_records(run_dirs: Sequence[Path]) -> list[Record]:
+    """Several runs, named by their paths below the folder that holds them all. Raises ValueError as `read_record` does."""
+    paths = [path.resolve() for path in run_dirs]
+    if len(set(paths)) < len(paths):
+        raise ValueError(f"{', '.join(map(str, run_dirs))}: one run is given twice; give each once.")
+    top = os.path.commonpath(path.parent for path in paths)
+    return [read_record(path, shown(str(path.relative_to(top)))) for path in paths]
+
+
+def differing(records: Sequence[Record]) -> dict[str, list[Any]]:
+    """The settings that are not the same in all runs: their values, `ABSENT` in a run that has no such setting."""
+    keys = dict.fromkeys(key for record in records for key in record.settings)
+    values = {key: [record.settings.get(key, ABSENT) for record in records] for key in keys if key != "run_dir"}
+    return {key: row for key, row in values.items() if any(value != row[0] for value in row[1:])}
+
+
+ABSENT = "-"
+
+
+def words_of(value: Any) -> str:
+    """A setting's value as a person reads it, in one line."""
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    if isinstance(value, list):
+        return f"[{', '.join(map(words_of, value))}]"
+    return shown(str(value)) if str(value) else "''"
+
+
+def shown(text: str) -> str:
+    """Text that anyone may have written, in one line: what a terminal would take for a command is spelled out."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+
+
+def _settings(run_dir: Path) -> dict[str, Any]:
+    values = read_yaml(run_dir / "config.yaml")
+    if not isinstance(values, dict):
+        raise ValueError(f"{run_dir / 'config.yaml'}: not the settings of a run.")
+    return {shown(str(key)): value for key, value in flat(redacted(values)).items()}
+
+
+def _is_held(run_dir: Path) -> bool:
+    """Whether a job holds the run. The lock is only read: to try it would refuse a job that starts meanwhile."""
+    path = run_dir / "lock"
+    try:
+        record = read_limited(path).strip()
+        age = time.time() - os.stat(path).st_mtime
+    except (OSError, ValueError):
+        return False
+    return record not in (b"", b"released") and age < BEAT_S

@@ -1,0 +1,91 @@
+"""`iccld runs ROOT`: the runs below a folder, with what tells each from its neighbours."""
+
+import os
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from iccld.programs.run.metric_lines import number
+from iccld.programs.run.record import ABSENT, Record, differing, is_run, read_records, words_of
+
+DESCRIPTION = """\
+List the runs below a folder: state, stage, step, last and best mIoU, goodput, and the settings that differ.
+running: a job holds it; stopped: a signal ended it; failed: an error did, or it was killed; finished: all stages are.
+Nothing is written. Exit status: 0, or 2 where there is no run.
+"""
+MAX_DEPTH = 8
+MAX_DIFFERENCES = 6  # settings that are shown of a run
+WIDTH = 160  # columns, where the output is no terminal
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The arguments of `iccld runs`."""
+    parser.add_argument("root", type=Path, metavar="ROOT")
+
+
+def run(arguments: Namespace) -> int:
+    """Print the table. Raises ValueError where there is no run."""
+    root = arguments.root
+    if not root.is_dir():
+        raise ValueError(f"{root} is no folder; give one that holds run directories.")
+    records = read_records(sorted(run_dirs(root)))
+    if not records:
+        raise ValueError(f"there is no run in or below {root} (no folder with events.jsonl); give another folder.")
+    Console(width=None if sys.stdout.isatty() else WIDTH).print(table_of(records))
+    for record in records:
+        for note in record.notes:
+            print(f"note: {record.name}: {note}")
+    return 0
+
+
+def run_dirs(root: Path) -> Iterator[Path]:
+    """The run directories in and below a folder; links are not followed, and nothing below a run is looked at."""
+    for parent, folders, _ in os.walk(root):
+        place = Path(parent)
+        if is_run(place):
+            yield place
+            folders.clear()
+        elif len(place.relative_to(root).parts) >= MAX_DEPTH:
+            folders.clear()
+        folders[:] = [name for name in folders if not name.startswith(".")]
+
+
+def table_of(records: Sequence[Record]) -> Table:
+    """A row a run."""
+    table = Table("run", "state", "stage", title=None)
+    for name in ("step", "last", "best", "goodput"):
+        table.add_column(name, justify="right")
+    table.add_column("differs in", overflow="fold")
+    different = differing(records)
+    for number_of, record in enumerate(records):
+        stage, step = record.position
+        planned = number(record.settings.get(f"{stage}.trainer.num_steps"))
+        table.add_row(
+            escape(record.name),
+            record.state,
+            stage or ABSENT,
+            f"{step}/{planned:.0f}" if planned else str(step),
+            _score(record.score),
+            _score(record.best_score),
+            ABSENT if record.goodput is None else f"{100 * record.goodput:.1f} %",
+            escape(_differences(different, number_of)),
+        )
+    return table
+
+
+def _score(score: tuple[str, float] | None) -> str:
+    return ABSENT if score is None else f"{score[1]:.2f}"
+
+
+def _differences(different: dict[str, list[Any]], number_of: int) -> str:
+    """`key=value` of a run, without settings that some version did not have: they tell versions apart, not runs."""
+    pairs = {key: values[number_of] for key, values in different.items() if ABSENT not in values}
+    words = [f"{key}={words_of(value)}" for key, value in pairs.items()]
+    more = len(words) - MAX_DIFFERENCES
+    return " ".join(words[:MAX_DIFFERENCES]) + (f" and {more} more (iccld compare)" if more > 0 else "")
