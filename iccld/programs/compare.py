@@ -31,7 +31,10 @@ def run(arguments: Namespace) -> int:
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     for table in tables_of(one, other):
         console.print(table)
-    if not pairs(one, other):
+    scored = pairs(one, other)
+    if same := [label for label, before, after in scored if before == after]:
+        print(f"the same scores: {', '.join(map(shown, same))}")
+    if not scored:
         print("no final scores to compare: one of the runs has none yet")
     for record in (one, other):
         for note in record.notes:
@@ -56,7 +59,8 @@ def tables_of(one: Record, other: Record) -> Iterator[Table]:
     if settings.row_count:
         yield settings
     for pair in pairs(one, other):
-        yield _scores(pair, names)
+        if pair[1] != pair[2]:
+            yield _scores(pair, names)
 
 
 def pairs(one: Record, other: Record) -> list[Pair]:

@@ -34,9 +34,10 @@ def run(arguments: Namespace) -> int:
     root = arguments.root
     if not root.is_dir():
         raise ValueError(f"{root} is no folder; give one that holds run directories.")
-    records = read_records(sorted(run_dirs(root)))
-    if not records:
+    folders = sorted(run_dirs(root))
+    if not folders:
         raise ValueError(f"there is no run in or below {root} (no folder with events.jsonl); give another folder.")
+    records = read_records(folders)
     Console(width=None if sys.stdout.isatty() else WIDTH).print(table_of(records))
     for record in records:
         for note in record.notes:
@@ -84,8 +85,13 @@ def _score(score: tuple[str, float] | None) -> str:
 
 
 def _differences(different: dict[str, list[Any]], number_of: int) -> str:
-    """`key=value` of a run, without settings that some version did not have: they tell versions apart, not runs."""
-    pairs = {key: values[number_of] for key, values in different.items() if ABSENT not in values}
+    """`key=value` of a run where most of the others have another value."""
+    pairs = {key: values[number_of] for key, values in different.items() if _is_unusual(values, number_of)}
     words = [f"{key}={words_of(value)}" for key, value in pairs.items()]
     more = len(words) - MAX_DIFFERENCES
     return " ".join(words[:MAX_DIFFERENCES]) + (f" and {more} more (iccld compare)" if more > 0 else "")
+
+
+def _is_unusual(values: Sequence[Any], number_of: int) -> bool:
+    """Whether at most half of the runs have this one's value. What some version did not have tells versions apart."""
+    return ABSENT not in values and 2 * values.count(values[number_of]) <= len(values)

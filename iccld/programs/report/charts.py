@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from iccld.programs.report.markup import Markup, joined, tag
 
-WIDTH, HEIGHT = 560, 250
-LEFT, RIGHT, TOP, BOTTOM = 54, 12, 10, 34
+WIDTH, HEIGHT = 430, 230
+LEFT, RIGHT, TOP, BOTTOM = 52, 16, 10, 38
 MAX_POINTS = 400
 """Points of a curve that are drawn; of more, every so-and-so-many-th and the last."""
 FEW = 40
@@ -31,14 +31,17 @@ class Axis:
     is_log: bool = False
 
     def place(self, value: float) -> float:
-        low, high, value = (
-            (math.log10(v) for v in (self.low, self.high, value)) if self.is_log else (self.low, self.high, value)
-        )
+        low, high = self.low, self.high
+        if self.is_log:
+            low, high, value = map(math.log10, (low, high, value))
         return self.start + (value - low) / (high - low) * (self.end - self.start)
 
 
-def line_chart(title: str, curves: Sequence[tuple[str, Points]], *, x_title: str = "steps done") -> Markup:
-    """A figure with one line a curve and a legend; nothing where no curve has a point."""
+def line_chart(title: str, curves: Sequence[tuple[str, Points]], *, has_legend: bool = False) -> Markup:
+    """A figure with one line a curve over the steps done; nothing where no curve has a point.
+
+    A legend names several curves; `has_legend`: also one.
+    """
     curves = [(name, _thinned(points)) for name, points in curves if points]
     if not curves:
         return Markup("")
@@ -48,10 +51,11 @@ def line_chart(title: str, curves: Sequence[tuple[str, Points]], *, x_title: str
     drawn = [_curve(name, points, i, x_axis, y_axis) for i, (name, points) in enumerate(curves)]
     note = " (logarithmic)" if y_axis.is_log else ""
     svg = tag(
-        "svg", _grid(x_axis, y_axis, x_title), *drawn, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img",
+        "svg", _grid(x_axis, y_axis), *drawn, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img",
         aria_label=title, class_="chart",
     )  # fmt: skip
-    return tag("figure", tag("figcaption", title + note), svg, _legend([name for name, _ in curves]))
+    legend = _legend([name for name, _ in curves]) if has_legend or len(curves) > 1 else ""
+    return tag("figure", tag("figcaption", title + note), svg, legend)
 
 
 def stacked_bars(rows: Sequence[tuple[str, Sequence[float]]], colours: Sequence[str]) -> Markup:
@@ -86,7 +90,7 @@ def _curve(name: str, points: Points, number: int, x_axis: Axis, y_axis: Axis) -
     return tag("g", tag("title", name), *parts)
 
 
-def _grid(x_axis: Axis, y_axis: Axis, x_title: str) -> Markup:
+def _grid(x_axis: Axis, y_axis: Axis) -> Markup:
     parts = []
     for value in y_axis.ticks:
         y = f"{y_axis.place(value):.1f}"
@@ -96,9 +100,9 @@ def _grid(x_axis: Axis, y_axis: Axis, x_title: str) -> Markup:
         ]
     for value in x_axis.ticks:
         x = f"{x_axis.place(value):.1f}"
-        parts += [tag("text", _tick(value), x=x, y=HEIGHT - BOTTOM + 15, class_="tick x")]
+        parts += [tag("text", _tick(value), x=x, y=HEIGHT - BOTTOM + 16, class_="tick x")]
     parts += [tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=HEIGHT - BOTTOM, y2=HEIGHT - BOTTOM, class_="axis")]
-    parts += [tag("text", x_title, x=(LEFT + WIDTH - RIGHT) / 2, y=HEIGHT - 4, class_="tick x")]
+    parts += [tag("text", "steps done", x=(LEFT + WIDTH - RIGHT) / 2, y=HEIGHT - 4, class_="tick x")]
     return joined(parts)
 
 

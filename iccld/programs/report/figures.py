@@ -6,7 +6,7 @@ from functools import partial
 from iccld.programs.goodput import CATEGORIES
 from iccld.programs.report.charts import line_chart, stacked_bars
 from iccld.programs.report.markup import Markup, section, swatch, tag
-from iccld.programs.report.pictures import pictures_of
+from iccld.programs.report.pictures import Picture, pictures_of
 from iccld.programs.run.metric_lines import curve, names_of
 from iccld.programs.run.record import STAGES, Record, shown
 
@@ -42,7 +42,7 @@ def _of_one(record: Record, stage: str) -> Iterator[Markup]:
     names, of = names_of(record.entries, stage=stage), partial(curve, record.entries, stage=stage)
     for key, title in CURVES.items():
         found = [name for name in names if name.startswith(key) and "t_bin" not in name] if key.endswith("/") else [key]
-        series = [(shown(name), of(name)) for name in found[:MAX_CURVES]]
+        series = [(shown(name.removeprefix(key)), of(name)) for name in found[:MAX_CURVES]]
         if chart := line_chart(title, series):
             yield chart
 
@@ -50,12 +50,10 @@ def _of_one(record: Record, stage: str) -> Iterator[Markup]:
 def _of_several(records: Sequence[Record], stage: str) -> Iterator[Markup]:
     names = {name for record in records for name in names_of(record.entries, stage=stage)}
     losses = sorted(name for name in names if name.startswith("loss/"))[:MAX_CURVES]
-    titles = {key: title for key, title in CURVES.items() if not key.endswith("/")} | {
-        key: shown(key) for key in losses
-    }
-    for key, title in titles.items():
+    titles = {"loss": CURVES["loss"]} | {key: shown(key) for key in losses}
+    for key, title in (titles | {key: title for key, title in CURVES.items() if not key.endswith("/")}).items():
         series = [(record.name, curve(record.entries, key, stage=stage)) for record in records]
-        if chart := line_chart(title, series):
+        if chart := line_chart(title, series, has_legend=True):
             yield chart
 
 
@@ -88,14 +86,7 @@ def pictures(records: Sequence[Record], colours: Mapping[str, str]) -> Markup:
     """The pictures that the runs hold, under one legend of the classes."""
     parts: list[Markup] = []
     for record in records:
-        figures = [
-            tag(
-                "figure",
-                _image(picture.url, picture.name, picture.width, picture.height),
-                tag("figcaption", picture.name),
-            )
-            for picture in pictures_of(record)
-        ]
+        figures = [tag("figure", _image(it), tag("figcaption", it.name)) for it in pictures_of(record)]
         if figures:
             parts += [tag("h3", record.name)] if len(records) > 1 else []
             parts.append(tag("div", *figures, class_="pictures"))
@@ -105,5 +96,5 @@ def pictures(records: Sequence[Record], colours: Mapping[str, str]) -> Markup:
     return section("Pictures", tag("ul", *keys, class_="legend classes") if keys else "", *parts)
 
 
-def _image(url: str, name: str, width: int, height: int) -> Markup:
-    return tag("img", src=url, alt=name, width=width, height=height)
+def _image(picture: Picture) -> Markup:
+    return tag("img", src=picture.url, alt=picture.name, width=picture.width, height=picture.height)

@@ -135,7 +135,7 @@ def read_record(run_dir: Path, name: str = "") -> Record:
 
 
 def read_records(run_dirs: Sequence[Path]) -> list[Record]:
-    """Several runs, named by their paths below the folder that holds them all. Raises ValueError as `read_record` does."""
+    """Several runs, named by their paths below the folder that holds them all. Raises ValueError where one is none."""
     paths = [path.resolve() for path in run_dirs]
     if len(set(paths)) < len(paths):
         raise ValueError(f"{', '.join(map(str, run_dirs))}: one run is given twice; give each once.")
@@ -179,7 +179,7 @@ def _is_held(run_dir: Path) -> bool:
     path = run_dir / "lock"
     try:
         record = read_limited(path).strip()
-        age = time.time() - os.stat(path).st_mtime
+        age = time.time() - path.stat().st_mtime
     except (OSError, ValueError):
         return False
     return record not in (b"", b"released") and age < BEAT_S

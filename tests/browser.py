@@ -1,0 +1,55 @@
+"""A real browser without a screen: Debian's Chromium, installed with apt-get where it is missing, or why there is none."""
+
+import fcntl
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+PACKAGES = "chromium fonts-dejavu-core"
+
+
+class Unavailable(RuntimeError):
+    """A browser that cannot be had here; the message says why."""
+
+
+def find_browser() -> str:
+    """The path of a browser. Raises Unavailable. Two test processes do not install at the same time."""
+    with Path(tempfile.gettempdir(), f"iccld_browser_install_{os.getuid()}").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if found := _found():
+            return found
+        if os.geteuid() != 0 or not shutil.which("apt-get"):
+            raise Unavailable(f"no {', '.join(NAMES)} found, and only root can do: apt-get install {PACKAGES}")
+        environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+        install = f"apt-get update -q && apt-get install -q -y --no-install-recommends {PACKAGES}"
+        done = subprocess.run(["sh", "-c", install], check=False, timeout=300, env=environment, capture_output=True)
+        if found := _found():
+            return found
+        raise Unavailable(f"apt-get could not install {PACKAGES}: {done.stderr.decode()[-300:]}")
+
+
+@contextmanager
+def started() -> Iterator[Any]:
+    """A browser as playwright's `Browser`. Raises Unavailable where there is none, or no playwright."""
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError as error:
+        raise Unavailable(f"playwright is not installed ({error}): pip install playwright") from error
+    path = find_browser()
+    options = ["--no-sandbox"] if os.geteuid() == 0 else []  # which root needs; the pages are the tests' own
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=options)
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+def _found() -> str:
+    return next((path for name in NAMES if (path := shutil.which(name))), "")
