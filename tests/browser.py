@@ -1,4 +1,4 @@
-"""A real browser without a screen: Debian's Chromium, installed with apt-get where it is missing, or why there is none."""
+"""A real browser without a screen: Debian's Chromium, installed with apt-get where it is missing; or why not."""
 
 import fcntl
 import os

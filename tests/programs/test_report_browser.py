@@ -1,4 +1,4 @@
-"""The page in a real browser: it fetches nothing, complains of nothing, and fits wide and narrow windows, light or dark.
+"""The page in a real browser: it fetches nothing, complains of nothing, and fits windows wide or narrow, light or dark.
 
 `ICCLD_PHOTOGRAPHS=FOLDER` keeps the photographs.
 """

@@ -68,28 +68,24 @@ def differences(records: Sequence[Record]) -> Markup:
 
 
 def scores(records: Sequence[Record], colours: Mapping[str, str]) -> Markup:
-    """Final scores by class: all of one run, or the last stage's of several, paired by class."""
+    """Final scores by class: all of one run, or the last stage's of several, with what each gains over the first."""
     columns = _columns(records)
     if not columns:
         return Markup("")
-    names = list(dict.fromkeys(name for scores in columns.values() for name in scores.iou))
-    paired = list(columns.values()) if len(records) == 2 and len(columns) == 2 else []
-    head = ["%", *columns, *(["difference"] if paired else [])]
-    rows: list[list[str]] = [["images", *(f"{scores.num_images:,}" for scores in columns.values())]]
-    rows[0] += [""] if paired else []
+    several, of_all = len(records) > 1, list(columns.values())
+    rows: list[list[str]] = [["images", *(f"{found.num_images:,}" for found in of_all)]]
     for key, label in MEANS.items():
-        values = [scores.means[key] for scores in columns.values()]
-        rows.append([tag("b", label), *(_meter(value, None) for value in values), *_difference(values, paired)])
-    for name in names:
-        values, colour = [scores.iou.get(name) for scores in columns.values()], colours.get(name, "#888888")
-        head_cell = joined([swatch(colour), shown(name)[:100]])
-        rows.append([head_cell, *(_meter(value, colour) for value in values), *_difference(values, paired)])
+        rows.append([tag("b", label), *_cells([found.means[key] for found in of_all], None, with_gain=several)])
+    for name in dict.fromkeys(name for found in of_all for name in found.iou):
+        colour = colours.get(name, "#888888")
+        head = joined([swatch(colour), shown(name)[:100]])
+        rows.append([head, *_cells([found.iou.get(name) for found in of_all], colour, with_gain=several)])
     about = "IoU of each class on the validation set, in per cent. "
-    if len(records) > 1:
+    if several:
         about += "Of each run the last stage. One run each: how much a score moves from seed to seed is not shown here."
         sets = {words_of(_set_of(record)) for record in records if record.results.scores}
         about += " The runs were scored on different sets!" if len(sets) > 1 else ""
-    return section("Scores", table(head, rows, class_="scores"), about=about)
+    return section("Scores", table(["%", *columns], rows, class_="scores"), about=about)
 
 
 def _set_of(record: Record) -> Any:
@@ -104,21 +100,21 @@ def _columns(records: Sequence[Record]) -> dict[str, SavedScores]:
     return {f"{record.name}, {last[0]}": last[1] for record, last in found}
 
 
-def _meter(value: float | None, colour: str | None) -> Markup:
-    if value is None:
-        return NONE
-    width = min(max(value, 0.0), 100.0)
-    fill = tag("i", style=f"width:{width:.1f}%" + (f";background:{colour}" if colour else ""))
-    return tag("div", tag("span", f"{value:.2f}"), tag("div", fill, class_="meter"), class_="value")
+def _cells(values: Sequence[float | None], colour: str | None, *, with_gain: bool) -> Iterator[str]:
+    """A number with a bar for each value, and with what it gains over the first."""
+    first = values[0]
+    for i, value in enumerate(values):
+        if value is None:
+            yield NONE
+            continue
+        fill = f"width:{min(max(value, 0.0), 100.0):.1f}%" + (f";background:{colour}" if colour else "")
+        meter = tag("div", tag("i", style=fill), class_="meter")
+        gain = _gain(value - first) if with_gain and i and first is not None else ""
+        yield tag("div", tag("span", f"{value:.2f}"), meter, gain, class_="value")
 
 
-def _difference(values: Sequence[float | None], paired: Sequence[Any]) -> list[str]:
-    if not paired:
-        return []
-    first, second = values
-    if first is None or second is None:
-        return [NONE]
-    return [tag("span", f"{second - first:+.2f}", class_="up" if second > first else "down" if second < first else "")]
+def _gain(difference: float) -> Markup:
+    return tag("span", f"{difference:+.2f}", class_="up" if difference > 0 else "down" if difference < 0 else None)
 
 
 def diagnostics(records: Sequence[Record]) -> Markup:
