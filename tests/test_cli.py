@@ -79,10 +79,11 @@ def test_a_score_in_mid_training_has_diagnostics_without_the_bounds(scene_shards
 def test_training_a_finished_run_again_ends_at_once(
     run_dir: Path, scene_shards: Path, capsys: pytest.CaptureFixture[str]
 ):
-    before = (run_dir / "metrics.jsonl").read_bytes()
+    files = [run_dir / name for name in ("metrics.jsonl", "events.jsonl")]
+    before = [file.read_bytes() for file in files]
     assert main(["train", *scene_overrides(scene_shards, run_dir), *QUICK]) == 0
     assert "stage1 is finished" in capsys.readouterr().out
-    assert (run_dir / "metrics.jsonl").read_bytes() == before
+    assert [file.read_bytes() for file in files] == before, "also its goodput is what it was"
 
 
 def test_evaluate_scores_the_student_or_another_model_beside_the_teacher(

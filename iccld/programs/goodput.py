@@ -55,7 +55,7 @@ def attempts(events: list[Event]) -> list[Attempt]:
     for event in events:
         if event["event"] == "launched":
             parts.append([])
-        if parts:
+        if parts and event["event"] != "warning":  # one may be told days later, by `iccld evaluate`
             parts[-1].append(event)
     if not parts:
         raise ValueError("events.jsonl holds no event `launched`: nothing has been started, or by an older version.")

@@ -49,6 +49,11 @@ def test_every_second_of_a_killed_run_is_told():
     assert sum(total_of([first, second]).values()) == 390 - 10
 
 
+def test_a_warning_that_comes_later_is_no_part_of_the_run():
+    late = event(9000, "warning", 200) | {"sign": "blurred", "words": "..."}
+    assert total_of(attempts([*KILLED, late])) == total_of(attempts(KILLED))
+
+
 @st.composite
 def runs(draw: st.DrawFn) -> list[dict[str, Any]]:
     """Attempts with steps of any length, each going on from some step of the one before it, or killed anywhere."""

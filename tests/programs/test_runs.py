@@ -1,5 +1,7 @@
 """`iccld runs` and `iccld compare` on recorded runs: what they print, that they write nothing, and start at once."""
 
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,8 @@ from iccld.programs.compare import pairs
 from iccld.programs.run.record import read_records
 from iccld.programs.runs import run_dirs
 from tests.programs.recorded_runs import make_run
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -88,3 +92,18 @@ def test_neither_loads_torch(root: Path, verb: str):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_commands_of_the_documentation_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    for name in ("a", "b"):
+        make_run(tmp_path / "runs" / name, gain=len(name))
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs/comparing-runs.md").read_text()
+    commands = [shlex.split(line, comments=True) for line in re.findall(r"^iccld .*$", text, re.MULTILINE)]
+    ours = [words[1:] for words in commands if words[1] in ("report", "runs", "compare")]
+    assert len(ours) == 4
+    for words in ours:
+        assert main(words) == 0, words
+    assert (tmp_path / "runs/a/report/report.html").is_file() and (tmp_path / "runs/report.html").is_file()

@@ -19,7 +19,7 @@ def class_colours(records: Iterable[Record]) -> dict[str, str]:
     for record in records:
         for name, colour in _of_cards(record).items():
             found.setdefault(name, colour)
-    usual = dict(zip(CITYSCAPES_NAMES, map(_hex, CITYSCAPES_PALETTE), strict=True))
+    usual: dict[str, str] = dict(zip(CITYSCAPES_NAMES, map(_hex, CITYSCAPES_PALETTE), strict=True))
     for record in records:
         for scores in record.results.scores.values():
             for name in scores.iou:

@@ -75,8 +75,8 @@ def train(config: Config, preemption: Preemption | None = None, *, began: float 
         with watch(config, engine) as watchdog:
             together(lambda: check_settings(config, engine), engine)
             check_run_dir(run_dir, config, engine)
-            if engine.is_main:
-                write_event(run_dir, "launched", since=began)
+            if engine.is_main and not all(is_finished(run_dir, stage) for stage in config.stages):
+                write_event(run_dir, "launched", since=began)  # a finished run is given no further attempt
             watchdog.phase("preflight")
             together(lambda: take_first_stage(config, is_main=engine.is_main), engine)
             check_fitness(config, engine)
