@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from iccld.labels import IGNORE_INDEX
 from iccld.models.discriminator import Discriminator, DiscriminatorConfig
 from iccld.models.iccld import ICCLD
-from iccld.models.latent import LatentKind
 from iccld.models.model_card import ModelStage
 from iccld.stages.adversarial_module import AdversarialModule
 from iccld.stages.base import Stage, StageInputs, decayed_groups, keyed_noise
@@ -95,7 +94,7 @@ class AdversarialStage(Stage):
             for purpose in ("timestep", "pure noise")
         )
         timesteps = draw_timesteps(draws, pure, pure_noise_share=share, num_steps=len(alpha_bar))
-        if self.model.config.latent is LatentKind.residual:  # there, the denoiser takes z_t at T-1 for pure noise
+        if self.model.config.latent.is_a_move:  # there, the denoiser takes z_t at T-1 for pure noise
             timesteps = timesteps.masked_fill(timesteps == len(alpha_bar) - 1, len(alpha_bar))
         shape = z_0.shape[1:]
         noise = torch.cat([keyed_noise(batch["source"], purpose, shape, seed=self.seed) for purpose in NOISE])

@@ -15,7 +15,7 @@ from iccld.labels import IGNORE_INDEX
 from iccld.losses import feature_distance, weighted_cross_entropy
 from iccld.models.encoder import Encoder
 from iccld.models.iccld import ICCLD
-from iccld.models.latent import channel_moments, raw_latent_pair
+from iccld.models.latent import channel_moments
 from iccld.stages import diagnostics
 from iccld.stages.base import Stage, StageInputs, StageOutput, decayed_groups, keyed_noise, pair, to_float
 from iccld.uda.classmix import class_mask, paste
@@ -265,7 +265,7 @@ class SegmentationStage(Stage):
         seen = encoded.latent
         if model.config.latent.sees_strong_view:
             seen = model.encoder(strong_augment(images, draws, self.config.photometric)).latent
-        latents = raw_latent_pair(model, clean=encoded.latent, seen=seen, labels=labels)
+        latents = model.encoded_latents(clean=encoded.latent, seen=seen, labels=labels)
         return channel_moments(latents.z_0), channel_moments(latents.condition)
 
     def averages(self) -> dict[nn.Module, tuple[str, ...]]:
