@@ -226,7 +226,7 @@ class ICCLD(nn.Module):
             )
         folder = make_folder(Path(folder), within=Path(folder))
         (folder / CARD_NAME).unlink(missing_ok=True)
-        trained = self.stage is ModelStage.adversarial
+        trained = self.stage.has_denoiser
         tensors = {
             k: v.detach().cpu() for k, v in self.state_dict().items() if trained or not k.startswith("denoiser.")
         }
@@ -264,7 +264,7 @@ class ICCLD(nn.Module):
         if attention is not None:
             config = replace(config, denoiser=replace(config.denoiser, attention=attention))
         check_described(config.encoder, folder / CARD_NAME)
-        trained = card.stage is ModelStage.adversarial
+        trained = card.stage.has_denoiser
         wanted = trained if with_denoiser is None else with_denoiser
         with described_by(folder / CARD_NAME), torch.device("meta"):  # the shapes alone
             shape = cls(config=config, num_classes=len(card.class_names), with_denoiser=wanted)
@@ -314,7 +314,7 @@ class ICCLD(nn.Module):
         )
 
     def _trained_denoiser(self) -> Denoiser:
-        if self.denoiser is None or self.stage is not ModelStage.adversarial:
+        if self.denoiser is None or not self.stage.has_denoiser:
             raise ValueError(
                 f"denoise_segment: this model's denoiser is {'absent' if self.denoiser is None else 'untrained'} "
                 f"(stage={self.stage.value}); train stage 2 first, or use segment, which needs no denoiser."

@@ -1,8 +1,8 @@
-"""The stage contract: what a trainer needs to know of a stage, and nothing more."""
+"""The contract of a stage that is built: what the loop needs to know of it. For the programs, see `StageKind`."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +37,18 @@ class StageOutput(NamedTuple):
     metrics: dict[str, Tensor]
 
 
+class Views(Protocol):
+    """A cache: what `make` gives for a micro-batch, computed or read."""
+
+    def __call__(
+        self, batch: Mapping[str, Any], make: Callable[[Mapping[str, Any]], Mapping[str, Tensor]]
+    ) -> dict[str, Tensor]: ...
+
+    def finish(self) -> None: ...
+
+
 class Stage(ABC):
-    """One training stage. It never calls backward, steps an optimiser or saves."""
+    """One training stage, built. It never calls backward, steps an optimiser or saves."""
 
     name: str
     module: Any
@@ -48,6 +58,11 @@ class Stage(ABC):
     teacher: Teacher[Any]
     ema_profile: EmaProfileConfig
     profiles: PowerAverages | None = None
+    view_cache: Views | None = None
+    """Where `prepare` may keep what it computes, if the stage's `StageKind.cache` asks for it."""
+    first_whole_step: int = 0
+    """The first step that leaves nothing out, as a warm start does: from there on a step costs what the last one does.
+    """
 
     @abstractmethod
     def prepare(self, batch: Mapping[str, Any], step: int) -> StageInputs:
@@ -59,7 +74,10 @@ class Stage(ABC):
 
     @abstractmethod
     def models(self) -> dict[str, ICCLD]:
-        """The models as they are now, under `teacher` and `student`."""
+        """Return the models as they are now: `teacher`, which the next stage starts from, and `student`.
+
+        Each model may be a copy: call this once, not in a loop.
+        """
 
     def parts(self) -> dict[str, nn.Module]:
         """Whose work is told apart in a step, by name."""

@@ -8,17 +8,18 @@ import pytest
 import torch
 
 from iccld.config import load_config
-from iccld.programs.evaluate.evaluate import predict_function, score_model
+from iccld.programs.evaluate.evaluate import score_model
 from iccld.programs.evaluate.results import about_of
+from iccld.stages.predictor import InferenceConfig, predictor_of
 from tests.models.factory import trained_model
 
 IMAGES, NUMBERS = torch.rand(2, 3, 32, 64, generator=torch.Generator().manual_seed(0)), torch.tensor([3, 5])
-STEPS = {"num_steps": 2, "seed": 0}
 
 
-def logits_of(model: Any, **options: Any) -> torch.Tensor:
+def logits_of(model: Any, *, noise_seed: int = 0, **averaging: Any) -> torch.Tensor:
     with torch.no_grad():
-        return predict_function(model, **STEPS, **options)(IMAGES, NUMBERS)
+        predict = predictor_of(model, InferenceConfig(**averaging), seed=0, num_steps=2, noise_seed=noise_seed)
+        return predict(IMAGES, NUMBERS)
 
 
 def test_probabilities_are_averaged_over_noises_that_no_other_seed_has():

@@ -10,17 +10,15 @@ from iccld.config import Config
 from iccld.diagnostics import YARDSTICK, Diagnosis, Figure
 from iccld.programs.run.signs import (
     APART,
-    BLIND,
     RECENT,
-    TOO_STRONG,
     VIEWS_APART,
-    Sign,
     read_entries,
     signs_of_diagnosis,
     signs_of_training,
     tell,
 )
 from iccld.runtime.measure.telemetry import write_event
+from iccld.stages.signs import BLIND, TOO_STRONG, Sign
 
 RAMP = Config().stage2.objective.adversarial_ramp_steps
 DOMAINS = ("source", "target", "mixed")

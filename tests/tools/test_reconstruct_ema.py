@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from iccld.config import Config, StageName, load_config, to_yaml
+from iccld.config import Config, load_config, to_yaml
 from iccld.models.iccld import ICCLD
 from iccld.models.model_card import ModelStage
 from iccld.programs.evaluate.averaging import (
@@ -20,6 +20,7 @@ from iccld.programs.evaluate.averaging import (
     read_snapshots,
     write_snapshot,
 )
+from iccld.stages.table import STAGES
 from iccld.uda.ema_profile import PowerAverages
 from tests.factory import scene_overrides
 from tools import reconstruct_ema
@@ -57,12 +58,12 @@ def config(scene_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Conf
     run_dir = tmp_path_factory.mktemp("runs") / "run"
     config = load_config([*scene_overrides(scene_shards, run_dir), "inference.num_steps=[1,2]"])
     classes = config.data.class_set.build()
-    for stage in StageName:
+    for stage in STAGES:
         torch.manual_seed(0)
-        model = ICCLD(config=config.model, num_classes=classes.num_classes, with_denoiser=stage is StageName.stage2)
-        model.stage = ModelStage.adversarial if stage is StageName.stage2 else ModelStage.segmentation
+        model = ICCLD(config=config.model, num_classes=classes.num_classes, with_denoiser=stage == "stage2")
+        model.stage = ModelStage.adversarial if stage == "stage2" else ModelStage.segmentation
         model.latent_mean.uniform_(-1, 1)
-        folder = run_dir / stage.value / "final" / "teacher"
+        folder = run_dir / stage / "final" / "teacher"
         model.save_pretrained(
             folder, class_names=classes.names, palette=classes.palette, origin={"run_dir": str(run_dir)}
         )
@@ -75,10 +76,8 @@ def expected(config: Config) -> dict[str, dict[str, Tensor]]:
     """The averages at the end of each stage, whose snapshots are in the run directory."""
     run_dir = Path(config.run_dir)
     return {
-        stage.value: _train(
-            ICCLD.from_pretrained(run_dir / stage.value / "final/teacher"), run_dir / stage.value / "ema"
-        )
-        for stage in StageName
+        stage: _train(ICCLD.from_pretrained(run_dir / stage / "final/teacher"), run_dir / stage / "ema")
+        for stage in STAGES
     }
 
 

@@ -100,7 +100,7 @@ def _missing(rows: Mapping[str, RowFigures]) -> Iterator[str]:
 
 def _second_stages(ablation: Ablation, rows: Mapping[str, RowFigures]) -> Iterator[str]:
     """Yield what stage 2 adds to the row's own stage 1, and every number of denoising steps."""
-    shown = [row for row in rows.values() if row.has_second_stage and row.runs]
+    shown = [row for row in rows.values() if row.has_later_stage and row.runs]
     if not shown:
         return
     yield from ("## Stage 2 beside its own stage 1", "")
