@@ -57,7 +57,7 @@ def write_pictures(ablation: Ablation, rows: Mapping[str, RowFigures]) -> tuple[
 def choose(ablation: Ablation, task: Task) -> dict[str, Sample]:
     """The best, the median and the worst image under a run's model."""
     config = ablation.config(task)
-    device, predict = _device(), _predictor(config)
+    device, predict = _device(), predictor_of_row(config)
     scores: dict[int, float] = {}
     for sample in _samples(config):
         result = evaluate(
@@ -76,7 +76,7 @@ def _samples(config: Config) -> Iterator[dict[str, Any]]:
     return takewhile(lambda sample: sample["number"] < most, samples) if most else iter(samples)
 
 
-def _predictor(config: Config) -> Predict:
+def predictor_of_row(config: Config) -> Predict:
     """The model of the last stage, with as many denoising steps as the row is scored with."""
     model = load_model(finished_models(config)[-1], config).to(_device())
     kind = stage_of(model)
@@ -87,7 +87,7 @@ def _predictor(config: Config) -> Predict:
 def _predictions(ablation: Ablation, task: Task, samples: list[Sample]) -> list[np.ndarray]:
     """`(H, W)` uint8 class indices of each sample."""
     config = ablation.config(task)
-    device, predict = _device(), windowed(_predictor(config), config.evaluation)
+    device, predict = _device(), windowed(predictor_of_row(config), config.evaluation)
     found: list[np.ndarray] = []
     for sample in samples:
         images: Tensor = torch.from_numpy(sample["image"]).to(device).permute(2, 0, 1)[None].float() / 255

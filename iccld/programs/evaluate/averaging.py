@@ -222,14 +222,14 @@ def sweep(config: Config, stage: str, *, widths: Sequence[float], step: int = 0)
     plans = [plan_reconstruction(snapshots, width=width, step=step) for width in widths]
     with Engine(config.engine) as engine:
         model = load_model(folder, config).to(engine.device)
-        rows = [_row("teacher", None, _score(model, config, engine))]
+        rows = [_row("teacher", None, scores_by_steps(model, config, engine))]
         for plan in plans:
             put_weights(averaged_part(model), plan)
-            rows.append(_row(label(plan.wanted.width), plan, _score(model, config, engine)))
+            rows.append(_row(label(plan.wanted.width), plan, scores_by_steps(model, config, engine)))
     return rows
 
 
-def _score(model: ICCLD, config: Config, engine: Engine) -> dict[int, EvaluationResult]:
+def scores_by_steps(model: ICCLD, config: Config, engine: Engine) -> dict[int, EvaluationResult]:
     kind, inference, seed = stage_of(model), config.inference, config.seed
     predictors = {n: kind.predictor(model, inference, seed=seed, num_steps=n) for n in kind.num_steps(inference)}
     return {num_steps: evaluate_predictor(predict, config, engine) for num_steps, predict in predictors.items()}
