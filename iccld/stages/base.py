@@ -37,7 +37,7 @@ class StageOutput(NamedTuple):
     metrics: dict[str, Tensor]
 
 
-class Views(Protocol):
+class ViewKeeper(Protocol):
     """A cache: what `make` gives for a micro-batch, computed or read."""
 
     def __call__(
@@ -58,7 +58,7 @@ class Stage(ABC):
     teacher: Teacher[Any]
     ema_profile: EmaProfileConfig
     profiles: PowerAverages | None = None
-    view_cache: Views | None = None
+    view_cache: ViewKeeper | None = None
     """Where `prepare` may keep what it computes, if the stage's `StageKind.cache` asks for it."""
     first_whole_step: int = 0
     """The first step that leaves nothing out, as a warm start does: from there on a step costs what the last one does.
@@ -66,11 +66,11 @@ class Stage(ABC):
 
     @abstractmethod
     def prepare(self, batch: Mapping[str, Any], step: int) -> StageInputs:
-        """Called without gradient: the teacher predicts, images are mixed, noise is drawn."""
+        """Make the inputs of the module, without gradient: the teacher predicts, images are mixed, noise is drawn."""
 
     @abstractmethod
     def param_groups(self) -> list[dict[str, Any]]:
-        """Optimiser groups: what trains, at which learning rate."""
+        """Return the optimiser's groups: what trains, at which learning rate."""
 
     @abstractmethod
     def models(self) -> dict[str, ICCLD]:
@@ -80,37 +80,37 @@ class Stage(ABC):
         """
 
     def parts(self) -> dict[str, nn.Module]:
-        """Whose work is told apart in a step, by name."""
+        """Return, by name, the parts whose work in a step is told apart."""
         return dict(self.module.named_children())
 
     def finish(self, batches: Iterable[Mapping[str, Any]]) -> None:  # noqa: B027, most stages have nothing to measure
-        """Called on one rank after the last step, with the stream's first batches: measure what comes after needs."""
+        """Measure what the next stage needs, on one rank after the last step, with the stream's first batches."""
 
     def start(self) -> None:
-        """Called when the engine holds the module: what is averaged from here on is what this rank holds of it."""
+        """Begin the averages, once the engine holds the module: of what this rank holds of it."""
         if self.ema_profile.widths:
             self.profiles = PowerAverages(dict(self.student.named_parameters()), self.ema_profile.widths)
 
     def after_step(self, step: int) -> None:
-        """Called after the optimiser's step `step` (0-based)."""
+        """Update the averages after the optimiser's step `step` (0-based)."""
         self.teacher.update(self.student, step)
         if self.profiles is not None:
             self.profiles.update(dict(self.student.named_parameters()), step)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Whatever changes in training and is not in the engine: the tensors themselves, filled in place on resume."""
+        """Return what changes in training and is not in the engine: the tensors that a resume fills in place."""
         return self.teacher.state_dict() | (self.profiles.state_dict() if self.profiles is not None else {})
 
     def averages(self) -> dict[nn.Module, tuple[str, ...]]:
-        """Modules to be sharded as the trained one is, and their methods that are called like `forward`."""
+        """Return modules to be sharded as the trained one is, and their methods that are called like `forward`."""
         return {self.teacher.module: ()}
 
     def frozen(self) -> list[nn.Module]:
-        """What `prepare` calls, each by its own `__call__`, for an engine that compiles."""
+        """Return what `prepare` calls, each by its own `__call__`, for an engine that compiles."""
         return []
 
     def replicated(self) -> list[nn.Module]:
-        """Parts of `module` that no engine may shard: their parameters are used beside their own forward pass."""
+        """Return parts of `module` that no engine may shard: parameters used beside their own forward pass."""
         return []
 
 

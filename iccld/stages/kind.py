@@ -51,7 +51,7 @@ class StageSettings(Generic[SectionT]):
 
 
 class StageKind(ABC, Generic[SectionT]):
-    """A stage as the programs know it. All but `name`, `saved_as` and `build` has a usual answer."""
+    """A stage as the programs know it. `name`, `saved_as` and `build` are its own; all else has a usual answer."""
 
     name: str
     """That of its section in the settings, and of its folder in a run directory."""
