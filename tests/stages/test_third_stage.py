@@ -170,13 +170,15 @@ def test_it_goes_on_exactly_where_it_was_stopped(words: list[str], tmp_path: Pat
 def test_it_is_scored_in_training_and_after_it_by_its_own_predictor(words: list[str]):
     run_dir = run_dir_of(words)
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if line["stage"] == "stage3" and "miou" in line] == [1, STEPS - 1]
+    in_training = {line["step"]: line["miou"] for line in lines if line["stage"] == "stage3" and "miou" in line}
+    assert list(in_training) == [1, STEPS - 1]
     path = run_dir / "report/results.json"
     for _ in range(2):
         results = named_results(json.loads(path.read_text()))
         assert list(results) == ["stage1", "stage3"]
         iou = results["stage3"].iou
         assert sum(value > 0 for value in iou) <= 1, "it predicts one class"
+        assert in_training[STEPS - 1] == pytest.approx(results["stage3"].miou)
         assert set(json.loads(path.read_text())["diagnostics"]) == {"stage1", "stage3"}
         path.unlink()
         assert evaluate_run(load_config(words))
