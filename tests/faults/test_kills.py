@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-TOOLS = Path(__file__).parents[2] / "tools"
+TOOLS = Path(__file__).parents[2] / "tools" / "scripts"
 DIRECTED = {"save", "rename", "latest", "retention", "export", "hand_off", "stage2"}
 
 

@@ -22,7 +22,7 @@ from iccld.programs.evaluate.averaging import (
 )
 from iccld.uda.ema_profile import PowerAverages
 from tests.factory import scene_overrides
-from tools import reconstruct_ema
+from tools.scripts import reconstruct_ema
 
 ROOT = Path(__file__).parents[2]
 NUM_STEPS, EVERY, WIDTHS = 64, 8, [0.05, 0.10]
@@ -193,7 +193,7 @@ def test_a_run_without_snapshots_is_named_by_the_script(config: Config, tmp_path
     (tmp_path / "run/stage2").mkdir(parents=True)
     (tmp_path / "run/stage2/final").symlink_to(Path(config.run_dir) / "stage2/final")
     arguments = ["run", "--stage", "stage2", "--width", "0.05", "--output", "new"]
-    command = [sys.executable, str(ROOT / "tools/reconstruct_ema.py"), *arguments]
+    command = [sys.executable, str(ROOT / "tools/scripts/reconstruct_ema.py"), *arguments]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
     assert done.stderr.startswith("reconstruct_ema: run/stage2/ema holds no snapshots; train with ema_profile.widths=")

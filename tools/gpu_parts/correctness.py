@@ -78,7 +78,7 @@ def correctness(folder: Path) -> Iterator[tuple[str, Any]]:
 
 def make_shards(folder: Path) -> Path:
     """Tiny rendered scenes as shards `source` and `target`."""
-    _call("tools/draw_scenes.py", "--output", folder / "data", "--size", "64x128", "--source", 16, "--target", 16,
+    _call("-m", "iccld.demo.draw", "--output", folder / "data", "--size", "64x128", "--source", 16, "--target", 16,
           "--validation", 1)  # fmt: skip
     for dataset, name, options in (
         ("gta5", "source", ()),
