@@ -74,7 +74,7 @@ class Stage(ABC):
             self.profiles = PowerAverages(dict(self.student.named_parameters()), self.ema_profile.widths)
 
     def after_step(self, step: int) -> None:
-        """Called after the optimiser's step `step` (0-based)."""
+        """Called after the optimiser's step; `step` were done before it, as `prepare` was told."""
         self.teacher.update(self.student, step)
         if self.profiles is not None:
             self.profiles.update(dict(self.student.named_parameters()), step)

@@ -53,7 +53,9 @@ def write_run(folder: Path) -> None:
             path.parent.mkdir(parents=True)
             save_file({"weight": torch.arange(3.0)}, path)
         (folder / stage / "checkpoints" / "latest").write_text("step_00000002")
-    entries = [{"stage": stage, "step": step, "loss": 0.5} for stage in ("stage1", "stage2") for step in range(2)]
+    entries = [
+        {"format": 2, "stage": stage, "step": 1 + i, "loss": 0.5} for stage in ("stage1", "stage2") for i in range(2)
+    ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
 
 
@@ -81,7 +83,7 @@ def change_a_bit(path: Path) -> None:
             lambda run: (run / "metrics.jsonl").write_text(
                 (run / "metrics.jsonl").read_text().replace("0.5", "0.6", 1)
             ),
-            "other losses in stage1, step 0",
+            "other losses in stage1, step 1",
         ),
     ],
 )

@@ -146,7 +146,7 @@ def _resume(runs: Path, shards: Path) -> str:
     config = (finished / "config.yaml").read_text().replace(str(finished), str(run_dir))
     (run_dir / "config.yaml").write_text(config)
     before = [
-        line for line in lines(finished / "metrics.jsonl") if line["stage"] == stage and line["step"] < SAVE_EVERY
+        line for line in lines(finished / "metrics.jsonl") if line["stage"] == stage and line["step"] <= SAVE_EVERY
     ]
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in before))
     return end_of(Run(DETERMINISTIC), shards, run_dir, timeout_s=RESUME_S)

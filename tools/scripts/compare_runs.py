@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from iccld.runtime.measure.metrics import entries_of
+
 STAGES = ("stage1", "stage2")
 
 
@@ -37,7 +39,7 @@ def _losses(run_dir: Path) -> dict[str, dict[str, float]]:
         f"{line['stage']}, step {line['step']}": {
             name: value for name, value in line.items() if name.startswith("loss")
         }
-        for line in lines(run_dir / "metrics.jsonl")
+        for line in entries_of((run_dir / "metrics.jsonl").read_text())
     }
 
 

@@ -143,7 +143,7 @@ class Drill:
                 self._put_back(kind)
         found = [f"{run_dir}: {what}" for what in differences(expected, run_dir, num_steps=NUM_STEPS)]
         counts = Counter((line["stage"], line["step"]) for line in lines(run_dir / "metrics.jsonl"))
-        self.samples_lost += BATCH * sum(not counts[s, n] for s in STAGES for n in range(NUM_STEPS))
+        self.samples_lost += BATCH * sum(not counts[s, n] for s in STAGES for n in range(1, NUM_STEPS + 1))
         self.samples_repeated += BATCH * sum(count - 1 for count in counts.values())
         self.differences += found
         if not found:

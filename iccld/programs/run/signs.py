@@ -5,8 +5,6 @@ that of self-training: classes that vanish from the pseudo-labels. What is told 
 run that was interrupted tells the same.
 """
 
-import contextlib
-import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ from iccld.config import Config, StageName
 from iccld.diagnostics import BLUR_STRIDE, YARDSTICK, Diagnosis, Figure
 from iccld.programs.run.event_times import read_events
 from iccld.reading import MIB, read_limited
+from iccld.runtime.measure.metrics import entries_of
 from iccld.runtime.measure.telemetry import write_event
 from iccld.stages import diagnostics
 
@@ -52,7 +51,7 @@ def signs_of_training(entries: Sequence[Mapping[str, Any]], config: Config, stag
     objective = config.stage2.objective
     found: list[Sign] = []
     if stage == StageName.stage2.value and objective.adversarial_weight:
-        found += _of_discriminator(recent, is_ramped=recent[0]["step"] + 1 >= objective.adversarial_ramp_steps)
+        found += _of_discriminator(recent, is_ramped=recent[0]["step"] >= objective.adversarial_ramp_steps)
     share = _mean(recent, diagnostics.DISAGREEMENT)
     found += _of_disagreement(share, "of target images", most=VIEWS_APART)
     return found + _of_classes(recent, config, stage)
@@ -68,14 +67,9 @@ def signs_of_diagnosis(diagnosis: Diagnosis) -> list[Sign]:
 
 
 def read_entries(run_dir: Path) -> list[Mapping[str, Any]]:
-    """The lines of metrics.jsonl, without what a crash has torn."""
+    """Read metrics.jsonl, of any format, as `entries_of` does; none where there is no such file."""
     path = run_dir / "metrics.jsonl"
-    lines = read_limited(path, MAX_METRICS).decode(errors="replace").splitlines() if path.is_file() else []
-    entries = []
-    for line in lines:
-        with contextlib.suppress(ValueError):
-            entries.append(json.loads(line))
-    return [entry for entry in entries if isinstance(entry, dict) and {"stage", "step"} <= entry.keys()]
+    return entries_of(read_limited(path, MAX_METRICS).decode(errors="replace")) if path.is_file() else []
 
 
 def tell(signs: Iterable[Sign], *, run_dir: Path | None, stage: str) -> None:
