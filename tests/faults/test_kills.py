@@ -95,6 +95,9 @@ def test_the_comparison_sees(
     change(tmp_path / "two")
     found = list(compare_runs.differences(tmp_path / "one", tmp_path / "two", num_steps=2))
     assert len(found) == bool(message) and all(what.startswith(message) for what in found)
+    command = [sys.executable, str(TOOLS / "compare_runs.py"), str(tmp_path / "one"), str(tmp_path / "two")]
+    done = subprocess.run([*command, "--num-steps", "2"], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout.splitlines()) == (bool(message), found)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,9 @@
-"""Whether two finished runs are the same to the bit: models, last checkpoints, and the losses of every step."""
+"""Compare two finished runs to the bit: models, last checkpoints, and the losses of every step.
 
+python tools/scripts/compare_runs.py runs/old runs/new --num-steps 20
+"""
+
+import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,3 +50,19 @@ def _losses(run_dir: Path) -> dict[str, dict[str, float]]:
 def lines(path: Path) -> list[dict[str, Any]]:
     """The entries of a file with one JSON object a line."""
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Print in what two finished runs of both stages differ.")
+    parser.add_argument("expected", type=Path)
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--num-steps", type=int, required=True, help="optimiser steps of each stage")
+    arguments = parser.parse_args()
+    found = list(differences(arguments.expected, arguments.run_dir, num_steps=arguments.num_steps))
+    for what in found:
+        print(what)
+    return bool(found)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
