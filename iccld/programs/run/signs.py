@@ -66,7 +66,7 @@ def signs_of_diagnosis(diagnosis: Diagnosis) -> list[Sign]:
     return found
 
 
-def read_entries(run_dir: Path) -> list[Mapping[str, Any]]:
+def read_entries(run_dir: Path) -> list[dict[str, Any]]:
     """Read metrics.jsonl, of any format, as `entries_of` does; none where there is no such file."""
     path = run_dir / "metrics.jsonl"
     return entries_of(read_limited(path, MAX_METRICS).decode(errors="replace")) if path.is_file() else []
