@@ -434,7 +434,7 @@ def test_a_broken_rule_is_found_with_its_line(rule, path, text, line, words):
         ),
         ("iccld/uda/photometric.py", "'''Colour.'''\nimport kornia\nimport torch"),
         ("iccld/runtime/checkpoint/store.py", "'''Files.'''\ntorch.load(p, weights_only=True)"),
-        ("tools/make_shards.py", "from iccld.data import shards\nimport webdataset"),
+        ("tools/scripts/shards.py", "from iccld.data import shards\nimport webdataset"),
         (
             "iccld/runtime/checkpoint/pieces.py",
             "'''Files.'''\npath.open('rb')\nos.fdopen(number, 'rb')\nnp.load(path, 'r')",

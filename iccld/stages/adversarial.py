@@ -256,7 +256,7 @@ class Adversarial(StageKind[AdversarialSection]):
         objective = settings.own.objective
         if not objective.adversarial_weight:
             return []
-        return signs_of_discriminator(recent, is_ramped=recent[0]["step"] + 1 >= objective.adversarial_ramp_steps)
+        return signs_of_discriminator(recent, is_ramped=recent[0]["step"] >= objective.adversarial_ramp_steps)
 
     def class_remedies(self, settings: StageSettings[AdversarialSection]) -> list[str]:
         return remedies_of_lost_classes(self.name, settings.own.objective)

@@ -92,7 +92,7 @@ class Stage(ABC):
             self.profiles = PowerAverages(dict(self.student.named_parameters()), self.ema_profile.widths)
 
     def after_step(self, step: int) -> None:
-        """Update the averages after the optimiser's step `step` (0-based)."""
+        """Update the averages after an optimiser step; `step` counts the steps done before it."""
         self.teacher.update(self.student, step)
         if self.profiles is not None:
             self.profiles.update(dict(self.student.named_parameters()), step)

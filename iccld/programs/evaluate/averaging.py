@@ -96,13 +96,13 @@ def write_snapshot(
     return path
 
 
-def write_due_snapshot(stage: Stage, folder: Path, engine: Engine, *, num_steps: int) -> None:
-    """Every `ema_profile.snapshot_every` steps, the stage's averages. Call on every rank."""
-    plan = stage.ema_profile
-    if stage.profiles is not None and num_steps % plan.snapshot_every == 0:
+def write_due_snapshot(stage: Stage, folder: Path, engine: Engine, *, step: int) -> None:
+    """Write the stage's averages if that is due after `step` steps. Call on every rank."""
+    profile = stage.ema_profile
+    if stage.profiles is not None and step % profile.snapshot_every == 0:
         averages = engine.backend.full(stage.profiles.state_dict())
         if engine.is_main:
-            write_snapshot(folder, averages, step=num_steps, widths=plan.widths)
+            write_snapshot(folder, averages, step=step, widths=profile.widths)
 
 
 def read_snapshots(folder: Path) -> list[Snapshot]:
@@ -134,7 +134,7 @@ def _read_header(path: Path) -> Snapshot:
     return Snapshot(path, step, widths)
 
 
-def plan_reconstruction(snapshots: Sequence[Snapshot], *, width: float, step: int = 0) -> Reconstruction:
+def reconstruction_of(snapshots: Sequence[Snapshot], *, width: float, step: int = 0) -> Reconstruction:
     """The combination that is nearest to an average of `width` after `step` steps; 0: the last snapshot's step.
 
     Raises ValueError where no snapshot was taken at `step`, or the width is not one.
@@ -194,20 +194,20 @@ def write_reconstruction(run_dir: Path, stage: str, output: Path, *, width: floa
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"--output {output} is there already, and is not an empty folder; name a new one.")
     model = ICCLD.from_pretrained(teacher_folder(run_dir, stage))
-    plan = plan_reconstruction(read_snapshots(run_dir / stage / "ema"), width=width, step=step)
-    put_weights(averaged_part(model), plan)
+    reconstruction = reconstruction_of(read_snapshots(run_dir / stage / "ema"), width=width, step=step)
+    put_weights(averaged_part(model), reconstruction)
     card = model.card
     assert card is not None
     origin = {
         **card.origin,
         "weights": f"average of relative width {width}",
         "width": width,
-        "step": plan.wanted.step,
-        "profile_error": plan.profile_error,
+        "step": reconstruction.wanted.step,
+        "profile_error": reconstruction.profile_error,
         "version": __version__,
     }
     model.save_pretrained(output, class_names=card.class_names, palette=card.palette, origin=origin)
-    return plan.profile_error
+    return reconstruction.profile_error
 
 
 def sweep(config: Config, stage: str, *, widths: Sequence[float], step: int = 0) -> list[dict[str, Any]]:
@@ -219,13 +219,15 @@ def sweep(config: Config, stage: str, *, widths: Sequence[float], step: int = 0)
     run_dir = Path(config.run_dir)
     folder = teacher_folder(run_dir, stage)
     snapshots = read_snapshots(run_dir / stage / "ema")
-    plans = [plan_reconstruction(snapshots, width=width, step=step) for width in widths]
+    reconstructions = [reconstruction_of(snapshots, width=width, step=step) for width in widths]
     with Engine(config.engine) as engine:
         model = load_model(folder, config).to(engine.device)
         rows = [_row("teacher", None, scores_by_steps(model, config, engine))]
-        for plan in plans:
-            put_weights(averaged_part(model), plan)
-            rows.append(_row(label(plan.wanted.width), plan, scores_by_steps(model, config, engine)))
+        for reconstruction in reconstructions:
+            put_weights(averaged_part(model), reconstruction)
+            rows.append(
+                _row(label(reconstruction.wanted.width), reconstruction, scores_by_steps(model, config, engine))
+            )
     return rows
 
 
@@ -235,11 +237,11 @@ def scores_by_steps(model: ICCLD, config: Config, engine: Engine) -> dict[int, E
     return {num_steps: evaluate_predictor(predict, config, engine) for num_steps, predict in predictors.items()}
 
 
-def _row(name: str, plan: Reconstruction | None, scores: dict[int, EvaluationResult]) -> dict[str, Any]:
+def _row(name: str, reconstruction: Reconstruction | None, scores: dict[int, EvaluationResult]) -> dict[str, Any]:
     return {
         "weights": name,
-        "width": plan.wanted.width if plan else None,
-        "step": plan.wanted.step if plan else None,
-        "profile_error": plan.profile_error if plan else None,
+        "width": reconstruction.wanted.width if reconstruction else None,
+        "step": reconstruction.wanted.step if reconstruction else None,
+        "profile_error": reconstruction.profile_error if reconstruction else None,
         "scores": scores,
     }

@@ -5,8 +5,6 @@ that of self-training: classes that vanish from the pseudo-labels. What is told 
 run that was interrupted tells the same.
 """
 
-import contextlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from iccld.config import Config, stage_settings
 from iccld.diagnostics import BLUR_STRIDE, YARDSTICK, Diagnosis, Figure
 from iccld.programs.run.event_times import read_events
 from iccld.reading import MIB, read_limited
+from iccld.runtime.measure.metrics import entries_of
 from iccld.runtime.measure.telemetry import write_event
 from iccld.stages import diagnostics
 from iccld.stages.signs import Sign, mean_of
@@ -52,15 +51,10 @@ def signs_of_diagnosis(diagnosis: Diagnosis) -> list[Sign]:
     return found
 
 
-def read_entries(run_dir: Path) -> list[Mapping[str, Any]]:
-    """The lines of metrics.jsonl, without what a crash has torn."""
+def read_entries(run_dir: Path) -> list[dict[str, Any]]:
+    """Read metrics.jsonl, of any format, as `entries_of` does; none where there is no such file."""
     path = run_dir / "metrics.jsonl"
-    lines = read_limited(path, MAX_METRICS).decode(errors="replace").splitlines() if path.is_file() else []
-    entries = []
-    for line in lines:
-        with contextlib.suppress(ValueError):
-            entries.append(json.loads(line))
-    return [entry for entry in entries if isinstance(entry, dict) and {"stage", "step"} <= entry.keys()]
+    return entries_of(read_limited(path, MAX_METRICS).decode(errors="replace")) if path.is_file() else []
 
 
 def tell(signs: Iterable[Sign], *, run_dir: Path | None, stage: str) -> None:

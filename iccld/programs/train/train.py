@@ -130,7 +130,7 @@ def _run_stage(name: str, config: Config, engine: Engine, preemption: Preemption
             config=plan,
             about=_about(stage, config, stream),
             evaluate=lambda: _validate(stage, config, engine, asks(preemption, watchdog)),
-            after_step=lambda step: write_due_snapshot(stage, folder / "ema", engine, num_steps=step + 1),
+            after_step=lambda step: write_due_snapshot(stage, folder / "ema", engine, step=step),
         ).run()
     if finished:
         stage = whole_stage(stage, config, engine)

@@ -1,7 +1,7 @@
 """Give a finished stage's model another average of its weights (relative width 0.05: the last 5 % or so of training).
 
-python tools/reconstruct_ema.py runs/a --stage stage2 --width 0.03 --output runs/a/ema_0.03
-python tools/reconstruct_ema.py runs/a --stage stage2 --sweep 0.02,0.05,0.10,0.15 --json sweep.json
+python tools/scripts/reconstruct_ema.py runs/a --stage stage2 --width 0.03 --output runs/a/ema_0.03
+python tools/scripts/reconstruct_ema.py runs/a --stage stage2 --sweep 0.02,0.05,0.10,0.15 --json sweep.json
 
 The run must have kept averages: ema_profile.widths=[0.05,0.10] and ema_profile.snapshot_every of its stage. The
 sweep takes settings of the evaluation, as inference.num_steps=[4].
