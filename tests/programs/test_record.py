@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from iccld.programs.run.metric_lines import curve, number, read_entries, steps_done
+from iccld.programs.run.metric_lines import curve, number, read_entries
 from iccld.programs.run.record import BEAT_S, differing, read_record, read_records, shown
 from tests.programs.recorded_runs import make_run
 
@@ -77,15 +77,17 @@ def test_numbers_of_strangers(tmp_path: Path):
     assert [number(value) for value in (1, 2.5, True, "3", None, float("nan"), float("inf"), 10**400, [])] == [
         1.0, 2.5, None, None, None, None, None, None, None,
     ]  # fmt: skip
-    assert [steps_done({"step": step}) for step in (0, 9, -1, True, "3", 1e3, 1 << 60)] == [1, 10] + [None] * 5
     entries = [
         {"stage": "s", "step": 4, "loss": 1.0},
         {"stage": ["s"], "step": 5, "loss": 2.0},
         {"stage": "s", "step": 4},
     ]
-    assert curve(entries, "loss", stage="s") == [(5, 1.0)]
+    assert curve(entries, "loss", stage="s") == [(4, 1.0)]
     (tmp_path / "metrics.jsonl").write_text("[" * 100_000 + '\n{"stage": "s", "step": 0}\n')
-    assert len(read_entries(tmp_path)) == 1
+    assert [entry["step"] for entry in read_entries(tmp_path)] == [1], "a line without a format counts from 0"
+    lines = [json.dumps({"format": 2, "stage": "s", "step": step}) for step in (9, -1, True, "3", 1e3, 1 << 60)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    assert [entry["step"] for entry in read_entries(tmp_path)] == [9]
 
 
 def test_secrets_that_were_left_behind_are_hidden(tmp_path: Path):

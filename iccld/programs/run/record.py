@@ -37,7 +37,7 @@ class Record:
     run_dir: Path
     name: str
     settings: Mapping[str, Any] = field(default_factory=dict)
-    entries: list[Mapping[str, Any]] = field(default_factory=list)
+    entries: list[dict[str, Any]] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     results: SavedResults = NOTHING
     notes: list[str] = field(default_factory=list)
