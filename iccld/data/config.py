@@ -1,4 +1,4 @@
-"""The data section of an experiment's configuration, and how a global batch is divided among ranks."""
+"""The data section of an experiment's configuration."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -176,31 +176,3 @@ def _check_crop_size(crop_size: list[int]) -> None:
         f"data.crop_size={list(crop_size)} must be [height, width], multiples of {STRIDE} (latent stride); "
         f"use {near if len(near) == 2 else [512, 512]}."
     )
-
-
-@dataclass(frozen=True)
-class BatchLayout:
-    """How the global batch of a step is divided; what each sample number means does not depend on it."""
-
-    global_batch_size: int
-    micro_batch_size: int
-    num_accumulation: int = 1
-    rank: int = 0
-    world_size: int = 1
-
-    def __post_init__(self) -> None:
-        parts = self.micro_batch_size * self.num_accumulation * self.world_size
-        if self.global_batch_size < 1 or self.global_batch_size != parts:
-            raise ValueError(
-                f"global_batch_size={self.global_batch_size} must be micro_batch_size={self.micro_batch_size} x "
-                f"num_accumulation={self.num_accumulation} x world_size={self.world_size} = {parts}; change the "
-                f"micro-batch or the accumulation, and leave the global batch, which belongs to the experiment."
-            )
-        if not 0 <= self.rank < self.world_size:
-            raise ValueError(f"rank={self.rank} must be in 0-{self.world_size - 1}; world_size is {self.world_size}.")
-
-    def numbers(self, step: int, accumulation: int) -> range:
-        """The sample numbers, of each stream, of one micro-batch of this rank."""
-        start = step * self.global_batch_size
-        start += (accumulation * self.world_size + self.rank) * self.micro_batch_size
-        return range(start, start + self.micro_batch_size)

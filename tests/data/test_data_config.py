@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from iccld.data.config import BatchLayout, ClassSetConfig, DataConfig, DatasetConfig
+from iccld.data.config import ClassSetConfig, DataConfig, DatasetConfig
 from iccld.data.stream.stream import TrainingStream, read_validation
 from tests.data.factory import config, layout
 
@@ -56,13 +56,6 @@ def test_what_cannot_work_is_said_before_training(folders: dict[str, str], tmp_p
     )
     with pytest.raises(ValueError, match=too_large):
         start(config(folders, crop_size=[32, 24]))
-
-
-def test_the_layout_is_checked() -> None:
-    with pytest.raises(ValueError, match=r"global_batch_size=8 must be micro_batch_size=3 x .* = 6; change the micro"):
-        BatchLayout(8, 3, 1, 0, 2)
-    with pytest.raises(ValueError, match="rank=2 must be in 0-1"):
-        BatchLayout(8, 4, 1, 2, 2)
 
 
 def test_the_configuration_is_a_structured_config() -> None:

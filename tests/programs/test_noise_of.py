@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from iccld.batch_layout import BatchLayout
 from iccld.config import StageName, load_config
-from iccld.data.config import BatchLayout
 from iccld.programs.run.building import build_stream, fresh_stage, noise_of
 from tests.factory import scene_overrides
 

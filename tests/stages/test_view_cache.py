@@ -13,8 +13,8 @@ from torch import Tensor
 from iccld.models.latent import LatentKind
 from iccld.runtime.engine.compilation import Compile
 from iccld.runtime.engine.engine import Engine, EngineConfig
-from iccld.runtime.engine.prefetch import map_tensors
 from iccld.runtime.measure.flops import on_meta
+from iccld.runtime.tensors import map_tensors
 from iccld.stages.adversarial import AdversarialStage
 from iccld.stages.view_cache import _MAX_PENDING, HIT, ViewCache, ViewCacheConfig
 from iccld.stages.views import CORRUPTION_NOISE

@@ -101,7 +101,7 @@ def write_due_snapshot(stage: Stage, folder: Path, engine: Engine, *, num_steps:
     plan = stage.ema_profile
     if stage.profiles is not None and num_steps % plan.snapshot_every == 0:
         averages = engine.backend.full(stage.profiles.state_dict())
-        if engine.is_main:
+        if engine.ranks.is_main:
             write_snapshot(folder, averages, step=num_steps, widths=plan.widths)
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from iccld.batch_layout import BatchLayout
 from iccld.config import Config, StageName
-from iccld.data.config import BatchLayout
 from iccld.data.stream.stream import TrainingStream
 from iccld.models.blocks import LATENT_STRIDE
 from iccld.models.iccld import ICCLD
@@ -26,17 +26,6 @@ from iccld.stages.adversarial import AdversarialStage, new_discriminator, noise_
 from iccld.stages.base import Stage
 from iccld.stages.segmentation import SegmentationStage
 from iccld.stages.views import CORRUPTION_NOISE
-from iccld.trainer import TrainerConfig
-
-
-def layout_of(plan: TrainerConfig, engine: Engine) -> BatchLayout:
-    return BatchLayout(
-        global_batch_size=plan.global_batch_size,
-        micro_batch_size=plan.chosen_micro_batch_size,
-        num_accumulation=plan.num_accumulation(engine.world_size),
-        rank=engine.rank,
-        world_size=engine.world_size,
-    )
 
 
 def build_stream(name: StageName, config: Config, layout: BatchLayout) -> TrainingStream:
@@ -108,7 +97,7 @@ def whole_stage(stage: Stage, config: Config, engine: Engine) -> Stage:
 
 def first_batches(name: StageName, config: Config) -> Iterator[Mapping[str, Any]]:
     """The stream's first samples, in batches that do not depend on the run's layout."""
-    layout = BatchLayout(global_batch_size=4, micro_batch_size=4, num_accumulation=1, rank=0, world_size=1)
+    layout = BatchLayout(global_batch_size=4, micro_batch_size=4)
     return islice(build_stream(name, config, layout).batches(0), -(-config.statistics_samples // 4))
 
 
@@ -128,7 +117,8 @@ def trials_of(name: StageName, config: Config, engine: Engine, watchdog: Watchdo
     without_workers = replace(config, data=replace(config.data, num_workers=0))
 
     def first_samples(size: int) -> Mapping[str, Any]:
-        layout = BatchLayout(size * engine.world_size, size, rank=engine.rank, world_size=engine.world_size)
+        ranks = engine.ranks
+        layout = BatchLayout(size * ranks.world_size, size, world_size=ranks.world_size, rank=ranks.rank)
         with closing(build_stream(name, without_workers, layout).batches(0)) as batches:
             return next(batches)
 

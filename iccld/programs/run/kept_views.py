@@ -50,7 +50,7 @@ def keep_views(stage: Stage, config: Config, engine: Engine, stream: TrainingStr
     if not isinstance(stage, AdversarialStage) or not num_samples:
         yield
         return
-    report = say if engine.is_main else lambda text: None
+    report = say if engine.ranks.is_main else lambda text: None
     identity = identity_of_views(config, engine, stream)
     stage.view_cache = ViewCache(num_samples, open_view_files(config), identity=identity, report=report)
     yield

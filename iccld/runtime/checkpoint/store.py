@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ from iccld.runtime.checkpoint.manifest import (
 )
 from iccld.runtime.checkpoint.pieces import Run, join_tables, write_runs
 from iccld.runtime.faults.ending import await_at_the_end
+from iccld.runtime.ranks import Ranks
 
 ALIGNMENT = 64  # bytes
 PIECE_BYTES = 1 << 28
@@ -45,20 +46,6 @@ FILE = re.compile(r"rank_\d{5}\.safetensors|\.?manifest\.json(\..*tmp)?")
 
 class UnsavedError(CheckpointError, Interrupted):
     """A checkpoint that could not be written; the one before it is whole."""
-
-
-class Ranks(Protocol):
-    """What a checkpoint needs of the engine."""
-
-    @property
-    def rank(self) -> int: ...
-
-    @property
-    def world_size(self) -> int: ...
-
-    def gather_objects(self, value: Any) -> list[Any]: ...
-
-    def gather_saved(self, value: Any) -> list[Any]: ...
 
 
 @dataclass
@@ -145,7 +132,7 @@ class CheckpointStore:
         failure = (
             f"checkpoint {final} was not written; the one before it is whole. Make room, and run the command again"
         )
-        together, is_main = partial(_together, self.ranks.gather_saved, kind=UnsavedError), self.ranks.rank == 0
+        together, is_main = partial(_together, self.ranks.gather_saved, kind=UnsavedError), self.ranks.is_main
         file = f"rank_{self.ranks.rank:05d}.safetensors"
         scratch = together(lambda: self._new_scratch(final) if is_main else None, failure)[0]
         written = together(lambda: {file: write_runs(scratch / file, runs)}, failure)
@@ -213,8 +200,8 @@ class CheckpointStore:
         Broken and unreadable ones are reported by name and passed over; where no other is left, that is an error.
         """
         failure = f"no checkpoint in {self.folder} can be used"
-        find = self._find_newest if self.ranks.rank == 0 else lambda: None
-        return _together(self.ranks.gather_objects, find, failure)[0]
+        find = self._find_newest if self.ranks.is_main else lambda: None
+        return _together(self.ranks.gather, find, failure)[0]
 
     def _point_at(self, newest: Path) -> None:
         """Let `latest` name it, as it does not after a kill that came between the two, or after damage."""

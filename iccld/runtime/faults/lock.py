@@ -11,7 +11,6 @@ import contextlib
 import errno
 import fcntl
 import os
-import socket
 import sys
 import threading
 import time
@@ -19,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from iccld.durable import make_folder, open_lock
+from iccld.node import boot_id, host_name
 from iccld.reading import read_limited
 
 BEAT_S = 2.0
@@ -74,7 +74,7 @@ def _holder(path: Path, descriptor: int) -> str:
             raise
         flock_decides = False  # a file system mounted without locks
     record = _read(path)
-    if record in ("", _RELEASED) or (flock_decides and _machine() in record):
+    if record in ("", _RELEASED) or (flock_decides and _boot() in record):
         return ""
     print(f"{path} names {_name(record)}; waiting up to {LEASE_S:.0f} s for a sign of life", flush=True)
     limit = time.monotonic() + LEASE_S
@@ -116,9 +116,13 @@ def _beat(path: Path, descriptor: int, claim: str, stop: threading.Event) -> Non
 
 
 def _machine() -> str:
+    """The node's name, for people, and what tells machines apart."""
+    return f"on {host_name()}\n{_boot()}"
+
+
+def _boot() -> str:
     """Names this machine as it runs now: neither copies of one image nor a reboot make two machines one."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    return f"on {socket.gethostname()}\nboot {boot.read_text().strip() if boot.exists() else 'unknown'}"
+    return f"boot {boot_id() or f'unknown of {host_name()}'}"
 
 
 def _name(record: str) -> str:

@@ -16,7 +16,6 @@ Exit statuses of `iccld train`:
 Stopped is told from finished by `exit_status`, or by the last line of `events.jsonl`, which then is `preempted`.
 """
 
-import contextlib
 import os
 import select
 import signal
@@ -26,7 +25,8 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Self
 
-from iccld.outcome import AGAIN, REFUSED
+from iccld.node import host_name
+from iccld.outcome import AGAIN, REFUSED, say
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 STOPPED_BY_WATCHDOG = AGAIN
@@ -127,17 +127,6 @@ def _force(why: str) -> None:
     who = f"rank {os.environ.get('RANK', '0')} on {host_name()}"
     say(f"{who} ends at once: {why}; what was saved stays whole, and the same command goes on from there")
     os._exit(FORCED)
-
-
-def host_name() -> str:
-    """The node's name as the scheduler knows it, else the machine's."""
-    return os.environ.get("SLURMD_NODENAME") or os.uname().nodename
-
-
-def say(line: str) -> None:
-    """A line on stderr, also while another thread, or nobody, holds Python's stream, and if nobody reads it."""
-    with contextlib.suppress(OSError):  # the scheduler's daemon at the other end may be gone
-        os.write(2, f"{line}\n".encode())
 
 
 _installed: Preemption | None = None

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from iccld.durable import make_folder, replacing_by_name, write_whole
-from iccld.runtime.engine.backend import Backend, local_tensor
 from iccld.runtime.measure import host_memory
+from iccld.runtime.tensors import bytes_of, local_tensor
 
 # What PyTorch and the libraries under it say in a RuntimeError: CUDA, cuBLAS, cuDNN, the CPU's allocator, C++, oneDNN.
 FAILURE = re.compile(
@@ -98,24 +98,6 @@ def record_history(device: torch.device, config: MemoryConfig) -> None:
 
 Parts = Mapping[str, Mapping[str, Tensor]]
 """Tensors by name, by the part of the training that they are."""
-
-
-def training_parts(backend: Backend) -> dict[str, dict[str, Tensor]]:
-    """What this rank holds of weights, gradients and optimiser (moments; under ZeRO also its fp32 copy)."""
-    weights = dict(backend.raw.state_dict(keep_vars=True))
-    names = {id(tensor): name for name, tensor in weights.items()}
-    optimiser: dict[str, Tensor] = {}
-    for number, (p, state) in enumerate(backend.optimizer.state.items()):
-        name = names.get(id(p), f"group {number}")
-        copy = {} if id(p) in names else {"copy": p}
-        optimiser |= {f"{kind}/{name}": t for kind, t in {**state, **copy}.items() if isinstance(t, Tensor)}
-    gradients = {name: p.grad for name, p in weights.items() if p.grad is not None}
-    return {"weights": weights, "gradients": gradients, "optimiser moments": optimiser}
-
-
-def bytes_of(tensor: Tensor) -> int:
-    held = local_tensor(tensor)
-    return held.numel() * held.element_size()
 
 
 @dataclass(frozen=True)
