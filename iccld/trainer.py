@@ -11,6 +11,7 @@ from torch import Tensor
 
 from iccld.batch_layout import AUTO, BatchLayout
 from iccld.outcome import AGAIN, Interrupted, plain, say, status_of, words
+from iccld.ranges import at_least, between, check_ranges, off_or_above
 from iccld.runtime.checkpoint.manifest import Checkpoint, CheckpointError
 from iccld.runtime.checkpoint.store import CheckpointConfig, CheckpointStore
 from iccld.runtime.engine.engine import Engine
@@ -32,11 +33,8 @@ class ScheduleConfig:
     final_ratio: float = 0.0  # the share of it that is left after the last step
 
     def __post_init__(self) -> None:
-        if self.warmup_steps < 0:
-            raise ValueError(f"trainer.schedule.warmup_steps={self.warmup_steps} must be 0 (off) or above.")
-        for name in ("warmup_ratio", "final_ratio"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"trainer.schedule.{name}={getattr(self, name)} must be between 0 and 1.")
+        ratios = dict.fromkeys(("warmup_ratio", "final_ratio"), between(0, 1))
+        check_ranges(self, "trainer.schedule", warmup_steps=off_or_above(), **ratios)
 
 
 def learning_rate_factor(step: int, *, num_steps: int, config: ScheduleConfig) -> float:
@@ -64,11 +62,8 @@ class TrainerConfig:
         size = self.micro_batch_size
         if size != AUTO and not (isinstance(size, int) and size >= 1):
             raise ValueError(f"trainer.micro_batch_size={size} must be a number of samples, at least 1, or auto.")
-        for name in ("num_steps", "global_batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"trainer.{name}={getattr(self, name)} must be at least 1.")
-        if self.gradient_clip < 0:
-            raise ValueError(f"trainer.gradient_clip={self.gradient_clip} must be 0 (off) or above.")
+        counts = dict.fromkeys(("num_steps", "global_batch_size"), at_least(1))
+        check_ranges(self, "trainer", **counts, gradient_clip=off_or_above())
 
     def layout(self, *, world_size: int = 1, rank: int = 0) -> BatchLayout:
         """The batch's division among ranks, in micro-batches of 1 while their size is left to be chosen.

@@ -9,6 +9,7 @@ from typing import Any
 from iccld.data.storage.base import StorageConfig, is_remote
 from iccld.data.storage.cache import CacheConfig
 from iccld.labels import CITYSCAPES_19, ClassSet, merged_class_set
+from iccld.ranges import Range, at_least, between, check_ranges, share
 from iccld.redact import without_secrets
 
 STRIDE = 8
@@ -97,13 +98,16 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _check_crop_size(self.crop_size)
-        _check("num_workers", self.num_workers, self.num_workers >= 0, "at least 0; 2 is usual")
-        temperature = self.rare_class_temperature
-        _check("rare_class_temperature", temperature, 1e-6 <= temperature < math.inf, "at least 1e-6; 0.01 is usual")
-        _check("rare_class_min_pixels", self.rare_class_min_pixels, self.rare_class_min_pixels >= 0, "at least 0")
-        _check("max_class_share", self.max_class_share, 0 < self.max_class_share <= 1, "in (0, 1]; 1 turns it off")
-        _check("max_bad_share", self.max_bad_share, 0 <= self.max_bad_share < 1, "in [0, 1); 0.001 is usual")
-        _check("flip", self.flip, 0 <= self.flip <= 1, "a probability; 0.5 is usual")
+        check_ranges(
+            self,
+            "data",
+            num_workers=at_least(0, "2 is usual"),
+            rare_class_temperature=at_least(1e-6, "0.01 is usual"),
+            rare_class_min_pixels=at_least(0),
+            max_class_share=share("1 turns it off"),
+            max_bad_share=Range(lambda value: 0 <= value < 1, "at least 0 and below 1; 0.001 is usual"),
+            flip=between(0, 1, "0.5 is usual"),
+        )
         margins = (self.target_margin_top, self.target_margin_bottom)
         if not (min(margins) >= 0 and sum(margins) < 1):  # nan is neither
             raise ValueError(
@@ -161,11 +165,6 @@ def locations(config: DataConfig, roles: Sequence[str], *, with_keys: bool = Fal
             found |= {f"data.{role}{name}.shards": part.shards} if part.shards else {}
             found |= {f"data.{role}{name}.keys": part.keys} if part.keys and with_keys else {}
     return found
-
-
-def _check(name: str, value: float, holds: bool, rule: str) -> None:
-    if not holds:
-        raise ValueError(f"data.{name}={value} must be {rule}.")
 
 
 def _check_crop_size(crop_size: list[int]) -> None:

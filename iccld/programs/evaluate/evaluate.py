@@ -18,6 +18,7 @@ from torch import Tensor
 from iccld import rng
 from iccld.config import Config, StageName, read_config
 from iccld.data.config import locations, of_saved_run, refuse_unasked
+from iccld.data.stream.sets import sets_kept_open
 from iccld.data.stream.stream import read_validation
 from iccld.durable import make_folder, refuse_links, write_whole
 from iccld.evaluation import EvaluationResult, Predict, evaluate, results_table
@@ -129,7 +130,7 @@ def evaluate_run(config: Config, preemption: Preemption | None = None, *, model_
     # The run may be training meanwhile, with heartbeats of its own.
     beats = Path(config.run_dir) / "heartbeats" / "evaluate"
     refuse_links(Path(config.run_dir) / "report", within=Path(config.run_dir))
-    with Engine(config.engine) as engine, watch(config, engine.ranks, beats_in=beats) as watchdog:
+    with Engine(config.engine) as engine, watch(config, engine.ranks, beats_in=beats) as watchdog, sets_kept_open():
         watchdog.begin("evaluation")
         watchdog.phase("evaluate")
         if engine.ranks.is_main:

@@ -21,6 +21,7 @@ import torch
 from iccld import __version__
 from iccld.batch_layout import BatchLayout
 from iccld.config import Config, StageName, load_config
+from iccld.data.stream.sets import sets_kept_open
 from iccld.durable import make_folder, replacing
 from iccld.programs.profile.figures import flops_of, launch_of, of_this_rank, rates_of, sizes_of
 from iccld.programs.profile.report import write_report
@@ -71,7 +72,7 @@ def run(arguments: Namespace) -> int:
     make_folder(output, within=arguments.output or Path(config.run_dir))
     own = replace(config, run_dir=str(output))  # whatever is written down is no part of the run
     check_open_files(num_workers=config.data.num_workers, world_size=int(os.environ.get("WORLD_SIZE") or 1))
-    with Engine(config.engine) as engine, watch(own, engine.ranks) as watchdog:
+    with Engine(config.engine) as engine, watch(own, engine.ranks) as watchdog, sets_kept_open():
         if not options.synthetic:
             check_settings(config, engine)
         for name in config.stages:

@@ -17,6 +17,7 @@ from typing import Any
 from iccld import __version__
 from iccld.batch_layout import BatchLayout
 from iccld.config import Config, StageName, to_dict
+from iccld.data.stream.sets import sets_kept_open
 from iccld.data.stream.stream import TrainingStream
 from iccld.data.stream.workers import prepare_workers
 from iccld.diagnostics import Diagnosis
@@ -72,7 +73,7 @@ def train(config: Config, preemption: Preemption | None = None, *, began: float 
     with Engine(config.engine) as engine, locked(run_dir) if engine.ranks.is_main else nullcontext("") as holder:
         ranks = engine.ranks
         check_alone(run_dir, holder, ranks)
-        with watch(config, ranks) as watchdog:
+        with watch(config, ranks) as watchdog, sets_kept_open():
             together(lambda: check_settings(config, engine), ranks)
             check_run_dir(run_dir, config, ranks)
             if ranks.is_main:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from iccld.durable import is_real_folder, make_folder, remove_tree, scratch_folder, sync, write_whole
 from iccld.outcome import Interrupted
+from iccld.ranges import at_least, check_ranges
 from iccld.reading import read_limited
 from iccld.runtime.checkpoint.manifest import (
     Checkpoint,
@@ -57,10 +58,8 @@ class CheckpointConfig:
     asynchronous: bool = True  # training goes on while files are written
 
     def __post_init__(self) -> None:
-        if self.save_every < 1:
-            raise ValueError(f"trainer.checkpoint.save_every={self.save_every} must be at least 1 step.")
-        if self.keep < 2:
-            raise ValueError(f"trainer.checkpoint.keep={self.keep} must be at least 2, so that one may be damaged.")
+        keep = at_least(2, "one may be damaged")
+        check_ranges(self, "trainer.checkpoint", save_every=at_least(1), keep=keep)
 
 
 class CheckpointStore:

@@ -74,7 +74,7 @@ def _holder(path: Path, descriptor: int) -> str:
             raise
         flock_decides = False  # a file system mounted without locks
     record = _read(path)
-    if record in ("", _RELEASED) or (flock_decides and _boot() in record):
+    if record in ("", _RELEASED) or (flock_decides and _machine() in record):
         return ""
     print(f"{path} names {_name(record)}; waiting up to {LEASE_S:.0f} s for a sign of life", flush=True)
     limit = time.monotonic() + LEASE_S
@@ -116,13 +116,8 @@ def _beat(path: Path, descriptor: int, claim: str, stop: threading.Event) -> Non
 
 
 def _machine() -> str:
-    """The node's name, for people, and what tells machines apart."""
-    return f"on {host_name()}\n{_boot()}"
-
-
-def _boot() -> str:
     """Names this machine as it runs now: neither copies of one image nor a reboot make two machines one."""
-    return f"boot {boot_id() or f'unknown of {host_name()}'}"
+    return f"on {host_name()}\nboot {boot_id() or 'unknown'}"
 
 
 def _name(record: str) -> str:

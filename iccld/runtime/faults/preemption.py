@@ -27,6 +27,7 @@ from typing import Any, Self
 
 from iccld.node import host_name
 from iccld.outcome import AGAIN, REFUSED, say
+from iccld.ranges import between, check_ranges
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 STOPPED_BY_WATCHDOG = AGAIN
@@ -44,8 +45,7 @@ class PreemptionConfig:
     exit_status: int = 0  # the status of a run that was asked to stop and has saved
 
     def __post_init__(self) -> None:
-        if not 0 <= self.debounce_s <= 60:
-            raise ValueError(f"preemption.debounce_s={self.debounce_s} must be 0 to 60 seconds; 3 is usual.")
+        check_ranges(self, "preemption", debounce_s=between(0, 60, "3 seconds is usual"))
         if self.grace_s and not self.grace_s > self.debounce_s:
             raise ValueError(
                 f"preemption.grace_s={self.grace_s} must be above debounce_s={self.debounce_s}, or 0 for no limit; "

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from iccld.durable import make_folder, replacing_by_name, write_whole
+from iccld.ranges import check_ranges, share
 from iccld.runtime.measure import host_memory
 from iccld.runtime.tensors import bytes_of, local_tensor
 
@@ -36,8 +37,7 @@ class MemoryConfig:
     """On CUDA, an out-of-memory report holds the stack of every allocation; costs microseconds for each."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.share <= 1:
-            raise ValueError(f"memory.share={self.share} must be above 0 and at most 1; 0.9 is usual.")
+        check_ranges(self, "memory", share=share("0.9 is usual"))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor
 from iccld.batch_layout import BatchLayout
 from iccld.durable import refuse_unless_plain, write_whole
 from iccld.node import host_name
+from iccld.ranges import at_least, check_ranges
 from iccld.redact import redacted
 from iccld.runtime.measure.memory import peak_memory
 from iccld.runtime.measure.profiling import Seconds, summed
@@ -33,10 +34,8 @@ class MetricsConfig:
     wandb_project: str = "iccld"  # wandb's project
 
     def __post_init__(self) -> None:
-        if self.log_every < 1:
-            raise ValueError(f"metrics.log_every={self.log_every} must be at least 1 step.")
-        if self.peak_tflops < 0:
-            raise ValueError(f"metrics.peak_tflops={self.peak_tflops} must be 0 (by the device's name) or above.")
+        peak_tflops = at_least(0, "0 takes it from the device's name")
+        check_ranges(self, "metrics", log_every=at_least(1), peak_tflops=peak_tflops)
 
 
 LOST = 0.02
