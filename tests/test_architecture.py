@@ -352,7 +352,8 @@ def circles(sources: list[Source]) -> list[set[str]]:
     """Sets of modules that import each other, also in functions and for type checking alone."""
     names = {".".join(source.parts).removesuffix(".__init__"): source for source in sources}
     edges = {
-        name: {other if other in names else other.rpartition(".")[0] for _, other in of.imports()} & names.keys() - {name}
+        name: {other if other in names else other.rpartition(".")[0] for _, other in of.imports()}
+        & names.keys() - {name}
         for name, of in names.items()
     }
     reached = {name: _reached_from(name, edges) for name in names}

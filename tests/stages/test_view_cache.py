@@ -254,9 +254,9 @@ def test_on_a_gpu_nothing_waits_and_the_bits_are_the_same() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_samples": -1}, r"num_samples=-1 must be 0 \(no cache\) or above"),
+        ({"num_samples": -1}, r"num_samples=-1 must be 0 \(off\) or above"),
         ({"num_samples": 8}, "num_samples=8 needs stage2.cache.folder"),
-        ({"max_gib": 0.0}, "max_gib=0.0 must be positive"),
+        ({"max_gib": 0.0}, "max_gib=0.0 must be above 0"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:
