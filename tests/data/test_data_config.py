@@ -16,10 +16,10 @@ from tests.data.factory import config, layout
         ({"crop_size": [8]}, r"data.crop_size=\[8\] must be \[height, width\]"),
         ({"crop_size": [0, 8]}, r"use \[8, 8\]"),
         ({"num_workers": -1}, "data.num_workers=-1 must be at least 0"),
-        ({"rare_class_temperature": 0.0}, "data.rare_class_temperature=0.0 must be at least 1e-6"),
+        ({"rare_class_temperature": 0.0}, "data.rare_class_temperature=0.0 must be at least 1e-06"),
         ({"rare_class_min_pixels": -1}, "data.rare_class_min_pixels=-1 must be at least 0"),
-        ({"max_class_share": 0.0}, r"data.max_class_share=0.0 must be in \(0, 1\]"),
-        ({"flip": 1.5}, "data.flip=1.5 must be a probability"),
+        ({"max_class_share": 0.0}, r"data.max_class_share=0.0 must be above 0 and at most 1"),
+        ({"flip": 1.5}, "data.flip=1.5 must be between 0 and 1"),
         (
             {"target_margin_top": 0.5, "target_margin_bottom": 0.5},
             "data.target_margin_top=0.5 and .* must be fractions",
