@@ -22,6 +22,7 @@ from iccld.data.config import DataConfig
 from iccld.evaluation import EvaluationConfig
 from iccld.group_files import check_group_file, own_files, place_of, remedy_of
 from iccld.models.iccld import ModelConfig
+from iccld.ranges import at_least, check_ranges
 from iccld.redact import redacted
 from iccld.runtime.engine.engine import EngineConfig
 from iccld.runtime.faults.limits import WatchdogConfig
@@ -96,8 +97,7 @@ class Config:
                 f"stage1_from={self.stage1_from} takes stage 1 from another run, which stages must not train; "
                 f"use stages=[stage2]."
             )
-        if self.statistics_samples < 1:
-            raise ValueError(f"statistics_samples={self.statistics_samples} must be at least 1; 256 is usual.")
+        check_ranges(self, "", statistics_samples=at_least(1, "256 is usual"))
 
 
 # What may change between two attempts at one run: it divides, speeds up or describes the work, and does not change it.
@@ -147,11 +147,42 @@ def load_config(overrides: Sequence[str], *, config_dir: str = "") -> Config:
             composed: Any = compose("config", overrides=words)  # type: ignore[arg-type]
         for key in settings.unknown_keys(composed, Config):  # Hydra adds what `+key` names, known or not
             raise ValueError(f"{key}: there is no such setting; `iccld config` shows all settings.")
-        return OmegaConf.to_object(composed)  # type: ignore[return-value]
+        return _built(composed)
     except (HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError, RecursionError) as error:
         text = _one_line(error)
         where = place_of(text, folder, files) if config_dir else ""
         raise ValueError(f"{where}{text}{remedy_of(text, where)} (`iccld config` shows all settings)") from error
+
+
+def _built(settings: Any) -> Config:
+    """The settings as dataclasses. Raises ValueError with the whole path of a setting that a section refuses."""
+    try:
+        return OmegaConf.to_object(settings)  # type: ignore[return-value]
+    except OmegaConfBaseException:
+        raise
+    except ValueError as error:
+        raise ValueError(_with_path(str(error), *_refusing(settings))) from error
+
+
+def _refusing(node: Any, path: str = "") -> tuple[str, Any]:
+    """The path of the innermost section that refuses its settings, and the section."""
+    sections = {key: node[key] for key in node if OmegaConf.is_dict(node._get_node(key)) and node[key] is not None}
+    for key, section in sections.items():
+        try:
+            OmegaConf.to_object(section)
+        except ValueError:
+            return _refusing(section, f"{path}.{key}" if path else str(key))
+    return path, node
+
+
+def _with_path(message: str, path: str, section: Any) -> str:
+    """A section's message, which names a setting by the end of its path, with the whole path."""
+    parts = path.split(".") if path else []
+    for i in range(len(parts)):
+        if message.startswith(".".join(parts[i:]) + "."):
+            return ".".join([*parts[:i], message])
+    names_own = re.split(r"[=.:]", message, maxsplit=1)[0] in section
+    return ".".join([*parts, message]) if names_own else message
 
 
 def _parsed(words: Sequence[str]) -> list[Override]:
@@ -253,7 +284,7 @@ def config_from(values: Any, *, where: str, overrides: Sequence[str] = ()) -> Co
             if override.is_delete() or not re.fullmatch(r"[\w.$-]+", override.get_key_element().lstrip("+")):
                 raise ValueError(f"{override.input_line}: settings that are saved take key=value, and nothing else.")
             OmegaConf.update(config, override.key_or_group, override.value(), merge=True)
-        return OmegaConf.to_object(config)  # type: ignore[return-value]
+        return _built(config)
     except OmegaConfBaseException as error:
         raise ValueError(f"{where}: not the settings of a run ({_one_line(error)}).") from error
 

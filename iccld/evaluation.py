@@ -21,6 +21,7 @@ from rich.table import Table
 from torch import Tensor
 
 from iccld.labels import IGNORE_INDEX, ClassSet
+from iccld.ranges import at_least, check_ranges
 from iccld.scores import EvaluationResult, Scores
 
 Predict = Callable[[Tensor, Tensor], Tensor]
@@ -53,13 +54,12 @@ class EvaluationConfig:
     """
 
     def __post_init__(self) -> None:
-        least = {"boundary_width": 1, "batch_size": 1}
-        for name in ("num_classes", "boundary_width", "batch_size", "max_images", "diagnostic_images"):
-            rule = least.get(name, 0)
-            if getattr(self, name) < rule:
-                raise ValueError(
-                    f"evaluation.{name}={getattr(self, name)} must be at least {rule}; use {rule} or more."
-                )
+        check_ranges(
+            self,
+            "evaluation",
+            **dict.fromkeys(("boundary_width", "batch_size"), at_least(1)),
+            **dict.fromkeys(("num_classes", "max_images", "diagnostic_images"), at_least(0)),
+        )
         if self.image_size and (len(self.image_size) != 2 or min(self.image_size) < STRIDE):
             raise ValueError(f"evaluation.image_size={self.image_size} must be [height, width] in pixels, or empty.")
         for name in ("window", "stride"):

@@ -9,6 +9,7 @@ that a name is wrong, and only before the run's first step: what was good for a 
 
 import contextlib
 import errno
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -46,6 +47,12 @@ def status_of(error: BaseException) -> int:
     if isinstance(error, Interrupted | ConnectionError | TimeoutError | ChildProcessError):
         return AGAIN
     return REFUSED if error.errno is None or error.errno in _NAMES_ARE_WRONG else AGAIN
+
+
+def say(line: str) -> None:
+    """Write a line to stderr, also while another thread, or nobody, holds Python's stream, and if nobody reads it."""
+    with contextlib.suppress(OSError):  # the scheduler's daemon at the other end may be gone
+        os.write(2, f"{line}\n".encode())
 
 
 def words(error: BaseException) -> str:

@@ -2,24 +2,47 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
-from iccld.outcome import AGAIN, Interrupted, plain, status_of, words
+from iccld.batch_layout import AUTO, BatchLayout
+from iccld.outcome import AGAIN, Interrupted, plain, say, status_of, words
+from iccld.ranges import at_least, between, check_ranges, off_or_above
 from iccld.runtime.checkpoint.manifest import Checkpoint, CheckpointError
 from iccld.runtime.checkpoint.store import CheckpointConfig, CheckpointStore
 from iccld.runtime.engine.engine import Engine
-from iccld.runtime.engine.micro_batch import check_micro_batch_size, num_accumulation
-from iccld.runtime.faults.preemption import Preempted, Preemption, say
+from iccld.runtime.faults.preemption import Preempted, Preemption
 from iccld.runtime.faults.watchdog import Watchdog
 from iccld.runtime.measure.metrics import MetricsLogger
 from iccld.runtime.measure.profiling import OVERLAPPED, PhaseTimer
-from iccld.runtime.schedule import ScheduleConfig, learning_rate_factor
-from iccld.stages.base import Stage
-from iccld.training_step import TrainingStep
+from iccld.stages.base import Stage, StageInputs
+
+Means = dict[str, Tensor]
+
+
+@dataclass
+class ScheduleConfig:
+    """DAFormer's schedule: linear warm-up from `warmup_ratio`, times a linear decay to `final_ratio`."""
+
+    warmup_steps: int = 1500  # steps until the full learning rate; 0: no warm-up
+    warmup_ratio: float = 1e-6  # the share of the learning rate that the warm-up begins with
+    final_ratio: float = 0.0  # the share of it that is left after the last step
+
+    def __post_init__(self) -> None:
+        ratios = dict.fromkeys(("warmup_ratio", "final_ratio"), between(0, 1))
+        check_ranges(self, "trainer.schedule", warmup_steps=off_or_above(), **ratios)
+
+
+def learning_rate_factor(step: int, *, num_steps: int, config: ScheduleConfig) -> float:
+    """The learning rates' factor in 0-based step `step` of `num_steps`; a pure function: nothing to save or restore."""
+    factor = 1.0 - (1.0 - config.final_ratio) * step / num_steps
+    if step < config.warmup_steps:
+        factor *= 1.0 - (1.0 - step / config.warmup_steps) * (1.0 - config.warmup_ratio)
+    return factor
 
 
 @dataclass
@@ -36,22 +59,19 @@ class TrainerConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
-        check_micro_batch_size(self.micro_batch_size)
-        for name in ("num_steps", "global_batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"trainer.{name}={getattr(self, name)} must be at least 1.")
-        if self.gradient_clip < 0:
-            raise ValueError(f"trainer.gradient_clip={self.gradient_clip} must be 0 (off) or above.")
+        size = self.micro_batch_size
+        if size != AUTO and not (isinstance(size, int) and size >= 1):
+            raise ValueError(f"trainer.micro_batch_size={size} must be a number of samples, at least 1, or auto.")
+        counts = dict.fromkeys(("num_steps", "global_batch_size"), at_least(1))
+        check_ranges(self, "trainer", **counts, gradient_clip=off_or_above())
 
-    @property
-    def chosen_micro_batch_size(self) -> int:
-        """The number; 1 while it is left to be chosen."""
-        return self.micro_batch_size if isinstance(self.micro_batch_size, int) else 1
+    def layout(self, *, world_size: int = 1, rank: int = 0) -> BatchLayout:
+        """The batch's division among ranks, in micro-batches of 1 while their size is left to be chosen.
 
-    def num_accumulation(self, world_size: int) -> int:
-        """Micro-batches a rank and step. Raises ValueError where the global batch cannot be divided so."""
-        size = self.chosen_micro_batch_size
-        return num_accumulation(self.global_batch_size, micro_batch_size=size, world_size=world_size)
+        Raises ValueError where the global batch cannot be divided so.
+        """
+        size = self.micro_batch_size if isinstance(self.micro_batch_size, int) else 1
+        return BatchLayout(self.global_batch_size, size, world_size=world_size, rank=rank)
 
 
 class Stream(Protocol):
@@ -61,20 +81,72 @@ class Stream(Protocol):
     def batches(self, start_step: int) -> Generator[Mapping[str, Any], None, None]: ...
 
 
-def attach(stage: Stage, engine: Engine, config: TrainerConfig) -> None:
+def attach(stage: Stage, engine: Engine, layout: BatchLayout, *, gradient_clip: float = 0.0) -> None:
     """Hand the stage's module to the engine, and its averages where ranks hold shards."""
     engine.attach(
         stage.module,
         stage.param_groups(),
-        micro_batch_size=config.chosen_micro_batch_size,
-        num_accumulation=config.num_accumulation(engine.world_size),
-        gradient_clip=config.gradient_clip,
+        layout=layout,
+        gradient_clip=gradient_clip,
         replicated=stage.replicated(),
         frozen=stage.frozen(),
     )
     for average, methods in stage.averages().items():
         engine.backend.shard(average, methods=methods)
     stage.start()
+
+
+@dataclass
+class TrainingStep:
+    """One optimiser step of a stage whose module the engine holds; `timer` is told of its phases."""
+
+    stage: Stage
+    engine: Engine
+    timer: PhaseTimer
+
+    def __call__(self, micro_batches: Sequence[Mapping[str, Any]], step: int) -> tuple[Means, Means]:
+        """Train on the step's micro-batches, on this rank's device.
+
+        Returns the means of their losses, and the sums of their metrics; nothing waits for the device.
+        """
+        timer, stage = self.timer, self.stage
+        with timer.phase("prepare"), torch.no_grad(), self.engine.autocast():
+            inputs = [stage.prepare(batch, step) for batch in micro_batches]
+        with timer.span("agree"):
+            inputs = self._share_denominators(inputs)
+        losses, metrics = self._accumulate(inputs)
+        with timer.phase("optimizer"):
+            self.engine.step()
+        with timer.phase("average"):
+            stage.after_step(step)
+        return losses, metrics
+
+    def _accumulate(self, inputs: list[StageInputs]) -> tuple[Means, Means]:
+        """Forward and backward, micro-batch by micro-batch."""
+        losses: Means = {}
+        metrics: Means = {}
+        for i, micro_batch in enumerate(inputs):
+            is_last = i + 1 == len(inputs)
+            with self.engine.micro_batch(is_last=is_last):
+                with self.timer.phase("forward"):
+                    output = self.engine.module(micro_batch)
+                    total = torch.stack(list(output.losses.values())).sum()
+                with self.timer.backward(total):
+                    self.engine.backward(total)
+            for name, loss in output.losses.items():
+                losses[name] = losses.get(name, 0) + loss.detach() / len(inputs)
+            for name, value in output.metrics.items():
+                metrics[name] = metrics.get(name, 0) + value
+        return losses, metrics
+
+    def _share_denominators(self, inputs: list[StageInputs]) -> list[StageInputs]:
+        """Every micro-batch gets the mean denominator of the global batch; never 0, so that an empty batch loses 0."""
+        names = inputs[0].denominators
+        local = {name: torch.stack([i.denominators[name] for i in inputs]).sum() for name in names}
+        ranks = self.engine.ranks
+        count = len(inputs) * ranks.world_size
+        shared = {name: (total / count).clamp(min=1e-6) for name, total in ranks.sum_values(local).items()}
+        return [i._replace(denominators=shared) for i in inputs]
 
 
 @dataclass
@@ -88,6 +160,7 @@ class Trainer:
     metrics: MetricsLogger
     preemption: Preemption
     config: TrainerConfig
+    layout: BatchLayout
     about: Mapping[str, Any]  # goes into every checkpoint's manifest
     evaluate: Callable[[], Mapping[str, float]] | None = None
     after_step: Callable[[int], None] = lambda step: None  # on every rank, with the number of steps done
@@ -96,14 +169,13 @@ class Trainer:
     def run(self) -> bool:
         """Train to the end; False if a signal ended it early, its position saved."""
         engine, config = self.engine, self.config
-        num_accumulation = config.num_accumulation(engine.world_size)
-        attach(self.stage, engine, config)
+        attach(self.stage, engine, self.layout, gradient_clip=config.gradient_clip)
         start_step = self._resume()
         if start_step == config.num_steps:
             return True
         try:
             with contextlib.closing(self.stream.batches(start_step)) as batches:
-                finished = self._run_steps(start_step, batches, num_accumulation)
+                finished = self._run_steps(start_step, batches)
         except (Exception, SystemExit):
             self._finish_save()
             raise
@@ -118,23 +190,23 @@ class Trainer:
             try:
                 self.checkpoints.wait()
             except Exception as error:
-                if self.engine.is_main:
+                if self.engine.ranks.is_main:
                     say(words(error))
 
-    def _run_steps(self, start_step: int, batches: Iterator[Mapping[str, Any]], num_accumulation: int) -> bool:
-        engine, config = self.engine, self.config
+    def _run_steps(self, start_step: int, batches: Iterator[Mapping[str, Any]]) -> bool:
+        engine, config, any_rank = self.engine, self.config, self.engine.ranks.any
         timer = PhaseTimer(engine.device, self.watchdog.phase)
         train = TrainingStep(self.stage, engine, timer)
         batches = engine.prefetch(batches, copying=lambda: timer.span(OVERLAPPED))
-        if self._is_scored(start_step) and engine.any(self.metrics.owes_scores(start_step)):
+        if self._is_scored(start_step) and any_rank(self.metrics.owes_scores(start_step)):
             self._score(start_step, timer)
         for step in range(start_step, config.num_steps):
             self.watchdog.step(step)
             engine.set_learning_rate(learning_rate_factor(step, num_steps=config.num_steps, config=config.schedule))
             with timer.phase("data"):
-                micro_batches, failure = self._fetch(batches, num_accumulation)
+                micro_batches, failure = self._fetch(batches)
             with timer.span("agree"):
-                is_end = engine.any(bool(failure) or self.preemption.requested or self.checkpoints.has_failed)
+                is_end = any_rank(bool(failure) or self.preemption.requested or self.checkpoints.has_failed)
             if is_end:
                 self._raise_together(failure)
                 self.checkpoints.wait()  # raises if a save failed
@@ -165,20 +237,20 @@ class Trainer:
         with timer.phase("evaluate"), contextlib.suppress(Preempted):  # the next attempt begins with it
             self.metrics.write({"stage": self.stage.name, "step": step, **self.evaluate()})
 
-    def _fetch(self, batches: Iterator[Mapping[str, Any]], count: int) -> tuple[list[Any], Exception | None]:
+    def _fetch(self, batches: Iterator[Mapping[str, Any]]) -> tuple[list[Any], Exception | None]:
         """The step's micro-batches on the device, or why this rank has none."""
         try:
-            return [next(batches) for _ in range(count)], None
+            return [next(batches) for _ in range(self.layout.num_accumulation)], None
         except (ValueError, OSError) as error:
             return [], plain(error, has_trained=self.watchdog.has_trained)
 
     def _raise_together(self, failure: Exception | None) -> None:
         """What went wrong on one rank ends all, so that none is left waiting; rank 0 says it for them."""
-        failures = {rank: error for rank, error in enumerate(self.engine.gather_objects(failure)) if error}
+        failures = {rank: error for rank, error in enumerate(self.engine.ranks.gather(failure)) if error}
         if not failures:
             return
         status = max(map(status_of, failures.values()))
-        if not self.engine.is_main:
+        if not self.engine.ranks.is_main:
             raise SystemExit(status)
         said = "; ".join(f"rank {rank}: {error}" for rank, error in failures.items())
         raise Interrupted(said) if status == AGAIN else ValueError(said)
@@ -194,7 +266,6 @@ class Trainer:
 
     def _flush(self, timer: PhaseTimer) -> None:
         self.metrics.flush(
-            global_batch_size=self.config.global_batch_size,
             num_steps=self.config.num_steps,
             take_timings=timer.take,
             counters=self.stream.counters,
@@ -227,7 +298,7 @@ class Trainer:
         old, new = checkpoint.manifest["layout"], self.engine.layout()
         if (old["engine"], old["world_size"]) != (new["engine"], new["world_size"]):
             self.metrics.event("converted", step=checkpoint.step, layout=old, new_layout=new, seconds=seconds)
-            if self.engine.is_main:
+            if self.engine.ranks.is_main:
                 said = [f"{layout['engine']} x {layout['world_size']}" for layout in (old, new)]
                 print(f"checkpoint of {said[0]} loaded as {said[1]} in {seconds:.1f} s", flush=True)
 

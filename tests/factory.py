@@ -6,9 +6,17 @@ from typing import Any
 
 import torch
 
+from iccld.batch_layout import BatchLayout
 from iccld.config import load_config
 from iccld.models.iccld import ModelConfig
 from iccld.models.latent import LatentKind
+from iccld.runtime.engine.engine import Engine
+
+
+def layout_for(engine: Engine, num_accumulation: int) -> BatchLayout:
+    """A batch of single samples: so many micro-batches a rank."""
+    ranks = engine.ranks
+    return BatchLayout(num_accumulation * ranks.world_size, 1, world_size=ranks.world_size, rank=ranks.rank)
 
 
 def tiny_model_config(*, latent: LatentKind = LatentKind.image) -> ModelConfig:

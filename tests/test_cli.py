@@ -157,7 +157,7 @@ def test_help_fits_a_screen(capsys: pytest.CaptureFixture[str]):
         ("stage1.trainer.num_stepz=3", "num_stepz"),
         ("seed=many", "seed"),
         ("experiment=nope", "nope"),
-        ("stage1.trainer.num_steps=0", "trainer.num_steps=0 must be at least 1"),
+        ("stage1.trainer.num_steps=0", "stage1.trainer.num_steps=0 must be at least 1"),
         ("data.crop_size=[50,64]", "data.crop_size=[50, 64] must be [height, width], multiples of 8"),
         ("data.crop_size=[512,512]", "data.crop_size=[512, 512] is larger than sample"),
         ("data.source.shards=/nowhere", "data.source.shards=/nowhere: there is no such folder"),

@@ -47,12 +47,12 @@ def test_what_changes_the_samples_may_not(override: str, difference: str) -> Non
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("data.source.weight=0", r"weight=0.0 of \S+ must be positive"),
+        ("data.source.weight=0", r"data.source.weight=0.0 of \S+ must be positive"),
         ("data.source.first_percent=101", r"first_percent=101.0 of \S+ must be in \(0, 100\]"),
-        ("+data.source.also={b:{weight:1}}", r"also.b: every set of a domain needs its shards"),
-        ("data.max_bad_share=1", r"data.max_bad_share=1.0 must be in \[0, 1\)"),
+        ("+data.source.also={b:{weight:1}}", r"data.source.also.b: every set of a domain needs its shards"),
+        ("data.max_bad_share=1", r"data.max_bad_share=1.0 must be at least 0 and below 1; 0.001"),
         ("data.on_error=ignore", r"on_error"),
-        ("data.storage.timeout_s=0", r"data.storage.timeout_s=0.0 must be positive"),
+        ("data.storage.timeout_s=0", r"data.storage.timeout_s=0.0 must be above 0, and finite; 20"),
         ("data.cache.max_gib=0", r"data.cache.max_gib=0.0 must be positive"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The data section of an experiment's configuration, and how a global batch is divided among ranks."""
+"""The data section of an experiment's configuration."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,6 +9,7 @@ from typing import Any
 from iccld.data.storage.base import StorageConfig, is_remote
 from iccld.data.storage.cache import CacheConfig
 from iccld.labels import CITYSCAPES_19, ClassSet, merged_class_set
+from iccld.ranges import Range, at_least, between, check_ranges, share
 from iccld.redact import without_secrets
 
 STRIDE = 8
@@ -97,13 +98,16 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _check_crop_size(self.crop_size)
-        _check("num_workers", self.num_workers, self.num_workers >= 0, "at least 0; 2 is usual")
-        temperature = self.rare_class_temperature
-        _check("rare_class_temperature", temperature, 1e-6 <= temperature < math.inf, "at least 1e-6; 0.01 is usual")
-        _check("rare_class_min_pixels", self.rare_class_min_pixels, self.rare_class_min_pixels >= 0, "at least 0")
-        _check("max_class_share", self.max_class_share, 0 < self.max_class_share <= 1, "in (0, 1]; 1 turns it off")
-        _check("max_bad_share", self.max_bad_share, 0 <= self.max_bad_share < 1, "in [0, 1); 0.001 is usual")
-        _check("flip", self.flip, 0 <= self.flip <= 1, "a probability; 0.5 is usual")
+        check_ranges(
+            self,
+            "data",
+            num_workers=at_least(0, "2 is usual"),
+            rare_class_temperature=at_least(1e-6, "0.01 is usual"),
+            rare_class_min_pixels=at_least(0),
+            max_class_share=share("1 turns it off"),
+            max_bad_share=Range(lambda value: 0 <= value < 1, "at least 0 and below 1; 0.001 is usual"),
+            flip=between(0, 1, "0.5 is usual"),
+        )
         margins = (self.target_margin_top, self.target_margin_bottom)
         if not (min(margins) >= 0 and sum(margins) < 1):  # nan is neither
             raise ValueError(
@@ -163,11 +167,6 @@ def locations(config: DataConfig, roles: Sequence[str], *, with_keys: bool = Fal
     return found
 
 
-def _check(name: str, value: float, holds: bool, rule: str) -> None:
-    if not holds:
-        raise ValueError(f"data.{name}={value} must be {rule}.")
-
-
 def _check_crop_size(crop_size: list[int]) -> None:
     if len(crop_size) == 2 and all(side > 0 and side % STRIDE == 0 for side in crop_size):
         return
@@ -176,31 +175,3 @@ def _check_crop_size(crop_size: list[int]) -> None:
         f"data.crop_size={list(crop_size)} must be [height, width], multiples of {STRIDE} (latent stride); "
         f"use {near if len(near) == 2 else [512, 512]}."
     )
-
-
-@dataclass(frozen=True)
-class BatchLayout:
-    """How the global batch of a step is divided; what each sample number means does not depend on it."""
-
-    global_batch_size: int
-    micro_batch_size: int
-    num_accumulation: int = 1
-    rank: int = 0
-    world_size: int = 1
-
-    def __post_init__(self) -> None:
-        parts = self.micro_batch_size * self.num_accumulation * self.world_size
-        if self.global_batch_size < 1 or self.global_batch_size != parts:
-            raise ValueError(
-                f"global_batch_size={self.global_batch_size} must be micro_batch_size={self.micro_batch_size} x "
-                f"num_accumulation={self.num_accumulation} x world_size={self.world_size} = {parts}; change the "
-                f"micro-batch or the accumulation, and leave the global batch, which belongs to the experiment."
-            )
-        if not 0 <= self.rank < self.world_size:
-            raise ValueError(f"rank={self.rank} must be in 0-{self.world_size - 1}; world_size is {self.world_size}.")
-
-    def numbers(self, step: int, accumulation: int) -> range:
-        """The sample numbers, of each stream, of one micro-batch of this rank."""
-        start = step * self.global_batch_size
-        start += (accumulation * self.world_size + self.rank) * self.micro_batch_size
-        return range(start, start + self.micro_batch_size)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from iccld.models.blocks import LATENT_STRIDE, FeatureFusion, ResidualBlock, conv_block, group_norm
+from iccld.ranges import at_least, check_ranges
 
 
 @dataclass
@@ -23,8 +24,7 @@ class DecoderConfig:
             raise ValueError(
                 f"model.decoder.width={self.width} must be a positive multiple of 8 (four features share half of it)."
             )
-        if self.num_blocks < 1:
-            raise ValueError(f"model.decoder.num_blocks={self.num_blocks} must be at least 1.")
+        check_ranges(self, "model.decoder", num_blocks=at_least(1))
 
 
 class DecoderLevel(nn.Module):

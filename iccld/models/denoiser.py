@@ -12,6 +12,7 @@ from iccld.diffusion import noise_from_velocity, scaled_linear_alpha_bar, z_0_fr
 from iccld.models.attention import AttentionBackend, check_backend, default_device_type
 from iccld.models.blocks import ResidualBlock, SelfAttention, TimeEmbedding, group_norm
 from iccld.models.condition import Condition, RichCondition
+from iccld.ranges import at_least, check_ranges
 
 
 @dataclass
@@ -33,9 +34,7 @@ class DenoiserConfig:
             raise ValueError(
                 f"model.denoiser.channel_multipliers={self.channel_multipliers} must be positive integers, one a level."
             )
-        for name, low in (("width", 4), ("num_blocks", 1), ("head_dim", 1)):
-            if getattr(self, name) < low:
-                raise ValueError(f"model.denoiser.{name}={getattr(self, name)} must be at least {low}.")
+        check_ranges(self, "model.denoiser", width=at_least(4), num_blocks=at_least(1), head_dim=at_least(1))
         if self.num_recomputed_levels < 0 or self.activation_checkpointing > self.num_levels:
             raise ValueError(
                 f"model.denoiser.activation_checkpointing={self.activation_checkpointing} must be true, false, or a "

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from iccld.models.blocks import TimeEmbedding
+from iccld.ranges import at_least, check_ranges
 
 NUM_DOMAINS = 3
 
@@ -21,9 +22,7 @@ class DiscriminatorConfig:
     num_layers: int = 3  # convolutions of stride 2
 
     def __post_init__(self) -> None:
-        for name, low in (("width", 2), ("num_layers", 1)):
-            if getattr(self, name) < low:
-                raise ValueError(f"model.discriminator.{name}={getattr(self, name)} must be at least {low}.")
+        check_ranges(self, "model.discriminator", width=at_least(2), num_layers=at_least(1))
 
 
 class Discriminator(nn.Module):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from iccld.graph import nodes_behind
 from iccld.models.backbone import (
     KNOWN_TYPES,
     make_backbone,
@@ -170,25 +171,12 @@ class Encoder(nn.Module):
                 module.requires_grad_(False)
         trainable = {name: p for name, p in self.backbone.named_parameters() if p.requires_grad}
         with torch.enable_grad():
-            used = _leaves(self._maps(torch.zeros(1, 3, 2 * COARSEST, 2 * COARSEST)))
+            nodes = nodes_behind(self._maps(torch.zeros(1, 3, 2 * COARSEST, 2 * COARSEST)))
+        used = {id(node.variable) for node in nodes if hasattr(node, "variable")}
         unused = {name for name, p in trainable.items() if id(p) not in used}
         for name in unused:
             trainable[name].requires_grad_(False)
         return unused
-
-
-def _leaves(outputs: Sequence[Tensor]) -> set[int]:
-    """The ids of all parameters that `outputs` depend on, read from autograd's graph."""
-    pending, seen, leaves = [output.grad_fn for output in outputs], set(), set()
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            leaves.add(id(node.variable))  # pyright: ignore[reportAttributeAccessIssue]
-        pending.extend(parent for parent, _ in node.next_functions)
-    return leaves
 
 
 def _pad(images: Tensor) -> Tensor:

@@ -41,6 +41,7 @@ from iccld.models.model_card import (
 )
 from iccld.models.residual import fitted_residual, residual_scale
 from iccld.models.saved_model import check_described, described_by, shapes_in
+from iccld.ranges import above, at_least, check_ranges
 
 logger = logging.getLogger(__name__)
 LOGITS_STRIDE = LATENT_STRIDE // 2
@@ -63,15 +64,13 @@ class ModelConfig:
     """Length of each of these steps, in standard deviations of the latent."""
 
     def __post_init__(self) -> None:
-        if self.residual_steps < 1 or not 0 < self.residual_step < float("inf"):
-            raise ValueError(
-                f"model.residual_steps={self.residual_steps} must be at least 1, and "
-                f"model.residual_step={self.residual_step} above 0; use 4 and 0.1."
-            )
-        if self.latent_channels < 1:
-            raise ValueError(
-                f"model.latent_channels={self.latent_channels} must be at least 1; use 16, or 4 for masks."
-            )
+        check_ranges(
+            self,
+            "model",
+            residual_steps=at_least(1, "use 4"),
+            residual_step=above(0, "use 0.1"),
+            latent_channels=at_least(1, "use 16, or 4 for masks"),
+        )
 
 
 class ICCLD(nn.Module):

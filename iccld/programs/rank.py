@@ -16,9 +16,10 @@ from pathlib import Path
 
 from iccld import cli
 from iccld.durable import write_whole
-from iccld.outcome import words
+from iccld.node import host_name
+from iccld.outcome import say, words
 from iccld.runtime.faults.ending import run_to_the_end
-from iccld.runtime.faults.preemption import SIGNALS, STOPPED_BY_WATCHDOG, host_name, say
+from iccld.runtime.faults.preemption import SIGNALS, STOPPED_BY_WATCHDOG
 from iccld.slurm.ranks import interface_towards, rank_environment
 
 GATHER_S = 240.0  # less than the engine waits for ranks, since it could not name them

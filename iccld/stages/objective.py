@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 from enum import Enum
 
+from iccld.ranges import above, between, check_ranges, off_or_above
 from iccld.stages.denoising import DiffusionLoss
 from iccld.stages.domains import DOMAINS
 from iccld.uda.corruption import CorruptionConfig
@@ -79,13 +80,12 @@ class AdversarialConfig:
                 f"stage2.objective.domain_weights={self.domain_weights} must be three weights >= 0 "
                 f"(source, target, mixed), not all 0."
             )
-        for name in ("task_weight", "adversarial_weight", "adversarial_ramp_steps", "weight_decay"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"stage2.objective.{name}={getattr(self, name)} must be 0 (off) or above, and finite.")
-        for name in ("learning_rate", "discriminator_learning_rate"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"stage2.objective.{name}={getattr(self, name)} must be above 0, and finite.")
+        weights = ("task_weight", "adversarial_weight", "adversarial_ramp_steps", "weight_decay")
         shares = ("teacher_decay", "pure_noise_share", "confidence_threshold", "class_thresholds", "class_balance")
-        for name in shares:
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"stage2.objective.{name}={getattr(self, name)} must be between 0 and 1.")
+        check_ranges(
+            self,
+            "stage2.objective",
+            **dict.fromkeys(weights, off_or_above()),
+            **dict.fromkeys(("learning_rate", "discriminator_learning_rate"), above(0)),
+            **dict.fromkeys(shares, between(0, 1)),
+        )

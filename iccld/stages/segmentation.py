@@ -19,6 +19,7 @@ from iccld.models.encoder import Encoder
 from iccld.models.iccld import ICCLD
 from iccld.models.latent import channel_moments
 from iccld.models.model_card import ModelStage
+from iccld.ranges import above, between, check_ranges, off_or_above
 from iccld.stages import diagnostics
 from iccld.stages.base import Stage, StageInputs, StageOutput, decayed_groups, keyed_noise, pair, to_float
 from iccld.stages.kind import StageKind, StageSettings
@@ -71,16 +72,14 @@ class SegmentationConfig:
 
     def __post_init__(self) -> None:
         shares = ("teacher_decay", "confidence_threshold", "class_thresholds", "class_balance", "masked_ratio")
-        for name in (*shares, "mask_latent_drop"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"stage1.objective.{name}={getattr(self, name)} must be between 0 and 1.")
-        for name in ("encoder_learning_rate", "decoder_learning_rate", "masked_block"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"stage1.objective.{name}={getattr(self, name)} must be above 0.")
         weights = ("weight_decay", "target_weight", "masked_weight", "feature_distance_weight", "mask_latent_weight")
-        for name in ("corruption_start", *weights):
-            if getattr(self, name) < 0:
-                raise ValueError(f"stage1.objective.{name}={getattr(self, name)} must be 0 (off) or above.")
+        check_ranges(
+            self,
+            "stage1.objective",
+            **dict.fromkeys((*shares, "mask_latent_drop"), between(0, 1)),
+            **dict.fromkeys(("encoder_learning_rate", "decoder_learning_rate", "masked_block"), above(0)),
+            **dict.fromkeys(("corruption_start", *weights), off_or_above()),
+        )
 
 
 class SegmentationModule(nn.Module):

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from iccld import rng
+from iccld.ranges import above, check_ranges, off_or_above
 from iccld.stages.base import pair
 from iccld.stages.named import Tensors
 
@@ -48,16 +49,12 @@ class ViewCacheConfig:
     max_gib: float = 20.0  # the most that the folder may take; what does not fit is computed each time
 
     def __post_init__(self) -> None:
-        if self.num_samples < 0:
-            raise ValueError(f"stage2.cache.num_samples={self.num_samples} must be 0 (no cache) or above.")
+        off = "num_samples=0 turns the cache off"
+        check_ranges(self, "stage2.cache", num_samples=off_or_above(), max_gib=above(0, off))
         if self.num_samples and not self.folder:
             raise ValueError(
                 f"stage2.cache.num_samples={self.num_samples} needs stage2.cache.folder, a folder of this node's disk "
                 f"or memory (/dev/shm/...); set it, or num_samples=0 for no cache."
-            )
-        if not 0 < self.max_gib < float("inf"):
-            raise ValueError(
-                f"stage2.cache.max_gib={self.max_gib} must be positive; num_samples=0 turns the cache off."
             )
 
 

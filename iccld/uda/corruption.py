@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from iccld import rng
+from iccld.ranges import at_least, between, check_ranges, off_or_above
 from iccld.uda.masking import block_mask
 from iccld.uda.photometric import NUM_DRAWS, PhotometricConfig, strong_augment
 
@@ -36,14 +37,15 @@ class CorruptionConfig:
     block_ratio: float = 0.15  # share of the blocks that turns grey
 
     def __post_init__(self) -> None:
-        for name, most in (("strength", 1.0), ("fourier_band", 0.5), ("jitter", 1.0), ("block_ratio", 1.0)):
-            if not 0.0 <= getattr(self, name) <= most:
-                raise ValueError(f"corruption.{name}={getattr(self, name)} must be between 0 (off) and {most:g}.")
-        for name in ("blur_sigma", "noise"):
-            if not 0.0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"corruption.{name}={getattr(self, name)} must be 0 (off) or above, and finite.")
-        if self.block < 1:
-            raise ValueError(f"corruption.block={self.block} must be at least 1 pixel; 16 is usual.")
+        off = "0 is off"
+        check_ranges(
+            self,
+            "corruption",
+            **dict.fromkeys(("strength", "jitter", "block_ratio"), between(0, 1, off)),
+            fourier_band=between(0, 0.5, off),
+            **dict.fromkeys(("blur_sigma", "noise"), off_or_above()),
+            block=at_least(1, "16 pixels are usual"),
+        )
 
     def photometric(self) -> PhotometricConfig:
         """The jitter and blur of this strength."""

@@ -10,6 +10,7 @@ from kornia.filters import gaussian_blur2d
 from torch import Tensor
 
 from iccld import rng
+from iccld.ranges import between, check_ranges
 
 NUM_DRAWS = 7
 _BLUR_KERNEL = 9  # 3.5 sigma of the strongest blur
@@ -27,9 +28,8 @@ class PhotometricConfig:
     blur_sigma_max: float = 1.15  # largest standard deviation of the blur, in pixels
 
     def __post_init__(self) -> None:
-        for name in ("jitter_probability", "jitter", "blur_probability"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"photometric.{name}={getattr(self, name)} must be between 0 and 1.")
+        names = ("jitter_probability", "jitter", "blur_probability")
+        check_ranges(self, "photometric", **dict.fromkeys(names, between(0, 1)))
         if not 0.0 < self.blur_sigma_min <= self.blur_sigma_max:
             raise ValueError(
                 f"photometric.blur_sigma_min={self.blur_sigma_min} must be above 0 and at most "

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from iccld.data.config import BatchLayout, DataConfig, DatasetConfig
+from iccld.batch_layout import BatchLayout
+from iccld.data.config import DataConfig, DatasetConfig
 from iccld.data.shards.indexing import IndexResult
 from iccld.data.shards.making import MakeShardsConfig, make_shards
 from iccld.data.shards.packing import ImageFormat
@@ -156,4 +157,4 @@ def config(folders: dict[str, str], **settings: Any) -> DataConfig:
 
 def layout(world_size: int = 1, rank: int = 0, num_accumulation: int = 1) -> BatchLayout:
     micro = GLOBAL_BATCH_SIZE // world_size // num_accumulation
-    return BatchLayout(GLOBAL_BATCH_SIZE, micro, num_accumulation, rank, world_size)
+    return BatchLayout(GLOBAL_BATCH_SIZE, micro, world_size=world_size, rank=rank)

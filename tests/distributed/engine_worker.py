@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from iccld.runtime.engine.engine import Engine, EngineConfig, Precision
 from iccld.stages.base import Stage, StageInputs
 from iccld.uda.teacher import Teacher
-from tests.factory import random_batch
+from tests.factory import layout_for, random_batch
 from tests.stages.test_adversarial import make_stage
 
 
@@ -32,7 +32,7 @@ def mean_gradients(numbers: Iterable[int]) -> dict[str, Tensor]:
 
 def train_step(engine: Engine, stage: Stage, num_accumulation: int, *, first: int) -> None:
     for i in range(num_accumulation):
-        inputs = micro_batch(stage, first + num_accumulation * engine.rank + i)
+        inputs = micro_batch(stage, first + num_accumulation * engine.ranks.rank + i)
         with engine.micro_batch(is_last=i + 1 == num_accumulation):
             losses = engine.module(inputs).losses
             engine.backward(torch.stack(list(losses.values())).sum())
@@ -42,7 +42,7 @@ def train_step(engine: Engine, stage: Stage, num_accumulation: int, *, first: in
 def whole_tensors(engine: Engine, prefix: str) -> dict[str, Tensor]:
     """From what each rank would write into a checkpoint."""
     whole: dict[str, Tensor] = {}
-    for held in engine.gather_objects({n: run for n, run in engine.runs({}).items() if n.startswith(prefix)}):
+    for held in engine.ranks.gather({n: run for n, run in engine.runs({}).items() if n.startswith(prefix)}):
         for name, (shape, start, data) in held.items():
             flat = whole.setdefault(name.removeprefix(prefix), torch.full(shape, torch.nan)).view(-1)
             flat[start : start + len(data)] = data
@@ -55,9 +55,10 @@ def check_gradients(engine: Engine, num_accumulation: int) -> None:
     A second step must not see the first one's gradients again.
     """
     stage = make_stage()
-    engine.attach(stage.module, stage.param_groups(), num_accumulation=num_accumulation, replicated=stage.replicated())
+    layout = layout_for(engine, num_accumulation)
+    engine.attach(stage.module, stage.param_groups(), layout=layout, replicated=stage.replicated())
     engine.set_learning_rate(0.0)  # so that a second step's gradients are comparable too
-    count = num_accumulation * engine.world_size
+    count = num_accumulation * engine.ranks.world_size
     expected = [mean_gradients(range(first, first + count)) for first in (0, 100)]
     for step, first in enumerate((0, 100)):
         train_step(engine, stage, num_accumulation, first=first)
@@ -75,7 +76,7 @@ def check_clipping(engine: Engine) -> None:
     engine.attach(
         stage.module,
         stage.param_groups(),
-        num_accumulation=2,
+        layout=layout_for(engine, 2),
         gradient_clip=clip,
         replicated=stage.replicated(),
     )
@@ -92,11 +93,11 @@ def check_equal_weights(engine: Engine) -> None:
     """After steps on different data every rank holds the same weights."""
     stage = make_stage()
     before = {name: p.detach().clone() for name, p in stage.module.named_parameters()}
-    engine.attach(stage.module, stage.param_groups(), num_accumulation=2, replicated=stage.replicated())
+    engine.attach(stage.module, stage.param_groups(), layout=layout_for(engine, 2), replicated=stage.replicated())
     for first in (0, 50):
         train_step(engine, stage, 2, first=first)
     mine = engine.backend.full({name: p.detach() for name, p in stage.module.named_parameters()})
-    for theirs in engine.gather_objects(mine):
+    for theirs in engine.ranks.gather(mine):
         assert all(torch.equal(mine[name], theirs[name]) for name in mine)
     assert any(not torch.equal(mine[name], before[name]) for name in mine)
 
@@ -106,7 +107,7 @@ def check_teacher(engine: Engine) -> None:
     stage = make_stage()
     copy = make_stage().module.denoiser
     expected = Teacher(copy, max_decay=stage.config.teacher_decay)
-    engine.attach(stage.module, stage.param_groups(), num_accumulation=1, replicated=stage.replicated())
+    engine.attach(stage.module, stage.param_groups(), layout=layout_for(engine, 1), replicated=stage.replicated())
     for average, methods in stage.averages().items():
         engine.backend.shard(average, methods=methods)
     for step in range(3):
@@ -122,10 +123,10 @@ def check_teacher(engine: Engine) -> None:
 def check_bf16(engine: Engine) -> None:
     """Gradients are those of fp32 to bf16's precision; weights, moments and teacher stay fp32."""
     stage = make_stage()
-    engine.attach(stage.module, stage.param_groups(), num_accumulation=1, replicated=stage.replicated())
+    engine.attach(stage.module, stage.param_groups(), layout=layout_for(engine, 1), replicated=stage.replicated())
     with engine.autocast():
         train_step(engine, stage, 1, first=0)
-    expected = mean_gradients(range(engine.world_size))
+    expected = mean_gradients(range(engine.ranks.world_size))
     moments = whole_tensors(engine, "exp_avg/")
     cosine = torch.cosine_similarity(
         torch.cat([0.1 * expected[name].flatten() for name in moments]),
@@ -142,7 +143,7 @@ def main(done: Path, kind: str) -> None:
     torch.set_num_threads(1)
     for num_accumulation in (1, 2, 4):
         with Engine(EngineConfig()) as engine:
-            assert (engine.world_size, engine.kind.value) == (2, kind)
+            assert (engine.ranks.world_size, engine.kind.value) == (2, kind)
             check_gradients(engine, num_accumulation)
     with Engine(EngineConfig()) as engine:
         check_equal_weights(engine)
@@ -153,7 +154,7 @@ def main(done: Path, kind: str) -> None:
     os.environ["FSDP_RESHARD_AFTER_FORWARD"] = "false"
     with Engine(EngineConfig()) as engine:
         check_teacher(engine)
-    (done / f"all_held_{engine.rank}").touch()
+    (done / f"all_held_{engine.ranks.rank}").touch()
 
 
 if __name__ == "__main__":

@@ -12,20 +12,20 @@ from iccld.evaluation import EvaluationConfig, evaluate
 from iccld.labels import CITYSCAPES_19
 from iccld.runtime.engine.engine import Engine, EngineConfig
 from iccld.stages.base import StageInputs
-from tests.factory import random_batch
+from tests.factory import layout_for, random_batch
 from tests.models.factory import trained_model
 from tests.stages.test_adversarial import make_stage, two_optimiser_step
 
 
 def share(engine: Engine, inputs: StageInputs) -> StageInputs:
-    total = engine.sum_values(inputs.denominators)
-    return inputs._replace(denominators={name: value / engine.world_size for name, value in total.items()})
+    total = engine.ranks.sum_values(inputs.denominators)
+    return inputs._replace(denominators={name: value / engine.ranks.world_size for name, value in total.items()})
 
 
 def check_two_optimisers(engine: Engine) -> None:
     """One module, one engine and one backward equal two DDP models with an optimiser each, to the bit."""
     single, double = make_stage(), make_stage()
-    engine.attach(single.module, single.param_groups(), num_accumulation=1)
+    engine.attach(single.module, single.param_groups(), layout=layout_for(engine, 1))
     *denoiser_groups, discriminator_group = copy.copy(double.param_groups())
     optimisers = [torch.optim.AdamW(groups, fused=True) for groups in (denoiser_groups, [discriminator_group])]
     reference = double.module
@@ -33,7 +33,7 @@ def check_two_optimisers(engine: Engine) -> None:
         setattr(reference, name, DistributedDataParallel(getattr(reference, name), gradient_as_bucket_view=True))
     for step in range(6):
         with torch.no_grad():
-            first = 8 * step + 4 * engine.rank  # each rank has samples of its own
+            first = 8 * step + 4 * engine.ranks.rank  # each rank has samples of its own
             inputs = share(engine, single.prepare(random_batch(num_classes=19, numbers=range(first, first + 4)), step))
         with engine.micro_batch(is_last=True):
             losses = engine.module(inputs).losses
@@ -49,9 +49,9 @@ def check_equal_weights(engine: Engine) -> None:
     """After steps on different data every rank holds the same weights: gradients were exchanged."""
     stage = make_stage()
     before = torch.cat([p.detach().flatten() for p in stage.module.parameters()])
-    engine.attach(stage.module, stage.param_groups(), num_accumulation=2)
+    engine.attach(stage.module, stage.param_groups(), layout=layout_for(engine, 2))
     for i in range(4):
-        numbers = range(100 * engine.rank + 4 * i, 100 * engine.rank + 4 * i + 4)
+        numbers = range(100 * engine.ranks.rank + 4 * i, 100 * engine.ranks.rank + 4 * i + 4)
         with torch.no_grad():
             inputs = stage.prepare(random_batch(num_classes=19, numbers=numbers), 0)
         is_last = i % 2 == 1
@@ -62,7 +62,7 @@ def check_equal_weights(engine: Engine) -> None:
             engine.step()
     weights = torch.cat([p.detach().flatten() for p in stage.module.parameters()])
     assert not torch.equal(weights, before)
-    for other in engine.gather_objects(weights):
+    for other in engine.ranks.gather(weights):
         assert torch.equal(weights, other)
 
 
@@ -85,8 +85,8 @@ def check_evaluation(engine: Engine) -> None:
 
     config = EvaluationConfig()
     options = {"class_set": CITYSCAPES_19, "config": config}
-    mine = samples[engine.rank :: engine.world_size]
-    assert evaluate(mine, predict, **options, all_reduce=engine.all_reduce_sum) == evaluate(samples, predict, **options)
+    mine = samples[engine.ranks.rank :: engine.ranks.world_size]
+    assert evaluate(mine, predict, **options, all_reduce=engine.ranks.sum) == evaluate(samples, predict, **options)
 
 
 def check_diagnostics(engine: Engine) -> None:
@@ -103,15 +103,15 @@ def check_diagnostics(engine: Engine) -> None:
     ]
     pairs = list(zip(samples, samples[1:] + samples[:1], strict=True))
     options = {"student": student, "class_set": CITYSCAPES_19, "config": EvaluationConfig(), "seed": 0}
-    mine = pairs[engine.rank :: engine.world_size]
-    assert diagnose(mine, model, **options, all_reduce=engine.all_reduce_sum) == diagnose(pairs, model, **options)
+    mine = pairs[engine.ranks.rank :: engine.ranks.world_size]
+    assert diagnose(mine, model, **options, all_reduce=engine.ranks.sum) == diagnose(pairs, model, **options)
 
 
 def main(done: Path) -> None:
     torch.set_num_threads(1)
     for check in (check_two_optimisers, check_equal_weights, check_evaluation, check_diagnostics):
         with Engine(EngineConfig()) as engine:
-            assert engine.world_size == 2
+            assert engine.ranks.world_size == 2
             check(engine)
     (done / "all_held").touch()
 

@@ -11,6 +11,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from iccld.runtime.engine.engine import Engine, EngineConfig
+from tests.factory import layout_for
 
 CLIP = 0.01
 
@@ -48,10 +49,10 @@ def main(done: Path) -> None:
     with Engine(EngineConfig()) as engine:
         module = network()
         groups = [{"params": list(module.parameters()), "lr": 0.1}]
-        engine.attach(module, groups, num_accumulation=1, gradient_clip=CLIP)
+        engine.attach(module, groups, layout=layout_for(engine, 1), gradient_clip=CLIP)
         for step, of_ranks in enumerate(inputs):
             with engine.micro_batch(is_last=True):
-                engine.backward(engine.module(of_ranks[engine.rank]).square().mean())
+                engine.backward(engine.module(of_ranks[engine.ranks.rank]).square().mean())
             if step < 2:  # in its first steps, the optimiser makes its state
                 engine.step()
             else:
@@ -63,7 +64,7 @@ def main(done: Path) -> None:
             optimiser.zero_grad()
         for ours, theirs in zip(module.parameters(), reference.parameters(), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-        (done / f"held_{engine.rank}").touch()
+        (done / f"held_{engine.ranks.rank}").touch()
 
 
 if __name__ == "__main__":

@@ -1,21 +1,23 @@
 """What one rank finds in a check ends all, with one status."""
 
 import errno
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
 from iccld.outcome import AGAIN, REFUSED, status_of
 from iccld.programs.run.checks import together
+from iccld.runtime.ranks import Ranks
 
 
-class Ranks:
+@dataclass(frozen=True)
+class Two(Ranks):
     """This rank, and what another one found."""
 
-    def __init__(self, *, is_main: bool, other: Exception | None) -> None:
-        self.is_main, self.other = is_main, other
+    other: Exception | None = None
 
-    def gather_objects(self, value: Any) -> list[Any]:
+    def gather(self, value: Any) -> list[Any]:
         return [value, self.other]
 
 
@@ -24,9 +26,8 @@ def ending(error: Exception | None, **options: Any) -> BaseException:
         if error:
             raise error
 
-    engine: Any = Ranks(**options)
     with pytest.raises((ValueError, OSError, SystemExit)) as raised:
-        together(check, engine)
+        together(check, Two(**options))
     return raised.value
 
 
@@ -40,14 +41,13 @@ def ending(error: Exception | None, **options: Any) -> BaseException:
     ],
 )
 def test_all_ranks_end_with_the_status_of_what_one_found(error: Exception, status: int):
-    found = ending(error, is_main=True, other=None)
+    found = ending(error, rank=0, other=None)
     assert status_of(found) == status and str(error) in str(found)
-    assert status_of(ending(None, is_main=True, other=found)) == status
+    assert status_of(ending(None, rank=0, other=found)) == status
     for own in (error, None):
-        silent = ending(own, is_main=False, other=found)
+        silent = ending(own, rank=1, other=found)
         assert isinstance(silent, SystemExit) and silent.code == status
 
 
 def test_nothing_found_is_nothing():
-    engine: Any = Ranks(is_main=False, other=None)
-    together(lambda: None, engine)
+    together(lambda: None, Two())

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from iccld.batch_layout import BatchLayout
 from iccld.config import load_config
-from iccld.data.config import BatchLayout
 from iccld.programs.run import kept_views
 from iccld.programs.run.building import build_stream, noise_of
 from iccld.programs.run.kept_views import identity_of_views, open_view_files

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from iccld.batch_layout import BatchLayout
 from iccld.config import load_config
-from iccld.data.config import BatchLayout
 from iccld.programs.run.building import build_stream, fresh_stage, noise_of
 from iccld.stages.table import STAGES
 from tests.factory import scene_overrides

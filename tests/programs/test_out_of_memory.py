@@ -31,7 +31,7 @@ def test_activation_checkpointing_is_named_where_it_helps(stage: str, settings: 
     config = load_config(["model=tiny", *settings])
     with Engine(EngineConfig()) as engine:
         made = fresh_stage(stage, config, torch.device("cpu"))
-        found = list(remedies(made, plan_of(stage, config), config, engine, phase="forward"))
+        found = list(remedies(made, plan_of(stage, config).layout(), config, engine, phase="forward"))
     assert [text for text in found if "checkpointing" in text] == (
         [f"model.{part}.activation_checkpointing=true"] if part else []
     )

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from iccld.batch_layout import BatchLayout
 from iccld.cli import main
 from iccld.config import load_config
-from iccld.data.config import BatchLayout
 from iccld.programs.profile import profile
 from iccld.programs.run.building import build_stage, build_stream
 from iccld.programs.run.synthetic import flops_per_sample, synthetic_batch, synthetic_batches
@@ -80,7 +80,7 @@ def test_batches_without_data(tmp_path: Path):
 
 def test_batches_without_data_are_shaped_as_the_stream_s(scene_shards: Path, tmp_path: Path):
     config = load_config(scene_overrides(scene_shards, tmp_path))
-    layout = BatchLayout(global_batch_size=8, micro_batch_size=2, num_accumulation=2, rank=1, world_size=2)
+    layout = BatchLayout(global_batch_size=8, micro_batch_size=2, rank=1, world_size=2)
     made = synthetic_batches("stage2", config, layout, 3)
     stream = build_stream("stage2", config, layout).batches(3)
     for _ in range(3):

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from iccld.config import Config, config_from, to_yaml
 from iccld.programs.evaluate.evaluate import evaluate_models
 from iccld.programs.evaluate.results import about_of, finished_models, own_results, place_for, read_results
+from iccld.runtime.ranks import Ranks
 
 OVERRIDES = [
     "inference.num_steps=[1]", "inference.noise_seeds=2", "evaluation.image_size=[64,128]",
@@ -123,13 +125,7 @@ def test_what_is_damaged_is_said_before_anything_is_scored(tmp_path: Path, name:
     (tmp_path / "report").mkdir()
     (tmp_path / name).write_text("{")
 
-    class OneRank:
-        is_main = True
-
-        def gather_objects(self, value: Any) -> list[Any]:
-            return [value]
-
-    engine: Any = OneRank()
+    engine: Any = SimpleNamespace(ranks=Ranks())
     with pytest.raises(ValueError, match=name):  # and not that the model folders are none
         evaluate_models(finished_models(config), config, engine)
 

@@ -18,7 +18,7 @@ from iccld.runtime.engine.engine import Engine, EngineConfig, Precision
 from iccld.stages.base import Stage
 from iccld.stages.segmentation import SegmentationConfig, SegmentationStage
 from iccld.uda.corruption import CorruptionConfig
-from tests.factory import random_batch, tiny_model_config
+from tests.factory import layout_for, random_batch, tiny_model_config
 from tests.stages.test_adversarial import make_stage as make_adversarial
 
 WARM_START = 1
@@ -60,7 +60,7 @@ def train(
     losses, graphs = [], []
     with Engine(config or EngineConfig(compile=compile, precision=precision)) as engine:
         options = {"replicated": stage.replicated(), "frozen": stage.frozen()}
-        engine.attach(stage.module, stage.param_groups(), num_accumulation=2, **options)
+        engine.attach(stage.module, stage.param_groups(), layout=layout_for(engine, 2), **options)
         for average, methods in stage.averages().items():
             engine.backend.shard(average, methods=methods)
         stage.start()
@@ -68,7 +68,7 @@ def train(
         for step in range(NUM_STEPS):
             engine.set_learning_rate(1.0 / (step + 1))
             for i in range(2):
-                first = 1000 * engine.rank + 4 * step + 2 * i
+                first = 1000 * engine.ranks.rank + 4 * step + 2 * i
                 batch = random_batch(num_classes=19, numbers=range(first, first + 2))
                 with torch.no_grad(), engine.autocast():
                     inputs = stage.prepare(batch, step)

@@ -13,15 +13,15 @@ from iccld.models.condition import ConditionKind
 from iccld.models.latent import LatentKind
 from iccld.runtime.engine.compilation import Compile
 from iccld.runtime.engine.engine import Engine, EngineConfig
-from iccld.runtime.engine.prefetch import map_tensors
 from iccld.runtime.measure.flops import on_meta
+from iccld.runtime.tensors import map_tensors
 from iccld.stages.adversarial import AdversarialConfig, AdversarialStage, AdversaryInput, new_discriminator
 from iccld.stages.base import Stage
 from iccld.stages.denoising import DiffusionLoss
 from iccld.stages.objective import PseudoLabelSource
 from iccld.stages.segmentation import SegmentationConfig, SegmentationStage
 from iccld.uda.corruption import CorruptionConfig
-from tests.factory import random_batch
+from tests.factory import layout_for, random_batch
 from tests.models.factory import BACKBONES, tiny_model
 
 VELOCITY = DiffusionLoss.velocity
@@ -150,7 +150,7 @@ def test_a_step_does_not_wait_on_a_gpu(name: str) -> None:
         stage = STAGES[name][0]()
         for module in (stage.module, stage.models()["student"], stage.teacher.module):
             module.to(engine.device)
-        engine.attach(stage.module, stage.param_groups(), num_accumulation=1, gradient_clip=1.0)
+        engine.attach(stage.module, stage.param_groups(), layout=layout_for(engine, 1), gradient_clip=1.0)
         stage.start()
         for step in range(3):
             host = map_tensors(random_batch(num_classes=19, numbers=range(2)), Tensor.pin_memory)

@@ -13,8 +13,8 @@ from torch import Tensor
 from iccld.models.latent import LatentKind
 from iccld.runtime.engine.compilation import Compile
 from iccld.runtime.engine.engine import Engine, EngineConfig
-from iccld.runtime.engine.prefetch import map_tensors
 from iccld.runtime.measure.flops import on_meta
+from iccld.runtime.tensors import map_tensors
 from iccld.stages.adversarial import AdversarialStage
 from iccld.stages.view_cache import _MAX_PENDING, HIT, ViewCache, ViewCacheConfig
 from iccld.stages.views import CORRUPTION_NOISE
@@ -254,9 +254,9 @@ def test_on_a_gpu_nothing_waits_and_the_bits_are_the_same() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_samples": -1}, r"num_samples=-1 must be 0 \(no cache\) or above"),
+        ({"num_samples": -1}, r"num_samples=-1 must be 0 \(off\) or above"),
         ({"num_samples": 8}, "num_samples=8 needs stage2.cache.folder"),
-        ({"max_gib": 0.0}, "max_gib=0.0 must be positive"),
+        ({"max_gib": 0.0}, "max_gib=0.0 must be above 0"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -14,11 +14,12 @@ import torch
 from bench_engines import make_stage
 from scaling.links import time_collectives
 
+from iccld.batch_layout import BatchLayout
 from iccld.config import load_config
 from iccld.programs.run.synthetic import synthetic_batch
 from iccld.runtime.engine.engine import Engine, EngineConfig
 from iccld.stages.adversarial import AdversarialStage
-from iccld.trainer import TrainerConfig, attach
+from iccld.trainer import attach
 
 LINK_SIZES = tuple(1 << n for n in (12, 16, 20, 22, 24, 25))
 
@@ -29,9 +30,9 @@ class Rank:
     def __init__(self, engine: Engine, stage: AdversarialStage, *, batch_size: int, size: int) -> None:
         self.engine, self.stage, self.batch_size = engine, stage, batch_size
         self.config = load_config([f"data.crop_size=[{size},{size}]"])
-        attach(
-            stage, engine, TrainerConfig(global_batch_size=batch_size * engine.world_size, micro_batch_size=batch_size)
-        )
+        ranks = engine.ranks
+        layout = BatchLayout(batch_size * ranks.world_size, batch_size, world_size=ranks.world_size, rank=ranks.rank)
+        attach(stage, engine, layout)
         self.seconds: dict[str, float] = {}
 
     def step(self, number: int) -> dict[str, Any]:
@@ -40,11 +41,11 @@ class Rank:
         start = time.perf_counter()
         first = number * self.batch_size
         with self._phase("agree"):
-            self.engine.any(False)
+            self.engine.ranks.any(False)
         with self._phase("prepare"), torch.no_grad():
             batch = synthetic_batch(self.config, range(first, first + self.batch_size))
             inputs = self.stage.prepare(batch, number)
-            self.engine.sum_values(inputs.denominators)
+            self.engine.ranks.sum_values(inputs.denominators)
         with self.engine.micro_batch(is_last=True):
             with self._phase("forward"):
                 losses = self.engine.module(inputs).losses

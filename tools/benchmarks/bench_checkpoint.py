@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from iccld.batch_layout import BatchLayout
 from iccld.durable import sync
 from iccld.models.denoiser import Denoiser, DenoiserConfig
 from iccld.runtime.checkpoint.store import CheckpointConfig, CheckpointStore
@@ -61,9 +62,9 @@ class Ours:
 
     def __init__(self, folder: Path, model: nn.Module, *, asynchronous: bool) -> None:
         self.engine = Engine(EngineConfig())
-        self.engine.attach(model, [{"params": list(model.parameters()), "lr": 1e-4}], num_accumulation=1)
+        self.engine.attach(model, [{"params": list(model.parameters()), "lr": 1e-4}], layout=BatchLayout(1, 1))
         with_moments(self.engine.backend.optimizer, model)
-        self.store = CheckpointStore(folder, CheckpointConfig(asynchronous=asynchronous), self.engine)
+        self.store = CheckpointStore(folder, CheckpointConfig(asynchronous=asynchronous), self.engine.ranks)
 
     def save(self, step: int) -> Times:
         start = time.perf_counter()

@@ -26,17 +26,16 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from iccld.batch_layout import BatchLayout
 from iccld.config import load_config
 from iccld.models.discriminator import Discriminator
 from iccld.models.iccld import ICCLD
 from iccld.programs.run.synthetic import synthetic_batch
-from iccld.runtime.engine.engine import Engine, EngineConfig
-from iccld.runtime.engine.kind import EngineKind
+from iccld.runtime.engine.engine import Engine, EngineConfig, EngineKind
 from iccld.runtime.measure.peaks import wait_for
 from iccld.runtime.measure.profiling import PhaseTimer
 from iccld.stages.adversarial import AdversarialConfig, AdversarialStage
-from iccld.trainer import TrainerConfig, attach
-from iccld.training_step import TrainingStep
+from iccld.trainer import TrainingStep, attach
 
 ROOT = Path(__file__).resolve().parents[2]
 ENGINES = ("ddp", "zero1", "zero2", "fsdp2")
@@ -92,15 +91,16 @@ def measure(num_params: float, *, num_steps: int, batch_size: int, size: int) ->
         if engine.kind in (EngineKind.zero1, EngineKind.zero2):
             importlib.import_module("iccld.runtime.engine.zero")  # the library itself is no part of the memory
         memory = Memory(engine.device)
-        stage, local = make_stage(num_params), batch_size // engine.world_size
+        stage, local = make_stage(num_params), batch_size // engine.ranks.world_size
         stage.model.to(engine.device)
         stage.teacher.module.to(engine.device)
-        attach(stage, engine, TrainerConfig(global_batch_size=batch_size, micro_batch_size=local))
+        ranks = engine.ranks
+        attach(stage, engine, BatchLayout(batch_size, local, world_size=ranks.world_size, rank=ranks.rank))
         config = load_config([f"data.crop_size=[{size},{size}]"])
         timer, sent, start_peak = PhaseTimer(engine.device), [], 0
         train = TrainingStep(stage, engine, timer)
         for step in range(num_steps + 1):
-            first = step * batch_size + engine.rank * local
+            first = step * batch_size + engine.ranks.rank * local
             (batch,) = engine.prefetch(iter([synthetic_batch(config, range(first, first + local))]))
             written = _bytes_written()
             train([batch], step)
@@ -117,9 +117,9 @@ def measure(num_params: float, *, num_steps: int, batch_size: int, size: int) ->
             "step_s": statistics.median(step["total"] for step in steps),
             "ema_over_step": statistics.median(step["average"] / step["total"] for step in steps),
         }
-        ranks = engine.gather_objects(own)
+        of_ranks = engine.ranks.gather(own)
         count = sum(math.prod(p.shape) for p in stage.module.parameters())
-        return {"num_params": count, "device": engine.device.type, "ranks": ranks}
+        return {"num_params": count, "device": engine.device.type, "ranks": of_ranks}
 
 
 def launch(engine: str, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -22,7 +22,8 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 from webdataset.autodecode import handle_extension
 from webdataset.compat import WebDataset, WebLoader
 
-from iccld.data.config import BatchLayout, DataConfig, DatasetConfig
+from iccld.batch_layout import BatchLayout
+from iccld.data.config import DataConfig, DatasetConfig
 from iccld.data.stream.stream import TrainingStream
 
 Pair = tuple[Tensor, Tensor]

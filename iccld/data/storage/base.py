@@ -4,7 +4,6 @@ It may be used by several threads, in processes that were forked after its first
 """
 
 import copy
-import math
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from typing import ClassVar, Self
 from urllib.parse import unquote, urlsplit
 
 from iccld.data.storage.counters import Counters
+from iccld.ranges import above, at_least, check_ranges
 from iccld.redact import is_url, without_secrets
 
 MAX_NAME_BYTES = 255
@@ -40,12 +40,8 @@ class StorageConfig:
     """Further schemes of fsspec (hdfs, sftp, ...) that locations may have."""
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.timeout_s) and self.timeout_s > 0):
-            raise ValueError(f"data.storage.timeout_s={self.timeout_s} must be positive; 20 is usual.")
-        if not (math.isfinite(self.retry_for_s) and self.retry_for_s >= 0):
-            raise ValueError(
-                f"data.storage.retry_for_s={self.retry_for_s} must be at least 0; 300 is usual, 0 gives up at once."
-            )
+        retry_for_s = at_least(0, "300 is usual, 0 gives up at once")
+        check_ranges(self, "data.storage", timeout_s=above(0, "20 is usual"), retry_for_s=retry_for_s)
 
 
 class StorageError(OSError):

@@ -2,7 +2,8 @@
 
 import math
 import zlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,16 +23,21 @@ from iccld.texts import read_text
 
 MAX_CHECKED_SHARDS = 1000
 _KEYS_AT_ONCE = 1_000_000
+_kept: list[dict[str, list["Part"]]] = []  # one for each `sets_kept_open` that is not over
 
 
 @dataclass(frozen=True)
 class Part:
-    """One set of a domain. `positions` are the samples in use; `name` is the key of their order."""
+    """One set of a domain. `positions` are the samples in use; `name` is the key of their order.
+
+    `setting` is where the settings name the set, for instance `data.source`.
+    """
 
     name: str
     reader: ShardReader
     positions: Sequence[int] | np.ndarray
     weight: float
+    setting: str
 
     @property
     def index(self) -> ShardIndex:
@@ -54,32 +60,52 @@ class Part:
 def open_parts(config: DataConfig, role: str, *, with_labels: bool) -> list[Part]:
     """Open the sets of the `role` "source", "target" or "validation". The first is keyed by `role`, others by name.
 
-    Raises ValueError if one is missing, damaged, or lacks labels that are needed.
+    Within `sets_kept_open`, sets that are open are handed out again. Raises ValueError if one is missing, damaged, or
+    lacks labels that are needed.
     """
     dataset: DatasetConfig = getattr(config, role)
     if not dataset.shards:
         raise ValueError(f"data.{role}.shards is empty, but a {role} set is needed; set it to a folder of shards.")
+    key = repr((role, dataset, config.storage, config.cache, config.on_error))
+    parts = _kept[-1].get(key) if _kept else None
+    if parts is None:
+        parts = _open_parts(config, role, dataset)
+        if _kept:
+            _kept[-1][key] = parts
+    for part in parts if with_labels else ():
+        if not part.index.header.has_labels:
+            raise ValueError(
+                f"{part.setting}.shards={without_secrets(part.index.location)} has no labels, but the labels of the "
+                f"{role} set are needed; make the shards without --no-labels."
+            )
+    return list(parts)
+
+
+@contextmanager
+def sets_kept_open() -> Iterator[None]:
+    """Within, each set is opened once, and stays open: its index and its shards are those that were checked then."""
+    _kept.append({})
+    try:
+        yield
+    finally:
+        _kept.pop()
+
+
+def _open_parts(config: DataConfig, role: str, dataset: DatasetConfig) -> list[Part]:
     cache = SampleCache(config.cache) if config.cache.folder else None
     sets: dict[str, SetConfig] = {"": dataset} | dict(sorted(dataset.also.items()))
-    return [_open_part(part, role, name, config, cache, with_labels=with_labels) for name, part in sets.items()]
+    return [_open_part(part, role, name, config, cache) for name, part in sets.items()]
 
 
-def _open_part(
-    part: SetConfig, role: str, name: str, config: DataConfig, cache: SampleCache | None, *, with_labels: bool
-) -> Part:
+def _open_part(part: SetConfig, role: str, name: str, config: DataConfig, cache: SampleCache | None) -> Part:
     setting = f"data.{role}.also.{name}" if name else f"data.{role}"
     storage = open_storage(part.shards, config.storage)
     index = open_index(storage, part.shards, setting=f"{setting}.shards", cache_folder=config.cache.folder)
     integrity.ensure(index)
-    if with_labels and not index.header.has_labels:
-        raise ValueError(
-            f"{setting}.shards={without_secrets(part.shards)} has no labels, but the labels of the {role} set are "
-            f"needed; make the shards without --no-labels."
-        )
     if config.on_error is OnError["raise"] and storage.is_local and index.header.num_shards <= MAX_CHECKED_SHARDS:
         _check_shards(index, storage, f"{setting}.shards={part.shards}")
     reader = ShardReader(index, storage, None if storage.is_local else cache)
-    return Part(f"{role}/{name}" if name else role, reader, _positions(part, index, setting), part.weight)
+    return Part(f"{role}/{name}" if name else role, reader, _positions(part, index, setting), part.weight, setting)
 
 
 def _check_shards(index: ShardIndex, storage: Storage, where: str) -> None:

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from iccld.data.config import BatchLayout, DataConfig
+from iccld.batch_layout import BatchLayout
+from iccld.data.config import DataConfig
 from iccld.data.processes import say
 from iccld.data.sample import decode_pixels, decode_train_ids
 from iccld.data.storage import integrity

@@ -95,7 +95,7 @@ def _check(config: Config, after: str, *, num_ranks: int) -> None:
     if not after and first not in stages:
         raise ValueError(f"stages={stages} needs a stage 1; name the run that trains it, as in `after: NAME`.")
     for stage in stages:
-        getattr(config, stage).trainer.num_accumulation(num_ranks)
+        getattr(config, stage).trainer.layout(world_size=num_ranks)
 
 
 def has_finished(ablation: Ablation, task: Task) -> bool:

@@ -101,7 +101,7 @@ def write_due_snapshot(stage: Stage, folder: Path, engine: Engine, *, step: int)
     profile = stage.ema_profile
     if stage.profiles is not None and step % profile.snapshot_every == 0:
         averages = engine.backend.full(stage.profiles.state_dict())
-        if engine.is_main:
+        if engine.ranks.is_main:
             write_snapshot(folder, averages, step=step, widths=profile.widths)
 
 

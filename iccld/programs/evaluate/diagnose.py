@@ -30,12 +30,14 @@ def diagnose_model(
     """
 
     def reduce(counts: Tensor) -> Tensor:
-        if engine.any(give_up()):
+        if engine.ranks.any(give_up()):
             raise Preempted("the diagnostics were given up")
-        return engine.all_reduce_sum(counts)
+        return engine.ranks.sum(counts)
 
     most, below = config.evaluation.diagnostic_images, config.evaluation.max_images
-    pairs = read_validation_pairs(config.data, most=most, below=below, rank=engine.rank, world_size=engine.world_size)
+    pairs = read_validation_pairs(
+        config.data, most=most, below=below, rank=engine.ranks.rank, world_size=engine.ranks.world_size
+    )
     with engine.autocast():
         return diagnose(
             takewhile(lambda _: not give_up(), pairs),

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from iccld.config import Config, read_config
 from iccld.data.config import locations, of_saved_run, refuse_unasked
+from iccld.data.stream.sets import sets_kept_open
 from iccld.data.stream.stream import read_validation
 from iccld.durable import make_folder, refuse_links, write_whole
 from iccld.evaluation import EvaluationResult, Predict, evaluate, results_table
@@ -30,6 +31,7 @@ from iccld.runtime.engine.engine import Engine
 from iccld.runtime.faults.preemption import Preempted, Preemption
 from iccld.runtime.faults.watchdog import Watchdog
 from iccld.runtime.measure.telemetry import write_event
+from iccld.runtime.ranks import Ranks
 from iccld.stages.table import STAGES, stage_of
 
 DIAGNOSTICS = "diagnostics"
@@ -44,11 +46,11 @@ def evaluate_predictor(
     """
 
     def reduce(counts: Tensor) -> Tensor:
-        if engine.any(give_up()):
+        if engine.ranks.any(give_up()):
             raise Preempted("scoring was given up")
-        return engine.all_reduce_sum(counts)
+        return engine.ranks.sum(counts)
 
-    samples = read_validation(config.data, rank=engine.rank, world_size=engine.world_size)
+    samples = read_validation(config.data, rank=engine.ranks.rank, world_size=engine.ranks.world_size)
     with torch.no_grad(), engine.autocast():
         return evaluate(
             takewhile(lambda _: not give_up(), samples),
@@ -65,9 +67,9 @@ def asks(preemption: Preemption, watchdog: Watchdog) -> Callable[[], bool]:
     return lambda: watchdog.tick() or preemption.came
 
 
-def stopped(config: Config, engine: Engine, stage: str) -> bool:
+def stopped(config: Config, ranks: Ranks, stage: str) -> bool:
     """Asked to stop where there is nothing to save; False."""
-    if engine.is_main:
+    if ranks.is_main:
         write_event(Path(config.run_dir), "preempted", stage=stage)
     return False
 
@@ -99,16 +101,16 @@ def evaluate_run(config: Config, preemption: Preemption | None = None, *, model_
     # The run may be training meanwhile, with heartbeats of its own.
     beats = Path(config.run_dir) / "heartbeats" / "evaluate"
     refuse_links(Path(config.run_dir) / "report", within=Path(config.run_dir))
-    with Engine(config.engine) as engine, watch(config, engine, beats_in=beats) as watchdog:
+    with Engine(config.engine) as engine, watch(config, engine.ranks, beats_in=beats) as watchdog, sets_kept_open():
         watchdog.begin("evaluation")
         watchdog.phase("evaluate")
-        if engine.is_main:
+        if engine.ranks.is_main:
             for key, location in locations(config.data, ["validation"], with_keys=True).items():
                 print(f"on {key}={without_secrets(location)}", flush=True)
         try:
             evaluate_models(folders, config, engine, give_up=asks(preemption, watchdog))
         except Preempted:
-            return stopped(config, engine, "evaluation")
+            return stopped(config, engine.ranks, "evaluation")
     return True
 
 
@@ -125,20 +127,20 @@ def evaluate_models(
     places: list[Path] = []
 
     def find_place() -> None:
-        if engine.is_main:
+        if engine.ranks.is_main:
             about.update(about_of(folders, config))
             places.append(place_for(folders, config, about))
 
-    together(find_place, engine)  # what is damaged there must not cost the scores
+    together(find_place, engine.ranks)  # what is damaged there must not cost the scores
     results: dict[str, Any] = {}
     for folder in folders:
-        if engine.is_main:
+        if engine.ranks.is_main:
             print(f"scoring {folder}", flush=True)
         score = partial(evaluate_predictor, config=config, engine=engine, give_up=give_up)
         results |= score_model(load_model(folder, config).to(engine.device), config, score)
     if config.evaluation.diagnostic_images:
         results[DIAGNOSTICS] = _diagnose(folders, config, engine, give_up)
-    if engine.is_main:
+    if engine.ranks.is_main:
         _report({"about": about} | results, places[0])
     return results
 
@@ -153,7 +155,7 @@ def _diagnose(folders: Sequence[Path], config: Config, engine: Engine, give_up: 
         diagnosis = diagnose_model(teacher, config, engine, **options)
         stage = stage_of(teacher).name
         found[stage] = diagnosis.to_json()
-        if engine.is_main:
+        if engine.ranks.is_main:
             run_dir = Path(config.run_dir) if folder in finished_models(config) else None
             tell(signs_of_diagnosis(diagnosis), run_dir=run_dir, stage=stage)
     return found

@@ -5,40 +5,41 @@ from typing import Any
 
 import torch
 
+from iccld.batch_layout import BatchLayout
 from iccld.config import Config
+from iccld.node import host_name
 from iccld.programs.run.out_of_memory import parts_held
 from iccld.runtime.engine.engine import Engine
-from iccld.runtime.faults.preemption import host_name
 from iccld.runtime.measure import memory
 from iccld.runtime.measure.flops import StepFlops
 from iccld.runtime.measure.peaks import measured_flops, nominal_flops, wait_for
 from iccld.runtime.measure.profiling import OUTSIDE, OVERLAPPED, PHASES, PhaseTimer, Seconds
+from iccld.runtime.tensors import bytes_of
 from iccld.stages.base import Stage
-from iccld.trainer import TrainerConfig
 
 
 def of_this_rank(steps: list[Seconds], stage: Stage, engine: Engine) -> dict[str, Any]:
     return {
-        "rank": engine.rank,
+        "rank": engine.ranks.rank,
         "host": host_name(),
         "peak_bytes": memory.peak_memory(engine.device),
-        "held_bytes": {part: sum(map(memory.bytes_of, of.values())) for part, of in parts_held(stage, engine).items()},
+        "held_bytes": {part: sum(map(bytes_of, of.values())) for part, of in parts_held(stage, engine).items()},
         "step_s": [step["total"] - sum(step.get(phase, 0.0) for phase in OUTSIDE) for step in steps],
         "phases": {phase: _median(steps, phase) for phase in (*PHASES, OVERLAPPED) if phase not in OUTSIDE},
     }
 
 
 def rates_of(
-    ranks: list[dict[str, Any]], plan: TrainerConfig, flops: float, config: Config, engine: Engine
+    ranks: list[dict[str, Any]], layout: BatchLayout, flops: float, config: Config, engine: Engine
 ) -> dict[str, Any]:
     """`flops` are a sample's."""
     step_s = statistics.median(map(max, zip(*(rank["step_s"] for rank in ranks), strict=True)))
-    achieved = flops * plan.global_batch_size / step_s / engine.world_size
+    achieved = flops * layout.global_batch_size / step_s / layout.world_size
     peak_flops, source = _peak(config, engine)
     return {
         "step_s": step_s,
-        "samples_per_s": plan.global_batch_size / step_s,
-        "samples_per_s_per_rank": plan.global_batch_size / step_s / engine.world_size,
+        "samples_per_s": layout.global_batch_size / step_s,
+        "samples_per_s_per_rank": layout.global_batch_size / step_s / layout.world_size,
         "achieved_flops_per_rank": achieved,
         "peak_flops": peak_flops,
         "peak_source": source,
@@ -67,23 +68,23 @@ def sizes_of(stage: Stage, engine: Engine, ranks: list[dict[str, Any]]) -> dict[
         "teacher_bytes": sum(rank["held_bytes"]["averages"] for rank in ranks)
         // (1 if engine.is_sharded else len(ranks)),
         "save_stall_s": _copy_to_host_s(stage, engine),
-        "checkpoint_bytes": sum(engine.gather_objects(sum(stored))),
+        "checkpoint_bytes": sum(engine.ranks.gather(sum(stored))),
     }
 
 
-def launch_of(engine: Engine, plan: TrainerConfig, hosts: list[str]) -> dict[str, Any]:
+def launch_of(engine: Engine, layout: BatchLayout, hosts: list[str]) -> dict[str, Any]:
     device = engine.device
     return {
         "engine": engine.kind.value,
-        "world_size": engine.world_size,
+        "world_size": layout.world_size,
         "num_nodes": len(set(hosts)),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "precision": engine.config.precision.name,
         "compile": engine.compile.value,
         "threads": torch.get_num_threads(),
-        "global_batch_size": plan.global_batch_size,
-        "micro_batch_size": plan.chosen_micro_batch_size,
-        "num_accumulation": plan.num_accumulation(engine.world_size),
+        "global_batch_size": layout.global_batch_size,
+        "micro_batch_size": layout.micro_batch_size,
+        "num_accumulation": layout.num_accumulation,
     }
 
 
@@ -98,7 +99,7 @@ def _peak(config: Config, engine: Engine) -> tuple[float, str]:
     precision = engine.accelerator.mixed_precision
     if nominal := nominal_flops(engine.device, precision):
         return nominal, "the device's data sheet"
-    measured = engine.gather_objects(measured_flops(engine.device, precision))  # at once, as they train
+    measured = engine.ranks.gather(measured_flops(engine.device, precision))  # at once, as they train
     return statistics.median(measured), "measured: a matrix product on every rank at once"
 
 
@@ -110,7 +111,7 @@ def _copy_to_host_s(stage: Stage, engine: Engine) -> float:
         with clock.span("copy"):
             _ = [run.data.to("cpu", copy=True) for run in engine.runs(_state(stage)).values()]
         clock.end_step()
-    return max(engine.gather_objects(clock.take()[-1]["copy"]))
+    return max(engine.ranks.gather(clock.take()[-1]["copy"]))
 
 
 def _state(stage: Stage) -> dict[str, Any]:

@@ -19,15 +19,17 @@ from typing import Any
 import torch
 
 from iccld import __version__
+from iccld.batch_layout import BatchLayout
 from iccld.config import Config, load_config
+from iccld.data.stream.sets import sets_kept_open
 from iccld.durable import make_folder, replacing
 from iccld.programs.profile.figures import flops_of, launch_of, of_this_rank, rates_of, sizes_of
 from iccld.programs.profile.report import write_report
 from iccld.programs.profile.roofline import roofline, work_by_part
-from iccld.programs.run.building import build_stage, build_stream, fresh_stage, layout_of, trials_of
+from iccld.programs.run.building import build_stage, build_stream, fresh_stage, trials_of
 from iccld.programs.run.checks import check_settings, watch
 from iccld.programs.run.hand_off import is_finished
-from iccld.programs.run.micro_batch import with_micro_batch_size
+from iccld.programs.run.micro_batch import choose_layout
 from iccld.programs.run.out_of_memory import explained_out_of_memory
 from iccld.programs.run.synthetic import flops_per_sample, synthetic_batch, synthetic_batches
 from iccld.runtime.engine.engine import Engine
@@ -38,8 +40,7 @@ from iccld.runtime.measure.peaks import wait_for
 from iccld.runtime.measure.profiling import OVERLAPPED, PhaseTimer, Ranges
 from iccld.stages.base import Stage
 from iccld.stages.table import STAGES
-from iccld.trainer import TrainerConfig, attach
-from iccld.training_step import TrainingStep
+from iccld.trainer import TrainingStep, attach
 
 FORMAT = 1
 VERSIONS = ("torch", "accelerate", "deepspeed", "transformers", "xformers")
@@ -72,7 +73,7 @@ def run(arguments: Namespace) -> int:
     make_folder(output, within=arguments.output or Path(config.run_dir))
     own = replace(config, run_dir=str(output))  # whatever is written down is no part of the run
     check_open_files(num_workers=config.data.num_workers, world_size=int(os.environ.get("WORLD_SIZE") or 1))
-    with Engine(config.engine) as engine, watch(own, engine) as watchdog:
+    with Engine(config.engine) as engine, watch(own, engine.ranks) as watchdog, sets_kept_open():
         if not options.synthetic:
             check_settings(config, engine)
         for name in config.stages:
@@ -80,7 +81,7 @@ def run(arguments: Namespace) -> int:
             make_folder(folder, within=output)
             watchdog.begin(name)
             figures = profile_stage(name, config, engine, options, watchdog, folder)  # the same on every rank
-            if engine.is_main:
+            if engine.ranks.is_main:
                 write_report(figures, folder)
             engine.detach()
     return 0
@@ -91,33 +92,33 @@ def profile_stage(
 ) -> dict[str, Any]:
     """The figures of profile.json; the traces and what a failure leaves behind are written into the folder."""
     previous = STAGES[name].previous
-    is_made = not previous or engine.gather_objects(is_finished(Path(config.run_dir), previous))[0]
+    is_made = not previous or engine.ranks.gather(is_finished(Path(config.run_dir), previous))[0]
     build = partial(build_stage if is_made else fresh_stage, name, config, engine.device)
     own = replace(config, run_dir=str(folder.parent))
     trials = replace(trials_of(name, config, engine, watchdog), config=own, build=build)
     if options.synthetic:
         trials = replace(trials, batch=lambda size: synthetic_batch(config, range(size)))
-    plan = with_micro_batch_size(name, trials)
+    layout, plan = choose_layout(name, trials), trials.plan
     plan = replace(plan, num_steps=max(plan.num_steps, options.num_all))
     stage = build()
     flops = flops_per_sample(stage, config, plan.num_steps - 1)
-    work = work_by_part(stage, config, plan.chosen_micro_batch_size)
+    work = work_by_part(stage, config, layout.micro_batch_size)
     memory.restart_peak(engine.device)
-    with explained_out_of_memory(stage, plan, own, engine, watchdog=watchdog):
-        attach(stage, engine, plan)
-        of_this_rank = _run(stage, plan, config, engine, options, watchdog, folder)
+    with explained_out_of_memory(stage, layout, own, engine, watchdog=watchdog):
+        attach(stage, engine, layout, gradient_clip=plan.gradient_clip)
+        of_this_rank = _run(stage, layout, plan.num_steps, config, engine, options, watchdog, folder)
     watchdog.phase("finish")
-    ranks = engine.gather_objects(of_this_rank)
+    ranks = engine.ranks.gather(of_this_rank)
     return {
         "format": FORMAT,
         "stage": name,
-        **launch_of(engine, plan, [rank["host"] for rank in ranks]),
+        **launch_of(engine, layout, [rank["host"] for rank in ranks]),
         **{name: getattr(options, name) for name in ("synthetic", "num_steps", "num_warmup")},
-        **rates_of(ranks, plan, flops.total, config, engine),
+        **rates_of(ranks, layout, flops.total, config, engine),
         "ranks": ranks,
         **flops_of(flops),
         **sizes_of(stage, engine, ranks),
-        "roofline": roofline(stage, config, work, plan.chosen_micro_batch_size, engine),
+        "roofline": roofline(stage, config, work, layout.micro_batch_size, engine),
         "versions": {"iccld": __version__, **{package: _version(package) for package in VERSIONS}},
     }
 
@@ -132,15 +133,16 @@ def _version(package: str) -> str:
 
 def _run(
     stage: Stage,
-    plan: TrainerConfig,
+    layout: BatchLayout,
+    end: int,
     config: Config,
     engine: Engine,
     options: ProfileOptions,
     watchdog: Watchdog,
     folder: Path,
 ) -> dict[str, Any]:
-    """What this rank measures in the last steps of the stage: nothing is left out there."""
-    first, layout = plan.num_steps - options.num_all, layout_of(plan, engine)
+    """What this rank measures in the last steps before `end`: nothing is left out there."""
+    first = end - options.num_all
     if options.synthetic:
         made: Any = nullcontext(synthetic_batches(stage.name, config, layout, first))
     else:
@@ -158,9 +160,9 @@ def _run(
         first += options.num_steps
         if not options.num_traced:
             return found | {"trace": ""}
-        path = folder / f"trace_rank_{engine.rank:05d}.json.gz"
+        path = folder / f"trace_rank_{engine.ranks.rank:05d}.json.gz"
         with torch.profiler.profile() as trace, Ranges() as ranges:
-            _steps(stage, engine, PhaseTimer(engine.device, ranges.begin), batches, range(first, plan.num_steps))
+            _steps(stage, engine, PhaseTimer(engine.device, ranges.begin), batches, range(first, end))
             wait_for(engine.device)
         with tempfile.TemporaryDirectory() as scratch, replacing(path) as file:
             trace.export_chrome_trace(f"{scratch}/{path.name}")
@@ -174,8 +176,8 @@ def _steps(stage: Stage, engine: Engine, timer: PhaseTimer, batches: Iterator[Ma
     train = TrainingStep(stage, engine, timer)
     for step in steps:
         with timer.phase("data"):
-            micro_batches = [next(batches) for _ in range(engine.backend.plan.num_accumulation)]
+            micro_batches = [next(batches) for _ in range(engine.backend.terms.layout.num_accumulation)]
         with timer.span("agree"):
-            engine.any(False)
+            engine.ranks.any(False)
         train(micro_batches, step)
         timer.end_step()

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from iccld.batch_layout import BatchLayout
 from iccld.config import Config, stage_settings
-from iccld.data.config import BatchLayout
 from iccld.data.stream.stream import TrainingStream
 from iccld.models.iccld import ICCLD
 from iccld.programs.run.checks import plan_of
@@ -20,17 +20,6 @@ from iccld.runtime.faults.watchdog import Watchdog
 from iccld.stages.base import Stage
 from iccld.stages.kind import StageSettings
 from iccld.stages.table import STAGES
-from iccld.trainer import TrainerConfig
-
-
-def layout_of(plan: TrainerConfig, engine: Engine) -> BatchLayout:
-    return BatchLayout(
-        global_batch_size=plan.global_batch_size,
-        micro_batch_size=plan.chosen_micro_batch_size,
-        num_accumulation=plan.num_accumulation(engine.world_size),
-        rank=engine.rank,
-        world_size=engine.world_size,
-    )
 
 
 def build_stream(name: str, config: Config, layout: BatchLayout) -> TrainingStream:
@@ -89,7 +78,7 @@ def whole_stage(stage: Stage, config: Config, engine: Engine) -> Stage:
 
 def first_batches(name: str, config: Config) -> Iterator[Mapping[str, Any]]:
     """The stream's first samples, in batches that do not depend on the run's layout."""
-    layout = BatchLayout(global_batch_size=4, micro_batch_size=4, num_accumulation=1, rank=0, world_size=1)
+    layout = BatchLayout(global_batch_size=4, micro_batch_size=4)
     return islice(build_stream(name, config, layout).batches(0), -(-config.statistics_samples // 4))
 
 
@@ -98,7 +87,8 @@ def trials_of(name: str, config: Config, engine: Engine, watchdog: Watchdog) -> 
     without_workers = replace(config, data=replace(config.data, num_workers=0))
 
     def first_samples(size: int) -> Mapping[str, Any]:
-        layout = BatchLayout(size * engine.world_size, size, rank=engine.rank, world_size=engine.world_size)
+        ranks = engine.ranks
+        layout = BatchLayout(size * ranks.world_size, size, world_size=ranks.world_size, rank=ranks.rank)
         with closing(build_stream(name, without_workers, layout).batches(0)) as batches:
             return next(batches)
 

@@ -13,6 +13,7 @@ from iccld.programs.run.hand_off import is_finished
 from iccld.programs.run.kept_views import open_view_files
 from iccld.runtime.engine.engine import Engine
 from iccld.runtime.faults.watchdog import Watchdog
+from iccld.runtime.ranks import Ranks
 from iccld.stages.table import STAGES
 from iccld.trainer import TrainerConfig
 
@@ -33,28 +34,28 @@ def check_links(run_dir: Path, config: Config) -> None:
         refuse_unless_plain(run_dir / name)
 
 
-def check_alone(run_dir: Path, holder: str, engine: Engine) -> None:
-    holder = engine.gather_objects(holder)[0]
+def check_alone(run_dir: Path, holder: str, ranks: Ranks) -> None:
+    holder = ranks.gather(holder)[0]
     if holder:
         raise ValueError(f"run_dir={run_dir} is in use by {holder}; wait for it, end it, or use another run_dir.")
 
 
-def together(check: Callable[[], None], engine: Engine) -> None:
+def together(check: Callable[[], None], ranks: Ranks) -> None:
     """Make a check on every rank; what one of them finds (a damaged index, say) ends all, and is said once."""
     failure: Exception | None = None
     try:
         check()
     except (ValueError, OSError) as error:
         failure = plain(error)
-    if found := [failure for failure in engine.gather_objects(failure) if failure]:
+    if found := [failure for failure in ranks.gather(failure) if failure]:
         worst = max(found, key=status_of)
-        raise worst if engine.is_main else SystemExit(status_of(worst))
+        raise worst if ranks.is_main else SystemExit(status_of(worst))
 
 
 def check_settings(config: Config, engine: Engine) -> None:
     """Whatever a later stage would stumble over, before time is spent on an earlier one."""
     for name in config.stages:
-        plan_of(name, config).num_accumulation(engine.world_size)
+        plan_of(name, config).layout(world_size=engine.ranks.world_size)
         STAGES[name].check(stage_settings(name, config), device=engine.device, is_sharded=engine.is_sharded)
         open_view_files(name, config)
     class_set = config.data.class_set.build()
@@ -73,7 +74,7 @@ def check_settings(config: Config, engine: Engine) -> None:
         )
 
 
-def check_run_dir(run_dir: Path, config: Config, engine: Engine) -> None:
+def check_run_dir(run_dir: Path, config: Config, ranks: Ranks) -> None:
     """A run directory belongs to one config, but for the settings of a stage that has not begun."""
     path = run_dir / "config.yaml"
     if path.exists() and any((run_dir / stage).exists() for stage in STAGES):
@@ -84,14 +85,14 @@ def check_run_dir(run_dir: Path, config: Config, engine: Engine) -> None:
                 f"run_dir={run_dir} holds a run of another config ({'; '.join(changed[:5])}); "
                 f"use another run_dir, or the settings in {path}."
             )
-    engine.barrier()  # nobody writes before all have compared
-    if engine.is_main:
+    ranks.barrier()  # nobody writes before all have compared
+    if ranks.is_main:
         make_folder(run_dir, within=run_dir)
         write_whole(path, to_yaml(config))
-    engine.barrier()
+    ranks.barrier()
 
 
-def watch(config: Config, engine: Engine, *, beats_in: Path | None = None) -> Watchdog:
+def watch(config: Config, ranks: Ranks, *, beats_in: Path | None = None) -> Watchdog:
     """The watchdog of this attempt, not yet started. Call on every rank. `beats_in`: not in the run's own folder."""
     limits, retry_for_s = config.watchdog, config.data.storage.retry_for_s
     if limits.enabled and limits.step_s <= retry_for_s and "://" in f"{config.data.source} {config.data.target}":
@@ -99,8 +100,8 @@ def watch(config: Config, engine: Engine, *, beats_in: Path | None = None) -> Wa
             f"watchdog.step_s={limits.step_s} must be above data.storage.retry_for_s={retry_for_s}, so that a store "
             f"that comes back in time is waited for; use {2 * retry_for_s:g}."
         )
-    engine.set_timeout(limits.collective_s, of_saves=True)
-    run_dir, attempt = Path(config.run_dir), engine.gather_objects(f"{time.time()} {os.getpid()}")[0]
+    ranks.set_timeout(limits.collective_s, of_saves=True)
+    run_dir, attempt = Path(config.run_dir), ranks.gather(f"{time.time()} {os.getpid()}")[0]
     beats = (beats_in or run_dir) / "heartbeats"
     for folder in (beats, run_dir / "logs"):
         refuse_links(folder, within=run_dir)
@@ -108,19 +109,17 @@ def watch(config: Config, engine: Engine, *, beats_in: Path | None = None) -> Wa
     watchdog = Watchdog(
         run_dir,
         limits,
-        rank=engine.rank,
-        world_size=engine.world_size,
+        ranks=ranks,
         attempt=attempt,
         beats_in=beats_in,
-        set_timeout=engine.set_timeout,
     )
-    if engine.is_main:
+    if ranks.is_main:
         watchdog.refusal.forget()
         for path in beats.glob("rank_*.json"):  # of an attempt on more ranks
             path.unlink()
         for folder in (run_dir, beats):
             remove_left_overs(folder, older_than_s=LEFT_OVER_AFTER_S)
-    engine.barrier()
+    ranks.barrier()
     return watchdog
 
 

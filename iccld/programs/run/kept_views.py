@@ -45,7 +45,7 @@ def keep_views(stage: Stage, config: Config, engine: Engine, stream: TrainingStr
     if files is None:
         yield
         return
-    report = say if engine.is_main else lambda text: None
+    report = say if engine.ranks.is_main else lambda text: None
     identity = identity_of_views(stage.name, config, engine, stream)
     stage.view_cache = ViewCache(stream.repeat_after, files, identity=identity, report=report)
     yield

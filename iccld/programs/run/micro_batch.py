@@ -1,10 +1,10 @@
 """`micro_batch_size: auto`: the largest that divides a rank's part of the global batch and fits in its memory.
 
-Tried on a stage that is thrown away, with the run's own first samples: two steps as the loop takes them, the second
-with the optimiser's moments in place. DDP on GPUs tries by bisection until memory is out, within `memory.share` of what
-was free, and without a collective in which a rank that fails alone would leave the others. Elsewhere (a CPU, where
-failing may mean to be killed; sharded engines, which cannot do without collectives) the peaks of 1 and 2 samples give
-a line. Scores in mid-training are not tried.
+A size is tried on a stage that is thrown away, with the run's own first samples, in two steps that need the memory of
+the loop's; the second has the optimiser's moments in place. DDP on GPUs tries by bisection until memory is out, within
+`memory.share` of what was free, and without a collective in which a rank that fails alone would leave the others.
+Elsewhere (a CPU, where failing may mean to be killed; sharded engines, which cannot do without collectives) the peaks
+of 1 and 2 samples give a line. Scores in mid-training are not tried.
 
 A resumed run keeps the number of its newest checkpoint while engine, precision and number of ranks are the same.
 """
@@ -12,24 +12,24 @@ A resumed run keeps the number of its newest checkpoint while engine, precision 
 import contextlib
 import gc
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from iccld.batch_layout import AUTO, BatchLayout
 from iccld.config import Config
+from iccld.node import host_name
 from iccld.programs.run.out_of_memory import explained_out_of_memory
 from iccld.runtime.checkpoint.manifest import read_manifest
 from iccld.runtime.checkpoint.store import FOLDER, pointed_at
 from iccld.runtime.engine.engine import Engine, EngineKind
-from iccld.runtime.engine.micro_batch import AUTO, divisors, largest_by_line, largest_by_trial
-from iccld.runtime.engine.prefetch import map_tensors
-from iccld.runtime.faults.preemption import host_name
 from iccld.runtime.faults.watchdog import Watchdog
 from iccld.runtime.measure import memory
 from iccld.runtime.measure.telemetry import write_event
+from iccld.runtime.tensors import map_tensors
 from iccld.stages.base import Stage
 from iccld.trainer import TrainerConfig, attach
 
@@ -65,11 +65,11 @@ class Trials:
                 raise
             failed = True
             if size == 1:
-                plan = replace(self.plan, micro_batch_size=1)
-                with explained_out_of_memory(stage, plan, self.config, engine, watchdog=self.watchdog):
+                layout = self._layout(1, self.plan.global_batch_size)
+                with explained_out_of_memory(stage, layout, self.config, engine, watchdog=self.watchdog):
                     raise
             traceback.clear_frames(error.__traceback__)
-        self.peaks[size] = float("inf") if engine.any(failed) else float(memory.peak_memory(engine.device))
+        self.peaks[size] = float("inf") if engine.ranks.any(failed) else float(memory.peak_memory(engine.device))
         del stage
         engine.detach()
         gc.collect()
@@ -77,14 +77,15 @@ class Trials:
         self.watchdog.tick()
         return self.peaks[size] < float("inf")
 
+    def _layout(self, size: int, global_batch_size: int) -> BatchLayout:
+        ranks = self.engine.ranks
+        return BatchLayout(global_batch_size, size, world_size=ranks.world_size, rank=ranks.rank)
+
     def _train(self, stage: Stage, size: int) -> None:
-        engine, num_micro_batches = self.engine, -(-self.plan.global_batch_size // (size * self.engine.world_size))
-        plan = replace(
-            self.plan,
-            micro_batch_size=size,
-            global_batch_size=size * num_micro_batches * engine.world_size,
-        )
-        attach(stage, engine, plan)
+        engine, plan, of_ranks = self.engine, self.plan, size * self.engine.ranks.world_size
+        num_micro_batches = -(-plan.global_batch_size // of_ranks)
+        layout = self._layout(size, num_micro_batches * of_ranks)
+        attach(stage, engine, layout, gradient_clip=plan.gradient_clip)
         batches = _copies(self.batch(size), num_micro_batches, engine.device)
         step = plan.num_steps - 1  # nothing is left out there, as it may be in the first steps
         saved = []
@@ -108,23 +109,25 @@ def _copies(tensors: Mapping[str, Any], count: int, device: torch.device) -> lis
     return [map_tensors(tensors, lambda tensor: tensor.to(device, copy=True)) for _ in range(count)]
 
 
-def with_micro_batch_size(stage_name: str, trials: Trials) -> TrainerConfig:
-    """The plan with a number for `auto`, the same on all ranks. Call on every rank, with no module attached.
+def choose_layout(stage_name: str, trials: Trials) -> BatchLayout:
+    """The division of the batch, with a number for `auto` that is the same on all ranks.
 
-    Nothing of the run is touched: the stage comes from its seed, and every draw from its sample's number.
+    Call on every rank, with no module attached. Nothing of the run is touched: the stage comes from its seed, and every
+    draw from its sample's number.
     """
-    plan, engine, run_dir = trials.plan, trials.engine, Path(trials.config.run_dir)
+    plan, ranks, run_dir = trials.plan, trials.engine.ranks, Path(trials.config.run_dir)
+    layout = plan.layout(world_size=ranks.world_size, rank=ranks.rank)
     if plan.micro_batch_size != AUTO:
-        return plan
-    before = engine.gather_objects(_number_before(run_dir / stage_name, plan, trials))[0]  # as rank 0 sees it
+        return layout
+    before = ranks.gather(_number_before(run_dir / stage_name, plan, trials))[0]  # as rank 0 sees it
     size, how = (before, "as before") if before else _choose(trials)
-    plan = replace(plan, micro_batch_size=size)
-    if engine.is_main:
+    layout = replace(layout, micro_batch_size=size)
+    if ranks.is_main:
         tried = {str(tried): peak if peak < float("inf") else None for tried, peak in trials.peaks.items()}
         facts = {"stage": stage_name, "chosen": size, "how": how, "peak_bytes": tried}
-        write_event(run_dir, "micro_batch_size", **facts, num_accumulation=plan.num_accumulation(engine.world_size))
+        write_event(run_dir, "micro_batch_size", **facts, num_accumulation=layout.num_accumulation)
         print(f"{stage_name}.trainer.micro_batch_size: auto -> {size} ({how})", flush=True)
-    return plan
+    return layout
 
 
 def _number_before(folder: Path, plan: TrainerConfig, trials: Trials) -> int:
@@ -136,31 +139,51 @@ def _number_before(folder: Path, plan: TrainerConfig, trials: Trials) -> int:
         layout, parts = manifest["layout"], manifest["config"]["model"]
         kept = [parts[part].get("activation_checkpointing", False) for part in ("encoder", "denoiser")]
         now = [model.encoder.activation_checkpointing, model.denoiser.activation_checkpointing]
-        now += [engine.kind.value, engine.world_size, engine.config.precision.name]
+        now += [engine.kind.value, engine.ranks.world_size, engine.config.precision.name]
         if [*kept, layout["engine"], layout["world_size"], layout["precision"]] == now:
-            return plan.global_batch_size // (engine.world_size * layout["num_accumulation"])
+            return plan.global_batch_size // (engine.ranks.world_size * layout["num_accumulation"])
     return 0
 
 
 def _choose(trials: Trials) -> tuple[int, str]:
     """A size that all ranks bear, and how it was found."""
-    engine, device, share = trials.engine, trials.engine.device, trials.config.memory.share
-    sizes = divisors(trials.plan.global_batch_size // engine.world_size)
+    ranks, device, share = trials.engine.ranks, trials.engine.device, trials.config.memory.share
+    sizes = divisors(trials.plan.layout(world_size=ranks.world_size).rank_batch_size)
     if sizes == [1]:
         return 1, "no other divides a rank's samples"
     trials.fits(1)  # first, so that libraries, threads and communicators have taken theirs
-    num_sharing = engine.gather_objects(host_name()).count(host_name())
+    num_sharing = ranks.gather(host_name()).count(host_name())
     free = memory.free_memory(device, num_sharing=num_sharing)
     limit = memory.taken_memory(device) + share * free
     said = f"{100 * share:.0f} % of the {memory.gib(free)} that were free to a rank"
     if device.type == "cuda" and trials.is_local:
-        with memory.limited(device, int(min(engine.gather_objects(limit)))):
+        with memory.limited(device, int(min(ranks.gather(limit)))):
             size = largest_by_trial(sizes[1:], trials.fits) or 1
         tried = [f"{size} {'fits' if peak < float('inf') else 'does not'}" for size, peak in trials.peaks.items()]
         how = f"tried in {said}: {', '.join(tried)}"
     else:
         trials.fits(2)
-        size = min(engine.gather_objects(largest_by_line(sizes, trials.peaks, limit=limit)))
+        size = min(ranks.gather(largest_by_line(sizes, trials.peaks, limit=limit)))
         peaks = ", ".join(f"{memory.gib(peak)} with {size}" for size, peak in trials.peaks.items())
         how = f"the line through peaks of {peaks} stays below {memory.gib(limit)}, with {said}"
     return size, how
+
+
+def divisors(count: int) -> list[int]:
+    """The numbers that divide `count`, smallest first."""
+    return [size for size in range(1, count + 1) if count % size == 0]
+
+
+def largest_by_trial(sizes: Sequence[int], fits: Callable[[int], bool]) -> int:
+    """Bisect ascending sizes for the largest that fits; 0 if none does."""
+    low, high = 0, len(sizes)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (middle + 1, high) if fits(sizes[middle]) else (low, middle)
+    return sizes[low - 1] if low else 0
+
+
+def largest_by_line(sizes: Sequence[int], peaks: Mapping[int, float], *, limit: float) -> int:
+    """The largest size whose peak, on the line through those of 1 and 2 samples, is within `limit`; at least 1."""
+    slope = max(peaks[2] - peaks[1], 0.0)
+    return max(size for size in sizes if size == 1 or peaks[1] + (size - 1) * slope <= limit)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
+from iccld.batch_layout import BatchLayout
 from iccld.config import Config
 from iccld.runtime.checkpoint.store import CheckpointStore
 from iccld.runtime.engine.engine import Engine, EngineKind
@@ -17,18 +18,16 @@ from iccld.runtime.measure.memory import (
     Parts,
     is_out_of_memory,
     record_history,
-    training_parts,
     write_snapshot,
 )
 from iccld.runtime.measure.telemetry import write_event
 from iccld.stages.base import Stage
-from iccld.trainer import TrainerConfig
 
 
 @contextlib.contextmanager
 def explained_out_of_memory(
     stage: Stage,
-    plan: TrainerConfig,
+    layout: BatchLayout,
     config: Config,
     engine: Engine,
     *,
@@ -50,12 +49,12 @@ def explained_out_of_memory(
         if checkpoints is not None:
             with contextlib.suppress(ValueError):  # that it failed is not what ends the run
                 checkpoints.wait()
-        if engine.world_size > 1:
+        if engine.ranks.world_size > 1:
             watchdog.refusal.claim()
         message = _leave_word(error, parts_held(stage, engine), Path(config.run_dir), watchdog, engine)
-        found = remedies(stage, plan, config, engine, phase=watchdog.phase_now)
+        found = remedies(stage, layout, config, engine, phase=watchdog.phase_now)
         message += f"; set {'; or '.join(found)}"
-        if engine.world_size > 1:
+        if engine.ranks.world_size > 1:
             watchdog.refusal.refuse(message)
         raise ValueError(message) from None
 
@@ -64,32 +63,33 @@ def _leave_word(error: BaseException, parts: Parts, run_dir: Path, watchdog: Wat
     """The snapshot and the event; returns what happened, in words."""
     found = OutOfMemory.of(error, parts, engine.device)
     message, facts = f"out of memory: {watchdog} {found}", dataclasses.asdict(found)
-    stem = run_dir / "profile" / f"out_of_memory_rank_{engine.rank:05d}"
+    stem = run_dir / "profile" / f"out_of_memory_rank_{engine.ranks.rank:05d}"
     path = write_snapshot(stem, parts, {"what": message, **facts})
-    write_event(run_dir, "out_of_memory", rank=engine.rank, what=message, **facts)
+    write_event(run_dir, "out_of_memory", rank=engine.ranks.rank, what=message, **facts)
     return f"{message}; who holds what is in {path}"
 
 
 def parts_held(stage: Stage, engine: Engine) -> Parts:
     """What this rank holds of the training, by part."""
     attached = hasattr(engine, "backend")
-    trained = training_parts(engine.backend) if attached else {"weights": stage.module.state_dict(keep_vars=True)}
+    trained = engine.backend.held() if attached else {"weights": stage.module.state_dict(keep_vars=True)}
     known = {id(tensor) for tensor in trained["weights"].values()}
     modules = [module for module in vars(stage).values() if isinstance(module, nn.Module)]
     frozen = {id(p): (name, p) for module in modules for name, p in module.named_parameters() if id(p) not in known}
     return {**trained, "averages": stage.state_dict(), "frozen weights": dict(frozen.values())}
 
 
-def remedies(stage: Stage, plan: TrainerConfig, config: Config, engine: Engine, *, phase: str) -> Iterator[str]:
+def remedies(stage: Stage, layout: BatchLayout, config: Config, engine: Engine, *, phase: str) -> Iterator[str]:
     """Settings that need less memory, those first that change least."""
     if phase == "evaluate":
         yield "evaluation.batch_size=1; or evaluation.sliding_window=true; or a smaller evaluation.image_size"
         return
-    of_rank, now = plan.global_batch_size // engine.world_size, plan.chosen_micro_batch_size
+    of_rank, now = layout.rank_batch_size, layout.micro_batch_size
     if smaller := max((size for size in range(1, now) if of_rank % size == 0), default=0):
         yield (
-            f"{stage.name}.trainer.micro_batch_size={smaller} (accumulation {of_rank // now} -> {of_rank // smaller}, "
-            f"the global batch stays {plan.global_batch_size}) or auto"
+            f"{stage.name}.trainer.micro_batch_size={smaller} "
+            f"(accumulation {layout.num_accumulation} -> {of_rank // smaller}, "
+            f"the global batch stays {layout.global_batch_size}) or auto"
         )
     for part, module in stage.module.named_children():
         if getattr(module, "can_recompute", False) and not getattr(config.model, part).activation_checkpointing:

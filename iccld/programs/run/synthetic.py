@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
+from iccld.batch_layout import BatchLayout
 from iccld.config import Config
-from iccld.data.config import BatchLayout
 from iccld.programs.run.building import noise_of
 from iccld.runtime.measure.flops import StepFlops, count_step
 from iccld.stages.base import Stage

@@ -123,7 +123,7 @@ def _check_batches(command: Sequence[str], num_ranks: int) -> None:
     if command[0] != "evaluate":
         config = _config(command)
         for name in config.stages:
-            getattr(config, name).trainer.num_accumulation(num_ranks)
+            getattr(config, name).trainer.layout(world_size=num_ranks)
 
 
 def _chain(command: Sequence[str]) -> Iterator[tuple[str, list[str]]]:

@@ -7,6 +7,7 @@ from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
+from iccld.batch_layout import BatchLayout
 from iccld.config import Config, stage_settings
 from iccld.data.config import OnError
 from iccld.data.stream.sets import open_parts
@@ -25,38 +26,39 @@ from iccld.runtime.faults.preflight import (
     preflight,
 )
 from iccld.runtime.measure.telemetry import write_event
+from iccld.runtime.ranks import Ranks
 from iccld.stages.base import Stage
 from iccld.stages.table import STAGES
-from iccld.trainer import TrainerConfig
 
 
 def check_fitness(config: Config, engine: Engine) -> None:
     """Before the first stage. Call on every rank; what is wrong ends all of them, see `_refuse`."""
     if not config.preflight:
         return
-    run_dir, plans = Path(config.run_dir), {name: plan_of(name, config) for name in config.stages}
+    run_dir, ranks = Path(config.run_dir), engine.ranks
+    layouts = {name: plan_of(name, config).layout(world_size=ranks.world_size) for name in config.stages}
     checks: dict[str, Callable[[], None]] = {
         "device": partial(check_device, engine.device),
-        "run_dir": partial(check_folder, run_dir, engine.rank),
+        "run_dir": partial(check_folder, run_dir, ranks.rank),
         "shards": partial(_read_shards, config),
-        "shared_memory": partial(_share_memory, plans, config, engine),
-        "collective": partial(check_collective, engine.device, engine),
+        "shared_memory": partial(_share_memory, layouts, config),
+        "collective": partial(check_collective, engine.device, engine.ranks),
     }
-    _refuse(preflight(checks, engine), run_dir, engine)
+    _refuse(preflight(checks, ranks), run_dir, ranks)
 
 
-def check_room(stage: Stage, plan: TrainerConfig, config: Config, engine: Engine) -> None:
+def check_room(stage: Stage, layout: BatchLayout, config: Config, ranks: Ranks) -> None:
     """Before a stage's first step, when its sizes are known: `keep` checkpoints and the one being written; workers."""
     if not config.preflight:
         return
-    run_dir = Path(config.run_dir)
-    size = _checkpoint_bytes(stage) * (plan.checkpoint.keep + 1)
+    run_dir, name = Path(config.run_dir), stage.name
+    size = _checkpoint_bytes(stage) * (plan_of(name, config).checkpoint.keep + 1)
     check = partial(check_space, run_dir / stage.name / "checkpoints", size)
     checks = {
-        "disk": check if engine.is_main else lambda: None,
-        "shared_memory": partial(_share_memory, {stage.name: plan}, config, engine),
+        "disk": check if ranks.is_main else lambda: None,
+        "shared_memory": partial(_share_memory, {name: layout}, config),
     }
-    _refuse(preflight(checks, engine), run_dir, engine)
+    _refuse(preflight(checks, ranks), run_dir, ranks)
 
 
 def _checkpoint_bytes(stage: Stage) -> int:
@@ -78,31 +80,31 @@ def _read_shards(config: Config) -> None:
                         part.reader.read(position, with_labels=with_labels)
 
 
-def _share_memory(plans: Mapping[str, TrainerConfig], config: Config, engine: Engine) -> None:
+def _share_memory(layouts: Mapping[str, BatchLayout], config: Config) -> None:
     """On the first rank of a node, what the loader workers of all its ranks hold at once."""
     needed = [
         shared_bytes(
             config.data,
-            micro_batch_size=plan.chosen_micro_batch_size,
-            num_held=plan.num_accumulation(engine.world_size),
+            micro_batch_size=layout.micro_batch_size,
+            num_held=layout.num_accumulation,
             noise=noise_of(name, config),
         )
-        for name, plan in plans.items()
+        for name, layout in layouts.items()
     ]
     if os.environ.get("LOCAL_RANK", "0") == "0" and any(needed):
         check_shared_memory(max(needed) * int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def _refuse(found: list[Finding], run_dir: Path, engine: Engine) -> None:
+def _refuse(found: list[Finding], run_dir: Path, ranks: Ranks) -> None:
     """All ranks end: with 2 where the user must mend something, with STOPPED_BY_WATCHDOG where another node may do."""
     if not found:
         return
     of_node = [finding for finding in found if finding.of_node]
-    if engine.is_main:
+    if ranks.is_main:
         for finding in of_node:
             print(f"preflight: {finding}", file=sys.stderr, flush=True)
             write_event(run_dir, "unfit", host=finding.host, check=finding.check, what=finding.what)
-    engine.barrier()  # nobody ends before it is said
+    ranks.barrier()  # nobody ends before it is said
     if len(of_node) == len(found):
         raise SystemExit(STOPPED_BY_WATCHDOG)
-    raise ValueError("\n".join(str(f) for f in found if not f.of_node)) if engine.is_main else SystemExit(2)
+    raise ValueError("\n".join(str(f) for f in found if not f.of_node)) if ranks.is_main else SystemExit(2)

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from iccld import __version__
+from iccld.batch_layout import BatchLayout
 from iccld.config import Config, to_dict
+from iccld.data.stream.sets import sets_kept_open
 from iccld.data.stream.stream import TrainingStream
 from iccld.data.stream.workers import prepare_workers
 from iccld.diagnostics import Diagnosis
@@ -31,19 +33,18 @@ from iccld.programs.evaluate.evaluate import (
     unscored_stages,
 )
 from iccld.programs.evaluate.results import finished_models
-from iccld.programs.run.building import build_stage, build_stream, first_batches, layout_of, trials_of, whole_stage
-from iccld.programs.run.checks import check_alone, check_links, check_run_dir, check_settings, together, watch
+from iccld.programs.run.building import build_stage, build_stream, first_batches, trials_of, whole_stage
+from iccld.programs.run.checks import check_alone, check_links, check_run_dir, check_settings, plan_of, together, watch
 from iccld.programs.run.hand_off import final_folder, hand_over, handed_over, is_finished, take_first_stage
 from iccld.programs.run.kept_views import keep_views
 from iccld.programs.run.metric_lines import read_entries
-from iccld.programs.run.micro_batch import with_micro_batch_size
+from iccld.programs.run.micro_batch import choose_layout
 from iccld.programs.run.out_of_memory import explained_out_of_memory
 from iccld.programs.run.signs import signs_of_diagnosis, signs_of_training, tell
 from iccld.programs.run.synthetic import flops_per_sample
 from iccld.programs.train.fitness import check_fitness, check_room
 from iccld.runtime.checkpoint.store import CheckpointStore
-from iccld.runtime.engine.engine import Engine
-from iccld.runtime.engine.kind import EngineKind
+from iccld.runtime.engine.engine import Engine, EngineKind
 from iccld.runtime.faults.lock import locked
 from iccld.runtime.faults.open_files import check_open_files
 from iccld.runtime.faults.preemption import Preempted, Preemption
@@ -70,29 +71,30 @@ def train(config: Config, preemption: Preemption | None = None, *, began: float 
     check_open_files(num_workers=config.data.num_workers, world_size=int(os.environ.get("WORLD_SIZE") or 1))
     if config.data.num_workers:
         prepare_workers()  # after the limit of open files, which they inherit
-    with Engine(config.engine) as engine, locked(run_dir) if engine.is_main else nullcontext("") as holder:
-        check_alone(run_dir, holder, engine)
-        with watch(config, engine) as watchdog:
-            together(lambda: check_settings(config, engine), engine)
-            check_run_dir(run_dir, config, engine)
-            if engine.is_main and not all(is_finished(run_dir, stage) for stage in config.stages):
+    with Engine(config.engine) as engine, locked(run_dir) if engine.ranks.is_main else nullcontext("") as holder:
+        ranks = engine.ranks
+        check_alone(run_dir, holder, ranks)
+        with watch(config, ranks) as watchdog, sets_kept_open():
+            together(lambda: check_settings(config, engine), ranks)
+            check_run_dir(run_dir, config, ranks)
+            if ranks.is_main and not all(is_finished(run_dir, stage) for stage in config.stages):
                 write_event(run_dir, "launched", since=began)  # a finished run is given no further attempt
             watchdog.phase("preflight")
-            together(lambda: take_first_stage(config, is_main=engine.is_main), engine)
+            together(lambda: take_first_stage(config, is_main=ranks.is_main), ranks)
             check_fitness(config, engine)
             with blaming_the_world(lambda: watchdog.has_trained):
                 return _run_stages(config, engine, preemption, watchdog)
 
 
 def _run_stages(config: Config, engine: Engine, preemption: Preemption, watchdog: Watchdog) -> bool:
-    run_dir = Path(config.run_dir)
+    run_dir, ranks = Path(config.run_dir), engine.ranks
     for name in config.stages:
         watchdog.begin(name)
-        if engine.gather_objects(is_finished(run_dir, name))[0]:  # as rank 0 sees it: file systems cache
-            if engine.is_main:
+        if ranks.gather(is_finished(run_dir, name))[0]:  # as rank 0 sees it: file systems cache
+            if ranks.is_main:
                 print(f"{name} is finished: {final_folder(run_dir, name)}", flush=True)
-        elif engine.any(preemption.came):
-            return stopped(config, engine, name)
+        elif ranks.any(preemption.came):
+            return stopped(config, ranks, name)
         elif not _run_stage(name, config, engine, preemption, watchdog):
             return False
     if config.data.validation.shards and unscored_stages(config):
@@ -101,24 +103,24 @@ def _run_stages(config: Config, engine: Engine, preemption: Preemption, watchdog
         try:
             evaluate_models(finished_models(config), config, engine, give_up=asks(preemption, watchdog))
         except Preempted:
-            return stopped(config, engine, "evaluation")
+            return stopped(config, ranks, "evaluation")
     return True
 
 
 def _run_stage(name: str, config: Config, engine: Engine, preemption: Preemption, watchdog: Watchdog) -> bool:
-    plan = with_micro_batch_size(name, trials_of(name, config, engine, watchdog))
-    stream = build_stream(name, config, layout_of(plan, engine))
+    plan, layout = plan_of(name, config), choose_layout(name, trials_of(name, config, engine, watchdog))
+    stream = build_stream(name, config, layout)
     stage = build_stage(name, config, engine.device)
-    check_room(stage, plan, config, engine)
+    check_room(stage, layout, config, engine.ranks)
     restart_peak(engine.device)
     folder = Path(config.run_dir) / name
-    metrics = _metrics(stage, config, engine)
+    metrics = _metrics(stage, layout, config, engine)
     checkpoints = CheckpointStore(
-        folder / "checkpoints", plan.checkpoint, engine, announce=lambda step: metrics.event("saved", step=step)
+        folder / "checkpoints", plan.checkpoint, engine.ranks, announce=lambda step: metrics.event("saved", step=step)
     )
     with (
         keep_views(stage, config, engine, stream),
-        explained_out_of_memory(stage, plan, config, engine, watchdog=watchdog, checkpoints=checkpoints),
+        explained_out_of_memory(stage, layout, config, engine, watchdog=watchdog, checkpoints=checkpoints),
     ):
         finished = Trainer(
             stage=stage,
@@ -129,17 +131,18 @@ def _run_stage(name: str, config: Config, engine: Engine, preemption: Preemption
             preemption=preemption,
             watchdog=watchdog,
             config=plan,
+            layout=layout,
             about=_about(stage, config, stream),
             evaluate=lambda: _validate(stage, config, engine, asks(preemption, watchdog)),
             after_step=lambda step: write_due_snapshot(stage, folder / "ema", engine, step=step),
         ).run()
     if finished:
         stage = whole_stage(stage, config, engine)
-        if engine.is_main:
+        if engine.ranks.is_main:
             measure_latents(stage, config, engine)
             _warn(stage, config)
             hand_over(stage, config, step=plan.num_steps)
-        engine.barrier()
+        engine.ranks.barrier()
         metrics.event("finished", step=plan.num_steps)
     engine.detach()
     metrics.close()
@@ -151,16 +154,14 @@ def measure_latents(stage: Stage, config: Config, engine: Engine) -> None:
     stage.finish(engine.prefetch(first_batches(stage.name, config)))
 
 
-def _metrics(stage: Stage, config: Config, engine: Engine) -> MetricsLogger:
+def _metrics(stage: Stage, layout: BatchLayout, config: Config, engine: Engine) -> MetricsLogger:
     precision = engine.accelerator.mixed_precision
     return MetricsLogger(
         Path(config.run_dir),
         config.metrics,
         stage=stage.name,
-        is_main=engine.is_main,
-        world_size=engine.world_size,
-        sum_values=engine.sum_values,
-        gather=engine.gather_objects,
+        ranks=engine.ranks,
+        layout=layout,
         flops=_flops(stage, config, engine),
         names_slow_rank=engine.kind is EngineKind.ddp,  # others exchange in every phase
         peak_flops=1e12 * config.metrics.peak_tflops or nominal_flops(engine.device, precision),
@@ -173,7 +174,7 @@ def _flops(stage: Stage, config: Config, engine: Engine) -> Callable[[int], floa
     try:
         counts = {step: flops_per_sample(stage, config, step).total for step in {0, begin}}
     except (ValueError, RuntimeError, NotImplementedError) as error:  # a backbone with an operation that has no rule
-        if engine.is_main:
+        if engine.ranks.is_main:
             print(f"{stage.name}: no FLOPs and no MFU: {str(error).splitlines()[0]}", flush=True)
         return lambda step: 0.0
     return lambda step: counts[0 if step < begin else begin]
@@ -196,7 +197,7 @@ def _validate(stage: Stage, config: Config, engine: Engine, give_up: Callable[[]
         options = {"student": models["student"], "with_bounds": False, "give_up": give_up}
         diagnosis = diagnose_model(model, config, engine, **options)
         values |= diagnosis.to_metrics()
-    if engine.is_main:
+    if engine.ranks.is_main:
         _warn(stage, config, diagnosis)
     return {name: value for name, value in values.items() if not math.isnan(value)}
 

@@ -17,13 +17,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from iccld.durable import is_real_folder, make_folder, remove_tree, scratch_folder, sync, write_whole
 from iccld.outcome import Interrupted
+from iccld.ranges import at_least, check_ranges
 from iccld.reading import read_limited
 from iccld.runtime.checkpoint.manifest import (
     Checkpoint,
@@ -35,6 +36,7 @@ from iccld.runtime.checkpoint.manifest import (
 )
 from iccld.runtime.checkpoint.pieces import Run, join_tables, write_runs
 from iccld.runtime.faults.ending import await_at_the_end
+from iccld.runtime.ranks import Ranks
 
 ALIGNMENT = 64  # bytes
 PIECE_BYTES = 1 << 28
@@ -47,20 +49,6 @@ class UnsavedError(CheckpointError, Interrupted):
     """A checkpoint that could not be written; the one before it is whole."""
 
 
-class Ranks(Protocol):
-    """What a checkpoint needs of the engine."""
-
-    @property
-    def rank(self) -> int: ...
-
-    @property
-    def world_size(self) -> int: ...
-
-    def gather_objects(self, value: Any) -> list[Any]: ...
-
-    def gather_saved(self, value: Any) -> list[Any]: ...
-
-
 @dataclass
 class CheckpointConfig:
     """How often to save, how many whole checkpoints stay, and whether training goes on while files are written."""
@@ -70,10 +58,8 @@ class CheckpointConfig:
     asynchronous: bool = True  # training goes on while files are written
 
     def __post_init__(self) -> None:
-        if self.save_every < 1:
-            raise ValueError(f"trainer.checkpoint.save_every={self.save_every} must be at least 1 step.")
-        if self.keep < 2:
-            raise ValueError(f"trainer.checkpoint.keep={self.keep} must be at least 2, so that one may be damaged.")
+        keep = at_least(2, "one may be damaged")
+        check_ranges(self, "trainer.checkpoint", save_every=at_least(1), keep=keep)
 
 
 class CheckpointStore:
@@ -145,7 +131,7 @@ class CheckpointStore:
         failure = (
             f"checkpoint {final} was not written; the one before it is whole. Make room, and run the command again"
         )
-        together, is_main = partial(_together, self.ranks.gather_saved, kind=UnsavedError), self.ranks.rank == 0
+        together, is_main = partial(_together, self.ranks.gather_saved, kind=UnsavedError), self.ranks.is_main
         file = f"rank_{self.ranks.rank:05d}.safetensors"
         scratch = together(lambda: self._new_scratch(final) if is_main else None, failure)[0]
         written = together(lambda: {file: write_runs(scratch / file, runs)}, failure)
@@ -213,8 +199,8 @@ class CheckpointStore:
         Broken and unreadable ones are reported by name and passed over; where no other is left, that is an error.
         """
         failure = f"no checkpoint in {self.folder} can be used"
-        find = self._find_newest if self.ranks.rank == 0 else lambda: None
-        return _together(self.ranks.gather_objects, find, failure)[0]
+        find = self._find_newest if self.ranks.is_main else lambda: None
+        return _together(self.ranks.gather, find, failure)[0]
 
     def _point_at(self, newest: Path) -> None:
         """Let `latest` name it, as it does not after a kill that came between the two, or after damage."""

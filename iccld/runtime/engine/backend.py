@@ -13,21 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from iccld.batch_layout import BatchLayout
 from iccld.runtime.checkpoint.pieces import Run, TensorReader, share_out, whole
+from iccld.runtime.tensors import local_tensor
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a backend is told of the experiment and of the ranks."""
+class Terms:
+    """What a backend is told beside the module: where it trains, its share of the batch, the largest gradient norm."""
 
     device: torch.device
-    rank: int
-    world_size: int
-    micro_batch_size: int
-    num_accumulation: int
-    gradient_clip: float  # the largest norm; 0 is off
+    layout: BatchLayout
+    gradient_clip: float = 0.0  # 0: off
 
 
 class Backend(ABC):
@@ -39,7 +38,7 @@ class Backend(ABC):
     raw: nn.Module
     module: Callable[..., Any]
     optimizer: Any
-    plan: Plan
+    terms: Terms
 
     def shard(self, module: nn.Module, *, methods: Iterable[str]) -> None:  # noqa: B027, most keep it whole
         """Hold a module that does not train as the trained one is held; `methods` are called like `forward`."""
@@ -50,7 +49,7 @@ class Backend(ABC):
         yield
 
     def backward(self, loss: Tensor) -> None:
-        (loss / self.plan.num_accumulation).backward()
+        (loss / self.terms.layout.num_accumulation).backward()
 
     @abstractmethod
     def step(self) -> None:
@@ -67,7 +66,7 @@ class Backend(ABC):
 
     def _held_runs(self, tensors: Mapping[str, Tensor]) -> dict[str, Run]:
         runs = {name: whole(tensor) for name, tensor in tensors.items()}
-        return share_out(runs, rank=self.plan.rank, world_size=self.plan.world_size)
+        return share_out(runs, rank=self.terms.layout.rank, world_size=self.terms.layout.world_size)
 
     @abstractmethod
     def _moment_runs(self) -> dict[str, Run]: ...
@@ -97,17 +96,24 @@ class Backend(ABC):
         """The whole tensors, on every rank. Call on every rank."""
         return dict(tensors)
 
-
-def local_tensor(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor that may be sharded."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[union-attr,operator]
+    def held(self) -> dict[str, dict[str, Tensor]]:
+        """What this rank holds of weights, gradients and optimiser (moments; under ZeRO also its fp32 copy)."""
+        weights = dict(self.raw.state_dict(keep_vars=True))
+        names = {id(tensor): name for name, tensor in weights.items()}
+        optimiser: dict[str, Tensor] = {}
+        for number, (p, state) in enumerate(self.optimizer.state.items()):
+            name = names.get(id(p), f"group {number}")
+            copy = {} if id(p) in names else {"copy": p}
+            optimiser |= {f"{kind}/{name}": t for kind, t in {**state, **copy}.items() if isinstance(t, Tensor)}
+        gradients = {name: p.grad for name, p in weights.items() if p.grad is not None}
+        return {"weights": weights, "gradients": gradients, "optimiser moments": optimiser}
 
 
 class Replicated(Backend):
     """One process, or DDP through Accelerate."""
 
-    def __init__(self, raw: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Any, plan: Plan) -> None:
-        self.raw, self.plan, self._accelerator = raw, plan, accelerator
+    def __init__(self, raw: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Any, terms: Terms) -> None:
+        self.raw, self.terms, self._accelerator = raw, terms, accelerator
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # accelerate's argument
             self.module, self.optimizer = accelerator.prepare(raw, optimizer)
@@ -119,8 +125,8 @@ class Replicated(Backend):
             yield
 
     def step(self) -> None:
-        if self.plan.gradient_clip:
-            self._accelerator.clip_grad_norm_(self.raw.parameters(), self.plan.gradient_clip)
+        if self.terms.gradient_clip:
+            self._accelerator.clip_grad_norm_(self.raw.parameters(), self.terms.gradient_clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
 

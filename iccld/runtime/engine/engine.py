@@ -1,4 +1,7 @@
-"""The one owner of Accelerate: ranks, devices and precision; which backend trains is said by accelerate's YAML."""
+"""The engine: a module attached to this rank's device and to the other ranks, its step and its state.
+
+This file is the one owner of Accelerate, which forms the ranks. Which backend trains is said by accelerate's YAML.
+"""
 
 import atexit
 import contextlib
@@ -17,22 +20,65 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
 
+from iccld.batch_layout import BatchLayout
+from iccld.node import host_name
 from iccld.runtime.checkpoint.pieces import Run, TensorReader
-from iccld.runtime.collectives import groups, keep_record, set_timeout
-from iccld.runtime.device import check_own, choose_kernels, identity, may_share, with_index
-from iccld.runtime.engine.backend import Backend, Plan, Replicated
+from iccld.runtime.engine.backend import Backend, Replicated, Terms
 from iccld.runtime.engine.compilation import Compile, compile_in_place
-from iccld.runtime.engine.kind import EngineKind, join_alone, kind_of_launch, without_plugins
+from iccld.runtime.engine.device import check_own, choose_kernels, identity, may_share, with_index
 from iccld.runtime.engine.prefetch import prefetch
-from iccld.runtime.faults.preemption import host_name
+from iccld.runtime.ranks import Ranks, keep_record
 
 # A dimension of size 1 has any stride: DDP warns of 1x1 and depthwise kernels, in vain.
 warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
 
 PLAIN_TYPES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 INIT_TIMEOUT = timedelta(minutes=5)  # for all ranks to come together, once the first is there
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-LEAVE_S = 180.0  # for the others to be done, too; one may wait a minute for telemetry
+
+
+class EngineKind(Enum):
+    """Who holds what: everything on every rank, or moments, gradients and weights in shards."""
+
+    ddp = "ddp"
+    zero1 = "zero1"
+    zero2 = "zero2"
+    fsdp2 = "fsdp2"
+
+
+def kind_of_launch() -> EngineKind:
+    """What accelerate's launcher read in its YAML. Raises ValueError for what is not one of accelerate_configs/."""
+    environment = os.environ
+    if environment.get("ACCELERATE_USE_FSDP") == "true":
+        if (version := environment.get("FSDP_VERSION")) != "2":
+            raise ValueError(f"fsdp_version={version} is not supported; launch with accelerate_configs/fsdp2.yaml.")
+        return EngineKind.fsdp2
+    if environment.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        stage = environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
+        if stage not in ("1", "2"):
+            raise ValueError(
+                f"zero_stage={stage} is not supported: parts of a module that are used beside its forward pass would "
+                f"be empty; launch with accelerate_configs/fsdp2.yaml, which also shards weights, or zero2.yaml."
+            )
+        return EngineKind[f"zero{stage}"]
+    return EngineKind.ddp
+
+
+@contextlib.contextmanager
+def without_plugins() -> Iterator[None]:
+    """Accelerate forms ranks and precision; its own FSDP and DeepSpeed wrappers would lose gradients on a CPU."""
+    names = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+    hidden = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+
+
+def join_alone(device: torch.device) -> None:
+    """A process group of one rank, for backends that need one."""
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)  # pyright: ignore[reportPrivateImportUsage]
 
 
 class Precision(Enum):
@@ -70,8 +116,9 @@ class EngineConfig:
 
 
 class Engine:
-    """Ranks and device of this process; after `attach`, also the module's backend."""
+    """Device and `ranks` of this process; after `attach`, also the module's backend."""
 
+    ranks: Ranks
     backend: Backend
 
     def __init__(self, config: EngineConfig) -> None:
@@ -100,18 +147,10 @@ class Engine:
             )
         self.device = with_index(self.accelerator.device)
         self.compile = config.compile.on(self.device)
-        self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
         if self.kind is not EngineKind.ddp and not torch.distributed.is_initialized():
             join_alone(self.device)
-        # Groups of their own on the host: agreeing on a flag must not wait for the device, a save not for training.
-        own = [torch.distributed.new_group(backend="gloo") if self.world_size > 1 else None for _ in range(2)]
-        self._host_group, self._save_group = own
-        check_own(self.gather_objects((host_name(), identity(self.device))))
-        self.set_timeout(COLLECTIVE_TIMEOUT.total_seconds(), of_saves=True)
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
+        self.ranks = Ranks.joined(self.accelerator.process_index, self.accelerator.num_processes)
+        check_own(self.ranks.gather((host_name(), identity(self.device))))
 
     @property
     def is_sharded(self) -> bool:
@@ -123,8 +162,7 @@ class Engine:
         module: nn.Module,
         param_groups: list[dict[str, Any]],
         *,
-        micro_batch_size: int = 1,
-        num_accumulation: int,
+        layout: BatchLayout,
         gradient_clip: float = 0.0,
         replicated: Iterable[nn.Module] = (),
         frozen: Iterable[nn.Module] = (),
@@ -138,12 +176,12 @@ class Engine:
         raw = module.to(self.device)
         compile_in_place([raw, *frozen], self.compile)
         optimizer = torch.optim.AdamW(param_groups, fused=True)
-        plan = Plan(self.device, self.rank, self.world_size, micro_batch_size, num_accumulation, gradient_clip)
-        self.backend = self._backend(raw, optimizer, plan, replicated)
+        terms = Terms(self.device, layout, gradient_clip)
+        self.backend = self._backend(raw, optimizer, terms, replicated)
 
-    def _backend(self, raw: nn.Module, optimizer: Any, plan: Plan, replicated: Iterable[nn.Module]) -> Backend:
+    def _backend(self, raw: nn.Module, optimizer: Any, terms: Terms, replicated: Iterable[nn.Module]) -> Backend:
         if self.kind is EngineKind.ddp:
-            return Replicated(raw, optimizer, self.accelerator, plan)
+            return Replicated(raw, optimizer, self.accelerator, terms)
         raw = self.accelerator.prepare_model(raw, evaluation_mode=True)  # autocast alone
         if self.kind is EngineKind.fsdp2:
             from iccld.runtime.engine.fsdp2 import FSDP2
@@ -151,14 +189,14 @@ class Engine:
             return FSDP2(
                 raw,
                 optimizer,
-                plan,
+                terms,
                 replicated=replicated,
                 min_num_params=int(float(os.environ.get("FSDP_MIN_NUM_PARAMS", "1e6"))),
                 reshard_after_forward=os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true") == "true",
             )
         from iccld.runtime.engine.zero import Zero  # deepspeed takes seconds to import
 
-        return Zero(raw, optimizer, plan, stage=1 if self.kind is EngineKind.zero1 else 2)
+        return Zero(raw, optimizer, terms, stage=1 if self.kind is EngineKind.zero1 else 2)
 
     def detach(self) -> None:
         """Let go of the module and its optimiser, so that the next ones have the memory."""
@@ -193,57 +231,12 @@ class Engine:
     def step(self) -> None:
         self.backend.step()
 
-    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
-        """The sum over ranks; the tensor itself on one rank."""
-        if self.world_size > 1:
-            tensor = tensor.clone()
-            torch.distributed.all_reduce(tensor)
-        return tensor
-
-    def sum_values(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Sums over ranks of same-shaped float tensors, all in one collective. Ranks must hold the same names."""
-        names = sorted(values)
-        if not names:
-            return {}
-        total = self.all_reduce_sum(torch.stack([values[name].detach().float() for name in names]))
-        return dict(zip(names, total, strict=True))
-
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank; agreed on by the hosts, so no device is waited for."""
-        if self._host_group is None:
-            return flag
-        tensor = torch.tensor(float(flag))
-        torch.distributed.all_reduce(tensor, group=self._host_group)
-        return bool(tensor)
-
-    def gather_objects(self, value: Any) -> list[Any]:
-        """One small picklable value of each rank, on every rank."""
-        return self._gather(value, self._host_group)
-
-    def gather_saved(self, value: Any) -> list[Any]:
-        """As `gather_objects`, for one background thread a rank, while the ranks train."""
-        return self._gather(value, self._save_group)
-
-    def _gather(self, value: Any, group: Any) -> list[Any]:
-        if group is None:
-            return [value]
-        values: list[Any] = [None] * self.world_size
-        torch.distributed.all_gather_object(values, value, group=group)
-        return values
-
-    def barrier(self) -> None:
-        self.gather_objects(None)
-
-    def set_timeout(self, seconds: float, *, of_saves: bool = False) -> None:
-        """Of the collectives that begin from now on, also, or not, of those of background saves."""
-        set_timeout(seconds, but=[] if of_saves else [self._save_group])
-
     def layout(self) -> dict[str, Any]:
         """What decides whether a checkpoint of this engine resumes to the bit."""
         return {
             "engine": self.kind.value,
-            "world_size": self.world_size,
-            "num_accumulation": self.backend.plan.num_accumulation,
+            "world_size": self.ranks.world_size,
+            "num_accumulation": self.backend.terms.layout.num_accumulation,
             "precision": self.config.precision.name,
         }
 
@@ -267,9 +260,7 @@ class Engine:
         global _is_in_order
         _is_in_order = error is None
         if error is None:
-            set_timeout(LEAVE_S, but=[group for group in groups() if group is not self._host_group])
-            with contextlib.suppress(RuntimeError):  # one that is late, or gone, must not fail those that are done
-                self.barrier()
+            self.ranks.leave()
         AcceleratorState._reset_state()
         GradientState._reset_state()
 

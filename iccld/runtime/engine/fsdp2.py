@@ -15,7 +15,8 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from iccld.runtime.checkpoint.pieces import Run, TensorReader, share_out, whole
-from iccld.runtime.engine.backend import MOMENTS, Backend, Plan, load_adam_state, local_tensor
+from iccld.runtime.engine.backend import MOMENTS, Backend, Terms, load_adam_state
+from iccld.runtime.tensors import local_tensor
 
 
 class FSDP2(Backend):
@@ -25,15 +26,15 @@ class FSDP2(Backend):
         self,
         raw: nn.Module,
         optimizer: torch.optim.Optimizer,
-        plan: Plan,
+        terms: Terms,
         *,
         replicated: Iterable[nn.Module],
         min_num_params: int,
         reshard_after_forward: bool,
     ) -> None:
         self.raw = self.module = raw
-        self.plan, self.optimizer = plan, optimizer
-        self._mesh = init_device_mesh(plan.device.type, (plan.world_size,))
+        self.terms, self.optimizer = terms, optimizer
+        self._mesh = init_device_mesh(terms.device.type, (terms.layout.world_size,))
         self._min_num_params = min_num_params
         self._whole = [p for module in replicated for p in module.parameters()]
         before = dict(raw.named_parameters())
@@ -66,18 +67,18 @@ class FSDP2(Backend):
 
     def step(self) -> None:
         self._average_whole()
-        if self.plan.gradient_clip:
+        if self.terms.gradient_clip:
             self._clip()
         self.optimizer.step()
         self.optimizer.zero_grad()
 
     def _average_whole(self) -> None:
         gradients = [p.grad for p in self._whole if p.grad is not None]
-        if not gradients or self.plan.world_size == 1:
+        if not gradients or self.terms.layout.world_size == 1:
             return
         flat = torch.cat([gradient.flatten() for gradient in gradients])
         torch.distributed.all_reduce(flat)
-        flat /= self.plan.world_size
+        flat /= self.terms.layout.world_size
         for gradient, average in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(average.view_as(gradient))
 
@@ -87,24 +88,24 @@ class FSDP2(Backend):
         sharded = [local_tensor(g) for g in gradients if isinstance(g, DTensor)]
         kept = [g for g in gradients if not isinstance(g, DTensor)]
         square = torch.stack([g.square().sum() for g in sharded]).sum() if sharded else torch.zeros(())
-        square = square.to(self.plan.device)
+        square = square.to(self.terms.device)
         torch.distributed.all_reduce(square)
         norm = torch.sqrt(square + sum(g.square().sum() for g in kept))
-        factor = (self.plan.gradient_clip / (norm + 1e-6)).clamp(max=1.0)
+        factor = (self.terms.gradient_clip / (norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_([*sharded, *kept], factor)  # pyright: ignore[reportPrivateImportUsage]
 
     def _run_held(self, tensor: Tensor) -> Run:
         if not isinstance(tensor, DTensor):
             return whole(tensor)
         shape, local = tuple(tensor.shape), tensor.to_local().detach()
-        rows = -(-shape[0] // self.plan.world_size)  # as torch.chunk: the last ranks may have fewer, or none
-        first = min(self.plan.rank * rows, shape[0])
+        rows = -(-shape[0] // self.terms.layout.world_size)  # as torch.chunk: the last ranks may have fewer, or none
+        first = min(self.terms.layout.rank * rows, shape[0])
         return Run(shape, first * math.prod(shape[1:]), local.reshape(-1))
 
     def _held_runs(self, tensors: Mapping[str, Tensor]) -> dict[str, Run]:
         sharded = {name: self._run_held(t) for name, t in tensors.items() if isinstance(t, DTensor)}
         kept = {name: whole(t) for name, t in tensors.items() if not isinstance(t, DTensor)}
-        mine = share_out(kept, rank=self.plan.rank, world_size=self.plan.world_size)
+        mine = share_out(kept, rank=self.terms.layout.rank, world_size=self.terms.layout.world_size)
         return mine | {name: run for name, run in sharded.items() if len(run.data)}
 
     def _moment_runs(self) -> dict[str, Run]:

@@ -1,13 +1,13 @@
 """Brings batches to the device: while a step computes on one, the next is being copied."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-ON_HOST = ("numbers",)  # the samples' numbers, which draws are keyed by: the host reads them in every step
+from iccld.runtime.tensors import map_tensors
 
 
 def prefetch(
@@ -16,7 +16,7 @@ def prefetch(
     *,
     copying: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Iterator[Any]:
-    """The batches in their order, their tensors on `device` but those `ON_HOST`.
+    """The batches in their order, their tensors on `device` but those that stay on the host (`map_tensors`).
 
     On CUDA, one batch is taken ahead of the one handed out, and the host waits for no copy from pinned memory. What
     goes wrong while it is taken is raised when its turn comes. `copying` is around each copy.
@@ -43,15 +43,6 @@ def prefetch(
         torch.cuda.current_stream(device).wait_event(copied)
         map_tensors(batch, keep)
         yield batch
-
-
-def map_tensors(batch: Any, function: Callable[[Tensor], Any]) -> Any:
-    """A nested batch of dictionaries with `function` of every tensor but those `ON_HOST`; all else stays as it is."""
-    if isinstance(batch, Tensor):
-        return function(batch)
-    if isinstance(batch, Mapping):
-        return {key: value if key in ON_HOST else map_tensors(value, function) for key, value in batch.items()}
-    return batch
 
 
 def one_ahead(items: Iterator[Any]) -> Iterator[Any]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from iccld.runtime.checkpoint.pieces import Run, TensorReader
-from iccld.runtime.engine.backend import MOMENTS, Backend, Plan
+from iccld.runtime.engine.backend import MOMENTS, Backend, Terms
 
 # Compiled at start on a CPU otherwise, in a minute and with a compiler; gloo does what it does.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -22,12 +22,12 @@ BUCKET_ELEMENTS = 10_000_000
 class Zero(Backend):
     """`stage`: 1 or 2."""
 
-    def __init__(self, raw: nn.Module, optimizer: torch.optim.Optimizer, plan: Plan, *, stage: int) -> None:
-        self.raw, self.plan = raw, plan
+    def __init__(self, raw: nn.Module, optimizer: torch.optim.Optimizer, terms: Terms, *, stage: int) -> None:
+        self.raw, self.terms, layout = raw, terms, terms.layout
         config = {
-            "train_micro_batch_size_per_gpu": plan.micro_batch_size,
-            "gradient_accumulation_steps": plan.num_accumulation,
-            "train_batch_size": plan.micro_batch_size * plan.num_accumulation * plan.world_size,
+            "train_micro_batch_size_per_gpu": layout.micro_batch_size,
+            "gradient_accumulation_steps": layout.num_accumulation,
+            "train_batch_size": layout.global_batch_size,
             "gradient_clipping": 0.0,  # by `_clip`
             "timers": {"throughput": {"enabled": False}},  # it would wait for the device twice a step
             "zero_allow_untested_optimizer": True,
@@ -55,7 +55,7 @@ class Zero(Backend):
             self.module.step()  # counts the micro-batch
 
     def step(self) -> None:
-        if self.plan.gradient_clip:
+        if self.terms.gradient_clip:
             self._clip()
         self.module.step()
 
@@ -66,11 +66,11 @@ class Zero(Backend):
         """
         groups = self._zero.averaged_gradients.values()
         gradients = [gradient for group in groups for gradient in group or () if gradient is not None]
-        square = torch.zeros((), device=self.plan.device)
+        square = torch.zeros((), device=self.terms.device)
         if gradients:
             square += torch.stack(torch._foreach_norm(gradients)).square().sum()  # pyright: ignore[reportPrivateImportUsage]
         torch.distributed.all_reduce(square)
-        factor = (self.plan.gradient_clip / (square.sqrt() + 1e-6)).clamp(max=1.0)
+        factor = (self.terms.gradient_clip / (square.sqrt() + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(gradients, factor)  # pyright: ignore[reportPrivateImportUsage]
 
     def _fragments(self) -> Iterator[tuple[str, tuple[int, ...], int, int, Any]]:

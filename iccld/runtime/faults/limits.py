@@ -1,7 +1,8 @@
 """How long a rank may be without progress before the watchdog ends it."""
 
-import math
 from dataclasses import dataclass
+
+from iccld.ranges import above, check_ranges
 
 WATCHED_BEATS = 5  # before its limit, a rank begins to look at the others'
 
@@ -25,19 +26,8 @@ class WatchdogConfig:
     collective_step_s: float = 900.0  # for a collective in a later step
 
     def __post_init__(self) -> None:
-        for name in (
-            "beat_s",
-            "preflight_s",
-            "start_s",
-            "step_s",
-            "save_s",
-            "evaluate_s",
-            "collective_s",
-            "collective_step_s",
-        ):
-            seconds = getattr(self, name)
-            if not (math.isfinite(seconds) and seconds > 0):
-                raise ValueError(f"watchdog.{name}={seconds} must be above 0 seconds; enabled=false switches it off.")
+        seconds = [name for name in vars(self) if name.endswith("_s")]
+        check_ranges(self, "watchdog", **dict.fromkeys(seconds, above(0, "enabled=false switches it off")))
         longest = max(self.start_s, self.save_s, self.evaluate_s)
         for name, limit in (("collective_step_s", self.step_s), ("collective_s", max(longest, self.step_s))):
             if getattr(self, name) <= limit:

@@ -11,7 +11,6 @@ import contextlib
 import errno
 import fcntl
 import os
-import socket
 import sys
 import threading
 import time
@@ -19,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from iccld.durable import make_folder, open_lock
+from iccld.node import boot_id, host_name
 from iccld.reading import read_limited
 
 BEAT_S = 2.0
@@ -117,8 +117,7 @@ def _beat(path: Path, descriptor: int, claim: str, stop: threading.Event) -> Non
 
 def _machine() -> str:
     """Names this machine as it runs now: neither copies of one image nor a reboot make two machines one."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    return f"on {socket.gethostname()}\nboot {boot.read_text().strip() if boot.exists() else 'unknown'}"
+    return f"on {host_name()}\nboot {boot_id() or 'unknown'}"
 
 
 def _name(record: str) -> str:

@@ -16,7 +16,6 @@ Exit statuses of `iccld train`:
 Stopped is told from finished by `exit_status`, or by the last line of `events.jsonl`, which then is `preempted`.
 """
 
-import contextlib
 import os
 import select
 import signal
@@ -26,7 +25,9 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Self
 
-from iccld.outcome import AGAIN, REFUSED
+from iccld.node import host_name
+from iccld.outcome import AGAIN, REFUSED, say
+from iccld.ranges import between, check_ranges
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 STOPPED_BY_WATCHDOG = AGAIN
@@ -44,8 +45,7 @@ class PreemptionConfig:
     exit_status: int = 0  # the status of a run that was asked to stop and has saved
 
     def __post_init__(self) -> None:
-        if not 0 <= self.debounce_s <= 60:
-            raise ValueError(f"preemption.debounce_s={self.debounce_s} must be 0 to 60 seconds; 3 is usual.")
+        check_ranges(self, "preemption", debounce_s=between(0, 60, "3 seconds is usual"))
         if self.grace_s and not self.grace_s > self.debounce_s:
             raise ValueError(
                 f"preemption.grace_s={self.grace_s} must be above debounce_s={self.debounce_s}, or 0 for no limit; "
@@ -127,17 +127,6 @@ def _force(why: str) -> None:
     who = f"rank {os.environ.get('RANK', '0')} on {host_name()}"
     say(f"{who} ends at once: {why}; what was saved stays whole, and the same command goes on from there")
     os._exit(FORCED)
-
-
-def host_name() -> str:
-    """The node's name as the scheduler knows it, else the machine's."""
-    return os.environ.get("SLURMD_NODENAME") or os.uname().nodename
-
-
-def say(line: str) -> None:
-    """A line on stderr, also while another thread, or nobody, holds Python's stream, and if nobody reads it."""
-    with contextlib.suppress(OSError):  # the scheduler's daemon at the other end may be gone
-        os.write(2, f"{line}\n".encode())
 
 
 _installed: Preemption | None = None

@@ -9,30 +9,15 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from iccld.durable import write_whole
-from iccld.runtime.faults.preemption import host_name
+from iccld.node import host_name
 from iccld.runtime.measure.memory import gib
+from iccld.runtime.ranks import Ranks
 
 SHARED_MEMORY = Path("/dev/shm")
-
-
-class Ranks(Protocol):
-    """What the checks need of the engine."""
-
-    @property
-    def rank(self) -> int: ...
-
-    @property
-    def world_size(self) -> int: ...
-
-    def gather_objects(self, value: Any) -> list[Any]: ...
-
-    def all_reduce_sum(self, tensor: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -71,7 +56,7 @@ def _try(check: Callable[[], None]) -> tuple[str, bool]:
 
 
 def _share(outcomes: Mapping[str, tuple[str, bool]], ranks: Ranks) -> list[Finding]:
-    of_ranks = ranks.gather_objects((host_name(), dict(outcomes)))
+    of_ranks = ranks.gather((host_name(), dict(outcomes)))
     hosts = {host for host, _ in of_ranks}
     found: dict[tuple[str, str], Finding] = {}
     for host, outcome in of_ranks:
@@ -92,7 +77,7 @@ def check_device(device: torch.device) -> None:
 
 
 def check_collective(device: torch.device, ranks: Ranks) -> None:
-    total = ranks.all_reduce_sum(torch.full((1024,), float(ranks.rank + 1), device=device))
+    total = ranks.sum(torch.full((1024,), float(ranks.rank + 1), device=device))
     expected = ranks.world_size * (ranks.world_size + 1) / 2
     if not bool((total == expected).all()):
         raise ValueError(f"the sum over all ranks is {float(total[0]):g}, not {expected:g}")

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from iccld.durable import create, make_folder, write_whole
-from iccld.outcome import REFUSED
-from iccld.runtime.faults.preemption import say
+from iccld.outcome import REFUSED, say
 
 SPEAKING_S = 60.0  # for the rank that speaks to write down what it has to
 

@@ -16,18 +16,19 @@ import faulthandler
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, Self
 
 from iccld.durable import create, make_folder
-from iccld.outcome import REFUSED
-from iccld.runtime.collectives import is_failure, num_begun, write_record
+from iccld.node import host_name
+from iccld.outcome import REFUSED, say
 from iccld.runtime.faults.heartbeat import Heartbeat, Peers, held_up_by, write_heartbeat
 from iccld.runtime.faults.limits import WATCHED_BEATS, WatchdogConfig
-from iccld.runtime.faults.preemption import STOPPED_BY_WATCHDOG, host_name, say
+from iccld.runtime.faults.preemption import STOPPED_BY_WATCHDOG
 from iccld.runtime.faults.refusal import Refusal
 from iccld.runtime.measure.telemetry import write_event
+from iccld.runtime.ranks import Ranks, is_failure, num_begun, write_record
 
 LOST_BEATS = 3  # a beat that stands still for so many is a rank that is gone
 SAID = 4  # names in one line, at most
@@ -45,8 +46,8 @@ class _Position(NamedTuple):
 class Watchdog:
     """Where this rank is; as a context, also the thread that watches over it.
 
-    `set_timeout` sets the collectives' time limit. `beats_in` holds the heartbeats in place of `run_dir`. `attempt` is
-    the same on all ranks, and new in each attempt.
+    It sets the timeout of the ranks' collectives, too. `beats_in` holds the heartbeats in place of `run_dir`. `attempt`
+    is the same on all ranks, and new in each attempt.
     """
 
     def __init__(
@@ -54,14 +55,13 @@ class Watchdog:
         run_dir: Path = Path(),
         config: WatchdogConfig | None = None,
         *,
-        rank: int = 0,
-        world_size: int = 1,
+        ranks: Ranks | None = None,
         attempt: str = "",
         beats_in: Path | None = None,
-        set_timeout: Callable[[float], None] = lambda seconds: None,
     ) -> None:
         self.run_dir, self.config, self.beats_in = run_dir, config or WatchdogConfig(), beats_in or run_dir
-        self.rank, self.world_size, self.attempt, self._set_timeout = rank, world_size, attempt, set_timeout
+        self.ranks, self.attempt = ranks or Ranks(), attempt
+        self.rank, self.world_size = self.ranks.rank, self.ranks.world_size
         self.has_trained = False
         """Whether this attempt has made a step."""
         self._place, self._steps_begun, self._timeout = _Position(since=time.monotonic()), 0, 0.0
@@ -114,7 +114,7 @@ class Watchdog:
         timeout = self.config.collective_step_s if limit == self.config.step_s else self.config.collective_s
         if timeout != self._timeout:
             self._timeout = timeout
-            self._set_timeout(timeout)
+            self.ranks.set_timeout(timeout)
 
     def _limit(self) -> float:
         """Seconds that the rank may spend where it is."""

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from iccld.runtime.engine.prefetch import map_tensors
+from iccld.graph import nodes_behind
+from iccld.runtime.tensors import map_tensors
 
 T = TypeVar("T")
 
@@ -112,7 +113,7 @@ class FlopCounter(TorchFunctionMode):
 
     def backward(self, losses: Iterable[Tensor]) -> Counter[str]:
         """What the gradient of these losses costs: work that none of them depends on has no backward pass."""
-        reached, total = _nodes(losses), Counter[str]()
+        reached, total = nodes_behind(losses), Counter[str]()
         for node, part, flops in self._backward:
             total[part] += flops if node in reached else 0
         return +total
@@ -133,17 +134,6 @@ class FlopCounter(TorchFunctionMode):
             if out.grad_fn is not None and num_gradients:
                 self._backward.append((out.grad_fn, self.running, num_gradients * flops))
         return out
-
-
-def _nodes(losses: Iterable[Tensor]) -> set[Any]:
-    """Autograd's graph behind the losses."""
-    pending, seen = [loss.grad_fn for loss in losses], set()
-    while pending:
-        node = pending.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            pending.extend(parent for parent, _ in node.next_functions)
-    return seen
 
 
 # A rule gets the output and the tensors that it was made of, and returns the FLOPs of the forward pass and how many

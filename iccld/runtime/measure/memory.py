@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from iccld.durable import make_folder, replacing_by_name, write_whole
-from iccld.runtime.engine.backend import Backend, local_tensor
+from iccld.ranges import check_ranges, share
 from iccld.runtime.measure import host_memory
+from iccld.runtime.tensors import bytes_of, local_tensor
 
 # What PyTorch and the libraries under it say in a RuntimeError: CUDA, cuBLAS, cuDNN, the CPU's allocator, C++, oneDNN.
 FAILURE = re.compile(
@@ -36,8 +37,7 @@ class MemoryConfig:
     """On CUDA, an out-of-memory report holds the stack of every allocation; costs microseconds for each."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.share <= 1:
-            raise ValueError(f"memory.share={self.share} must be above 0 and at most 1; 0.9 is usual.")
+        check_ranges(self, "memory", share=share("0.9 is usual"))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -98,24 +98,6 @@ def record_history(device: torch.device, config: MemoryConfig) -> None:
 
 Parts = Mapping[str, Mapping[str, Tensor]]
 """Tensors by name, by the part of the training that they are."""
-
-
-def training_parts(backend: Backend) -> dict[str, dict[str, Tensor]]:
-    """What this rank holds of weights, gradients and optimiser (moments; under ZeRO also its fp32 copy)."""
-    weights = dict(backend.raw.state_dict(keep_vars=True))
-    names = {id(tensor): name for name, tensor in weights.items()}
-    optimiser: dict[str, Tensor] = {}
-    for number, (p, state) in enumerate(backend.optimizer.state.items()):
-        name = names.get(id(p), f"group {number}")
-        copy = {} if id(p) in names else {"copy": p}
-        optimiser |= {f"{kind}/{name}": t for kind, t in {**state, **copy}.items() if isinstance(t, Tensor)}
-    gradients = {name: p.grad for name, p in weights.items() if p.grad is not None}
-    return {"weights": weights, "gradients": gradients, "optimiser moments": optimiser}
-
-
-def bytes_of(tensor: Tensor) -> int:
-    held = local_tensor(tensor)
-    return held.numel() * held.element_size()
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 import json
 import math
 import secrets
-import socket
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,13 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from iccld.batch_layout import BatchLayout
 from iccld.durable import refuse_unless_plain, write_whole
+from iccld.node import host_name
+from iccld.ranges import at_least, check_ranges
 from iccld.redact import redacted
 from iccld.runtime.measure.memory import peak_memory
 from iccld.runtime.measure.metric_entries import FORMAT, entries_of
 from iccld.runtime.measure.profiling import Seconds, summed
 from iccld.runtime.measure.telemetry import Lines, WandbMode, WandbRun, write_event
 from iccld.runtime.measure.throughput import RankSeconds, rates, slow_rank_words, slowest
+from iccld.runtime.ranks import Ranks
 
 
 @dataclass
@@ -32,10 +35,8 @@ class MetricsConfig:
     wandb_project: str = "iccld"  # wandb's project
 
     def __post_init__(self) -> None:
-        if self.log_every < 1:
-            raise ValueError(f"metrics.log_every={self.log_every} must be at least 1 step.")
-        if self.peak_tflops < 0:
-            raise ValueError(f"metrics.peak_tflops={self.peak_tflops} must be 0 (by the device's name) or above.")
+        peak_tflops = at_least(0, "0 takes it from the device's name")
+        check_ranges(self, "metrics", log_every=at_least(1), peak_tflops=peak_tflops)
 
 
 LOST = 0.02
@@ -52,10 +53,10 @@ class NonFiniteLossError(ValueError):
 class MetricsLogger:
     """Collects a stage's losses without waiting for the device; `flush` reduces, checks and writes them.
 
-    `sum_values` sums named tensors over the ranks, `gather` collects an object of each; every rank must record and
-    flush the same steps. A step's number is the number of steps done, 1 after the first. `flops`: floating-point
-    operations of a sample in the step that begins when so many are done; `peak_flops`: a rank's a second (0: unknown);
-    `names_slow_rank`: a rank's seconds tell its own work from what it waits for others.
+    Every rank must record and flush the same steps, whose batches have the `layout`. A step's number is the number of
+    steps done, 1 after the first. `flops`: floating-point operations of a sample in the step that begins when so many
+    are done; `peak_flops`: a rank's a second (0: unknown); `names_slow_rank`: a rank's seconds tell its own work from
+    what it waits for others.
     """
 
     def __init__(
@@ -64,16 +65,14 @@ class MetricsLogger:
         config: MetricsConfig,
         *,
         stage: str,
-        is_main: bool,
-        world_size: int,
-        sum_values: Callable[[Mapping[str, Tensor]], dict[str, Tensor]],
-        gather: Callable[[Any], list[Any]] = lambda value: [value],
+        ranks: Ranks,
+        layout: BatchLayout,
         flops: Callable[[int], float] = lambda step: 0.0,
         peak_flops: float = 0.0,
         names_slow_rank: bool = True,
     ) -> None:
-        self.run_dir, self.config, self.stage, self.is_main = run_dir, config, stage, is_main
-        self._world_size, self._sum_values, self._gather = world_size, sum_values, gather
+        self.run_dir, self.config, self.stage = run_dir, config, stage
+        self.ranks, self.layout = ranks, layout
         self.flops, self.peak_flops, self.names_slow_rank = flops, peak_flops, names_slow_rank
         self._losses: dict[int, dict[str, Tensor]] = {}
         self._metrics: dict[str, Tensor] = {}
@@ -87,7 +86,7 @@ class MetricsLogger:
         present format.
         """
         self.logger_id = logger_id
-        if not self.is_main:
+        if not self.ranks.is_main:
             return
         path = self.run_dir / "metrics.jsonl"
         refuse_unless_plain(path)
@@ -118,7 +117,6 @@ class MetricsLogger:
     def flush(
         self,
         *,
-        global_batch_size: int,
         num_steps: int,
         take_timings: Callable[[], list[Seconds]],
         counters: Mapping[str, int] | None = None,
@@ -132,14 +130,15 @@ class MetricsLogger:
         if not self._losses:
             return
         flat = {f"{step:09d}/{name}": loss for step, losses in self._losses.items() for name, loss in losses.items()}
-        reduced = {key: float(total) / self._world_size for key, total in self._sum_values(flat).items()}
+        reduced = {key: float(total) / self.ranks.world_size for key, total in self.ranks.sum_values(flat).items()}
         metrics = self._summed_metrics()
         steps = sorted(self._losses)
         self._losses, self._metrics = {}, {}
         for key, value in reduced.items():
             if not math.isfinite(value):
                 step, name = int(key.split("/", 1)[0]), key.split("/", 1)[1]
-                first, last = (step - 1) * global_batch_size, step * global_batch_size - 1
+                size = self.layout.global_batch_size
+                first, last = (step - 1) * size, step * size - 1
                 raise NonFiniteLossError(
                     f"{self.stage}: loss {name!r} is {value} in step {step}, samples {first}-{last} of each stream; "
                     f"nothing was saved after the last whole checkpoint. Lower the learning rate, or set "
@@ -150,45 +149,43 @@ class MetricsLogger:
         entry |= {f"loss/{name}": value for name, value in last.items()}
         entry |= metrics
         entry |= self._totals(counters or {}, device=next(iter(flat.values())).device)
-        entry |= self._rates(take_timings(), flat, steps, global_batch_size)
+        entry |= self._rates(take_timings(), flat, steps)
         self.write(entry)
-        if self.is_main:
+        if self.ranks.is_main:
             print(_terminal_line(entry, num_steps), flush=True)
 
     def _summed_metrics(self) -> dict[str, Any]:
         """The window's metrics over all ranks, as a line has them; without those of which nothing was counted."""
         pairs = {name: value for name, value in self._metrics.items() if value.dim() == 1}
         histograms = {name: value for name, value in self._metrics.items() if value.dim() == 2}
-        sums = {name: value.tolist() for name, value in self._sum_values(pairs).items()}
+        sums = {name: value.tolist() for name, value in self.ranks.sum_values(pairs).items()}
         entry: dict[str, Any] = {name: total / count for name, (total, count) in sums.items() if count}
-        for name, (counts, reference) in self._sum_values(histograms).items():
+        for name, (counts, reference) in self.ranks.sum_values(histograms).items():
             entry |= compared(name, counts.tolist(), reference.tolist())
         return entry
 
-    def _rates(
-        self, timed: list[Seconds], losses: Mapping[str, Tensor], steps: Sequence[int], global_batch_size: int
-    ) -> dict[str, Any]:
+    def _rates(self, timed: list[Seconds], losses: Mapping[str, Tensor], steps: Sequence[int]) -> dict[str, Any]:
         """How fast the ranks were in the steps; rank 0's seconds also go into events.jsonl."""
         device = next(iter(losses.values())).device
-        own = RankSeconds(socket.gethostname(), summed(timed), peak_memory(device))
-        ranks = self._gather(own)
+        own = RankSeconds(host_name(), summed(timed), peak_memory(device))
+        ranks = self.ranks.gather(own)
         if not timed:
             return {}
         seconds = {name: round(value, 3) for name, value in own.seconds.items()}
         self.event("progress", step=steps[-1], num_steps=len(timed), seconds=seconds)
         flops = statistics.fmean(self.flops(step - 1) for step in steps)
-        facts = {"global_batch_size": global_batch_size, "flops": flops, "peak_flops": self.peak_flops}
+        facts = {"global_batch_size": self.layout.global_batch_size, "flops": flops, "peak_flops": self.peak_flops}
         slow = slowest(ranks, len(timed)) if self.names_slow_rank and len(ranks) > 1 else {}
         return rates(ranks, len(timed), **facts) | slow
 
     def _totals(self, counters: Mapping[str, int], *, device: torch.device) -> dict[str, int]:
         """Sums over ranks, without those that are 0."""
         counts = {name: torch.tensor(float(count), device=device) for name, count in counters.items()}
-        return {f"data/{name}": int(total) for name, total in self._sum_values(counts).items() if total}
+        return {f"data/{name}": int(total) for name, total in self.ranks.sum_values(counts).items() if total}
 
     def write(self, entry: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl, and the same to wandb on the axis `step`."""
-        if not self.is_main:
+        if not self.ranks.is_main:
             return
         self._lines.add({"format": FORMAT, **entry})
         facts = {name: value for name, value in entry.items() if name != "stage"}
@@ -196,13 +193,13 @@ class MetricsLogger:
 
     def event(self, kind: str, **facts: Any) -> None:
         """One line of events.jsonl: what happened to the run, and when."""
-        if self.is_main:
+        if self.ranks.is_main:
             write_event(self.run_dir, kind, stage=self.stage, **facts)
 
     def owes_scores(self, step: int) -> bool:
         """On the main rank: whether the step was logged, but not what `evaluate` gave after it."""
         path = self.run_dir / "metrics.jsonl"
-        if not self.is_main or not path.exists():
+        if not self.ranks.is_main or not path.exists():
             return False
         entries = [
             entry for entry in entries_of(path.read_text()) if (entry["stage"], entry["step"]) == (self.stage, step)

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from iccld.durable import NotOursError, open_to_append, refuse_links
-from iccld.outcome import naming, words
+from iccld.node import uptime
+from iccld.outcome import naming, say, words
 from iccld.redact import redact, redacted
-from iccld.runtime.faults.preemption import say
 
 START_S = 45.0  # for wandb to find its server
 CALL_S = 60.0  # for whatever else is asked of it; it goes on in the background where that is not enough
@@ -164,13 +164,3 @@ def write_event(run_dir: Path, kind: str, **facts: Any) -> None:
         _refused.add(run_dir)
     except OSError as error:
         say(f"{words(error)}; the event {kind!r} is not in it")
-
-
-def uptime() -> dict[str, Any]:
-    """Seconds since this machine's boot, and which boot that was."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    clock = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
-    try:
-        return {"boot": boot.read_text().strip()[:8], "up_s": round(time.clock_gettime(clock), 3)}
-    except OSError:
-        return {}

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from iccld.data.config import BatchLayout
+from iccld.batch_layout import BatchLayout
 from iccld.data.storage import integrity
 from iccld.data.storage.base import StorageError
 from iccld.data.storage.index import ARRAY_FILES, HEADER_FILE, MAX_HEADER_BYTES, ShardIndex, write_index
@@ -115,7 +115,7 @@ LARGE = """
 import sys, time
 from pathlib import Path
 from iccld.data.storage import integrity
-from iccld.data.config import BatchLayout
+from iccld.batch_layout import BatchLayout
 from iccld.data.stream.stream import TrainingStream
 from tests.data.factory import config
 integrity.AT_ONCE_BYTES = 0

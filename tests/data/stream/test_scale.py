@@ -20,7 +20,8 @@ SEED = 5
 FIRST_BATCH = r"""
 import multiprocessing, re, sys, time
 from pathlib import Path
-from iccld.data.config import BatchLayout, DataConfig, DatasetConfig
+from iccld.batch_layout import BatchLayout
+from iccld.data.config import DataConfig, DatasetConfig
 from iccld.data.stream.stream import TrainingStream
 from iccld.data.stream.workers import worker_context
 

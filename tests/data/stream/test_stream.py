@@ -23,7 +23,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from iccld import rng
-from iccld.data.config import BatchLayout, DataConfig, DatasetConfig, SetConfig
+from iccld.batch_layout import BatchLayout
+from iccld.data.config import DataConfig, DatasetConfig, SetConfig
 from iccld.data.stream.stream import Batch, TrainingStream
 from iccld.data.stream.workers import MAX_TEMPORARY, WorkerDied
 from tests.data.factory import CROP, GLOBAL_BATCH_SIZE, config, layout

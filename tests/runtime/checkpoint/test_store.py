@@ -18,22 +18,14 @@ from iccld.models.denoiser import Denoiser, DenoiserConfig
 from iccld.runtime.checkpoint.manifest import CheckpointError, DamagedError, ForeignFormatError, verify, write_manifest
 from iccld.runtime.checkpoint.pieces import whole
 from iccld.runtime.checkpoint.store import ALIGNMENT, PIECE_BYTES, CheckpointConfig, CheckpointStore, in_pieces
+from iccld.runtime.ranks import Ranks
 
 ABOUT = {"stage": "stage1", "layout": {"engine": "ddp", "world_size": 1}}
 
 
-class OneRank:
-    rank, world_size = 0, 1
-
-    def gather_objects(self, value: Any) -> list[Any]:
-        return [value]
-
-    gather_saved = gather_objects
-
-
 def store(folder: Path, reports: list[str] | None = None, *, asynchronous: bool = False) -> CheckpointStore:
     reports = reports if reports is not None else []
-    return CheckpointStore(folder, CheckpointConfig(asynchronous=asynchronous), OneRank(), report=reports.append)
+    return CheckpointStore(folder, CheckpointConfig(asynchronous=asynchronous), Ranks(), report=reports.append)
 
 
 def save(checkpoints: CheckpointStore, step: int) -> Path:
@@ -55,7 +47,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path):
 def test_a_background_save_keeps_what_was_when_it_was_asked_for(tmp_path: Path):
     announced: list[int] = []
     config = CheckpointConfig(asynchronous=True)
-    checkpoints = CheckpointStore(tmp_path, config, OneRank(), announce=announced.append)
+    checkpoints = CheckpointStore(tmp_path, config, Ranks(), announce=announced.append)
     weight = torch.zeros(1_000_000)
     for step in range(1, 4):
         weight.fill_(step)

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from iccld.runtime.engine.prefetch import map_tensors, one_ahead, prefetch
+from iccld.runtime.engine.prefetch import one_ahead, prefetch
+from iccld.runtime.tensors import map_tensors
 
 
 def batch_of(number: int) -> dict[str, Any]:

@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from iccld.runtime.engine.engine import COLLECTIVE_TIMEOUT
 from iccld.runtime.measure.telemetry import CALL_S
+from iccld.runtime.ranks import COLLECTIVE_TIMEOUT
 
 PROGRAM = """
 import atexit, sys, threading, time
@@ -77,7 +77,7 @@ from iccld.runtime.engine.engine import Engine, EngineConfig
 
 def program():
     with Engine(EngineConfig()) as engine:
-        if engine.rank == 0:
+        if engine.ranks.rank == 0:
             sys.stdin.read()  # does not come to the collective
         else:
             work = torch.distributed.all_reduce(torch.ones(9), async_op=True)
@@ -120,12 +120,12 @@ def test_a_rank_that_fails_with_a_collective_under_way_ends_at_once() -> None:
 
 LEAVING = """
 import torch
-from iccld.runtime.collectives import groups
+from iccld.runtime.ranks import groups
 from iccld.runtime.engine.engine import Engine, EngineConfig
 
 with Engine(EngineConfig()) as engine:
     pass
-of_host = groups().index(engine._host_group)
+of_host = groups().index(engine.ranks.host_group)
 limits = [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups()]
 print(limits.pop(of_host), *limits)
 """

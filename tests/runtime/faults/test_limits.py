@@ -15,7 +15,7 @@ def test_limits_by_phase() -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"step_s": 0.0}, r"watchdog.step_s=0.0 must be above 0 seconds; enabled=false"),
+        ({"step_s": 0.0}, r"watchdog.step_s=0.0 must be above 0, and finite; enabled=false"),
         ({"step_s": 900.0}, r"watchdog.collective_step_s=900.0 must be above 900.0, .* use 1350"),
         ({"save_s": 7200.0}, r"watchdog.collective_s=3600.0 must be above 7200.0"),
         ({"beat_s": 120.0}, r"watchdog.beat_s=120.0 leaves too few beats .* at least 720 s"),

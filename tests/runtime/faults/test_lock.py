@@ -16,14 +16,14 @@ from iccld.runtime.faults import lock
 from iccld.runtime.faults.lock import locked
 
 HOLD = """
-import socket, sys, time
+import sys, time
 from pathlib import Path
 from iccld.runtime.faults import lock
 lock.BEAT_S, lock.LEASE_S = 0.05, 1.0
 if "nolock" in sys.argv:  # flock that reaches no further than its machine
     lock.fcntl.flock = lambda *_: None
 if "elsewhere" in sys.argv:
-    lock.socket.gethostname = lambda: "elsewhere"
+    lock.host_name = lambda: "elsewhere"
 if "blind" in sys.argv:
     lock._holder = lambda *_: ""
 with lock.locked(Path(sys.argv[1])) as holder:

@@ -168,7 +168,7 @@ def test_a_started_program_takes_signals_as_usual() -> None:
     ("settings", "words"),
     [
         ({"grace_s": 2.0}, "preemption.grace_s=2.0 must be above debounce_s=3.0, or 0"),
-        ({"debounce_s": -1.0}, "preemption.debounce_s=-1.0 must be 0 to 60"),
+        ({"debounce_s": -1.0}, "preemption.debounce_s=-1.0 must be between 0 and 60"),
         ({"exit_status": 2}, "preemption.exit_status=2 must be 0 to 127 and none of"),
         ({"exit_status": 76}, "85 is usual"),
         ({"exit_status": 137}, "must be 0 to 127"),

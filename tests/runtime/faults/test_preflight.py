@@ -5,7 +5,6 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,6 +19,7 @@ from iccld.runtime.faults.preflight import (
     check_space,
     preflight,
 )
+from iccld.runtime.ranks import Ranks
 
 CPU = torch.device("cpu")
 
@@ -30,9 +30,9 @@ def test_a_fit_node_passes_and_nothing_is_left(tmp_path: Path) -> None:
             "device": partial(check_device, CPU),
             "run_dir": partial(check_folder, tmp_path, 0),
             "disk": partial(check_space, tmp_path / "not_yet/there", 1000),
-            "collective": partial(check_collective, CPU, engine),
+            "collective": partial(check_collective, CPU, engine.ranks),
         }
-        assert preflight(checks, engine) == []
+        assert preflight(checks, engine.ranks) == []
     assert not list(tmp_path.iterdir())
 
 
@@ -49,7 +49,7 @@ def test_what_was_found_has_a_host_and_a_remedy(tmp_path: Path, monkeypatch: pyt
 
     with Engine(EngineConfig()) as engine:
         checks = {"device": broken, "run_dir": partial(check_folder, file, 0), "shards": of_another_set}
-        device, folder, shards = preflight(checks, engine)
+        device, folder, shards = preflight(checks, engine.ranks)
     assert str(device) == (
         "node7: device: CUDA error: uncorrectable ECC; leave the node out (--exclude), and start again"
     )
@@ -57,21 +57,16 @@ def test_what_was_found_has_a_host_and_a_remedy(tmp_path: Path, monkeypatch: pyt
     assert not shards.of_node and str(shards).endswith("; mend it, and start again")
 
 
-class WrongSum:
+class WrongSum(Ranks):
     """Ranks whose network adds wrongly."""
 
-    rank, world_size = 0, 2
-
-    def gather_objects(self, value: Any) -> list[Any]:
-        return [value, value]
-
-    def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor * 2
 
 
 def test_a_wrong_sum_is_found() -> None:
     with pytest.raises(ValueError, match="the sum over all ranks is 2, not 3"):
-        check_collective(CPU, WrongSum())
+        check_collective(CPU, WrongSum(world_size=2))
 
 
 def test_room_is_asked_for_beyond_what_the_folder_holds(tmp_path: Path) -> None:

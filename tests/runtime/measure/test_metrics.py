@@ -1,27 +1,24 @@
 """What a run writes down."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
+from iccld.batch_layout import BatchLayout
 from iccld.runtime.measure.metric_entries import FORMAT
 from iccld.runtime.measure.metrics import MetricsConfig, MetricsLogger, NonFiniteLossError, WandbMode, compared
+from iccld.runtime.ranks import Ranks
 
 
 def logger(folder: Path, *, wandb: WandbMode = WandbMode.disabled) -> MetricsLogger:
-    def sum_values(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return dict(values)
-
     config = MetricsConfig(log_every=2, wandb=wandb)
-    return MetricsLogger(folder, config, stage="stage1", is_main=True, world_size=1, sum_values=sum_values)
+    return MetricsLogger(folder, config, stage="stage1", ranks=Ranks(), layout=BatchLayout(4, 4))
 
 
 def flush(metrics: MetricsLogger) -> None:
-    metrics.flush(global_batch_size=4, num_steps=10, take_timings=lambda: [{"total": 1.0, "data": 0.25}] * 2)
+    metrics.flush(num_steps=10, take_timings=lambda: [{"total": 1.0, "data": 0.25}] * 2)
 
 
 def entries(folder: Path) -> list[dict]:

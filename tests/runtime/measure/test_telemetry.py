@@ -13,12 +13,14 @@ from pathlib import Path
 
 import pytest
 
+from iccld.node import uptime
 from iccld.runtime.measure import telemetry
-from iccld.runtime.measure.telemetry import Lines, WandbMode, WandbRun, append, uptime, write_event
+from iccld.runtime.measure.telemetry import Lines, WandbMode, WandbRun, append, write_event
 
 RUN = """
 import sys
 from pathlib import Path
+from iccld.node import uptime
 from iccld.runtime.measure.telemetry import WandbMode, WandbRun
 run = WandbRun()
 run.start(WandbMode.online, project="p", id="abc", name="n", dir=Path(sys.argv[1]), config={})

@@ -48,7 +48,7 @@ def train_when_told(name: str, size: Size) -> None:
     torch.set_num_threads(1)
     size = replace(size, batch_size=size.ranks_batch_size)
     with Engine(EngineConfig()) as engine:
-        batch = random_batch(size, first=engine.rank * size.batch_size)
+        batch = random_batch(size, first=engine.ranks.rank * size.batch_size)
         ours = Ours(make_stage(name, config_of(size), engine.device), engine, batch)
         for _ in range(NUM_WARMUP):
             ours()

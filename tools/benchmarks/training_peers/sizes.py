@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from iccld.batch_layout import BatchLayout
 from iccld.config import Config, load_config
 from iccld.models.discriminator import Discriminator
 from iccld.models.iccld import ICCLD
@@ -15,8 +16,7 @@ from iccld.runtime.measure.profiling import PhaseTimer
 from iccld.stages.adversarial import AdversarialStage
 from iccld.stages.base import Stage
 from iccld.stages.segmentation import SegmentationStage
-from iccld.trainer import TrainerConfig, attach
-from iccld.training_step import TrainingStep
+from iccld.trainer import TrainingStep, attach
 
 NUM_CLASSES = 19
 STAGES = ("stage1", "stage2")
@@ -104,7 +104,9 @@ class Ours:
         self.stage, self.engine, self.step = stage, engine, 0
         self.batch = next(engine.prefetch(iter([batch])))
         size = len(batch["source"]["numbers"])
-        attach(stage, engine, TrainerConfig(global_batch_size=size * engine.world_size, micro_batch_size=size))
+        ranks = engine.ranks
+        layout = BatchLayout(size * ranks.world_size, size, world_size=ranks.world_size, rank=ranks.rank)
+        attach(stage, engine, layout)
         self.train = TrainingStep(stage, engine, PhaseTimer(engine.device))
 
     def __call__(self) -> None:

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from iccld.runtime.device import SHARED_GPU, check_own, with_index
+from iccld.runtime.engine.device import SHARED_GPU, check_own, with_index
 
 
 def test_a_gpu_without_a_number_gets_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:

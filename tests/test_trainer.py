@@ -1,10 +1,10 @@
-"""The learning-rate schedule."""
+"""The loop's learning-rate schedule."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from iccld.runtime.schedule import ScheduleConfig, learning_rate_factor
+from iccld.trainer import ScheduleConfig, learning_rate_factor
 
 
 def test_the_published_schedule():

@@ -3,7 +3,7 @@
 import pytest
 
 from iccld.config import load_config, read_config, to_yaml
-from iccld.runtime.engine.micro_batch import divisors, largest_by_line, largest_by_trial
+from iccld.programs.run.micro_batch import divisors, largest_by_line, largest_by_trial
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 12, 64, 96])
@@ -36,9 +36,9 @@ def test_auto_is_a_setting_like_a_number(tmp_path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(config))
     assert read_config(path) == config
-    assert config.stage1.trainer.num_accumulation(4) == 1, "the ranks can share the batch"
+    assert config.stage1.trainer.layout(world_size=4).num_accumulation == 1, "the ranks can share the batch"
     with pytest.raises(ValueError, match="global_batch_size=4 must be a multiple of micro_batch_size=1 x 3 ranks"):
-        config.stage1.trainer.num_accumulation(3)
+        config.stage1.trainer.layout(world_size=3)
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "largest", "2.5", "true", "'4'", "null", "[1]"])
