@@ -93,14 +93,6 @@ WINGS: dict[str, dict[str, set[str]]] = {
 
 Shards and stream do not know each other. A verb knows what verbs share, and of other verbs those that are named.
 """
-CIRCLES_LEFT = (
-    {"iccld.models.iccld", "iccld.models.latent", "iccld.models.residual"},
-    {
-        *("iccld.cli", "iccld.programs.submit.work", "iccld.programs.submit.submit"),
-        *("iccld.programs.ablate.arrays", "iccld.programs.ablate.command"),
-    },
-)
-"""Import circles that are still to be opened; no others may come."""
 
 ONLY_TORCH_AND_NUMPY = {"labels", "rng", "graph", "batch_layout", "ranges", "diffusion", "losses", "uda"}
 
@@ -388,41 +380,6 @@ RULES = [
     only_durable_writes_and_deletes,
     wings_import_downwards,
 ]
-
-
-def circles(sources: list[Source]) -> list[set[str]]:
-    """Sets of modules that import each other, also in functions and for type checking alone."""
-    names = {".".join(source.parts).removesuffix(".__init__"): source for source in sources}
-    edges = {
-        name: {other if other in names else other.rpartition(".")[0] for _, other in of.imports()}
-        & names.keys() - {name}
-        for name, of in names.items()
-    }
-    reached = {name: _reached_from(name, edges) for name in names}
-    found = {frozenset({name, *(other for other in reached[name] if name in reached[other])}) for name in names}
-    return [set(circle) for circle in found if len(circle) > 1]
-
-
-def _reached_from(name: str, edges: dict[str, set[str]]) -> set[str]:
-    pending, seen = [name], set[str]()
-    while pending:
-        for other in edges[pending.pop()] - seen:
-            seen.add(other)
-            pending.append(other)
-    return seen
-
-
-def test_no_module_imports_itself_by_way_of_others():
-    sources = [Source(p.relative_to(ROOT).as_posix(), p.read_text()) for p in (ROOT / "iccld").rglob("*.py")]
-    found = [circle for circle in circles(sources) if not any(circle <= known for known in CIRCLES_LEFT)]
-    assert not found, "\n".join(str(sorted(circle)) for circle in found)
-
-
-def test_a_circle_is_found_also_where_it_is_for_types_alone():
-    one = Source("iccld/a.py", "def f():\n    from iccld import b")
-    two = Source("iccld/b.py", "if TYPE_CHECKING:\n    from iccld.c import C")
-    assert circles([one, two, Source("iccld/c.py", "import iccld.d")]) == []
-    assert circles([one, two, Source("iccld/c.py", "import iccld.a")]) == [{"iccld.a", "iccld.b", "iccld.c"}]
 
 
 def broken_header(text: str) -> str:
