@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import re
 import select
 import signal
 import sys
@@ -152,16 +151,6 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--model", default="", help="a model folder to score instead of the run's own")
     evaluate.set_defaults(run=_evaluate)
 
-    predict = verbs.add_parser("predict")
-    predict.add_argument("model", type=Path, help="a model folder or a run directory")
-    predict.add_argument("input", type=Path)
-    predict.add_argument("output", type=Path)
-    predict.add_argument("--num-steps", type=int, default=0, help="denoising steps; 0 (default): the decoder alone")
-    predict.add_argument("--size", default="", metavar="HxW", help="resize images for the model, as in 512x1024")
-    predict.add_argument("--sliding-window", action="store_true")
-    predict.add_argument("--attention", choices=["sdpa", "xformers"], default="sdpa", help="back end of the denoiser")
-    predict.set_defaults(run=_predict)
-
     _add_program_verbs(verbs)
     about = "a file of yours alone (mode 0600) with key=value lines, which other users do not see as they do a command"
     for name in ("train", "config", "evaluate", "profile"):
@@ -174,7 +163,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_program_verbs(verbs: "argparse._SubParsersAction[_Parser]") -> None:
-    from iccld.programs import goodput
+    from iccld.programs import goodput, predict
     from iccld.programs.ablate import command as ablation
     from iccld.programs.submit import submit
 
@@ -194,6 +183,9 @@ def _add_program_verbs(verbs: "argparse._SubParsersAction[_Parser]") -> None:
     ledger = verbs.add_parser("goodput")
     goodput.add_arguments(ledger)
     ledger.set_defaults(run=goodput.run)
+    prediction = verbs.add_parser("predict", description=predict.DESCRIPTION)
+    predict.add_arguments(prediction)
+    prediction.set_defaults(run=predict.run)
     comparison = verbs.add_parser("ablate", description=ablation.DESCRIPTION)
     ablation.add_arguments(comparison)
     comparison.set_defaults(run=ablation.run)
@@ -278,24 +270,6 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         config = saved_settings(arguments.run_dir, arguments.overrides)
         finished = evaluate_run(config, preemption, model_folder=arguments.model)
     return 0 if finished else _stopped(config, "iccld evaluate: stopped by a signal; the same command begins again")
-
-
-def _predict(arguments: argparse.Namespace) -> None:
-    from iccld.evaluation import EvaluationConfig
-    from iccld.models.attention import AttentionBackend
-    from iccld.programs.predict import predict_images
-
-    if arguments.size and not re.fullmatch(r"\d+x\d+", arguments.size):
-        raise ValueError(f"--size {arguments.size} must be HEIGHTxWIDTH, as in 512x1024.")
-    image_size = [int(side) for side in arguments.size.split("x")] if arguments.size else []
-    predict_images(
-        arguments.model,
-        arguments.input,
-        arguments.output,
-        num_steps=arguments.num_steps,
-        config=EvaluationConfig(image_size=image_size, sliding_window=arguments.sliding_window),
-        attention=AttentionBackend[arguments.attention],
-    )
 
 
 def _checkpoint(arguments: argparse.Namespace) -> int:

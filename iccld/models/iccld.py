@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from iccld.diffusion import sample, scaled_linear_alpha_bar
-from iccld.durable import file_checksum, make_folder, replacing_by_name
+from iccld.durable import file_checksum, make_folder, replacing_by_name, write_whole
 from iccld.models.attention import AttentionBackend
 from iccld.models.blocks import LATENT_STRIDE
 from iccld.models.condition import Condition, ConditionKind, RichCondition
@@ -34,6 +34,7 @@ from iccld.models.model_card import (
     to_plain,
     write_card,
 )
+from iccld.models.readme import README_NAME, describe
 from iccld.models.residual import residual_scale
 
 logger = logging.getLogger(__name__)
@@ -107,6 +108,14 @@ class ICCLD(nn.Module):
             self.register_buffer(f"{name}_mean", torch.zeros(channels))
             self.register_buffer(f"{name}_std", torch.ones(channels))
 
+    def forward(self, images: Tensor, *, noise: Tensor | None = None, num_steps: int = 0) -> Tensor:
+        """Logits `(B, K, H, W)` of images `(B, 3, H, W)`, float in [0, 1]: `segment`, or with noise `denoise_segment`."""
+        if noise is None:
+            if num_steps:
+                raise ValueError(f"forward: num_steps={num_steps} starts from noise; give noise of shape latent_shape.")
+            return self.segment(images)
+        return self.denoise_segment(images, noise=noise, num_steps=num_steps)
+
     def segment(self, images: Tensor) -> Tensor:
         """D(E(x)): `(B, 3, H, W)` float in [0, 1] to logits `(B, K, H, W)`."""
         return self.decode(self.encoder(images), images.shape[-2:])
@@ -179,7 +188,10 @@ class ICCLD(nn.Module):
         palette: Sequence[Sequence[int]],
         origin: dict[str, Any] | None = None,
     ) -> None:
-        """Write model.safetensors and config.json (last: a torn save has none). An untrained denoiser is left out."""
+        """Write model.safetensors, README.md and config.json (last: a torn save has none).
+
+        An untrained denoiser is left out. origin: where the weights come from, for both cards; see `describe`.
+        """
         if len(class_names) != self.num_classes:
             raise ValueError(
                 f"{folder}: {len(class_names)} class_names for a model of {self.num_classes} classes; give one a class."
@@ -194,7 +206,9 @@ class ICCLD(nn.Module):
         with replacing_by_name(folder / WEIGHTS_NAME) as path:
             save_file(contiguous, path)
         checksum = file_checksum(folder / WEIGHTS_NAME)
-        write_card(folder, self._make_card(class_names, palette, origin or {}, checksum))
+        card = self._make_card(class_names, palette, origin or {}, checksum)
+        write_whole(folder / README_NAME, describe(card))
+        write_card(folder, card)
 
     @classmethod
     def from_pretrained(
@@ -291,7 +305,8 @@ class ICCLD(nn.Module):
     def _make_card(
         self, names: Sequence[str], palette: Sequence[Sequence[int]], origin: dict[str, Any], checksum: str
     ) -> ModelCard:
-        origin, colours = {"encoder": self.config.encoder.pretrained, **origin}, [list(map(int, c)) for c in palette]
+        encoder = self.config.encoder.pretrained or (self.card.origin.get("encoder", "") if self.card else "")
+        origin, colours = {"encoder": encoder, **origin}, [list(map(int, c)) for c in palette]
         return ModelCard(
             FORMAT_VERSION,
             self.stage,

@@ -1,9 +1,10 @@
-"""What `predict_path` writes, reads and refuses."""
+"""What `predict_files` writes, reads and refuses."""
 
 import os
 import struct
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,8 +12,10 @@ import torch
 from PIL import Image
 
 from iccld.data.images.decode import decode_image
+from iccld.inference.files import predict_files, read_image
+from iccld.inference.pictures import colourise, comparison_picture, overlay
+from iccld.inference.prediction import segment
 from iccld.labels import CITYSCAPES_19, CITYSCAPES_PALETTE, merged_class_set
-from iccld.predict import colourise, comparison_picture, overlay, predict_path, read_image
 
 PIXELS = np.arange(6 * 8 * 3, dtype=np.uint8).reshape(6, 8, 3)
 EXIF_ORIENTATION = 0x0112
@@ -24,8 +27,9 @@ def dominant_channel(images, numbers):
     return torch.nn.functional.pad(images, (0, 0, 0, 0, 0, 16))
 
 
-def predict_folder(path, output, predict=dominant_channel, class_set=CITYSCAPES_19):
-    return predict_path(path, output, predict, class_set=class_set)
+def predict_folder(path, output, predict=dominant_channel, class_set=CITYSCAPES_19, **options):
+    one = partial(segment, predictors=[predict], names=class_set.names, colours=class_set.palette)
+    return predict_files([path], output, one, **options)
 
 
 def test_writes_indices_with_the_palette_and_an_overlay(tmp_path):
