@@ -251,6 +251,7 @@ MAY_WRITE = {
     ("programs/profile/report.py", "figure.savefig"),
     ("programs/profile/profile.py", "trace.export_chrome_trace"),  # into a temporary folder
     ("inference/prediction.py", "np.savez_compressed"),  # into a file of `replacing`
+    ("inference/video.py", "av.open"),  # into a file of `replacing`
     ("models/iccld.py", "save_file"),  # to the name of `replacing_by_name`
     ("programs/evaluate/averaging.py", "save_file"),
     ("runtime/measure/memory.py", "torch.cuda.memory._dump_snapshot"),

@@ -103,7 +103,7 @@ def expanded(inputs: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for path in inputs:
         is_there = path.exists() or path.is_symlink()
-        matches = [path] if is_there else sorted(map(Path, glob.glob(str(path), recursive=True)))
+        matches = [path] if is_there else sorted(map(Path, glob.glob(str(path), recursive=True)))  # noqa: PTH207
         if not matches:
             what = "matches nothing" if glob.has_magic(str(path)) else "does not exist"
             raise ValueError(f"predict: {path} {what}; give images, folders of images, or patterns.")

@@ -12,6 +12,7 @@ from rich.progress import track
 from iccld.durable import make_folder, replacing
 from iccld.inference.files import LEGEND, Segment, UnusableFile
 from iccld.inference.pictures import legend, save_picture
+from iccld.inference.prediction import Prediction
 
 if TYPE_CHECKING:
     import av
@@ -52,17 +53,18 @@ def predict_video(source: Path, output: Path, segment: Segment) -> Path:
 
 def _write_frames(
     video: "av.container.InputContainer", written: "av.container.OutputContainer", segment: Segment
-) -> Any:
+) -> Prediction:
     """Encode the overlay of each frame; returns the last prediction."""
     stream, out, prediction = video.streams.video[0], None, None
-    for number, image in enumerate(track(_frames(video), "segmenting", total=stream.frames or None, console=_stderr())):
+    frames = track(_frames(video), "segmenting", total=stream.frames or None, console=Console(stderr=True))
+    for number, image in enumerate(frames):
         prediction = segment(image, number)
         picture = np.asarray(prediction.overlay())
         if out is None:
             out = written.add_stream("libx264", rate=stream.average_rate or Fraction(25))
             out.height, out.width, out.pix_fmt = *picture.shape[:2], "yuv420p"
         written.mux(out.encode(_av().VideoFrame.from_ndarray(picture)))
-    if out is None:
+    if out is None or prediction is None:
         raise ValueError("predict: the video has no frame that can be decoded; give another.")
     written.mux(out.encode(None))
     return prediction
@@ -73,10 +75,6 @@ def _frames(video: "av.container.InputContainer") -> Iterator[np.ndarray]:
     for frame in video.decode(video=0):
         image = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90) % 4)
         yield np.ascontiguousarray(image[: image.shape[0] // 2 * 2, : image.shape[1] // 2 * 2])
-
-
-def _stderr() -> Console:
-    return Console(stderr=True)
 
 
 def _av() -> Any:

@@ -109,7 +109,7 @@ class ICCLD(nn.Module):
             self.register_buffer(f"{name}_std", torch.ones(channels))
 
     def forward(self, images: Tensor, *, noise: Tensor | None = None, num_steps: int = 0) -> Tensor:
-        """Logits `(B, K, H, W)` of images `(B, 3, H, W)`, float in [0, 1]: `segment`, or with noise `denoise_segment`."""
+        """`segment`, or with noise `denoise_segment`: images `(B, 3, H, W)` in [0, 1] to logits `(B, K, H, W)`."""
         if noise is None:
             if num_steps:
                 raise ValueError(f"forward: num_steps={num_steps} starts from noise; give noise of shape latent_shape.")

@@ -39,7 +39,9 @@ def test_writes_indices_with_the_palette_and_an_overlay(tmp_path):
     Image.fromarray(image).save(tmp_path / "frame.png")
     written = predict_folder(tmp_path / "frame.png", tmp_path / "out")
     assert written == [tmp_path / "out/frame_label.png"]
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["frame_label.png", "frame_overlay.png"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "frame_label.png", "frame_overlay.png", "legend.png"
+    ]  # fmt: skip
     with Image.open(written[0]) as label:
         assert (np.array(label) == np.repeat([1, 2], [4, 3])).all()
         assert label.mode == "P" and label.getpalette()[: 3 * 19] == [v for c in CITYSCAPES_PALETTE for v in c]
@@ -310,7 +312,7 @@ FULL = """
 import resource, sys
 from pathlib import Path
 from iccld.outcome import words
-from tests.test_predict import predict_folder
+from tests.inference.test_files import predict_folder
 resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))
 try:
     predict_folder(Path(sys.argv[1]), Path(sys.argv[2]))
@@ -346,7 +348,7 @@ def test_a_failed_write_leaves_no_partial_picture(tmp_path, monkeypatch):
 
 
 def test_wrong_paths_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"nowhere does not exist; give an image or a folder"):
+    with pytest.raises(ValueError, match=r"nowhere does not exist; give images, folders"):
         predict_folder(tmp_path / "nowhere", tmp_path / "out")
     with pytest.raises(ValueError, match=r"holds no image \(\.bmp, .*\); give another folder"):
         predict_folder(tmp_path, tmp_path / "out")
