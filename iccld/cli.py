@@ -27,6 +27,7 @@ Train segmentation models on labelled source images and unlabelled target images
   iccld submit --nodes 2 train run_dir=runs/a                the same as a SLURM job
   iccld evaluate runs/a inference.num_steps=[1,4]            score the finished stages
   iccld predict runs/a image.jpg out/                        label PNG and overlay
+  iccld export runs/a model.onnx                             a program that runs without iccld
   iccld shards make --dataset gta5 --input DIR --output DIR  turn a data set into shards
   iccld shards index|verify|info DIR                         index tars, check, describe
   iccld checkpoint list|verify|export|convert DIR            look at them, get models out of them
@@ -146,9 +147,13 @@ def _parser() -> argparse.ArgumentParser:
         parser_of_verb.add_argument("--config-dir", default="", help="a folder with YAML groups of your own")
 
     evaluate = verbs.add_parser("evaluate")
-    evaluate.add_argument("run_dir", type=Path)
+    evaluate.add_argument("run_dir", metavar="RUN_OR_MODEL", help="a run directory, a model folder, or owner/name")
     evaluate.add_argument("overrides", nargs="*", metavar="key=value")
     evaluate.add_argument("--model", default="", help="a model folder to score instead of the run's own")
+    evaluate.add_argument("--shards", default="", help="the labelled set to score on; a model folder needs one")
+    evaluate.add_argument(
+        "--output", type=Path, default=Path("evaluations"), help="of a model folder: for report/ (default %(default)s)"
+    )
     evaluate.set_defaults(run=_evaluate)
 
     _add_program_verbs(verbs)
@@ -163,7 +168,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_program_verbs(verbs: "argparse._SubParsersAction[_Parser]") -> None:
-    from iccld.programs import goodput, predict
+    from iccld.programs import export, goodput, predict
     from iccld.programs.ablate import command as ablation
     from iccld.programs.submit import submit
 
@@ -183,6 +188,9 @@ def _add_program_verbs(verbs: "argparse._SubParsersAction[_Parser]") -> None:
     ledger = verbs.add_parser("goodput")
     goodput.add_arguments(ledger)
     ledger.set_defaults(run=goodput.run)
+    exporter = verbs.add_parser("export", description=export.DESCRIPTION)
+    export.add_arguments(exporter)
+    exporter.set_defaults(run=export.run)
     prediction = verbs.add_parser("predict", description=predict.DESCRIPTION)
     predict.add_arguments(prediction)
     prediction.set_defaults(run=predict.run)
@@ -265,10 +273,12 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from iccld.runtime.faults.preemption import Preemption
 
     with Preemption() as preemption:
-        from iccld.programs.evaluate.evaluate import evaluate_run, saved_settings
+        from iccld.programs.evaluate.evaluate import evaluate_run, settings_and_model
 
-        config = saved_settings(arguments.run_dir, arguments.overrides)
-        finished = evaluate_run(config, preemption, model_folder=arguments.model)
+        config, model = settings_and_model(
+            arguments.run_dir, arguments.overrides, shards=arguments.shards, output=arguments.output
+        )
+        finished = evaluate_run(config, preemption, model_folder=arguments.model or model)
     return 0 if finished else _stopped(config, "iccld evaluate: stopped by a signal; the same command begins again")
 
 

@@ -45,13 +45,16 @@ def _from_hub(name: str, revision: str | None) -> Path:
         info = HfApi().model_info(name, revision=revision, files_metadata=True)
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
         _check_sizes(name, sizes)
-        return Path(snapshot_download(name, revision=info.sha, allow_patterns=[*FILES]))
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*FILES]))
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         what = " ".join(str(error).split())[:200]
         raise ValueError(
             f"{name} is no folder here, and could not be had from the hub {constants.ENDPOINT} ({what}); "
             f"check the spelling, the network, and for a private model `hf auth login`."
         ) from error
+    if folder.name != info.sha:  # what was fetched is not what was looked at
+        raise ValueError(f"{name} has changed on the hub meanwhile; give the same command again.")
+    return folder
 
 
 def _check_sizes(name: str, sizes: dict[str, int]) -> None:
