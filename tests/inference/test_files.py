@@ -355,7 +355,7 @@ def test_wrong_paths_are_named(tmp_path):
     Image.fromarray(PIXELS).save(tmp_path / "a.png")
     with pytest.raises(ValueError, match=r"is the input folder; give another one"):
         predict_folder(tmp_path, tmp_path / "sub" / "..")
-    with pytest.raises(ValueError, match=r"a.png is a file and must be a folder"):
+    with pytest.raises(ValueError, match=r"a.png is one picture, and takes one image"):
         predict_folder(tmp_path, tmp_path / "a.png")
 
 
