@@ -16,15 +16,15 @@ from huggingface_hub import ModelCard, ModelHubMixin
 from PIL import Image
 from torch import Tensor
 
-from iccld.evaluation import STRIDE, EvaluationConfig, windowed
+from iccld.evaluation import STRIDE, EvaluationConfig, Predict, windowed
 from iccld.inference.images import Images, is_one, read_images
 from iccld.inference.prediction import Prediction, segment
-from iccld.inference.predictor import predict_function
 from iccld.inference.scores import scores_of
 from iccld.inference.source import find_model
 from iccld.models import iccld as figure
 from iccld.models.attention import AttentionBackend
 from iccld.models.readme import describe
+from iccld.stages.predictor import InferenceConfig, predictor_of
 
 PRECISIONS = ("fp32", "bf16")
 SEED = 0
@@ -128,16 +128,20 @@ class ICCLD(figure.ICCLD, ModelHubMixin, library_name="iccld", pipeline_tag="ima
         size: Sequence[int] = (),
         sliding_window: bool = False,
         precision: str = "fp32",
+        inference: InferenceConfig | None = None,
+        predictor: Callable[..., Predict] = predictor_of,
     ) -> Callable[[np.ndarray, int], Prediction]:
         """`predict` of one image after the other: pixels `(H, W, 3)` and the number that keys the noise to a result.
 
-        Options are those of `predict`. Raises ValueError where they do not fit the model.
+        Options are those of `predict`; `inference` says what else is averaged, and `predictor` how the model's stage
+        predicts. Raises ValueError where they do not fit the model.
         """
         card = self._own_card()
         self._check(num_steps=num_steps, seeds=seeds, size=size, precision=precision)
+        inference = inference or InferenceConfig()
         config = EvaluationConfig(image_size=list(size), sliding_window=sliding_window)
         predictors = [
-            windowed(predict_function(self, num_steps=num_steps, seed=SEED, noise_seed=noise_seed), config)
+            windowed(predictor(self, inference, seed=SEED, num_steps=num_steps, noise_seed=noise_seed), config)
             for noise_seed in range(seeds)
         ]
         device = self.alpha_bar.device

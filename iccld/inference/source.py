@@ -1,6 +1,7 @@
 """Where a model comes from: a model folder, a run directory, or the hub."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, snapshot_download
@@ -14,11 +15,14 @@ MAX_WEIGHTS = 64 << 30
 """The most bytes of weights that are fetched: more than any model of this kind has."""
 
 
-def find_model(source: str | Path, *, weights: str = "teacher", revision: str | None = None) -> Path:
+def find_model(
+    source: str | Path, *, weights: str = "teacher", revision: str | None = None, stages: Sequence[str] = ()
+) -> Path:
     """The folder of a model: `source` itself, the last finished stage's of a run directory, or a copy of the hub's.
 
     source: a folder, or `owner/name` on the hub where there is no such folder. weights: `teacher` or `student`, of a
-    run. revision: a branch, tag or commit of the hub. Raises ValueError.
+    run. revision: a branch, tag or commit of the hub. stages: a run's, the last one first; else by name.
+    Raises ValueError.
     """
     if weights not in ("teacher", "student"):
         raise ValueError(f"weights={weights!r} must be teacher or student.")
@@ -27,7 +31,8 @@ def find_model(source: str | Path, *, weights: str = "teacher", revision: str | 
         return _from_hub(source, revision)
     if revision is not None:
         raise ValueError(f"revision={revision!r} is of a model on the hub, and {source} is a folder; leave it out.")
-    finals = [folder / stage / "final" / weights for stage in ("stage2", "stage1")]
+    names = stages or sorted((path.parents[1].name for path in folder.glob(f"*/final/{weights}")), reverse=True)
+    finals = [folder / name / "final" / weights for name in names]
     found = next((place for place in (folder, *finals) if (place / CARD_NAME).is_file()), None)
     if found is None:
         raise ValueError(

@@ -16,7 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("input", type=Path, nargs="+", help="images, folders of images, patterns in quotes, or one video")
     add("output", type=Path, help="a folder, or a file for one image (.png) or a video (.mp4)")
     add("--num-steps", type=int, default=0, help="denoising steps; 0 (default): the decoder alone")
-    add("--seeds", type=int, default=1, metavar="N", help="average over N noises (default 1; needs --num-steps)")
+    add("--num-averaged", type=int, default=1, help="average so many denoised maps (default 1)")
+    add("--blend", type=float, default=0.0, help="share of the decoder alone in them (default 0)")
     add("--size", default="", metavar="HxW", help="resize images for the model, as in 512x1024")
     add("--sliding-window", action="store_true", help="segment overlapping windows, not the whole image")
     add("--weights", choices=["teacher", "student"], default="teacher", help="of a run directory (default teacher)")
@@ -33,21 +34,26 @@ def run(arguments: argparse.Namespace) -> int:
 
     from iccld.inference.files import expanded, predict_files
     from iccld.inference.model import ICCLD
+    from iccld.inference.source import find_model
     from iccld.inference.video import is_video, predict_video
     from iccld.models.attention import AttentionBackend
+    from iccld.stages.predictor import InferenceConfig
+    from iccld.stages.table import STAGES, stage_of
 
     inputs = expanded(arguments.input)
     videos = [path for path in inputs if is_video(path)]
     if videos and (len(inputs) > 1 or arguments.probabilities):
         raise ValueError(f"predict: {videos[0]} is a video, which is predicted alone, and without --probabilities.")
     attention = AttentionBackend[arguments.attention]
-    model = ICCLD.from_pretrained(arguments.model, weights=arguments.weights, attention=attention)
+    folder = find_model(arguments.model, weights=arguments.weights, stages=[*reversed(STAGES)])
+    model = ICCLD.from_pretrained(folder, attention=attention)
     segment = model.to(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")).segmenter(
         num_steps=arguments.num_steps,
-        seeds=arguments.seeds,
         size=size,
         sliding_window=arguments.sliding_window,
         precision=arguments.precision,
+        inference=InferenceConfig(num_averaged=arguments.num_averaged, blend=arguments.blend),
+        predictor=stage_of(model).predictor,
     )
     if videos:
         predict_video(videos[0], arguments.output, segment)
