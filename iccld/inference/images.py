@@ -2,7 +2,7 @@
 
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +36,8 @@ def is_one(images: Images | list[Images] | tuple[Images, ...]) -> bool:
 
 def read_images(images: Images | list[Images] | tuple[Images, ...]) -> Iterator[Numbered]:
     """Read one image after the other, when it is asked for. Raises ValueError, in one line, for what is no image."""
-    for image in [images] if is_one(images) else images:
+    several: Iterable[Any] = [images] if is_one(images) else images  # pyright: ignore[reportAssignmentType]
+    for image in several:
         yield _read(image)
 
 
@@ -56,7 +57,7 @@ def _read(image: Any) -> Numbered:
             f"(3, H, W), one or a list."
         )
     picture = pixels if pixels.dtype == np.uint8 else np.round(pixels * 255).astype(np.uint8)
-    return Numbered(pixels, zlib.crc32(np.ascontiguousarray(picture)))
+    return Numbered(pixels, zlib.crc32(np.ascontiguousarray(picture).data))
 
 
 def _of_pil(image: Image.Image) -> np.ndarray:

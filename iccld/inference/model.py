@@ -93,7 +93,7 @@ class ICCLD(figure.ICCLD, ModelHubMixin, library_name="iccld", pipeline_tag="ima
     def predict(self, images: list[Images] | tuple[Images, ...], **options: Any) -> list[Prediction]: ...
     @overload
     def predict(self, images: Tensor, **options: Any) -> Prediction | list[Prediction]: ...
-    def predict(
+    def predict(  # pyright: ignore[reportInconsistentOverload]
         self,
         images: Images | list[Images] | tuple[Images, ...],
         *,

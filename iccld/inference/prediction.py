@@ -74,7 +74,7 @@ class Prediction:
             arrays = {"probabilities": self.probabilities, "uncertainty": self.uncertainty}
             halves = {name: array.astype(np.float16) for name, array in arrays.items()}
             with replacing(path, durably=False) as file:
-                np.savez_compressed(file, **halves, names=np.array(self.names))
+                np.savez_compressed(file, names=np.array(self.names), **halves)  # pyright: ignore[reportArgumentType]
         else:
             raise ValueError(f"save: {path} must end in .png (labels) or .npz (probabilities).")
 

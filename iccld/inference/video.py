@@ -15,7 +15,7 @@ from iccld.inference.pictures import legend, save_picture
 from iccld.inference.prediction import Prediction
 
 if TYPE_CHECKING:
-    import av
+    import av.container
 
 VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
 
