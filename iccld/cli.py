@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import re
 import select
 import signal
 import sys
@@ -28,6 +27,7 @@ Train segmentation models on labelled source images and unlabelled target images
   iccld submit --nodes 2 train run_dir=runs/a                the same as a SLURM job
   iccld evaluate runs/a inference.num_steps=[1,4]            score the finished stages
   iccld predict runs/a image.jpg out/                        label PNG and overlay
+  iccld export runs/a model.onnx                             a program that runs without iccld
   iccld shards make --dataset gta5 --input DIR --output DIR  turn a data set into shards
   iccld shards index|verify|info DIR                         index tars, check, describe
   iccld checkpoint list|verify|export|convert DIR            look at them, get models out of them
@@ -150,22 +150,14 @@ def _parser() -> argparse.ArgumentParser:
         parser_of_verb.add_argument("--config-dir", default="", help="a folder with YAML groups of your own")
 
     evaluate = verbs.add_parser("evaluate")
-    evaluate.add_argument("run_dir", type=Path)
+    evaluate.add_argument("run_dir", metavar="RUN_OR_MODEL", help="a run directory, a model folder, or owner/name")
     evaluate.add_argument("overrides", nargs="*", metavar="key=value")
     evaluate.add_argument("--model", default="", help="a model folder to score instead of the run's own")
+    evaluate.add_argument("--shards", default="", help="the labelled set to score on; a model folder needs one")
+    evaluate.add_argument(
+        "--output", type=Path, default=Path("evaluations"), help="of a model folder: for report/ (default %(default)s)"
+    )
     evaluate.set_defaults(run=_evaluate)
-
-    predict = verbs.add_parser("predict")
-    predict.add_argument("model", type=Path, help="a model folder or a run directory")
-    predict.add_argument("input", type=Path)
-    predict.add_argument("output", type=Path)
-    predict.add_argument("--num-steps", type=int, default=0, help="denoising steps; 0 (default): the decoder alone")
-    predict.add_argument("--num-averaged", type=int, default=1, help="average so many denoised maps (default 1)")
-    predict.add_argument("--blend", type=float, default=0.0, help="share of the decoder alone in them (default 0)")
-    predict.add_argument("--size", default="", metavar="HxW", help="resize images for the model, as in 512x1024")
-    predict.add_argument("--sliding-window", action="store_true")
-    predict.add_argument("--attention", choices=["sdpa", "xformers"], default="sdpa", help="back end of the denoiser")
-    predict.set_defaults(run=_predict)
 
     _add_program_verbs(verbs)
     about = "a file of yours alone (mode 0600) with key=value lines, which other users do not see as they do a command"
@@ -179,7 +171,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_program_verbs(verbs: "argparse._SubParsersAction[_Parser]") -> None:
-    from iccld.programs import compare, goodput, runs
+    from iccld.programs import compare, export, goodput, predict, runs
     from iccld.programs.ablate import command as ablation
     from iccld.programs.report import command as report
     from iccld.programs.submit import submit
@@ -200,10 +192,16 @@ def _add_program_verbs(verbs: "argparse._SubParsersAction[_Parser]") -> None:
     ledger = verbs.add_parser("goodput")
     goodput.add_arguments(ledger)
     ledger.set_defaults(run=goodput.run)
-    for name, program in (("report", report), ("runs", runs), ("compare", compare)):
-        reader = verbs.add_parser(name, description=program.DESCRIPTION)
-        program.add_arguments(reader)
-        reader.set_defaults(run=program.run)
+    for name, program in (
+        ("report", report),
+        ("runs", runs),
+        ("compare", compare),
+        ("export", export),
+        ("predict", predict),
+    ):
+        verb = verbs.add_parser(name, description=program.DESCRIPTION)
+        program.add_arguments(verb)
+        verb.set_defaults(run=program.run)
     comparison = verbs.add_parser("ablate", description=ablation.DESCRIPTION)
     ablation.add_arguments(comparison)
     comparison.set_defaults(run=ablation.run)
@@ -283,31 +281,13 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from iccld.runtime.faults.preemption import Preemption
 
     with Preemption() as preemption:
-        from iccld.programs.evaluate.evaluate import evaluate_run, saved_settings
+        from iccld.programs.evaluate.evaluate import evaluate_run, settings_and_model
 
-        config = saved_settings(arguments.run_dir, arguments.overrides)
-        finished = evaluate_run(config, preemption, model_folder=arguments.model)
+        config, model = settings_and_model(
+            arguments.run_dir, arguments.overrides, shards=arguments.shards, output=arguments.output
+        )
+        finished = evaluate_run(config, preemption, model_folder=arguments.model or model)
     return 0 if finished else _stopped(config, "iccld evaluate: stopped by a signal; the same command begins again")
-
-
-def _predict(arguments: argparse.Namespace) -> None:
-    from iccld.evaluation import EvaluationConfig
-    from iccld.models.attention import AttentionBackend
-    from iccld.programs.predict import predict_images
-    from iccld.stages.predictor import InferenceConfig
-
-    if arguments.size and not re.fullmatch(r"\d+x\d+", arguments.size):
-        raise ValueError(f"--size {arguments.size} must be HEIGHTxWIDTH, as in 512x1024.")
-    image_size = [int(side) for side in arguments.size.split("x")] if arguments.size else []
-    predict_images(
-        arguments.model,
-        arguments.input,
-        arguments.output,
-        num_steps=arguments.num_steps,
-        inference=InferenceConfig(num_averaged=arguments.num_averaged, blend=arguments.blend),
-        config=EvaluationConfig(image_size=image_size, sliding_window=arguments.sliding_window),
-        attention=AttentionBackend[arguments.attention],
-    )
 
 
 def _checkpoint(arguments: argparse.Namespace) -> int:

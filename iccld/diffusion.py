@@ -92,7 +92,7 @@ def ddim_step(z_t: Tensor, z_0_pred: Tensor, t: Tensor, t_next: Tensor | None, a
 def sample(denoise: Callable[[Tensor, Tensor], Tensor], noise: Tensor, alpha_bar: Tensor, num_steps: int) -> Tensor:
     """Follow `denoise(z_t, t) -> z_0_pred` from `noise` `(B, C, h, w)` in `num_steps` DDIM steps; returns z_0."""
     steps = trailing_timesteps(num_steps, num_train_steps=len(alpha_bar))
-    timesteps = [noise.new_full((len(noise),), t, dtype=torch.int64) for t in steps]
+    timesteps = [noise.new_full((noise.shape[0],), t, dtype=torch.int64) for t in steps]
     z_t = noise
     for t, t_next in zip(timesteps, [*timesteps[1:], None], strict=True):
         z_t = ddim_step(z_t, denoise(z_t, t), t, t_next, alpha_bar)

@@ -15,8 +15,8 @@ from iccld.config import Config
 from iccld.data.stream.stream import read_validation
 from iccld.durable import replacing, write_whole
 from iccld.evaluation import results_table
+from iccld.inference.pictures import colourise, comparison_picture
 from iccld.models.iccld import ICCLD
-from iccld.predict import colourise, comparison_picture
 from iccld.programs.evaluate.evaluate import named_results, saved_settings
 from iccld.stages.predictor import predictor_of
 

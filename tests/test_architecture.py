@@ -25,7 +25,7 @@ LEAVES = {
 PROGRAMS = {"__main__", "cli", "programs"}
 EVERYTHING = {"*"}  # but the programs, unless one is asking
 MAY_IMPORT = {
-    "__init__": set(),  # importing a leaf stays cheap
+    "__init__": {"inference"},  # when ICCLD is asked for: importing a leaf stays cheap
     "configs": set(),  # YAML
     "batch_layout": set(),
     "graph": set(),
@@ -54,7 +54,7 @@ MAY_IMPORT = {
     "scores": {"labels"},
     "evaluation": {"labels", "scores"},
     "diagnostics": {"labels", "scores", "evaluation", "diffusion", "losses", "models"},
-    "predict": {"labels", "durable", "data.images"},
+    "inference": {"durable", "data.images", "evaluation", "models", "stages.predictor"},
     "config": EVERYTHING,
     "programs": EVERYTHING,
     "__main__": EVERYTHING,
@@ -117,6 +117,10 @@ OWNERS = {
         "programs/goodput.py",
         "programs/profile/report.py",
     },
+    "huggingface_hub": {"inference/model.py", "inference/source.py"},
+    "av": {"inference/video.py"},
+    "onnx": {"programs/export.py"},
+    "onnxruntime": {"programs/export.py"},
     "safetensors": {
         "models/iccld.py",
         "models/saved_model.py",
@@ -304,6 +308,8 @@ MAY_WRITE = {
     ("programs/run/hand_off.py", "shutil.copyfile"),  # into a folder of `scratch_folder`
     ("programs/profile/report.py", "figure.savefig"),
     ("programs/profile/profile.py", "trace.export_chrome_trace"),  # into a temporary folder
+    ("inference/prediction.py", "np.savez_compressed"),  # into a file of `replacing`
+    ("inference/video.py", "av.open"),  # into a file of `replacing`
     ("models/iccld.py", "save_file"),  # to the name of `replacing_by_name`
     ("programs/evaluate/averaging.py", "save_file"),
     ("runtime/measure/memory.py", "torch.cuda.memory._dump_snapshot"),

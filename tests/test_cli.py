@@ -128,7 +128,7 @@ def test_predict_writes_a_label_and_an_overlay_an_image(
 ):
     image = scene_shards / "gta5/images/00001.png"
     assert main(["predict", str(run_dir), str(image), str(tmp_path), *arguments]) == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"00001_label.png", "00001_overlay.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"00001_label.png", "00001_overlay.png", "legend.png"}
 
 
 def test_config_prints_what_train_would_use(capsys: pytest.CaptureFixture[str]):

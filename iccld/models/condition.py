@@ -60,4 +60,6 @@ def _positions(latent: Tensor) -> Tensor:
     height, width = latent.shape[-2:]
     rows = torch.linspace(-1.0, 1.0, height, device=latent.device).view(1, 1, -1, 1)
     columns = torch.linspace(-1.0, 1.0, width, device=latent.device).view(1, 1, 1, -1)
-    return torch.cat([rows.expand(len(latent), 1, -1, width), columns.expand(len(latent), 1, height, -1)], dim=1)
+    return torch.cat(
+        [rows.expand(latent.shape[0], 1, -1, width), columns.expand(latent.shape[0], 1, height, -1)], dim=1
+    )

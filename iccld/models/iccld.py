@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from iccld.diffusion import sample, scaled_linear_alpha_bar
-from iccld.durable import file_checksum, make_folder, replacing_by_name
+from iccld.durable import file_checksum, make_folder, replacing_by_name, write_whole
 from iccld.models.attention import AttentionBackend
 from iccld.models.blocks import LATENT_STRIDE
 from iccld.models.condition import Condition, ConditionKind, RichCondition
@@ -39,6 +39,7 @@ from iccld.models.model_card import (
     to_plain,
     write_card,
 )
+from iccld.models.readme import README_NAME, describe
 from iccld.models.residual import fitted_residual, residual_scale
 from iccld.models.saved_model import check_described, described_by, shapes_in
 from iccld.ranges import above, at_least, check_ranges
@@ -109,6 +110,14 @@ class ICCLD(nn.Module):
         for name in ("latent", "condition"):
             self.register_buffer(f"{name}_mean", torch.zeros(channels))
             self.register_buffer(f"{name}_std", torch.ones(channels))
+
+    def forward(self, images: Tensor, *, noise: Tensor | None = None, num_steps: int = 0) -> Tensor:
+        """`segment`, or with noise `denoise_segment`: images `(B, 3, H, W)` in [0, 1] to logits `(B, K, H, W)`."""
+        if noise is None:
+            if num_steps:
+                raise ValueError(f"forward: num_steps={num_steps} starts from noise; give noise of shape latent_shape.")
+            return self.segment(images)
+        return self.denoise_segment(images, noise=noise, num_steps=num_steps)
 
     def segment(self, images: Tensor) -> Tensor:
         """D(E(x)): `(B, 3, H, W)` float in [0, 1] to logits `(B, K, H, W)`."""
@@ -218,7 +227,10 @@ class ICCLD(nn.Module):
         palette: Sequence[Sequence[int]],
         origin: dict[str, Any] | None = None,
     ) -> None:
-        """Write model.safetensors and config.json (last: a torn save has none). An untrained denoiser is left out."""
+        """Write model.safetensors, README.md and config.json (last: a torn save has none).
+
+        An untrained denoiser is left out. origin: where the weights come from, for both cards; see `describe`.
+        """
         if len(class_names) != self.num_classes:
             raise ValueError(
                 f"{folder}: {len(class_names)} class_names for a model of {self.num_classes} classes; give one a class."
@@ -233,7 +245,9 @@ class ICCLD(nn.Module):
         with replacing_by_name(folder / WEIGHTS_NAME) as path:
             save_file(contiguous, path)
         checksum = file_checksum(folder / WEIGHTS_NAME)
-        write_card(folder, self._make_card(class_names, palette, origin or {}, checksum))
+        card = self._make_card(class_names, palette, origin or {}, checksum)
+        write_whole(folder / README_NAME, describe(card))
+        write_card(folder, card)
 
     @classmethod
     def from_pretrained(
@@ -330,7 +344,8 @@ class ICCLD(nn.Module):
     def _make_card(
         self, names: Sequence[str], palette: Sequence[Sequence[int]], origin: dict[str, Any], checksum: str
     ) -> ModelCard:
-        origin, colours = {"encoder": self.config.encoder.pretrained, **origin}, [list(map(int, c)) for c in palette]
+        encoder = self.config.encoder.pretrained or (self.card.origin.get("encoder", "") if self.card else "")
+        origin, colours = {"encoder": encoder, **origin}, [list(map(int, c)) for c in palette]
         return ModelCard(
             FORMAT_VERSION,
             self.stage,

@@ -14,12 +14,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from iccld import __version__
 from iccld.config import Config, config_from
 from iccld.durable import scratch_folder, sync
 from iccld.models.iccld import ModelConfig
 from iccld.models.model_card import build, check_sizes
 from iccld.programs.run.building import filled_stage
+from iccld.programs.run.hand_off import origin_of
 from iccld.runtime.checkpoint.manifest import (
     MANIFEST,
     Checkpoint,
@@ -94,8 +94,8 @@ def export_model(checkpoint: Checkpoint, output: Path, *, weights: Weights) -> N
     config = config_from(manifest["config"], where=str(checkpoint.folder / MANIFEST))
     stage = _filled_stage(checkpoint, config)
     model, classes = stage.models()[weights.value], config.data.class_set.build()
-    origin = {"checkpoint": str(checkpoint.folder), "weights": weights.value, "version": __version__}
-    origin["stage"] = manifest["stage"]
+    origin = origin_of(config, stage=manifest["stage"], weights=weights.value, step=checkpoint.step)
+    origin |= {"checkpoint": str(checkpoint.folder)}
     model.save_pretrained(output, class_names=classes.names, palette=classes.palette, origin=origin)
     print(f"{output}: {manifest['stage']}'s {weights.value} after {checkpoint.step} steps")
 

@@ -1,47 +1,68 @@
-"""`iccld predict`: label maps and overlays of an image or a folder, by a model folder alone."""
+"""`iccld predict`: label maps and overlays of images, folders and videos, by a trained model."""
 
+import argparse
+import re
 from pathlib import Path
 
-import torch
-
-from iccld.evaluation import EvaluationConfig, windowed
-from iccld.labels import ClassSet
-from iccld.models.attention import AttentionBackend
-from iccld.models.iccld import ICCLD
-from iccld.predict import predict_path
-from iccld.stages.predictor import InferenceConfig
-from iccld.stages.table import STAGES, stage_of
+DESCRIPTION = """\
+Segment images: for each a label PNG (pixel values are class indices), an overlay, and one legend.png.
+An OUTPUT that ends in .png is the label PNG of one image; of a video, OUTPUT is its overlay (.mp4) or a folder."""
 
 
-def predict_images(
-    model_folder: Path,
-    path: Path,
-    output: Path,
-    *,
-    num_steps: int,
-    inference: InferenceConfig,
-    config: EvaluationConfig,
-    attention: AttentionBackend,
-) -> list[Path]:
-    """Segment `path` into `output` and return the label PNGs written.
-
-    `num_steps`: 0 is the decoder alone; what is averaged is as `inference` says.
-    """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = ICCLD.from_pretrained(find_model(model_folder), attention=attention).to(device)
-    assert model.card is not None
-    names, palette = model.card.class_names, [(r, g, b) for r, g, b in model.card.palette]
-    class_set = ClassSet(tuple(names), tuple(palette), {i: i for i in range(len(names))})
-    predict = stage_of(model).predictor(model, inference, seed=0, num_steps=num_steps)
-    return predict_path(path, output, windowed(predict, config), class_set=class_set, device=device)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    add = parser.add_argument
+    add("model", help="a model folder, a run directory, or owner/name on the hub")
+    add("input", type=Path, nargs="+", help="images, folders of images, patterns in quotes, or one video")
+    add("output", type=Path, help="a folder, or a file for one image (.png) or a video (.mp4)")
+    add("--num-steps", type=int, default=0, help="denoising steps; 0 (default): the decoder alone")
+    add("--num-averaged", type=int, default=1, help="average so many denoised maps (default 1)")
+    add("--blend", type=float, default=0.0, help="share of the decoder alone in them (default 0)")
+    add("--size", default="", metavar="HxW", help="resize images for the model, as in 512x1024")
+    add("--sliding-window", action="store_true", help="segment overlapping windows, not the whole image")
+    add("--weights", choices=["teacher", "student"], default="teacher", help="of a run directory (default teacher)")
+    add("--probabilities", action="store_true", help="write STEM_probabilities.npz, too (float16: K, H, W)")
+    add("--device", default="", help="cuda, cuda:1 or cpu (default: cuda where there is one)")
+    add("--precision", choices=["fp32", "bf16"], default="fp32", help="of the forward pass (default fp32)")
+    add("--attention", choices=["sdpa", "xformers"], default="sdpa", help="back end of the denoiser")
 
 
-def find_model(folder: Path) -> Path:
-    """The folder itself, or the last finished stage's teacher where it is a run directory."""
-    for candidate in (folder, *(folder / name / "final/teacher" for name in reversed(STAGES))):
-        if (candidate / "config.json").is_file():
-            return candidate
-    raise ValueError(
-        f"{folder} is neither a model folder (config.json, model.safetensors) nor a run directory with a finished "
-        f"stage; give one, or let the same train command finish."
+def run(arguments: argparse.Namespace) -> int:
+    """Segment what is named. Raises ValueError, and OSError where the output cannot be written."""
+    size = _size(arguments.size)
+    import torch
+
+    from iccld.inference.files import expanded, predict_files
+    from iccld.inference.model import ICCLD
+    from iccld.inference.source import find_model
+    from iccld.inference.video import is_video, predict_video
+    from iccld.models.attention import AttentionBackend
+    from iccld.stages.predictor import InferenceConfig
+    from iccld.stages.table import STAGES, stage_of
+
+    inputs = expanded(arguments.input)
+    videos = [path for path in inputs if is_video(path)]
+    if videos and (len(inputs) > 1 or arguments.probabilities):
+        raise ValueError(f"predict: {videos[0]} is a video, which is predicted alone, and without --probabilities.")
+    attention = AttentionBackend[arguments.attention]
+    folder = find_model(arguments.model, weights=arguments.weights, stages=[*reversed(STAGES)])
+    model = ICCLD.from_pretrained(folder, attention=attention)
+    segment = model.to(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")).segmenter(
+        num_steps=arguments.num_steps,
+        size=size,
+        sliding_window=arguments.sliding_window,
+        precision=arguments.precision,
+        inference=InferenceConfig(num_averaged=arguments.num_averaged, blend=arguments.blend),
+        predictor=stage_of(model).predictor,
     )
+    if videos:
+        predict_video(videos[0], arguments.output, segment)
+    else:
+        predict_files(inputs, arguments.output, segment, with_probabilities=arguments.probabilities)
+    return 0
+
+
+def _size(text: str) -> list[int]:
+    if text and not re.fullmatch(r"\d+x\d+", text):
+        raise ValueError(f"--size {text} must be HEIGHTxWIDTH, as in 512x1024.")
+    return [int(side) for side in text.split("x")] if text else []

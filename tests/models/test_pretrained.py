@@ -48,9 +48,9 @@ def test_a_saved_model_comes_back_bit_for_bit(backbone: str, tmp_path: Path):
 def test_a_loaded_model_can_be_saved_again(tmp_path: Path):
     first = save(trained_model(latent=LatentKind.mask), tmp_path / "first")
     second = save(ICCLD.from_pretrained(first), tmp_path / "second")
-    for name in ("config.json", "model.safetensors"):
-        assert (first / name).read_bytes() == (second / name).read_bytes()
-    assert sorted(p.name for p in first.iterdir()) == ["config.json", "model.safetensors"]
+    names = ["README.md", "config.json", "model.safetensors"]
+    assert sorted(p.name for p in first.iterdir()) == names
+    assert all((first / name).read_bytes() == (second / name).read_bytes() for name in names)
 
 
 def test_a_pretrained_backbone_is_rebuilt_without_its_folder(tmp_path: Path):

@@ -15,8 +15,8 @@ from iccld.config import Config
 from iccld.data.stream.stream import read_validation
 from iccld.durable import replacing
 from iccld.evaluation import Predict, evaluate, windowed
+from iccld.inference.pictures import colourise, comparison_picture
 from iccld.outcome import naming
-from iccld.predict import colourise, comparison_picture
 from iccld.programs.ablate.paired import choose_images
 from iccld.programs.ablate.rows import Ablation
 from iccld.programs.ablate.summary import RowFigures

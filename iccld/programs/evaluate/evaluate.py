@@ -15,13 +15,15 @@ from rich.console import Console
 from rich.markup import escape
 from torch import Tensor
 
-from iccld.config import Config, read_config
+from iccld.config import Config, load_config, read_config
 from iccld.data.config import locations, of_saved_run, refuse_unasked
 from iccld.data.stream.sets import sets_kept_open
 from iccld.data.stream.stream import read_validation
 from iccld.durable import make_folder, refuse_links, write_whole
 from iccld.evaluation import EvaluationResult, Predict, evaluate, results_table
+from iccld.inference.source import find_model
 from iccld.models.iccld import ICCLD
+from iccld.models.model_card import CARD_NAME
 from iccld.programs.evaluate.diagnose import diagnose_model, student_beside
 from iccld.programs.evaluate.results import about_of, finished_models, own_results, place_for, read_results
 from iccld.programs.run.checks import together, watch
@@ -88,6 +90,26 @@ def saved_settings(run_dir: Path, overrides: Sequence[str]) -> Config:
     config = read_config(path, [*overrides, f"run_dir={run_dir}"], keep=partial(of_saved_run, roles=roles))
     refuse_unasked(config.data, roles=roles, where=str(path))
     return config
+
+
+def settings_and_model(source: str, overrides: Sequence[str], *, shards: str, output: Path) -> tuple[Config, str]:
+    """The settings to score by, and the model folder, empty for a run's own models.
+
+    source: a run directory, or a model (see `find_model`), which is scored on `shards`, by the defaults and the
+    overrides, into `output`. Of a run, `shards` takes the place of its validation sets. Raises ValueError.
+    """
+    words = [f"data.validation.shards={shards}", "data.validation.name=", *overrides] if shards else [*overrides]
+    if (Path(source) / "config.yaml").is_file():
+        config, model = saved_settings(Path(source), words), ""
+        if shards:
+            config.data.validation.also = {}
+        return config, model
+    if not shards and (Path(source) / CARD_NAME).is_file():
+        raise ValueError(f"{source} is a model without a run; name the set to score it on: --shards FOLDER.")
+    if not shards:
+        return saved_settings(Path(source), words), ""  # which says that there is no run
+    model = find_model(source)
+    return load_config([*words, f"run_dir={output}"]), str(model)
 
 
 def evaluate_run(config: Config, preemption: Preemption | None = None, *, model_folder: str = "") -> bool:

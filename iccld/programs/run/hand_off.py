@@ -11,7 +11,8 @@ import json
 import re
 import shutil
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 from iccld import __version__
 from iccld.config import Config
@@ -27,14 +28,17 @@ from iccld.durable import (
     write_whole,
 )
 from iccld.models.model_card import CARD_NAME, WEIGHTS_NAME, build
+from iccld.models.readme import README_NAME
 from iccld.reading import read_json
+from iccld.redact import without_secrets
 from iccld.stages.base import Stage
 from iccld.stages.predictor import Weights
 from iccld.stages.table import STAGES, first_stage
 
 HAND_OFF_NAME = "hand_off.json"
 _WEIGHTS = "|".join(weights.value for weights in Weights)
-is_ours = holds_only(rf"hand_off\.json|({_WEIGHTS})/({re.escape(CARD_NAME)}|{re.escape(WEIGHTS_NAME)})")
+_FILES = "|".join(map(re.escape, (CARD_NAME, WEIGHTS_NAME, README_NAME)))
+is_ours = holds_only(rf"hand_off\.json|({_WEIGHTS})/({_FILES})")
 STATISTICS = ("latent_mean", "latent_std", "condition_mean", "condition_std")
 
 
@@ -68,7 +72,7 @@ def hand_over(stage: Stage, config: Config, *, step: int) -> None:
     classes = config.data.class_set.build()
     models = stage.models()
     for weights, model in models.items():
-        origin = {"run_dir": config.run_dir, "stage": stage.name, "weights": weights, "version": __version__}
+        origin = origin_of(config, stage=stage.name, weights=weights, step=step)
         model.save_pretrained(scratch / weights, class_names=classes.names, palette=classes.palette, origin=origin)
     weights = Weights.teacher.value
     statistics = {name: models[weights].get_buffer(name).tolist() for name in STATISTICS}
@@ -79,6 +83,17 @@ def hand_over(stage: Stage, config: Config, *, step: int) -> None:
         sync(scratch / written)
     scratch.rename(folder)
     sync(folder.parent)
+
+
+def origin_of(config: Config, *, stage: str, weights: str, step: int) -> dict[str, Any]:
+    """Where a run's weights come from, for their card: the run, the step, and the names of the data sets."""
+    sets = {
+        role: [part.name or PurePosixPath(without_secrets(part.shards)).name for part in (data, *data.also.values())]
+        for role in ("source", "target")
+        if (data := getattr(config.data, role)).shards
+    }
+    facts = {"run_dir": config.run_dir, "stage": stage, "weights": weights, "version": __version__}
+    return facts | {"step": step, "data": sets}
 
 
 def take_first_stage(config: Config, *, is_main: bool) -> None:

@@ -1,6 +1,7 @@
-"""Segment images on disk: for each a palettised label PNG and a colour overlay, and pictures to compare predictions."""
+"""Segment images on disk: for each a palettised label PNG and a colour overlay, and a legend beside them."""
 
 import errno
+import glob
 import os
 import stat
 import sys
@@ -13,15 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.progress import track
-from torch import Tensor
 
 from iccld.data.images.decode import LOOSE, MAX_BYTES, decode_image, find_format
-from iccld.durable import NotOursError, make_folder, replacing
-from iccld.labels import ClassSet
-from iccld.outcome import naming
+from iccld.durable import NotOursError, make_folder
+from iccld.inference.pictures import legend, save_picture
+from iccld.inference.prediction import Prediction
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 """The endings that images usually have; what counts is the content."""
@@ -29,7 +28,10 @@ _OF_NO_INTEREST = ("Thumbs.db", "desktop.ini")
 _NAME_ERRORS = {getattr(errno, name) for name in ("ENAMETOOLONG", "EILSEQ", "EINVAL", "EISDIR", "ENOTDIR", "EEXIST")}
 """The errors of writing that are about one name; all others are about the disk."""
 
-Palette = Sequence[tuple[int, int, int]]
+LEGEND = "legend.png"
+
+Segment = Callable[[np.ndarray, int], Prediction]
+"""An image `(H, W, 3)` uint8, and the number that keys its noise, to what a model says of it."""
 
 
 class UnusableFile(ValueError):
@@ -39,31 +41,32 @@ class UnusableFile(ValueError):
         super().__init__(f"{_spelled(file)}: {what}")
 
 
-def predict_path(
-    path: Path,
-    output: Path,
-    predict: Callable[[Tensor, Tensor], Tensor],
-    *,
-    class_set: ClassSet,
-    device: torch.device | str = "cpu",
+def predict_files(
+    inputs: Sequence[Path], output: Path, segment: Segment, *, with_probabilities: bool = False
 ) -> list[Path]:
-    """Segment an image, or all images under a folder, and return the label PNGs written.
+    """Segment images, all images under folders, and what patterns match; return the label PNGs written.
 
-    `predict` takes images `(1, 3, H, W)` float32 in [0, 1] of any size and numbers `(1,)` int64, and returns logits
-    `(1, K, H, W)`. Writes `<stem>_label.png` (8-bit, pixel values are class indices) and `<stem>_overlay.png` into
-    `output`, in the folder's own sub-folders, linked ones too. One file that cannot be segmented does not stop the
-    others; all such files are named together at the end, in a ValueError. A disk that cannot be written is an OSError.
+    Writes `<stem>_label.png` (8-bit, pixel values are class indices) and `<stem>_overlay.png` into `output`, in the
+    folder's own sub-folders, linked ones too; `with_probabilities`, `<stem>_probabilities.npz` (see `Prediction.save`);
+    and `legend.png`. Of several inputs, each folder has one of its name in `output`. An `output` that ends in .png is
+    the label PNG of one image, alone.
+
+    One file that cannot be segmented does not stop the others; all such files are named together at the end, in a
+    ValueError. A disk that cannot be written is an OSError.
     """
-    jobs, failures = _jobs(path, output)
+    if output.suffix.lower() == ".png" and not output.is_dir():
+        return [_predict_one(inputs, output, segment, with_probabilities=with_probabilities)]
+    jobs, failures = _jobs(inputs, output, with_probabilities=with_probabilities)
     written: list[Path] = []
     # Progress goes to stderr, so that stdout stays the result's.
     for source, target in track(jobs.items(), "segmenting", total=len(jobs), console=Console(stderr=True)):
-        number = zlib.crc32(os.fsencode(source.name))
         try:
             image = read_image(source)
             with _enough_memory(source, image):
-                labels = _segment(image, predict, number=number, device=device)
-            written.append(_write_pictures(image, labels, target, class_set.palette, within=output))
+                prediction = segment(image, image_number(source))
+                written.append(_write(prediction, target, within=output, with_probabilities=with_probabilities))
+            if len(written) == 1:
+                save_picture(legend(prediction.names, prediction.colours), output / LEGEND)
         except (UnusableFile, NotOursError) as error:
             failures.append(str(error))
         except OSError as error:
@@ -76,6 +79,41 @@ def predict_path(
             f"repair, move or remove them:\n  " + "\n  ".join(failures)
         )
     return written
+
+
+def _predict_one(inputs: Sequence[Path], output: Path, segment: Segment, *, with_probabilities: bool) -> Path:
+    """One image to one label PNG."""
+    found = expanded(inputs)
+    if len(found) != 1 or found[0].is_dir():
+        raise ValueError(f"predict: the output {output} is one picture, and takes one image; name a folder instead.")
+    if with_probabilities:
+        raise ValueError(f"predict: --probabilities needs a folder for its files, not {output}; name a folder.")
+    if _real(output) == _real(found[0]):
+        raise ValueError(f"predict: {output} is an input and would be overwritten; give another output.")
+    image = read_image(found[0])
+    with _enough_memory(found[0], image):
+        prediction = segment(image, image_number(found[0]))
+    make_folder(output.parent, within=output.parent)
+    prediction.save(output)
+    return output
+
+
+def expanded(inputs: Sequence[Path]) -> list[Path]:
+    """The inputs, with what a pattern (`*`, `?`, `**`) matches in its place. Raises ValueError where one is nothing."""
+    found: list[Path] = []
+    for path in inputs:
+        is_there = path.exists() or path.is_symlink()
+        matches = [path] if is_there else sorted(map(Path, glob.glob(str(path), recursive=True)))  # noqa: PTH207
+        if not matches:
+            what = "matches nothing" if glob.has_magic(str(path)) else "does not exist"
+            raise ValueError(f"predict: {path} {what}; give images, folders of images, or patterns.")
+        found += matches
+    return list(dict.fromkeys(found))
+
+
+def image_number(path: Path) -> int:
+    """The number that keys an image's noise: its name's, so that it is segmented alike alone and among others."""
+    return zlib.crc32(os.fsencode(path.name))
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -96,62 +134,42 @@ def read_image(path: Path) -> np.ndarray:
         raise UnusableFile(path, error) from error
 
 
-def colourise(labels: np.ndarray, palette: Palette) -> np.ndarray:
-    """`(H, W, 3)` uint8 colours of class indices `(H, W)` uint8; what the palette does not name is black."""
-    return _colour_table(palette)[labels]
-
-
-def overlay(image: np.ndarray, labels: np.ndarray, palette: Palette) -> np.ndarray:
-    """`(H, W, 3)` uint8: half the image `(H, W, 3)` uint8, half the classes' colours."""
-    return ((image.astype(np.uint16) + colourise(labels, palette) + 1) // 2).astype(np.uint8)
-
-
-def comparison_picture(rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str]) -> Image.Image:
-    """A grid of RGB pictures `(H, W, 3)` uint8 with a title over each column; cells take the first picture's size."""
-    for number, row in enumerate(rows):
-        if len(row) != len(titles):
-            raise ValueError(
-                f"comparison_picture: row {number} has {len(row)} pictures and there are {len(titles)} titles; "
-                f"give one picture a title."
-            )
-    height, width = rows[0][0].shape[:2]
-    gap, head = 4, max(16, width // 12)
-    sheet = Image.new("RGB", ((width + gap) * len(titles) + gap, (height + gap) * len(rows) + head + gap), "white")
-    draw = ImageDraw.Draw(sheet)
-    for column, title in enumerate(titles):
-        left = gap + column * (width + gap)
-        draw.text((left + width // 2, head // 2), title, fill="black", font=_font(title, width, head), anchor="mm")
-        for number, row in enumerate(rows):
-            cell = Image.fromarray(row[column]).resize((width, height), Image.Resampling.NEAREST)
-            sheet.paste(cell, (left, head + number * (height + gap)))
-    return sheet
-
-
-def _jobs(path: Path, output: Path) -> tuple[dict[Path, Path], list[str]]:
+def _jobs(inputs: Sequence[Path], output: Path, *, with_probabilities: bool) -> tuple[dict[Path, Path], list[str]]:
     """Each image to read, and the path, less `_label.png`, of what is written for it; and what else there is."""
-    if not (path.exists() or path.is_symlink()):
-        raise ValueError(f"predict: {path} does not exist; give an image or a folder of images.")
     if output.exists() and not output.is_dir():
         raise ValueError(f"predict: the output {output} is a file and must be a folder; give another one.")
-    if path.is_dir():
-        if _real(output) == _real(path):
-            raise ValueError(f"predict: the output folder {output} is the input folder; give another one.")
-        found = _look_below(path, _real(output))
-    else:
-        found = _Found([path])
-    if not found.images and not found.failures:
-        raise ValueError(f"predict: {path} holds no image ({', '.join(IMAGE_SUFFIXES)}); give another folder.")
+    found, places, paths = _Found([]), dict[Path, Path](), expanded(inputs)
+    for path in paths:
+        part = _found_in(path, output)
+        root = path if path.is_dir() and len(paths) == 1 else path.parent
+        places |= {source: source.relative_to(root) for source in part.images}
+        found.failures += part.failures
+        found.notes += part.notes
     for note in found.notes:
         print(f"predict: {note}", file=sys.stderr)
-    root = path if path.is_dir() else path.parent
-    names = _distinct_names([source.relative_to(root) for source in found.images])
-    jobs = {source: output / name for source, name in zip(found.images, names, strict=True)}
-    inputs = {_real(source) for source in found.images}
-    for target in jobs.values():
-        for file in _files(target):
-            if _real(file) in inputs:
-                raise ValueError(f"predict: {file} is an input and would be overwritten; give another output folder.")
+    if len(set(places.values())) < len(places):
+        name = Counter(places.values()).most_common(1)[0][0]
+        raise ValueError(f"predict: two inputs would be written as {output / name}; predict them into two folders.")
+    names = _distinct_names(list(places.values()))
+    jobs = {source: output / name for source, name in zip(places, names, strict=True)}
+    read = {_real(source) for source in places}
+    written = [file for target in jobs.values() for file in _files(target)[: 3 if with_probabilities else 2]]
+    for file in (*written, output / LEGEND):
+        if _real(file) in read:
+            raise ValueError(f"predict: {file} is an input and would be overwritten; give another output folder.")
     return jobs, found.failures
+
+
+def _found_in(path: Path, output: Path) -> "_Found":
+    """The images of one input. Raises ValueError where there is none."""
+    if not path.is_dir():
+        return _Found([path])
+    if _real(output) == _real(path):
+        raise ValueError(f"predict: the output folder {output} is the input folder; give another one.")
+    found = _look_below(path, _real(output))
+    if not found.images and not found.failures:
+        raise ValueError(f"predict: {path} holds no image ({', '.join(IMAGE_SUFFIXES)}); give another folder.")
+    return found
 
 
 @dataclass
@@ -231,18 +249,6 @@ def _distinct_names(paths: list[Path]) -> list[Path]:
         names = distinct
 
 
-def _segment(
-    image: np.ndarray, predict: Callable[[Tensor, Tensor], Tensor], *, number: int, device: torch.device | str
-) -> np.ndarray:
-    """Class indices `(H, W)` uint8. The number keys the noise; it comes from the file's name, so that an image is
-    segmented alike alone and among others."""
-    images = torch.from_numpy(image).to(device).permute(2, 0, 1)[None].float() / 255
-    with torch.no_grad():
-        logits = predict(images, torch.tensor([number], device=device))
-    assert logits.shape[-2:] == images.shape[-2:], "predict must return logits of the image's size"
-    return logits[0].argmax(0).to(torch.uint8).cpu().numpy()
-
-
 @contextmanager
 def _enough_memory(source: Path, image: np.ndarray) -> Iterator[None]:
     """An image that the machine is too small for does not stop the others."""
@@ -257,15 +263,15 @@ def _enough_memory(source: Path, image: np.ndarray) -> Iterator[None]:
         raise UnusableFile(source, what) from error
 
 
-def _write_pictures(image: np.ndarray, labels: np.ndarray, target: Path, palette: Palette, *, within: Path) -> Path:
-    """Write both pictures and return the label's path. Raises UnusableFile where its name cannot be written."""
-    label_file, overlay_file = _files(target)
-    indexed = Image.fromarray(labels)
-    indexed.putpalette(_colour_table(palette).tobytes())  # all 256 entries, or PIL packs the indices into fewer bits
+def _write(prediction: Prediction, target: Path, *, within: Path, with_probabilities: bool) -> Path:
+    """Write an image's files and return the label's path. Raises UnusableFile where its name cannot be written."""
+    label_file, overlay_file, probabilities_file = _files(target)
     try:
         make_folder(target.parent, within=within)
-        _save(Image.fromarray(overlay(image, labels, palette)), overlay_file)
-        _save(indexed, label_file)
+        save_picture(prediction.overlay(), overlay_file)
+        prediction.save(label_file)
+        if with_probabilities:
+            prediction.save(probabilities_file)
     except OSError as error:
         if error.errno not in _NAME_ERRORS:
             raise
@@ -274,27 +280,9 @@ def _write_pictures(image: np.ndarray, labels: np.ndarray, target: Path, palette
     return label_file
 
 
-def _colour_table(palette: Palette) -> np.ndarray:
-    """`(256, 3)` uint8: the colour of each index, black beyond the palette."""
-    table = np.zeros((256, 3), np.uint8)
-    table[: len(palette)] = palette
-    return table
-
-
-def _files(target: Path) -> tuple[Path, Path]:
-    """The label's and the overlay's file."""
-    return target.with_name(f"{target.name}_label.png"), target.with_name(f"{target.name}_overlay.png")
-
-
-def _save(picture: Image.Image, file: Path) -> None:
-    """Write a PNG that appears whole or not at all."""
-    with naming(file, "the picture"), replacing(file, durably=False) as opened:
-        picture.save(opened, format="PNG")
-
-
-def _font(title: str, width: int, height: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """The largest font, at most 70 % of the height, in which the title fits the width."""
-    size = max(8, int(height * 0.7))
-    while size > 8 and ImageFont.load_default(size).getlength(title) > width:
-        size -= 1
-    return ImageFont.load_default(size)
+def _files(target: Path) -> tuple[Path, Path, Path]:
+    """The files of the labels, the overlay and the probabilities."""
+    label, overlay, probabilities = (
+        f"{target.name}_{what}" for what in ("label.png", "overlay.png", "probabilities.npz")
+    )
+    return target.with_name(label), target.with_name(overlay), target.with_name(probabilities)

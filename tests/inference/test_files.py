@@ -1,9 +1,10 @@
-"""What `predict_path` writes, reads and refuses."""
+"""What `predict_files` writes, reads and refuses."""
 
 import os
 import struct
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,8 +12,10 @@ import torch
 from PIL import Image
 
 from iccld.data.images.decode import decode_image
+from iccld.inference.files import predict_files, read_image
+from iccld.inference.pictures import colourise, comparison_picture, overlay
+from iccld.inference.prediction import segment
 from iccld.labels import CITYSCAPES_19, CITYSCAPES_PALETTE, merged_class_set
-from iccld.predict import colourise, comparison_picture, overlay, predict_path, read_image
 
 PIXELS = np.arange(6 * 8 * 3, dtype=np.uint8).reshape(6, 8, 3)
 EXIF_ORIENTATION = 0x0112
@@ -24,8 +27,9 @@ def dominant_channel(images, numbers):
     return torch.nn.functional.pad(images, (0, 0, 0, 0, 0, 16))
 
 
-def predict_folder(path, output, predict=dominant_channel, class_set=CITYSCAPES_19):
-    return predict_path(path, output, predict, class_set=class_set)
+def predict_folder(path, output, predict=dominant_channel, class_set=CITYSCAPES_19, **options):
+    one = partial(segment, predictors=[predict], names=class_set.names, colours=class_set.palette)
+    return predict_files([path], output, one, **options)
 
 
 def test_writes_indices_with_the_palette_and_an_overlay(tmp_path):
@@ -35,7 +39,9 @@ def test_writes_indices_with_the_palette_and_an_overlay(tmp_path):
     Image.fromarray(image).save(tmp_path / "frame.png")
     written = predict_folder(tmp_path / "frame.png", tmp_path / "out")
     assert written == [tmp_path / "out/frame_label.png"]
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["frame_label.png", "frame_overlay.png"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "frame_label.png", "frame_overlay.png", "legend.png"
+    ]  # fmt: skip
     with Image.open(written[0]) as label:
         assert (np.array(label) == np.repeat([1, 2], [4, 3])).all()
         assert label.mode == "P" and label.getpalette()[: 3 * 19] == [v for c in CITYSCAPES_PALETTE for v in c]
@@ -306,7 +312,7 @@ FULL = """
 import resource, sys
 from pathlib import Path
 from iccld.outcome import words
-from tests.test_predict import predict_folder
+from tests.inference.test_files import predict_folder
 resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))
 try:
     predict_folder(Path(sys.argv[1]), Path(sys.argv[2]))
@@ -342,14 +348,14 @@ def test_a_failed_write_leaves_no_partial_picture(tmp_path, monkeypatch):
 
 
 def test_wrong_paths_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"nowhere does not exist; give an image or a folder"):
+    with pytest.raises(ValueError, match=r"nowhere does not exist; give images, folders"):
         predict_folder(tmp_path / "nowhere", tmp_path / "out")
     with pytest.raises(ValueError, match=r"holds no image \(\.bmp, .*\); give another folder"):
         predict_folder(tmp_path, tmp_path / "out")
     Image.fromarray(PIXELS).save(tmp_path / "a.png")
     with pytest.raises(ValueError, match=r"is the input folder; give another one"):
         predict_folder(tmp_path, tmp_path / "sub" / "..")
-    with pytest.raises(ValueError, match=r"a.png is a file and must be a folder"):
+    with pytest.raises(ValueError, match=r"a.png is one picture, and takes one image"):
         predict_folder(tmp_path, tmp_path / "a.png")
 
 

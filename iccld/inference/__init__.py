@@ -1,0 +1,1 @@
+"""Use a trained model: images in, label maps, probabilities and pictures out."""

@@ -1,0 +1,70 @@
+"""Where a model comes from: a model folder, a run directory, or the hub."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+from iccld.models.model_card import CARD_NAME, MAX_BYTES, WEIGHTS_NAME
+
+HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
+FILES = (CARD_NAME, WEIGHTS_NAME)
+MAX_WEIGHTS = 64 << 30
+"""The most bytes of weights that are fetched: more than any model of this kind has."""
+
+
+def find_model(
+    source: str | Path, *, weights: str = "teacher", revision: str | None = None, stages: Sequence[str] = ()
+) -> Path:
+    """The folder of a model: `source` itself, the last finished stage's of a run directory, or a copy of the hub's.
+
+    source: a folder, or `owner/name` on the hub where there is no such folder. weights: `teacher` or `student`, of a
+    run. revision: a branch, tag or commit of the hub. stages: a run's, the last one first; else by name.
+    Raises ValueError.
+    """
+    if weights not in ("teacher", "student"):
+        raise ValueError(f"weights={weights!r} must be teacher or student.")
+    folder = Path(source)
+    if not folder.exists() and isinstance(source, str) and HUB_ID.fullmatch(source) and not source.startswith("."):
+        return _from_hub(source, revision)
+    if revision is not None:
+        raise ValueError(f"revision={revision!r} is of a model on the hub, and {source} is a folder; leave it out.")
+    names = stages or sorted((path.parents[1].name for path in folder.glob(f"*/final/{weights}")), reverse=True)
+    finals = [folder / name / "final" / weights for name in names]
+    found = next((place for place in (folder, *finals) if (place / CARD_NAME).is_file()), None)
+    if found is None:
+        raise ValueError(
+            f"{folder} is neither a model folder ({CARD_NAME}, {WEIGHTS_NAME}) nor a run directory with a finished "
+            f"stage; give one, or let the same train command finish."
+        )
+    return found
+
+
+def _from_hub(name: str, revision: str | None) -> Path:
+    """Fetch the card and the weights, which nothing runs, once their sizes are known; what is here is not again."""
+    try:
+        if constants.is_offline_mode():
+            return Path(snapshot_download(name, revision=revision, allow_patterns=[*FILES], local_files_only=True))
+        info = HfApi().model_info(name, revision=revision, files_metadata=True)
+        sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
+        _check_sizes(name, sizes)
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*FILES]))
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        what = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{name} is no folder here, and could not be had from the hub {constants.ENDPOINT} ({what}); "
+            f"check the spelling, the network, and for a private model `hf auth login`."
+        ) from error
+    if folder.name != info.sha:  # what was fetched is not what was looked at
+        raise ValueError(f"{name} has changed on the hub meanwhile; give the same command again.")
+    return folder
+
+
+def _check_sizes(name: str, sizes: dict[str, int]) -> None:
+    if missing := [file for file in FILES if file not in sizes]:
+        raise ValueError(f"{name} on the hub has no {' and no '.join(missing)}; it is no model of iccld's.")
+    for file, limit in zip(FILES, (MAX_BYTES, MAX_WEIGHTS), strict=True):
+        if sizes[file] > limit:
+            raise ValueError(f"{name} on the hub: {file} has {sizes[file]:,} bytes, and at most {limit:,} are fetched.")

@@ -1,0 +1,86 @@
+"""Videos in and out: each frame segmented, and the overlays written as a video of the same rate."""
+
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+
+from iccld.durable import make_folder, replacing
+from iccld.inference.files import LEGEND, Segment, UnusableFile
+from iccld.inference.pictures import legend, save_picture
+from iccld.inference.prediction import Prediction
+
+if TYPE_CHECKING:
+    import av.container
+
+VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
+
+
+def is_video(path: Path) -> bool:
+    """Whether a file's name ends as a video's does."""
+    return path.suffix.lower() in VIDEO_SUFFIXES and path.is_file()
+
+
+def predict_video(source: Path, output: Path, segment: Segment) -> Path:
+    """Write the overlays of a video as H.264 in an MP4, and return its path; sound is left out.
+
+    output: the file, ending in .mp4, or a folder, which gets `<stem>_overlay.mp4` and `legend.png`. Frames have an
+    even number of rows and columns: a last odd one is left out. A frame's noise is keyed by its number. Raises
+    ValueError where the source is no video, or PyAV is missing.
+    """
+    av = _av()
+    is_file = output.suffix.lower() == ".mp4"
+    target = output if is_file else output / f"{source.stem}_overlay.mp4"
+    if target.exists() and target.samefile(source):
+        raise ValueError(f"predict: {target} is the input and would be overwritten; give another output.")
+    make_folder(target.parent, within=target.parent)
+    try:
+        with av.open(str(source)) as video, replacing(target, durably=False) as file:
+            if not video.streams.video:
+                raise ValueError(f"predict: {source} has no picture; give a video.")
+            with av.open(file, "w", format="mp4") as written:
+                prediction = _write_frames(video, written, segment)
+    except av.error.FFmpegError as error:
+        raise UnusableFile(source, f"it cannot be read as a video ({error.strerror})") from error
+    if not is_file:
+        save_picture(legend(prediction.names, prediction.colours), output / LEGEND)
+    return target
+
+
+def _write_frames(
+    video: "av.container.InputContainer", written: "av.container.OutputContainer", segment: Segment
+) -> Prediction:
+    """Encode the overlay of each frame; returns the last prediction."""
+    stream, out, prediction = video.streams.video[0], None, None
+    frames = track(_frames(video), "segmenting", total=stream.frames or None, console=Console(stderr=True))
+    for number, image in enumerate(frames):
+        prediction = segment(image, number)
+        picture = np.asarray(prediction.overlay())
+        if out is None:
+            out = written.add_stream("libx264", rate=stream.average_rate or Fraction(25))
+            out.height, out.width, out.pix_fmt = *picture.shape[:2], "yuv420p"
+        written.mux(out.encode(_av().VideoFrame.from_ndarray(picture)))
+    if out is None or prediction is None:
+        raise ValueError("predict: the video has no frame that can be decoded; give another.")
+    written.mux(out.encode(None))
+    return prediction
+
+
+def _frames(video: "av.container.InputContainer") -> Iterator[np.ndarray]:
+    """`(H, W, 3)` uint8, upright, with even sides."""
+    for frame in video.decode(video=0):
+        image = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90) % 4)
+        yield np.ascontiguousarray(image[: image.shape[0] // 2 * 2, : image.shape[1] // 2 * 2])
+
+
+def _av() -> Any:
+    try:
+        import av
+        import av.error
+    except ImportError as error:
+        raise ValueError("predict: videos need PyAV; pip install 'iccld[video]'.") from error
+    return av

@@ -1,0 +1,199 @@
+"""`iccld export`: a model as a program of torch.export or as ONNX, checked against the model before it is kept."""
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from iccld.models.iccld import ICCLD
+
+DESCRIPTION = """\
+Write a model that runs without iccld. Inputs: images (B, 3, H, W) float32 in [0, 1], sides multiples of 32, and with
+--num-steps the noise (B, C, H / 8, W / 8), standard normal. Output: logits (B, K, H, W). B, H and W are free."""
+STRIDE = 32
+"""Pixels: what the sides of an exported model's images are multiples of. Encoders round other sizes, in their ways."""
+SIZES = ((2, 96, 160), (1, 128, 192), (1, 160, 96))
+"""Batch, height and width of the images on which both are compared; the first is the one that is traced."""
+TOLERANCE = 1e-3
+"""The largest difference of logits, as a share of the largest logit."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    add = parser.add_argument
+    add("model", help="a model folder, a run directory, or owner/name on the hub")
+    add("output", type=Path, help="the file: .pt2 (torch) or .onnx")
+    add("--format", choices=["torch", "onnx"], default="", help="torch.export or ONNX (default: by the file's ending)")
+    add("--num-steps", type=int, default=0, help="denoising steps; 0 (default): the decoder alone")
+    add("--weights", choices=["teacher", "student"], default="teacher", help="of a run directory (default teacher)")
+    add("--images", type=Path, nargs="+", default=[], help="compare on these; default: three made-up pictures")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Export, compare, keep. Raises ValueError where the export differs from the model, or its extra is missing."""
+    import os
+
+    kind = arguments.format or {".onnx": "onnx", ".pt2": "torch"}.get(arguments.output.suffix, "")
+    if not kind:
+        raise ValueError(f"export: {arguments.output} must end in .pt2 or .onnx, or give --format.")
+    if os.path.lexists(arguments.output):
+        raise ValueError(f"export: {arguments.output} exists; give a file that does not.")
+    if kind == "onnx":
+        _need_onnx()
+    from iccld.inference.model import ICCLD
+
+    model = ICCLD.from_pretrained(arguments.model, weights=arguments.weights)
+    export_model(model, arguments.output, kind=kind, num_steps=arguments.num_steps, images=arguments.images)
+    return 0
+
+
+def export_model(model: "ICCLD", output: Path, *, kind: str, num_steps: int = 0, images: Sequence[Path] = ()) -> float:
+    """Write `output` once it gives the model's logits; returns the largest difference, a share of the largest logit.
+
+    kind: `torch` or `onnx`. images: files on which both are compared, at several sizes. Raises ValueError.
+    """
+    from iccld.durable import make_folder, replacing
+
+    model = model.cpu().eval()
+    module = _module(model, num_steps)
+    trials = [_inputs(model, images, size, with_noise=num_steps > 0) for size in SIZES]
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / f"model.{'onnx' if kind == 'onnx' else 'pt2'}"
+        (_write_onnx if kind == "onnx" else _write_torch)(module, trials[0], file)
+        worst = _difference(module, _runner(file, kind), trials)
+        if not worst <= TOLERANCE:
+            raise ValueError(
+                f"export: the exported model's logits differ from the model's by {worst:.1e} of the largest; nothing "
+                f"is written. Try another --format."
+            )
+        make_folder(output.parent, within=output.parent)
+        with replacing(output) as written, file.open("rb") as read:
+            while piece := read.read(1 << 24):
+                written.write(piece)
+    print(f"{output}: logits within {worst:.1e} of the model's, on {len(SIZES)} sizes", flush=True)
+    return worst
+
+
+def _module(model: "ICCLD", num_steps: int) -> "nn.Module":
+    """The model as a module of tensors alone."""
+    from torch import nn
+
+    if num_steps:
+        model._trained_denoiser()
+
+    class Exported(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, images: "Tensor", noise: "Tensor | None" = None) -> "Tensor":
+            return self.model(images, noise=noise, num_steps=num_steps)
+
+    return Exported().eval()
+
+
+def _inputs(
+    model: "ICCLD", files: Sequence[Path], size: tuple[int, int, int], *, with_noise: bool
+) -> tuple["Tensor", ...]:
+    """Images `(B, 3, H, W)` and, `with_noise`, noise of their latent's shape."""
+    import torch
+    from torch.nn.functional import interpolate
+
+    from iccld import rng
+    from iccld.inference.files import read_image
+
+    batch, height, width = size
+    numbers = torch.arange(batch)
+    if files:
+        read = [torch.from_numpy(read_image(files[i % len(files)])).permute(2, 0, 1)[None] / 255 for i in range(batch)]
+        images = torch.cat([interpolate(image, size=(height, width), mode="bilinear") for image in read])
+    else:
+        coarse = rng.normal((3, 8, 8), seed=0, purpose="export", numbers=numbers, device="cpu").sigmoid()
+        images = interpolate(coarse, size=(height, width), mode="bicubic").clamp(0, 1)
+    if not with_noise:
+        return (images,)
+    shape = model.latent_shape(height, width)
+    return images, rng.normal(shape, seed=0, purpose="export noise", numbers=numbers, device="cpu")
+
+
+def _dynamic(inputs: Sequence["Tensor"]) -> tuple[dict[int, Any], ...]:
+    """The free dimensions: batch, and rows and columns in multiples of the stride."""
+    from torch.export import Dim
+
+    batch, rows, columns = Dim("batch", min=1, max=64), Dim("rows", min=2, max=256), Dim("columns", min=2, max=256)
+    images = {0: batch, 2: STRIDE * rows, 3: STRIDE * columns}
+    latent = {0: batch, 2: STRIDE // 8 * rows, 3: STRIDE // 8 * columns}
+    return (images, latent)[: len(inputs)]
+
+
+def _write_torch(module: "nn.Module", inputs: tuple["Tensor", ...], file: Path) -> None:
+    import torch
+
+    with torch.no_grad():
+        program = torch.export.export(module, inputs, dynamic_shapes=_shapes(inputs))
+    torch.export.save(program, str(file))
+
+
+def _write_onnx(module: "nn.Module", inputs: tuple["Tensor", ...], file: Path) -> None:
+    import torch
+
+    with torch.no_grad():
+        torch.onnx.export(
+            module,
+            inputs,
+            str(file),
+            dynamo=True,
+            external_data=False,
+            input_names=["images", "noise"][: len(inputs)],
+            output_names=["logits"],
+            dynamic_shapes=_shapes(inputs),
+            verbose=False,
+        )
+
+
+def _shapes(inputs: Sequence["Tensor"]) -> dict[str, Any]:
+    return dict(zip(("images", "noise"), _dynamic(inputs), strict=False))
+
+
+def _runner(file: Path, kind: str) -> Any:
+    """The exported model as a function of tensors, run as its users would."""
+    import torch
+
+    if kind == "torch":
+        return torch.export.load(str(file)).module()
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    names = [given.name for given in session.get_inputs()]
+    return lambda *given: torch.from_numpy(
+        session.run(None, {name: tensor.numpy() for name, tensor in zip(names, given, strict=True)})[0]
+    )
+
+
+def _difference(module: "nn.Module", exported: Any, trials: Sequence[tuple["Tensor", ...]]) -> float:
+    """The largest difference of logits, as a share of the largest."""
+    import torch
+
+    worst = 0.0
+    with torch.no_grad():
+        for given in trials:
+            own, other = module(*given), exported(*given)
+            if own.shape != other.shape:
+                raise ValueError(
+                    f"export: logits {tuple(other.shape)} are not of the model's shape {tuple(own.shape)}."
+                )
+            worst = max(worst, float((own - other).abs().max() / own.abs().max()))
+    return worst
+
+
+def _need_onnx() -> None:
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"export: ONNX needs {error.name}; pip install 'iccld[export]'.") from error

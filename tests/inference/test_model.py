@@ -1,0 +1,173 @@
+"""`ICCLD.from_pretrained(source).predict(images)`: sources, images, results, and what is refused."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from iccld import ICCLD
+from iccld.inference.model import ICCLD as Model
+from tests.models.factory import tiny_model, trained_model
+
+NAMES = ["kerb", "sky", "cart", "pole", "person"]
+PALETTE = [(10 * i, 20 * i, 30 * i) for i in range(5)]
+PIXELS = np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8)
+
+
+def save(model, folder: Path) -> Path:
+    model.save_pretrained(folder, class_names=NAMES, palette=PALETTE, origin={"data": {"source": ["renderings"]}})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(trained_model(), tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Model:
+    return ICCLD.from_pretrained(folder)
+
+
+def test_importing_the_package_imports_no_torch():
+    words = "import iccld, sys; assert iccld.__version__ and 'torch' not in sys.modules and 'ICCLD' in iccld.__all__"
+    subprocess.run([sys.executable, "-c", words], check=True)
+
+
+def test_every_kind_of_image_gives_the_same_result(model: Model, tmp_path: Path):
+    Image.fromarray(PIXELS).save(tmp_path / "a.png")
+    tensor = torch.from_numpy(PIXELS).permute(2, 0, 1)
+    kinds = [PIXELS, Image.fromarray(PIXELS), PIXELS.astype(np.float64) / 255, tensor, tensor.float() / 255]
+    expected, *others = (model.predict(image, num_steps=2) for image in kinds)
+    for other in others:
+        np.testing.assert_allclose(other.probabilities, expected.probabilities, atol=1e-5)
+        assert (other.image == PIXELS).all()
+    by_path = [model.predict(path) for path in (tmp_path / "a.png", str(tmp_path / "a.png"))]
+    assert all((result.labels == model.predict(PIXELS).labels).all() for result in by_path)
+
+
+def test_several_images_give_a_list_alike_alone_and_together(model: Model):
+    other = np.ascontiguousarray(PIXELS[::-1])
+    together = model.predict([PIXELS, Image.fromarray(other)], num_steps=1)
+    batch = model.predict(torch.from_numpy(np.stack([PIXELS, other])).permute(0, 3, 1, 2), num_steps=1)
+    assert isinstance(batch, list) and len(together) == len(batch) == 2
+    for result, same, image in zip(together, batch, (PIXELS, other), strict=True):
+        alone = model.predict(image, num_steps=1)
+        assert (result.probabilities == alone.probabilities).all() and (same.labels == alone.labels).all()
+
+
+def test_the_result_is_what_it_says(model: Model):
+    result = model.predict(PIXELS, num_steps=1, seeds=3)
+    assert result.labels.shape == (40, 56) and result.labels.dtype == np.uint8
+    assert result.names == NAMES and [*result.colours] == PALETTE
+    probabilities = result.probabilities
+    assert probabilities.shape == (5, 40, 56) and probabilities.dtype == np.float32
+    np.testing.assert_allclose(probabilities.sum(0), 1, atol=1e-5)
+    assert (result.labels == probabilities.argmax(0)).all()
+    entropy = -(probabilities * np.log(probabilities)).sum(0) / np.log(5)
+    np.testing.assert_allclose(result.uncertainty, entropy, atol=1e-4)
+    assert (result.disagreement > 0).any() and (result.disagreement <= result.uncertainty + 1e-5).all()
+    assert not model.predict(PIXELS, num_steps=1).disagreement.any()
+    mean = (PIXELS.astype(int) + np.array(PALETTE)[result.labels]) / 2
+    assert np.abs(np.asarray(result.overlay()) - mean).max() <= 0.5
+
+
+def test_forward_gives_the_logits_that_predict_reads(model: Model):
+    images = torch.from_numpy(PIXELS).permute(2, 0, 1)[None] / 255
+    with torch.no_grad():
+        logits = model(images)
+    assert logits.shape == (1, 5, 40, 56)
+    np.testing.assert_allclose(model.predict(PIXELS).probabilities, logits.softmax(1)[0].numpy(), atol=1e-5)
+    with pytest.raises(ValueError, match="give noise"):
+        model(images, num_steps=2)
+
+
+def test_a_size_a_window_and_a_precision_change_the_pass_alone(model: Model):
+    for options in ({"size": (64, 96)}, {"sliding_window": True}, {"precision": "bf16"}, {"device": "cpu"}):
+        assert model.predict(PIXELS, **options).labels.shape == (40, 56)
+    assert not np.array_equal(model.predict(PIXELS, size=(64, 96)).probabilities, model.predict(PIXELS).probabilities)
+
+
+def test_results_are_saved_as_labels_or_probabilities(model: Model, tmp_path: Path):
+    result = model.predict(PIXELS)
+    result.save(tmp_path / "a.png")
+    result.save(tmp_path / "a.npz")
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.mode == "P" and (np.array(picture) == result.labels).all()
+        assert picture.getpalette()[:15] == [part for colour in PALETTE for part in colour]
+    saved = np.load(tmp_path / "a.npz")
+    assert saved["names"].tolist() == NAMES and saved["probabilities"].shape == (5, 40, 56)
+    with pytest.raises(ValueError, match=r"must end in .png .labels. or .npz"):
+        result.save(tmp_path / "a.jpg")
+
+
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        (PIXELS.astype(np.float32), r"from 0 to 255 must lie in \[0, 1\]; divide by 255"),
+        (PIXELS.astype(np.float32) / 127.5 - 1, "before it is normalised"),
+        (np.full((8, 8, 3), np.nan), "must lie in"),
+        (PIXELS.astype(np.int64), "int64 must be uint8, or float"),
+        (PIXELS[..., 0], "repeat grey values"),
+        (PIXELS.transpose(2, 0, 1), "channels come last"),
+        (PIXELS[None], "list\\(images\\)"),
+        (np.zeros((0, 4, 3), np.uint8), "must be \\(H, W, 3\\)"),
+        (np.zeros((4, 4, 4), np.uint8), "drop alpha"),
+        (torch.from_numpy(PIXELS), "channels come first"),
+        (torch.zeros(3, 8, 8, dtype=torch.int32), "int32 must be uint8"),
+        (Image.fromarray(np.zeros((4, 4), np.int32)), "mode I has no known range"),
+        ({"image": 1}, "dict is no image"),
+        ("nowhere.png", "nowhere.png: No such file"),
+    ],
+)  # fmt: skip
+def test_what_is_no_image_is_refused_in_one_line(model: Model, image, words: str):
+    with pytest.raises(ValueError, match=words) as caught:
+        model.predict(image)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"num_steps": -1}, "num_steps=-1 must be between 0"),
+        ({"seeds": 0}, "seeds=0 must be at least 1"),
+        ({"seeds": 2}, "without denoising, no noise is drawn"),
+        ({"size": (4, 4)}, "size=\\(4, 4\\) must be"),
+        ({"precision": "fp8"}, "precision='fp8' must be one of fp32, bf16"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(model: Model, options, words: str):
+    with pytest.raises(ValueError, match=words):
+        model.predict(PIXELS, **options)
+
+
+def test_a_model_of_stage_1_has_no_steps_and_one_without_card_no_names(tmp_path: Path):
+    loaded = ICCLD.from_pretrained(save(tiny_model(), tmp_path))
+    with pytest.raises(ValueError, match="denoiser is absent"):
+        loaded.predict(PIXELS, num_steps=1)
+    loaded.card = None
+    with pytest.raises(ValueError, match="has no card"):
+        loaded.predict(PIXELS)
+
+
+def test_predicting_leaves_a_training_model_in_training(folder: Path):
+    loaded = ICCLD.from_pretrained(folder)
+    expected = loaded.predict(PIXELS).probabilities
+    assert (loaded.train().predict(PIXELS).probabilities == expected).all() and loaded.training
+
+
+def test_a_run_directory_gives_its_last_finished_stage_and_the_weights_asked_for(tmp_path: Path):
+    for stage, made in (("stage1", tiny_model()), ("stage2", trained_model())):
+        for weights in ("teacher", "student"):
+            save(made, tmp_path / stage / "final" / weights)
+    assert ICCLD.from_pretrained(tmp_path).denoiser is not None
+    (tmp_path / "stage2/final/student/config.json").unlink()
+    assert ICCLD.from_pretrained(tmp_path, weights="student").denoiser is None
+    with pytest.raises(ValueError, match="weights='both' must be teacher or student"):
+        ICCLD.from_pretrained(tmp_path, weights="both")
+    with pytest.raises(ValueError, match="neither a model folder"):
+        ICCLD.from_pretrained(tmp_path / "stage1")

@@ -1,0 +1,36 @@
+"""`iccld evaluate MODEL --shards S`: scores of a model without its run, each set in a file of its own."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from iccld.cli import main
+from iccld.inference.model import ICCLD
+from iccld.inference.scores import scores_of
+from iccld.labels import CITYSCAPES_NAMES, CITYSCAPES_PALETTE
+from iccld.models.readme import describe
+from tests.models.factory import tiny_model
+
+
+def test_a_model_is_scored_on_any_set_and_nothing_is_overwritten(
+    scene_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    folder, output = tmp_path / "street", tmp_path / "scores"
+    tiny_model(num_classes=19).save_pretrained(folder, class_names=CITYSCAPES_NAMES, palette=CITYSCAPES_PALETTE)
+    words = ["--output", str(output), "evaluation.diagnostic_images=0", "evaluation.max_images=2"]
+    for name in ("validation", "target_labelled"):
+        assert main(["evaluate", str(folder), "--shards", str(scene_shards / name), *words]) == 0
+    found = {name: [*output.glob(f"report/results_street_{name}_*.json")] for name in ("validation", "target_labelled")}
+    assert [len(paths) for paths in found.values()] == [1, 1]
+    scores = json.loads(found["validation"][0].read_text())
+    assert scores["stage1"]["num_images"] == 2 and scores["about"]["models"] == [str(folder)]
+    assert main(["evaluate", str(folder), *words]) == 2
+    assert "is a model without a run; name the set to score it on: --shards" in capsys.readouterr().err
+    model = ICCLD.from_pretrained(folder)
+    assert model.card is not None and "Not scored" in describe(model.card)
+    model.card.origin["scores"] = scores_of(output, model.card)
+    model.save_pretrained(tmp_path / "again")
+    text = (tmp_path / "again/README.md").read_text()
+    assert "Not scored" not in text and f" | {scores['stage1']['miou']:.2f} |" in text
+    assert f"report/{found['validation'][0].name}" in text and "| target_labelled | validation |" in text

@@ -1,0 +1,63 @@
+"""`iccld export`: the file runs without iccld, at other sizes, and is kept only if it gives the model's logits."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from iccld.cli import main
+from iccld.demo.scenes import write_gta5
+from iccld.inference.model import ICCLD
+from iccld.programs import export
+from tests.inference.test_model import save
+from tests.models.factory import trained_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(trained_model(), tmp_path_factory.mktemp("model"))
+
+
+@pytest.mark.parametrize("num_steps", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_onnx_runs_on_another_batch_and_size(folder: Path, tmp_path: Path, num_steps: int):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    write_gta5(tmp_path / "scenes", count=2, seed=0, height=64, width=128)
+    words = ["export", str(folder), str(tmp_path / "model.onnx"), "--num-steps", str(num_steps), "--images"]
+    assert main([*words, *map(str, sorted((tmp_path / "scenes/images").glob("*.png")))]) == 0
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    images, noise = torch.rand(3, 3, 64, 128), torch.randn(3, 4, 8, 16)
+    given = {"images": images.numpy()} | ({"noise": noise.numpy()} if num_steps else {})
+    (logits,) = session.run(None, given)
+    with torch.no_grad():
+        own = ICCLD.from_pretrained(folder)(images, noise=noise if num_steps else None, num_steps=num_steps)
+    np.testing.assert_allclose(logits, own.numpy(), atol=1e-4 * float(own.abs().max()))
+
+
+def test_a_program_of_torch_runs_without_the_model(folder: Path, tmp_path: Path):
+    assert main(["export", str(folder), str(tmp_path / "model.pt2")]) == 0
+    program = torch.export.load(str(tmp_path / "model.pt2")).module()
+    images = torch.rand(3, 3, 64, 128)
+    with torch.no_grad():
+        torch.testing.assert_close(program(images), ICCLD.from_pretrained(folder)(images))
+
+
+def test_a_file_that_differs_from_the_model_is_not_kept(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(export, "_write_torch", lambda *_: None)
+    monkeypatch.setattr(export, "_runner", lambda *_: lambda images: trained_model(seed=1)(images))
+    with pytest.raises(ValueError, match="logits differ from the model's by"):
+        export.export_model(ICCLD.from_pretrained(folder), tmp_path / "model.pt2", kind="torch")
+    assert not (tmp_path / "model.pt2").exists()
+
+
+def test_what_cannot_be_exported_is_refused_in_one_line(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "there.onnx").touch()
+    for output, words in (("model.bin", "must end in .pt2 or .onnx"), ("there.onnx", "exists; give a file")):
+        assert main(["export", str(folder), str(tmp_path / output)]) == 2
+        assert words in capsys.readouterr().err
+    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
+    assert main(["export", str(folder), str(tmp_path / "model.onnx")]) == 2
+    assert "pip install 'iccld[export]'" in capsys.readouterr().err
