@@ -138,17 +138,21 @@ class RareClassOrder:
         temperature: float = 0.01,
         min_pixels: int = 3000,
         num_images: int | None = None,
+        rare: Sequence[int] = (),
     ) -> None:
         """`class_pixels`, `(N, T)`, are the pixels of each train id in each image, and `totals`, `(T,)`, their sums.
 
         `images_with[t]` are the images that show train id t, those with most pixels first (`index.rank_samples`), and
         `members[c]` the train ids that make up class c. Of N images only the first `num_images` are drawn (None: all);
-        the classes' shares stay those of all. Raises ValueError where no class occurs.
+        the classes' shares stay those of all. The classes `rare` are drawn as often as the rarest that occurs. Raises
+        ValueError where no class occurs.
         """
         self.seed, self.stream = seed, stream
         limit = len(class_pixels) if num_images is None else num_images
         images = [_ClassImages(class_pixels, images_with, train_ids, min_pixels, limit) for train_ids in members]
         occurring = np.array([sum(totals[t] for t in ids) for ids in members]) * [len(each) > 0 for each in images]
+        if marked := [c for c in rare if occurring[c]]:
+            occurring[marked] = occurring[occurring > 0].min()
         self.probabilities = rare_class_probabilities(occurring, temperature=temperature)
         self._classes = np.flatnonzero(self.probabilities)
         if not len(self._classes):

@@ -12,7 +12,7 @@ from iccld.data.config import DataConfig, DatasetConfig, OnError, SetConfig
 from iccld.data.storage import integrity
 from iccld.data.storage.base import MissingShard, Storage
 from iccld.data.storage.cache import SampleCache
-from iccld.data.storage.index import NUM_TRAIN_IDS, ShardIndex, rank_samples
+from iccld.data.storage.index import ShardIndex, rank_samples
 from iccld.data.storage.open import open_storage
 from iccld.data.storage.open_index import open_index
 from iccld.data.storage.reader import ShardReader
@@ -76,10 +76,28 @@ def _open_part(
             f"{setting}.shards={without_secrets(part.shards)} has no labels, but the labels of the {role} set are "
             f"needed; make the shards without --no-labels."
         )
+    if with_labels:
+        _check_classes(index, config, f"{setting}.shards={without_secrets(part.shards)}")
     if config.on_error is OnError["raise"] and storage.is_local and index.header.num_shards <= MAX_CHECKED_SHARDS:
         _check_shards(index, storage, f"{setting}.shards={part.shards}")
     reader = ShardReader(index, storage, None if storage.is_local else cache)
     return Part(f"{role}/{name}" if name else role, reader, _positions(part, index, setting), part.weight)
+
+
+def _check_classes(index: ShardIndex, config: DataConfig, where: str) -> None:
+    own, wanted = index.header.class_set.names, config.class_set.build().id_names
+    if own == wanted:
+        return
+    remedy = "set data.classes to the YAML that they were made with" if index.header.classes else ""
+    remedy += (", or " if remedy else "") + "make them again with the run's --classes"
+    raise ValueError(
+        f"{where} has labels of {len(own)} classes ({_first(own)}), the run is of {len(wanted)} ({_first(wanted)}); "
+        f"{remedy}."
+    )
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
 
 
 def _check_shards(index: ShardIndex, storage: Storage, where: str) -> None:
@@ -149,7 +167,7 @@ def _rare_order(part: Part, config: DataConfig, seed: int) -> Order:
     index, class_set = part.index, config.class_set.build()
     class_pixels, totals = index.samples["class_pixels"], np.array(index.header.class_pixels)
     if isinstance(part.positions, range):
-        images_with = [index.samples_with(train_id) for train_id in range(NUM_TRAIN_IDS)]
+        images_with = [index.samples_with(train_id) for train_id in range(index.num_classes)]
     else:
         class_pixels = class_pixels[part.positions]
         images_with, totals = rank_samples(class_pixels), class_pixels.sum(0, dtype=np.int64)
@@ -163,6 +181,7 @@ def _rare_order(part: Part, config: DataConfig, seed: int) -> Order:
         stream=part.name,
         temperature=config.rare_class_temperature,
         min_pixels=config.rare_class_min_pixels,
+        rare=class_set.rare,
         num_images=len(part.positions),
     )
     return _of_part(order, part)

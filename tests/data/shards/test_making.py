@@ -17,6 +17,7 @@ from tests.data.factory import make_set, members, opened, random_pair, save, wri
 
 def make(root: Path, **settings: Any) -> IndexResult:
     defaults = {"dataset": "folder", "input": str(root), "output": f"{root}-shards", "image_format": ImageFormat.PNG}
+    defaults |= {"classes": "cityscapes"} if defaults["dataset"] == "folder" and "mapping" not in settings else {}
     return make_shards(MakeShardsConfig(**defaults | settings), progress=lambda line: None)
 
 
@@ -198,7 +199,9 @@ def test_a_finished_set_is_kept_and_other_settings_are_refused(tmp_path: Path) -
     folder, raw = Path(index.location), tmp_path / "raw"
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     lines: list[str] = []
-    again = MakeShardsConfig("folder", str(raw), str(folder), image_format=ImageFormat.PNG, samples_per_shard=4)
+    again = MakeShardsConfig(
+        "folder", str(raw), str(folder), classes="cityscapes", image_format=ImageFormat.PNG, samples_per_shard=4
+    )
     make_shards(again, progress=lines.append)
     assert "is finished already with these settings: 5 samples are kept" in lines[0]
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
