@@ -94,6 +94,11 @@ def classes_of(setting: str) -> ClassList | None:
     return read_classes(setting) if setting not in ("", CITYSCAPES) else None
 
 
+def num_classes_of(classes: ClassList | None) -> int:
+    """How many ids the labels of a set may hold: those of its own classes, or Cityscapes' 19."""
+    return classes.class_set.num_classes if classes else len(CITYSCAPES_NAMES)
+
+
 _EXAMPLE = "`classes:` is missing; write one line a class, as in `floor: {ids: 1, color: [138, 109, 59]}`"
 
 
@@ -198,7 +203,7 @@ class _Reader:
 
 
 def voc_color(index: int) -> list[int]:
-    """Colour `index` of the map of PASCAL VOC, in which neighbours differ: bits of the index, spread over the channels."""
+    """Colour `index` of the map of PASCAL VOC, in which neighbours differ: its bits, spread over the channels."""
     color = [0, 0, 0]
     for place in range(8):
         for channel in range(3):
@@ -208,8 +213,9 @@ def voc_color(index: int) -> list[int]:
 
 def proposed_yaml(shares: Mapping[int | str, float], *, labels_as: str) -> str:
     """A YAML for ids, or "r g b" colours, that were found with these shares of the pixels, to be given names."""
+    found: list[tuple[Any, float]] = [pair for pair in shares.items() if pair[0] != IGNORE_INDEX]
     lines = ["classes:  # give them names; move ids that are not evaluated to `ignore`"]
-    for number, (item, share) in enumerate(sorted((pair for pair in shares.items() if pair[0] != 255), key=str), 1):
+    for number, (item, share) in enumerate(sorted(found), 1):
         color = item.split() if isinstance(item, str) else voc_color(number)
         ids = "" if labels_as == "colors" else f"ids: {item}, "
         lines.append(f"  class_{number}: {{{ids}color: [{', '.join(map(str, color))}]}}  # {share:.2%} of the pixels")

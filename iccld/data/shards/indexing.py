@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from iccld.data.classes import CITYSCAPES, ClassList, classes_of
+from iccld.data.classes import CITYSCAPES, ClassList, classes_of, num_classes_of
 from iccld.data.images.decode import LABEL_EXTENSION
 from iccld.data.processes import Progress, in_processes, say, usable_cpus
 from iccld.data.sample import examine
@@ -75,7 +75,8 @@ def build_index(
     """Indexes all tars of `folder`; the index appears whole, or not at all where problems are not accepted.
 
     Without `image_extension`, any of IMAGE_EXTENSIONS is taken; with "" for `label_extension`, labels are not. Labels
-    hold Cityscapes train ids, or indices of `classes`. Raises ValueError where there is nothing to index, or an index already.
+    hold Cityscapes train ids, or indices of `classes`. Raises ValueError where there is nothing to index, or an index
+    already.
     """
     folder = Path(folder)
     _check_free(folder)
@@ -85,8 +86,7 @@ def build_index(
     with alone_in(folder, INDEXING_FOLDER) as work:
         clear(work)
         _check_free(folder)  # again: another process may have finished before this one got in
-        num_classes = classes.class_set.num_classes if classes else NUM_TRAIN_IDS
-        task = partial(_index_to, work, image_extension.lower(), label_extension.lower(), num_classes)
+        task = partial(_index_to, work, image_extension.lower(), label_extension.lower(), num_classes_of(classes))
         problems, passed_over = _index_all(found, task, num_workers, progress)
         parts = [(0, work / f"{number}.npy") for number in range(len(found.tars))]
         samples, conflicts = without_conflicts(join_records(parts, work / "samples.npy"), found.tars)
@@ -96,12 +96,8 @@ def build_index(
             seen = "".join(f"; {line}" for line in passed_over.lines())
             raise ValueError(f"{folder}: its {len(found.tars)} tars hold no samples{seen}.")
         about = {**(settings or {}), "left_out": len(problems)}
-        about_classes = classes.plain if classes else None
-        index = (
-            finish_index(folder, samples, shards=found.tars, dataset=dataset, settings=about, classes=about_classes)
-            if accepted
-            else None
-        )
+        how = {"dataset": dataset, "settings": about, "classes": classes.plain if classes else None}
+        index = finish_index(folder, samples, shards=found.tars, **how) if accepted else None
         clear(work)
     return IndexResult(index, problems, passed_over)
 

@@ -74,7 +74,7 @@ class IndexHeader:
 
     `min_size` and `max_size` are [height, width], each side's extreme over all samples. `class_pixels` and
     `class_samples` count, for each class, pixels and the samples that show it. `checksums` are CRC-32 of the arrays'
-    files. `classes` are the set's own: `names`, `colors`, `rare` and `things` of `own_class_set`; empty: Cityscapes' 19.
+    files. `classes` are the set's own: `names`, `colors`, `rare` and `things` of `own_class_set`; empty: Cityscapes.
     """
 
     dataset: str

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from iccld.data.classes import ClassList
+from iccld.data.classes import ClassList, num_classes_of
 from iccld.data.shards.converters.pairing import Pair, pair_labels
 from iccld.data.shards.converters.pattern import Pattern, has_image_ending
 from iccld.data.shards.converters.readers import (
@@ -23,7 +23,6 @@ from iccld.data.shards.converters.table import KNOWN_IDS, Ids, Table, ids_of_cla
 from iccld.data.shards.converters.tree import InputTree, NotSeen, fold
 from iccld.data.shards.tally import Tally, plain
 from iccld.data.shards.tars import LEAVE_OUT, Problem
-from iccld.labels import CITYSCAPES_19
 
 _TABLES = Path(__file__).parent / "tables"
 DATASETS = tuple(sorted(path.stem for path in _TABLES.glob("*.yaml")))
@@ -54,7 +53,7 @@ class Converter:
         self, table: Table, root: Path, *, split: str = "", ids: Ids | None = None, classes: ClassList | None = None
     ) -> None:
         self.name, self.table, self.split, self.classes = table.name, table, split, classes
-        self.num_classes = classes.class_set.num_classes if classes else CITYSCAPES_19.num_classes
+        self.num_classes = num_classes_of(classes)
         self.is_told = bool(ids or table.ids or not table.labels)
         """Whether anything says what the labels mean; else, they are taken for train ids."""
         self.ids: Ids = ids or table.ids or KNOWN_IDS["cityscapes_train_ids"]

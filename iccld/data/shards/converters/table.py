@@ -9,9 +9,9 @@
 
 `ids` names everything that may occur in a label file, and its train id (0-18) or 255 where it is not evaluated; with
 --classes also the name of a class, or `ignore`. It is the name of a known map, or a map from ids, from names (polygons,
-or with `class_list`), or from "r g b" colours; left out, labels are what --classes or --mapping says. `class_list` is a JSON of the package that names the classes by
-`labels: [{name: ...}, ...]`, the first being id 0. Where packages differ, `labels` and `class_list` are lists of one
-length; what counts is the first whose class list is there.
+or with `class_list`), or from "r g b" colours; left out, labels are what --classes or --mapping says. `class_list` is a
+JSON of the package that names the classes by `labels: [{name: ...}, ...]`, the first being id 0. Where packages differ,
+`labels` and `class_list` are lists of one length; what counts is the first whose class list is there.
 """
 
 from collections.abc import Mapping
