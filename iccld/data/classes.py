@@ -13,6 +13,7 @@ sets whose labels are known by these. Classes that are `rare` are drawn as often
 """
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -40,6 +41,7 @@ class ClassList:
     labels_as: str = "ids"
     ids: Mapping[int | str, int] = field(default_factory=dict)
     of_cityscapes: Mapping[int, int] = field(default_factory=dict)
+    without_ids: tuple[str, ...] = ()
 
     @cached_property
     def plain(self) -> dict[str, Any]:
@@ -86,7 +88,8 @@ def read_classes(path: str | Path) -> ClassList:
     of_cityscapes = reader.of_cityscapes(classes)
     marked = [[name for name, about in classes.items() if about.get(key)] for key in ("rare", "thing")]
     class_set = own_class_set(list(classes), colors, rare=marked[0], things=marked[1])
-    return ClassList(str(path), class_set, labels_as, ids, of_cityscapes)
+    without_ids = tuple(name for name in classes if _ids_of(name, classes, labels_as) is None)
+    return ClassList(str(path), class_set, labels_as, ids, of_cityscapes, without_ids)
 
 
 def classes_of(setting: str) -> ClassList | None:
@@ -147,21 +150,16 @@ class _Reader:
         return [given[name] if name in given else next(free) for name in classes]
 
     def _color(self, value: Any, key: str) -> list[int]:
-        if isinstance(value, str) and len(value) == 7 and value.startswith("#"):
-            try:
-                return list(bytes.fromhex(value[1:]))
-            except ValueError:
-                pass
+        if isinstance(value, str) and re.fullmatch(r"#[0-9a-fA-F]{6}", value):
+            return list(bytes.fromhex(value[1:]))
         self.check(is_color(value), key, f'{key}: color={value} must be [red, green, blue] of 0-255, or "#rrggbb"')
-        return list(value)
+        return [int(part) for part in value]
 
     def ids(self, classes: Mapping[str, Any], ignore: Any, kind: str) -> dict[int | str, int]:
         """What label files may hold, to class indices, each once."""
         found: dict[int | str, int] = {}
         owners: dict[int | str, str] = {}
-        defaults = {"colors": lambda name: classes[name].get("color"), "polygons": lambda name: name}
-        given = [(name, about.get("ids", defaults.get(kind, lambda _: None)(name))) for name, about in classes.items()]
-        listed = [(f"classes.{name}", index, value) for index, (name, value) in enumerate(given)]
+        listed = [(f"classes.{name}", index, _ids_of(name, classes, kind)) for index, name in enumerate(classes)]
         for key, index, value in [*listed, ("ignore", IGNORE_INDEX, ignore)]:
             for item in self._items(value, kind, key):
                 other = owners.setdefault(item, key)
@@ -172,7 +170,7 @@ class _Reader:
             found.setdefault(IGNORE_INDEX, IGNORE_INDEX)
         return found
 
-    def _items(self, value: Any, kind: str, key: str) -> Iterator[int | str]:
+    def _items(self, value: Any, kind: str, key: str) -> Iterator[Any]:
         """The ids that are one or a list of several."""
         several = isinstance(value, list) and not (kind == "colors" and is_color(value))
         for item in value if several else [] if value is None else [value]:
@@ -200,6 +198,12 @@ class _Reader:
                 self.check(train_id not in found, key, f"{key}: {item!r} becomes two classes; name it once")
                 found[train_id] = index
         return found
+
+
+def _ids_of(name: str, classes: Mapping[str, Any], kind: str) -> Any:
+    """What a class's `ids` are, or by default; None where nothing says it."""
+    about = classes[name]
+    return about.get("ids", {"colors": about.get("color"), "polygons": name}.get(kind))
 
 
 def voc_color(index: int) -> list[int]:

@@ -189,9 +189,18 @@ def test_a_pair_beyond_memory_is_bad(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_set_of_bad_pairs_only_is_never_finished(tmp_path: Path) -> None:
-    raw = write_folder(tmp_path / "raw", 2, labels=False)
+    raw = write_folder(tmp_path / "raw", 2)
+    for path in (raw / "labels").iterdir():
+        path.write_bytes(b"no image")
     result = make(raw, accept_bad=True)
     assert result.index is None and len(result.problems) == 2
+
+
+def test_images_without_any_label_are_refused_once_and_the_right_flag_goes_on(tmp_path: Path) -> None:
+    raw = write_folder(tmp_path / "raw", 2, labels=False)
+    with pytest.raises(ValueError, match=r"none of its 2 images has a label \(expected: .*\); add --no-labels"):
+        make(raw, accept_bad=True)
+    assert len(opened(make(raw, no_labels=True))) == 2
 
 
 def test_a_finished_set_is_kept_and_other_settings_are_refused(tmp_path: Path) -> None:

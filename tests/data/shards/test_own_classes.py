@@ -38,7 +38,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def make(folder: Path, **settings: Any) -> ShardIndex:
-    how = {
+    how: dict[str, Any] = {
         "dataset": "folder",
         "input": str(folder / "raw"),
         "output": str(folder / "set"),
@@ -99,6 +99,15 @@ def test_labels_of_polygons(folder: Path, kind: str) -> None:
     }  # fmt: skip
     _label(folder).with_suffix(".json").write_text(json.dumps(shapes[kind]))
     np.testing.assert_array_equal(stored(make(folder)), np.repeat([[0], [1]], 8, 0) * np.ones((1, 16), int))
+
+
+def test_a_class_that_no_label_shows_says_so(folder: Path) -> None:
+    save(folder / "raw/labels/a.png", values({0: 20, 1: 10, 255: 0}))
+    (folder / "my.yaml").write_text(YAML.replace("ids: 41, ", ""))
+    with pytest.raises(ValueError, match=r"--classes .*my.yaml: robot without `ids`; add those in the labels"):
+        make(folder)
+    (folder / "my.yaml").write_text(YAML.replace("ids: 41", "ids: []"))
+    np.testing.assert_array_equal(stored(make(folder)), INDICES)
 
 
 def test_sets_map_in_their_own_ways(folder: Path) -> None:

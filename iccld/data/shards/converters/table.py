@@ -99,9 +99,8 @@ def read_mapping(path: Path, table: Table, classes: ClassList | None = None) -> 
 
 def ids_of_classes(classes: ClassList, table: Table) -> Ids:
     """What a label file may hold, to class indices, as the file of classes itself says it."""
-    lacking = set(range(classes.class_set.num_classes)) - set(classes.ids.values())
-    if lacking:
-        names = ", ".join(classes.class_set.names[c] for c in sorted(lacking))
+    if classes.without_ids:
+        names = ", ".join(classes.without_ids)
         raise ValueError(f"--classes {classes.path}: {names} without `ids`; add those in the labels ([]: none).")
     return {_old_id(old, table, f"--classes {classes.path}"): new for old, new in classes.ids.items()}
 
