@@ -144,8 +144,8 @@ class RareClassOrder:
 
         `images_with[t]` lists the images that show train id t, those with most pixels first (`index.rank_samples`).
         `members[c]` lists the train ids that make up class c. Only the first `num_images` are drawn (None: all); the
-        classes' shares are those of all images. Classes in `rare` are drawn as often as the rarest. Raises ValueError if
-        no class occurs.
+        classes' shares are those of all images. Classes in `rare` are drawn as often as the rarest. Raises ValueError
+        if no class occurs.
         """
         self.seed, self.stream = seed, stream
         limit = len(class_pixels) if num_images is None else num_images
