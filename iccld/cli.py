@@ -157,6 +157,8 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("input", type=Path)
     predict.add_argument("output", type=Path)
     predict.add_argument("--num-steps", type=int, default=0, help="denoising steps; 0 (default): the decoder alone")
+    predict.add_argument("--num-averaged", type=int, default=1, help="average so many denoised maps (default 1)")
+    predict.add_argument("--blend", type=float, default=0.0, help="share of the decoder alone in them (default 0)")
     predict.add_argument("--size", default="", metavar="HxW", help="resize images for the model, as in 512x1024")
     predict.add_argument("--sliding-window", action="store_true")
     predict.add_argument("--attention", choices=["sdpa", "xformers"], default="sdpa", help="back end of the denoiser")
@@ -284,6 +286,7 @@ def _predict(arguments: argparse.Namespace) -> None:
     from iccld.evaluation import EvaluationConfig
     from iccld.models.attention import AttentionBackend
     from iccld.programs.predict import predict_images
+    from iccld.stages.predictor import InferenceConfig
 
     if arguments.size and not re.fullmatch(r"\d+x\d+", arguments.size):
         raise ValueError(f"--size {arguments.size} must be HEIGHTxWIDTH, as in 512x1024.")
@@ -293,6 +296,7 @@ def _predict(arguments: argparse.Namespace) -> None:
         arguments.input,
         arguments.output,
         num_steps=arguments.num_steps,
+        inference=InferenceConfig(num_averaged=arguments.num_averaged, blend=arguments.blend),
         config=EvaluationConfig(image_size=image_size, sliding_window=arguments.sliding_window),
         attention=AttentionBackend[arguments.attention],
     )

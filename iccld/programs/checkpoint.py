@@ -15,11 +15,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from iccld import __version__
-from iccld.config import Config, StageName, Weights, config_from
+from iccld.config import Config, config_from
 from iccld.durable import scratch_folder, sync
 from iccld.models.iccld import ModelConfig
 from iccld.models.model_card import build, check_sizes
-from iccld.programs.run.building import build_stage
+from iccld.programs.run.building import filled_stage
 from iccld.runtime.checkpoint.manifest import (
     MANIFEST,
     Checkpoint,
@@ -31,6 +31,8 @@ from iccld.runtime.checkpoint.manifest import (
 from iccld.runtime.checkpoint.pieces import Run, join_tables, share_out, write_runs
 from iccld.runtime.checkpoint.store import FOLDER, is_torn, pointed_at
 from iccld.stages.base import Stage
+from iccld.stages.predictor import Weights
+from iccld.stages.table import STAGES
 
 GIB = 1 << 30
 
@@ -93,6 +95,7 @@ def export_model(checkpoint: Checkpoint, output: Path, *, weights: Weights) -> N
     stage = _filled_stage(checkpoint, config)
     model, classes = stage.models()[weights.value], config.data.class_set.build()
     origin = {"checkpoint": str(checkpoint.folder), "weights": weights.value, "version": __version__}
+    origin["stage"] = manifest["stage"]
     model.save_pretrained(output, class_names=classes.names, palette=classes.palette, origin=origin)
     print(f"{output}: {manifest['stage']}'s {weights.value} after {checkpoint.step} steps")
 
@@ -102,15 +105,15 @@ def _filled_stage(checkpoint: Checkpoint, config: Config) -> Stage:
     above = checkpoint.folder.parents[min(2, len(checkpoint.folder.parents) - 1)]
     if (above / checkpoint.manifest["stage"]).is_dir():
         config.run_dir = str(above)
-    # All weights come from the checkpoint, so that no hub is asked.
-    config.initial_model, config.stage1.objective.feature_distance_weight = "", 0.0
     where = str(checkpoint.folder / MANIFEST)
     check_sizes(checkpoint.manifest["rebuilding_config"], where=where)
     model = build(ModelConfig, checkpoint.manifest["rebuilding_config"], where=where)
     if model.encoder.pretrained:
         raise ValueError(f"{where} names an encoder, {model.encoder.pretrained!r}, in place of describing it.")
     config.model = model
-    stage = build_stage(StageName(checkpoint.manifest["stage"]), config, torch.device("cpu"))
+    if checkpoint.manifest["stage"] not in STAGES:
+        raise ValueError(f"{where}: stage={str(checkpoint.manifest['stage'])[:80]!r} must be one of {[*STAGES]}.")
+    stage = filled_stage(checkpoint.manifest["stage"], config, torch.device("cpu"))
     reader = checkpoint.reader
     stage.module.load_state_dict(reader.tensors("module/"))
     for name, tensor in stage.state_dict().items():
@@ -151,7 +154,7 @@ def _one(folder: Path) -> Path:
 
 
 def _checkpoints(folder: Path) -> Iterator[Path]:
-    places = ("", "checkpoints/", "stage*/checkpoints/")  # a run directory, a stage's folder, or one with copies
+    places = ("", "checkpoints/", "*/checkpoints/")  # a folder with copies, a stage's folder, or a run directory
     found = [path for place in places for path in sorted(folder.glob(f"{place}step_*")) if FOLDER.fullmatch(path.name)]
     found = [folder] if FOLDER.fullmatch(folder.name) else found
     if not found or not found[0].is_dir():

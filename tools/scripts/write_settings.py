@@ -1,6 +1,7 @@
 """Write docs/settings.md: every setting with its type, its default and the line that explains it in the source.
 
-`python tools/write_settings.py` writes the page. Explanations are the string below a field, or the comment behind it.
+`python tools/scripts/write_settings.py` writes the page. Explanations are the string below a field, or the comment
+behind it.
 """
 
 import ast
@@ -22,12 +23,12 @@ from iccld.data.config import SetConfig
 from iccld.settings import fields_of
 from iccld.slurm.config import SubmitConfig
 
-PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
+PAGE = Path(__file__).parents[2] / "docs" / "settings.md"
 
 OPENING = """\
 # Settings
 
-This page is generated from the source: `python tools/write_settings.py` writes it again.
+This page is generated from the source: `python tools/scripts/write_settings.py` writes it again.
 
 Change a setting of a run on the command line by `key=value`, as in `iccld train seed=1 ...`.
 `iccld config experiment=NAME` prints the settings of an experiment: the YAML files that it names replace some of the
