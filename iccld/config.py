@@ -97,14 +97,21 @@ class Config:
                 f"stage1_from={self.stage1_from} takes stage 1 from another run, which stages must not train; "
                 f"use stages=[stage2]."
             )
+        self._take_things()
         check_ranges(self, "", statistics_samples=at_least(1, "256 is usual"))
+
+    def _take_things(self) -> None:
+        """Of classes of one's own, the features' distance is taken over the things, unless it is said otherwise."""
+        objective, usual = self.stage1.objective, SegmentationConfig()
+        if self.data.class_set.colors and objective.feature_distance_classes == usual.feature_distance_classes:
+            objective.feature_distance_classes = list(self.data.class_set.build().things)
 
 
 # What may change between two attempts at one run: it divides, speeds up or describes the work, and does not change it.
 FREE_SETTINGS = (
     "run_dir", "stages", "metrics.", "evaluation.", "inference.", "data.num_workers", "data.validation.",
     "data.source.shards", "data.target.shards", "data.storage.", "data.cache.", "data.on_error",
-    "data.max_bad_share", "engine.compile", "engine.deterministic", "engine.cudnn_benchmark",
+    "data.max_bad_share", "data.class_set.colors", "engine.compile", "engine.deterministic", "engine.cudnn_benchmark",
     "preemption.", "watchdog.", "preflight", "memory.",
     "model.encoder.activation_checkpointing", "model.denoiser.activation_checkpointing",
 )  # fmt: skip

@@ -26,6 +26,12 @@ CLASS_SUBSETS: Mapping[int, tuple[int, ...]] = {
 }
 """The train ids that mIoU-19, mIoU-16 (SYNTHIA) and mIoU-13 average over."""
 
+CITYSCAPES_THINGS = (6, 7, 11, 12, 13, 14, 15, 16, 17, 18)
+"""The train ids of countable objects, as DAFormer's feature distance takes them."""
+
+MAX_CLASSES = 254
+"""Class indices are 0-253: 255 is ignored, and 254 stays free."""
+
 
 def lookup_table(mapping: Mapping[int, int], *, size: int = 256) -> np.ndarray:
     """`(size,)` uint8 table from old to new ids; what `mapping` does not name becomes 255."""
@@ -40,14 +46,18 @@ CITYSCAPES_ID_TO_TRAIN_ID: Mapping[int, int] = {label_id: i for i, label_id in e
 
 @dataclass(frozen=True)
 class ClassSet:
-    """The classes that a model tells apart, and how train ids (0-18) fall into them.
+    """The classes that a model tells apart, and how the ids in the shards' labels fall into them.
 
-    `of_train_id` maps a train id to a class index; a train id that it does not name is ignored (255).
+    `of_train_id` maps an id to a class index; an id that it does not name is ignored (255). `id_names` are the classes
+    that the ids stand for: a set of shards fits if its own are the same. `rare` and `things` are class indices.
     """
 
     names: tuple[str, ...]
     palette: tuple[tuple[int, int, int], ...]
     of_train_id: Mapping[int, int]
+    id_names: tuple[str, ...] = CITYSCAPES_NAMES
+    rare: tuple[int, ...] = ()
+    things: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         indices = set(self.of_train_id.values())
@@ -66,18 +76,42 @@ class ClassSet:
         return lookup_table(self.of_train_id)
 
     def subset(self, num_classes: int) -> tuple[int, ...]:
-        """The class indices that mIoU-`num_classes` averages over; only the 19-class set has proper subsets."""
+        """The class indices that mIoU-`num_classes` averages over; only Cityscapes' 19 have proper subsets."""
         if num_classes == self.num_classes:
             return tuple(range(self.num_classes))
-        if self.num_classes == 19 and num_classes in CLASS_SUBSETS:
+        if self.names == CITYSCAPES_NAMES and num_classes in CLASS_SUBSETS:
             return CLASS_SUBSETS[num_classes]
         raise ValueError(
             f"evaluation.num_classes={num_classes} does not fit a model of {self.num_classes} classes; "
-            f"use {self.num_classes}{', 16 or 13' if self.num_classes == 19 else ''}."
+            f"use {self.num_classes}{', 16 or 13' if self.names == CITYSCAPES_NAMES else ''}."
         )
 
 
-CITYSCAPES_19 = ClassSet(CITYSCAPES_NAMES, CITYSCAPES_PALETTE, {i: i for i in range(19)})
+CITYSCAPES_19 = ClassSet(CITYSCAPES_NAMES, CITYSCAPES_PALETTE, {i: i for i in range(19)}, things=CITYSCAPES_THINGS)
+
+
+def own_class_set(
+    names: Sequence[str], colors: Sequence[Sequence[int]], *, rare: Sequence[str] = (), things: Sequence[str] = ()
+) -> ClassSet:
+    """Classes of one's own: the ids in the labels are their indices. `rare` and `things` are names of some.
+
+    Raises ValueError where names or colours repeat, are missing, or are no colours.
+    """
+    if not 2 <= len(names) <= MAX_CLASSES or len(set(names)) != len(names):
+        raise ValueError(f"classes: {len(names)} names must be 2 to {MAX_CLASSES}, each its own.")
+    if len(colors) != len(names) or not all(is_color(color) for color in colors):
+        raise ValueError(f"classes: {len(names)} names need {len(names)} colours of three numbers from 0 to 255.")
+    if unknown := [name for name in (*rare, *things) if name not in names]:
+        raise ValueError(f"classes: {unknown[0]!r} is said to be rare or a thing, and is no class.")
+    marked = [tuple(i for i, name in enumerate(names) if name in chosen) for chosen in (rare, things)]
+    palette = tuple((int(r), int(g), int(b)) for r, g, b in colors)
+    identity = {i: i for i in range(len(names))}
+    return ClassSet(tuple(names), palette, identity, tuple(names), rare=marked[0], things=marked[1])
+
+
+def is_color(value: object) -> bool:
+    """Whether a value is a list of three whole numbers from 0 to 255."""
+    return isinstance(value, list | tuple) and len(value) == 3 and all(type(v) is int and 0 <= v < 256 for v in value)
 
 
 def merged_class_set(names: Sequence[str], of_train_id: Mapping[int, int]) -> ClassSet:
@@ -87,4 +121,5 @@ def merged_class_set(names: Sequence[str], of_train_id: Mapping[int, int]) -> Cl
         raise ValueError(f"data.class_set: {bad} out of range; map train ids 0-18 to class indices 0-{len(names) - 1}.")
     first = {c: min(i for i, owner in of_train_id.items() if owner == c) for c in set(of_train_id.values())}
     palette = tuple(CITYSCAPES_PALETTE[first[c]] for c in sorted(first))
-    return ClassSet(tuple(names), palette, dict(of_train_id))
+    things = tuple(c for c in sorted(first) if first[c] in CITYSCAPES_THINGS)
+    return ClassSet(tuple(names), palette, dict(of_train_id), things=things)

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from iccld.data.classes import read_classes
 from iccld.data.storage.base import StorageConfig, is_remote
 from iccld.data.storage.cache import CacheConfig
-from iccld.labels import CITYSCAPES_19, ClassSet, merged_class_set
+from iccld.labels import CITYSCAPES_19, ClassSet, merged_class_set, own_class_set
 from iccld.ranges import Range, at_least, between, check_ranges, share
 from iccld.redact import without_secrets
 
@@ -57,12 +58,21 @@ class DatasetConfig(SetConfig):
 
 @dataclass
 class ClassSetConfig:
-    """Optional merging or dropping of the 19 classes; empty means the 19. See `labels.merged_class_set`."""
+    """Optional merging or dropping of the 19 classes; empty means the 19. `data.classes` fills it with one's own."""
 
     names: list[str] = field(default_factory=list)  # of the classes
     of_train_id: dict[int, int] = field(default_factory=dict)  # which of them each Cityscapes train id becomes
+    colors: list[list[int]] = field(default_factory=list)  # of one's own classes, whose ids are their indices
+    rare: list[str] = field(default_factory=list)  # of one's own classes: drawn as often as the rarest
+    things: list[str] = field(default_factory=list)  # of one's own classes: countable objects
 
     def build(self) -> ClassSet:
+        if self.colors and self.of_train_id:
+            raise ValueError(
+                "data.class_set: colors, of classes of one's own, and of_train_id exclude each other; leave one out."
+            )
+        if self.colors:
+            return own_class_set(self.names, self.colors, rare=self.rare, things=self.things)
         if not self.names and not self.of_train_id:
             return CITYSCAPES_19
         return merged_class_set(self.names, self.of_train_id)
@@ -89,6 +99,7 @@ class DataConfig:
     flip: float = 0.5  # chance to mirror a crop
     target_margin_top: float = 0.0  # share of the height at the top without pseudo-labels
     target_margin_bottom: float = 0.0  # share of the height at the bottom without pseudo-labels
+    classes: str = ""  # a YAML of one's own classes, as `iccld shards make --classes` takes; the run keeps its content
     class_set: ClassSetConfig = field(default_factory=ClassSetConfig)
     on_error: OnError = OnError["raise"]
     """A sample that cannot be used ends the run, or gives way to the next one of the order."""
@@ -114,7 +125,20 @@ class DataConfig:
                 f"data.target_margin_top={margins[0]} and data.target_margin_bottom={margins[1]} must be fractions of "
                 f"the image's height that leave something between them, as 0.03 and 0.24 do."
             )
+        self._take_classes()
         self.class_set.build()
+
+    def _take_classes(self) -> None:
+        """Puts the content of the file in its place, so that a saved run needs no file and notices another content."""
+        if not self.classes:
+            return
+        own = ClassSetConfig(**read_classes(self.classes).plain)
+        if self.class_set != ClassSetConfig() and (self.class_set.names != own.names or self.class_set.of_train_id):
+            raise ValueError(
+                f"data.classes={self.classes} and data.class_set ({', '.join(self.class_set.names[:4])}, ...) are "
+                f"different classes; leave one out."
+            )
+        self.class_set, self.classes = own, ""
 
 
 def of_saved_run(values: Any, *, roles: Sequence[str]) -> Any:

@@ -9,15 +9,16 @@ from iccld.labels import IGNORE_INDEX
 _MAX_NAMED = 5
 
 
-def examine(image_data: bytes, label_data: bytes) -> tuple[int, int, np.ndarray]:
-    """Height, width and `(19,)` uint32 class pixels of an encoded image and its label (empty: none), both decoded.
+def examine(image_data: bytes, label_data: bytes, *, num_classes: int = NUM_TRAIN_IDS) -> tuple[int, int, np.ndarray]:
+    """Height, width and `(K,)` uint32 class pixels of an encoded image and its label (empty: none), both decoded.
 
     Raises ValueError, saying what is wrong with which.
     """
     height, width, _ = decode_pixels(image_data).shape
     if not label_data:
-        return height, width, np.zeros(NUM_TRAIN_IDS, np.uint32)
-    return height, width, count_classes(decode_train_ids(label_data, (height, width)))
+        return height, width, np.zeros(num_classes, np.uint32)
+    ids = decode_train_ids(label_data, (height, width), num_classes=num_classes)
+    return height, width, count_classes(ids, num_classes=num_classes)
 
 
 def decode_pixels(data: bytes) -> np.ndarray:
@@ -28,8 +29,8 @@ def decode_pixels(data: bytes) -> np.ndarray:
         raise ValueError(f"the image cannot be decoded ({error})") from error
 
 
-def decode_train_ids(data: bytes, size: tuple[int, int]) -> np.ndarray:
-    """A sample's encoded label to `(H, W)` uint8 train ids of the image's size. Raises ValueError.
+def decode_train_ids(data: bytes, size: tuple[int, int], *, num_classes: int = NUM_TRAIN_IDS) -> np.ndarray:
+    """A sample's encoded label to `(H, W)` uint8 ids, 0 to K-1 or 255, of the image's size. Raises ValueError.
 
     What counts is the ids, not the bits that they are stored in. The array may be read-only.
     """
@@ -37,19 +38,20 @@ def decode_train_ids(data: bytes, size: tuple[int, int]) -> np.ndarray:
         ids = decode_label(data)
     except ValueError as error:
         raise ValueError(f"the label cannot be decoded ({error})") from error
-    check_train_ids(ids)
+    check_train_ids(ids, num_classes=num_classes)
     check_same_size(ids, size)
     return ids.astype(np.uint8, copy=False)
 
 
-def check_train_ids(ids: np.ndarray) -> None:
-    """Refuse `(H, W)` ids of any integer type of which one is neither a train id nor 255."""
-    if ids.dtype == np.uint8 and (ids + np.uint8(1)).max(initial=0) <= NUM_TRAIN_IDS:  # 255 becomes 0
+def check_train_ids(ids: np.ndarray, *, num_classes: int = NUM_TRAIN_IDS) -> None:
+    """Refuse `(H, W)` ids of any integer type of which one is neither a class of the set nor 255."""
+    if ids.dtype == np.uint8 and (ids + np.uint8(1)).max(initial=0) <= num_classes:  # 255 becomes 0
         return
-    strange = [int(i) for i in np.unique(ids) if not 0 <= i < NUM_TRAIN_IDS and i != IGNORE_INDEX]
+    strange = [int(i) for i in np.unique(ids) if not 0 <= i < num_classes and i != IGNORE_INDEX]
     if strange:
         named = ", ".join(map(str, strange[:_MAX_NAMED])) + (", ..." if len(strange) > _MAX_NAMED else "")
-        rule = f"labels must hold train ids, 0-{NUM_TRAIN_IDS - 1} or {IGNORE_INDEX}"
+        kind = "train ids" if num_classes == NUM_TRAIN_IDS else "class indices"
+        rule = f"labels must hold {kind}, 0-{num_classes - 1} or {IGNORE_INDEX}"
         raise ValueError(f"the label holds {named}; {rule}")
 
 
@@ -68,6 +70,6 @@ def check_indexed_size(data: bytes, size: tuple[int, int]) -> None:
         )
 
 
-def count_classes(train_ids: np.ndarray) -> np.ndarray:
-    """The pixels of each class in `(H, W)` uint8 train ids, `(19,)` uint32."""
-    return np.bincount(train_ids.ravel(), minlength=IGNORE_INDEX + 1)[:NUM_TRAIN_IDS].astype(np.uint32)
+def count_classes(train_ids: np.ndarray, *, num_classes: int = NUM_TRAIN_IDS) -> np.ndarray:
+    """The pixels of each class in `(H, W)` uint8 ids, `(K,)` uint32."""
+    return np.bincount(train_ids.ravel(), minlength=IGNORE_INDEX + 1)[:num_classes].astype(np.uint32)

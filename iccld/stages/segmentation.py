@@ -61,7 +61,7 @@ class SegmentationConfig:
     masked_ratio: float = 0.7  # share of the blocks that is masked
     feature_distance_weight: float = 0.0  # of the distance to the features of the pretrained encoder; 0: off
     feature_distance_classes: list[int] = field(default_factory=lambda: [6, 7, 11, 12, 13, 14, 15, 16, 17, 18])
-    """Train ids of the classes that the distance is taken over."""
+    """Indices of the classes that the distance is taken over; with `data.classes`, the default is its things."""
     mask_latent_weight: float = 1.0  # reconstruction of labels, where the latent is of the mask
     mask_latent_drop: float = 0.5  # share of samples whose inter-coder connection is dropped in the reconstruction
     mask_latent_noise: float = 0.5  # standard deviation of the noise on the latent in the reconstruction
@@ -300,8 +300,9 @@ def _check_feature_distance(model: ICCLD, config: SegmentationConfig, reference:
             f"stage1.objective.feature_distance_weight={weight} keeps to published features; "
             f"set model.encoder.pretrained, or the weight to 0."
         )
-    if weight and not all(0 <= c < model.num_classes for c in classes):
-        raise ValueError(f"stage1.objective.feature_distance_classes={classes} must be below {model.num_classes}.")
+    if weight and not (classes and all(0 <= c < model.num_classes for c in classes)):
+        rule = f"must be class indices below {model.num_classes}, at least one"
+        raise ValueError(f"stage1.objective.feature_distance_classes={classes} {rule}; mark classes as `thing: true`.")
 
 
 class SegmentationSection(Protocol):

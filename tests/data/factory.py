@@ -101,6 +101,7 @@ def make_set(folder: Path, count: int, *, labels: bool = True, samples_per_shard
     """Lossless shards of the first `count` random pairs, in `folder`/shards."""
     config = MakeShardsConfig(
         dataset="folder",
+        classes="cityscapes",
         input=str(write_folder(folder / "raw", count, labels=labels)),
         output=str(folder / "shards"),
         no_labels=not labels,

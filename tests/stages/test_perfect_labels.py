@@ -30,7 +30,11 @@ def draw_blocks(folder: Path) -> None:
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("perfect")
     draw_blocks(folder / "blocks")
-    make_shards(MakeShardsConfig(dataset="folder", input=str(folder / "blocks"), output=str(folder / "shards")))
+    make_shards(
+        MakeShardsConfig(
+            dataset="folder", classes="cityscapes", input=str(folder / "blocks"), output=str(folder / "shards")
+        )
+    )
     settings = [
         "model=tiny",
         "dataset=scenes",

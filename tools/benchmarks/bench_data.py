@@ -98,7 +98,9 @@ def prepare(settings: argparse.Namespace, folder: Path) -> tuple[Settings, str]:
     with in_processes(write, usable_cpus() if count > NUM_DRAWN_ALONE else 1) as map_:
         for _ in map_(range(count)):
             pass
-    config = MakeShardsConfig("folder", str(sets.pngs), str(sets.shards), quality=settings.quality)
+    config = MakeShardsConfig(
+        "folder", str(sets.pngs), str(sets.shards), classes="cityscapes", quality=settings.quality
+    )
     if make_shards(config, progress=lambda line: None).index is None:
         raise ValueError("the labels cannot be used: they must be PNGs of train ids, 0-18 or 255, of the images' size.")
     try:

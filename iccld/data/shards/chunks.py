@@ -79,7 +79,7 @@ class ChunkPacker:
             writer.discard()
         sync(self.output)
         records, path = io.BytesIO(), self._path(number, "npy")
-        np.save(records, to_array(writer.records), allow_pickle=False)
+        np.save(records, to_array(writer.records, num_classes=self.converter.num_classes), allow_pickle=False)
         write_whole(path, records.getvalue())
         report = ChunkReport(number, len(pairs), writer.tars, FileState.of(path), problems)
         write_whole(self._path(number, "json"), json.dumps(asdict(report)).encode())

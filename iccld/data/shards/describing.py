@@ -10,11 +10,11 @@ from rich.table import Table
 
 from iccld.data.shards.verifying import STORAGE
 from iccld.data.storage import integrity
-from iccld.data.storage.index import IndexHeader, ShardIndex
+from iccld.data.storage.index import NUM_TRAIN_IDS, IndexHeader, ShardIndex
 from iccld.data.storage.open import open_storage
 from iccld.data.storage.open_index import open_index
 from iccld.durable import replacing
-from iccld.labels import CITYSCAPES_NAMES, CITYSCAPES_PALETTE, IGNORE_INDEX
+from iccld.labels import IGNORE_INDEX
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
@@ -24,8 +24,13 @@ def class_shares(header: IndexHeader) -> list[tuple[str, float, int, float]]:
     total = max(sum(header.class_pixels), 1)
     return [
         (name, pixels / total, count, count / max(header.num_samples, 1))
-        for name, pixels, count in zip(CITYSCAPES_NAMES, header.class_pixels, header.class_samples, strict=True)
+        for name, pixels, count in zip(header.class_set.names, header.class_pixels, header.class_samples, strict=True)
     ]
+
+
+def lacking_classes(header: IndexHeader) -> list[str]:
+    """The classes of which the labels show no pixel."""
+    return [name for name, _, count, _ in class_shares(header) if not count]
 
 
 def facts(index: ShardIndex) -> list[tuple[str, str]]:
@@ -67,7 +72,7 @@ def tables(index: ShardIndex) -> list[Table]:
     for heading in ("pixels %", "samples", "samples %"):
         classes.add_column(heading, justify="right")
     for i, (name, pixels, count, samples) in enumerate(class_shares(index.header)):
-        classes.add_row(str(i), name, f"{100 * pixels:.3f}", f"{count:,}", f"{100 * samples:.1f}")
+        classes.add_row(str(i), escape(name), f"{100 * pixels:.3f}", f"{count:,}", f"{100 * samples:.1f}")
     return [overview, classes]
 
 
@@ -80,8 +85,8 @@ def draw_chart(index: ShardIndex, path: Path) -> None:
     from matplotlib.figure import Figure  # slow to import; a bare Figure needs no display
 
     names, pixels, _, samples = zip(*class_shares(index.header), strict=True)
-    colours = [tuple(value / 255 for value in colour) for colour in CITYSCAPES_PALETTE]
-    figure = Figure(figsize=(12, 7.5), layout="constrained")
+    colours = [tuple(value / 255 for value in colour) for colour in index.header.class_set.palette]
+    figure = Figure(figsize=(12, max(2.0, 7.5 * len(names) / NUM_TRAIN_IDS)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     least = min((100 * share for share in pixels if share), default=1.0)
     floor = 10.0 ** math.floor(math.log10(least) - 0.3)  # below the shortest bar, so that it can be seen

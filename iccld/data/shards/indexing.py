@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from iccld.data.classes import CITYSCAPES, ClassList, classes_of, num_classes_of
 from iccld.data.images.decode import LABEL_EXTENSION
 from iccld.data.processes import Progress, in_processes, say, usable_cpus
 from iccld.data.sample import examine
@@ -26,7 +27,7 @@ from iccld.data.shards.tar_folder import INDEXING_FOLDER, TarFolder, look_into
 from iccld.data.shards.tars import LEAVE_OUT, Place, Problem, Unusable, read_members
 from iccld.data.shards.work_folder import MAKING_FOLDER, alone_in, clear
 from iccld.data.storage.files import open_file
-from iccld.data.storage.index import INDEX_FOLDER, ShardIndex
+from iccld.data.storage.index import INDEX_FOLDER, NUM_TRAIN_IDS, ShardIndex
 from iccld.durable import create
 
 _AGAIN = f"pack it again, {LEAVE_OUT}"
@@ -68,12 +69,14 @@ def build_index(
     accept_bad: bool = False,
     image_extension: str = "",
     label_extension: str = LABEL_EXTENSION,
+    classes: ClassList | None = None,
     progress: Callable[[str], None] = say,
 ) -> IndexResult:
     """Indexes all tars of `folder`; the index appears whole, or not at all where problems are not accepted.
 
-    Without `image_extension`, any of IMAGE_EXTENSIONS is taken; with "" for `label_extension`, labels are not. Raises
-    ValueError where there is nothing to index, or an index already.
+    Without `image_extension`, any of IMAGE_EXTENSIONS is taken; with "" for `label_extension`, labels are not. Labels
+    hold Cityscapes train ids, or indices of `classes`. Raises ValueError where there is nothing to index, or an index
+    already.
     """
     folder = Path(folder)
     _check_free(folder)
@@ -83,7 +86,7 @@ def build_index(
     with alone_in(folder, INDEXING_FOLDER) as work:
         clear(work)
         _check_free(folder)  # again: another process may have finished before this one got in
-        task = partial(_index_to, work, image_extension.lower(), label_extension.lower())
+        task = partial(_index_to, work, image_extension.lower(), label_extension.lower(), num_classes_of(classes))
         problems, passed_over = _index_all(found, task, num_workers, progress)
         parts = [(0, work / f"{number}.npy") for number in range(len(found.tars))]
         samples, conflicts = without_conflicts(join_records(parts, work / "samples.npy"), found.tars)
@@ -93,7 +96,8 @@ def build_index(
             seen = "".join(f"; {line}" for line in passed_over.lines())
             raise ValueError(f"{folder}: its {len(found.tars)} tars hold no samples{seen}.")
         about = {**(settings or {}), "left_out": len(problems)}
-        index = finish_index(folder, samples, shards=found.tars, dataset=dataset, settings=about) if accepted else None
+        how = {"dataset": dataset, "settings": about, "classes": classes.plain if classes else None}
+        index = finish_index(folder, samples, shards=found.tars, **how) if accepted else None
         clear(work)
     return IndexResult(index, problems, passed_over)
 
@@ -125,16 +129,24 @@ def _index_all(
     return problems, Tally().update([found.passed_over, *(each.passed_over for each in in_order)])
 
 
-def _index_to(work: Path, image_extension: str, label_extension: str, task: tuple[int, Path]) -> _Finished:
+def _index_to(
+    work: Path, image_extension: str, label_extension: str, num_classes: int, task: tuple[int, Path]
+) -> _Finished:
     number, path = task
-    shard = index_shard(path, number, image_extension=image_extension, label_extension=label_extension)
+    extensions = {"image_extension": image_extension, "label_extension": label_extension}
+    shard = index_shard(path, number, num_classes=num_classes, **extensions)
     with create(work / f"{number}.npy") as file:
         np.save(file, shard.records, allow_pickle=False)
     return _Finished(number, path.stat().st_size, shard.problems, shard.passed_over)
 
 
 def index_shard(
-    path: Path, number: int, *, image_extension: str = "", label_extension: str = LABEL_EXTENSION
+    path: Path,
+    number: int,
+    *,
+    image_extension: str = "",
+    label_extension: str = LABEL_EXTENSION,
+    num_classes: int = NUM_TRAIN_IDS,
 ) -> IndexedShard:
     """Indexes a tar, shard `number` of its set: reads and examines each of its samples."""
     try:
@@ -146,15 +158,17 @@ def index_shard(
                 try:
                     places = roles.places(key, fields, passed_over)
                     data = _read(file, places[0]), _read(file, places[1])
-                    records.append(make_record(key, places, data, examine(*data), number))
+                    records.append(make_record(key, places, data, examine(*data, num_classes=num_classes), number))
                 except Unusable as bad:
                     problems.append(bad.problem)
                 except (ValueError, MemoryError) as error:
                     problems.append(Problem(str(path), str(error) or "memory does not suffice for it", _AGAIN, key))
     except (OSError, ValueError) as error:
         what = f"it cannot be read ({getattr(error, 'strerror', None) or error})"
-        return IndexedShard(to_array([]), [Problem(str(path), what, f"make it readable, {LEAVE_OUT}")], Tally())
-    return IndexedShard(to_array(records), problems, passed_over)
+        return IndexedShard(
+            to_array([], num_classes=num_classes), [Problem(str(path), what, f"make it readable, {LEAVE_OUT}")], Tally()
+        )
+    return IndexedShard(to_array(records, num_classes=num_classes), problems, passed_over)
 
 
 def _read(file: BinaryIO, place: Place) -> bytes:
@@ -168,7 +182,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("folder", metavar="DIR", help="a folder of tars, each with KEY.jpg (or png, webp) and KEY.label.png")
     add("--dataset", default="", help="a name for the set")
     add("--image-extension", default="", metavar="EXT", help="of images, where a sample has several")
-    add("--label-extension", default=LABEL_EXTENSION, metavar="EXT", help="of label images, which hold train ids")
+    add("--label-extension", default=LABEL_EXTENSION, metavar="EXT", help="of label images, which hold class ids")
+    add("--classes", default=CITYSCAPES, metavar="FILE", help="a YAML: labels hold its indices; default: train ids")
     add("--no-labels", action="store_true", help="a target set: labels are not looked at")
     add("--accept-bad", action="store_true", help="leave out bad samples")
     add("--workers", type=int, default=usable_cpus(), dest="num_workers", help="default: %(default)s")
@@ -183,6 +198,7 @@ def run(arguments: Namespace) -> int:
         accept_bad=arguments.accept_bad,
         image_extension=arguments.image_extension,
         label_extension="" if arguments.no_labels else arguments.label_extension,
+        classes=classes_of(arguments.classes),
     )
     for problem in result.problems:
         print(f"bad: {problem}", file=sys.stderr)

@@ -19,11 +19,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from iccld.data.classes import CITYSCAPES, classes_of
 from iccld.data.images.decode import MAX_PIXELS
 from iccld.data.processes import say, usable_cpus
 from iccld.data.shards.chunks import ChunkPacker, ChunkReport, pack_chunks
-from iccld.data.shards.converters import DATASETS, Pair, open_converter
+from iccld.data.shards.converters import DATASETS, Converter, Pair, open_converter
+from iccld.data.shards.describing import lacking_classes
 from iccld.data.shards.indexing import IndexResult
+from iccld.data.shards.labels_found import UntoldIdsError, check_labels
 from iccld.data.shards.packing import MAX_SIDES, ImageFormat, Packing
 from iccld.data.shards.records import finish_index, join_records
 from iccld.data.shards.tally import plain
@@ -32,7 +35,7 @@ from iccld.data.storage.index import INDEX_FOLDER, ShardIndex
 from iccld.durable import make_folder, refuse_links, write_whole
 from iccld.reading import read_json
 
-_NOT_CONTENT = ("output", "accept_bad", "mapping", "num_workers")
+_NOT_CONTENT = ("output", "accept_bad", "mapping", "classes", "num_workers")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
@@ -41,7 +44,7 @@ class MakeShardsConfig:
     """Settings of `iccld shards make`. At most one of `max_side` and `height` x `width` resizes; 0 is off.
 
     A shard is closed when it holds `samples_per_shard`, or when one more would bring it above `bytes_per_shard` (0: any
-    number of bytes). `input` is a folder or a zip, `mapping` a file.
+    number of bytes). `input` is a folder or a zip, `mapping` and `classes` are files, the latter also "cityscapes".
     """
 
     dataset: str
@@ -50,6 +53,7 @@ class MakeShardsConfig:
     split: str = ""
     no_labels: bool = False
     mapping: str = ""
+    classes: str = ""
     max_side: int = 0
     height: int = 0
     width: int = 0
@@ -96,13 +100,13 @@ def make_shards(config: MakeShardsConfig, *, progress: Callable[[str], None] = s
     The result has no index where bad pairs were found and not accepted, or no others. Raises ValueError where the user
     erred, or where another process makes the same shards.
     """
-    mapping = Path(config.mapping) if config.mapping else None
-    converter = open_converter(config.dataset, Path(config.input), split=config.split, mapping=mapping)
-    output = Path(config.output)
+    converter, output = _converter(config), Path(config.output)
     settings = config.settings() | {"converter": converter.describe()}
     if (output / INDEX_FOLDER).is_dir() and not (output / MAKING_FOLDER).exists():
         return _keep_finished(output, settings, progress)
     survey = converter.survey(with_labels=not config.no_labels)
+    if not config.no_labels:
+        check_labels(converter, survey.pairs, f"--input {config.input}")
     pairs = _with_safe_keys(survey.pairs)
     _check_output(output)
     for line in survey.passed_over.lines():
@@ -123,9 +127,19 @@ def make_shards(config: MakeShardsConfig, *, progress: Callable[[str], None] = s
         problems = [*survey.problems, *bad_pairs]
         if len(bad_pairs) == len(pairs) or (problems and not config.accept_bad):
             return IndexResult(None, problems)
-        index = _finish(output, reports, converter.name, settings | {"left_out": len(problems)})
+        index = _finish(output, reports, converter, settings | {"left_out": len(problems)})
         clear(making)
+    if not config.no_labels and (lacking := lacking_classes(index.header)):
+        progress(f"{output} shows none of: {', '.join(lacking)}")
     return IndexResult(index, problems)
+
+
+def _converter(config: MakeShardsConfig) -> Converter:
+    mapping, classes = Path(config.mapping) if config.mapping else None, classes_of(config.classes)
+    options = {"split": config.split, "mapping": mapping, "classes": classes}
+    converter = open_converter(config.dataset, Path(config.input), **options)
+    converter.is_told |= config.classes == CITYSCAPES
+    return converter
 
 
 def _check_output(output: Path) -> None:
@@ -167,7 +181,8 @@ def _prepare(output: Path, making: Path, settings: dict[str, Any], pairs: Sequen
         old = read_json(marker)
         if not isinstance(old, dict) or not isinstance(old.get("settings"), dict):
             raise ValueError(f"{marker} is not what it should be; remove {output} to make the shards anew.")
-        _check_same(old["settings"], settings, output)
+        if any(output.glob("shard-*.tar")):  # else nothing is lost by beginning anew, as after a setting that was wrong
+            _check_same(old["settings"], settings, output)
         if old == state:
             for path in making.glob("*.tmp"):
                 path.unlink()
@@ -197,7 +212,7 @@ def _with_safe_keys(pairs: Sequence[Pair]) -> list[Pair]:
     return safe
 
 
-def _finish(output: Path, reports: Sequence[ChunkReport], dataset: str, settings: dict[str, Any]) -> ShardIndex:
+def _finish(output: Path, reports: Sequence[ChunkReport], converter: Converter, settings: dict[str, Any]) -> ShardIndex:
     tars = [tar.name for report in reports for tar in report.tars]
     for stale in {path.name for path in output.glob("shard-*.tar")} - set(tars):  # of pairs that were mended since
         (output / stale).unlink()
@@ -206,7 +221,9 @@ def _finish(output: Path, reports: Sequence[ChunkReport], dataset: str, settings
         parts.append((first, making / report.records.name))
         first += len(report.tars)
     samples = join_records(parts, making / "samples.npy")
-    return finish_index(output, samples, shards=[output / tar for tar in tars], dataset=dataset, settings=settings)
+    about = {"dataset": converter.name, "settings": settings}
+    classes = converter.classes.plain if converter.classes else None
+    return finish_index(output, samples, shards=[output / tar for tar in tars], classes=classes, **about)
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -218,7 +235,18 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--output", required=True, metavar="DIR", help="where the shards and their index go")
     add("--split", default=default.split, help="train, val, ...; where the set has splits")
     add("--no-labels", action="store_true", help="a target set: label files are not read")
-    add("--mapping", default=default.mapping, metavar="FILE", help="folder: JSON or YAML of {id: train id}")
+    add(
+        "--classes",
+        default=default.classes,
+        metavar="FILE",
+        help=f"a YAML of classes (docs/own-data.md); {CITYSCAPES}: its train ids",
+    )
+    add(
+        "--mapping",
+        default=default.mapping,
+        metavar="FILE",
+        help="a YAML of {id: name of a class}, or of {id: train id}",
+    )
     add("--max-side", type=int, default=default.max_side, metavar="N", help="shrink images whose longer side exceeds N")
     add("--size", default="", metavar="HxW", help="resize every image to this size")
     formats = "png and webp lose nothing; keep copies files that are not resized"
@@ -238,7 +266,11 @@ def run(arguments: Namespace) -> int:
     fields["bytes_per_shard"] = _parse_bytes(fields["bytes_per_shard"])
     fields["image_format"] = ImageFormat(fields["image_format"])
     config = MakeShardsConfig(**{name: fields[name] for name in MakeShardsConfig.__dataclass_fields__})
-    result = make_shards(config)
+    try:
+        result = make_shards(config)
+    except UntoldIdsError as error:
+        print(error.yaml)
+        raise
     for problem in result.problems:
         print(f"bad: {problem}", file=sys.stderr)
     if result.index is None:

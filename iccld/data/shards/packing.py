@@ -13,7 +13,6 @@ from iccld.data.images.grey_png import encode_grey_png
 from iccld.data.sample import check_same_size, check_train_ids, count_classes
 from iccld.data.shards.converters import Converter, Pair, UnknownIds
 from iccld.data.shards.tars import LEAVE_OUT, Problem, Unusable
-from iccld.data.storage.index import NUM_TRAIN_IDS
 
 _FETCH = f"fetch or export it again, {LEAVE_OUT}"
 
@@ -80,11 +79,11 @@ def _pack(pair: Pair, converter: Converter, packing: Packing) -> PackedPair:
     except DECODE_ERRORS as error:
         raise Unusable(Problem(file, f"the image cannot be read ({error})", _FETCH)) from error
     height, width = packing.size_of(*image.shape[:2])
-    class_pixels, label = np.zeros(NUM_TRAIN_IDS, np.uint32), b""
+    class_pixels, label = np.zeros(converter.num_classes, np.uint32), b""
     if packing.with_labels:
         train_ids = _read_labels(pair, converter, image.shape[:2])
         resized = np.asarray(Image.fromarray(train_ids).resize((width, height), Image.Resampling.NEAREST))
-        class_pixels, label = count_classes(resized), encode_grey_png(resized)
+        class_pixels, label = count_classes(resized, num_classes=converter.num_classes), encode_grey_png(resized)
     try:
         extension, stored = _store(data, image, (height, width), packing)
     except ValueError as error:
@@ -126,7 +125,7 @@ def _read_labels(pair: Pair, converter: Converter, image_size: tuple[int, ...]) 
     except DECODE_ERRORS as error:
         raise Unusable(Problem(file, f"the label cannot be read ({error})", _FETCH)) from error
     try:
-        check_train_ids(labels)
+        check_train_ids(labels, num_classes=converter.num_classes)
         check_same_size(labels, image_size)
     except ValueError as error:
         remedy = f"export the two in one size, both upright, with train ids, {LEAVE_OUT}"

@@ -13,6 +13,7 @@ from iccld.data.storage.index import (
     ARRAY_FILES,
     HEADER_FILE,
     INDEX_FOLDER,
+    NUM_TRAIN_IDS,
     ShardIndex,
     sample_dtype,
     shard_dtype,
@@ -33,9 +34,9 @@ def make_record(
     return shard, *image, *label, height, width, zlib.crc32(data[0]), zlib.crc32(data[1]), class_pixels, key.encode()
 
 
-def to_array(records: Sequence[tuple[Any, ...]]) -> np.ndarray:
+def to_array(records: Sequence[tuple[Any, ...]], *, num_classes: int = NUM_TRAIN_IDS) -> np.ndarray:
     """Records as an array of `sample_dtype`, as narrow as their keys allow."""
-    return np.array(records, sample_dtype(max((len(record[-1]) for record in records), default=1)))
+    return np.array(records, sample_dtype(max((len(record[-1]) for record in records), default=1), num_classes))
 
 
 def join_records(parts: Iterable[tuple[int, Path]], target: Path) -> np.ndarray:
@@ -44,13 +45,17 @@ def join_records(parts: Iterable[tuple[int, Path]], target: Path) -> np.ndarray:
     A part comes with the number of its first shard, which is added to the shard numbers in it.
     """
     parts = list(parts)
-    shapes = [(len(part), part.dtype["key"].itemsize) for part in (_load(path) for _, path in parts)]
-    total, width = sum(count for count, _ in shapes), max((width for _, width in shapes), default=1)
+    loaded = (_load(path) for _, path in parts)
+    shapes = [(len(part), part.dtype["key"].itemsize, part.dtype["class_pixels"].shape[0]) for part in loaded]
+    total = sum(count for count, _, _ in shapes)
+    dtype = sample_dtype(
+        max((width for _, width, _ in shapes), default=1), max((k for *_, k in shapes), default=NUM_TRAIN_IDS)
+    )
     if not total:
-        return np.empty(0, sample_dtype(width))
+        return np.empty(0, dtype)
     target.unlink(missing_ok=True)  # of an attempt that was interrupted
     create(target).close()
-    samples, start = np.lib.format.open_memmap(target, "w+", sample_dtype(width), (total,)), 0
+    samples, start = np.lib.format.open_memmap(target, "w+", dtype, (total,)), 0
     for first, path in parts:
         part = _load(path)
         samples[start : start + len(part)] = part
@@ -120,13 +125,14 @@ def finish_index(
     shards: Sequence[Path],
     dataset: str,
     settings: Mapping[str, Any] | None,
+    classes: Mapping[str, Any] | None = None,
 ) -> ShardIndex:
     """Writes the index of `shards`, which lie in `folder`, whole or not at all, and opens it."""
     ours = holds_only("|".join(map(re.escape, (HEADER_FILE, *ARRAY_FILES))))
     temporary = scratch_folder(folder / INDEX_FOLDER, is_ours=ours)
     records = [(shard.name.encode(), shard.stat().st_size) for shard in shards]
     tars = np.array(records, shard_dtype(max(len(name) for name, _ in records)))
-    write_index(temporary, dataset=dataset, shards=tars, samples=samples, settings=settings)
+    write_index(temporary, dataset=dataset, shards=tars, samples=samples, settings=settings, classes=classes)
     for path in (*temporary.iterdir(), temporary):
         sync(path)
     temporary.rename(folder / INDEX_FOLDER)

@@ -152,7 +152,7 @@ class ShardVerifier:
             return f"its index places it beyond the shard's {shard_bytes} bytes"
         try:
             sample = self.reader.read(position, with_labels=bool(record["label_size"]))
-            height, width, class_pixels = examine(sample.image, sample.label)
+            height, width, class_pixels = examine(sample.image, sample.label, num_classes=self.reader.index.num_classes)
         except BadSample as bad:
             return bad.what
         except ValueError as error:

@@ -6,7 +6,9 @@ billion samples cost no memory:
     index/index.json    IndexHeader: counts and totals
     index/shards.npy    `shard_dtype` records: the tars
     index/samples.npy   `sample_dtype` records: the samples, in the order of the tars
-    index/classes.npy   uint32: for each train id in turn, the samples that show it, those with most pixels first
+    index/classes.npy   uint32: for each class in turn, the samples that show it, those with most pixels first
+
+The ids in the labels are Cityscapes train ids, or, where the header lists `classes` (version 3), indices of these.
 """
 
 import json
@@ -22,10 +24,12 @@ from zlib_ng import zlib_ng
 
 from iccld.data.storage.files import kind_of
 from iccld.durable import create, write_whole
-from iccld.labels import CITYSCAPES_19
+from iccld.labels import CITYSCAPES_19, ClassSet, own_class_set
 from iccld.reading import MIB, parse_json, read_limited
 
 FORMAT_VERSION = 2
+OWN_CLASSES_VERSION = 3
+"""Of sets that list their classes, which earlier programs cannot read; others are as they were."""
 NUM_TRAIN_IDS = CITYSCAPES_19.num_classes
 INDEX_FOLDER = "index"
 HEADER_FILE = "index.json"
@@ -40,7 +44,7 @@ NPY_FAULTS = (OSError, ValueError, TypeError, OverflowError, SyntaxError, Memory
 MAKE_IT = "make the shards with `iccld shards make`, or index tars made elsewhere with `iccld shards index`"
 
 
-def sample_dtype(key_width: int) -> np.dtype:
+def sample_dtype(key_width: int, num_classes: int = NUM_TRAIN_IDS) -> np.dtype:
     """One sample's record; offsets and sizes are bytes in the shard, a sample without label has label_size 0."""
     return np.dtype(
         [
@@ -53,7 +57,7 @@ def sample_dtype(key_width: int) -> np.dtype:
             ("width", np.uint32),
             ("image_checksum", np.uint32),
             ("label_checksum", np.uint32),
-            ("class_pixels", np.uint32, (NUM_TRAIN_IDS,)),
+            ("class_pixels", np.uint32, (num_classes,)),
             ("key", f"S{max(key_width, 1)}"),
         ]
     )
@@ -69,8 +73,8 @@ class IndexHeader:
     """What `index.json` holds: all that is asked of a set before its first sample is read.
 
     `min_size` and `max_size` are [height, width], each side's extreme over all samples. `class_pixels` and
-    `class_samples` count, for each of the 19 train ids, pixels and the samples that show it. `checksums` are CRC-32 of
-    the arrays' files.
+    `class_samples` count, for each class, pixels and the samples that show it. `checksums` are CRC-32 of the arrays'
+    files. `classes` are the set's own: `names`, `colors`, `rare` and `things` of `own_class_set`; empty: Cityscapes.
     """
 
     dataset: str
@@ -85,6 +89,12 @@ class IndexHeader:
     checksums: dict[str, int]
     settings: dict[str, Any] = field(default_factory=dict)
     version: int = FORMAT_VERSION
+    classes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def class_set(self) -> ClassSet:
+        """The classes that the ids in the labels stand for."""
+        return own_class_set(**self.classes) if self.classes else CITYSCAPES_19
 
 
 @dataclass(frozen=True)
@@ -137,6 +147,10 @@ class ShardIndex:
         """Whether its files are this node's copies of a remote set's."""
         return self.folder != Path(self.location) / INDEX_FOLDER
 
+    @property
+    def num_classes(self) -> int:
+        return len(self.header.class_pixels)
+
     def key(self, position: int) -> str:
         return self.samples["key"][position].decode(errors="replace")
 
@@ -173,14 +187,14 @@ def parse_header(text: bytes, where: str) -> IndexHeader:
     try:
         content = parse_json(text, "it")
         version = content.get("version")
-        header = IndexHeader(**content) if version == FORMAT_VERSION else None
+        header = IndexHeader(**content) if version in (FORMAT_VERSION, OWN_CLASSES_VERSION) else None
         if header and not _is_sound(header):
             raise TypeError("its numbers do not fit each other")
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{where} is damaged ({str(error)[:200]}); remove the index and {MAKE_IT}.") from error
     if header is None:
         raise ValueError(
-            f"{where} has version {str(version)[:20]}, this program reads {FORMAT_VERSION}; "
+            f"{where} has version {str(version)[:20]}, this program reads {FORMAT_VERSION} and {OWN_CLASSES_VERSION}; "
             f"remove the index and {MAKE_IT}."
         )
     return header
@@ -192,7 +206,9 @@ def _is_sound(header: IndexHeader) -> bool:
     return (
         all(type(count) is int and 0 <= count < MAX_COUNT for count in counts)
         and all(type(checksum) is int and 0 <= checksum < 1 << 32 for checksum in header.checksums.values())
-        and len(header.class_pixels) == len(header.class_samples) == NUM_TRAIN_IDS
+        and type(header.classes) is dict
+        and bool(header.classes) == (header.version == OWN_CLASSES_VERSION)
+        and len(header.class_pixels) == len(header.class_samples) == header.class_set.num_classes
         and all(count <= header.num_samples for count in header.class_samples)
         and len(header.min_size) == len(header.max_size) == 2
         and set(header.checksums) == set(ARRAY_FILES)
@@ -202,7 +218,7 @@ def _is_sound(header: IndexHeader) -> bool:
 
 def array_kinds(header: IndexHeader) -> dict[str, tuple[np.dtype, int]]:
     """The fields of each array's records, texts as narrow as can be, and how many there are."""
-    dtypes = (shard_dtype(1), sample_dtype(1), np.dtype(np.uint32))
+    dtypes = (shard_dtype(1), sample_dtype(1, len(header.class_pixels)), np.dtype(np.uint32))
     lengths = (header.num_shards, header.num_samples, sum(header.class_samples))
     return dict(zip(ARRAY_FILES, zip(dtypes, lengths, strict=True), strict=True))
 
@@ -265,12 +281,18 @@ def rank_samples(class_pixels: np.ndarray) -> list[np.ndarray]:
 
 
 def write_index(
-    folder: Path, *, dataset: str, shards: np.ndarray, samples: np.ndarray, settings: Mapping[str, Any] | None = None
+    folder: Path,
+    *,
+    dataset: str,
+    shards: np.ndarray,
+    samples: np.ndarray,
+    settings: Mapping[str, Any] | None = None,
+    classes: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes the files of an index into `folder`, which exists and is not yet named `index` (see `build_index`).
 
     `shards` and `samples` are arrays, memory maps too, of `shard_dtype` and `sample_dtype`. Held in memory: what
-    `classes.npy` holds, and 12 bytes a sample.
+    `classes.npy` holds, and 12 bytes a sample. `classes`: see `IndexHeader`.
     """
     ranked = rank_samples(samples["class_pixels"])
     arrays = dict(zip(ARRAY_FILES, (shards, samples, np.concatenate(ranked)), strict=True))
@@ -290,8 +312,11 @@ def write_index(
         class_samples=[len(rows) for rows in ranked],
         checksums={name: file_checksum(folder / name) for name in arrays},
         settings=dict(settings or {}),
+        version=OWN_CLASSES_VERSION if classes else FORMAT_VERSION,
+        classes=dict(classes or {}),
     )
-    write_whole(folder / HEADER_FILE, json.dumps(asdict(header), indent=2) + "\n")
+    content = {name: value for name, value in asdict(header).items() if name != "classes" or value}
+    write_whole(folder / HEADER_FILE, json.dumps(content, indent=2) + "\n")
 
 
 def _least(sides: np.ndarray, initial: int) -> int:

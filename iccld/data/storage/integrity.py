@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from zlib_ng import zlib_ng
 
-from iccld.data.storage.index import ARRAY_FILES, HEADER_FILE, NUM_TRAIN_IDS, IndexHeader, ShardIndex
+from iccld.data.storage.index import ARRAY_FILES, HEADER_FILE, IndexHeader, ShardIndex
 
 AT_ONCE_BYTES = 256 << 20
 SHARE_BESIDE = 0.1
@@ -100,8 +100,8 @@ class Totals:
     has_labels: bool = True
     min_size: list[int] = field(default_factory=lambda: [1 << 32, 1 << 32])
     max_size: list[int] = field(default_factory=lambda: [0, 0])
-    class_pixels: np.ndarray = field(default_factory=lambda: np.zeros(NUM_TRAIN_IDS, np.int64))
-    class_samples: np.ndarray = field(default_factory=lambda: np.zeros(NUM_TRAIN_IDS, np.int64))
+    class_pixels: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))
+    class_samples: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))
 
     def add(self, records: np.ndarray) -> None:
         """Count records of `sample_dtype`."""
@@ -110,8 +110,8 @@ class Totals:
         self.has_labels &= bool((records["label_size"] > 0).all())
         self.min_size = [min(least, int(side.min())) for least, side in zip(self.min_size, sides, strict=True)]
         self.max_size = [max(most, int(side.max())) for most, side in zip(self.max_size, sides, strict=True)]
-        self.class_pixels += records["class_pixels"].sum(0, dtype=np.int64)
-        self.class_samples += (records["class_pixels"] > 0).sum(0)
+        self.class_pixels = self.class_pixels + records["class_pixels"].sum(0, dtype=np.int64)
+        self.class_samples = self.class_samples + (records["class_pixels"] > 0).sum(0)
 
     def differing(self, header: IndexHeader) -> Iterator[str]:
         """Return the names of the totals that differ from the header."""

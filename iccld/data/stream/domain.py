@@ -12,7 +12,6 @@ from iccld import rng
 from iccld.data.config import STRIDE, OnError
 from iccld.data.images.decode import Window, decode_image
 from iccld.data.sample import check_indexed_size, decode_train_ids
-from iccld.data.storage.index import NUM_TRAIN_IDS
 from iccld.data.storage.reader import BadSample, RawSample
 from iccld.data.stream.crops import Crop, apply_crop, draw_crop, source_merit, valid_rows
 from iccld.data.stream.order import Draw, Order
@@ -164,7 +163,9 @@ class DomainStream:
         size = int(record["height"]), int(record["width"])
         try:
             check_indexed_size(raw.image, size)
-            ids = None if self.table is None else decode_train_ids(raw.label, size)
+            ids = None
+            if self.table is not None:
+                ids = decode_train_ids(raw.label, size, num_classes=part.index.num_classes)
             crop = draw_crop(
                 size,
                 view.crop_size,
@@ -192,7 +193,7 @@ class DomainStream:
         if wanted is None and view.max_class_share >= 1:
             return None
         pixels = self.parts[draw.part].index.samples["class_pixels"][draw.index]
-        shown = 0 if wanted is None or self.table is None else int(pixels[self.table[:NUM_TRAIN_IDS] == wanted].sum())
+        shown = 0 if wanted is None or self.table is None else int(pixels[self.table[: len(pixels)] == wanted].sum())
         return lambda crop: source_merit(
             self._labels(train_ids, crop),
             max_class_share=view.max_class_share,

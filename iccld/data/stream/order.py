@@ -138,18 +138,20 @@ class RareClassOrder:
         temperature: float = 0.01,
         min_pixels: int = 3000,
         num_images: int | None = None,
+        rare: Sequence[int] = (),
     ) -> None:
         """`class_pixels`, `(N, T)`, counts the pixels of each train id in each image; `totals`, `(T,)`, holds the sums.
 
         `images_with[t]` lists the images that show train id t, those with most pixels first (`index.rank_samples`).
         `members[c]` lists the train ids that make up class c. Only the first `num_images` are drawn (None: all); the
-        classes' shares are those of all images. Raises ValueError if no class occurs.
+        classes' shares are those of all images. Classes in `rare` are drawn as often as the rarest. Raises ValueError
+        if no class occurs.
         """
         self.seed, self.stream = seed, stream
         limit = len(class_pixels) if num_images is None else num_images
         images = [_ClassImages(class_pixels, images_with, train_ids, min_pixels, limit) for train_ids in members]
         occurring = np.array([sum(totals[t] for t in ids) for ids in members]) * [len(each) > 0 for each in images]
-        self.probabilities = rare_class_probabilities(occurring, temperature=temperature)
+        self.probabilities = rare_class_probabilities(_as_rarest(occurring, rare), temperature=temperature)
         self._classes = np.flatnonzero(self.probabilities)
         if not len(self._classes):
             raise ValueError(
@@ -164,6 +166,14 @@ class RareClassOrder:
         drawn = int(np.searchsorted(self._cumulative, generator.random(), side="right"))
         drawn = min(drawn, len(self._classes) - 1)  # rounding may leave the last sum just below 1
         return Draw(self._images[drawn].draw(generator), int(self._classes[drawn]))
+
+
+def _as_rarest(pixels: np.ndarray, rare: Sequence[int]) -> np.ndarray:
+    """Pixels of each class `(K,)`, those of the classes `rare` that occur as few as the rarest's."""
+    marked = [c for c in rare if pixels[c]]
+    result = pixels.copy()
+    result[marked] = pixels[pixels > 0].min(initial=pixels.max(initial=0))
+    return result
 
 
 class _ClassImages:

@@ -13,7 +13,7 @@ from iccld.data.config import DataConfig, DatasetConfig, OnError, SetConfig
 from iccld.data.storage import integrity
 from iccld.data.storage.base import MissingShard, Storage
 from iccld.data.storage.cache import SampleCache
-from iccld.data.storage.index import NUM_TRAIN_IDS, ShardIndex, rank_samples
+from iccld.data.storage.index import ShardIndex, rank_samples
 from iccld.data.storage.open import open_storage
 from iccld.data.storage.open_index import open_index
 from iccld.data.storage.reader import ShardReader
@@ -73,11 +73,7 @@ def open_parts(config: DataConfig, role: str, *, with_labels: bool) -> list[Part
         if _kept:
             _kept[-1][key] = parts
     for part in parts if with_labels else ():
-        if not part.index.header.has_labels:
-            raise ValueError(
-                f"{part.setting}.shards={without_secrets(part.index.location)} has no labels, but the labels of the "
-                f"{role} set are needed; make the shards without --no-labels."
-            )
+        _check_labels(part, role, config)
     return list(parts)
 
 
@@ -106,6 +102,25 @@ def _open_part(part: SetConfig, role: str, name: str, config: DataConfig, cache:
         _check_shards(index, storage, f"{setting}.shards={part.shards}")
     reader = ShardReader(index, storage, None if storage.is_local else cache)
     return Part(f"{role}/{name}" if name else role, reader, _positions(part, index, setting), part.weight, setting)
+
+
+def _check_labels(part: Part, role: str, config: DataConfig) -> None:
+    where, header = f"{part.setting}.shards={without_secrets(part.index.location)}", part.index.header
+    if not header.has_labels:
+        raise ValueError(
+            f"{where} has no labels, but the labels of the {role} set are needed; make the shards without --no-labels."
+        )
+    own, wanted = header.class_set.names, config.class_set.build().id_names
+    if own != wanted:
+        remedy = "set data.classes to the YAML that they were made with, or " if header.classes else ""
+        raise ValueError(
+            f"{where} has labels of {len(own)} classes ({_first(own)}), the run is of {len(wanted)} "
+            f"({_first(wanted)}); {remedy}make them again with the run's --classes."
+        )
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
 
 
 def _check_shards(index: ShardIndex, storage: Storage, where: str) -> None:
@@ -175,7 +190,7 @@ def _rare_order(part: Part, config: DataConfig, seed: int) -> Order:
     index, class_set = part.index, config.class_set.build()
     class_pixels, totals = index.samples["class_pixels"], np.array(index.header.class_pixels)
     if isinstance(part.positions, range):
-        images_with = [index.samples_with(train_id) for train_id in range(NUM_TRAIN_IDS)]
+        images_with = [index.samples_with(train_id) for train_id in range(index.num_classes)]
     else:
         class_pixels = class_pixels[part.positions]
         images_with, totals = rank_samples(class_pixels), class_pixels.sum(0, dtype=np.int64)
@@ -189,6 +204,7 @@ def _rare_order(part: Part, config: DataConfig, seed: int) -> Order:
         stream=part.name,
         temperature=config.rare_class_temperature,
         min_pixels=config.rare_class_min_pixels,
+        rare=class_set.rare,
         num_images=len(part.positions),
     )
     return _of_part(order, part)

@@ -256,7 +256,7 @@ def _validation_samples(parts: list[Part], config: DataConfig, numbers: Iterable
         sample = part.reader.read(position, with_labels=True)
         try:
             image = decode_pixels(sample.image)
-            labels = relabel(decode_train_ids(sample.label, image.shape[:2]), table)
+            labels = relabel(decode_train_ids(sample.label, image.shape[:2], num_classes=part.index.num_classes), table)
         except ValueError as error:
             raise part.reader.bad(position, f"it cannot be used: {error}") from error
         yield {"image": image, "labels": labels, "key": part.index.key(position), "number": number}

@@ -21,7 +21,8 @@ def test_who_is_let_in_after_another_has_finished_keeps_its_shards(tmp_path: Pat
     raw = write_folder(tmp_path / "raw", 3)
     write_folder(tmp_path / "spare", 4)
     shutil.copy(tmp_path / "spare" / "labels" / "frame_003.png", raw / "labels")
-    config, lines = MakeShardsConfig("folder", str(raw), str(tmp_path / "out"), image_format=ImageFormat.PNG), []
+    how = {"classes": "cityscapes", "image_format": ImageFormat.PNG}
+    config, lines = MakeShardsConfig("folder", str(raw), str(tmp_path / "out"), **how), []
 
     def progress(line: str) -> None:
         if "belong to no image" in line:  # said just before the lock is asked for

@@ -17,6 +17,7 @@ from tests.data.factory import make_set, members, opened, random_pair, save, wri
 
 def make(root: Path, **settings: Any) -> IndexResult:
     defaults = {"dataset": "folder", "input": str(root), "output": f"{root}-shards", "image_format": ImageFormat.PNG}
+    defaults |= {"classes": "cityscapes"} if defaults["dataset"] == "folder" and "mapping" not in settings else {}
     return make_shards(MakeShardsConfig(**defaults | settings), progress=lambda line: None)
 
 
@@ -188,9 +189,18 @@ def test_a_pair_beyond_memory_is_bad(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_set_of_bad_pairs_only_is_never_finished(tmp_path: Path) -> None:
-    raw = write_folder(tmp_path / "raw", 2, labels=False)
+    raw = write_folder(tmp_path / "raw", 2)
+    for path in (raw / "labels").iterdir():
+        path.write_bytes(b"no image")
     result = make(raw, accept_bad=True)
     assert result.index is None and len(result.problems) == 2
+
+
+def test_images_without_any_label_are_refused_once_and_the_right_flag_goes_on(tmp_path: Path) -> None:
+    raw = write_folder(tmp_path / "raw", 2, labels=False)
+    with pytest.raises(ValueError, match=r"none of its 2 images has a label \(expected: .*\); add --no-labels"):
+        make(raw, accept_bad=True)
+    assert len(opened(make(raw, no_labels=True))) == 2
 
 
 def test_a_finished_set_is_kept_and_other_settings_are_refused(tmp_path: Path) -> None:
@@ -198,7 +208,9 @@ def test_a_finished_set_is_kept_and_other_settings_are_refused(tmp_path: Path) -
     folder, raw = Path(index.location), tmp_path / "raw"
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     lines: list[str] = []
-    again = MakeShardsConfig("folder", str(raw), str(folder), image_format=ImageFormat.PNG, samples_per_shard=4)
+    again = MakeShardsConfig(
+        "folder", str(raw), str(folder), classes="cityscapes", image_format=ImageFormat.PNG, samples_per_shard=4
+    )
     make_shards(again, progress=lines.append)
     assert "is finished already with these settings: 5 samples are kept" in lines[0]
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}

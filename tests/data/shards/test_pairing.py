@@ -78,7 +78,8 @@ def test_images_that_would_be_lost_are_named(tmp_path: Path, capsys: pytest.Capt
     write_folder(root, {"images/c.jfif": b"", "images/d.gif": b""})
     (root / "images" / "e.png").symlink_to("gone")
     os.mkfifo(root / "images" / "f.png")
-    command = ["shards", "make", "--dataset", "folder", "--input", str(root), "--output", str(tmp_path / "out")]
+    paths = ["--input", str(root), "--output", str(tmp_path / "out")]
+    command = ["shards", "make", "--dataset", "folder", "--classes", "cityscapes", *paths]
     assert main([*command, "--workers", "1"]) == 1
     bad = [line for line in capsys.readouterr().err.splitlines() if line.startswith("bad: ")]
     assert [line.partition("/images/")[2].partition(";")[0] for line in bad] == [
@@ -97,7 +98,8 @@ def test_what_is_no_image_is_counted(tmp_path: Path, capsys: pytest.CaptureFixtu
     files = ["images/Thumbs.db", "images/x.txt", "labels/a.txt", "labels/z.png", "labels/a.jpg", "images/.DS_Store"]
     root = write_folder(tmp_path / "in", {"images/a.png": IMAGE, "labels/a.png": LABEL} | dict.fromkeys(files, b""))
     (root / "images" / "loop").symlink_to("..")
-    command = ["shards", "make", "--dataset", "folder", "--input", str(root), "--output", str(tmp_path / "out")]
+    paths = ["--input", str(root), "--output", str(tmp_path / "out")]
+    command = ["shards", "make", "--dataset", "folder", "--classes", "cityscapes", *paths]
     assert main([*command, "--workers", "1"]) == 0
     said = set(capsys.readouterr().out.splitlines())
     assert said >= {

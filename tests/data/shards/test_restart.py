@@ -28,7 +28,20 @@ MANY = 90
 
 def command(raw: Path, output: Path, *options: str, samples_per_shard: int = SAMPLES_PER_SHARD) -> list[str]:
     sizes = ["--samples-per-shard", str(samples_per_shard), "--image-format", "png"]
-    return ["shards", "make", "--dataset", "folder", "--input", str(raw), "--output", str(output), *sizes, *options]
+    return [
+        "shards",
+        "make",
+        "--dataset",
+        "folder",
+        "--classes",
+        "cityscapes",
+        "--input",
+        str(raw),
+        "--output",
+        str(output),
+        *sizes,
+        *options,
+    ]
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -39,7 +52,9 @@ def resume(raw: Path, output: Path, *, samples_per_shard: int = SAMPLES_PER_SHAR
     """Goes on until the set is finished; the lines of progress."""
     lines: list[str] = []
     settings: dict[str, Any] = {"samples_per_shard": samples_per_shard, "image_format": ImageFormat.PNG}
-    result = make_shards(MakeShardsConfig("folder", str(raw), str(output), **settings), progress=lines.append)
+    result = make_shards(
+        MakeShardsConfig("folder", str(raw), str(output), classes="cityscapes", **settings), progress=lines.append
+    )
     assert result.index is not None
     return lines
 

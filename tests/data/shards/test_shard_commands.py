@@ -15,7 +15,8 @@ from tests.data.shards.test_making import assert_all_named, members, spoil
 
 def test_make(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     raw = write_folder(tmp_path / "raw", 9)
-    command = ["shards", "make", "--dataset", "folder", "--input", str(raw), "--output", str(tmp_path / "out")]
+    paths = ["--input", str(raw), "--output", str(tmp_path / "out")]
+    command = ["shards", "make", "--dataset", "folder", "--classes", "cityscapes", *paths]
     command += ["--workers", "1", "--bytes-per-shard", "1M", "--size"]
     assert main([*command, "24"]) == 2
     assert "--size 24 must be HEIGHTxWIDTH" in capsys.readouterr().err
@@ -54,7 +55,8 @@ def test_wrong_options_are_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
 ) -> None:
     raw = write_folder(tmp_path / "raw", 1)
-    command = ["shards", "make", "--dataset", "folder", "--input", str(raw), "--output", str(tmp_path / "out")]
+    paths = ["--input", str(raw), "--output", str(tmp_path / "out")]
+    command = ["shards", "make", "--dataset", "folder", "--classes", "cityscapes", *paths]
     assert main([*command, *options]) == 2
     errors = capsys.readouterr().err
     assert message in errors and errors.count("\n") == 1

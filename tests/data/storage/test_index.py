@@ -105,7 +105,7 @@ def test_opening_names_file_and_remedy(tmp_path: Path) -> None:
     index = make_set(tmp_path, 5)
     path, whole = index.folder / "index.json", asdict(index.header)
     for change, message in (
-        ({"version": 99}, r"index.json has version 99, this program reads 2; remove the index and make"),
+        ({"version": 99}, r"index.json has version 99, this program reads 2 and 3; remove the index and make"),
         ({"num_samples": 6}, r"samples.npy does not fit index.json .*another length"),
         ({"num_shards": -1}, r"index.json is damaged \(its numbers do not fit each other\); remove"),
         ({"class_pixels": [1]}, r"index.json is damaged"),

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from iccld.data.classes import ClassList, num_classes_of
 from iccld.data.shards.converters.pairing import Pair, pair_labels
 from iccld.data.shards.converters.pattern import Pattern, has_image_ending
 from iccld.data.shards.converters.readers import (
@@ -18,7 +19,7 @@ from iccld.data.shards.converters.readers import (
     read_polygons,
     read_red16,
 )
-from iccld.data.shards.converters.table import KNOWN_IDS, Ids, Table, read_mapping, read_table
+from iccld.data.shards.converters.table import KNOWN_IDS, Ids, Table, ids_of_classes, read_mapping, read_table
 from iccld.data.shards.converters.tree import InputTree, NotSeen, fold
 from iccld.data.shards.tally import Tally, plain
 from iccld.data.shards.tars import LEAVE_OUT, Problem
@@ -48,8 +49,13 @@ class Survey:
 class Converter:
     """One data set's files by its table. It can be pickled and used from several processes."""
 
-    def __init__(self, table: Table, root: Path, *, split: str = "", ids: Ids | None = None) -> None:
-        self.name, self.table, self.split = table.name, table, split
+    def __init__(
+        self, table: Table, root: Path, *, split: str = "", ids: Ids | None = None, classes: ClassList | None = None
+    ) -> None:
+        self.name, self.table, self.split, self.classes = table.name, table, split, classes
+        self.num_classes = num_classes_of(classes)
+        self.is_told = bool(ids or table.ids or not table.labels)
+        """Whether anything says what the labels mean; else, they are taken for train ids."""
         self.ids: Ids = ids or table.ids or KNOWN_IDS["cityscapes_train_ids"]
         patterns = [pattern.with_split(split) for pattern in (table.images, *table.labels)]
         tops = [pattern.top for pattern in patterns] + [Pattern(path).top for path in table.class_list]
@@ -122,7 +128,8 @@ class Converter:
 
     def describe(self) -> dict[str, Any]:
         """What the pairs and their labels' meaning depend on, as JSON."""
-        return {
+        own = {"classes": self.classes.plain["names"]} if self.classes else {}
+        return own | {
             "images": self._images.text,
             "labels": self._labels.text if self._labels else None,
             "key": self._key.text,
@@ -157,24 +164,27 @@ class Converter:
             raise ValueError(f"{location}: {error}; use the data set of its version") from error
 
 
-def open_converter(dataset: str, root: Path, *, split: str = "", mapping: Path | None = None) -> Converter:
+def open_converter(
+    dataset: str, root: Path, *, split: str = "", mapping: Path | None = None, classes: ClassList | None = None
+) -> Converter:
     """The converter of a packaged data set, or of the table at the path `dataset`, over the files in `root`.
 
-    Raises ValueError where a setting is wrong.
+    With `classes`, labels become their indices; else Cityscapes train ids. Raises ValueError where a setting is wrong.
     """
     if dataset in DATASETS:
-        table = read_table(_TABLES / f"{dataset}.yaml")
+        table = read_table(_TABLES / f"{dataset}.yaml", classes=classes)
     elif dataset.endswith((".yaml", ".yml")):
-        table = read_table(Path(dataset))
+        table = read_table(Path(dataset), classes=classes)
     else:
         packaged = ", ".join(DATASETS)
         raise ValueError(f"--dataset {dataset} is unknown; use one of {packaged}, or the path of a YAML of your own.")
     _check_split(table, split)
     if mapping is None:
-        return Converter(table, root, split=split)
+        ids = ids_of_classes(classes, table) if classes and table.labels and table.ids is None else None
+        return Converter(table, root, split=split, ids=ids, classes=classes)
     if table.ids is not None or not table.labels:
         raise ValueError(f"--mapping {mapping}: the ids of {table.name} are known; leave --mapping out.")
-    return Converter(table, root, split=split, ids=read_mapping(mapping, table))
+    return Converter(table, root, split=split, ids=read_mapping(mapping, table, classes), classes=classes)
 
 
 def _check_split(table: Table, split: str) -> None:

@@ -25,7 +25,10 @@ class LabelsAs(Enum):
     colors = "colors"
     """RGB colours."""
     polygons = "polygons"
-    """JSON: `imgWidth`, `imgHeight` and `objects`, drawn in order, each with `label`, `polygon`, perhaps `deleted`."""
+    """JSON: `imgWidth`, `imgHeight` and `objects`, drawn in order, each with `label`, `polygon`, perhaps `deleted`.
+
+    Or as labelme writes it: `imageWidth`, `imageHeight` and `shapes`, each with `label`, `points`, `shape_type`.
+    """
 
 
 class UnknownIds(ValueError):
@@ -101,7 +104,7 @@ def read_polygons(data: bytes, train_ids: Mapping[str, int | None]) -> np.ndarra
 def _parse_polygons(data: bytes) -> tuple[tuple[int, int], list[tuple[str, list[tuple[float, float]]]]]:
     """(width, height), and (name, points) of every object that is not deleted."""
     try:
-        content = json.loads(data)
+        content = _as_objects(json.loads(data))
         width, height = int(content["imgWidth"]), int(content["imgHeight"])
         objects = [
             (str(found["label"]), [(x, y) for x, y in found["polygon"]])
@@ -114,6 +117,24 @@ def _parse_polygons(data: bytes) -> tuple[tuple[int, int], list[tuple[str, list[
     if not inside or min(width, height) < 1 or width * height > MAX_PIXELS:
         raise ValueError(f"its size, {width}x{height}, or one of its coordinates is absurd")
     return (width, height), objects
+
+
+def _as_objects(content: dict[str, Any]) -> dict[str, Any]:
+    """A file of labelme's as one of objects; any other as it is."""
+    if "shapes" not in content:
+        return content
+    objects = [{"label": shape["label"], "polygon": _outline(shape)} for shape in content["shapes"]]
+    return {"imgWidth": content["imageWidth"], "imgHeight": content["imageHeight"], "objects": objects}
+
+
+def _outline(shape: dict[str, Any]) -> list[Any]:
+    kind, points = shape.get("shape_type", "polygon"), shape["points"]
+    if kind == "rectangle":
+        (left, top), (right, bottom) = points
+        return [(left, top), (right, top), (right, bottom), (left, bottom)]
+    if kind != "polygon":
+        raise ValueError(f"a shape of {kind} has no area that is read; draw polygons or rectangles")
+    return points
 
 
 def class_list_ids(data: bytes, train_ids: Mapping[str, int | None]) -> dict[int, int | None]:

@@ -7,11 +7,11 @@
     labels_as: ids           # how labels are stored (`LabelsAs`)
     ids: {7: 0, 8: 1, 9: 255}
 
-`ids` names everything that may occur in a label file, and its train id (0-18) or 255 where it is not evaluated. It is
-the name of a known map, or a map from ids, from names (polygons, or with `class_list`), or from "r g b" colours; left
-out, labels are train ids, or what --mapping says. `class_list` is a JSON of the package that names the classes by
-`labels: [{name: ...}, ...]`, the first being id 0. Where packages differ, `labels` and `class_list` are lists of one
-length; what counts is the first whose class list is there.
+`ids` names everything that may occur in a label file, and its train id (0-18) or 255 where it is not evaluated; with
+--classes also the name of a class, or `ignore`. It is the name of a known map, or a map from ids, from names (polygons,
+or with `class_list`), or from "r g b" colours; left out, labels are what --classes or --mapping says. `class_list` is a
+JSON of the package that names the classes by `labels: [{name: ...}, ...]`, the first being id 0. Where packages differ,
+`labels` and `class_list` are lists of one length; what counts is the first whose class list is there.
 """
 
 from collections.abc import Mapping
@@ -21,6 +21,7 @@ from typing import Any
 
 import yaml
 
+from iccld.data.classes import ClassList
 from iccld.data.shards.converters.pattern import Pattern
 from iccld.data.shards.converters.readers import LabelsAs, color_code
 from iccld.labels import CITYSCAPES_ID_TO_TRAIN_ID, IGNORE_INDEX
@@ -32,6 +33,7 @@ KNOWN_IDS: Mapping[str, Mapping[int, int]] = {
     "cityscapes_train_ids": {i: i for i in TRAIN_IDS},
 }
 _MAX_ID = 65535
+_RULE_OF_NAMES = "write {id in the labels: name of a class}, or `ignore` for what is not evaluated"
 _RULE = "write {old id: train id}, with train ids 0-18, or 255 for what is not evaluated"
 
 Ids = Mapping[Any, int | None]
@@ -56,8 +58,11 @@ class Table:
         return bool(self.class_list) or self.labels_as is LabelsAs.polygons
 
 
-def read_table(path: Path) -> Table:
-    """The table of a YAML file, checked. Raises ValueError with what is wrong in one line."""
+def read_table(path: Path, *, classes: ClassList | None = None) -> Table:
+    """The table of a YAML file, checked; what it does not say of labels, `classes` do.
+
+    Raises ValueError with what is wrong in one line.
+    """
     setting = f"--dataset {path}"
     content = _load(path, setting)
     known = Table.__dataclass_fields__.keys() - {"name"}
@@ -67,29 +72,50 @@ def read_table(path: Path) -> Table:
         )
     if not isinstance(content.get("images"), str):
         raise ValueError(f"{setting}: images is missing; write a pattern, as in images: images/{{frame}}.png.")
+    usual = classes.labels_as if classes and "ids" not in content else LabelsAs.ids.value
+    labels = _texts(content, "labels", setting)
+    if usual == LabelsAs.polygons.value and "labels_as" not in content:
+        labels = tuple(f"{text.removesuffix('.png')}.json" if text.endswith(".png") else text for text in labels)
     table = Table(
         name=path.stem,
         images=Pattern(content["images"]),
-        labels=tuple(map(Pattern, _texts(content, "labels", setting))),
+        labels=tuple(map(Pattern, labels)),
         key=Pattern(str(content["key"])) if "key" in content else None,
         splits=None if content.get("splits") == "any" else _texts(content, "splits", setting),
-        labels_as=_labels_as(content.get("labels_as", LabelsAs.ids.value), setting),
+        labels_as=_labels_as(content.get("labels_as", usual), setting),
         class_list=_texts(content, "class_list", setting),
     )
     _check_patterns(table, setting)
-    _check_labels(table, content, setting)
+    _check_labels(table, content, setting, is_told=classes is not None)
     if "ids" not in content:
         return table
-    return replace(table, ids=parse_ids(content["ids"], table, f"{setting}: ids"))
+    return replace(table, ids=parse_ids(content["ids"], table, f"{setting}: ids", classes))
 
 
-def read_mapping(path: Path, table: Table) -> Ids:
+def read_mapping(path: Path, table: Table, classes: ClassList | None = None) -> Ids:
     """The ids of a `--mapping` file, YAML or JSON."""
-    return parse_ids(_load(path, f"--mapping {path}"), table, f"--mapping {path}")
+    return parse_ids(_load(path, f"--mapping {path}"), table, f"--mapping {path}", classes)
 
 
-def parse_ids(content: Any, table: Table, setting: str) -> Ids:
-    """What a label file may hold, to train ids; colours become numbers. Only polygons may have None: not drawn."""
+def ids_of_classes(classes: ClassList, table: Table) -> Ids:
+    """What a label file may hold, to class indices, as the file of classes itself says it."""
+    if classes.without_ids:
+        names = ", ".join(classes.without_ids)
+        raise ValueError(f"--classes {classes.path}: {names} without `ids`; add those in the labels ([]: none).")
+    return {_old_id(old, table, f"--classes {classes.path}"): new for old, new in classes.ids.items()}
+
+
+def parse_ids(content: Any, table: Table, setting: str, classes: ClassList | None = None) -> Ids:
+    """What a label file may hold, to train ids, or to indices of `classes`; colours become numbers.
+
+    Only polygons may have None: not drawn.
+    """
+    ids = _parse_ids(content, table, setting, with_names=classes is not None)
+    return {old: classes.index_of(new, f"{setting}: {old}") for old, new in ids.items()} if classes else ids
+
+
+def _parse_ids(content: Any, table: Table, setting: str, *, with_names: bool) -> Mapping[Any, Any]:
+    """The ids as they are written: to train ids, or to the names of classes of one's own."""
     if isinstance(content, str):
         if content not in KNOWN_IDS or table.by_name or table.labels_as is LabelsAs.colors:
             raise ValueError(f"{setting}: {content!r} is no known map of such labels; {_RULE}.")
@@ -99,8 +125,10 @@ def parse_ids(content: Any, table: Table, setting: str) -> Ids:
     ids = {_old_id(old, table, setting): new for old, new in content.items()}
     allowed = {*TRAIN_IDS, None} if table.labels_as is LabelsAs.polygons else set(TRAIN_IDS)
     strange = [new for new in ids.values() if isinstance(new, bool | float | list | dict) or new not in allowed]
+    if with_names:
+        strange = [new for new in strange if not isinstance(new, str)]
     if strange:
-        raise ValueError(f"{setting}: {strange} on the right-hand side; {_RULE}.")
+        raise ValueError(f"{setting}: {strange} on the right-hand side; {_RULE_OF_NAMES if with_names else _RULE}.")
     return ids
 
 
@@ -163,7 +191,7 @@ def _check_patterns(table: Table, setting: str) -> None:
         )
 
 
-def _check_labels(table: Table, content: Mapping[str, Any], setting: str) -> None:
+def _check_labels(table: Table, content: Mapping[str, Any], setting: str, *, is_told: bool) -> None:
     meaning = [key for key in ("labels_as", "class_list", "ids") if key in content]
     if not table.labels and meaning:
         raise ValueError(f"{setting}: {meaning[0]} without labels; add a pattern of labels, or leave it out.")
@@ -173,5 +201,5 @@ def _check_labels(table: Table, content: Mapping[str, Any], setting: str) -> Non
         )
     if table.class_list and table.labels_as is not LabelsAs.ids:
         raise ValueError(f"{setting}: class_list goes with labels_as: ids, not {table.labels_as.value}; leave one out.")
-    if table.labels and "ids" not in content and (table.by_name or table.labels_as is LabelsAs.colors):
+    if table.labels and not is_told and "ids" not in content and (table.by_name or table.labels_as is LabelsAs.colors):
         raise ValueError(f"{setting}: ids is missing; {_RULE}.")
