@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 40
 
-LEAVES = {"labels", "rng", "plain_yaml", "settings", "texts", "outcome", "reading", "redact"}
+LEAVES = {"labels", "rng", "plain_yaml", "settings", "texts", "outcome", "reading", "redact", "eager"}
 """Rooms that all others may enter: keyed draws, plain files, and how a command ends."""
 PROGRAMS = {"__main__", "cli", "programs"}
 EVERYTHING = {"*"}  # but the programs, unless one is asking
@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "group_files": set(),
     "texts": set(),
     "outcome": set(),
+    "eager": set(),
     "diffusion": set(),
     "losses": set(),
     "uda": set(),
