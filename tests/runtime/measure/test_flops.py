@@ -146,7 +146,7 @@ def test_attention_costs_the_same_whatever_back_end() -> None:
 
 @pytest.mark.parametrize("product", [lambda x: torch.einsum("ij,jk", x, x), lambda x: torch.tensordot(x, x, 1)])
 def test_a_product_without_a_rule_is_refused(product: Callable[[Tensor], Tensor]) -> None:
-    with pytest.raises(ValueError, match="has no rule; call matmul, or add one"), FlopCounter({}):
+    with pytest.raises(ValueError, match="has no rule; call matmul, or add a rule"), FlopCounter({}):
         product(torch.ones(2, 2))
 
 
