@@ -29,19 +29,12 @@ from iccld.runtime.faults.preemption import PreemptionConfig
 from iccld.runtime.measure.memory import MemoryConfig
 from iccld.runtime.measure.metrics import MetricsConfig
 from iccld.stages.adversarial import AdversarialConfig
+from iccld.stages.kind import StageSettings
+from iccld.stages.predictor import InferenceConfig
 from iccld.stages.segmentation import SegmentationConfig
+from iccld.stages.table import STAGES, first_stage
 from iccld.stages.view_cache import ViewCacheConfig
 from iccld.trainer import TrainerConfig
-
-
-class StageName(Enum):
-    stage1 = "stage1"
-    stage2 = "stage2"
-
-
-class Weights(Enum):
-    teacher = "teacher"
-    student = "student"
 
 
 @dataclass
@@ -66,26 +59,6 @@ class Stage2Config:
 
 
 @dataclass
-class InferenceConfig:
-    """Which weights predict, and with how many denoising steps (0: the decoder alone, as after stage 1)."""
-
-    weights: Weights = Weights.teacher  # which model predicts: the teacher or the student
-    num_steps: list[int] = field(default_factory=lambda: [1, 4, 50])  # denoising steps; 0: the decoder alone
-    noise_seeds: int = 1  # each is scored on its own
-    num_averaged: int = 1  # denoised from so many noises, whose class probabilities are averaged
-    blend: float = 0.0  # share of D(E(x))'s probabilities, as after stage 1, in the denoised ones
-
-    def __post_init__(self) -> None:
-        if not self.num_steps or min(self.num_steps) < 0 or max(self.num_steps) > 1000:
-            raise ValueError(f"inference.num_steps={self.num_steps} must be numbers of denoising steps, 0 to 1000.")
-        for name in ("noise_seeds", "num_averaged"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"inference.{name}={getattr(self, name)} must be at least 1.")
-        if not 0.0 <= self.blend <= 1.0:
-            raise ValueError(f"inference.blend={self.blend} must be between 0 (off) and 1 (stage 1's map alone).")
-
-
-@dataclass
 class Config:
     """Everything a run is made of.
 
@@ -95,7 +68,7 @@ class Config:
 
     run_dir: str = "runs/default"  # the folder that gets everything a run writes
     seed: int = 0  # of every random draw
-    stages: list[StageName] = field(default_factory=lambda: [StageName.stage1, StageName.stage2])
+    stages: list[str] = field(default_factory=lambda: [*STAGES])
     """The stages that this run trains."""
     initial_model: str = ""  # a model folder whose encoder and decoder stage 1 starts from
     stage1_from: str = ""  # a run directory whose finished stage 1 this run takes
@@ -114,10 +87,11 @@ class Config:
     inference: InferenceConfig = field(default_factory=InferenceConfig)
 
     def __post_init__(self) -> None:
-        if not self.stages or self.stages != [stage for stage in StageName if stage in self.stages]:
-            names = [stage.value for stage in self.stages]
-            raise ValueError(f"stages={names} must be [stage1], [stage2] or [stage1, stage2]; use stage=all.")
-        if self.stage1_from and StageName.stage1 in self.stages:
+        if not self.stages or self.stages != [name for name in STAGES if name in self.stages]:
+            raise ValueError(
+                f"stages={self.stages} must be some of [{', '.join(STAGES)}], in this order; use stage=all."
+            )
+        if self.stage1_from and first_stage() in self.stages:
             raise ValueError(
                 f"stage1_from={self.stage1_from} takes stage 1 from another run, which stages must not train; "
                 f"use stages=[stage2]."
@@ -132,11 +106,22 @@ FREE_SETTINGS = (
     "data.source.shards", "data.target.shards", "data.storage.", "data.cache.", "data.on_error",
     "data.max_bad_share", "engine.compile", "engine.deterministic", "engine.cudnn_benchmark",
     "preemption.", "watchdog.", "preflight", "memory.",
-    "stage1.trainer.micro_batch_size", "stage2.trainer.micro_batch_size", "stage1.trainer.checkpoint.",
-    "stage2.trainer.checkpoint.", "stage1.trainer.evaluate_every", "stage2.trainer.evaluate_every",
-    "stage2.cache.folder", "stage2.cache.max_gib",
     "model.encoder.activation_checkpointing", "model.denoiser.activation_checkpointing",
 )  # fmt: skip
+FREE_OF_A_STAGE = ("trainer.micro_batch_size", "trainer.checkpoint.", "trainer.evaluate_every")
+"""The same of each stage's section; a stage adds its own (`StageKind.free_settings`)."""
+
+
+def stage_settings(name: str, config: Config) -> StageSettings[Any]:
+    """Return what the stage of this name sees of the settings."""
+    return StageSettings(
+        own=getattr(config, name),
+        model=config.model,
+        seed=config.seed,
+        num_classes=config.data.class_set.build().num_classes,
+        crop_size=config.data.crop_size,
+        initial_model=config.initial_model,
+    )
 
 
 def load_config(overrides: Sequence[str], *, config_dir: str = "") -> Config:
@@ -258,6 +243,8 @@ def config_from(values: Any, *, where: str, overrides: Sequence[str] = ()) -> Co
         raise ValueError(f"{where}: not the settings of a run (no `key: value` lines).")
     for key, value in settings.misplaced(values, Config):
         raise ValueError(f"{where}: not the settings of a run ({key} cannot be {str(value)[:80]!r}).")
+    if unknown := [name for name in values.get("stages", ()) if name not in STAGES]:
+        raise ValueError(f"{where}: not the settings of a run (stages={unknown} must be some of {[*STAGES]}).")
     parsed = _parsed(overrides)
     try:
         plain = _as_it_is(settings.with_typed_keys(_of_this_version(values), Config))
@@ -288,10 +275,12 @@ def differences(old: Config, new: Config) -> list[str]:
 
 def bound_settings(config: Config) -> dict[str, Any]:
     """The settings, by their keys, that must not differ between two attempts at one run."""
+    of_stages = (f"{k.name}.{setting}" for k in STAGES.values() for setting in (*FREE_OF_A_STAGE, *k.free_settings))
+    free = (*FREE_SETTINGS, *of_stages)
     return {
         key: value
         for key, value in _flat(to_dict(config)).items()
-        if not re.sub(r"\.also\.[^.]+\.shards$", ".shards", key).startswith(FREE_SETTINGS)
+        if not re.sub(r"\.also\.[^.]+\.shards$", ".shards", key).startswith(free)
     }
 
 

@@ -33,7 +33,6 @@ from iccld.labels import IGNORE_INDEX, ClassSet
 from iccld.losses import weighted_cross_entropy
 from iccld.models.encoder import EncoderOutput
 from iccld.models.iccld import ICCLD
-from iccld.models.latent import diffused_latent
 from iccld.scores import Scores
 
 FIT_STEPS = 20
@@ -233,7 +232,7 @@ def _timesteps(model: ICCLD) -> list[int]:
 def _true_z_0(model: ICCLD, example: Example, encoded: EncoderOutput) -> Tensor:
     """z_0 as it is diffused, of the clean image, which is also what the denoiser sees, and of the true labels."""
     weights = torch.ones_like(example.labels, dtype=torch.float32)
-    return diffused_latent(model, clean=encoded.latent, seen=encoded, labels=example.labels, weights=weights)
+    return model.diffused_latent(clean=encoded.latent, seen=encoded, labels=example.labels, weights=weights)
 
 
 def _resized_z_0(model: ICCLD, other: Example, *, size: torch.Size) -> Tensor:

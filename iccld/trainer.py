@@ -90,7 +90,7 @@ class Trainer:
     config: TrainerConfig
     about: Mapping[str, Any]  # goes into every checkpoint's manifest
     evaluate: Callable[[], Mapping[str, float]] | None = None
-    after_step: Callable[[int], None] = lambda step: None  # on every rank
+    after_step: Callable[[int], None] = lambda step: None  # on every rank, with the number of steps done
     watchdog: Watchdog = field(default_factory=Watchdog)
 
     def run(self) -> bool:
@@ -126,8 +126,8 @@ class Trainer:
         timer = PhaseTimer(engine.device, self.watchdog.phase)
         train = TrainingStep(self.stage, engine, timer)
         batches = engine.prefetch(batches, copying=lambda: timer.span(OVERLAPPED))
-        if self._is_scored(start_step - 1) and engine.any(self.metrics.owes_scores(start_step - 1)):
-            self._score(start_step - 1, timer)
+        if self._is_scored(start_step) and engine.any(self.metrics.owes_scores(start_step)):
+            self._score(start_step, timer)
         for step in range(start_step, config.num_steps):
             self.watchdog.step(step)
             engine.set_learning_rate(learning_rate_factor(step, num_steps=config.num_steps, config=config.schedule))
@@ -141,23 +141,24 @@ class Trainer:
                 self._stop(step, timer, is_new=step > start_step)
                 return False
             losses, metrics = train(micro_batches, step)
+            done = step + 1
             with timer.phase("average"):
-                self.after_step(step)
+                self.after_step(done)
             timer.end_step()
-            self.metrics.record(step, losses, metrics)
-            is_save = step + 1 == config.num_steps or (step + 1) % config.checkpoint.save_every == 0
-            if is_save or self.metrics.is_due(step):
+            self.metrics.record(done, losses, metrics)
+            is_save = done == config.num_steps or done % config.checkpoint.save_every == 0
+            if is_save or self.metrics.is_due(done):
                 self._flush(timer)
             if is_save:
                 with timer.phase("save"):
-                    self._save(step + 1)
-            if self._is_scored(step):
-                self._score(step, timer)
+                    self._save(done)
+            if self._is_scored(done):
+                self._score(done, timer)
         return True
 
     def _is_scored(self, step: int) -> bool:
         every = self.config.evaluate_every
-        return bool(self.evaluate and every and (step + 1) % every == 0)
+        return bool(self.evaluate and every and step and step % every == 0)
 
     def _score(self, step: int, timer: PhaseTimer) -> None:
         assert self.evaluate is not None

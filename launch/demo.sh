@@ -20,7 +20,7 @@ demo=runs/demo
 pack() { run iccld shards make --samples-per-shard 100 "$@"; }
 
 echo "== drawing"
-run python tools/draw_scenes.py --output $demo/data --size 128x256
+run python -m iccld.demo.draw --output $demo/data --size 128x256
 echo "== packing"
 pack --dataset gta5 --input $demo/data/gta5 --output $demo/shards/source
 pack --dataset cityscapes --split train --no-labels --input $demo/data/cityscapes --output $demo/shards/target

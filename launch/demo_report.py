@@ -17,7 +17,8 @@ from iccld.durable import replacing, write_whole
 from iccld.evaluation import results_table
 from iccld.models.iccld import ICCLD
 from iccld.predict import colourise, comparison_picture
-from iccld.programs.evaluate.evaluate import named_results, predict_function, saved_settings
+from iccld.programs.evaluate.evaluate import named_results, saved_settings
+from iccld.stages.predictor import predictor_of
 
 NUM_PICTURES = 6
 
@@ -54,7 +55,7 @@ def draw(folder: Path, config: Config) -> None:
         row = [sample["image"], colourise(sample["labels"], palette)]
         for model, num_steps in predictors.values():
             with torch.no_grad():
-                predict = predict_function(model, num_steps=num_steps, seed=config.seed)
+                predict = predictor_of(model, config.inference, seed=config.seed, num_steps=num_steps)
                 labels = predict(images, torch.tensor([sample["number"]])).argmax(1)[0]
             row.append(colourise(labels.numpy().astype(np.uint8), palette))
         rows.append(row)

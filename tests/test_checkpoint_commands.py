@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from iccld.cli import main
-from iccld.config import StageName, load_config
+from iccld.config import load_config
 from iccld.models.iccld import ICCLD
 from iccld.programs.evaluate.averaging import write_reconstruction
 from iccld.programs.run import hand_off
@@ -147,7 +147,7 @@ def test_the_umask_decides_who_may_read_a_run(scene_shards: Path, tmp_path: Path
     average = "stage1.objective.ema_profile={widths:[0.05,0.1],snapshot_every:1}"
     settings = ["stage=source_only", "stage1.trainer.num_steps=1", "data.validation.shards=", average]
     assert main(["train", *scene_overrides(scene_shards, tmp_path / "run"), *settings]) == 0
-    write_reconstruction(tmp_path / "run", StageName.stage1, tmp_path / "ema", width=0.07)
+    write_reconstruction(tmp_path / "run", "stage1", tmp_path / "ema", width=0.07)
     assert modes(tmp_path / "run") == modes(tmp_path / "ema") == {mode}
 
 
@@ -173,7 +173,7 @@ def test_a_hand_off_leads_nowhere_else(run_dir: Path, scene_shards: Path, tmp_pa
     else:
         path.write_text(change if isinstance(change, str) else json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ValueError, match=re.escape(words)) as error:
-        handed_over(load_config(scene_overrides(scene_shards, run)))
+        handed_over("stage1", load_config(scene_overrides(scene_shards, run)))
     assert "\n" not in str(error.value)
 
 

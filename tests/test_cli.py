@@ -66,7 +66,7 @@ def test_a_score_in_mid_training_has_diagnostics_without_the_bounds(scene_shards
     assert main(["train", *scene_overrides(scene_shards, tmp_path), *QUICK, *more]) == 0
     entries = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     scores = [entry for entry in entries if "miou" in entry]
-    assert [(entry["stage"], entry["step"]) for entry in scores] == [("stage2", 0), ("stage2", 1)]
+    assert [(entry["stage"], entry["step"]) for entry in scores] == [("stage2", 1), ("stage2", 2)]
     for entry in scores:
         assert {"boundary_miou", "diagnostics/z_0_at_999", "diagnostics/disagreement"} < set(entry)
         assert "diagnostics/fitted_latent" not in entry

@@ -14,17 +14,17 @@ from iccld.cli import parse
 from iccld.config import Config, load_config
 from iccld.programs.launch.command import split
 from iccld.settings import fields_of, type_at
-from tools import write_settings
+from tools.scripts import write_settings
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 GROUPS = {path.parent.name for path in (ROOT / "iccld/configs").glob("*/*.yaml")}
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 OURS = re.compile(r"(?:tools|launch|accelerate_configs|tests|results|iccld|docs)/[\w./-]*")
 SETTING = re.compile(r"\+{0,2}([a-z_]\w*(?:\.\w+)*)=(.*)", re.DOTALL)
-SCRIPTS = re.compile(r"(?:^|/)tools/\w+\.py$")
+SCRIPTS = re.compile(r"(?:^|/)tools/(?:\w+/)*\w+\.py$")
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
@@ -193,7 +193,7 @@ def test_every_page_is_reachable_from_the_readme():
 
 
 def test_the_page_of_settings_is_what_the_source_says():
-    assert write_settings.PAGE.read_text() == write_settings.page(), "run `python tools/write_settings.py`"
+    assert write_settings.PAGE.read_text() == write_settings.page(), "run `python tools/scripts/write_settings.py`"
 
 
 def test_each_setting_has_a_line_with_its_default_and_its_explanation():
@@ -219,7 +219,7 @@ def test_each_setting_has_a_line_with_its_default_and_its_explanation():
         (wrong_commands, '```sh\nrun="train seeds=1"\niccld config x=1 && iccld $run\n```', "x"),
         (wrong_commands, '```sh\nrun="seed=one"\niccld train $run\n```', "seed"),
         (wrong_commands, "```sh\niccld train experiment=nothing\n```", "nothing"),
-        (wrong_commands, "```sh\npython tools/bench_data.py \\\n    --jason f\n```", "--jason"),
+        (wrong_commands, "```sh\npython tools/benchmarks/bench_data.py \\\n    --jason f\n```", "--jason"),
         (wrong_settings, "set `stage1.trainer.num_step=3`", "num_step"),
         (wrong_settings, "after `watchdog.steps_s` (600)", "steps_s"),
         (wrong_settings, "```yaml\ncommon: [experiment=demo, seeds=3]\n```", "seeds"),

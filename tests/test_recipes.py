@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from iccld import config as config_module
-from iccld.config import StageName, differences, load_config
+from iccld.config import differences, load_config
 from iccld.programs.run.building import fresh_stage
 from tests.factory import random_batch
 
@@ -25,7 +25,7 @@ def test_daformers_recipe_changes_the_objective_and_the_decoder_alone(base: str)
     changed = [line.split(":")[0] for line in differences(own, laid_over)]
     assert all(CHANGES.fullmatch(key) for key in changed), changed
     assert not any("learning_rate" in key for key in changed)
-    assert laid_over.stages == [StageName.stage1]
+    assert laid_over.stages == ["stage1"]
     assert laid_over.model.latent_channels == laid_over.model.encoder.width and not laid_over.model.decoder.inter_coder
 
 
@@ -39,9 +39,9 @@ def test_the_recipe_fits_the_classes_of_the_set(base: str) -> None:
 def test_the_recipe_trains_a_plain_decoder() -> None:
     distance = "stage1.objective.feature_distance_weight"
     with pytest.raises(ValueError, match=distance):
-        fresh_stage(StageName.stage1, load_config(["experiment=[demo,daformer_recipe]"]), torch.device("cpu"))
+        fresh_stage("stage1", load_config(["experiment=[demo,daformer_recipe]"]), torch.device("cpu"))
     config = load_config(["experiment=[demo,daformer_recipe]", f"{distance}=0"])
-    stage = fresh_stage(StageName.stage1, config, torch.device("cpu"))
+    stage = fresh_stage("stage1", config, torch.device("cpu"))
     with torch.no_grad():
         inputs = stage.prepare(random_batch(num_classes=19, numbers=range(2)), 0)
     torch.stack(list(stage.module(inputs).losses.values())).sum().backward()

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from iccld.config import Config, StageName, Weights, config_from, differences, read_config, to_dict, to_yaml
+from iccld.config import Config, config_from, differences, read_config, to_dict, to_yaml
 from iccld.data.config import ClassSetConfig, DataConfig, DatasetConfig, OnError, SetConfig
 from iccld.data.storage.base import StorageConfig
 from iccld.models.decoder import DecoderConfig
@@ -22,7 +22,9 @@ from iccld.models.latent import LatentKind
 from iccld.runtime.faults.preemption import PreemptionConfig
 from iccld.runtime.measure.metrics import MetricsConfig, WandbMode
 from iccld.stages.adversarial import AdversarialConfig, AdversaryInput
+from iccld.stages.predictor import Weights
 from iccld.stages.segmentation import SegmentationConfig
+from iccld.stages.table import STAGES
 from iccld.trainer import TrainerConfig
 from iccld.uda.ema_profile import EmaProfileConfig
 
@@ -59,7 +61,7 @@ CONFIGS = st.builds(
         metrics=MetricsConfig(wandb=wandb, wandb_project=name), preemption=PreemptionConfig(grace_s=grace),
         inference=replace(Config().inference, weights=weights),
     ),
-    TEXT, st.integers(-(2**63), 2**63), st.sampled_from([[StageName.stage1], list(StageName)]), DATA, ENCODERS,
+    TEXT, st.integers(-(2**63), 2**63), st.sampled_from([["stage1"], [*STAGES]]), DATA, ENCODERS,
     st.sampled_from(LatentKind), st.sampled_from(WandbMode), st.sampled_from(AdversaryInput), SHARE,
     st.sampled_from([1, 2, "auto"]), st.sampled_from(Weights), st.sampled_from([600.0, math.inf]),
 )  # fmt: skip

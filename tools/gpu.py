@@ -32,6 +32,8 @@ from rich.table import Table
 from iccld.durable import write_whole
 
 mpl.use("Agg")
+TOOLS = Path(__file__).resolve().parent
+sys.path += [str(TOOLS / "benchmarks"), str(TOOLS / "scripts")]  # the parts import from both
 
 
 class Part(NamedTuple):

@@ -37,6 +37,7 @@ export OMP_NUM_THREADS=1 # test processes share the cores
 lint() {
     ruff check .
     ruff format --check .
+    codespell
 }
 
 types() {

@@ -1,15 +1,13 @@
 """The whole figure: encoder, denoiser, decoder. `B H W` images, `C h w` latent (stride 8), `K` classes."""
 
-import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -22,7 +20,14 @@ from iccld.models.decoder import Decoder, DecoderConfig
 from iccld.models.denoiser import Denoiser, DenoiserConfig
 from iccld.models.discriminator import DiscriminatorConfig
 from iccld.models.encoder import Encoder, EncoderConfig, EncoderOutput
-from iccld.models.latent import LatentKind, denormalise, make_mask_encoder, moments_to_statistics, normalise
+from iccld.models.latent import (
+    LatentKind,
+    LatentPair,
+    denormalise,
+    make_mask_encoder,
+    moments_to_statistics,
+    normalise,
+)
 from iccld.models.model_card import (
     CARD_NAME,
     FORMAT_VERSION,
@@ -34,12 +39,11 @@ from iccld.models.model_card import (
     to_plain,
     write_card,
 )
-from iccld.models.residual import residual_scale
+from iccld.models.residual import fitted_residual, residual_scale
+from iccld.models.saved_model import check_described, described_by, shapes_in
 
 logger = logging.getLogger(__name__)
 LOGITS_STRIDE = LATENT_STRIDE // 2
-MAX_HEADER = 16 << 20
-"""Bytes; a model of a thousand tensors has a hundredth of it."""
 
 
 @dataclass
@@ -142,14 +146,50 @@ class ICCLD(nn.Module):
         probabilities = F.avg_pool2d(logits.softmax(dim=1), LATENT_STRIDE // LOGITS_STRIDE)
         return Condition(latent, encoded.features[1:], probabilities, images)
 
-    def decodable(self, z_0: Tensor, encoded_latent: Tensor) -> Tensor:
-        """The latent that D decodes, of a clean latent as it is diffused; all `(B, C, h, w)`.
+    def encoded_latents(self, *, clean: Tensor, seen: Tensor, labels: Tensor | None) -> LatentPair:
+        """Return z_0 and condition as the encoders give them; their statistics are measured at the end of stage 1.
 
-        encoded_latent: E's, of the view that the denoiser sees; the reading `residual` moves it.
+        clean, seen: E's latents of the clean view and of the view that the denoiser sees
+        (`LatentKind.sees_strong_view`), `(B, C, h, w)`. labels: as `diffused_latent` takes them.
         """
-        if self.config.latent is LatentKind.residual:
-            return encoded_latent.float() + residual_scale(self) * z_0
+        return LatentPair(self._encoded_z_0(clean, labels), seen)
+
+    def diffused_latent(
+        self, *, clean: Tensor | None, seen: EncoderOutput, labels: Tensor | None, weights: Tensor | None
+    ) -> Tensor:
+        """Return z_0 as it is diffused, `(B, C, h, w)` float32 of about zero mean and unit variance per channel.
+
+        clean: E's latent of the clean view, where `LatentKind.needs_clean_view`. seen: E's output of the view that the
+        denoiser sees. labels: `(B, H, W)` uint8 or int64, 255 is ignored, where `LatentKind.is_of_labels`. weights:
+        `(B, H, W)` float32 >= 0, where `LatentKind.is_a_move`.
+        """
+        if not self.config.latent.is_a_move:
+            return normalise(self._encoded_z_0(clean, labels), mean=self.latent_mean, std=self.latent_std)
+        assert labels is not None and weights is not None
+
+        def decode(latent: Tensor) -> Tensor:
+            return self.decoder(latent, seen.features)
+
+        return fitted_residual(decode, seen.latent, labels, weights, std=self.latent_std, **self._residual_steps())
+
+    def decodable(self, z_0: Tensor, encoded_latent: Tensor) -> Tensor:
+        """Return the latent that D decodes, of a clean latent as it is diffused; all `(B, C, h, w)`.
+
+        encoded_latent: E's, of the view that the denoiser sees; a z_0 that `is_a_move` moves it.
+        """
+        if self.config.latent.is_a_move:
+            return encoded_latent.float() + residual_scale(self.latent_std, **self._residual_steps()) * z_0
         return denormalise(z_0, mean=self.latent_mean, std=self.latent_std)
+
+    def _encoded_z_0(self, clean: Tensor | None, labels: Tensor | None) -> Tensor:
+        if self.mask_encoder is not None:
+            assert labels is not None
+            return self.mask_encoder(labels)
+        assert clean is not None
+        return clean
+
+    def _residual_steps(self) -> dict[str, Any]:
+        return {"num_steps": self.config.residual_steps, "step": self.config.residual_step}
 
     def segment_mean_latent(self, images: Tensor) -> Tensor:
         """A control: D sees the image's features, but the data's mean latent (no move of E's, where z_0 is one).
@@ -186,7 +226,7 @@ class ICCLD(nn.Module):
             )
         folder = make_folder(Path(folder), within=Path(folder))
         (folder / CARD_NAME).unlink(missing_ok=True)
-        trained = self.stage is ModelStage.adversarial
+        trained = self.stage.has_denoiser
         tensors = {
             k: v.detach().cpu() for k, v in self.state_dict().items() if trained or not k.startswith("denoiser.")
         }
@@ -223,10 +263,10 @@ class ICCLD(nn.Module):
         config = build(ModelConfig, card.model, where=str(folder / CARD_NAME))
         if attention is not None:
             config = replace(config, denoiser=replace(config.denoiser, attention=attention))
-        _check_encoder(config, folder / CARD_NAME)
-        trained = card.stage is ModelStage.adversarial
+        check_described(config.encoder, folder / CARD_NAME)
+        trained = card.stage.has_denoiser
         wanted = trained if with_denoiser is None else with_denoiser
-        with _described_by(folder / CARD_NAME), torch.device("meta"):  # the shapes alone
+        with described_by(folder / CARD_NAME), torch.device("meta"):  # the shapes alone
             shape = cls(config=config, num_classes=len(card.class_names), with_denoiser=wanted)
         shape._check_weights(folder / WEIGHTS_NAME, card, trained=trained)
         model = cls(config=config, num_classes=len(card.class_names), with_denoiser=wanted)
@@ -241,7 +281,7 @@ class ICCLD(nn.Module):
         Raises ValueError where stage 1 was trained for another reading of the latent: `image` serves for `residual`.
         """
         old, new = self.config.latent, config.latent
-        if (old is LatentKind.mask) != (new is LatentKind.mask):
+        if old.has_mask_encoder != new.has_mask_encoder:
             raise ValueError(
                 f"model.latent={new.name} needs a stage 1 of its own, this one was trained with {old.name}; "
                 f"use model.latent={old.name}, or train stage 1 again."
@@ -270,11 +310,11 @@ class ICCLD(nn.Module):
             latent_channels=config.latent_channels,
             condition_channels=rich.out_channels if rich else config.latent_channels,
             rich=rich,
-            starts_at_zero=config.latent is LatentKind.residual,
+            starts_at_zero=config.latent.is_a_move,
         )
 
     def _trained_denoiser(self) -> Denoiser:
-        if self.denoiser is None or self.stage is not ModelStage.adversarial:
+        if self.denoiser is None or not self.stage.has_denoiser:
             raise ValueError(
                 f"denoise_segment: this model's denoiser is {'absent' if self.denoiser is None else 'untrained'} "
                 f"(stage={self.stage.value}); train stage 2 first, or use segment, which needs no denoiser."
@@ -305,7 +345,7 @@ class ICCLD(nn.Module):
 
     def _check_weights(self, path: Path, card: ModelCard, *, trained: bool) -> None:
         """That a file holds this model's weights, by names, shapes and the card's checksum. Raises ValueError."""
-        shapes = _shapes(path)
+        shapes = shapes_in(path)
         if self.denoiser is None:
             shapes = {name: shape for name, shape in shapes.items() if not name.startswith("denoiser.")}
         own = {k: tuple(v.shape) for k, v in self.state_dict().items() if trained or not k.startswith("denoiser.")}
@@ -328,39 +368,6 @@ class ICCLD(nn.Module):
         if self.denoiser is None:
             tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("denoiser.")}
         self.load_state_dict(tensors, strict=False)
-
-
-def _check_encoder(config: ModelConfig, card: Path) -> None:
-    if config.encoder.pretrained:
-        raise ValueError(
-            f"{card} names an encoder, {config.encoder.pretrained!r}, in place of describing it; "
-            f"export the model again."
-        )
-
-
-@contextlib.contextmanager
-def _described_by(card: Path) -> Iterator[None]:
-    """While a model is built: a backbone raises whatever its settings lead to, and here that is a ValueError."""
-    try:
-        yield
-    except (ValueError, ImportError, MemoryError):
-        raise
-    except Exception as error:
-        what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise ValueError(f"{card} describes no model that can be built ({what}); export the model again.") from error
-
-
-def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """The shape of each tensor in a file of weights, from its header. Raises ValueError."""
-    with path.open("rb") as file:
-        header = int.from_bytes(file.read(8), "little")
-    if header > MAX_HEADER:
-        raise ValueError(f"{path} says that its header has {header} bytes; that is no file of weights.")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} cannot be read ({error}); copy or export the model again.") from error
 
 
 def _to_image_size(logits: Tensor, size: Sequence[int]) -> Tensor:

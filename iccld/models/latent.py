@@ -1,5 +1,5 @@
-"""The seam (method §3, "What is z_0?"): the readings of what is diffused. Beside it, only
-`programs/run/building.py`, which says what noise is drawn, knows which one is on.
+"""The readings of what is diffused (method §3, "What is z_0?"). This file says what each reading means, in the
+properties of `LatentKind`; `ICCLD.diffused_latent` and `ICCLD.decodable` compute it. All others ask these.
 
 - `image`: z_0 = E(clean view), condition = E(strongly augmented view). Were the condition z_0 itself, copying it would
   solve the task and diffusion would be decoration.
@@ -11,17 +11,12 @@ In all, inference conditions on E(image), decodes z_0 by D, and diffuses latents
 """
 
 from enum import Enum
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from iccld.models.mask_encoder import MaskEncoder
-from iccld.models.residual import fitted_residual
-
-if TYPE_CHECKING:
-    from iccld.models.encoder import EncoderOutput
-    from iccld.models.iccld import ICCLD
 
 
 class LatentKind(Enum):
@@ -41,6 +36,21 @@ class LatentKind(Enum):
         """Tell whether z_0, and so z_t wherever it is not pure noise, gives the labels away."""
         return self is not LatentKind.image
 
+    @property
+    def needs_clean_view(self) -> bool:
+        """Tell whether z_0 is E's latent of the clean view."""
+        return self is LatentKind.image
+
+    @property
+    def has_mask_encoder(self) -> bool:
+        """Tell whether M makes z_0 of labels."""
+        return self is LatentKind.mask
+
+    @property
+    def is_a_move(self) -> bool:
+        """Tell whether z_0 is a move of E's latent, which the decoder sees added to it."""
+        return self is LatentKind.residual
+
 
 class LatentPair(NamedTuple):
     """What is diffused and what it is conditioned on, each `(B, C, h, w)`."""
@@ -51,39 +61,9 @@ class LatentPair(NamedTuple):
 
 def make_mask_encoder(kind: LatentKind, *, num_classes: int, latent_channels: int) -> MaskEncoder | None:
     """M, where the reading has one."""
-    if kind is not LatentKind.mask:
+    if not kind.has_mask_encoder:
         return None
     return MaskEncoder(num_classes=num_classes, latent_channels=latent_channels)
-
-
-def raw_latent_pair(model: "ICCLD", *, clean: Tensor, seen: Tensor, labels: Tensor | None) -> LatentPair:
-    """z_0 and condition as the encoders give them; their statistics are measured at the end of stage 1.
-
-    clean, seen: E's latents of the clean view and of the view that the denoiser sees (`LatentKind.sees_strong_view`),
-    `(B, C, h, w)`. labels: `(B, H, W)` uint8 or int64, 255 is ignored; only the reading `mask` asks for them.
-    """
-    if model.mask_encoder is None:
-        return LatentPair(clean, seen)
-    assert labels is not None
-    return LatentPair(model.mask_encoder(labels), seen)
-
-
-def diffused_latent(
-    model: "ICCLD", *, clean: Tensor | None, seen: "EncoderOutput", labels: Tensor | None, weights: Tensor | None
-) -> Tensor:
-    """z_0 as it is diffused, `(B, C, h, w)` float32 of about zero mean and unit variance per channel.
-
-    clean: E's latent of the clean view, for the reading `image`. seen: E's output of the view that the denoiser sees.
-    labels: `(B, H, W)` uint8 or int64, 255 is ignored; weights: `(B, H, W)` float32 >= 0, for the reading `residual`.
-    """
-    if model.config.latent is LatentKind.residual:
-        assert labels is not None and weights is not None
-        return fitted_residual(model, seen, labels, weights)
-    if model.mask_encoder is not None:
-        assert labels is not None
-        clean = model.mask_encoder(labels)
-    assert clean is not None
-    return normalise(clean, mean=model.latent_mean, std=model.latent_std)
 
 
 def normalise(z: Tensor, *, mean: Tensor, std: Tensor) -> Tensor:

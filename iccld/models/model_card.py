@@ -34,6 +34,11 @@ class ModelStage(Enum):
     segmentation = "segmentation"
     adversarial = "adversarial"
 
+    @property
+    def has_denoiser(self) -> bool:
+        """Tell whether the denoiser is trained, and so worth saving and asking."""
+        return self is ModelStage.adversarial
+
 
 @dataclass(frozen=True)
 class ModelCard:

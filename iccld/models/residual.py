@@ -4,7 +4,7 @@ z* is where a few gradient steps towards the labels, through the frozen D, lead 
 mean square `residual_step` over a sample, in units of the latent's standard deviations; σ is the length of all steps.
 """
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -12,36 +12,41 @@ from torch import Tensor
 
 from iccld.labels import IGNORE_INDEX
 
-if TYPE_CHECKING:
-    from iccld.models.encoder import EncoderOutput
-    from iccld.models.iccld import ICCLD
+
+def residual_scale(std: Tensor, *, num_steps: int, step: float) -> Tensor:
+    """σ, `(1, C, 1, 1)`: so that r has a root mean square of at most 1. std: the latent's, `(C,)`."""
+    return num_steps * step * std.view(1, -1, 1, 1)
 
 
-def residual_scale(model: "ICCLD") -> Tensor:
-    """σ, `(1, C, 1, 1)`: so that r has a root mean square of at most 1."""
-    length = model.config.residual_steps * model.config.residual_step
-    return length * model.latent_std.view(1, -1, 1, 1)
+def fitted_residual(
+    decode: Callable[[Tensor], Tensor],
+    latent: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    *,
+    std: Tensor,
+    num_steps: int,
+    step: float,
+) -> Tensor:
+    """Return r of each sample, `(B, C, h, w)` float32, without a gradient.
 
-
-def fitted_residual(model: "ICCLD", encoded: "EncoderOutput", labels: Tensor, weights: Tensor) -> Tensor:
-    """r of each sample, `(B, C, h, w)` float32, without a gradient.
-
-    encoded: E's output of the view that the denoiser sees. labels: `(B, H, W)`, 255 is ignored. weights: `(B, H, W)`
-    float32 >= 0; besides the pixels' share in the gradient, a sample's mean weight, if below 1, shortens its steps.
+    decode: D, from a latent and the features of the view that the denoiser sees to logits. latent: E's of that view,
+    `(B, C, h, w)`. labels: `(B, H, W)`, 255 is ignored. weights: `(B, H, W)` float32 >= 0; besides the pixels' share in
+    the gradient, a sample's mean weight, if below 1, shortens its steps. std: the latent's, `(C,)`.
     """
-    config, unit = model.config, model.latent_std.view(1, -1, 1, 1)
+    unit = std.view(1, -1, 1, 1)
     valid = (labels != IGNORE_INDEX).float()
     trust = (weights * valid).sum(dim=(1, 2)) / valid.sum(dim=(1, 2)).clamp(min=1.0)
     trust = trust.clamp(max=1.0)  # a balance of classes can raise the weights that pasting leaves
-    start = encoded.latent.float()
+    start = latent.float()
     move = torch.zeros_like(start)
-    for _ in range(config.residual_steps):
+    for _ in range(num_steps):
         with torch.enable_grad():
             at = move.detach().requires_grad_()
-            logits = model.decoder(start + unit * at, encoded.features).float()
+            logits = decode(start + unit * at).float()
             logits = F.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=False)
             losses = F.cross_entropy(logits, labels.long(), ignore_index=IGNORE_INDEX, reduction="none")
             (gradient,) = torch.autograd.grad((losses * weights).sum(), [at])
         size = gradient.square().mean(dim=(1, 2, 3), keepdim=True).sqrt().clamp(min=1e-12)
-        move = move - config.residual_step * trust.view(-1, 1, 1, 1) * gradient / size
-    return move / (config.residual_steps * config.residual_step)
+        move = move - step * trust.view(-1, 1, 1, 1) * gradient / size
+    return move / (num_steps * step)

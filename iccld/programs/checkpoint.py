@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 
 from iccld import __version__
-from iccld.config import Config, StageName, Weights, config_from
+from iccld.config import Config, config_from
 from iccld.durable import scratch_folder, sync
 from iccld.models.iccld import ModelConfig
 from iccld.models.model_card import build, check_sizes
-from iccld.programs.run.building import build_stage
+from iccld.programs.run.building import filled_stage
 from iccld.runtime.checkpoint.manifest import (
     MANIFEST,
     Checkpoint,
@@ -25,6 +25,8 @@ from iccld.runtime.checkpoint.manifest import (
 from iccld.runtime.checkpoint.pieces import Run, join_tables, share_out, write_runs
 from iccld.runtime.checkpoint.store import is_torn
 from iccld.stages.base import Stage
+from iccld.stages.predictor import Weights
+from iccld.stages.table import STAGES
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -46,6 +48,7 @@ def export_model(checkpoint: Checkpoint, output: Path, *, weights: Weights) -> N
     stage = _filled_stage(checkpoint, config)
     model, classes = stage.models()[weights.value], config.data.class_set.build()
     origin = {"checkpoint": str(checkpoint.folder), "weights": weights.value, "version": __version__}
+    origin["stage"] = manifest["stage"]
     model.save_pretrained(output, class_names=classes.names, palette=classes.palette, origin=origin)
     print(f"{output}: {manifest['stage']}'s {weights.value} after {checkpoint.step} steps")
 
@@ -55,15 +58,15 @@ def _filled_stage(checkpoint: Checkpoint, config: Config) -> Stage:
     above = checkpoint.folder.parents[min(2, len(checkpoint.folder.parents) - 1)]
     if (above / checkpoint.manifest["stage"]).is_dir():
         config.run_dir = str(above)
-    # All weights come from the checkpoint, so that no hub is asked.
-    config.initial_model, config.stage1.objective.feature_distance_weight = "", 0.0
     where = str(checkpoint.folder / MANIFEST)
     check_sizes(checkpoint.manifest["rebuilding_config"], where=where)
     model = build(ModelConfig, checkpoint.manifest["rebuilding_config"], where=where)
     if model.encoder.pretrained:
         raise ValueError(f"{where} names an encoder, {model.encoder.pretrained!r}, in place of describing it.")
     config.model = model
-    stage = build_stage(StageName(checkpoint.manifest["stage"]), config, torch.device("cpu"))
+    if checkpoint.manifest["stage"] not in STAGES:
+        raise ValueError(f"{where}: stage={str(checkpoint.manifest['stage'])[:80]!r} must be one of {[*STAGES]}.")
+    stage = filled_stage(checkpoint.manifest["stage"], config, torch.device("cpu"))
     reader = checkpoint.reader
     stage.module.load_state_dict(reader.tensors("module/"))
     for name, tensor in stage.state_dict().items():

@@ -87,7 +87,7 @@ def verify_checkpoints(folder: Path) -> int:
 
 
 def _checkpoints(folder: Path) -> Iterator[Path]:
-    places = ("", "checkpoints/", "stage*/checkpoints/")  # a run directory, a stage's folder, or one with copies
+    places = ("", "checkpoints/", "*/checkpoints/")  # a folder with copies, a stage's folder, or a run directory
     found = [path for place in places for path in sorted(folder.glob(f"{place}step_*")) if FOLDER.fullmatch(path.name)]
     found = [folder] if FOLDER.fullmatch(folder.name) else found
     if not found or not found[0].is_dir():

@@ -11,7 +11,8 @@ from iccld.labels import ClassSet
 from iccld.models.attention import AttentionBackend
 from iccld.models.iccld import ICCLD
 from iccld.predict import predict_path
-from iccld.programs.evaluate.evaluate import predict_function
+from iccld.stages.predictor import InferenceConfig
+from iccld.stages.table import STAGES, stage_of
 
 DESCRIPTION = """\
 Segment an image or a folder of images: a label PNG and an overlay of each.
@@ -26,6 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("input", type=Path, help="an image, or a folder of images")
     parser.add_argument("output", type=Path, help="the folder for label PNGs and overlays")
     parser.add_argument("--num-steps", type=int, default=0, help="denoising steps; 0 (default): the decoder alone")
+    parser.add_argument("--num-averaged", type=int, default=1, help="average so many denoised maps (default 1)")
+    parser.add_argument("--blend", type=float, default=0.0, help="share of the decoder alone in them (default 0)")
     parser.add_argument("--size", default="", metavar="HxW", help="resize images for the model, as in 512x1024")
     parser.add_argument("--sliding-window", action="store_true", help="segment overlapping windows of each image")
     parser.add_argument("--attention", choices=["sdpa", "xformers"], default="sdpa", help="back end of the denoiser")
@@ -41,6 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.input,
         arguments.output,
         num_steps=arguments.num_steps,
+        inference=InferenceConfig(num_averaged=arguments.num_averaged, blend=arguments.blend),
         config=EvaluationConfig(image_size=image_size, sliding_window=arguments.sliding_window),
         attention=AttentionBackend[arguments.attention],
     )
@@ -52,22 +56,26 @@ def predict_images(
     output: Path,
     *,
     num_steps: int,
+    inference: InferenceConfig,
     config: EvaluationConfig,
     attention: AttentionBackend,
 ) -> list[Path]:
-    """Segment `path` into `output` and return the label PNGs written. `num_steps`: 0 is the decoder alone."""
+    """Segment `path` into `output` and return the label PNGs written.
+
+    `num_steps`: 0 is the decoder alone; what is averaged is as `inference` says.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = ICCLD.from_pretrained(find_model(model_folder), attention=attention).to(device)
     assert model.card is not None
     names, palette = model.card.class_names, [(r, g, b) for r, g, b in model.card.palette]
     class_set = ClassSet(tuple(names), tuple(palette), {i: i for i in range(len(names))})
-    predict = windowed(predict_function(model, num_steps=num_steps, seed=0), config)
-    return predict_path(path, output, predict, class_set=class_set, device=device)
+    predict = stage_of(model).predictor(model, inference, seed=0, num_steps=num_steps)
+    return predict_path(path, output, windowed(predict, config), class_set=class_set, device=device)
 
 
 def find_model(folder: Path) -> Path:
     """The folder itself, or the last finished stage's teacher where it is a run directory."""
-    for candidate in (folder, folder / "stage2/final/teacher", folder / "stage1/final/teacher"):
+    for candidate in (folder, *(folder / name / "final/teacher" for name in reversed(STAGES))):
         if (candidate / "config.json").is_file():
             return candidate
     raise ValueError(

@@ -30,7 +30,7 @@ def lead_time_s(run_dir: Path) -> int:
 
     The minute covers SLURM, which looks at its limits every 30 s. Without a checkpoint yet, 5 minutes.
     """
-    saves = [_save_s(path) for path in run_dir.glob("**/stage*/checkpoints/step_*[0-9]/manifest.json")]
+    saves = [_save_s(path) for path in run_dir.glob("**/checkpoints/step_*[0-9]/manifest.json")]
     if not saves:
         return UNKNOWN_LEAD_S
     return round(60 + 3 * max(saves) + 2 * _step_s(run_dir))

@@ -6,23 +6,26 @@ Method: L2 = ||noise_pred - noise||^2 + lambda_adv * L_adv(discriminator(noise_p
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from iccld.labels import IGNORE_INDEX
+from iccld.models.attention import check_backend
 from iccld.models.discriminator import Discriminator, DiscriminatorConfig
 from iccld.models.iccld import ICCLD
-from iccld.models.latent import LatentKind
 from iccld.models.model_card import ModelStage
 from iccld.stages.adversarial_module import AdversarialModule
 from iccld.stages.base import Stage, StageInputs, decayed_groups, keyed_noise
 from iccld.stages.denoising import Noised, draw_timesteps, noised, without_noise
 from iccld.stages.domains import DOMAINS, LABELLED, of_domains
+from iccld.stages.kind import Score, StageKind, StageSettings
 from iccld.stages.named import Tensors
 from iccld.stages.objective import AdversarialConfig, AdversaryInput, PseudoLabelSource
-from iccld.stages.view_cache import ViewCache
+from iccld.stages.predictor import InferenceConfig
+from iccld.stages.signs import Sign, remedies_of_lost_classes, signs_of_discriminator
+from iccld.stages.view_cache import ViewCacheConfig
 from iccld.stages.views import CORRUPTION_NOISE, LABEL_NOISE, Views
 from iccld.uda.teacher import Teacher
 
@@ -66,7 +69,6 @@ class AdversarialStage(Stage):
         for part in self.frozen():
             part.requires_grad_(False).eval()
         self.views = Views(model, config, seed)
-        self.view_cache: ViewCache | None = None
         self.module = AdversarialModule(model, discriminator, config)
         self.student, self.ema_profile = self.module.denoiser, config.ema_profile
         self.teacher = Teacher(self.student, max_decay=config.teacher_decay)
@@ -95,7 +97,7 @@ class AdversarialStage(Stage):
             for purpose in ("timestep", "pure noise")
         )
         timesteps = draw_timesteps(draws, pure, pure_noise_share=share, num_steps=len(alpha_bar))
-        if self.model.config.latent is LatentKind.residual:  # there, the denoiser takes z_t at T-1 for pure noise
+        if self.model.config.latent.is_a_move:  # there, the denoiser takes z_t at T-1 for pure noise
             timesteps = timesteps.masked_fill(timesteps == len(alpha_bar) - 1, len(alpha_bar))
         shape = z_0.shape[1:]
         noise = torch.cat([keyed_noise(batch["source"], purpose, shape, seed=self.seed) for purpose in NOISE])
@@ -174,3 +176,87 @@ def _check_labels(model: ICCLD, config: AdversarialConfig) -> None:
             f"samples of pure noise alone (in all others z_t tells the labels); set stage2.objective.pure_noise_share "
             f"above 0."
         )
+
+
+class AdversarialSection(Protocol):
+    """What stage 2 reads of its section of the settings."""
+
+    objective: AdversarialConfig
+    cache: ViewCacheConfig
+
+
+class Adversarial(StageKind[AdversarialSection]):
+    """Stage 2 as the programs know it."""
+
+    name, previous = "stage2", "stage1"
+    saved_as = ModelStage.adversarial
+    free_settings = ("cache.folder", "cache.max_gib")
+    settings_of_it_alone = (
+        "model.denoiser.", "model.discriminator.", "model.condition", "model.residual_", "num_steps:", "noise_seeds:",
+        "num_averaged:", "blend:",
+    )  # fmt: skip
+    settings_of_no_view = (
+        "stage1_from", "initial_model", "statistics_samples", "stage2.trainer.", "stage2.cache.",
+        "model.denoiser.", "model.discriminator.", *(
+            f"stage2.objective.{name}"
+            for name in (
+                "learning_rate", "weight_decay", "discriminator_learning_rate", "teacher_decay", "diffusion_loss",
+                "pure_noise_share", "deterministic", "adversarial_weight", "adversarial_ramp_steps", "domain_weights",
+                "ema_profile.",
+            )
+        ),
+    )  # fmt: skip
+
+    def build(
+        self, settings: StageSettings[AdversarialSection], previous: ICCLD | None, *, device: torch.device
+    ) -> AdversarialStage:
+        model = settings.new_model(with_denoiser=False) if previous is None else previous
+        objective = settings.own.objective
+        model.start_denoiser(settings.model)
+        discriminator = new_discriminator(model, objective, settings.model.discriminator)
+        return AdversarialStage(model.to(device), discriminator.to(device), objective, seed=settings.seed)
+
+    def check(self, settings: StageSettings[AdversarialSection], *, device: torch.device, is_sharded: bool) -> None:
+        check_backend(settings.model.denoiser.attention, device.type)
+
+    def noise(self, settings: StageSettings[AdversarialSection]) -> dict[str, tuple[int, ...]]:
+        drawn = noise_shapes(settings.own.objective, latent=settings.latent_shape, crop_size=settings.crop_size)
+        if settings.own.cache.num_samples:  # a view that repeats has the noise of another number
+            drawn.pop(CORRUPTION_NOISE, None)
+        return drawn
+
+    def cache(self, settings: StageSettings[AdversarialSection]) -> ViewCacheConfig:
+        return settings.own.cache
+
+    def averaged(self, model: ICCLD) -> nn.Module:
+        assert model.denoiser is not None
+        return model.denoiser
+
+    def num_steps(self, inference: InferenceConfig) -> list[int]:
+        return inference.num_steps
+
+    def scores(self, model: ICCLD, inference: InferenceConfig, *, seed: int, score: Score) -> dict[str, Any]:
+        """By the number of steps; the mean latent is a control: denoising must be worth more than it."""
+        by_steps: dict[str, Any] = {}
+        for num_steps in self.num_steps(inference):
+            denoised = next((scores for steps, scores in by_steps.items() if steps != "0"), None)
+            if model.deterministic and num_steps and denoised:  # neither steps nor seeds change anything
+                by_steps[str(num_steps)] = denoised
+                continue
+            seeds = range(1 if model.deterministic else inference.noise_seeds)
+            options = {"seed": seed, "num_steps": num_steps}
+            by_steps[str(num_steps)] = score([self.predictor(model, inference, noise_seed=i, **options) for i in seeds])
+        mean_latent = score([lambda images, _: model.segment_mean_latent(images)])
+        return {self.name: by_steps, f"{self.name}_mean_latent": mean_latent}
+
+    def main_score(self, inference: InferenceConfig) -> str:
+        return f"{self.name} x{self.num_steps(inference)[0]}"
+
+    def signs(self, recent: Sequence[Mapping[str, Any]], settings: StageSettings[AdversarialSection]) -> list[Sign]:
+        objective = settings.own.objective
+        if not objective.adversarial_weight:
+            return []
+        return signs_of_discriminator(recent, is_ramped=recent[0]["step"] >= objective.adversarial_ramp_steps)
+
+    def class_remedies(self, settings: StageSettings[AdversarialSection]) -> list[str]:
+        return remedies_of_lost_classes(self.name, settings.own.objective)

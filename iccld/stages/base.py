@@ -1,8 +1,8 @@
-"""The stage contract: what a trainer needs to know of a stage, and nothing more."""
+"""The contract of a stage that is built: what the loop needs to know of it. For the programs, see `StageKind`."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +37,18 @@ class StageOutput(NamedTuple):
     metrics: dict[str, Tensor]
 
 
+class ViewKeeper(Protocol):
+    """A cache: what `make` gives for a micro-batch, computed or read."""
+
+    def __call__(
+        self, batch: Mapping[str, Any], make: Callable[[Mapping[str, Any]], Mapping[str, Tensor]]
+    ) -> dict[str, Tensor]: ...
+
+    def finish(self) -> None: ...
+
+
 class Stage(ABC):
-    """One training stage. It never calls backward, steps an optimiser or saves."""
+    """One training stage, built. It never calls backward, steps an optimiser or saves."""
 
     name: str
     module: Any
@@ -48,51 +58,59 @@ class Stage(ABC):
     teacher: Teacher[Any]
     ema_profile: EmaProfileConfig
     profiles: PowerAverages | None = None
+    view_cache: ViewKeeper | None = None
+    """Where `prepare` may keep what it computes, if the stage's `StageKind.cache` asks for it."""
+    first_whole_step: int = 0
+    """The first step that leaves nothing out, as a warm start does: from there on a step costs what the last one does.
+    """
 
     @abstractmethod
     def prepare(self, batch: Mapping[str, Any], step: int) -> StageInputs:
-        """Called without gradient: the teacher predicts, images are mixed, noise is drawn."""
+        """Make the inputs of the module, without gradient: the teacher predicts, images are mixed, noise is drawn."""
 
     @abstractmethod
     def param_groups(self) -> list[dict[str, Any]]:
-        """Optimiser groups: what trains, at which learning rate."""
+        """Return the optimiser's groups: what trains, at which learning rate."""
 
     @abstractmethod
     def models(self) -> dict[str, ICCLD]:
-        """The models as they are now, under `teacher` and `student`."""
+        """Return the models as they are now: `teacher`, which the next stage starts from, and `student`.
+
+        Each model may be a copy: call this once, not in a loop.
+        """
 
     def parts(self) -> dict[str, nn.Module]:
-        """Whose work is told apart in a step, by name."""
+        """Return, by name, the parts whose work in a step is told apart."""
         return dict(self.module.named_children())
 
     def finish(self, batches: Iterable[Mapping[str, Any]]) -> None:  # noqa: B027, most stages have nothing to measure
-        """Called on one rank after the last step, with the stream's first batches: measure what comes after needs."""
+        """Measure what the next stage needs, on one rank after the last step, with the stream's first batches."""
 
     def start(self) -> None:
-        """Called when the engine holds the module: what is averaged from here on is what this rank holds of it."""
+        """Begin the averages, once the engine holds the module: of what this rank holds of it."""
         if self.ema_profile.widths:
             self.profiles = PowerAverages(dict(self.student.named_parameters()), self.ema_profile.widths)
 
     def after_step(self, step: int) -> None:
-        """Called after the optimiser's step `step` (0-based)."""
+        """Update the averages after an optimiser step; `step` counts the steps done before it."""
         self.teacher.update(self.student, step)
         if self.profiles is not None:
             self.profiles.update(dict(self.student.named_parameters()), step)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Whatever changes in training and is not in the engine: the tensors themselves, filled in place on resume."""
+        """Return what changes in training and is not in the engine: the tensors that a resume fills in place."""
         return self.teacher.state_dict() | (self.profiles.state_dict() if self.profiles is not None else {})
 
     def averages(self) -> dict[nn.Module, tuple[str, ...]]:
-        """Modules to be sharded as the trained one is, and their methods that are called like `forward`."""
+        """Return modules to be sharded as the trained one is, and their methods that are called like `forward`."""
         return {self.teacher.module: ()}
 
     def frozen(self) -> list[nn.Module]:
-        """What `prepare` calls, each by its own `__call__`, for an engine that compiles."""
+        """Return what `prepare` calls, each by its own `__call__`, for an engine that compiles."""
         return []
 
     def replicated(self) -> list[nn.Module]:
-        """Parts of `module` that no engine may shard: their parameters are used beside their own forward pass."""
+        """Return parts of `module` that no engine may shard: parameters used beside their own forward pass."""
         return []
 
 

@@ -3,9 +3,11 @@
 Method: L1 = CE(D(E(x_src)), y_src) + CE_w(D(E(x_mix)), y_mix). `B C H W` images, `K` classes.
 """
 
+import copy
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +18,12 @@ from iccld.labels import IGNORE_INDEX
 from iccld.losses import feature_distance, weighted_cross_entropy
 from iccld.models.encoder import Encoder
 from iccld.models.iccld import ICCLD
-from iccld.models.latent import channel_moments, raw_latent_pair
+from iccld.models.latent import channel_moments
+from iccld.models.model_card import ModelStage
 from iccld.stages import diagnostics
 from iccld.stages.base import Stage, StageInputs, StageOutput, decayed_groups, keyed_noise, pair, to_float
+from iccld.stages.kind import StageKind, StageSettings
+from iccld.stages.signs import remedies_of_lost_classes
 from iccld.uda.classmix import class_mask, paste
 from iccld.uda.corruption import CorruptionConfig, corrupt, draw_corruption
 from iccld.uda.ema_profile import EmaProfileConfig
@@ -150,6 +155,7 @@ class SegmentationStage(Stage):
         _check_feature_distance(model, config, reference)
         self.module = SegmentationModule(model, config)
         self.student, self.ema_profile = model, config.ema_profile
+        self.first_whole_step = config.warm_start_steps
         self.teacher = Teacher(model, max_decay=config.teacher_decay)
         self.reference = reference.to(model.alpha_bar.device).eval() if reference is not None else None
 
@@ -266,7 +272,7 @@ class SegmentationStage(Stage):
         seen = encoded.latent
         if model.config.latent.sees_strong_view:
             seen = model.encoder(strong_augment(images, draws, self.config.photometric)).latent
-        latents = raw_latent_pair(model, clean=encoded.latent, seen=seen, labels=labels)
+        latents = model.encoded_latents(clean=encoded.latent, seen=seen, labels=labels)
         return channel_moments(latents.z_0), channel_moments(latents.condition)
 
     def averages(self) -> dict[nn.Module, tuple[str, ...]]:
@@ -298,3 +304,64 @@ def _check_feature_distance(model: ICCLD, config: SegmentationConfig, reference:
         )
     if weight and not all(0 <= c < model.num_classes for c in classes):
         raise ValueError(f"stage1.objective.feature_distance_classes={classes} must be below {model.num_classes}.")
+
+
+class SegmentationSection(Protocol):
+    """What stage 1 reads of its section of the settings."""
+
+    objective: SegmentationConfig
+
+
+class Segmentation(StageKind[SegmentationSection]):
+    """Stage 1 as the programs know it."""
+
+    name = "stage1"
+    saved_as = ModelStage.segmentation
+
+    def build(
+        self, settings: StageSettings[SegmentationSection], previous: ICCLD | None, *, device: torch.device
+    ) -> SegmentationStage:
+        model, objective, reference = settings.new_model(with_denoiser=False), settings.own.objective, None
+        if settings.is_filled:
+            objective = replace(objective, feature_distance_weight=0.0)
+        elif objective.feature_distance_weight:
+            reference = copy.deepcopy(model.encoder)
+        if settings.initial_model and not settings.is_filled:
+            _load_initial(model, Path(settings.initial_model))
+        return SegmentationStage(model.to(device), objective, seed=settings.seed, reference=reference)
+
+    def check(self, settings: StageSettings[SegmentationSection], *, device: torch.device, is_sharded: bool) -> None:
+        if is_sharded and not settings.own.objective.use_teacher:
+            raise ValueError(
+                "stage1.objective.use_teacher=false asks the student for pseudo-labels, which FSDP2 holds in shards; "
+                "launch with ddp, zero1 or zero2."
+            )
+
+    def reads_target(self, settings: StageSettings[SegmentationSection]) -> bool:
+        return settings.own.objective.adapt
+
+    def reads_target_labels(self, settings: StageSettings[SegmentationSection]) -> bool:
+        return settings.own.objective.target_labels
+
+    def noise(self, settings: StageSettings[SegmentationSection]) -> dict[str, tuple[int, ...]]:
+        objective = settings.own.objective
+        noise: dict[str, tuple[int, ...]] = {}
+        if settings.model.latent.has_mask_encoder:
+            noise[NOISE] = settings.latent_shape
+        if objective.adapt and objective.corruption.strength:
+            noise[CORRUPTION_NOISE] = (3, *settings.crop_size)
+        return noise
+
+    def class_remedies(self, settings: StageSettings[SegmentationSection]) -> list[str]:
+        return remedies_of_lost_classes(self.name, settings.own.objective)
+
+
+def _load_initial(model: ICCLD, folder: Path) -> None:
+    initial = ICCLD.from_pretrained(folder, num_classes=model.num_classes, with_denoiser=False)
+    try:
+        model.load_state_dict(initial.state_dict())
+    except RuntimeError as error:
+        raise ValueError(
+            f"initial_model={folder} is another model than `model` describes; "
+            f"use the model settings that it was trained with. {str(error).splitlines()[1].strip()}"
+        ) from error

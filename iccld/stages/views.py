@@ -18,7 +18,6 @@ from iccld.labels import IGNORE_INDEX
 from iccld.models.denoiser import Denoiser
 from iccld.models.encoder import EncoderOutput
 from iccld.models.iccld import ICCLD
-from iccld.models.latent import LatentKind, diffused_latent
 from iccld.stages.base import keyed_noise, to_float
 from iccld.stages.diagnostics import CLASSES, class_counts
 from iccld.stages.domains import (
@@ -135,7 +134,7 @@ class Views:
         E passes an image once, and none that nothing asks for (None).
         """
         encoder, is_clean_seen = self.model.encoder, seen_images is images.images
-        needs_clean = is_clean_seen or self.model.config.latent is LatentKind.image
+        needs_clean = is_clean_seen or self.model.config.latent.needs_clean_view
         clean = encoder(images.images) if needs_clean else None
         seen = clean if clean is not None and is_clean_seen else encoder(seen_images)
         if not self.need_labels:
@@ -163,7 +162,7 @@ class Views:
         """
         labels = None if probabilities is None else self._labels(batch, probabilities, pasted)
         of_z_0 = {"labels": labels.labels if labels else None, "weights": labels.weights if labels else None}
-        tensors = {"z_0": diffused_latent(self.model, clean=clean_latent, seen=seen, **of_z_0)}
+        tensors = {"z_0": self.model.diffused_latent(clean=clean_latent, seen=seen, **of_z_0)}
         if labels is not None:
             pseudo = of_domains(labels.labels, ["target"]).masked_fill(~batch["target"]["valid"], IGNORE_INDEX)
             counts = class_counts(pseudo, batch["source"]["labels"], num_classes=self.model.num_classes)

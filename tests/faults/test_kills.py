@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-TOOLS = Path(__file__).parents[2] / "tools"
+TOOLS = Path(__file__).parents[2] / "tools" / "scripts"
 DIRECTED = {"save", "rename", "latest", "retention", "export", "hand_off", "stage2"}
 
 
@@ -53,7 +53,9 @@ def write_run(folder: Path) -> None:
             path.parent.mkdir(parents=True)
             save_file({"weight": torch.arange(3.0)}, path)
         (folder / stage / "checkpoints" / "latest").write_text("step_00000002")
-    entries = [{"stage": stage, "step": step, "loss": 0.5} for stage in ("stage1", "stage2") for step in range(2)]
+    entries = [
+        {"format": 2, "stage": stage, "step": 1 + i, "loss": 0.5} for stage in ("stage1", "stage2") for i in range(2)
+    ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
 
 
@@ -81,7 +83,7 @@ def change_a_bit(path: Path) -> None:
             lambda run: (run / "metrics.jsonl").write_text(
                 (run / "metrics.jsonl").read_text().replace("0.5", "0.6", 1)
             ),
-            "other losses in stage1, step 0",
+            "other losses in stage1, step 1",
         ),
     ],
 )
@@ -93,6 +95,9 @@ def test_the_comparison_sees(
     change(tmp_path / "two")
     found = list(compare_runs.differences(tmp_path / "one", tmp_path / "two", num_steps=2))
     assert len(found) == bool(message) and all(what.startswith(message) for what in found)
+    command = [sys.executable, str(TOOLS / "compare_runs.py"), str(tmp_path / "one"), str(tmp_path / "two")]
+    done = subprocess.run([*command, "--num-steps", "2"], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout.splitlines()) == (bool(message), found)
 
 
 @pytest.mark.parametrize(

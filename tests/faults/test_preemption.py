@@ -117,4 +117,4 @@ def test_a_score_in_mid_training_that_was_given_up_is_made_up_for(
         assert ranks.wait() == [STOPPED]
     assert scores(run_dir) == [] and last(run_dir) == ("preempted", "stage1")
     assert statuses(command, tmp_path / "c", 1) == [0]
-    assert scores(run_dir) == scores(whole) and [entry["step"] for entry in scores(whole)] == [2, 5]
+    assert scores(run_dir) == scores(whole) and [entry["step"] for entry in scores(whole)] == [3, 6]

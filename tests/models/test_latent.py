@@ -9,10 +9,8 @@ from iccld.models.latent import (
     LatentKind,
     channel_moments,
     denormalise,
-    diffused_latent,
     moments_to_statistics,
     normalise,
-    raw_latent_pair,
 )
 from tests.models.factory import random_images, tiny_model
 
@@ -28,7 +26,7 @@ def views(model: ICCLD) -> dict[str, torch.Tensor]:
 
 def test_image_reading_diffuses_the_clean_latent_given_the_strong_view():
     model = tiny_model(latent=LatentKind.image)
-    pair = raw_latent_pair(model, **views(model))
+    pair = model.encoded_latents(**views(model))
     assert torch.equal(pair.z_0, model.encoder(CLEAN).latent)
     assert torch.equal(pair.condition, model.encoder(STRONG).latent)
     assert not torch.allclose(pair.z_0, pair.condition, atol=1e-3), "copying the condition must not solve the task"
@@ -37,7 +35,7 @@ def test_image_reading_diffuses_the_clean_latent_given_the_strong_view():
 def test_mask_reading_diffuses_the_label_given_the_clean_view():
     model = tiny_model(latent=LatentKind.mask)
     assert model.mask_encoder is not None
-    pair = raw_latent_pair(model, **views(model))
+    pair = model.encoded_latents(**views(model))
     assert torch.equal(pair.z_0, model.mask_encoder(LABELS))
     assert torch.equal(pair.condition, model.encoder(CLEAN).latent)
     assert pair.z_0.shape == pair.condition.shape
@@ -47,13 +45,13 @@ def test_mask_reading_diffuses_the_label_given_the_clean_view():
 def test_measured_statistics_give_unit_variance(kind: LatentKind):
     model = tiny_model(latent=kind)
     with torch.no_grad():
-        raw = raw_latent_pair(model, **views(model))
+        raw = model.encoded_latents(**views(model))
         halves = [(channel_moments(raw.z_0[s]), channel_moments(raw.condition[s])) for s in (slice(0, 1), slice(1, 2))]
         model.set_latent_statistics(z_0=halves[0][0] + halves[1][0], condition=halves[0][1] + halves[1][1])
         seen = views(model)["seen"]
         condition = normalise(seen, mean=model.condition_mean, std=model.condition_std)
         of_z_0 = {"clean": views(model)["clean"], "labels": LABELS, "weights": None}
-        z_0 = diffused_latent(model, seen=EncoderOutput(seen, ()), **of_z_0)
+        z_0 = model.diffused_latent(seen=EncoderOutput(seen, ()), **of_z_0)
         for z in (z_0, condition):
             assert z.dtype == torch.float32
             torch.testing.assert_close(z.mean(dim=(0, 2, 3)), torch.zeros(4), atol=1e-3, rtol=0)

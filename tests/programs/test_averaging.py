@@ -1,24 +1,32 @@
 """Averaged predictions: over noises, and with the map of stage 1."""
 
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from iccld.cli import main
 from iccld.config import load_config
-from iccld.programs.evaluate.evaluate import predict_function, score_model
+from iccld.programs.ablate import pictures
+from iccld.programs.evaluate import averaging
+from iccld.programs.evaluate.evaluate import score_model
 from iccld.programs.evaluate.results import about_of
+from iccld.stages.kind import StageKind
+from iccld.stages.predictor import InferenceConfig, predictor_of
 from tests.models.factory import trained_model
 
 IMAGES, NUMBERS = torch.rand(2, 3, 32, 64, generator=torch.Generator().manual_seed(0)), torch.tensor([3, 5])
-STEPS = {"num_steps": 2, "seed": 0}
 
 
-def logits_of(model: Any, **options: Any) -> torch.Tensor:
+def logits_of(model: Any, *, noise_seed: int = 0, **averaging: Any) -> torch.Tensor:
     with torch.no_grad():
-        return predict_function(model, **STEPS, **options)(IMAGES, NUMBERS)
+        predict = predictor_of(model, InferenceConfig(**averaging), seed=0, num_steps=2, noise_seed=noise_seed)
+        return predict(IMAGES, NUMBERS)
 
 
 def test_probabilities_are_averaged_over_noises_that_no_other_seed_has():
@@ -76,3 +84,32 @@ def test_what_is_averaged_is_told_with_the_scores_and_only_then():
 def test_settings_out_of_range_are_refused(word: str, message: str):
     with pytest.raises(ValueError, match=message):
         load_config([word])
+
+
+def test_predict_averages_as_the_scores_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model, asked = trained_model(), list[InferenceConfig]()
+    names, palette = [f"class {i}" for i in range(model.num_classes)], [(i, i, i) for i in range(model.num_classes)]
+    model.save_pretrained(tmp_path / "model", class_names=names, palette=palette)
+    Image.fromarray(np.zeros((32, 64, 3), np.uint8)).save(tmp_path / "image.png")
+
+    def predictor(self: Any, model: Any, inference: InferenceConfig, **options: Any) -> Any:
+        asked.append(inference)
+        return predictor_of(model, inference, **options)
+
+    monkeypatch.setattr(StageKind, "predictor", predictor)
+    paths = [str(tmp_path / name) for name in ("model", "image.png", "out")]
+    assert not main(["predict", *paths, "--num-steps", "1", "--num-averaged", "3", "--blend", "0.5"])
+    assert asked == [InferenceConfig(num_averaged=3, blend=0.5)]
+
+
+def test_pictures_and_averages_of_other_widths_are_averaged_as_the_scores_are(monkeypatch: pytest.MonkeyPatch):
+    words = ["model=tiny", "dataset=scenes", "inference.num_steps=[2,4]", "inference.num_averaged=3"]
+    config, model = load_config(words), trained_model()
+    monkeypatch.setattr(pictures, "finished_models", lambda config: [Path("model")])
+    monkeypatch.setattr(pictures, "load_model", lambda folder, config: model)
+    with torch.no_grad():
+        shown = pictures.predictor_of_row(config)(IMAGES, NUMBERS)
+        assert torch.equal(shown, logits_of(model, num_averaged=3))
+        monkeypatch.setattr(averaging, "evaluate_predictor", lambda predict, *_: predict(IMAGES, NUMBERS))
+        swept = averaging.scores_by_steps(model, config, SimpleNamespace())  # pyright: ignore[reportArgumentType]
+    assert list(swept) == [2, 4] and torch.equal(swept[2], shown)  # pyright: ignore[reportArgumentType]

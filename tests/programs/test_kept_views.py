@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from iccld.config import StageName, load_config
+from iccld.config import load_config
 from iccld.data.config import BatchLayout
 from iccld.programs.run import kept_views
 from iccld.programs.run.building import build_stream, noise_of
@@ -21,11 +21,11 @@ ENGINE: Any = SimpleNamespace(
 
 @pytest.fixture
 def identity(scene_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(kept_views, "handed_over", lambda config: ("", SimpleNamespace(model_sha256="weights")))
+    monkeypatch.setattr(kept_views, "handed_over", lambda name, config: ("", SimpleNamespace(model_sha256="weights")))
 
     def of(*overrides: str) -> str:
         config = load_config([*scene_overrides(scene_shards, tmp_path), *overrides])
-        return identity_of_views(config, ENGINE, build_stream(StageName.stage2, config, BatchLayout(2, 2)))
+        return identity_of_views("stage2", config, ENGINE, build_stream("stage2", config, BatchLayout(2, 2)))
 
     return of
 
@@ -69,13 +69,14 @@ def test_what_does_not_change_them_shares_them(identity: Any, override: str) -> 
 
 def test_other_weights_of_stage_1_are_other_views(identity: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     before = identity()
-    monkeypatch.setattr(kept_views, "handed_over", lambda config: ("", SimpleNamespace(model_sha256="others")))
+    monkeypatch.setattr(kept_views, "handed_over", lambda name, config: ("", SimpleNamespace(model_sha256="others")))
     assert identity() != before
 
 
 def test_files_stay_within_the_room_given(tmp_path: Path) -> None:
-    cache = f"stage2.cache.folder={tmp_path}/views"
-    files = open_view_files(load_config([cache, f"stage2.cache.max_gib={2**-6}"]))  # a MiB in each bucket
+    cache = [f"stage2.cache.folder={tmp_path}/views", "stage2.cache.num_samples=8"]
+    files = open_view_files("stage2", load_config([*cache, f"stage2.cache.max_gib={2**-6}"]))  # a MiB in each bucket
+    assert files is not None
     for number in range(100):
         files.put(str(number), bytes(1 << 19))
     assert files.counters["full"] > 0
@@ -87,13 +88,13 @@ def test_files_stay_within_the_room_given(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_used_is_named_with_its_setting(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(ValueError, match=r"stage2.cache.folder=\S+file cannot be written to"):
-        open_view_files(load_config([f"stage2.cache.folder={tmp_path}/file"]))
+        open_view_files("stage2", load_config([f"stage2.cache.folder={tmp_path}/file", "stage2.cache.num_samples=8"]))
 
 
 def test_the_stream_draws_no_noise_for_views_that_repeat() -> None:
     corrupted = ["stage2.objective.corruption.strength=1"]
     cache = ["stage2.cache.folder=x", "stage2.cache.num_samples=8"]
-    plain, cached = (noise_of(StageName.stage2, load_config(words)) for words in (corrupted, corrupted + cache))
+    plain, cached = (noise_of("stage2", load_config(words)) for words in (corrupted, corrupted + cache))
     assert plain.keys() - cached.keys() == {CORRUPTION_NOISE} and cached
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from iccld.config import StageName, load_config
+from iccld.config import load_config
 from iccld.programs.run.building import build_stage
 from iccld.programs.train.train import measure_latents
 from iccld.runtime.engine.engine import Engine, EngineConfig
@@ -18,7 +18,7 @@ META = torch.device("meta")
 
 def test_a_finished_stage_measures_its_latent_on_its_device(scene_shards: Path, tmp_path: Path) -> None:
     config = load_config(scene_overrides(scene_shards, tmp_path))
-    stage = on_meta(build_stage(StageName.stage1, config, torch.device("cpu")))
+    stage = on_meta(build_stage("stage1", config, torch.device("cpu")))
     measured: list[Any] = []
     for model in stage.models().values():
         model.set_latent_statistics = lambda **statistics: measured.append(SimpleNamespace(**statistics))

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from iccld.config import StageName, load_config
+from iccld.config import load_config
 from iccld.programs.run.building import fresh_stage
 from iccld.programs.run.checks import plan_of
 from iccld.programs.run.out_of_memory import remedies
@@ -20,14 +20,14 @@ CONVNEXT = (
 @pytest.mark.parametrize(
     ("stage", "settings", "part"),
     [
-        (StageName.stage1, [], "encoder"),
-        (StageName.stage1, ["model.encoder.activation_checkpointing=true"], ""),
-        (StageName.stage1, CONVNEXT, ""),
-        (StageName.stage2, [], "denoiser"),
-        (StageName.stage2, ["model.denoiser.activation_checkpointing=1"], ""),
+        ("stage1", [], "encoder"),
+        ("stage1", ["model.encoder.activation_checkpointing=true"], ""),
+        ("stage1", CONVNEXT, ""),
+        ("stage2", [], "denoiser"),
+        ("stage2", ["model.denoiser.activation_checkpointing=1"], ""),
     ],
 )
-def test_activation_checkpointing_is_named_where_it_helps(stage: StageName, settings: Any, part: str) -> None:
+def test_activation_checkpointing_is_named_where_it_helps(stage: str, settings: Any, part: str) -> None:
     config = load_config(["model=tiny", *settings])
     with Engine(EngineConfig()) as engine:
         made = fresh_stage(stage, config, torch.device("cpu"))

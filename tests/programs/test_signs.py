@@ -10,24 +10,22 @@ from iccld.config import Config
 from iccld.diagnostics import YARDSTICK, Diagnosis, Figure
 from iccld.programs.run.signs import (
     APART,
-    BLIND,
     RECENT,
-    TOO_STRONG,
     VIEWS_APART,
-    Sign,
     read_entries,
     signs_of_diagnosis,
     signs_of_training,
     tell,
 )
 from iccld.runtime.measure.telemetry import write_event
+from iccld.stages.signs import BLIND, TOO_STRONG, Sign
 
 RAMP = Config().stage2.objective.adversarial_ramp_steps
 DOMAINS = ("source", "target", "mixed")
 
 
 def lines(stage: str = "stage2", *, first: int = RAMP, count: int = RECENT, **values: Any) -> list[dict[str, Any]]:
-    return [{"stage": stage, "step": first + 50 * i, "loss": 1.0, **values} for i in range(count)]
+    return [{"format": 2, "stage": stage, "step": first + 50 * i, "loss": 1.0, **values} for i in range(count)]
 
 
 def accuracy(value: float, domains: tuple[str, ...] = DOMAINS) -> dict[str, float]:
@@ -72,7 +70,7 @@ def test_a_domain_that_is_always_known_does_not_hide_those_that_are_not():
 
 
 def test_before_the_end_of_the_ramp_a_discriminator_may_be_blind_but_not_strong():
-    early = RAMP - 2
+    early = RAMP - 1
     assert names(lines(first=early, **accuracy(0.3))) == []
     assert names(lines(first=early + 1, **accuracy(0.3))) == ["blind_discriminator"]
     assert names(lines(first=0, **accuracy(0.95))) == ["strong_discriminator"]
@@ -150,7 +148,8 @@ def test_without_a_run_a_sign_is_told_and_noted_nowhere(tmp_path: Path, capsys: 
 
 
 def test_a_torn_line_is_no_entry(tmp_path: Path):
-    text = '{"stage": "stage1", "step": 1}\n{"stage": "sta\n[1]\n{"step": 2}\n{"stage": "stage2", "step": 3}\n'
+    text = '{"format": 2, "stage": "stage1", "step": 1}\n{"stage": "sta\n[1]\n'
+    text += '{"step": 2}\n{"stage": "stage2", "step": 3}\n'
     (tmp_path / "metrics.jsonl").write_text(text)
-    assert [entry["step"] for entry in read_entries(tmp_path)] == [1, 3]
+    assert [entry["step"] for entry in read_entries(tmp_path)] == [1, 4], "a line without a format counts from 0"
     assert read_entries(tmp_path / "none") == []

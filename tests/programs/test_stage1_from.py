@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from iccld.config import Config, StageName, config_from
+from iccld.config import Config, config_from
 from iccld.durable import file_checksum
 from iccld.programs.run.hand_off import final_folder, handed_over, take_first_stage
 
 
 def finished_run(run_dir: Path) -> Path:
     """The folder that a finished stage 1 leaves; its weights are not read here."""
-    final = final_folder(run_dir, StageName.stage1)
+    final = final_folder(run_dir, "stage1")
     for weights in ("teacher", "student"):
         (final / weights).mkdir(parents=True)
         (final / weights / "model.safetensors").write_bytes(weights.encode() * 1000)
@@ -40,9 +40,9 @@ def test_the_copy_is_whole_and_stays_when_the_other_run_is_removed(tmp_path: Pat
     before = files(final)
     take_first_stage(config, is_main=True)
     shutil.rmtree(tmp_path / "old")
-    copy = final_folder(tmp_path / "new", StageName.stage1)
+    copy = final_folder(tmp_path / "new", "stage1")
     assert files(copy) == before
-    assert handed_over(config)[0] == copy / "teacher"
+    assert handed_over("stage1", config)[0] == copy / "teacher"
     assert [path.name for path in copy.parent.iterdir()] == ["final"]
     take_first_stage(config, is_main=True)  # it has one: the other run is not asked for
 
@@ -60,7 +60,7 @@ def test_what_a_killed_copy_has_left_is_replaced(tmp_path: Path):
     torn.mkdir(parents=True)
     (torn / "model.safetensors").write_bytes(b"half")
     take_first_stage(config, is_main=True)
-    assert files(final_folder(tmp_path / "new", StageName.stage1)) == files(final)
+    assert files(final_folder(tmp_path / "new", "stage1")) == files(final)
     assert not torn.exists()
 
 
@@ -101,7 +101,7 @@ def test_what_stage_1_did_not_leave_is_refused(tmp_path: Path, spoil, words: str
     spoil(finished_run(tmp_path / "old"))
     with pytest.raises(ValueError, match=words):
         take_first_stage(config_of(tmp_path), is_main=True)
-    assert not final_folder(tmp_path / "new", StageName.stage1).exists()
+    assert not final_folder(tmp_path / "new", "stage1").exists()
 
 
 def test_a_run_that_trains_stage_1_takes_none():

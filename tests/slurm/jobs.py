@@ -78,7 +78,7 @@ class PacedRun:
         return log_of(self.run_dir, self.jobs[-1])
 
     def wait_for_step(self, step: int, *, attempt: int = 1, stage: str = "stage1", timeout_s: float = 150) -> None:
-        """Until the `attempt`-th attempt, over all jobs of the run, has logged this step or a later one."""
+        """Until the `attempt`-th attempt, over all jobs of the run, has logged that so many steps are done, or more."""
 
         def reached() -> bool:
             path = self.run_dir / "metrics.jsonl"
@@ -87,7 +87,8 @@ class PacedRun:
             if len(starts) < attempt or not lines:
                 return False
             last = json.loads(lines[-1])
-            return (last["stage"], last["step"]) >= max((stage, step), starts[-1])
+            place = (last["stage"], last["step"])
+            return place >= (stage, step) and place > starts[-1]
 
         wait_until(reached, timeout_s, f"step {step} of attempt {attempt}", self.tail)
 

@@ -21,7 +21,7 @@ def run(cluster: Cluster, scene_shards: Path, tmp_path: Path) -> PacedRun:
     """Two nodes, past the first checkpoint of stage 1."""
     run = PacedRun(cluster, scene_shards, tmp_path)
     run.submit()
-    run.wait_for_step(4)
+    run.wait_for_step(5)
     return run
 
 

@@ -17,7 +17,7 @@ def test_four_nodes_then_two_then_four(cluster: Cluster, scene_shards: Path, tmp
     for attempt, nodes in enumerate((4, 2, 4), start=1):
         job = run.submit("--no-requeue", nodes=nodes)
         if attempt < 3:
-            run.wait_for_step(3 * attempt - 1, attempt=attempt)
+            run.wait_for_step(3 * attempt, attempt=attempt)
             cluster.run("scancel", "--signal=USR1", job)
             cluster.wait(job)
     run.finish()

@@ -32,7 +32,7 @@ def test_a_link_is_cut_and_the_job_ends_on_other_nodes(
     run = PacedRun(network, scene_shards, tmp_path)
     run.words.append("watchdog.step_s=20")
     job = run.submit()
-    run.wait_for_step(4)
+    run.wait_for_step(5)
     nodes = network.run("scontrol", "show", "hostnames", network.fact(job, "NodeList")).split()
     lost = next(node for node in nodes if node != network.fact(job, "BatchHost"))
     network.cut(lost)

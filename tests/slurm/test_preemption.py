@@ -27,7 +27,7 @@ def test_the_time_limit_twice_in_a_row(cluster: Cluster, scene_shards: Path, und
     job = run.submit("--lead-s", "60")
     for attempt in (1, 2):
         run.pace(0.5)
-        run.wait_for_step(3 * attempt - 2, attempt=attempt)
+        run.wait_for_step(3 * attempt - 1, attempt=attempt)
         run.pace(8)  # SLURM looks at its limits every 30 s
         end = time.strftime("%FT%T", time.localtime(time.time() + 45))
         cluster.run("scontrol", "update", f"jobid={job}", f"EndTime={end}")
@@ -42,7 +42,7 @@ def test_the_time_limit_twice_in_a_row(cluster: Cluster, scene_shards: Path, und
 def test_preemption_by_sigterm(cluster: Cluster, scene_shards: Path, undisturbed: Path, tmp_path: Path):
     run = PacedRun(cluster, scene_shards, tmp_path)
     job = run.submit()
-    run.wait_for_step(1, stage="stage2")
+    run.wait_for_step(2, stage="stage2")
     cluster.run("scancel", "--signal=TERM", job)
     wait_for_stop(run, 1, 30)
     run.finish()
@@ -54,7 +54,7 @@ def test_preemption_by_sigterm(cluster: Cluster, scene_shards: Path, undisturbed
 def test_a_cancelled_job_is_not_requeued(cluster: Cluster, scene_shards: Path, tmp_path: Path):
     run = PacedRun(cluster, scene_shards, tmp_path)
     job = run.submit(nodes=1)
-    run.wait_for_step(1)
+    run.wait_for_step(2)
     cluster.run("scancel", job)
     assert cluster.wait(job) == "CANCELLED"
     time.sleep(2)

@@ -12,7 +12,7 @@ from iccld.labels import IGNORE_INDEX
 from iccld.losses import domain_confusion, domain_cross_entropy, noise_mse
 from iccld.models.condition import ConditionKind
 from iccld.models.iccld import ICCLD
-from iccld.models.latent import LatentKind, diffused_latent
+from iccld.models.latent import LatentKind
 from iccld.stages.adversarial import AdversarialConfig, AdversarialStage, AdversaryInput, new_discriminator
 from iccld.stages.domains import mixed_images
 from iccld.uda.photometric import PhotometricConfig
@@ -120,7 +120,7 @@ def test_the_targets_labels_are_what_the_model_segments():
         target = batch["target"]["images"].float() / 255
         expected = stage.model.segment(target).argmax(dim=1).to(torch.uint8)
         clean, labels = stage.model.encoder(target), expected.repeat(3, 1, 1)
-        z_0 = diffused_latent(stage.model, clean=None, seen=clean, labels=labels, weights=None)
+        z_0 = stage.model.diffused_latent(clean=None, seen=clean, labels=labels, weights=None)
         torch.testing.assert_close(prepared(stage).tensors["z_0"].chunk(3)[1], z_0.chunk(3)[1])
 
 

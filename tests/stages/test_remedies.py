@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from iccld.models.condition import Condition, ConditionKind
+from iccld.models.encoder import EncoderOutput
 from iccld.models.iccld import ICCLD
 from iccld.models.latent import LatentKind
-from iccld.models.residual import fitted_residual, residual_scale
 from iccld.stages.adversarial import AdversarialStage, AdversaryInput, noise_shapes
 from iccld.stages.base import to_float
 from iccld.stages.named import tensors_to_condition
@@ -64,7 +64,10 @@ def test_a_trained_residual_moves_the_latent_by_its_scale():
         moved = model.decodable(move, encoded.latent)
     unit = model.config.residual_steps * model.config.residual_step * model.latent_std.view(1, -1, 1, 1)
     torch.testing.assert_close(moved - encoded.latent, unit * move)
-    torch.testing.assert_close(residual_scale(model), unit)
+
+
+def residual_of(model: ICCLD, encoded: EncoderOutput, labels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    return model.diffused_latent(clean=None, seen=encoded, labels=labels, weights=weights)
 
 
 def test_the_residual_leads_towards_the_labels_and_no_sample_hears_another():
@@ -73,7 +76,7 @@ def test_the_residual_leads_towards_the_labels_and_no_sample_hears_another():
     weights = torch.ones(2, 32, 64)
     with torch.no_grad():
         encoded = model.encoder(IMAGES)
-        r = fitted_residual(model, encoded, labels, weights)
+        r = residual_of(model, encoded, labels, weights)
         assert not r.requires_grad and r.dtype == torch.float32
 
         def loss(z_0: torch.Tensor) -> torch.Tensor:
@@ -84,12 +87,12 @@ def test_the_residual_leads_towards_the_labels_and_no_sample_hears_another():
         assert bool((loss(r) < loss(torch.zeros_like(r))).all())
         root_mean_square = r.square().mean(dim=(1, 2, 3)).sqrt()
         assert bool((root_mean_square <= 1 + 1e-5).all()) and bool((root_mean_square > 0.3).all())
-        alone = [fitted_residual(model, encoded_at(encoded, i), labels[i : i + 1], weights[i : i + 1]) for i in (0, 1)]
+        alone = [residual_of(model, encoded_at(encoded, i), labels[i : i + 1], weights[i : i + 1]) for i in (0, 1)]
         torch.testing.assert_close(torch.cat(alone), r, rtol=1e-3, atol=1e-4)
-        half = fitted_residual(model, encoded, labels, weights * torch.tensor([1.0, 0.5]).view(2, 1, 1))
+        half = residual_of(model, encoded, labels, weights * torch.tensor([1.0, 0.5]).view(2, 1, 1))
         torch.testing.assert_close(half[0], r[0])
         assert float(half[1].square().mean()) < 0.5 * float(r[1].square().mean()), "what is trusted less moves less"
-        nothing = fitted_residual(model, encoded, torch.full_like(labels, 255), weights)
+        nothing = residual_of(model, encoded, torch.full_like(labels, 255), weights)
         assert not nothing.any()
 
 
@@ -259,6 +262,6 @@ def test_a_trust_above_1_lengthens_no_step_of_the_residual():
     images = random_batch(num_classes=19, numbers=range(2))["source"]["images"]
     labels = random_batch(num_classes=19, numbers=range(2))["source"]["labels"]
     encoded = stage.model.encoder(to_float(images))
-    plain, heavy = (fitted_residual(stage.model, encoded, labels, torch.full(labels.shape, w)) for w in (1.0, 4.0))
+    plain, heavy = (residual_of(stage.model, encoded, labels, torch.full(labels.shape, w)) for w in (1.0, 4.0))
     assert heavy.square().mean().sqrt() <= 1.0
     torch.testing.assert_close(plain, heavy, rtol=1e-3, atol=1e-4)

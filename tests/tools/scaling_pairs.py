@@ -37,7 +37,7 @@ class Ranks:
 
     def __init__(self, engine: str, environments: Sequence[dict[str, str]], commands: Sequence[Sequence[str]]) -> None:
         common = os.environ | ENVIRONMENTS[engine] | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-        common["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tools'}"
+        common["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "tools/benchmarks", ROOT / "tools/scripts")))
         self.processes = [
             subprocess.Popen(command, env=common | own, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
             for own, command in zip(environments, commands, strict=True)

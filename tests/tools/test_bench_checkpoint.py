@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def bench(tmp_path: Path, script: str, *arguments: str) -> tuple[str, dict]:
-    command = [sys.executable, str(ROOT / "tools" / script), *arguments, "--json", "figures.json"]
+    command = [sys.executable, str(ROOT / "tools" / "benchmarks" / script), *arguments, "--json", "figures.json"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
     assert not done.returncode, done.stderr
     return done.stdout, json.loads((tmp_path / "figures.json").read_text())

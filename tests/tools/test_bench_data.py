@@ -14,7 +14,7 @@ TINY = ["--crop", "32", "--batch-size", "2", "--rounds", "2", "--seconds", "0.1"
 
 
 def bench(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools" / "bench_data.py"), *TINY, *arguments]
+    command = [sys.executable, str(ROOT / "tools" / "benchmarks" / "bench_data.py"), *TINY, *arguments]
     return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
 
 

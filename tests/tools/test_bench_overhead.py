@@ -28,7 +28,17 @@ def test_what_was_not_varied_has_no_term():
 
 
 def test_a_small_run(tmp_path: Path):
-    command = [sys.executable, "tools/bench_overhead.py", "--sizes", "32", "64", "--classes", "5", "--rounds", "1"]
+    command = [
+        sys.executable,
+        "tools/benchmarks/bench_overhead.py",
+        "--sizes",
+        "32",
+        "64",
+        "--classes",
+        "5",
+        "--rounds",
+        "1",
+    ]
     command += ["--json", str(tmp_path / "o.json"), "--png", str(tmp_path / "o.png")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -6,9 +6,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import bench_train
 import pytest
 import torch
+import training_peers.denoisers
 from torch import Tensor, nn
+from training_peers import processes
+from training_peers.guard import regressions, unmeasured
+from training_peers.peers import AdversarialDraws, DAFormerOrder, MixingDraws, TwoOptimisers
+from training_peers.sizes import SIZES, Ours, config_of, make_stage, random_batch
+from training_peers.steps import compare_cache
+from training_peers.turns import ratio_of, take_turns
 
 from iccld import rng
 from iccld.runtime.engine.engine import Engine, EngineConfig, Precision
@@ -17,16 +25,6 @@ from iccld.stages.base import Stage
 from iccld.uda.photometric import NUM_DRAWS
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-
-import bench_train  # noqa: E402  (a script: its parts lie beside it)
-import training_peers.denoisers  # noqa: E402
-from training_peers import processes  # noqa: E402
-from training_peers.guard import regressions, unmeasured  # noqa: E402
-from training_peers.peers import AdversarialDraws, DAFormerOrder, MixingDraws, TwoOptimisers  # noqa: E402
-from training_peers.sizes import SIZES, Ours, config_of, make_stage, random_batch  # noqa: E402
-from training_peers.steps import compare_cache  # noqa: E402
-from training_peers.turns import ratio_of, take_turns  # noqa: E402
 
 TOY, CPU = SIZES["toy"], torch.device("cpu")
 RATIOS = {"denoiser_over_diffusers": 1.2, "stage2_over_two_optimisers": 1.0, "data_wait": 0.01}
@@ -178,7 +176,14 @@ def test_the_toy_runs_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_ranks_and_real_runs_are_measured(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "tools" / "bench_train.py"), "--size", "toy", "--json", "figures.json"]
+    command = [
+        sys.executable,
+        str(ROOT / "tools" / "benchmarks" / "bench_train.py"),
+        "--size",
+        "toy",
+        "--json",
+        "figures.json",
+    ]
     command += ["--parts", "scaling", "data"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
     assert not done.returncode, done.stderr

@@ -217,7 +217,7 @@ def test_a_fixed_batch_leaves_less_to_accumulate_and_then_nothing(profile: Profi
 
 
 def plan(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools" / "plan_scaling.py"), *arguments]
+    command = [sys.executable, str(ROOT / "tools" / "scripts" / "plan_scaling.py"), *arguments]
     return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
 
 
@@ -261,7 +261,7 @@ def test_what_is_wrong_is_said_in_one_line(profile: Profile, tmp_path: Path, arg
 @pytest.mark.distributed
 def test_a_link_is_measured_by_a_launch_of_two(profile: Profile, tmp_path: Path) -> None:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    tool = [str(ROOT / "tools" / "plan_scaling.py"), "--measure-link", "--json", "link.json"]
+    tool = [str(ROOT / "tools" / "scripts" / "plan_scaling.py"), "--measure-link", "--json", "link.json"]
     done = subprocess.run([*launch, *tool], cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False)
     assert not done.returncode, done.stderr[-3000:]
     for cost in json.loads((tmp_path / "link.json").read_text())["collectives"].values():

@@ -10,19 +10,20 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from iccld.config import Config, StageName, load_config, to_yaml
+from iccld.config import Config, load_config, to_yaml
 from iccld.models.iccld import ICCLD
 from iccld.models.model_card import ModelStage
 from iccld.programs.evaluate.averaging import (
     averaged_part,
-    plan_reconstruction,
     put_weights,
     read_snapshots,
+    reconstruction_of,
     write_snapshot,
 )
+from iccld.stages.table import STAGES
 from iccld.uda.ema_profile import PowerAverages
 from tests.factory import scene_overrides
-from tools import reconstruct_ema
+from tools.scripts import reconstruct_ema
 
 ROOT = Path(__file__).parents[2]
 NUM_STEPS, EVERY, WIDTHS = 64, 8, [0.05, 0.10]
@@ -57,12 +58,12 @@ def config(scene_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Conf
     run_dir = tmp_path_factory.mktemp("runs") / "run"
     config = load_config([*scene_overrides(scene_shards, run_dir), "inference.num_steps=[1,2]"])
     classes = config.data.class_set.build()
-    for stage in StageName:
+    for stage in STAGES:
         torch.manual_seed(0)
-        model = ICCLD(config=config.model, num_classes=classes.num_classes, with_denoiser=stage is StageName.stage2)
-        model.stage = ModelStage.adversarial if stage is StageName.stage2 else ModelStage.segmentation
+        model = ICCLD(config=config.model, num_classes=classes.num_classes, with_denoiser=stage == "stage2")
+        model.stage = ModelStage.adversarial if stage == "stage2" else ModelStage.segmentation
         model.latent_mean.uniform_(-1, 1)
-        folder = run_dir / stage.value / "final" / "teacher"
+        folder = run_dir / stage / "final" / "teacher"
         model.save_pretrained(
             folder, class_names=classes.names, palette=classes.palette, origin={"run_dir": str(run_dir)}
         )
@@ -75,10 +76,8 @@ def expected(config: Config) -> dict[str, dict[str, Tensor]]:
     """The averages at the end of each stage, whose snapshots are in the run directory."""
     run_dir = Path(config.run_dir)
     return {
-        stage.value: _train(
-            ICCLD.from_pretrained(run_dir / stage.value / "final/teacher"), run_dir / stage.value / "ema"
-        )
-        for stage in StageName
+        stage: _train(ICCLD.from_pretrained(run_dir / stage / "final/teacher"), run_dir / stage / "ema")
+        for stage in STAGES
     }
 
 
@@ -134,7 +133,7 @@ def test_an_untracked_width_is_near_an_average_of_that_width(
     teacher = ICCLD.from_pretrained(Path(config.run_dir) / "stage2/final/teacher")
     direct = of_width(_train(teacher, tmp_path, dtype=dtype), "ema_0.070")
     students = [_walk(teacher, step) for step in range(NUM_STEPS)]
-    plan = plan_reconstruction(read_snapshots(tmp_path), width=UNTRACKED)
+    plan = reconstruction_of(read_snapshots(tmp_path), width=UNTRACKED)
     assert 0.005 < plan.profile_error < 0.02
     put_weights(averaged_part(teacher), plan)
     for name, parameter in averaged_part(teacher).named_parameters():
@@ -193,7 +192,7 @@ def test_a_run_without_snapshots_is_named_by_the_script(config: Config, tmp_path
     (tmp_path / "run/stage2").mkdir(parents=True)
     (tmp_path / "run/stage2/final").symlink_to(Path(config.run_dir) / "stage2/final")
     arguments = ["run", "--stage", "stage2", "--width", "0.05", "--output", "new"]
-    command = [sys.executable, str(ROOT / "tools/reconstruct_ema.py"), *arguments]
+    command = [sys.executable, str(ROOT / "tools/scripts/reconstruct_ema.py"), *arguments]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
     assert done.stderr.startswith("reconstruct_ema: run/stage2/ema holds no snapshots; train with ema_profile.widths=")
@@ -219,5 +218,5 @@ def test_snapshots_of_another_model_are_refused_before_a_weight_changes(config: 
     model = ICCLD.from_pretrained(Path(config.run_dir) / "stage2/final/teacher")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(ValueError, match=r"step_00000008.safetensors is of another model than the run's: \d+ averages"):
-        put_weights(averaged_part(model), plan_reconstruction(read_snapshots(tmp_path), width=0.05))
+        put_weights(averaged_part(model), reconstruction_of(read_snapshots(tmp_path), width=0.05))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -78,7 +78,7 @@ def correctness(folder: Path) -> Iterator[tuple[str, Any]]:
 
 def make_shards(folder: Path) -> Path:
     """Tiny rendered scenes as shards `source` and `target`."""
-    _call("tools/draw_scenes.py", "--output", folder / "data", "--size", "64x128", "--source", 16, "--target", 16,
+    _call("-m", "iccld.demo.draw", "--output", folder / "data", "--size", "64x128", "--source", 16, "--target", 16,
           "--validation", 1)  # fmt: skip
     for dataset, name, options in (
         ("gta5", "source", ()),
@@ -146,7 +146,7 @@ def _resume(runs: Path, shards: Path) -> str:
     config = (finished / "config.yaml").read_text().replace(str(finished), str(run_dir))
     (run_dir / "config.yaml").write_text(config)
     before = [
-        line for line in lines(finished / "metrics.jsonl") if line["stage"] == stage and line["step"] < SAVE_EVERY
+        line for line in lines(finished / "metrics.jsonl") if line["stage"] == stage and line["step"] <= SAVE_EVERY
     ]
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in before))
     return end_of(Run(DETERMINISTIC), shards, run_dir, timeout_s=RESUME_S)

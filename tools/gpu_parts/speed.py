@@ -15,7 +15,6 @@ from training_peers.attention import attention_figures
 from training_peers.sizes import SIZES, Ours, Size, config_of, make_stage, random_batch
 from training_peers.turns import NUM_WARMUP, seconds_of
 
-from iccld.config import StageName
 from iccld.models.blocks import GroupNorm
 from iccld.runtime.engine.compilation import Compile
 from iccld.runtime.engine.engine import Engine, EngineConfig, MatmulPrecision, Precision
@@ -107,7 +106,7 @@ def compile_stage(name: str, folder: Path) -> Figures:
 
 def _made(name: str, engine: Engine) -> tuple[Stage, dict[str, Any]]:
     size = size_here()
-    return make_stage(name, config_of(size), engine.device), random_batch(size, stage=StageName(name))
+    return make_stage(name, config_of(size), engine.device), random_batch(size, stage=name)
 
 
 def _measure(name: str, size: Size, variant: Variant) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import numpy as np
 from iccld.data.images.decode import LABEL_EXTENSION
 from iccld.data.processes import Progress, in_processes
 from iccld.data.shards.converters import Converter, Pair
-from iccld.data.shards.packing import Packed, Packing, pack_pair
+from iccld.data.shards.packing import PackedPair, Packing, pack_pair
 from iccld.data.shards.records import make_record, to_array
 from iccld.data.shards.tars import Place, Problem, Unusable
 from iccld.data.shards.work_folder import MAKING_FOLDER
@@ -140,7 +140,7 @@ class ChunkWriter:
         self._temporary = output / MAKING_FOLDER / f"{number:06d}.{os.getpid()}.tmp"
         self._writer: Any = None
 
-    def add(self, key: str, packed: Packed) -> None:
+    def add(self, key: str, packed: PackedPair) -> None:
         """Adds a sample to the open tar, or to the next one if it would grow beyond the limit."""
         sizes = [len(packed.image), len(packed.label)]
         grown = sum(tarfile.BLOCKSIZE + _rounded_up(size, tarfile.BLOCKSIZE) for size in sizes if size)

@@ -54,7 +54,7 @@ class Packing:
         return max(1, round(height * scale)), max(1, round(width * scale))
 
 
-class Packed(NamedTuple):
+class PackedPair(NamedTuple):
     """A pair as it is stored; `label` is empty without labels. `facts` are height, width and class pixels."""
 
     extension: str
@@ -63,7 +63,7 @@ class Packed(NamedTuple):
     facts: tuple[int, int, np.ndarray]
 
 
-def pack_pair(pair: Pair, converter: Converter, packing: Packing) -> Packed:
+def pack_pair(pair: Pair, converter: Converter, packing: Packing) -> PackedPair:
     """Reads, checks, resizes and encodes a pair, or raises Unusable."""
     try:
         return _pack(pair, converter, packing)
@@ -72,7 +72,7 @@ def pack_pair(pair: Pair, converter: Converter, packing: Packing) -> Packed:
         raise Unusable(Problem(file, "memory does not suffice for it", remedy)) from error
 
 
-def _pack(pair: Pair, converter: Converter, packing: Packing) -> Packed:
+def _pack(pair: Pair, converter: Converter, packing: Packing) -> PackedPair:
     file = converter.tree.location(pair.image)
     try:
         data = converter.tree.read(pair.image)
@@ -89,7 +89,7 @@ def _pack(pair: Pair, converter: Converter, packing: Packing) -> Packed:
         extension, stored = _store(data, image, (height, width), packing)
     except ValueError as error:
         raise Unusable(Problem(file, str(error), f"use --max-side or --image-format png, {LEAVE_OUT}")) from error
-    return Packed(extension, stored, label, (height, width, class_pixels))
+    return PackedPair(extension, stored, label, (height, width, class_pixels))
 
 
 def _store(data: bytes, image: np.ndarray, size: tuple[int, int], packing: Packing) -> tuple[str, bytes]:

@@ -19,7 +19,7 @@ LOCKS_BYTES = 8 * 4096  # a worker's own queue, and the shared one
 Batch = dict[str, dict[str, Any]]
 
 
-class Place(NamedTuple):
+class TensorLayout(NamedTuple):
     """Where a tensor's bytes begin, and how they are read."""
 
     begin: int
@@ -32,33 +32,35 @@ class Place(NamedTuple):
         return memory[self.begin :][:length].view(self.dtype).as_strided(self.shape, self.stride)
 
 
-class Packed(NamedTuple):
-    """A batch with a `Place` in `memory`, (N,) uint8, for each of its tensors."""
+class PackedBatch(NamedTuple):
+    """A batch with a `TensorLayout` in `memory`, (N,) uint8, for each of its tensors."""
 
     batch: Batch
     memory: Tensor
 
 
-def pack(batch: Batch) -> Packed:
+def pack(batch: Batch) -> PackedBatch:
     """Copy the batch's tensors, which must be dense, into one new piece of memory; shared memory in a loader worker."""
     size = 0
     places: Batch = {name: {} for name in batch}
     for name, part in batch.items():
         for key, value in part.items():
             if isinstance(value, Tensor):
-                places[name][key] = Place(size, value.dtype, tuple(value.shape), value.stride())
+                places[name][key] = TensorLayout(size, value.dtype, tuple(value.shape), value.stride())
                 size += -(-value.nbytes // ALIGNMENT) * ALIGNMENT
     memory = _allocate(size)
     for name, part in places.items():
         for key, place in part.items():
             place.view(memory).copy_(batch[name][key])
-    return Packed({name: part | places[name] for name, part in batch.items()}, memory)
+    return PackedBatch({name: part | places[name] for name, part in batch.items()}, memory)
 
 
-def unpack(packed: Packed) -> Batch:
+def unpack(packed: PackedBatch) -> Batch:
     """Return the batch that was packed. Its tensors are views of the memory."""
     return {
-        name: {key: value.view(packed.memory) if isinstance(value, Place) else value for key, value in part.items()}
+        name: {
+            key: value.view(packed.memory) if isinstance(value, TensorLayout) else value for key, value in part.items()
+        }
         for name, part in packed.batch.items()
     }
 

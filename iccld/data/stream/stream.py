@@ -21,7 +21,7 @@ from iccld.data.storage import integrity
 from iccld.data.stream.domain import DomainStream, View, relabel
 from iccld.data.stream.order import Order
 from iccld.data.stream.sets import Part, domain_order, open_parts
-from iccld.data.stream.shared_batch import NUM_AHEAD, Batch, Packed, pack, unpack
+from iccld.data.stream.shared_batch import NUM_AHEAD, Batch, PackedBatch, pack, unpack
 from iccld.data.stream.workers import deliveries_of, initialize_worker, worker_context
 from iccld.outcome import plain
 
@@ -162,7 +162,7 @@ class _Delivery(NamedTuple):
     An exception raised in a worker would arrive as a traceback.
     """
 
-    packed: Packed
+    packed: PackedBatch
     worker: int
     transfers: dict[str, int]
     failure: Exception | None = None

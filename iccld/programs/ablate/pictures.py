@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iccld.config import Config, StageName
+from iccld.config import Config
 from iccld.data.stream.stream import read_validation
 from iccld.durable import replacing
 from iccld.evaluation import Predict, evaluate, windowed
@@ -21,8 +21,9 @@ from iccld.programs.ablate.paired import choose_images
 from iccld.programs.ablate.rows import Ablation
 from iccld.programs.ablate.summary import RowFigures
 from iccld.programs.ablate.tasks import Task
-from iccld.programs.evaluate.evaluate import load_model, predict_function
+from iccld.programs.evaluate.evaluate import load_model
 from iccld.programs.evaluate.results import finished_models
+from iccld.stages.table import stage_of
 
 MAX_RUNS = 6  # in a picture
 Sample = Mapping[str, Any]
@@ -56,7 +57,7 @@ def write_pictures(ablation: Ablation, rows: Mapping[str, RowFigures]) -> tuple[
 def choose(ablation: Ablation, task: Task) -> dict[str, Sample]:
     """The best, the median and the worst image under a run's model."""
     config = ablation.config(task)
-    device, predict = _device(), _predictor(config)
+    device, predict = _device(), predictor_of_row(config)
     scores: dict[int, float] = {}
     for sample in _samples(config):
         result = evaluate(
@@ -75,17 +76,18 @@ def _samples(config: Config) -> Iterator[dict[str, Any]]:
     return takewhile(lambda sample: sample["number"] < most, samples) if most else iter(samples)
 
 
-def _predictor(config: Config) -> Predict:
+def predictor_of_row(config: Config) -> Predict:
     """The model of the last stage, with as many denoising steps as the row is scored with."""
     model = load_model(finished_models(config)[-1], config).to(_device())
-    num_steps = config.inference.num_steps[0] if StageName.stage2 in config.stages else 0
-    return predict_function(model, num_steps=num_steps, seed=config.seed)
+    kind = stage_of(model)
+    num_steps = kind.num_steps(config.inference)[0]
+    return kind.predictor(model, config.inference, seed=config.seed, num_steps=num_steps)
 
 
 def _predictions(ablation: Ablation, task: Task, samples: list[Sample]) -> list[np.ndarray]:
     """`(H, W)` uint8 class indices of each sample."""
     config = ablation.config(task)
-    device, predict = _device(), windowed(_predictor(config), config.evaluation)
+    device, predict = _device(), windowed(predictor_of_row(config), config.evaluation)
     found: list[np.ndarray] = []
     for sample in samples:
         images: Tensor = torch.from_numpy(sample["image"]).to(device).permute(2, 0, 1)[None].float() / 255

@@ -12,8 +12,9 @@ from iccld.programs.ablate.drawing import draw_classes
 from iccld.programs.ablate.paired import Estimate, estimate, judgement, paired_difference
 from iccld.programs.ablate.pictures import write_pictures
 from iccld.programs.ablate.rows import Ablation
-from iccld.programs.ablate.summary import OWN_STAGE1, RowFigures, figures_of, to_json
+from iccld.programs.ablate.summary import RowFigures, figures_of, to_json
 from iccld.programs.ablate.tasks import tasks_of
+from iccld.stages.table import first_stage
 
 SUMMARY, REPORT = "summary.json", "report.md"
 HOW_TO_READ = """\
@@ -100,7 +101,7 @@ def _missing(rows: Mapping[str, RowFigures]) -> Iterator[str]:
 
 def _second_stages(ablation: Ablation, rows: Mapping[str, RowFigures]) -> Iterator[str]:
     """Yield what stage 2 adds to the row's own stage 1, and every number of denoising steps."""
-    shown = [row for row in rows.values() if row.has_second_stage and row.runs]
+    shown = [row for row in rows.values() if row.has_later_stage and row.runs]
     if not shown:
         return
     yield from ("## Stage 2 beside its own stage 1", "")
@@ -109,10 +110,10 @@ def _second_stages(ablation: Ablation, rows: Mapping[str, RowFigures]) -> Iterat
     yield from _head("run", "scored", "mIoU", "to its own stage 1", "", "to the baseline", "")
     baseline = rows[ablation.grid.baseline].mious()
     for row in shown:
-        own = row.mious(OWN_STAGE1)
+        own = row.mious(first_stage())
         for scored in [row.scored, *row.others]:
             mious = row.mious(scored)
-            gain = paired_difference(mious, own) if scored != OWN_STAGE1 else None
+            gain = paired_difference(mious, own) if scored != first_stage() else None
             difference = paired_difference(mious, baseline)
             cells = [f"`{row.name}`", scored, _words(estimate(list(mious.values()))), _words(gain, signed=True)]
             cells += [judgement(gain) if gain else "", _words(difference, signed=True), judgement(difference)]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from iccld import __version__
-from iccld.config import Config, StageName, differences, load_config, read_config
+from iccld.config import Config, differences, load_config, read_config
 from iccld.durable import make_folder, write_whole
 from iccld.programs.ablate.grid import Grid
 from iccld.programs.ablate.tasks import Task
@@ -22,15 +22,9 @@ from iccld.programs.evaluate.results import about_of
 from iccld.programs.run.hand_off import final_folder, is_finished
 from iccld.reading import read_json
 from iccld.slurm.snapshot import code_facts
+from iccld.stages.table import STAGES, first_stage
 
 NOTE_NAME, LOG_NAME = "ablation.json", "train.log"
-OF_DENOISER = ("model.denoiser.", "model.discriminator.", "model.condition", "model.residual_")
-OF_DENOISING = ("num_steps:", "noise_seeds:", "num_averaged:", "blend:")
-OF_STAGE = {
-    StageName.stage1: ("stage1.",),
-    StageName.stage2: ("stage2.", *OF_DENOISER, *OF_DENOISING),
-}
-"""The settings that change nothing in a run that does not train the stage."""
 NOT_OF_SCORES = ("models", "sha256", "batch_size", "diagnostic_images")
 
 
@@ -63,7 +57,7 @@ class Ablation:
     def initial_model(self, task: Task) -> Path:
         """The model of the other row from which this one's stage 1 starts."""
         other = Task(self.grid.rows[task.name].initial, task.seed)
-        return final_folder(self.run_dir(other), StageName.stage1) / "teacher"
+        return final_folder(self.run_dir(other), first_stage()) / "teacher"
 
     def process(self, task: Task) -> list[str]:
         """The process that trains it."""
@@ -90,15 +84,15 @@ def open_ablation(grid: Grid, folder: Path, *, num_ranks: int, command: str = "i
 
 
 def _check(config: Config, after: str, *, num_ranks: int) -> None:
-    stages = [stage.value for stage in config.stages]
+    stages, first = config.stages, first_stage()
     if not config.data.validation.shards:
         raise ValueError("data.validation.shards is empty, but runs are compared by their scores; set it.")
-    if after and StageName.stage2 not in config.stages:
+    if after and stages == [first]:
         raise ValueError(f"after={after} takes stage 1, but stages={stages} trains no stage 2; use stages=[stage2].")
-    if not after and StageName.stage1 not in config.stages:
+    if not after and first not in stages:
         raise ValueError(f"stages={stages} needs a stage 1; name the run that trains it, as in `after: NAME`.")
-    for stage in config.stages:
-        getattr(config, stage.value).trainer.num_accumulation(num_ranks)
+    for stage in stages:
+        getattr(config, stage).trainer.num_accumulation(num_ranks)
 
 
 def has_finished(ablation: Ablation, task: Task) -> bool:
@@ -128,7 +122,8 @@ def changes(ablation: Ablation, task: Task) -> list[str]:
         new = replace(new, stage1_from=saved.stage1_from)  # compared by name above; a folder may have moved
         if row.initial:
             new = replace(new, initial_model=saved.initial_model)
-        unused = tuple(key for stage, keys in OF_STAGE.items() if stage not in new.stages for key in keys)
+        others = [kind for kind in STAGES.values() if kind.name not in new.stages]
+        unused = tuple(key for kind in others for key in (f"{kind.name}.", *kind.settings_of_it_alone))
         found += [c for c in (*differences(saved, new), *_changes_of_scores(saved, new)) if not c.startswith(unused)]
     return found
 

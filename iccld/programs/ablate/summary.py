@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from iccld.config import Config, StageName
+from iccld.config import Config
 from iccld.programs.ablate.paired import Estimate, estimate, judgement, paired_difference
 from iccld.programs.ablate.rows import Ablation, has_finished, read_note
 from iccld.programs.ablate.tasks import Task
@@ -20,9 +20,9 @@ from iccld.programs.goodput import attempts, total_of
 from iccld.programs.run.event_times import read_events, straightened
 from iccld.reading import MIB, read_limited
 from iccld.scores import EvaluationResult
+from iccld.stages.table import STAGES, first_stage
 
 MAX_METRICS = 1024 * MIB
-OWN_STAGE1 = "stage1"
 
 
 @dataclass(frozen=True)
@@ -73,13 +73,13 @@ class RowFigures:
         return max((run.peak_gib for run in self.runs.values() if run.peak_gib is not None), default=None)
 
     @property
-    def has_second_stage(self) -> bool:
-        return self.scored != OWN_STAGE1
+    def has_later_stage(self) -> bool:
+        return self.scored != first_stage()
 
     @property
     def gain(self) -> Estimate | None:
-        """Gain of stage 2 over the row's own stage 1, paired by seed."""
-        return paired_difference(self.mious(), self.mious(OWN_STAGE1)) if self.has_second_stage else None
+        """Gain of the last stage over the row's own stage 1, paired by seed."""
+        return paired_difference(self.mious(), self.mious(first_stage())) if self.has_later_stage else None
 
     @property
     def others(self) -> list[str]:
@@ -127,9 +127,7 @@ def figures_of(ablation: Ablation) -> dict[str, RowFigures]:
 
 def scored_as(config: Config) -> str:
     """Which result is the row's."""
-    if StageName.stage2 not in config.stages:
-        return OWN_STAGE1
-    return f"stage2 x{config.inference.num_steps[0]}"
+    return STAGES[config.stages[-1]].main_score(config.inference)
 
 
 def _run(ablation: Ablation, task: Task) -> Run:
@@ -190,7 +188,7 @@ def _row(ablation: Ablation, row: RowFigures, baseline: RowFigures) -> dict[str,
         "classes": {name: _estimate("iou", value) for name, value in row.classes.items()},
         "diagnostics": {name: _estimate("miou", value) for name, value in row.diagnostics.items()},
         "commit": "; ".join(row.commits),
-        **({"gain_over_own_stage1": gain} if row.has_second_stage else {}),
+        **({"gain_over_own_stage1": gain} if row.has_later_stage else {}),
         "scores": {name: _scores(row, name, baseline) for name in [row.scored, *row.others]} if row.runs else {},
         "by_seed": {str(seed): _by_seed(row, run) for seed, run in row.runs.items()},
     }

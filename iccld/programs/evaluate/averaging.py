@@ -17,14 +17,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from iccld import __version__
-from iccld.config import Config, StageName
+from iccld.config import Config
 from iccld.durable import make_folder, remove_left_overs, replacing_by_name
 from iccld.evaluation import EvaluationResult
 from iccld.models.iccld import ICCLD
-from iccld.models.model_card import ModelStage
-from iccld.programs.evaluate.evaluate import evaluate_predictor, load_model, predict_function
+from iccld.programs.evaluate.evaluate import evaluate_predictor, load_model
 from iccld.runtime.engine.engine import Engine
 from iccld.stages.base import Stage
+from iccld.stages.table import stage_of
 from iccld.uda.ema_profile import Profile, label, profile_error, snapshot_weights
 
 
@@ -96,13 +96,13 @@ def write_snapshot(
     return path
 
 
-def write_due_snapshot(stage: Stage, folder: Path, engine: Engine, *, num_steps: int) -> None:
-    """Every `ema_profile.snapshot_every` steps, the stage's averages. Call on every rank."""
-    plan = stage.ema_profile
-    if stage.profiles is not None and num_steps % plan.snapshot_every == 0:
+def write_due_snapshot(stage: Stage, folder: Path, engine: Engine, *, step: int) -> None:
+    """Write the stage's averages if that is due after `step` steps. Call on every rank."""
+    profile = stage.ema_profile
+    if stage.profiles is not None and step % profile.snapshot_every == 0:
         averages = engine.backend.full(stage.profiles.state_dict())
         if engine.is_main:
-            write_snapshot(folder, averages, step=num_steps, widths=plan.widths)
+            write_snapshot(folder, averages, step=step, widths=profile.widths)
 
 
 def read_snapshots(folder: Path) -> list[Snapshot]:
@@ -134,7 +134,7 @@ def _read_header(path: Path) -> Snapshot:
     return Snapshot(path, step, widths)
 
 
-def plan_reconstruction(snapshots: Sequence[Snapshot], *, width: float, step: int = 0) -> Reconstruction:
+def reconstruction_of(snapshots: Sequence[Snapshot], *, width: float, step: int = 0) -> Reconstruction:
     """The combination that is nearest to an average of `width` after `step` steps; 0: the last snapshot's step.
 
     Raises ValueError where no snapshot was taken at `step`, or the width is not one.
@@ -172,20 +172,20 @@ def put_weights(module: nn.Module, reconstruction: Reconstruction) -> None:
             parameter.copy_(reconstruction.tensor(name))
 
 
-def teacher_folder(run_dir: Path, stage: StageName) -> Path:
+def teacher_folder(run_dir: Path, stage: str) -> Path:
     """The stage's finished teacher. Raises ValueError while there is none."""
-    folder = run_dir / stage.value / "final" / "teacher"
+    folder = run_dir / stage / "final" / "teacher"
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{run_dir} holds no finished {stage.value} ({folder}); let the same train command finish.")
+        raise ValueError(f"{run_dir} holds no finished {stage} ({folder}); let the same train command finish.")
     return folder
 
 
 def averaged_part(model: ICCLD) -> nn.Module:
-    """What the stage averages: the denoiser of stage 2, all of stage 1's model."""
-    return model.denoiser if model.stage is ModelStage.adversarial and model.denoiser is not None else model
+    """Find what a model's stage averages: the denoiser of stage 2, all of stage 1's model."""
+    return stage_of(model).averaged(model)
 
 
-def write_reconstruction(run_dir: Path, stage: StageName, output: Path, *, width: float, step: int = 0) -> float:
+def write_reconstruction(run_dir: Path, stage: str, output: Path, *, width: float, step: int = 0) -> float:
     """Write a model folder like the stage's teacher, of another average; returns the error of its profile.
 
     All but the averaged parameters is the finished teacher's, the latent's statistics of stage 1 too.
@@ -194,23 +194,23 @@ def write_reconstruction(run_dir: Path, stage: StageName, output: Path, *, width
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"--output {output} is there already, and is not an empty folder; name a new one.")
     model = ICCLD.from_pretrained(teacher_folder(run_dir, stage))
-    plan = plan_reconstruction(read_snapshots(run_dir / stage.value / "ema"), width=width, step=step)
-    put_weights(averaged_part(model), plan)
+    reconstruction = reconstruction_of(read_snapshots(run_dir / stage / "ema"), width=width, step=step)
+    put_weights(averaged_part(model), reconstruction)
     card = model.card
     assert card is not None
     origin = {
         **card.origin,
         "weights": f"average of relative width {width}",
         "width": width,
-        "step": plan.wanted.step,
-        "profile_error": plan.profile_error,
+        "step": reconstruction.wanted.step,
+        "profile_error": reconstruction.profile_error,
         "version": __version__,
     }
     model.save_pretrained(output, class_names=card.class_names, palette=card.palette, origin=origin)
-    return plan.profile_error
+    return reconstruction.profile_error
 
 
-def sweep(config: Config, stage: StageName, *, widths: Sequence[float], step: int = 0) -> list[dict[str, Any]]:
+def sweep(config: Config, stage: str, *, widths: Sequence[float], step: int = 0) -> list[dict[str, Any]]:
     """Score the finished teacher and a reconstruction of each width on the run's validation set, in one process.
 
     Rows `{"weights", "width", "step", "profile_error", "scores": {number of denoising steps: EvaluationResult}}`, the
@@ -218,30 +218,30 @@ def sweep(config: Config, stage: StageName, *, widths: Sequence[float], step: in
     """
     run_dir = Path(config.run_dir)
     folder = teacher_folder(run_dir, stage)
-    snapshots = read_snapshots(run_dir / stage.value / "ema")
-    plans = [plan_reconstruction(snapshots, width=width, step=step) for width in widths]
+    snapshots = read_snapshots(run_dir / stage / "ema")
+    reconstructions = [reconstruction_of(snapshots, width=width, step=step) for width in widths]
     with Engine(config.engine) as engine:
         model = load_model(folder, config).to(engine.device)
-        rows = [_row("teacher", None, _score(model, config, engine))]
-        for plan in plans:
-            put_weights(averaged_part(model), plan)
-            rows.append(_row(label(plan.wanted.width), plan, _score(model, config, engine)))
+        rows = [_row("teacher", None, scores_by_steps(model, config, engine))]
+        for reconstruction in reconstructions:
+            put_weights(averaged_part(model), reconstruction)
+            rows.append(
+                _row(label(reconstruction.wanted.width), reconstruction, scores_by_steps(model, config, engine))
+            )
     return rows
 
 
-def _score(model: ICCLD, config: Config, engine: Engine) -> dict[int, EvaluationResult]:
-    by_steps = config.inference.num_steps if model.stage is ModelStage.adversarial else [0]
-    return {
-        num_steps: evaluate_predictor(predict_function(model, num_steps=num_steps, seed=config.seed), config, engine)
-        for num_steps in by_steps
-    }
+def scores_by_steps(model: ICCLD, config: Config, engine: Engine) -> dict[int, EvaluationResult]:
+    kind, inference, seed = stage_of(model), config.inference, config.seed
+    predictors = {n: kind.predictor(model, inference, seed=seed, num_steps=n) for n in kind.num_steps(inference)}
+    return {num_steps: evaluate_predictor(predict, config, engine) for num_steps, predict in predictors.items()}
 
 
-def _row(name: str, plan: Reconstruction | None, scores: dict[int, EvaluationResult]) -> dict[str, Any]:
+def _row(name: str, reconstruction: Reconstruction | None, scores: dict[int, EvaluationResult]) -> dict[str, Any]:
     return {
         "weights": name,
-        "width": plan.wanted.width if plan else None,
-        "step": plan.wanted.step if plan else None,
-        "profile_error": plan.profile_error if plan else None,
+        "width": reconstruction.wanted.width if reconstruction else None,
+        "step": reconstruction.wanted.step if reconstruction else None,
+        "profile_error": reconstruction.profile_error if reconstruction else None,
         "scores": scores,
     }

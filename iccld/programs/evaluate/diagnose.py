@@ -6,12 +6,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from iccld.config import Config, Weights
+from iccld.config import Config
 from iccld.data.stream.stream import read_validation_pairs
 from iccld.diagnostics import Diagnosis, diagnose
 from iccld.models.iccld import ICCLD
 from iccld.runtime.engine.engine import Engine
 from iccld.runtime.faults.preemption import Preempted
+from iccld.stages.predictor import Weights
 
 
 def diagnose_model(

@@ -15,14 +15,12 @@ from rich.console import Console
 from rich.markup import escape
 from torch import Tensor
 
-from iccld import rng
-from iccld.config import Config, StageName, read_config
+from iccld.config import Config, read_config
 from iccld.data.config import locations, of_saved_run, refuse_unasked
 from iccld.data.stream.stream import read_validation
 from iccld.durable import make_folder, refuse_links, write_whole
 from iccld.evaluation import EvaluationResult, Predict, evaluate, results_table
 from iccld.models.iccld import ICCLD
-from iccld.models.model_card import ModelStage
 from iccld.programs.evaluate.diagnose import diagnose_model, student_beside
 from iccld.programs.evaluate.results import about_of, finished_models, own_results, place_for, read_results
 from iccld.programs.run.checks import together, watch
@@ -32,37 +30,9 @@ from iccld.runtime.engine.engine import Engine
 from iccld.runtime.faults.preemption import Preempted, Preemption
 from iccld.runtime.faults.watchdog import Watchdog
 from iccld.runtime.measure.telemetry import write_event
+from iccld.stages.table import STAGES, stage_of
 
 DIAGNOSTICS = "diagnostics"
-
-
-def predict_function(
-    model: ICCLD, *, num_steps: int, seed: int, noise_seed: int = 0, num_averaged: int = 1, blend: float = 0.0
-) -> Predict:
-    """D(E(x)) for 0 steps, else `num_steps` of denoising from noise keyed by the image's number.
-
-    Probabilities are averaged over `num_averaged` noises, and with a share `blend` of D(E(x))'s; what is returned then
-    is their logarithm. Noises of two `noise_seed`s are never the same.
-    """
-
-    def denoised(images: Tensor, numbers: Tensor, draw: int) -> Tensor:
-        shape, purpose = model.latent_shape(*images.shape[2:]), f"evaluation noise {draw}"
-        noise = rng.normal(shape, seed=seed, purpose=purpose, numbers=numbers, device=images.device)
-        return model.denoise_segment(images, noise=noise, num_steps=num_steps)
-
-    def predict(images: Tensor, numbers: Tensor) -> Tensor:
-        if num_steps == 0:
-            return model.segment(images)
-        count = 1 if model.deterministic else num_averaged
-        maps = [denoised(images, numbers, noise_seed * count + i) for i in range(count)]
-        if count == 1 and not blend:
-            return maps[0]
-        mean = torch.stack([logits.float().softmax(dim=1) for logits in maps]).mean(dim=0)
-        if blend:
-            mean = torch.lerp(mean, model.segment(images).float().softmax(dim=1), blend)
-        return mean.clamp(min=1e-12).log()
-
-    return predict
 
 
 def evaluate_predictor(
@@ -124,7 +94,8 @@ def evaluate_run(config: Config, preemption: Preemption | None = None, *, model_
     preemption.config = config.preemption
     folders = [Path(model_folder)] if model_folder else finished_models(config)
     if not folders:
-        raise ValueError(f"run_dir={config.run_dir} holds no finished stage (stage1/final, stage2/final); train first.")
+        finals = ", ".join(f"{name}/final" for name in STAGES)
+        raise ValueError(f"run_dir={config.run_dir} holds no finished stage ({finals}); train first.")
     # The run may be training meanwhile, with heartbeats of its own.
     beats = Path(config.run_dir) / "heartbeats" / "evaluate"
     refuse_links(Path(config.run_dir) / "report", within=Path(config.run_dir))
@@ -180,7 +151,7 @@ def _diagnose(folders: Sequence[Path], config: Config, engine: Engine, give_up: 
         student = load_model(beside, config).to(engine.device) if beside else None
         options = {"student": student, "with_bounds": folder == folders[-1], "give_up": give_up}
         diagnosis = diagnose_model(teacher, config, engine, **options)
-        stage = (StageName.stage1 if teacher.denoiser is None else StageName.stage2).value
+        stage = stage_of(teacher).name
         found[stage] = diagnosis.to_json()
         if engine.is_main:
             run_dir = Path(config.run_dir) if folder in finished_models(config) else None
@@ -209,21 +180,12 @@ def load_model(folder: Path, config: Config) -> ICCLD:
 
 
 def score_model(model: ICCLD, config: Config, score: Callable[[Predict], EvaluationResult]) -> dict[str, Any]:
-    if model.stage is not ModelStage.adversarial:
-        return {"stage1": _scores([score(predict_function(model, num_steps=0, seed=config.seed))])}
-    by_steps = {}
-    for num_steps in config.inference.num_steps:
-        denoised = next((scores for steps, scores in by_steps.items() if steps != "0"), None)
-        if model.deterministic and num_steps and denoised:  # neither steps nor seeds change anything
-            by_steps[str(num_steps)] = denoised
-            continue
-        seeds = range(1 if model.deterministic else config.inference.noise_seeds)
-        options = {"num_averaged": config.inference.num_averaged, "blend": config.inference.blend}
-        options |= {"num_steps": num_steps, "seed": config.seed}
-        predictors = [predict_function(model, noise_seed=noise_seed, **options) for noise_seed in seeds]
-        by_steps[str(num_steps)] = _scores([score(predict) for predict in predictors])
-    mean_latent = score(lambda images, _: model.segment_mean_latent(images))
-    return {"stage2": by_steps, "stage2_mean_latent": _scores([mean_latent])}
+    """Score a model as its stage says; `score` scores one predict function."""
+
+    def of_seeds(predictors: Sequence[Predict]) -> dict[str, Any]:
+        return _scores([score(predict) for predict in predictors])
+
+    return stage_of(model).scores(model, config.inference, seed=config.seed, score=of_seeds)
 
 
 def _scores(by_noise_seed: list[EvaluationResult]) -> dict[str, Any]:
@@ -241,13 +203,20 @@ def named_results(results: Mapping[str, Any]) -> dict[str, EvaluationResult]:
     for name, scores in results.items():
         if name in ("about", DIAGNOSTICS):
             continue
-        name = name.removeprefix("stage2_").replace("_", " ")
-        parts = {name: scores} if "miou" in scores else {f"{name} x{steps}": of for steps, of in scores.items()}
+        control = _control(name)
+        shown = control if control and control not in flat else name.replace("_", " ")
+        parts = {shown: scores} if "miou" in scores else {f"{name} x{steps}": of for steps, of in scores.items()}
         fields = {field.name for field in dataclasses.fields(EvaluationResult)}
         for label, values in parts.items():
             known = {key: _numbers(value) for key, value in values.items() if key in fields}
             flat[label] = EvaluationResult(**known)
     return flat
+
+
+def _control(name: str) -> str:
+    """`mean latent` of `stage2_mean_latent`; empty for a stage's own scores."""
+    stage = next((stage for stage in STAGES if name.startswith(f"{stage}_")), "")
+    return name.removeprefix(f"{stage}_").replace("_", " ") if stage else ""
 
 
 def _numbers(value: Any) -> Any:

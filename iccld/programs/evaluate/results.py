@@ -17,11 +17,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from iccld.config import Config, InferenceConfig, StageName, Weights, read_config
+from iccld.config import Config, read_config
 from iccld.durable import file_checksum
 from iccld.models.model_card import WEIGHTS_NAME
 from iccld.reading import MIB, read_json
 from iccld.redact import without_secrets
+from iccld.stages.predictor import InferenceConfig, Weights
+from iccld.stages.table import STAGES
 
 OF_NO_CONSEQUENCE = ("models", "batch_size", "diagnostic_images")
 """What may differ between two evaluations that are the same: the weights are known by their checksum."""
@@ -30,7 +32,7 @@ OF_NO_CONSEQUENCE = ("models", "batch_size", "diagnostic_images")
 def finished_models(config: Config) -> list[Path]:
     """The model folders of the run's finished stages."""
     run_dir, weights = Path(config.run_dir), config.inference.weights.value
-    return [folder for stage in StageName if (folder := run_dir / stage.value / "final" / weights).is_dir()]
+    return [folder for stage in STAGES if (folder := run_dir / stage / "final" / weights).is_dir()]
 
 
 def about_of(folders: Sequence[Path], config: Config) -> dict[str, Any]:

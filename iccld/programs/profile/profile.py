@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from iccld import __version__
-from iccld.config import Config, StageName, load_config
+from iccld.config import Config, load_config
 from iccld.durable import make_folder, replacing
 from iccld.programs.profile.figures import flops_of, launch_of, of_this_rank, rates_of, sizes_of
 from iccld.programs.profile.report import write_report
@@ -37,6 +37,7 @@ from iccld.runtime.measure import memory
 from iccld.runtime.measure.peaks import wait_for
 from iccld.runtime.measure.profiling import OVERLAPPED, PhaseTimer, Ranges
 from iccld.stages.base import Stage
+from iccld.stages.table import STAGES
 from iccld.trainer import TrainerConfig, attach
 from iccld.training_step import TrainingStep
 
@@ -75,9 +76,9 @@ def run(arguments: Namespace) -> int:
         if not options.synthetic:
             check_settings(config, engine)
         for name in config.stages:
-            folder = output / name.value
+            folder = output / name
             make_folder(folder, within=output)
-            watchdog.begin(name.value)
+            watchdog.begin(name)
             figures = profile_stage(name, config, engine, options, watchdog, folder)  # the same on every rank
             if engine.is_main:
                 write_report(figures, folder)
@@ -86,16 +87,17 @@ def run(arguments: Namespace) -> int:
 
 
 def profile_stage(
-    name: StageName, config: Config, engine: Engine, options: ProfileOptions, watchdog: Watchdog, folder: Path
+    name: str, config: Config, engine: Engine, options: ProfileOptions, watchdog: Watchdog, folder: Path
 ) -> dict[str, Any]:
     """The figures of profile.json; the traces and what a failure leaves behind are written into the folder."""
-    is_made = name is StageName.stage1 or engine.gather_objects(is_finished(Path(config.run_dir), StageName.stage1))[0]
+    previous = STAGES[name].previous
+    is_made = not previous or engine.gather_objects(is_finished(Path(config.run_dir), previous))[0]
     build = partial(build_stage if is_made else fresh_stage, name, config, engine.device)
     own = replace(config, run_dir=str(folder.parent))
     trials = replace(trials_of(name, config, engine, watchdog), config=own, build=build)
     if options.synthetic:
         trials = replace(trials, batch=lambda size: synthetic_batch(config, range(size)))
-    plan = with_micro_batch_size(name.value, trials)
+    plan = with_micro_batch_size(name, trials)
     plan = replace(plan, num_steps=max(plan.num_steps, options.num_all))
     stage = build()
     flops = flops_per_sample(stage, config, plan.num_steps - 1)
@@ -108,7 +110,7 @@ def profile_stage(
     ranks = engine.gather_objects(of_this_rank)
     return {
         "format": FORMAT,
-        "stage": name.value,
+        "stage": name,
         **launch_of(engine, plan, [rank["host"] for rank in ranks]),
         **{name: getattr(options, name) for name in ("synthetic", "num_steps", "num_warmup")},
         **rates_of(ranks, plan, flops.total, config, engine),
@@ -140,9 +142,9 @@ def _run(
     """What this rank measures in the last steps of the stage: nothing is left out there."""
     first, layout = plan.num_steps - options.num_all, layout_of(plan, engine)
     if options.synthetic:
-        made: Any = nullcontext(synthetic_batches(StageName(stage.name), config, layout, first))
+        made: Any = nullcontext(synthetic_batches(stage.name, config, layout, first))
     else:
-        made = closing(build_stream(StageName(stage.name), config, layout).batches(first))
+        made = closing(build_stream(stage.name, config, layout).batches(first))
     with made as batches:
         timer = PhaseTimer(engine.device, watchdog.phase)
         batches = engine.prefetch(batches, copying=lambda: timer.span(OVERLAPPED))

@@ -5,15 +5,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from iccld.config import Config, StageName, differences, read_config, to_yaml
+from iccld.config import Config, differences, read_config, stage_settings, to_yaml
 from iccld.data.stream.stream import read_validation
 from iccld.durable import make_folder, refuse_links, refuse_unless_plain, remove_left_overs, write_whole
-from iccld.models.attention import check_backend
 from iccld.outcome import plain, status_of
 from iccld.programs.run.hand_off import is_finished
 from iccld.programs.run.kept_views import open_view_files
 from iccld.runtime.engine.engine import Engine
 from iccld.runtime.faults.watchdog import Watchdog
+from iccld.stages.table import STAGES
 from iccld.trainer import TrainerConfig
 
 LEFT_OVER_AFTER_S = 86_400.0  # whoever wrote them is no more
@@ -22,7 +22,7 @@ LEFT_OVER_AFTER_S = 86_400.0  # whoever wrote them is no more
 def check_links(run_dir: Path, config: Config) -> None:
     """Refuse links where a training writes, before it has worked for days. Every rank looks, so that all end alike."""
     parts = [
-        f"{stage.value}/{part}"
+        f"{stage}/{part}"
         for stage in config.stages
         if not is_finished(run_dir, stage)
         for part in ("checkpoints", "final", "ema")
@@ -55,10 +55,8 @@ def check_settings(config: Config, engine: Engine) -> None:
     """Whatever a later stage would stumble over, before time is spent on an earlier one."""
     for name in config.stages:
         plan_of(name, config).num_accumulation(engine.world_size)
-    if StageName.stage2 in config.stages:
-        check_backend(config.model.denoiser.attention, engine.device.type)
-        if config.stage2.cache.num_samples:
-            open_view_files(config)
+        STAGES[name].check(stage_settings(name, config), device=engine.device, is_sharded=engine.is_sharded)
+        open_view_files(name, config)
     class_set = config.data.class_set.build()
     class_set.subset(config.evaluation.num_classes or class_set.num_classes)
     if config.data.validation.shards:
@@ -67,12 +65,9 @@ def check_settings(config: Config, engine: Engine) -> None:
         raise ValueError(
             "trainer.evaluate_every is set, but data.validation.shards is empty; set it, or evaluate_every=0."
         )
-    if engine.is_sharded and StageName.stage1 in config.stages and not config.stage1.objective.use_teacher:
-        raise ValueError(
-            "stage1.objective.use_teacher=false asks the student for pseudo-labels, which FSDP2 holds in shards; "
-            "launch with ddp, zero1 or zero2."
-        )
-    if not config.data.target.shards and (config.stage1.objective.adapt or StageName.stage2 in config.stages):
+    if not config.data.target.shards and any(
+        STAGES[name].reads_target(stage_settings(name, config)) for name in config.stages
+    ):
         raise ValueError(
             "data.target.shards is empty, but adaptation needs target images; set it, or use stage=source_only."
         )
@@ -81,8 +76,8 @@ def check_settings(config: Config, engine: Engine) -> None:
 def check_run_dir(run_dir: Path, config: Config, engine: Engine) -> None:
     """A run directory belongs to one config, but for the settings of a stage that has not begun."""
     path = run_dir / "config.yaml"
-    if path.exists() and any((run_dir / stage.value).exists() for stage in StageName):
-        unbegun = tuple(f"{stage.value}." for stage in StageName if not (run_dir / stage.value).exists())
+    if path.exists() and any((run_dir / stage).exists() for stage in STAGES):
+        unbegun = tuple(f"{stage}." for stage in STAGES if not (run_dir / stage).exists())
         changed = [change for change in differences(read_config(path), config) if not change.startswith(unbegun)]
         if changed:
             raise ValueError(
@@ -129,5 +124,5 @@ def watch(config: Config, engine: Engine, *, beats_in: Path | None = None) -> Wa
     return watchdog
 
 
-def plan_of(name: StageName, config: Config) -> TrainerConfig:
-    return config.stage1.trainer if name is StageName.stage1 else config.stage2.trainer
+def plan_of(name: str, config: Config) -> TrainerConfig:
+    return getattr(config, name).trainer

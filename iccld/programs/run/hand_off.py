@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from iccld import __version__
-from iccld.config import Config, StageName, Weights
+from iccld.config import Config
 from iccld.durable import (
     file_checksum,
     holds_only,
@@ -29,6 +29,8 @@ from iccld.durable import (
 from iccld.models.model_card import CARD_NAME, WEIGHTS_NAME, build
 from iccld.reading import read_json
 from iccld.stages.base import Stage
+from iccld.stages.predictor import Weights
+from iccld.stages.table import STAGES, first_stage
 
 HAND_OFF_NAME = "hand_off.json"
 _WEIGHTS = "|".join(weights.value for weights in Weights)
@@ -50,29 +52,30 @@ class HandOff:
     model_sha256: str
 
 
-def final_folder(run_dir: Path, name: StageName) -> Path:
-    return run_dir / name.value / "final"
+def final_folder(run_dir: Path, name: str) -> Path:
+    return run_dir / name / "final"
 
 
-def is_finished(run_dir: Path, name: StageName) -> bool:
+def is_finished(run_dir: Path, name: str) -> bool:
     return final_folder(run_dir, name).is_dir()
 
 
 def hand_over(stage: Stage, config: Config, *, step: int) -> None:
     """Write the finished stage's models, and which of them goes on: the teacher. Call on one rank."""
-    folder = final_folder(Path(config.run_dir), StageName(stage.name))
+    folder = final_folder(Path(config.run_dir), stage.name)
     make_folder(folder.parent, within=Path(config.run_dir))
     scratch = scratch_folder(folder, is_ours=is_ours)
     classes = config.data.class_set.build()
-    for weights, model in stage.models().items():
+    models = stage.models()
+    for weights, model in models.items():
         origin = {"run_dir": config.run_dir, "stage": stage.name, "weights": weights, "version": __version__}
         model.save_pretrained(scratch / weights, class_names=classes.names, palette=classes.palette, origin=origin)
     weights = Weights.teacher.value
-    statistics = {name: stage.models()[weights].get_buffer(name).tolist() for name in STATISTICS}
+    statistics = {name: models[weights].get_buffer(name).tolist() for name in STATISTICS}
     names, checksum = list(classes.names), file_checksum(scratch / weights / WEIGHTS_NAME)
     facts = HandOff(weights=weights, step=step, class_names=names, model_sha256=checksum, **statistics)
     write_whole(scratch / HAND_OFF_NAME, json.dumps(dataclasses.asdict(facts), indent=1))
-    for written in (*stage.models(), "."):
+    for written in (*models, "."):
         sync(scratch / written)
     scratch.rename(folder)
     sync(folder.parent)
@@ -85,9 +88,10 @@ def take_first_stage(config: Config, *, is_main: bool) -> None:
     Raises ValueError where the other run has none, or the files are not what its `hand_off.json` tells of.
     """
     run_dir, origin = Path(config.run_dir), Path(config.stage1_from)
-    if not config.stage1_from or not is_main or is_finished(run_dir, StageName.stage1):
+    first = first_stage()
+    if not config.stage1_from or not is_main or is_finished(run_dir, first):
         return
-    source, target = final_folder(origin, StageName.stage1), final_folder(run_dir, StageName.stage1)
+    source, target = final_folder(origin, first), final_folder(run_dir, first)
     if not (source / HAND_OFF_NAME).is_file() or not is_ours(source):
         raise ValueError(f"stage1_from={origin}: {source} holds no finished stage 1; finish that run first.")
     make_folder(target.parent, within=run_dir)
@@ -117,20 +121,22 @@ def _copy(source: Path, target: Path) -> None:
         sync(folder)
 
 
-def handed_over(config: Config) -> tuple[Path, HandOff]:
-    """The model folder that stage 2 starts from, checked against what stage 1 wrote of it.
+def handed_over(name: str, config: Config) -> tuple[Path, HandOff]:
+    """Find the model folder that a stage handed over, checked against what the stage wrote of it.
 
-    Raises ValueError where stage 1 is not finished, the file is no hand-off, the weights are not those that stage 1
+    Raises ValueError where the stage is not finished, the file is no hand-off, the weights are not those that the stage
     left, or the classes are not this run's.
     """
-    final = final_folder(Path(config.run_dir), StageName.stage1)
+    final, said = final_folder(Path(config.run_dir), name), _said(name)
     if not final.is_dir():
+        after = ", ".join(kind.name for kind in STAGES.values() if kind.previous == name)
+        other = ", or take another run's by stage1_from=RUN_DIR" if name == first_stage() else ""
         raise ValueError(
-            f"stages=[stage2] needs stage 1's model in {final}; run with stage=all, or stage=segmentation first, "
-            f"or take another run's by stage1_from=RUN_DIR."
+            f"stages=[{after}] needs {said}'s model in {final}; run with stage=all, or with stages=[{name}] first"
+            f"{other}."
         )
     path = final / HAND_OFF_NAME
-    remedy = f"remove {final}, and the same command with stage=all makes it again from stage 1's last checkpoint"
+    remedy = f"remove {final}, and the same command with stage=all makes it again from {said}'s last checkpoint"
     try:
         facts = build(HandOff, read_json(path), where=str(path))
         if facts.weights not in (names := [weights.value for weights in Weights]):  # a path would lead elsewhere
@@ -140,11 +146,16 @@ def handed_over(config: Config) -> tuple[Path, HandOff]:
     classes = list(config.data.class_set.build().names)
     if facts.class_names != classes:
         raise ValueError(
-            f"{path}: stage 1 learnt {len(facts.class_names)} classes, not data.class_set's {len(classes)}."
+            f"{path}: {said} learnt {len(facts.class_names)} classes, not data.class_set's {len(classes)}."
         )
     folder = final / facts.weights
     if folder.is_symlink() or (folder / WEIGHTS_NAME).is_symlink():
-        raise ValueError(f"{folder / WEIGHTS_NAME} is reached by a link, which stage 1 did not leave; {remedy}.")
+        raise ValueError(f"{folder / WEIGHTS_NAME} is reached by a link, which {said} did not leave; {remedy}.")
     if not (folder / WEIGHTS_NAME).is_file() or file_checksum(folder / WEIGHTS_NAME) != facts.model_sha256:
-        raise ValueError(f"{folder / WEIGHTS_NAME} is not what stage 1 left (its checksum differs); {remedy}.")
+        raise ValueError(f"{folder / WEIGHTS_NAME} is not what {said} left (its checksum differs); {remedy}.")
     return folder, facts
+
+
+def _said(name: str) -> str:
+    """The name of a stage as messages spell it: `stage 1`."""
+    return f"stage {name.removeprefix('stage')}"

@@ -1,4 +1,4 @@
-"""Keep stage 2's views in files of the node, named by all that they depend on."""
+"""Keep a stage's views in files of the node, named by all that they depend on."""
 
 import hashlib
 import json
@@ -6,65 +6,62 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from iccld import __version__
-from iccld.config import Config, bound_settings
+from iccld.config import Config, bound_settings, stage_settings
 from iccld.data.processes import say
 from iccld.data.storage.cache import CacheConfig, SampleCache
 from iccld.data.stream.stream import TrainingStream
 from iccld.programs.run.hand_off import handed_over
 from iccld.runtime.engine.engine import Engine
-from iccld.stages.adversarial import AdversarialStage
 from iccld.stages.base import Stage
+from iccld.stages.table import STAGES
 from iccld.stages.view_cache import FORMAT, ViewCache
-
-# Of the settings that a run may not change: those that no view depends on. New ones are taken to matter.
-NOT_OF_VIEWS = (
-    "stage1.", "stage1_from", "initial_model", "statistics_samples", "stage2.trainer.", "stage2.cache.",
-    "model.denoiser.", "model.discriminator.", *(
-        f"stage2.objective.{name}"
-        for name in (
-            "learning_rate", "weight_decay", "discriminator_learning_rate", "teacher_decay", "diffusion_loss",
-            "pure_noise_share", "deterministic", "adversarial_weight", "adversarial_ramp_steps", "domain_weights",
-            "ema_profile.",
-        )
-    ),
-)  # fmt: skip
 
 
 class ViewFiles(SampleCache):
     """Entries of megabytes, few: large buckets, which are waited for, in the background."""
 
-    setting, contents, without = "stage2.cache", "views", "views are computed"
+    contents, without = "views", "views are computed"
     num_buckets = 16
     waits = True
 
+    def __init__(self, config: CacheConfig, *, setting: str) -> None:
+        """`setting`: the section of the settings that messages name."""
+        self.setting = setting
+        super().__init__(config)
 
-def open_view_files(config: Config) -> ViewFiles:
-    """Raises ValueError where the folder cannot be used."""
-    return ViewFiles(CacheConfig(config.stage2.cache.folder, config.stage2.cache.max_gib))
+
+def open_view_files(name: str, config: Config) -> ViewFiles | None:
+    """Open the files of a stage's cache, if it has one. Raises ValueError where the folder cannot be used."""
+    cache = STAGES[name].cache(stage_settings(name, config))
+    if cache is None or not cache.num_samples:
+        return None
+    return ViewFiles(CacheConfig(cache.folder, cache.max_gib), setting=f"{name}.cache")
 
 
 @contextmanager
 def keep_views(stage: Stage, config: Config, engine: Engine, stream: TrainingStream) -> Iterator[None]:
-    """Around a training: stage 2 has its cache, where one is set. Copies made of the stage have none."""
-    num_samples = config.stage2.cache.num_samples
-    if not isinstance(stage, AdversarialStage) or not num_samples:
+    """Give a stage its cache around its training, where one is set. Copies made of the stage have none."""
+    files = open_view_files(stage.name, config)
+    if files is None:
         yield
         return
     report = say if engine.is_main else lambda text: None
-    identity = identity_of_views(config, engine, stream)
-    stage.view_cache = ViewCache(num_samples, open_view_files(config), identity=identity, report=report)
+    identity = identity_of_views(stage.name, config, engine, stream)
+    stage.view_cache = ViewCache(stream.repeat_after, files, identity=identity, report=report)
     yield
     stage.view_cache.finish()
     stage.view_cache = None
 
 
-def identity_of_views(config: Config, engine: Engine, stream: TrainingStream) -> str:
-    """Hash all that views depend on: stage 1's weights, data, settings, and what they are computed with."""
-    settings = {key: value for key, value in bound_settings(config).items() if not key.startswith(NOT_OF_VIEWS)}
+def identity_of_views(name: str, config: Config, engine: Engine, stream: TrainingStream) -> str:
+    """Hash all that a stage's views depend on: the weights it starts from, data, settings, what computes them."""
+    kind = STAGES[name]
+    without = (*kind.settings_of_no_view, *(f"{other}." for other in STAGES if other != name))
+    settings = {key: value for key, value in bound_settings(config).items() if not key.startswith(without)}
     what = {
         "format": FORMAT,
         "version": __version__,
-        "weights": handed_over(config)[1].model_sha256,
+        "weights": handed_over(kind.previous, config)[1].model_sha256 if kind.previous else config.initial_model,
         "data": stream.fingerprints(),
         "settings": settings,
         "device": engine.device.type,

@@ -5,27 +5,22 @@ that of self-training: classes that vanish from the pseudo-labels. What is told 
 run that was interrupted tells the same.
 """
 
-import contextlib
-import json
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from iccld.config import Config, StageName
+from iccld.config import Config, stage_settings
 from iccld.diagnostics import BLUR_STRIDE, YARDSTICK, Diagnosis, Figure
 from iccld.programs.run.event_times import read_events
 from iccld.reading import MIB, read_limited
+from iccld.runtime.measure.metrics import entries_of
 from iccld.runtime.measure.telemetry import write_event
 from iccld.stages import diagnostics
+from iccld.stages.signs import Sign, mean_of
+from iccld.stages.table import STAGES
 
 RECENT = 3
 """The last logged lines that a sign is looked for in, together: one line may hold few samples."""
-TOO_STRONG = 0.9
-"""Accuracy of the discriminator: so sure of nine samples in ten that its loss, and its gradient, is nearly 0."""
-BLIND = 0.05
-"""Accuracy above chance: over three lines of 50 steps of 4 + 4 images, two standard errors of guessing are 0.02."""
 APART = 0.25
 """Share of the validation images' pixels that student and teacher give different classes; sound runs have 0.02 to 0.2
 (the more, the shorter they are)."""
@@ -35,25 +30,14 @@ with half of it pasted over. That alone sets them apart, by 0.4 in a short run t
 MAX_METRICS = 1024 * MIB
 
 
-@dataclass(frozen=True)
-class Sign:
-    """`name` is what a stage tells once; `words` what was seen and what to try, in one line."""
-
-    name: str
-    words: str
-
-
 def signs_of_training(entries: Sequence[Mapping[str, Any]], config: Config, stage: str) -> list[Sign]:
     """Signs in the logged lines of a stage, the last `RECENT` of them; none where there are fewer."""
     lines = [entry for entry in entries if entry["stage"] == stage and "loss" in entry]
     recent = lines[-RECENT:]
     if len(recent) < RECENT:
         return []
-    objective = config.stage2.objective
-    found: list[Sign] = []
-    if stage == StageName.stage2.value and objective.adversarial_weight:
-        found += _of_discriminator(recent, is_ramped=recent[0]["step"] + 1 >= objective.adversarial_ramp_steps)
-    share = _mean(recent, diagnostics.DISAGREEMENT)
+    found = STAGES[stage].signs(recent, stage_settings(stage, config))
+    share = mean_of(recent, diagnostics.DISAGREEMENT)
     found += _of_disagreement(share, "of target images", most=VIEWS_APART)
     return found + _of_classes(recent, config, stage)
 
@@ -67,15 +51,10 @@ def signs_of_diagnosis(diagnosis: Diagnosis) -> list[Sign]:
     return found
 
 
-def read_entries(run_dir: Path) -> list[Mapping[str, Any]]:
-    """The lines of metrics.jsonl, without what a crash has torn."""
+def read_entries(run_dir: Path) -> list[dict[str, Any]]:
+    """Read metrics.jsonl, of any format, as `entries_of` does; none where there is no such file."""
     path = run_dir / "metrics.jsonl"
-    lines = read_limited(path, MAX_METRICS).decode(errors="replace").splitlines() if path.is_file() else []
-    entries = []
-    for line in lines:
-        with contextlib.suppress(ValueError):
-            entries.append(json.loads(line))
-    return [entry for entry in entries if isinstance(entry, dict) and {"stage", "step"} <= entry.keys()]
+    return entries_of(read_limited(path, MAX_METRICS).decode(errors="replace")) if path.is_file() else []
 
 
 def tell(signs: Iterable[Sign], *, run_dir: Path | None, stage: str) -> None:
@@ -94,28 +73,6 @@ def tell(signs: Iterable[Sign], *, run_dir: Path | None, stage: str) -> None:
             write_event(run_dir, "warning", stage=stage, sign=sign.name, words=sign.words)
 
 
-def _of_discriminator(recent: Sequence[Mapping[str, Any]], *, is_ramped: bool) -> list[Sign]:
-    domains = [name for name in recent[-1] if name.startswith("accuracy/") and not name.startswith("accuracy/t_bin")]
-    if not domains:
-        return []
-    accuracy, chance = statistics.fmean(_mean(recent, name) or 0.0 for name in domains), 1 / len(domains)
-    seen = f"the discriminator is right about {accuracy:.0%} of the samples (chance is {chance:.0%})"
-    if accuracy >= TOO_STRONG:
-        words = (
-            f"{seen}: it has found a give-away, and teaches the denoiser nothing; try another "
-            f"stage2.objective.adversary_input, or a lower stage2.objective.discriminator_learning_rate."
-        )
-        return [Sign("strong_discriminator", words)]
-    if is_ramped and accuracy <= chance + BLIND:
-        words = (
-            f"{seen}: it sees no difference, and teaches the denoiser nothing; try another "
-            f"stage2.objective.adversary_input, a higher stage2.objective.discriminator_learning_rate, or none of it, "
-            f"by stage2.objective.adversarial_weight=0."
-        )
-        return [Sign("blind_discriminator", words)]
-    return []
-
-
 def _of_disagreement(share: float | None, where: str, *, most: float) -> list[Sign]:
     if share is None or share <= most:
         return []
@@ -132,11 +89,8 @@ def _of_classes(recent: Sequence[Mapping[str, Any]], config: Config, stage: str)
     if not lost:
         return []
     names = config.data.class_set.build().names
-    objective = getattr(config, stage).objective
     remedies = [] if config.data.rare_class_sampling else ["data.rare_class_sampling=true"]
-    remedies += [] if objective.class_thresholds else [f"{stage}.objective.class_thresholds=0.95"]
-    remedies += [] if objective.class_balance else [f"{stage}.objective.class_balance=0.5"]
-    remedies += ["a longer stage1.objective.warm_start_steps"]
+    remedies += STAGES[stage].class_remedies(stage_settings(stage, config))
     words = (
         f"the pseudo-labels have lost {', '.join(names[i] for i in sorted(lost))}, which the source's labels show; "
         f"unless the target has none, try {', or '.join(remedies)}."
@@ -153,8 +107,3 @@ def _of_blur(own: Figure, coarse: Figure) -> list[Sign]:
         f"model.decoder.inter_coder=true, larger images, or more steps."
     )
     return [Sign("blurred", words)]
-
-
-def _mean(entries: Sequence[Mapping[str, Any]], name: str) -> float | None:
-    values = [entry[name] for entry in entries if name in entry]
-    return statistics.fmean(values) if values else None

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from iccld.config import Config, StageName
+from iccld.config import Config
 from iccld.data.config import BatchLayout
 from iccld.programs.run.building import noise_of
 from iccld.runtime.measure.flops import StepFlops, count_step
@@ -43,9 +43,7 @@ def synthetic_batch(
     return batch
 
 
-def synthetic_batches(
-    name: StageName, config: Config, layout: BatchLayout, start_step: int
-) -> Iterator[dict[str, Any]]:
+def synthetic_batches(name: str, config: Config, layout: BatchLayout, start_step: int) -> Iterator[dict[str, Any]]:
     """This rank's micro-batches for a stage, without end; they are made once, and their numbers go on."""
     made = synthetic_batch(config, range(layout.micro_batch_size), noise=noise_of(name, config))
     if torch.cuda.is_available():

@@ -133,17 +133,17 @@ def _check_batches(command: Sequence[str], num_ranks: int) -> None:
     if command[0] != "evaluate":
         config = _config(command)
         for name in config.stages:
-            getattr(config, name.value).trainer.num_accumulation(num_ranks)
+            getattr(config, name).trainer.num_accumulation(num_ranks)
 
 
 def _chain(command: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
     """A job a stage, then one that finds them finished and scores them."""
     config = _config(command)
     for name in config.stages:
-        settings = [f"stages=[{name.value}]"]
-        if not getattr(config, name.value).trainer.evaluate_every:
+        settings = [f"stages=[{name}]"]
+        if not getattr(config, name).trainer.evaluate_every:
             settings.append("data.validation.shards=")  # scoring is the last job's
-        yield f"-{name.value}", _with_settings(command, settings)
+        yield f"-{name}", _with_settings(command, settings)
     yield "-scores", list(command)
 
 

@@ -7,7 +7,7 @@ from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
-from iccld.config import Config, StageName
+from iccld.config import Config, stage_settings
 from iccld.data.config import OnError
 from iccld.data.stream.sets import open_parts
 from iccld.data.stream.shared_batch import shared_bytes
@@ -26,6 +26,7 @@ from iccld.runtime.faults.preflight import (
 )
 from iccld.runtime.measure.telemetry import write_event
 from iccld.stages.base import Stage
+from iccld.stages.table import STAGES
 from iccld.trainer import TrainerConfig
 
 
@@ -53,7 +54,7 @@ def check_room(stage: Stage, plan: TrainerConfig, config: Config, engine: Engine
     check = partial(check_space, run_dir / stage.name / "checkpoints", size)
     checks = {
         "disk": check if engine.is_main else lambda: None,
-        "shared_memory": partial(_share_memory, {StageName(stage.name): plan}, config, engine),
+        "shared_memory": partial(_share_memory, {stage.name: plan}, config, engine),
     }
     _refuse(preflight(checks, engine), run_dir, engine)
 
@@ -67,7 +68,8 @@ def _checkpoint_bytes(stage: Stage) -> int:
 
 def _read_shards(config: Config) -> None:
     """The first and the last sample of every set, from wherever they lie."""
-    labelled = {"source": True, "target": config.stage1.objective.target_labels, "validation": True}
+    of_target = any(STAGES[name].reads_target_labels(stage_settings(name, config)) for name in config.stages)
+    labelled = {"source": True, "target": of_target, "validation": True}
     for domain, with_labels in labelled.items():
         if getattr(config.data, domain).shards:
             for part in open_parts(config.data, domain, with_labels=with_labels):
@@ -76,7 +78,7 @@ def _read_shards(config: Config) -> None:
                         part.reader.read(position, with_labels=with_labels)
 
 
-def _share_memory(plans: Mapping[StageName, TrainerConfig], config: Config, engine: Engine) -> None:
+def _share_memory(plans: Mapping[str, TrainerConfig], config: Config, engine: Engine) -> None:
     """On the first rank of a node, what the loader workers of all its ranks hold at once."""
     needed = [
         shared_bytes(

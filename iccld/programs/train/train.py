@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from iccld import __version__
-from iccld.config import Config, StageName, to_dict
+from iccld.config import Config, to_dict
 from iccld.data.stream.stream import TrainingStream
 from iccld.data.stream.workers import prepare_workers
 from iccld.diagnostics import Diagnosis
@@ -27,7 +27,6 @@ from iccld.programs.evaluate.evaluate import (
     asks,
     evaluate_models,
     evaluate_predictor,
-    predict_function,
     stopped,
     unscored_stages,
 )
@@ -53,6 +52,7 @@ from iccld.runtime.measure.metrics import MetricsLogger
 from iccld.runtime.measure.peaks import nominal_flops
 from iccld.runtime.measure.telemetry import write_event
 from iccld.stages.base import Stage
+from iccld.stages.table import STAGES
 from iccld.trainer import Trainer
 
 
@@ -86,12 +86,12 @@ def train(config: Config, preemption: Preemption | None = None, *, began: float 
 def _run_stages(config: Config, engine: Engine, preemption: Preemption, watchdog: Watchdog) -> bool:
     run_dir = Path(config.run_dir)
     for name in config.stages:
-        watchdog.begin(name.value)
+        watchdog.begin(name)
         if engine.gather_objects(is_finished(run_dir, name))[0]:  # as rank 0 sees it: file systems cache
             if engine.is_main:
-                print(f"{name.value} is finished: {final_folder(run_dir, name)}", flush=True)
+                print(f"{name} is finished: {final_folder(run_dir, name)}", flush=True)
         elif engine.any(preemption.came):
-            return stopped(config, engine, name.value)
+            return stopped(config, engine, name)
         elif not _run_stage(name, config, engine, preemption, watchdog):
             return False
     if config.data.validation.shards and unscored_stages(config):
@@ -104,13 +104,13 @@ def _run_stages(config: Config, engine: Engine, preemption: Preemption, watchdog
     return True
 
 
-def _run_stage(name: StageName, config: Config, engine: Engine, preemption: Preemption, watchdog: Watchdog) -> bool:
-    plan = with_micro_batch_size(name.value, trials_of(name, config, engine, watchdog))
+def _run_stage(name: str, config: Config, engine: Engine, preemption: Preemption, watchdog: Watchdog) -> bool:
+    plan = with_micro_batch_size(name, trials_of(name, config, engine, watchdog))
     stream = build_stream(name, config, layout_of(plan, engine))
     stage = build_stage(name, config, engine.device)
     check_room(stage, plan, config, engine)
     restart_peak(engine.device)
-    folder = Path(config.run_dir) / name.value
+    folder = Path(config.run_dir) / name
     metrics = _metrics(stage, config, engine)
     checkpoints = CheckpointStore(
         folder / "checkpoints", plan.checkpoint, engine, announce=lambda step: metrics.event("saved", step=step)
@@ -130,7 +130,7 @@ def _run_stage(name: StageName, config: Config, engine: Engine, preemption: Pree
             config=plan,
             about=_about(stage, config, stream),
             evaluate=lambda: _validate(stage, config, engine, asks(preemption, watchdog)),
-            after_step=lambda step: write_due_snapshot(stage, folder / "ema", engine, num_steps=step + 1),
+            after_step=lambda step: write_due_snapshot(stage, folder / "ema", engine, step=step),
         ).run()
     if finished:
         stage = whole_stage(stage, config, engine)
@@ -147,7 +147,7 @@ def _run_stage(name: StageName, config: Config, engine: Engine, preemption: Pree
 
 def measure_latents(stage: Stage, config: Config, engine: Engine) -> None:
     """Let a trained stage measure what the next one needs, on its own device. Call on one rank."""
-    stage.finish(engine.prefetch(first_batches(StageName(stage.name), config)))
+    stage.finish(engine.prefetch(first_batches(stage.name, config)))
 
 
 def _metrics(stage: Stage, config: Config, engine: Engine) -> MetricsLogger:
@@ -167,8 +167,8 @@ def _metrics(stage: Stage, config: Config, engine: Engine) -> MetricsLogger:
 
 
 def _flops(stage: Stage, config: Config, engine: Engine) -> Callable[[int], float]:
-    """Of a sample in a step: fewer in a warm start. 0 where they cannot be counted, which ends no training."""
-    begin = config.stage1.objective.warm_start_steps if stage.name == StageName.stage1.value else 0
+    """Count the FLOPs of a sample in a step, fewer during a warm start; 0 if they cannot be counted."""
+    begin = stage.first_whole_step
     try:
         counts = {step: flops_per_sample(stage, config, step).total for step in {0, begin}}
     except (ValueError, RuntimeError, NotImplementedError) as error:  # a backbone with an operation that has no rule
@@ -185,8 +185,9 @@ def _validate(stage: Stage, config: Config, engine: Engine, give_up: Callable[[]
     """
     models = whole_stage(stage, config, engine).models()
     model = models["teacher"]
-    num_steps = min(filter(None, config.inference.num_steps), default=0) if model.denoiser is not None else 0
-    predict = predict_function(model, num_steps=num_steps, seed=config.seed)
+    kind, inference = STAGES[stage.name], config.inference
+    fewest = min(filter(None, kind.num_steps(inference)), default=0)
+    predict = kind.predictor(model, inference, seed=config.seed, num_steps=fewest)
     result = evaluate_predictor(predict, config, engine, give_up=give_up)
     values = {"miou": result.miou, "boundary_miou": result.boundary_miou}
     diagnosis = None
@@ -216,12 +217,13 @@ def _about(stage: Stage, config: Config, stream: TrainingStream) -> Mapping[str,
     for name in later:  # an earlier version wrote none of them
         if model[name] == usual[name]:
             del model[name]
+    previous = STAGES[stage.name].previous
     about = {
         "version": __version__,
         "stage": stage.name,
         "model": model,
         "data": stream.fingerprints(),
-        "origin": handed_over(config)[1].model_sha256 if stage.name == "stage2" else config.initial_model,
+        "origin": handed_over(previous, config)[1].model_sha256 if previous else config.initial_model,
         "rebuilding_config": stage.models()["student"].rebuilding_config(),
         "config": resolved,
     }

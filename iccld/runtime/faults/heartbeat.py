@@ -25,7 +25,7 @@ class Heartbeat:
     pid: int
     attempt: str  # the same on all ranks
     stage: str = ""
-    step: int = 0
+    step: int = 0  # the number of steps done
     phase: str = "start"
     moves: int = 0
     in_phase_s: float = 0.0

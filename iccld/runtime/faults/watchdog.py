@@ -34,7 +34,7 @@ SAID = 4  # names in one line, at most
 END_S = 30.0  # for whatever may hang at the end
 
 
-class _Place(NamedTuple):
+class _Position(NamedTuple):
     stage: str = ""
     step: int = 0
     phase: str = "start"
@@ -64,7 +64,7 @@ class Watchdog:
         self.rank, self.world_size, self.attempt, self._set_timeout = rank, world_size, attempt, set_timeout
         self.has_trained = False
         """Whether this attempt has made a step."""
-        self._place, self._steps_begun, self._timeout = _Place(since=time.monotonic()), 0, 0.0
+        self._place, self._steps_begun, self._timeout = _Position(since=time.monotonic()), 0, 0.0
         self._armed = 0.0
         self._beat, self._started_by, self._stop = 0, os.getppid(), threading.Event()
         self._peers, self._ending = self._new_peers(), threading.Lock()

@@ -1,5 +1,6 @@
 """What a run writes down: metrics.jsonl, events.jsonl, the terminal's line, and wandb."""
 
+import contextlib
 import json
 import math
 import secrets
@@ -44,6 +45,11 @@ RARE = 1e-4
 """A share below which the reference itself has next to nothing of a bin, so that it cannot be lost."""
 
 
+FORMAT = 2
+"""The format of a line of metrics.jsonl. In format 1, which no line names, `step` was the number of steps done before
+the last one: 0 after the first."""
+
+
 class NonFiniteLossError(ValueError):
     """A loss became NaN or infinite."""
 
@@ -52,8 +58,9 @@ class MetricsLogger:
     """Collects a stage's losses without waiting for the device; `flush` reduces, checks and writes them.
 
     `sum_values` sums named tensors over the ranks, `gather` collects an object of each; every rank must record and
-    flush the same steps. `flops`: floating-point operations of a sample in a step; `peak_flops`: a rank's a second (0:
-    unknown); `names_slow_rank`: a rank's seconds tell its own work from what it waits for others.
+    flush the same steps. A step's number is the number of steps done, 1 after the first. `flops`: floating-point
+    operations of a sample in the step that begins when so many are done; `peak_flops`: a rank's a second (0: unknown);
+    `names_slow_rank`: a rank's seconds tell its own work from what it waits for others.
     """
 
     def __init__(
@@ -79,15 +86,20 @@ class MetricsLogger:
         self.logger_id: str | None = None
 
     def start(self, *, step: int, logger_id: str | None, config: Mapping[str, Any]) -> None:
-        """Begin or go on at `step`: what an earlier attempt logged beyond it is dropped, as it will be logged again."""
+        """Begin or go on after `step` steps.
+
+        What an earlier attempt logged beyond them is dropped, as it will be logged again; the other lines get the
+        present format.
+        """
         self.logger_id = logger_id
         if not self.is_main:
             return
         path = self.run_dir / "metrics.jsonl"
         refuse_unless_plain(path)
         if path.exists():
-            lines = [line for line in path.read_text(errors="replace").splitlines() if not self._is_ahead(line, step)]
-            write_whole(path, "".join(line + "\n" for line in lines))
+            entries = entries_of(path.read_text(errors="replace"))
+            kept = [entry for entry in entries if entry["stage"] != self.stage or entry["step"] <= step]
+            write_whole(path, "".join(json.dumps(entry) + "\n" for entry in kept))
         if self.config.wandb is not WandbMode.disabled:
             self.logger_id = self.logger_id or secrets.token_hex(4)
             self._wandb.start(
@@ -99,21 +111,14 @@ class MetricsLogger:
                 config=redacted({**config, "data": _without_storage(config.get("data", {}))}),
             )
 
-    def _is_ahead(self, line: str, step: int) -> bool:
-        try:
-            entry = json.loads(line)
-            return entry["stage"] == self.stage and entry["step"] >= step
-        except (ValueError, TypeError, KeyError):
-            return True  # torn by a crash
-
     def record(self, step: int, losses: Mapping[str, Tensor], metrics: Mapping[str, Tensor]) -> None:
-        """This rank's mean losses and metrics (`StageOutput`) of one step; nothing is read from the device."""
+        """Keep this rank's mean losses and metrics (`StageOutput`) of a step; nothing is read from the device."""
         self._losses[step] = dict(losses)
         for name, value in metrics.items():
             self._metrics[name] = self._metrics[name] + value if name in self._metrics else value
 
     def is_due(self, step: int) -> bool:
-        return (step + 1) % self.config.log_every == 0
+        return step % self.config.log_every == 0
 
     def flush(
         self,
@@ -139,7 +144,7 @@ class MetricsLogger:
         for key, value in reduced.items():
             if not math.isfinite(value):
                 step, name = int(key.split("/", 1)[0]), key.split("/", 1)[1]
-                first, last = step * global_batch_size, (step + 1) * global_batch_size - 1
+                first, last = (step - 1) * global_batch_size, step * global_batch_size - 1
                 raise NonFiniteLossError(
                     f"{self.stage}: loss {name!r} is {value} in step {step}, samples {first}-{last} of each stream; "
                     f"nothing was saved after the last whole checkpoint. Lower the learning rate, or set "
@@ -175,8 +180,8 @@ class MetricsLogger:
         if not timed:
             return {}
         seconds = {name: round(value, 3) for name, value in own.seconds.items()}
-        self.event("progress", step=steps[-1] + 1, num_steps=len(timed), seconds=seconds)
-        flops = statistics.fmean(map(self.flops, steps))
+        self.event("progress", step=steps[-1], num_steps=len(timed), seconds=seconds)
+        flops = statistics.fmean(self.flops(step - 1) for step in steps)
         facts = {"global_batch_size": global_batch_size, "flops": flops, "peak_flops": self.peak_flops}
         slow = slowest(ranks, len(timed)) if self.names_slow_rank and len(ranks) > 1 else {}
         return rates(ranks, len(timed), **facts) | slow
@@ -190,7 +195,7 @@ class MetricsLogger:
         """One line of metrics.jsonl, and the same to wandb on the axis `step`."""
         if not self.is_main:
             return
-        self._lines.add(entry)
+        self._lines.add({"format": FORMAT, **entry})
         facts = {name: value for name, value in entry.items() if name != "stage"}
         self._wandb.tell(lambda run: run.log(facts, step=entry["step"]))
 
@@ -204,12 +209,25 @@ class MetricsLogger:
         path = self.run_dir / "metrics.jsonl"
         if not self.is_main or not path.exists():
             return False
-        lines = [json.loads(line) for line in path.read_text().splitlines()]  # `start` has left none that is torn
-        entries = [line for line in lines if (line["stage"], line["step"]) == (self.stage, step)]
+        entries = [
+            entry for entry in entries_of(path.read_text()) if (entry["stage"], entry["step"]) == (self.stage, step)
+        ]
         return any("loss" in entry for entry in entries) and all("loss" in entry for entry in entries)
 
     def close(self) -> None:
         self._wandb.finish()
+
+
+def entries_of(text: str) -> list[dict[str, Any]]:
+    """Read the lines of metrics.jsonl, of any format, as entries of the present one; without what a crash has torn."""
+    entries = []
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError):
+            entry = json.loads(line)
+            if isinstance(entry, dict) and isinstance(entry.get("step"), int) and "stage" in entry:
+                earlier = {} if "format" in entry else {"format": FORMAT, "step": entry["step"] + 1}
+                entries.append(entry | earlier)
+    return entries
 
 
 def compared(name: str, counts: Sequence[float], reference: Sequence[float]) -> dict[str, Any]:
@@ -231,10 +249,10 @@ def _without_storage(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _terminal_line(entry: Mapping[str, Any], num_steps: int) -> str:
-    line = f"{entry['stage']} step {entry['step'] + 1}/{num_steps}  loss {entry['loss']:.4f}"
+    line = f"{entry['stage']} step {entry['step']}/{num_steps}  loss {entry['loss']:.4f}"
     if "step_s" not in entry:
         return line
     line += f"  {entry['samples_per_s']:.1f} samples/s  data wait {100 * entry['data_wait']:.0f} %"
     line += f"  MFU {100 * entry['mfu']:.0f} %" if "mfu" in entry else ""
-    minutes, seconds = divmod(round((num_steps - 1 - entry["step"]) * entry["step_s"]), 60)
+    minutes, seconds = divmod(round((num_steps - entry["step"]) * entry["step_s"]), 60)
     return f"{line}  ETA {minutes}:{seconds:02d}{slow_rank_words(entry)}"

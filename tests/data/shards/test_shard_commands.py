@@ -1,5 +1,3 @@
-import runpy
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +11,6 @@ from iccld.data.storage.base import StorageConfig
 from iccld.data.storage.index import ShardIndex
 from tests.data.factory import pair_members, write_folder, write_tar
 from tests.data.shards.test_making import assert_all_named, members, spoil
-
-ROOT = Path(__file__).parents[3]
 
 
 def test_make(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -96,14 +92,3 @@ def test_a_server_that_is_away_is_soon_given_up(
     monkeypatch.setattr(f"iccld.data.shards.{module}.STORAGE", StorageConfig(retry_for_s=0.0))
     assert main(["shards", action, "http://127.0.0.1:1/x"]) == 75  # it may be back later
     assert "http://127.0.0.1:1/x/index/index.json: its size: failed (" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", ["make_shards", "index_shards"])
-def test_the_tools_are_the_verbs(
-    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "argv", [name, "--help"])
-    with pytest.raises(SystemExit) as status:
-        runpy.run_path(str(ROOT / "tools" / f"{name}.py"), run_name="__main__")
-    assert status.value.code == 0
-    assert f"usage: iccld shards {name.removesuffix('_shards')}" in capsys.readouterr().out

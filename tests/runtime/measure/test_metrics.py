@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from iccld.runtime.measure.metrics import MetricsConfig, MetricsLogger, NonFiniteLossError, WandbMode, compared
+from iccld.runtime.measure.metrics import FORMAT, MetricsConfig, MetricsLogger, NonFiniteLossError, WandbMode, compared
 
 
 def logger(folder: Path, *, wandb: WandbMode = WandbMode.disabled) -> MetricsLogger:
@@ -30,13 +30,13 @@ def entries(folder: Path) -> list[dict]:
 def test_losses_metrics_and_rates_of_a_window(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     metrics = logger(tmp_path)
     metrics.start(step=0, logger_id=None, config={})
-    for step in (0, 1):
-        losses = {"source": torch.tensor(1.0 + step), "mixed": torch.tensor(0.5)}
+    for step in (1, 2):
+        losses = {"source": torch.tensor(float(step)), "mixed": torch.tensor(0.5)}
         metrics.record(step, losses, {"accuracy": torch.tensor([1.0, 4.0]), "empty": torch.tensor([0.0, 0.0])})
-    assert metrics.is_due(1) and not metrics.is_due(0)
+    assert metrics.is_due(2) and not metrics.is_due(1)
     flush(metrics)
     (entry,) = entries(tmp_path)
-    assert entry["step"] == 1 and entry["loss"] == 2.5 and entry["loss/source"] == 2.0
+    assert entry["step"] == 2 and entry["loss"] == 2.5 and entry["loss/source"] == 2.0
     assert entry["accuracy"] == 0.25 and "empty" not in entry
     assert entry["samples_per_s"] == 4.0 and entry["data_wait"] == 0.25
     assert "stage1 step 2/10  loss 2.5000  4.0 samples/s  data wait 25 %  ETA 0:08" in capsys.readouterr().out
@@ -47,7 +47,7 @@ def test_histograms_are_summed_over_the_window_and_compared_by_their_shares(tmp_
     metrics.start(step=0, logger_id=None, config={})
     for counts in ([[90.0, 10.0, 0.0], [25.0, 0.0, 25.0]], [[0.0, 0.0, 0.0], [25.0, 25.0, 0.0]]):
         more = {"accuracy": torch.tensor([1.0, 4.0]), "none": torch.zeros(2, 3)}
-        metrics.record(0, {"source": torch.tensor(1.0)}, {"classes": torch.tensor(counts), **more})
+        metrics.record(1, {"source": torch.tensor(1.0)}, {"classes": torch.tensor(counts), **more})
     flush(metrics)
     (entry,) = entries(tmp_path)
     # 0.9 0.1 0 beside 0.5 0.25 0.25: half of 0.4 + 0.15 + 0.25.
@@ -68,20 +68,61 @@ def test_a_loss_that_is_not_finite_names_loss_step_and_samples(tmp_path: Path):
     metrics = logger(tmp_path)
     metrics.record(5, {"mixed": torch.tensor(1.0)}, {})
     metrics.record(6, {"mixed": torch.tensor(float("nan"))}, {})
-    with pytest.raises(NonFiniteLossError, match=r"loss 'mixed' is nan in step 6, samples 24-27 of each stream"):
+    with pytest.raises(NonFiniteLossError, match=r"loss 'mixed' is nan in step 6, samples 20-23 of each stream"):
         flush(metrics)
 
 
 def test_going_on_drops_what_a_crashed_attempt_logged_beyond_the_checkpoint(tmp_path: Path):
     metrics = logger(tmp_path)
     metrics.start(step=0, logger_id=None, config={})
-    for step in range(4):
+    for step in range(1, 5):
         metrics.record(step, {"source": torch.tensor(float(step))}, {})
         flush(metrics)
+    before = (tmp_path / "metrics.jsonl").read_bytes().splitlines()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"stage": "stage1", "st')
     logger(tmp_path).start(step=2, logger_id=None, config={})
-    assert [entry["step"] for entry in entries(tmp_path)] == [0, 1]
+    assert [entry["step"] for entry in entries(tmp_path)] == [1, 2]
+    assert (tmp_path / "metrics.jsonl").read_bytes().splitlines() == before[:2], "to the byte"
+
+
+EARLIER = '{"stage": "stage1", "step": 1, "loss": 0.5}\n{"stage": "stage1", "step": 1, "miou": 9.0}\n'
+
+
+def test_a_run_of_an_earlier_version_goes_on_with_lines_of_one_format(tmp_path: Path):
+    """It wrote step 1 after two steps, and named no format."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(
+        EARLIER + '{"stage": "stage1", "step": 3, "loss": 0.5}\n{"stage": "stage0", "step": 9, "loss": 0.5}\n'
+    )
+    metrics = logger(tmp_path)
+    metrics.start(step=2, logger_id=None, config={})
+    assert [(entry["stage"], entry["step"]) for entry in entries(tmp_path)] == [("stage1", 2)] * 2 + [("stage0", 10)]
+    metrics.record(3, {"source": torch.tensor(1.0)}, {})
+    flush(metrics)
+    once = path.read_bytes()
+    logger(tmp_path).start(step=3, logger_id=None, config={})
+    assert path.read_bytes() == once, "nothing is converted twice"
+    assert [entry["step"] for entry in entries(tmp_path)] == [2, 2, 10, 3]
+    assert all(entry["format"] == FORMAT for entry in entries(tmp_path))
+
+
+@pytest.mark.parametrize(("text", "owes"), [(EARLIER, False), (EARLIER.splitlines()[0], True)])
+def test_a_score_is_owed_for_a_step_that_was_logged_alone(tmp_path: Path, text: str, owes: bool):
+    (tmp_path / "metrics.jsonl").write_text(text)
+    metrics = logger(tmp_path)
+    metrics.start(step=2, logger_id=None, config={})
+    assert metrics.owes_scores(2) is owes and not metrics.owes_scores(1) and not metrics.owes_scores(3)
+
+
+def test_the_arithmetic_is_that_of_the_steps_taken(tmp_path: Path):
+    metrics = logger(tmp_path)
+    metrics.flops = {0: 1.0, 1: 3.0}.__getitem__
+    for step in (1, 2):
+        metrics.record(step, {"source": torch.tensor(1.0)}, {})
+    flush(metrics)
+    (entry,) = entries(tmp_path)
+    assert entry["flops_per_s_per_rank"] / entry["samples_per_s"] == 2.0
 
 
 def test_wandb_offline_keeps_its_run_id(tmp_path: Path):

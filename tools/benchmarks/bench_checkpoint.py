@@ -1,6 +1,6 @@
 """What a checkpoint costs: ours, asynchronous and not, beside accelerator.save_state and load_state.
 
-    python tools/bench_checkpoint.py --json checkpoint.json     50 and 500 million parameters; minutes, 15 GiB of memory
+    python tools/benchmarks/bench_checkpoint.py --json checkpoint.json    50 and 500 million parameters; 15 GiB
 
 The model is a denoiser with AdamW's moments, on one rank. Each way has processes of its own; they take turns. `stall`
 is what a training step waits, `total` the time until the work is over, `durable` until the bytes are on the disk: ours

@@ -1,6 +1,6 @@
 """What an engine costs: peak memory, bytes sent and seconds a step of each rank, at an equal global batch.
 
-    python tools/bench_engines.py --json engines.json           a denoiser of 100 million parameters, two ranks, minutes
+    python tools/benchmarks/bench_engines.py --json engines.json    100 million parameters, two ranks, minutes
 
 Stage 2 of the method trains on random images through each engine in turn, launched as a run is, by a file of
 accelerate_configs/. On a GPU the memory is the device's peak; on a CPU it is the resident memory's peak above what the
@@ -38,7 +38,7 @@ from iccld.stages.adversarial import AdversarialConfig, AdversarialStage
 from iccld.trainer import TrainerConfig, attach
 from iccld.training_step import TrainingStep
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ENGINES = ("ddp", "zero1", "zero2", "fsdp2")
 MIB = 1 << 20
 

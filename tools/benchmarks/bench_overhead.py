@@ -1,7 +1,7 @@
 """What the inter-coder connection costs: time, memory and FLOPs with it and without, over resolutions and classes.
 
-    python tools/bench_overhead.py --json overhead.json --png overhead.png          2 minutes on 2 CPU cores
-    python tools/bench_overhead.py --model mit_b5 --sizes 256 512 768 1024 --batch-size 4 --precision bf16     on a GPU
+    python tools/benchmarks/bench_overhead.py --json overhead.json --png overhead.png    2 minutes on 2 CPU cores
+    python tools/benchmarks/bench_overhead.py --model mit_b5 --sizes 256 512 768 --batch-size 4 --precision bf16    GPU
 
 The two models differ in `model.decoder.inter_coder` alone. `train` is the forward and backward pass of stage 1's module
 over source and mixed images, `infer` is `segment`; they take turns in rounds. Times are medians; memory is the peak

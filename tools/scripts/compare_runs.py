@@ -1,5 +1,9 @@
-"""Whether two finished runs are the same to the bit: models, last checkpoints, and the losses of every step."""
+"""Compare two finished runs to the bit: models, last checkpoints, and the losses of every step.
 
+python tools/scripts/compare_runs.py runs/old runs/new --num-steps 20
+"""
+
+import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,6 +11,8 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+
+from iccld.runtime.measure.metrics import entries_of
 
 STAGES = ("stage1", "stage2")
 
@@ -37,10 +43,26 @@ def _losses(run_dir: Path) -> dict[str, dict[str, float]]:
         f"{line['stage']}, step {line['step']}": {
             name: value for name, value in line.items() if name.startswith("loss")
         }
-        for line in lines(run_dir / "metrics.jsonl")
+        for line in entries_of((run_dir / "metrics.jsonl").read_text())
     }
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
     """The entries of a file with one JSON object a line."""
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Print in what two finished runs of both stages differ.")
+    parser.add_argument("expected", type=Path)
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--num-steps", type=int, required=True, help="optimiser steps of each stage")
+    arguments = parser.parse_args()
+    found = list(differences(arguments.expected, arguments.run_dir, num_steps=arguments.num_steps))
+    for what in found:
+        print(what)
+    return bool(found)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,6 +1,6 @@
 """Write docs/settings.md: every setting with its type, its default and the line that explains it in the source.
 
-`python tools/write_settings.py` writes the page. `iccld.explained` reads the explanations.
+`python tools/scripts/write_settings.py` writes the page. `iccld.explained` reads the explanations.
 """
 
 import textwrap
@@ -12,12 +12,12 @@ from iccld.data.config import SetConfig
 from iccld.explained import about, sections, settings_in
 from iccld.slurm.config import SubmitConfig
 
-PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
+PAGE = Path(__file__).parents[2] / "docs" / "settings.md"
 
 OPENING = """\
 # Settings
 
-This page is generated from the source: `python tools/write_settings.py` writes it again.
+This page is generated from the source: `python tools/scripts/write_settings.py` writes it again.
 
 Change a setting of a run on the command line by `key=value`, as in `iccld train seed=1 ...`.
 `iccld config experiment=NAME` prints the settings of an experiment: the YAML files that it names replace some of the

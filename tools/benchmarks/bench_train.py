@@ -1,9 +1,9 @@
 """How fast training is, ours and others' side by side in one run; a ratio above 1 means that ours is faster.
 
-    python tools/bench_train.py                     minutes on two cores; on a GPU at full size, compiled too
-    python tools/bench_train.py --json FILE         keeps the figures, as results/bench_train_cpu.json has them
-    python tools/bench_train.py --check [FILE]      names each ratio that fell by more than 10 % of the kept one
-    python tools/bench_train.py --check FILE --against JSON          the same of an earlier --json
+    python tools/benchmarks/bench_train.py                     minutes on two cores; on a GPU at full size, compiled too
+    python tools/benchmarks/bench_train.py --json FILE         keeps the figures (results/bench_train_cpu.json)
+    python tools/benchmarks/bench_train.py --check [FILE]      names each ratio that fell by 10 % of the kept one
+    python tools/benchmarks/bench_train.py --check FILE --against JSON          the same of an earlier --json
 
 1 denoiser   forward and backward pass against diffusers' UNet2DModel of as many parameters
 2 steps      stage 2 against a loop with two optimisers, stage 1 against DAFormer's order of work, on equal modules,
@@ -44,7 +44,7 @@ from training_peers.steps import bf16_where_fast, compare_cache, compare_steps, 
 
 from iccld.runtime.engine.engine import Precision
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PARTS = ("denoiser", "steps", "cache", "scaling", "data", "attention", "device")
 MASK_READING = ("model.latent=mask", "model.latent_channels=4")
 Found = Iterator[tuple[str, dict[str, Any]]]
@@ -121,7 +121,7 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
         **{name: found["ratio"] for name, found in details.items() if "ratio" in found},
         "details": details,
         **about(chosen),
-        "command": " ".join(["python", "tools/bench_train.py", *sys.argv[1:]]),
+        "command": " ".join(["python", "tools/benchmarks/bench_train.py", *sys.argv[1:]]),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "versions": {name: version(name) for name in ("torch", "accelerate", "diffusers", "transformers")},
     }

@@ -1,13 +1,13 @@
 """From a profile: samples/s, step time and hours of a run on 1 to 4,096 GPUs under each engine.
 
     iccld profile experiment=gta5_to_cityscapes run_dir=runs/gta5
-    python tools/plan_scaling.py runs/gta5/profile/stage2/profile.json --png plan.png --json plan.json
+    python tools/scripts/plan_scaling.py runs/gta5/profile/stage2/profile.json --png plan.png --json plan.json
 
 An engine that has a profile of its own among those given takes it, the others the first. The links are the nominal ones
 of an H100 node unless given, or measured, under any launch of two or more processes, one on each end of the link:
 
-    torchrun --nproc-per-node 2 tools/plan_scaling.py --measure-link --json inside.json
-    python tools/plan_scaling.py PROFILE --link inside.json between.json
+    torchrun --nproc-per-node 2 tools/scripts/plan_scaling.py --measure-link --json inside.json
+    python tools/scripts/plan_scaling.py PROFILE --link inside.json between.json
 
 The batch grows with the GPUs, or, by `--global-batch`, stays: accumulation shrinks, and where a GPU would have less
 than a micro-batch, the plan says so. The assumptions are printed; they name their sources.

@@ -1,7 +1,7 @@
 """How fast training data arrives, ours and others' side by side: the same images and crops, one worker process each.
 
-    python tools/bench_data.py                       draws street scenes; two minutes on two cores
-    python tools/bench_data.py --images A --labels B your own: images, and PNGs of train ids of the same stems
+    python tools/benchmarks/bench_data.py                          draws street scenes; two minutes on two cores
+    python tools/benchmarks/bench_data.py --images A --labels B    images, and PNGs of train ids of the same stems
 
 The loaders take turns, so that whatever else the machine does hits all of them; ratios are of the same round. The sets
 are small and lie in the page cache: this measures decoding and handing over, not the disk.

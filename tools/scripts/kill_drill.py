@@ -1,6 +1,6 @@
 """Kills training runs of two ranks by SIGKILL, many times, and compares what they end with to an undisturbed run.
 
-    python tools/kill_drill.py --kills 200 --json kills.json
+    python tools/scripts/kill_drill.py --kills 200 --json kills.json
 
 A tiny run of both stages is started by the launcher, killed, and started again by the same command until it is through;
 then the next run, until there were enough kills. Some kills come at random moments, others at chosen ones: inside a
@@ -32,7 +32,7 @@ from compare_runs import STAGES, differences, lines
 from iccld.data.shards.making import MakeShardsConfig, make_shards
 from iccld.demo.scenes import write_cityscapes, write_gta5
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 NUM_STEPS, BATCH = 8, 4
 LIMIT_S = 300.0
 
@@ -80,7 +80,7 @@ class Drill:
             event, pattern, last = POINTS[kind]
             who = self.draw.choice(("rank", "launch"))
             environment["KILL_DRILL_POINT"] = f"{kind} {event} {pattern} {self.draw.randint(1, last)} {who}"
-            paths = [str(ROOT / "tools" / "kill_points"), os.environ.get("PYTHONPATH", "")]
+            paths = [str(ROOT / "tools" / "scripts" / "kill_points"), os.environ.get("PYTHONPATH", "")]
             environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         engine = [] if self.engine == "ddp" else ["--engine", self.engine]
         command = [sys.executable, "-m", "iccld", "launch", "2", *engine, "train"]
@@ -143,7 +143,7 @@ class Drill:
                 self._put_back(kind)
         found = [f"{run_dir}: {what}" for what in differences(expected, run_dir, num_steps=NUM_STEPS)]
         counts = Counter((line["stage"], line["step"]) for line in lines(run_dir / "metrics.jsonl"))
-        self.samples_lost += BATCH * sum(not counts[s, n] for s in STAGES for n in range(NUM_STEPS))
+        self.samples_lost += BATCH * sum(not counts[s, n] for s in STAGES for n in range(1, NUM_STEPS + 1))
         self.samples_repeated += BATCH * sum(count - 1 for count in counts.values())
         self.differences += found
         if not found:

@@ -1,6 +1,6 @@
 """Runs one test many times beside busy processes, to find what fails once in a hundred.
 
-    python tools/repeat_under_load.py "tests/faults/test_watchdog.py::test_a_rank_that_hangs_is_named[data]" --times 200
+    python tools/scripts/repeat_under_load.py tests/faults/test_watchdog.py --times 20
 
 The test's session fixtures are made once. A failure's output, with the stacks that crashed or hanging ranks leave, is
 shown as always, and the exit status is not 0. Other options are pytest's.
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Repeat:

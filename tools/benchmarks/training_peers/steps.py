@@ -59,7 +59,7 @@ def compare_cache(size: Size, precision: Precision, *overrides: str) -> dict[str
     batch = synthetic_batch(config, range(size.batch_size))
     with Engine(EngineConfig(precision=precision)) as engine, tempfile.TemporaryDirectory() as folder:
         stage: Any = make_stage("stage2", config, engine.device)
-        ours, files = Ours(stage, engine, batch), ViewFiles(CacheConfig(folder, 16.0))
+        ours, files = Ours(stage, engine, batch), ViewFiles(CacheConfig(folder, 16.0), setting="stage2.cache")
         full, new = (ViewCache(size.batch_size, files, identity=name) for name in ("full", "new"))
 
         def step(cache: ViewCache | None) -> None:

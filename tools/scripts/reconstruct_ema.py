@@ -1,7 +1,7 @@
 """Give a finished stage's model another average of its weights (relative width 0.05: the last 5 % or so of training).
 
-python tools/reconstruct_ema.py runs/a --stage stage2 --width 0.03 --output runs/a/ema_0.03
-python tools/reconstruct_ema.py runs/a --stage stage2 --sweep 0.02,0.05,0.10,0.15 --json sweep.json
+python tools/scripts/reconstruct_ema.py runs/a --stage stage2 --width 0.03 --output runs/a/ema_0.03
+python tools/scripts/reconstruct_ema.py runs/a --stage stage2 --sweep 0.02,0.05,0.10,0.15 --json sweep.json
 
 The run must have kept averages: ema_profile.widths=[0.05,0.10] and ema_profile.snapshot_every of its stage. The
 sweep takes settings of the evaluation, as inference.num_steps=[4].
@@ -16,17 +16,17 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from iccld.config import StageName
 from iccld.evaluation import results_table
 from iccld.programs.evaluate.averaging import sweep, write_reconstruction
 from iccld.programs.evaluate.evaluate import saved_settings
+from iccld.stages.table import STAGES
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the sweep's evaluation")
-    parser.add_argument("--stage", choices=[stage.value for stage in StageName], required=True)
+    parser.add_argument("--stage", choices=[*STAGES], required=True)
     parser.add_argument("--step", type=int, default=0, help="the step of a snapshot; 0 (default): the last one's")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--width", type=float, help="write a model of this relative width")
@@ -49,7 +49,7 @@ def read_widths(text: str) -> list[float]:
 def score_widths(arguments: argparse.Namespace) -> None:
     config = saved_settings(arguments.run_dir, arguments.overrides)
     widths = read_widths(arguments.sweep)
-    rows = sweep(config, StageName(arguments.stage), widths=widths, step=arguments.step)
+    rows = sweep(config, arguments.stage, widths=widths, step=arguments.step)
     named = {f"{row['weights']} x{steps}": scores for row in rows for steps, scores in row["scores"].items()}
     Console(width=None if sys.stdout.isatty() else 120).print(
         results_table(named, title=escape(str(arguments.run_dir)))
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.sweep is not None:
         score_widths(arguments)
         return
-    stage, step = StageName(arguments.stage), arguments.step
+    stage, step = arguments.stage, arguments.step
     error = write_reconstruction(arguments.run_dir, stage, arguments.output, width=arguments.width, step=step)
     print(f"{arguments.output}: relative width {arguments.width}; the profile is met to {error:.2%}")
 

@@ -15,7 +15,6 @@ from iccld.diffusion import add_noise
 from iccld.labels import IGNORE_INDEX
 from iccld.losses import domain_confusion, domain_cross_entropy, noise_mse, weighted_cross_entropy
 from iccld.models.blocks import LATENT_STRIDE
-from iccld.models.latent import diffused_latent
 from iccld.runtime.engine.prefetch import map_tensors
 from iccld.stages.adversarial import DOMAINS, AdversarialStage
 from iccld.stages.segmentation import SegmentationStage
@@ -102,7 +101,7 @@ class TwoOptimisers:
             encoded = seen = self.model.encoder(clean)
             if self.model.mask_encoder is None:
                 seen = self.model.encoder(strong_augment(clean, draws.photometric, self.config.photometric))
-            z_0 = diffused_latent(self.model, clean=encoded.latent, seen=seen, labels=labels, weights=None)
+            z_0 = self.model.diffused_latent(clean=encoded.latent, seen=seen, labels=labels, weights=None)
             condition = self.model.condition_of(seen, clean)
         domains = torch.arange(len(DOMAINS), device=clean.device).repeat_interleave(len(source))
         return add_noise(z_0, draws.noise, draws.t, self.model.alpha_bar), condition, domains

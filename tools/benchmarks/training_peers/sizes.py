@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from iccld.config import Config, StageName, load_config
+from iccld.config import Config, load_config
 from iccld.models.discriminator import Discriminator
 from iccld.models.iccld import ICCLD
 from iccld.programs.run.building import noise_of
@@ -90,7 +90,7 @@ def make_stage(name: str, config: Config, device: torch.device) -> Stage:
     return AdversarialStage(model, discriminator.to(device), config.stage2.objective, seed=config.seed)
 
 
-def random_batch(size: Size, *, first: int = 0, stage: StageName | None = None) -> dict[str, Any]:
+def random_batch(size: Size, *, first: int = 0, stage: str | None = None) -> dict[str, Any]:
     """A training batch as the stream gives it, on the host; without the noise of a `stage`, it draws its own."""
     config = config_of(size)
     noise = noise_of(stage, config) if stage else {}

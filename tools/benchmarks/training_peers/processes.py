@@ -34,7 +34,7 @@ from iccld.runtime.measure.peaks import wait_for
 # Freed memory is kept, as on a GPU. By default glibc gives back what lies at its end, and the page faults when it is
 # taken again were 8 to 17 % of a step, more or less by luck: quartiles of a process were close, processes differed.
 KEPT_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(10**11), "MALLOC_MMAP_THRESHOLD_": str(10**11)}
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 NUM_RANKS = 2
 TURN_TIMEOUT_S = 300.0
 SCALING_ROUNDS = 6
@@ -188,7 +188,7 @@ def _begin(num_threads: int) -> None:
 def data_wait(size: Size) -> dict[str, Any]:
     """Share of the step's time that a real run of both stages waits for its batches, by stage, after the warm-up."""
     with tempfile.TemporaryDirectory(prefix="bench_train-") as folder:
-        _run("tools/draw_scenes.py", "--output", f"{folder}/data", *_scenes(size))
+        _run("-m", "iccld.demo.draw", "--output", f"{folder}/data", *_scenes(size))
         for dataset, name, split in (("gta5", "source", ()), ("cityscapes", "target", ("--split", "train"))):
             given = ["--dataset", dataset, "--input", f"{folder}/data/{dataset}", *split]
             _run("-m", "iccld", "shards", "make", *given, "--output", f"{folder}/{name}")
