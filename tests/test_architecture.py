@@ -278,16 +278,6 @@ def only_durable_writes_and_deletes(source: Source) -> Iterator[Finding]:
             yield node.lineno, f"{call} may follow a link; write and delete with iccld.durable"
 
 
-OPEN_CIRCLES: set[str] = {
-    "cli",
-    "programs.ablate.arrays",
-    "programs.ablate.command",
-    "programs.submit.submit",
-    "programs.submit.work",
-}
-"""Modules that still import each other in a circle; the set may only shrink."""
-
-
 def imported_modules(sources: Sequence[Source]) -> dict[str, set[str]]:
     """The modules of `iccld` that each one imports, at any depth: within functions and for type checkers too."""
     names = {".".join(s.parts).removesuffix(".__init__"): s for s in sources if s.parts[0] == "iccld"}
