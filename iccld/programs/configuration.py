@@ -73,13 +73,13 @@ def commented(config: "Config") -> str:
     lines, path, written = to_yaml(config).splitlines(), [], []
     for line, following in zip(lines, [*lines[1:], ""], strict=True):
         found = re.match(r"( *)(\w+):", line)
-        key = None
+        key, indent = None, found[1] if found else ""
         if found and len(found[1]) // 2 <= len(path):
             path = [*path[: len(found[1]) // 2], found[2]]
             key = ".".join(path)
         meaning = meanings.get(key or "")
-        goes_on = bool(found) and re.match(rf"{found[1]}( |- )", following)
+        goes_on = following.startswith((f"{indent} ", f"{indent}- "))
         if meaning and goes_on:
-            written.append(f"{found[1]}# {meaning}")
+            written.append(f"{indent}# {meaning}")
         written.append(f"{line}  # {meaning}" if meaning and not goes_on else line)
     return "\n".join(written) + "\n"
