@@ -1,4 +1,4 @@
-"""`iccld <verb>`: one entry to everything."""
+"""`iccld VERB`: a table of verbs, and how each of them ends. Only the module of the verb that was given is imported."""
 
 import argparse
 import os
@@ -8,38 +8,38 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TextIO
+from importlib import import_module
+from typing import NoReturn, TextIO
 
+from iccld import __version__
 from iccld.outcome import status_of, words
-from iccld.reading import read_secrets
+from iccld.programs.arguments import Parser, Verb, parse_verb, settings_of
 from iccld.redact import guard_tracebacks, redact
 
-if TYPE_CHECKING:
-    from iccld.config import Config
+VERBS = {
+    "train": ("train.command", "train a run; the same command resumes"),
+    "launch": ("launch.command", "run a verb with several ranks on this machine"),
+    "submit": ("submit.submit", "train, profile or score as a SLURM job"),
+    "evaluate": ("evaluate.command", "score the finished stages of a run"),
+    "predict": ("predict", "write label PNG and overlay of images"),
+    "export": ("export", "write a program that runs without iccld: torch.export or ONNX"),
+    "config": ("configuration", "show the settings of a run and what they mean"),
+    "shards": ("shards", "make, index, verify or describe shards"),
+    "checkpoint": ("checkpoint_command", "list and check checkpoints, export models, convert"),
+    "profile": ("profile.command", "show where a step's time and memory go"),
+    "goodput": ("goodput", "show where the wall time of a run went"),
+    "report": ("report.command", "write a page of runs: curves, scores, pictures, settings"),
+    "runs": ("runs", "list the runs below a folder: state, step, score"),
+    "compare": ("compare", "show the settings and scores of two runs that differ"),
+    "ablate": ("ablate.command", "compare runs x seeds, and report"),
+}
+"""Each verb's module in `iccld.programs`, and what the verb does."""
 
-STOPPED = 85  # the outcome of a submitted job that a signal ended, for its script
-
-DESCRIPTION = """\
-Train segmentation models on labelled source images and unlabelled target images.
-
-  iccld train experiment=gta5_to_cityscapes run_dir=runs/a   train; the same command resumes
-  iccld submit --nodes 2 train run_dir=runs/a                the same as a SLURM job
-  iccld evaluate runs/a inference.num_steps=[1,4]            score the finished stages
-  iccld predict runs/a image.jpg out/                        label PNG and overlay
-  iccld export runs/a model.onnx                             a program that runs without iccld
-  iccld shards make --dataset gta5 --input DIR --output DIR  turn a data set into shards
-  iccld shards index|verify|info DIR                         index tars, check, describe
-  iccld checkpoint list|verify|export|convert DIR            look at them, get models out of them
-  iccld profile experiment=... run_dir=runs/a                where a step's time and memory go
-  iccld goodput runs/a                                       where the wall time of a run went
-  iccld report runs/a                                        a page of it: curves, scores, pictures, settings
-  iccld runs runs                                            the runs below a folder: state, step, score
-  iccld compare runs/a runs/b                                settings and scores that differ
-  iccld ablate GRID.yaml --output runs/ablation              runs x seeds, compared and reported
+EPILOG = """\
+  iccld train experiment=gta5_to_cityscapes run_dir=runs/a
 
 Any setting is changed by key=value; `iccld config experiment=...` shows all of them.
-For several ranks on this machine: python launch/local.py NUM_RANKS VERB ...
+`iccld VERB --help` shows the options of a verb.
 """
 
 
@@ -113,199 +113,33 @@ def _readers_are_gone() -> bool:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Of all verbs; light, as long as none is run. Settings may also stand after an option."""
-    top = _parser()
-    arguments, left = top.parse_known_args(argv)
-    if stray := [word for word in left if word.startswith("-") or "=" not in word or "overrides" not in arguments]:
-        top.error(f"unrecognized arguments: {' '.join(stray)}")
-    if left:
-        arguments.overrides += left
-    return arguments
+    """Parse a command line, importing the module of its verb alone. Exits with 2 for a wrong word."""
+    given = sys.argv[1:] if argv is None else argv
+    summaries = "\n".join(f"  {name:<12}{summary}" for name, (_, summary) in VERBS.items())
+    about = f"Train segmentation models on labelled source images and unlabelled target images.\n\n{summaries}"
+    top = Parser("iccld", description=about, epilog=EPILOG, usage="iccld VERB ...")
+    top.add_argument("--version", action="version", version=f"iccld {__version__}", help="show the version, and exit")
+    if "_ARGCOMPLETE" in os.environ:
+        _complete(top)
+    top.add_argument("verb", choices=VERBS, metavar="VERB", help=argparse.SUPPRESS)
+    name = top.parse_args(given[:1]).verb
+    return parse_verb(name, _module(name), given[1:])
 
 
-def settings_of(arguments: argparse.Namespace) -> list[str]:
-    """The settings of the files of `--secrets`, then those of the command line, which override them.
-
-    Raises ValueError, and OSError where a file cannot be read.
-    """
-    return [*(word for path in arguments.secrets for word in read_secrets(path)), *arguments.overrides]
+def _module(name: str) -> Verb:
+    return import_module(f"iccld.programs.{VERBS[name][0]}")  # type: ignore[return-value]
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        super().error(redact(message, sys.argv))
+def _complete(top: Parser) -> None:
+    """Answer a shell that asks how a command line may go on, and end."""
+    import argcomplete
 
-
-def _parser() -> argparse.ArgumentParser:
-    top = _Parser("iccld", description=DESCRIPTION, formatter_class=argparse.RawTextHelpFormatter, add_help=False)
-    top.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
-    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
-
-    train = verbs.add_parser("train")
-    train.set_defaults(run=_train)
-    config = verbs.add_parser("config")
-    config.set_defaults(run=_config)
-    for parser_of_verb in (train, config):
-        parser_of_verb.add_argument("overrides", nargs="*", metavar="key=value")
-        parser_of_verb.add_argument("--config-dir", default="", help="a folder with YAML groups of your own")
-
-    evaluate = verbs.add_parser("evaluate")
-    evaluate.add_argument("run_dir", metavar="RUN_OR_MODEL", help="a run directory, a model folder, or owner/name")
-    evaluate.add_argument("overrides", nargs="*", metavar="key=value")
-    evaluate.add_argument("--model", default="", help="a model folder to score instead of the run's own")
-    evaluate.add_argument("--shards", default="", help="the labelled set to score on; a model folder needs one")
-    evaluate.add_argument(
-        "--output", type=Path, default=Path("evaluations"), help="of a model folder: for report/ (default %(default)s)"
-    )
-    evaluate.set_defaults(run=_evaluate)
-
-    _add_program_verbs(verbs)
-    about = "a file of yours alone (mode 0600) with key=value lines, which other users do not see as they do a command"
-    for name in ("train", "config", "evaluate", "profile"):
-        verbs.choices[name].add_argument(
-            "--secrets", type=Path, action="append", default=[], metavar="FILE", help=about
-        )
-    _add_shards(verbs)
-    _add_checkpoint(verbs)
-    return top
-
-
-def _add_program_verbs(verbs: "argparse._SubParsersAction[_Parser]") -> None:
-    from iccld.programs import compare, export, goodput, predict, runs
-    from iccld.programs.ablate import command as ablation
-    from iccld.programs.report import command as report
-    from iccld.programs.submit import submit
-
-    submission = verbs.add_parser("submit", description=submit.DESCRIPTION)
-    submit.add_arguments(submission)
-    submission.set_defaults(run=submit.submit)
-    profiler = verbs.add_parser("profile")
-    add = profiler.add_argument
-    add("overrides", nargs="*", metavar="key=value", help="as for train")
-    add("--config-dir", default="", help="a folder with YAML groups of your own")
-    add("--num-steps", type=int, default=20, help="that are timed (default %(default)s)")
-    add("--num-warmup", type=int, default=5, help="left out before them (default %(default)s)")
-    add("--num-traced", type=int, default=3, help="in a trace, after them (default %(default)s)")
-    add("--synthetic", action="store_true", help="batches from memory: what is left is not the loader's")
-    add("--output", type=Path, metavar="FOLDER", help="for the reports (RUN_DIR/profile)")
-    profiler.set_defaults(run=_profile)
-    ledger = verbs.add_parser("goodput")
-    goodput.add_arguments(ledger)
-    ledger.set_defaults(run=goodput.run)
-    for name, program in (
-        ("report", report),
-        ("runs", runs),
-        ("compare", compare),
-        ("export", export),
-        ("predict", predict),
-    ):
-        verb = verbs.add_parser(name, description=program.DESCRIPTION)
-        program.add_arguments(verb)
-        verb.set_defaults(run=program.run)
-    comparison = verbs.add_parser("ablate", description=ablation.DESCRIPTION)
-    ablation.add_arguments(comparison)
-    comparison.set_defaults(run=ablation.run)
-
-
-def _add_shards(verbs: "argparse._SubParsersAction[_Parser]") -> None:
-    shards = verbs.add_parser("shards")
-    actions = shards.add_subparsers(dest="action", required=True, metavar="ACTION")
-    from iccld.data.shards import describing as info
-    from iccld.data.shards import indexing, making
-    from iccld.data.shards import verifying as verify
-
-    for name, action, summary in (
-        ("make", making, "convert a data set to tars and an index"),
-        ("index", indexing, "index tars that were made elsewhere"),
-        ("verify", verify, "read everything once, and name what is broken"),
-        ("info", info, "show counts, sizes and class shares"),
-    ):
-        parser_of_action = actions.add_parser(name, help=summary)
-        action.add_arguments(parser_of_action)
-        parser_of_action.set_defaults(run=_shards, act=action.run)
-
-
-def _add_checkpoint(verbs: "argparse._SubParsersAction[_Parser]") -> None:
-    checkpoint = verbs.add_parser("checkpoint")
-    checkpoint.set_defaults(run=_checkpoint)
-    actions = checkpoint.add_subparsers(dest="action", required=True, metavar="ACTION")
-    for name, summary in (("list", "steps, sizes, engine, ranks"), ("verify", "compare every file's checksum")):
-        action = actions.add_parser(name, help=summary)
-        action.add_argument("folder", type=Path, help="a run directory, or one checkpoint")
-    export = actions.add_parser("export", help="write a model folder that ICCLD.from_pretrained loads")
-    export.add_argument("--weights", choices=["teacher", "student"], default="teacher")
-    about = "copy into another number of files (to resume on other ranks or engines, nothing needs converting)"
-    convert = actions.add_parser("convert", help=about, description=about)
-    convert.add_argument("--num-files", type=int, required=True)
-    for action in (export, convert):
-        action.add_argument("folder", type=Path, metavar="checkpoint")
-        action.add_argument("output", type=Path)
-
-
-# The verbs import what they need when they run, so that `--help` and shard making do not wait for torch.
-
-
-def _train(arguments: argparse.Namespace) -> int:
-    from iccld.runtime.faults.preemption import Preemption
-
-    began = float(os.environ.get("ICCLD_ATTEMPT_BEGAN") or time.time())  # the job script's word, else now
-    with Preemption() as preemption:  # before the imports, which take seconds
-        from iccld.config import load_config
-        from iccld.programs.train.train import train
-
-        config = load_config(arguments.overrides, config_dir=arguments.config_dir)
-        finished = train(config, preemption, began=began)
-    return 0 if finished else _stopped(config, "iccld train: stopped by a signal; the same command goes on")
-
-
-def _stopped(config: "Config", message: str) -> int:
-    """A job script is told in its own way, whatever the configured status."""
-    if os.environ.get("RANK", "0") == "0":
-        print(message, flush=True)
-    return STOPPED if "ICCLD_OUTCOME" in os.environ else config.preemption.exit_status
-
-
-def _config(arguments: argparse.Namespace) -> None:
-    from iccld.config import load_config, to_yaml
-
-    print(to_yaml(load_config(arguments.overrides, config_dir=arguments.config_dir)), end="")
-
-
-def _profile(arguments: argparse.Namespace) -> int:
-    from iccld.programs.profile.profile import run
-
-    return run(arguments)
-
-
-def _evaluate(arguments: argparse.Namespace) -> int:
-    from iccld.runtime.faults.preemption import Preemption
-
-    with Preemption() as preemption:
-        from iccld.programs.evaluate.evaluate import evaluate_run, settings_and_model
-
-        config, model = settings_and_model(
-            arguments.run_dir, arguments.overrides, shards=arguments.shards, output=arguments.output
-        )
-        finished = evaluate_run(config, preemption, model_folder=arguments.model or model)
-    return 0 if finished else _stopped(config, "iccld evaluate: stopped by a signal; the same command begins again")
-
-
-def _checkpoint(arguments: argparse.Namespace) -> int:
-    from iccld.programs.checkpoint import run
-
-    return run(arguments)
-
-
-def _shards(arguments: argparse.Namespace) -> int:
-    from iccld.data.processes import Stopped, stoppable
-
-    try:
-        with stoppable():
-            return arguments.act(arguments)
-    except Stopped as stopped:
-        again = "goes on" if arguments.action == "make" else "starts anew"
-        print(f"iccld shards {arguments.action}: {stopped}; the same command {again}", file=sys.stderr, flush=True)
-        return 128 + stopped.signal
+    verbs, typed = top.add_subparsers(), os.environ.get("COMP_LINE", "").split()
+    for name, (_, summary) in VERBS.items():
+        parser = verbs.add_parser(name, help=summary)
+        if name in typed[1:2]:
+            _module(name).add_arguments(parser)
+    argcomplete.autocomplete(top)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ MAX_FUNCTION_LINES = 40
 
 LEAVES = {
     *("labels", "rng", "plain_yaml", "settings", "ranges", "texts", "outcome", "reading", "redact", "node", "graph"),
-    "batch_layout",
+    *("batch_layout", "eager"),
 }
 """Rooms that all others may enter: keyed draws, plain files, what a setting may be, and how a command ends."""
 PROGRAMS = {"__main__", "cli", "programs"}
@@ -41,6 +41,8 @@ MAY_IMPORT = {
     "group_files": set(),
     "texts": set(),
     "outcome": set(),
+    "eager": set(),
+    "explained": set(),
     "diffusion": set(),
     "losses": set(),
     "uda": set(),
@@ -98,7 +100,7 @@ ONLY_TORCH_AND_NUMPY = {"labels", "rng", "graph", "batch_layout", "ranges", "dif
 
 OWNERS = {
     "xformers": {"models/attention.py"},
-    "accelerate": {"runtime/engine/engine.py"},
+    "accelerate": {"programs/launch/local.py", "runtime/engine/engine.py"},
     "deepspeed": {"runtime/engine/zero.py"},
     "wandb": {"runtime/measure/telemetry.py"},
     "transformers": {"models/backbone.py"},
@@ -335,16 +337,6 @@ def only_durable_writes_and_deletes(source: Source) -> Iterator[Finding]:
             yield node.lineno, f"{call} may follow a link; write and delete with iccld.durable"
 
 
-OPEN_CIRCLES: set[str] = {
-    "cli",
-    "programs.ablate.arrays",
-    "programs.ablate.command",
-    "programs.submit.submit",
-    "programs.submit.work",
-}
-"""Modules that still import each other in a circle; the set may only shrink."""
-
-
 def imported_modules(sources: Sequence[Source]) -> dict[str, set[str]]:
     """The modules of `iccld` that each one imports, at any depth: within functions and for type checkers too."""
     names = {".".join(s.parts).removesuffix(".__init__"): s for s in sources if s.parts[0] == "iccld"}
@@ -409,9 +401,7 @@ def test_no_imports_go_in_a_circle():
     graph = imported_modules(sources)
     assert "iccld.models.blocks" in graph["iccld.models.iccld"], "the test must see imports"
     found = in_circles(graph)
-    still_open = {f"iccld.{name}" for name in OPEN_CIRCLES}
-    assert not found - still_open, f"{sorted(found)} import each other in a circle"
-    assert not still_open - found, f"{sorted(still_open - found)} are in no circle any more; shorten OPEN_CIRCLES"
+    assert not found, f"{sorted(found)} import each other in a circle"
 
 
 @pytest.mark.parametrize(
@@ -456,7 +446,7 @@ def test_experiments_open_with_command_cost_and_expected_result():
         (RULES[2], "iccld/models/blocks.py", "import_module('xformers.ops')", 1, "belongs to ['models/attention.py']"),
         (RULES[2], "iccld/data/images/decode.py", "from torchvision import io", 1, "belongs to no file"),
         (RULES[3], "tools/plot.py", "\n" * 401, 400, "401 lines"),
-        (RULES[4], "launch/local.py", "def f():\n" + "    pass\n" * 40, 1, "f has 41 lines"),
+        (RULES[4], "launch/demo_report.py", "def f():\n" + "    pass\n" * 40, 1, "f has 41 lines"),
         (RULES[5], "iccld/data/utils.py", "", 1, "after what it does"),
         (RULES[6], "tools/export.py", "torch.load(p, weights_only=False)", 1, "without weights_only=True"),
         (RULES[7], "iccld/cli.py", "try:\n    f()\nexcept:\n    pass", 3, "bare except"),

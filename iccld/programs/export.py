@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 Write a model that runs without iccld. Inputs: images (B, 3, H, W) float32 in [0, 1], sides multiples of 32, and with
---num-steps the noise (B, C, H / 8, W / 8), standard normal. Output: logits (B, K, H, W). B, H and W are free."""
+--num-steps the noise (B, C, H / 8, W / 8), standard normal. Output: logits (B, K, H, W). B, H and W are free.
+
+  iccld export runs/a model.onnx
+"""
 STRIDE = 32
 """Pixels: what the sides of an exported model's images are multiples of. Encoders round other sizes, in their ways."""
 SIZES = ((2, 96, 160), (1, 128, 192), (1, 160, 96))
@@ -23,7 +26,7 @@ TOLERANCE = 1e-3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb."""
+    """Add the arguments of `iccld export`."""
     add = parser.add_argument
     add("model", help="a model folder, a run directory, or owner/name on the hub")
     add("output", type=Path, help="the file: .pt2 (torch) or .onnx")

@@ -6,11 +6,14 @@ from pathlib import Path
 
 DESCRIPTION = """\
 Segment images: for each a label PNG (pixel values are class indices), an overlay, and one legend.png.
-An OUTPUT that ends in .png is the label PNG of one image; of a video, OUTPUT is its overlay (.mp4) or a folder."""
+An OUTPUT that ends in .png is the label PNG of one image; of a video, OUTPUT is its overlay (.mp4) or a folder.
+
+  iccld predict runs/a image.jpg out/
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb."""
+    """Add the arguments of `iccld predict`."""
     add = parser.add_argument
     add("model", help="a model folder, a run directory, or owner/name on the hub")
     add("input", type=Path, nargs="+", help="images, folders of images, patterns in quotes, or one video")

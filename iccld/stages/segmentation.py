@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from iccld import rng
+from iccld.eager import without_compiled_code
 from iccld.labels import IGNORE_INDEX
 from iccld.losses import feature_distance, weighted_cross_entropy
 from iccld.models.encoder import Encoder
@@ -253,7 +254,7 @@ class SegmentationStage(Stage):
         return {"teacher": self.teacher.module, "student": self.model}
 
     @torch.no_grad()
-    @torch.compiler.set_stance("force_eager")  # its batches are not the steps'
+    @without_compiled_code()  # its batches are not the steps'
     def finish(self, batches: Iterable[Mapping[str, Any]]) -> None:
         """The latent's mean and std per channel, so that stage 2 diffuses a latent of unit variance (as in LDM)."""
         domains = [domain for batch in batches for domain in batch.values()]

@@ -13,8 +13,7 @@ import psutil
 import pytest
 
 from iccld.outcome import AGAIN, REFUSED
-from iccld.runtime.checkpoint.manifest import verify
-from iccld.runtime.checkpoint.store import FOLDER
+from iccld.runtime.checkpoint.manifest import FOLDER, verify
 from tests.factory import scene_overrides
 
 ROOT = Path(__file__).parents[2]
@@ -28,7 +27,7 @@ def command(shards: Path, run_dir: Path, *more: str, steps: int = 4) -> list[str
 
 
 def start(words: list[str], log: Path, *, before: str = "", launch: bool = False) -> subprocess.Popen[bytes]:
-    program = [str(ROOT / "launch" / "local.py"), "2"] if launch else ["-m", "iccld"]
+    program = ["-m", "iccld", *(["launch", "2"] if launch else [])]
     shell = ["bash", "-c", f'{before} exec "$0" "$@"', sys.executable, *program, *words]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with log.open("w") as file:
