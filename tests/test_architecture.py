@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "group_files": set(),
     "texts": set(),
     "outcome": set(),
+    "extras": set(),
     "diffusion": set(),
     "losses": set(),
     "uda": set(),
@@ -72,7 +73,7 @@ OWNERS = {
     "fsspec": {"data/storage/remote.py"},
     "aiohttp": {"data/storage/remote.py"},
     "tenacity": {"data/storage/remote.py"},
-    "zlib_ng": {"data/images/grey_png.py", "data/storage/index.py", "data/storage/integrity.py"},
+    "zlib_ng": {"data/deflate.py"},
     "matplotlib": {
         "data/shards/describing.py",
         "programs/ablate/drawing.py",
