@@ -174,7 +174,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_program_verbs(verbs: "argparse._SubParsersAction[_Parser]") -> None:
-    from iccld.programs import goodput
+    from iccld.programs import doctor, goodput
     from iccld.programs.ablate import command as ablation
     from iccld.programs.submit import submit
 
@@ -194,6 +194,9 @@ def _add_program_verbs(verbs: "argparse._SubParsersAction[_Parser]") -> None:
     ledger = verbs.add_parser("goodput")
     goodput.add_arguments(ledger)
     ledger.set_defaults(run=goodput.run)
+    examination = verbs.add_parser("doctor", description=doctor.DESCRIPTION)
+    doctor.add_arguments(examination)
+    examination.set_defaults(run=doctor.run)
     comparison = verbs.add_parser("ablate", description=ablation.DESCRIPTION)
     ablation.add_arguments(comparison)
     comparison.set_defaults(run=ablation.run)

@@ -37,7 +37,7 @@ def check_fitness(config: Config, engine: Engine) -> None:
     checks: dict[str, Callable[[], None]] = {
         "device": partial(check_device, engine.device),
         "run_dir": partial(check_folder, run_dir, engine.rank),
-        "shards": partial(_read_shards, config),
+        "shards": partial(read_shards, config),
         "shared_memory": partial(_share_memory, plans, config, engine),
         "collective": partial(check_collective, engine.device, engine),
     }
@@ -65,7 +65,7 @@ def _checkpoint_bytes(stage: Stage) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in held) + 8 * sum(p.numel() for p in trained)
 
 
-def _read_shards(config: Config) -> None:
+def read_shards(config: Config) -> None:
     """The first and the last sample of every set, from wherever they lie."""
     labelled = {"source": True, "target": config.stage1.objective.target_labels, "validation": True}
     for domain, with_labels in labelled.items():
