@@ -12,12 +12,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
-from iccld.outcome import status_of, words
+from iccld.extras import remedy
+from iccld.outcome import REFUSED, status_of, words
 from iccld.reading import read_secrets
 from iccld.redact import guard_tracebacks, redact
+from iccld.suggestions import for_message
 
 if TYPE_CHECKING:
     from iccld.config import Config
+    from iccld.runtime.faults.preemption import Preemption
 
 STOPPED = 85  # the outcome of a submitted job that a signal ended, for its script
 
@@ -49,6 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             arguments = parse(argv)
             return _run(arguments, sys.argv[1:] if argv is None else argv)
+        except ModuleNotFoundError as missing:
+            print(f"iccld: this command {remedy(missing)}", file=sys.stderr, flush=True)
+            return REFUSED
         finally:
             for stream in _outputs():
                 stream.flush()  # or the interpreter would do so at its end, and complain
@@ -130,7 +136,8 @@ def settings_of(arguments: argparse.Namespace) -> list[str]:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        super().error(redact(message, sys.argv))
+        near, remedy = for_message(message), f"`{self.prog} --help` shows what can be given"
+        self.exit(REFUSED, f"{redact(f'{self.prog}: {message}{near}', sys.argv)} ({remedy})\n")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -250,14 +257,21 @@ def _train(arguments: argparse.Namespace) -> int:
 
         config = load_config(arguments.overrides, config_dir=arguments.config_dir)
         finished = train(config, preemption, began=began)
-    return 0 if finished else _stopped(config, "iccld train: stopped by a signal; the same command goes on")
+    return 0 if finished else _stopped(config, preemption, "iccld train: stopped by a signal; the same command goes on")
 
 
-def _stopped(config: "Config", message: str) -> int:
-    """A job script is told in its own way, whatever the configured status."""
+def _stopped(config: "Config", preemption: "Preemption", message: str) -> int:
+    """A job script is told in its own way, whatever the configured status; Ctrl-C ends a process of its own with 130.
+
+    Of several ranks the launcher knows of Ctrl-C, and takes any status of a rank but 0 for a failure.
+    """
     if os.environ.get("RANK", "0") == "0":
         print(message, flush=True)
-    return STOPPED if "ICCLD_OUTCOME" in os.environ else config.preemption.exit_status
+    if "ICCLD_OUTCOME" in os.environ:
+        return STOPPED
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    by_hand = 128 + signal.SIGINT if preemption.by_hand and alone else 0
+    return config.preemption.exit_status or by_hand
 
 
 def _config(arguments: argparse.Namespace) -> None:
@@ -280,7 +294,11 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
         config = saved_settings(arguments.run_dir, arguments.overrides)
         finished = evaluate_run(config, preemption, model_folder=arguments.model)
-    return 0 if finished else _stopped(config, "iccld evaluate: stopped by a signal; the same command begins again")
+    return (
+        0
+        if finished
+        else _stopped(config, preemption, "iccld evaluate: stopped by a signal; the same command begins again")
+    )
 
 
 def _predict(arguments: argparse.Namespace) -> None:

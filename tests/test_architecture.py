@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "texts": set(),
     "outcome": set(),
     "extras": set(),
+    "suggestions": set(),
     "diffusion": set(),
     "losses": set(),
     "uda": set(),
