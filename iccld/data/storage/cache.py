@@ -60,7 +60,7 @@ class CacheConfig:
 
 
 class SampleCache:
-    """Bytes by key. What it gives was put by someone, perhaps long ago: verify it, and `discard` what is not right.
+    """Bytes by key. Entries may be old and from other processes: verify them, and `discard` what is wrong.
 
     `counters`: hits, misses, puts, evictions; `full`, puts for which there was no room; `busy`, those that would have
     waited for another process; `failures` of the disk. Raises ValueError where the folder cannot be used.
@@ -92,7 +92,7 @@ class SampleCache:
         return type(self), (self.config,)
 
     def get(self, key: str) -> bytes | None:
-        """What was put under the key, unless it was not, or its file is not whole."""
+        """Return the bytes under the key; None if there are none, or their file is not whole."""
         data = None
         try:
             data = self._entry(self._path(key))
@@ -102,7 +102,7 @@ class SampleCache:
         return data
 
     def put(self, key: str, data: bytes) -> None:
-        """Keeps the bytes if there is room; never raises for what the disk does."""
+        """Keep the bytes if there is room. Errors of the disk are counted and never raised."""
         size = _on_disk(_LENGTH.size + len(data))
         if not self._writes:
             return
@@ -121,7 +121,7 @@ class SampleCache:
             self._report(error)
 
     def discard(self, key: str) -> None:
-        """Removes an entry."""
+        """Remove an entry."""
         path = self._path(key)
         try:
             with self._locked(path.parent) as lock:
@@ -142,7 +142,7 @@ class SampleCache:
         except FileNotFoundError:
             return None
         with os.fdopen(descriptor, "rb", buffering=0) as file:
-            if os.fstat(descriptor).st_size > self._bucket_bytes:  # none of ours
+            if os.fstat(descriptor).st_size > self._bucket_bytes:  # not an entry
                 path.unlink(missing_ok=True)
                 return None
             length, data = file.read(_LENGTH.size), file.readall()
@@ -157,7 +157,7 @@ class SampleCache:
 
     @contextmanager
     def _locked(self, bucket: Path) -> Iterator[int | None]:
-        """The bucket's lock file, held; None where another holds it."""
+        """Hold the bucket's lock file; yields None if another process holds it."""
         lock = open_lock(make_folder(bucket, within=self._folder) / "lock")
         try:
             held = True
@@ -178,10 +178,10 @@ class SampleCache:
         if used + size > self._bucket_bytes:
             self.counters.add(full=1)
             return
-        # Counted before it is there: killed in between, the bucket holds less than it says, never more.
+        # Counted before it is written: after a kill in between, the bucket holds less than its count, never more.
         os.pwrite(lock, _STATE.pack(used + size, look_at), 0)
         temporary = path.parent / "incoming"
-        _remove_plain(temporary)  # of one that was killed
+        _remove_plain(temporary)  # left by a killed process
         new = create(temporary)
         try:
             with new as file:
@@ -194,7 +194,7 @@ class SampleCache:
         self.counters.add(puts=1)
 
     def _make_room(self, bucket: Path, size: int) -> tuple[int, float]:
-        """Counts the bucket, and frees a part of it if entries are unread; its bytes, and when to look again."""
+        """Count the bucket and free a part of it if entries are unread; return its bytes and when to look again."""
         _remove_plain(bucket / "incoming")
         now, entries = time.time(), []
         for path in filter(lambda path: _OURS.fullmatch(path.name), bucket.iterdir()):
@@ -215,7 +215,7 @@ class SampleCache:
         return used, min(max(oldest + UNREAD_FOR_S, now + LOOK_EVERY_S), now + UNREAD_FOR_S)
 
     def _report(self, error: OSError | NotOursError) -> None:
-        """The first failure of a process is said, all are counted."""
+        """Count a failure, and report the first one of this process."""
         if not self.counters["failures"]:
             what = error.strerror if isinstance(error, OSError) else error
             logger.warning("%s.folder=%s: %s; %s.", self.setting, self.config.folder, what, self.without)

@@ -12,7 +12,7 @@ class Counters(dict[str, int]):
     """Sums by name, of one process."""
 
     def add(self, **amounts: int) -> None:
-        """Adds to the sums that are named."""
+        """Add the amounts to the sums of these names."""
         with _LOCK:
             for name, amount in amounts.items():
                 self[name] += amount

@@ -1,4 +1,4 @@
-"""What lies in a folder, looked at without waiting for it."""
+"""Kinds of files, found out and opened without ever waiting for a FIFO or device."""
 
 import os
 import stat
@@ -17,7 +17,7 @@ _KINDS = {
 
 
 def kind_of(path: Path) -> str:
-    """What is at a path, links followed: "a file", "a folder", "a link to nothing", "a FIFO", ..."""
+    """Name the kind of what is at a path, links followed: "a file", "a folder", "a link to nothing", "a FIFO", ..."""
     try:
         return _KINDS[stat.S_IFMT(path.stat().st_mode)]
     except OSError:  # of a link: to nothing, or in a circle
@@ -25,7 +25,7 @@ def kind_of(path: Path) -> str:
 
 
 def open_file(path: Path) -> BufferedReader:
-    """Opens a file for reading. Raises OSError, and ValueError for a FIFO and the like, which is not waited for."""
+    """Open a file for reading. Raises OSError, and ValueError for a FIFO or device, without waiting for it."""
     if (kind := kind_of(path)) != "a file":
         raise ValueError(f"it is {kind}, no file")
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -45,5 +45,5 @@ _PACKED = {
 
 
 def packed_by(head: bytes) -> tuple[str, str]:
-    """What has packed a file that begins so, and the command that unpacks it; "" for what is not known."""
+    """Return the packer of a file that begins with `head`, and the command that unpacks it; ("", "") if unknown."""
     return next((names for magic, names in _PACKED.items() if head.startswith(magic)), ("", ""))

@@ -1,7 +1,7 @@
-"""Compares an index with its checksums, once a process that opens it and on one rank of each node.
+"""Check of an index against its checksums: once for each process that opens it, on one rank of each node.
 
-A small index is checked before it is used. A large one is checked beside the work: reading a billion records takes
-minutes, and what is found ends the run at its next batch (`raise_damage`).
+A small index is checked before it is used. A large one is checked beside the work, since reading a billion records
+takes minutes; damage then ends the run at its next batch (`raise_damage`).
 """
 
 import os
@@ -26,7 +26,7 @@ _damage: list[str] = []
 
 
 def ensure(index: ShardIndex) -> None:
-    """Checks an index that this process has not checked. Raises ValueError where a small one is damaged."""
+    """Check an index that this process has not checked yet. Raises ValueError if a small one is damaged."""
     if os.environ.get("LOCAL_RANK", "0") != "0":  # another rank of this node does it
         return
     files = [index.folder / name for name in (*ARRAY_FILES, HEADER_FILE)]
@@ -41,19 +41,19 @@ def ensure(index: ShardIndex) -> None:
 
 
 def raise_damage() -> None:
-    """Raises ValueError where a check beside the work has found damage."""
+    """Raise ValueError if a check beside the work has found damage."""
     if _damage:
         raise ValueError(_damage[0])
 
 
 def check(index: ShardIndex, *, share: float = 1.0) -> None:
-    """Raises ValueError, naming file and remedy, where the files of an index are not as its header says."""
+    """Check the files of an index. Raises ValueError, naming file and remedy, if they differ from its header."""
     for path, what in faults(index, share=share):
         raise ValueError(f"{path}: {what}; {index.remedy}.")
 
 
 def faults(index: ShardIndex, *, share: float = 1.0) -> Iterator[tuple[Path, str]]:
-    """Each file that is not as the header says, and what is wrong. Reads all of them, for `share` of a core's time."""
+    """Yield each file that differs from the header, and how. Reads all files, using `share` of a core's time."""
     totals = Totals()
     for name, array in zip(ARRAY_FILES, (index.shards, index.samples, index.classes), strict=True):
         path, checksum = index.folder / name, 0
@@ -72,14 +72,14 @@ def _check_beside(index: ShardIndex) -> None:
     try:
         for path, what in faults(index, share=SHARE_BESIDE):
             if index.is_copy:
-                path.unlink(missing_ok=True)  # the next start fetches it anew
+                path.unlink(missing_ok=True)  # so the next start fetches it again
             _damage.append(f"{path}: {what}; {index.remedy}.")
     except (ValueError, OSError) as error:
         _damage.append(str(error))
 
 
 def _pieces(path: Path, array: np.ndarray, share: float) -> Iterator[bytes]:
-    """The file in pieces: what is before the records, then whole records."""
+    """Yield the file in pieces: what is before the records, then whole records."""
     size = max(1, _PIECE_BYTES // array.dtype.itemsize) * array.dtype.itemsize
     with path.open("rb") as file:
         yield file.read(array.offset if isinstance(array, np.memmap) else size)
@@ -94,7 +94,7 @@ def _pieces(path: Path, array: np.ndarray, share: float) -> Iterator[bytes]:
 
 @dataclass
 class Totals:
-    """What a header must say of the samples that were added."""
+    """Totals over the added samples, as the header must state them."""
 
     num_bytes: int = 0
     has_labels: bool = True
@@ -104,7 +104,7 @@ class Totals:
     class_samples: np.ndarray = field(default_factory=lambda: np.zeros(NUM_TRAIN_IDS, np.int64))
 
     def add(self, records: np.ndarray) -> None:
-        """Counts records of `sample_dtype`."""
+        """Count records of `sample_dtype`."""
         sides = [records[side] for side in ("height", "width")]
         self.num_bytes += sum(int(records[f"{kind}_size"].sum(dtype=np.int64)) for kind in ("image", "label"))
         self.has_labels &= bool((records["label_size"] > 0).all())
@@ -114,7 +114,7 @@ class Totals:
         self.class_samples += (records["class_pixels"] > 0).sum(0)
 
     def differing(self, header: IndexHeader) -> Iterator[str]:
-        """The names of what the header says otherwise."""
+        """Return the names of the totals that differ from the header."""
         for name, total in vars(self).items():
             if getattr(header, name) != (total.tolist() if isinstance(total, np.ndarray) else total):
                 yield name

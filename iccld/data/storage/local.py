@@ -1,4 +1,4 @@
-"""Shards in a folder: read by `pread`, at most 64 of them open."""
+"""Shards in a folder, read by `pread`, with at most 64 files open."""
 
 import os
 from collections.abc import Iterator
@@ -13,11 +13,11 @@ MAX_OPEN_SHARDS = 64
 
 
 class _OpenFile:
-    """A descriptor that closes with the last reference to it: a thread may still read what others push out."""
+    """Descriptor that closes with its last reference: another thread may still read the file."""
 
     def __init__(self, path: str) -> None:
         self.descriptor = -1
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would wait
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # opening a pipe would wait
 
     def __del__(self) -> None:
         if self.descriptor >= 0:
@@ -25,7 +25,7 @@ class _OpenFile:
 
 
 class LocalStorage(Storage):
-    """A folder. Forked processes may share its open files: `pread` moves no file position."""
+    """Storage in a folder. Forked processes may share its open files, since `pread` moves no file position."""
 
     is_local = True
     piece_bytes = 1 << 30

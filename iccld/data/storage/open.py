@@ -11,9 +11,9 @@ SCHEMES = ("http", "https", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")
 
 
 def open_storage(location: str | Path, config: StorageConfig | None = None) -> Storage:
-    """The storage at a folder or URL; nothing is read yet.
+    """Open the storage at a folder or URL. Nothing is read yet.
 
-    Raises ValueError where the URL's scheme is not allowed or the package that reads it is missing.
+    Raises ValueError if the URL's scheme is not allowed or the package that reads it is missing.
     """
     config = config or StorageConfig()
     _check_scheme(str(location), config.allow_schemes)

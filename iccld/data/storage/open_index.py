@@ -1,4 +1,4 @@
-"""The index of a set wherever it lies: a folder's is opened there, a remote one is copied once a node."""
+"""Opening of a set's index: in its folder, or, for a remote set, from a copy that each node makes once."""
 
 import os
 import shutil
@@ -28,7 +28,7 @@ _LEFT_OVER_AFTER_S = 86_400.0
 def open_index(
     storage: Storage, location: str, *, setting: str = "shards", cache_folder: str | Path = ""
 ) -> ShardIndex:
-    """The index of the set at `location`; a remote one is copied once a node, and again when it has changed."""
+    """Open the index of the set at `location`. A remote index is copied once a node, and again if it has changed."""
     if not is_remote(location):
         return ShardIndex.open(local_folder(location), setting=setting)
     public = without_secrets(location)
@@ -52,7 +52,7 @@ def open_index(
 
 
 def _may_be_damaged(copy: Path, sizes: range) -> bool:
-    """Whether to compare a copy with its checksum; a large one, which takes minutes, is checked beside the work."""
+    """Tell whether to check a copy now. A large one takes minutes and is checked beside the work."""
     return not copy.is_file() or (size := copy.stat().st_size) not in sizes or size <= integrity.AT_ONCE_BYTES
 
 
@@ -69,15 +69,15 @@ def user_cache_folder() -> Path:
 def fetch_file(storage: Storage, name: str, folder: Path, *, sizes: range, checksum: int | None = None) -> Path:
     """Copies a file of one of `sizes` into `folder`, in pieces; it appears whole or not at all. Returns its path.
 
-    With `checksum` (CRC-32), a copy that has it is kept, and what arrives is checked. Ranks that ask for it at once
-    wait for the one that copies it. Raises what reading raises, and StorageError where size or checksum are others,
-    or the disk has no room.
+    With `checksum` (CRC-32), a copy that has it is kept, and what arrives is checked. Ranks that ask at the same
+    time wait for the one that copies. Raises what reading raises, and StorageError if size or checksum differ or the
+    disk has no room.
     """
     check_name(name, storage.location)
     path = folder / name
     while checksum is None or not path.is_file() or file_checksum(path) != checksum:
         before = _version(path)
-        with locked(folder / f".{name}.lock"):  # without locks, all copy: slower, and as right
+        with locked(folder / f".{name}.lock"):  # without locks every rank copies, which is slower but correct
             if _version(path) == before:
                 _copy(storage, name, path, checksum, sizes)
                 return path

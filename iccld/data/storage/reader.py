@@ -1,4 +1,4 @@
-"""Reads the bytes of samples by their position in the index, from wherever the shards lie, and checks them."""
+"""Reading of samples' bytes by their position in the index, checked against it."""
 
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +17,7 @@ _NUM_THREADS = 16
 
 
 class BadSample(ValueError):
-    """A sample that cannot be used: which, in which shard, and why."""
+    """Error: a sample that cannot be used, with its key, its shard, and the reason."""
 
     def __init__(self, key: str, shard: str, what: str) -> None:
         super().__init__(
@@ -27,23 +27,23 @@ class BadSample(ValueError):
 
 
 class RawSample(NamedTuple):
-    """A sample's encoded image and label, which is empty where it was not asked for."""
+    """Encoded image and label of a sample; the label is empty if it was not asked for."""
 
     image: bytes
     label: bytes = b""
 
 
 class ShardReader:
-    """Random access to the encoded samples of a set; every byte is checked against the index."""
+    """Random access to the encoded samples of a set. Every byte is checked against the index."""
 
     def __init__(self, index: ShardIndex, storage: Storage, cache: SampleCache | None = None) -> None:
         self.index, self.storage, self.cache = index, storage, cache
         self._fingerprint = str(index.fingerprint())
 
     def read(self, position: int, *, with_labels: bool) -> RawSample:
-        """The bytes of the sample at `position`.
+        """Read the sample at `position`.
 
-        Raises BadSample where they are not those that were indexed, and StorageError where the storage gives nothing.
+        Raises BadSample if its bytes are not those that were indexed, and StorageError if the storage cannot be read.
         """
         kinds = ("image", "label") if with_labels else ("image",)
         record = self.index.samples[position]
@@ -62,7 +62,7 @@ class ShardReader:
         return sample
 
     def read_all(self, positions: list[int], *, with_labels: bool) -> list[RawSample | BadSample]:
-        """Several samples, from remote storage all at once; a bad one is in the list instead of being raised."""
+        """Read several samples, from remote storage all at once. A bad one is in the list instead of being raised."""
 
         def one(position: int) -> RawSample | BadSample:
             try:
@@ -76,12 +76,12 @@ class ShardReader:
             return list(pool.map(one, positions))
 
     def bad(self, position: int, what: str) -> BadSample:
-        """The error that says `what` is wrong with the sample at `position`."""
+        """Make the error that says `what` is wrong with the sample at `position`."""
         shard = self.index.shard_name(int(self.index.samples["shard"][position]))
         return BadSample(self.index.key(position), self.storage.describe(shard), what)
 
     def _members(self, position: int, record: np.void, kinds: tuple[str, ...]) -> list[bytes]:
-        """The bytes of the sample's members, by as few reads as their places allow."""
+        """Read the sample's members by as few reads as their places allow."""
         places = [(int(record[f"{kind}_offset"]), int(record[f"{kind}_size"])) for kind in kinds]
         start, end = min(offset for offset, _ in places), max(offset + size for offset, size in places)
         if sum(size for _, size in places) > MAX_SAMPLE_BYTES or int(record["shard"]) >= len(self.index.shards):
@@ -105,7 +105,7 @@ def _split(data: bytes, record: np.void) -> RawSample:
 
 
 def _damage(sample: RawSample, record: np.void) -> str:
-    """Which member is not what was indexed; empty if all is well. A label that was not asked for is not looked at."""
+    """Name the member that is not what was indexed; "" if all is well. Skips a label that was not asked for."""
     if zlib.crc32(sample.image) != record["image_checksum"]:
         return "its image is not what was indexed (checksum)"
     if sample.label and zlib.crc32(sample.label) != record["label_checksum"]:

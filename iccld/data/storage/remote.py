@@ -1,4 +1,4 @@
-"""Shards behind a URL: http(s) and whatever fsspec knows (s3, gs, ...), with one policy of retries for all of them."""
+"""Shards behind a URL: http(s) and what fsspec knows (s3, gs, ...), with one retry policy for all of them."""
 
 import errno
 import logging
@@ -41,7 +41,7 @@ MAX_SAID = 300
 """Letters of what others say, in a message."""
 FINAL_ERRNOS = {errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.ENAMETOOLONG, getattr(errno, "EREMCHG", errno.EPERM)}
 FINAL_ERRORS = (StorageError, FileNotFoundError, PermissionError, TypeError, ValueError, AttributeError, ImportError)
-# By name, since they belong to packages that need not be installed.
+# By name, since their packages may be missing.
 FINAL_NAMES = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "DefaultCredentialsError"}
 
 _KEPT_OPEN: list[AsyncFileSystem] = []
@@ -49,7 +49,7 @@ _KEPT_OPEN: list[AsyncFileSystem] = []
 
 
 def open_remote(location: str, config: StorageConfig) -> "RemoteStorage":
-    """The storage at a URL; raises ValueError where no installed package reads it."""
+    """Open the storage at a URL. Raises ValueError if no installed package reads it."""
     scheme, host = location.partition("://")[0].lower(), location.partition("://")[2].strip("/")
     if not host:
         raise ValueError(f"{scheme}:// names no server or bucket; write it as {scheme}://NAME/folder.")
@@ -66,7 +66,7 @@ def open_remote(location: str, config: StorageConfig) -> "RemoteStorage":
 def _check_url(location: str) -> None:
     try:
         _ = urlsplit(location).port
-    except ValueError:  # its message would show a password in which / ? # or @ is not encoded
+    except ValueError:  # its message would show a password that holds an unencoded / ? # or @
         raise ValueError(
             f"{without_secrets(location)}: the URL given is none; write / ? # @ : of a user or password as %2F %3F %23 "
             f"%40 %3A, or put them into ~/.netrc."
@@ -74,7 +74,7 @@ def _check_url(location: str) -> None:
 
 
 class RemoteStorage(Storage):
-    """What fsspec opens by the URL's scheme. Each process has file systems of its own: they do not survive a fork."""
+    """Storage that fsspec opens by the URL's scheme. Each process makes its own: none survives a fork."""
 
     is_local = False
     piece_bytes = 8 << 20
@@ -126,7 +126,7 @@ class RemoteStorage(Storage):
         return int(info["size"])
 
     def _ask(self, request: Callable[[Any], Awaitable[Answer]], what: str) -> Answer:
-        """The answer to a request, after as many attempts as the configuration allows."""
+        """Return the answer to a request, after as many attempts as the configuration allows."""
         retrying = Retrying(
             retry=retry_if_exception(_may_pass),
             stop=stop_before_delay(self.config.retry_for_s),
@@ -166,14 +166,14 @@ class RemoteStorage(Storage):
             logger.warning("%s: attempt %d failed (%s); retrying.", what, LOUD_ATTEMPT, cause)
 
     def _said(self, error: BaseException | str | None) -> str:
-        """An error in one line, without what is secret in the location and the options."""
+        """Put an error into one line, without the secrets of location and options."""
         options = (value for name, value in self.config.options.items() if name not in PUBLIC_OPTIONS)
         said = without_known(_said(error), secrets_in(self.location).union(options))
-        return re.sub(r"\?[^\s)]+", "", said)  # what a server names may be any kind of URL, with any query
+        return re.sub(r"\?[^\s)]+", "", said)  # a server may name any URL, with any query
 
     def _filesystem(self) -> AsyncFileSystem:
         process = os.getpid()
-        if process not in self._filesystems:  # two threads may both open one; both then use the first
+        if process not in self._filesystems:  # if two threads open one at once, both use the first
             filesystem = self._filesystems.setdefault(process, self._open_filesystem())
             _KEPT_OPEN.append(filesystem)
         return self._filesystems[process]
@@ -182,7 +182,7 @@ class RemoteStorage(Storage):
         scheme = self.location.partition("://")[0].lower()
         words = {"true": True, "false": False}
         options: dict[str, Any] = {name: words.get(text.lower(), text) for name, text in self.config.options.items()}
-        if scheme in ("s3", "s3a"):  # neither botocore nor s3fs shall retry within our attempts
+        if scheme in ("s3", "s3a"):  # botocore and s3fs must not retry within our attempts
             limits = {"connect_timeout": self.config.timeout_s, "read_timeout": self.config.timeout_s}
             options["config_kwargs"] = {"retries": {"total_max_attempts": 1}, **limits}
         filesystem = fsspec.filesystem(scheme, skip_instance_cache=True, use_listings_cache=False, **options)
@@ -193,7 +193,7 @@ class RemoteStorage(Storage):
 
 
 class S3Storage(RemoteStorage):
-    """An object store that speaks S3. An answer is judged by its length, before its body is read."""
+    """Object store that speaks S3. An answer's length is checked before its body is read."""
 
     async def _fetch_range(self, filesystem: Any, name: str, offset: int, size: int) -> bytes:
         bucket, key, _ = filesystem.split_path(self._address(name))
@@ -209,19 +209,19 @@ class S3Storage(RemoteStorage):
 
 
 class HTTPStorage(RemoteStorage):
-    """A web server, by byte range. An answer is judged by its headers, before its body is read."""
+    """Web server, read by byte ranges. An answer's headers are checked before its body is read."""
 
     def _address(self, name: str) -> str:
-        parts = urlsplit(self.location)  # a query (a signature, say) stays behind the name, and as it is
+        parts = urlsplit(self.location)  # a query, such as a signature, stays behind the name, unchanged
         folder = quote(parts.path.rstrip("/"), safe="/%:@!$&'()*+,;=~")
         return parts._replace(path=f"{folder}/{quote(name)}").geturl()
 
     def _open_filesystem(self) -> AsyncFileSystem:
-        # Looking for proxies and ~/.netrc takes as long as a request, so not where there are none.
+        # Looking for proxies and ~/.netrc takes as long as a request, so it is done only if there are any.
         netrc = os.environ.get("NETRC") or os.path.expanduser("~/.netrc")  # noqa: PTH111  (a user may have no home)
         trust_env = bool(getproxies_environment()) or Path(netrc).is_file()
         client = {"trust_env": trust_env, "timeout": aiohttp.ClientTimeout(total=self.config.timeout_s)}
-        client["auto_decompress"] = False  # a few bytes that are compressed may stand for any number
+        client["auto_decompress"] = False  # a few compressed bytes may expand to any number
         return HTTPFileSystem(client_kwargs=client, encoded=True, skip_instance_cache=True)
 
     async def _fetch(self, filesystem: Any, name: str, offset: int, size: int) -> bytes:
@@ -241,7 +241,7 @@ class HTTPStorage(RemoteStorage):
             return await response.content.readexactly(size)
 
     async def _fetch_size(self, filesystem: Any, name: str) -> int:
-        # By GET, since a signed URL may allow nothing else.
+        # GET: a signed URL may allow nothing else.
         async with await self._get(filesystem, name, 0, 1) as response:
             _, total = _content_range(response)
             if total is None:
@@ -255,7 +255,7 @@ class HTTPStorage(RemoteStorage):
         place = self.describe(name)
         try:
             response = await session.get(url, headers=headers, max_redirects=MAX_REDIRECTS)
-        except (aiohttp.InvalidURL, aiohttp.TooManyRedirects) as error:  # where it leads to may hold a secret
+        except (aiohttp.InvalidURL, aiohttp.TooManyRedirects) as error:  # the address it leads to may hold a secret
             why = type(error).__name__
             raise StorageError(f"{place}: a redirect of the server is not followed ({why}); give its URL.") from None
         kind = response.headers.get("Content-Encoding", "identity").lower()
@@ -286,7 +286,7 @@ def _error_of(status: int, answer: str, place: str) -> OSError:
 
 
 def _content_range(response: aiohttp.ClientResponse) -> tuple[int | None, int | None]:
-    """The first byte and the length of the whole file, as far as the answer says them."""
+    """Return the first byte and the whole file's length, as far as the answer says them."""
     if response.status == 200:
         return 0, response.content_length
     found = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(?:(\d+)|\*)", response.headers.get("Content-Range", ""))
@@ -295,13 +295,13 @@ def _content_range(response: aiohttp.ClientResponse) -> tuple[int | None, int | 
 
 
 def _may_pass(error: BaseException) -> bool:
-    """Whether another attempt may succeed. Packages have errors of their own, so what is listed is what is final."""
+    """Tell whether another attempt may succeed. Lists final errors: packages add errors of their own."""
     final = isinstance(error, FINAL_ERRORS) or type(error).__name__ in FINAL_NAMES or not isinstance(error, Exception)
     return not final and not (isinstance(error, OSError) and error.errno in FINAL_ERRNOS)
 
 
 def _said(said: BaseException | str | None) -> str:
-    """What an error says in one line, or a server; whatever it is, it is short and printable."""
+    """Put the words of an error or of a server into one short, printable line."""
     text = "".join(letter if letter.isprintable() else " " for letter in str(said))
     text = " ".join(text.split())[:MAX_SAID]
     if isinstance(said, str):

@@ -1,4 +1,4 @@
-"""Crops and flips, drawn per sample number. Photometric augmentation is done on the device, in batch, elsewhere."""
+"""Crops and flips, drawn for each sample number. Photometric augmentation runs on the device, in `iccld.uda`."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,7 +11,7 @@ CROP_TRIES = 10
 
 
 class Crop(NamedTuple):
-    """The window's first row and column in the image, and whether it is mirrored left to right afterwards."""
+    """The window's first row and column in the image, and a flag that mirrors it left to right after cutting."""
 
     top: int
     left: int
@@ -27,7 +27,7 @@ def draw_crop(
     merit: Callable[[Crop], int] | None = None,
     full_merit: int = 3,
 ) -> Crop:
-    """A uniformly drawn crop; sizes are (height, width), `flip` is the probability of mirroring.
+    """Draw a crop uniformly. Sizes are (height, width); `flip` is the probability of mirroring.
 
     With `merit`, up to 10 crops are drawn until one reaches `full_merit`; if none does, the first of the best is taken.
     """
@@ -48,10 +48,10 @@ def draw_crop(
 def source_merit(
     labels: np.ndarray, *, max_class_share: float, wanted_class: int | None = None, wanted_pixels: int = 1
 ) -> int:
-    """How good a window of a labelled image is: 2 if it shows the wanted class, plus 1 if no class fills it.
+    """Score a window of a labelled image: 2 if it shows the wanted class, plus 1 if no class fills it.
 
-    `labels` is the window, (h, w) uint8. Nothing wanted counts as shown. Shares are of the labelled pixels; a window
-    without any is as bad as one that a single class fills.
+    `labels` is the window, (h, w) uint8. If no class is wanted, the 2 are given. Shares count labelled pixels only; a
+    window without labelled pixels scores like one that a single class fills.
     """
     counts = np.bincount(labels.ravel(), minlength=IGNORE_INDEX + 1)[:IGNORE_INDEX]
     shows = wanted_class is None or counts[wanted_class] >= wanted_pixels
@@ -60,7 +60,7 @@ def source_merit(
 
 
 def apply_crop(array: np.ndarray, crop: Crop, crop_size: tuple[int, int]) -> np.ndarray:
-    """A view of the window of an `(H, W, ...)` array: `(h, w, ...)`."""
+    """Return a view of the window of an `(H, W, ...)` array: `(h, w, ...)`."""
     window = array[crop.top : crop.top + crop_size[0], crop.left : crop.left + crop_size[1]]
     return window[:, ::-1] if crop.flip else window
 
@@ -68,6 +68,6 @@ def apply_crop(array: np.ndarray, crop: Crop, crop_size: tuple[int, int]) -> np.
 def valid_rows(
     image_height: int, crop: Crop, crop_height: int, *, margin_top: float, margin_bottom: float
 ) -> np.ndarray:
-    """Which rows of the window lie outside the image's margins: `(h,)` bool; margins are fractions of its height."""
+    """Mark the rows of the window outside the image's margins: `(h,)` bool. Margins are fractions of its height."""
     rows = np.arange(crop.top, crop.top + crop_height)
     return (rows >= round(margin_top * image_height)) & (rows < image_height - round(margin_bottom * image_height))

@@ -1,4 +1,4 @@
-"""One domain's samples by their number: read, cropped, mapped to classes, and put together to micro-batches."""
+"""Samples of one domain by their number: read, cropped, mapped to classes, and joined to micro-batches."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,11 +25,11 @@ MicroBatch = dict[str, Any]
 
 @dataclass(frozen=True)
 class View:
-    """How samples are looked at: the crop's (height, width), the chance to mirror it, and what it is to show.
+    """A crop's (height, width), its chance to be mirrored, and what it should show.
 
-    Source crops are drawn until no class fills more than `max_class_share` of them and, for a sample that was drawn
-    for a class, until at least half of `wanted_pixels` (or of what the image has) are in it. Rows in the margins,
-    fractions of the image's height, are not valid.
+    A source crop is drawn again until no class fills more than `max_class_share` of it. If the sample was drawn for a
+    class, the crop must also hold at least half of `wanted_pixels` (or of the pixels that the image has). Rows in the
+    margins, which are fractions of the image's height, are not valid.
     """
 
     crop_size: tuple[int, int]
@@ -41,7 +41,7 @@ class View:
 
 
 def check_crop_fits(part: Part, crop_size: tuple[int, int]) -> None:
-    """Refuses a crop that is larger than any image in use; looks at the images only where the smallest is too small."""
+    """Refuse a crop that is larger than an image in use. Reads images' sizes only if the smallest is too small."""
     least = part.index.header.min_size
     if all(side <= limit for side, limit in zip(crop_size, least, strict=True)):
         return
@@ -58,19 +58,19 @@ def check_crop_fits(part: Part, crop_size: tuple[int, int]) -> None:
 
 
 def relabel(train_ids: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """`table[train_ids]` for a `(256,)` uint8 table; on images, `bytes.translate` takes a tenth of NumPy's time."""
+    """Return `table[train_ids]` for a `(256,)` uint8 table. `bytes.translate` takes a tenth of NumPy's time."""
     mapped = bytearray(train_ids.tobytes()).translate(table.tobytes())
     return np.frombuffer(mapped, np.uint8).reshape(train_ids.shape)
 
 
 def _copy(window: np.ndarray, out: Tensor, *, flip: bool) -> None:
-    """Copies an `(H, W, ...)` window, mirrored left to right or not; torch mirrors several times faster than NumPy."""
+    """Copy an `(H, W, ...)` window, mirrored left to right if asked. Torch mirrors several times faster than NumPy."""
     pixels = torch.from_numpy(window)
     out.copy_(torch.flip(pixels, [1]) if flip else pixels)
 
 
 class DomainStream:
-    """The samples of the source or the target: everything about sample n is a function of (seed, name, n)."""
+    """Samples of the source or the target. Everything about sample n is a function of (seed, name, n)."""
 
     def __init__(
         self,
@@ -87,8 +87,8 @@ class DomainStream:
     ) -> None:
         """`table` maps train ids to class indices (`ClassSet.table`); with None, labels are never read.
 
-        `noise`: shapes, by purpose, of normal noise that is drawn for each sample and handed out under that name.
-        `repeat_after`: sample n is read as n modulo this, if above 0; its number and its noise stay those of n.
+        `noise`: the shape of each kind of normal noise that is drawn for a sample; the batch holds it under that name.
+        `repeat_after`: if above 0, sample n shows the image of sample n modulo this; its number and noise stay its own.
         """
         for part in parts:
             check_crop_fits(part, view.crop_size)
@@ -97,9 +97,9 @@ class DomainStream:
         self.repeat_after = repeat_after
 
     def batch(self, numbers: Sequence[int]) -> MicroBatch:
-        """The samples `numbers`; see `TrainingStream`. Raises BadSample, unless bad samples are replaced.
+        """Make the batch of the samples `numbers`; see `TrainingStream`. Raises BadSample unless they are replaced.
 
-        Besides, `replaced` lists the (key, shard, what was wrong) of every sample that was replaced.
+        The batch also has `replaced`: (key, shard, what was wrong) of every sample that was replaced.
         """
         height, width = self.view.crop_size
         images = torch.empty(len(numbers), height, width, 3, dtype=torch.uint8)
@@ -122,7 +122,7 @@ class DomainStream:
         return batch | {"replaced": [(sample.key, sample.shard, sample.what) for sample in bad]}
 
     def _fetch(self, draws: Sequence[Draw]) -> list[RawSample | BadSample]:
-        """The encoded samples, or what is wrong with them; one call to each set's reader."""
+        """Read the encoded samples, or the error in place of a bad one, by one call to each set's reader."""
         fetched: dict[int, RawSample | BadSample] = {}
         for number, part in enumerate(self.parts):
             places = [j for j, draw in enumerate(draws) if draw.part == number]
@@ -139,7 +139,7 @@ class DomainStream:
         bad: list[BadSample],
         places: tuple[Tensor, ...],
     ) -> str:
-        """Writes sample `number`, or its replacement, into its places in the batch and returns its key."""
+        """Write sample `number`, or its replacement, into the batch, and return its key."""
         for attempt in range(MAX_REPLACEMENTS):
             if attempt:
                 draw = self.order[number + attempt]
@@ -157,7 +157,7 @@ class DomainStream:
         raise ValueError(f"{MAX_REPLACEMENTS} samples in a row are bad, the last: {bad[-1]}")
 
     def _decode_into(self, places: tuple[Tensor, ...], raw: RawSample, draw: Draw, number: int) -> None:
-        """Decodes the sample into its places in the batch: image `(H, W, 3)`, labels `(H, W)`, valid `(H, 1)`."""
+        """Decode the sample into the batch: image `(H, W, 3)`, labels `(H, W)`, valid `(H, 1)`."""
         image_out, labels_out, valid_out = places
         part, view = self.parts[draw.part], self.view
         record = part.index.samples[draw.index]
@@ -182,12 +182,12 @@ class DomainStream:
         valid_out[:] = torch.from_numpy(valid_rows(size[0], crop, view.crop_size[0], **margins))[:, None]
 
     def _labels(self, train_ids: np.ndarray, crop: Crop) -> np.ndarray:
-        """The class indices of a crop's window, not mirrored."""
+        """Return the class indices of a crop's window, before mirroring."""
         assert self.table is not None
         return relabel(apply_crop(train_ids, crop._replace(flip=False), self.view.crop_size), self.table)
 
     def _merit(self, train_ids: np.ndarray, draw: Draw) -> Callable[[Crop], int] | None:
-        """What makes a crop of this labelled image good, if anything."""
+        """Return the function that scores a crop of this labelled image, or None if every crop is as good."""
         view, wanted = self.view, draw.wanted_class
         if wanted is None and view.max_class_share >= 1:
             return None

@@ -1,4 +1,4 @@
-"""Which sample comes n-th: pure functions of (seed, stream, n), in constant time and without shuffled lists."""
+"""Order of the samples: sample n is a pure function of (seed, stream, n), in constant time, without shuffled lists."""
 
 import bisect
 import math
@@ -20,9 +20,9 @@ _DAMAGED = "the index is damaged: look at the set with `iccld shards verify`"
 
 @dataclass(frozen=True)
 class Draw:
-    """The sample at `index` of the set; `wanted_class` is the class it was drawn for, where it was drawn for one.
+    """A drawn sample: its `index` in the set, and the `wanted_class` that it was drawn for, if any.
 
-    `part` counts the sets of a mixture.
+    `part` is the number of the set in a mixture.
     """
 
     index: int
@@ -31,7 +31,7 @@ class Draw:
 
 
 class Order(Protocol):
-    """Maps a sample number (0, 1, 2, ... over the whole run) to a sample of the set."""
+    """Map from a sample number (0, 1, 2, ... over the whole run) to a sample of the set."""
 
     def __getitem__(self, number: int) -> Draw: ...
 
@@ -47,8 +47,8 @@ def _mix(value: int) -> int:
 class Permutation:
     """A keyed bijection of `range(size)`: a Feistel network over the cells of a grid, in O(1) memory.
 
-    Rows and columns are shifted in turn, each by a keyed hash of the other. The grid has fewer than `2 * sqrt(size)`
-    cells too many; a value that lands on one walks on along its cycle until it is inside (cycle walking).
+    Rows and columns are shifted in turn, each by a keyed hash of the other. The grid has up to `2 * sqrt(size)` cells
+    too many. A value that lands on one of them is mapped again until it lies inside (cycle walking).
     """
 
     def __init__(self, size: int, key: int) -> None:
@@ -70,7 +70,7 @@ class Permutation:
         return value
 
     def inverse(self, value: int) -> int:
-        """The position at which `value` stands."""
+        """Return the position of `value`."""
         position = self._backward(self._inside(value))
         while position >= self.size:
             position = self._backward(position)
@@ -97,7 +97,7 @@ class Permutation:
 
 
 class EpochOrder:
-    """Every sample once an epoch, each epoch in its own keyed order."""
+    """Order in which every sample comes once an epoch, each epoch in its own keyed permutation."""
 
     def __init__(self, size: int, *, seed: int, stream: str) -> None:
         self.size, self.seed, self.stream = size, seed, stream
@@ -109,7 +109,7 @@ class EpochOrder:
 
 
 def rare_class_probabilities(class_pixels: np.ndarray, *, temperature: float) -> np.ndarray:
-    """P(c) ∝ exp((1 - f_c) / T) over the classes that occur (DAFormer, eq. 12); `f_c` is the share of the pixels.
+    """P(c) ∝ exp((1 - f_c) / T) over the classes that occur (DAFormer, eq. 12); `f_c` is a class's share of the pixels.
 
     `class_pixels` is `(K,)`, counts or shares in any unit; the result is `(K,)` float64, 0 for an absent class.
     """
@@ -120,10 +120,10 @@ def rare_class_probabilities(class_pixels: np.ndarray, *, temperature: float) ->
 
 
 class RareClassOrder:
-    """Draws a class, rare ones more often, and then an image that shows it, uniformly.
+    """Order that draws a class, rare ones more often, and then, uniformly, an image that shows it.
 
-    An image shows a class with more than `min_pixels` of one of its train ids; where no image of the set has as many,
-    with any. Nothing is held in memory that grows with the set.
+    An image shows a class if it has more than `min_pixels` of one of the class's train ids. If no image of the set has
+    that many, one pixel is enough. Memory does not grow with the set.
     """
 
     def __init__(
@@ -139,11 +139,11 @@ class RareClassOrder:
         min_pixels: int = 3000,
         num_images: int | None = None,
     ) -> None:
-        """`class_pixels`, `(N, T)`, are the pixels of each train id in each image, and `totals`, `(T,)`, their sums.
+        """`class_pixels`, `(N, T)`, counts the pixels of each train id in each image; `totals`, `(T,)`, holds the sums.
 
-        `images_with[t]` are the images that show train id t, those with most pixels first (`index.rank_samples`), and
-        `members[c]` the train ids that make up class c. Of N images only the first `num_images` are drawn (None: all);
-        the classes' shares stay those of all. Raises ValueError where no class occurs.
+        `images_with[t]` lists the images that show train id t, those with most pixels first (`index.rank_samples`).
+        `members[c]` lists the train ids that make up class c. Only the first `num_images` are drawn (None: all); the
+        classes' shares are those of all images. Raises ValueError if no class occurs.
         """
         self.seed, self.stream = seed, stream
         limit = len(class_pixels) if num_images is None else num_images
@@ -162,12 +162,12 @@ class RareClassOrder:
     def __getitem__(self, number: int) -> Draw:
         generator = rng.numpy_generator(self.seed, f"{self.stream}/rare_class", number)
         drawn = int(np.searchsorted(self._cumulative, generator.random(), side="right"))
-        drawn = min(drawn, len(self._classes) - 1)  # the last sum may round to just below 1
+        drawn = min(drawn, len(self._classes) - 1)  # rounding may leave the last sum just below 1
         return Draw(self._images[drawn].draw(generator), int(self._classes[drawn]))
 
 
 class _ClassImages:
-    """The images that show one class, which may be made up of several train ids."""
+    """Images that show one class, which may be made up of several train ids."""
 
     def __init__(
         self,
@@ -191,7 +191,7 @@ class _ClassImages:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def draw(self, generator: np.random.Generator) -> int:
-        """One of them, uniformly: an image that several train ids list counts for the first of them alone."""
+        """Draw an image uniformly. An image that several train ids list counts for the first of them only."""
         for _ in range(_MAX_DRAWS):
             place = int(generator.integers(self._ends[-1]))
             member = int(np.searchsorted(self._ends, place, side="right"))
@@ -204,7 +204,7 @@ class _ClassImages:
 
 
 def _mostly_below(images: np.ndarray, limit: int) -> np.ndarray:
-    """The images below `limit`; the mapped list itself where drawing again until one is below takes few draws."""
+    """Return the images below `limit`, or the mapped list itself if drawing until one is below takes few draws."""
     probes = images[:: max(1, len(images) // _NUM_PROBES)]
     if np.count_nonzero(probes < limit) > _ENOUGH * len(probes):
         return images
@@ -213,7 +213,7 @@ def _mostly_below(images: np.ndarray, limit: int) -> np.ndarray:
 
 
 def _count_above(class_pixels: np.ndarray, images: np.ndarray, train_id: int, least: int) -> int:
-    """How many of the `images`, sorted by falling pixels of `train_id`, have more than `least` of them."""
+    """Count the `images`, sorted by falling pixels of `train_id`, that have more than `least` of them."""
     return bisect.bisect_left(
         range(len(images)), -least, key=lambda i: -_pixels_of(class_pixels, int(images[i]), train_id)
     )
@@ -230,7 +230,7 @@ def _inside(image: int, class_pixels: np.ndarray) -> int:
 
 
 class SubsetOrder:
-    """An order over `positions` of a set, where `order` counts only those."""
+    """Order over the `positions` of a set that are in use; `order` counts only those."""
 
     def __init__(self, order: Order, positions: Sequence[int] | np.ndarray) -> None:
         self.order, self.positions = order, positions
@@ -241,9 +241,9 @@ class SubsetOrder:
 
 
 class MixedOrder:
-    """Several sets by their weights: of each 10,000 numbers, set i gets its share, spread by a keyed permutation.
+    """Mixture of several sets: of each 10,000 numbers, set i gets its weight's share, spread by a keyed permutation.
 
-    Every set's own order is followed number by number, so that none of its samples is skipped or repeated.
+    Each set follows its own order number by number, so no sample of it is skipped or repeated.
     """
 
     def __init__(self, orders: Sequence[Order], weights: Sequence[float], *, seed: int, stream: str) -> None:

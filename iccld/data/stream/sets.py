@@ -1,4 +1,4 @@
-"""The sets that make up a domain: each opened where it lies, cut down to the wanted samples, and put in order."""
+"""Sets that make up a domain: each is opened where it lies, cut down to the wanted samples, and put in order."""
 
 import math
 import zlib
@@ -26,7 +26,7 @@ _KEYS_AT_ONCE = 1_000_000
 
 @dataclass(frozen=True)
 class Part:
-    """One set of a domain. `positions` are the samples in use, `name` is what their order is keyed with."""
+    """One set of a domain. `positions` are the samples in use; `name` is the key of their order."""
 
     name: str
     reader: ShardReader
@@ -39,7 +39,7 @@ class Part:
 
     @property
     def used(self) -> dict[str, int]:
-        """What a run remembers of the samples in use, where these are not all."""
+        """Return what a run remembers of the samples in use, if it does not use all."""
         if self.is_whole:
             return {}
         positions = self.positions
@@ -52,9 +52,9 @@ class Part:
 
 
 def open_parts(config: DataConfig, role: str, *, with_labels: bool) -> list[Part]:
-    """The sets of the `role` "source", "target" or "validation"; the first is keyed as `role`, others by their name.
+    """Open the sets of the `role` "source", "target" or "validation". The first is keyed by `role`, others by name.
 
-    Raises ValueError where one is missing, damaged, or lacks the labels that are needed.
+    Raises ValueError if one is missing, damaged, or lacks labels that are needed.
     """
     dataset: DatasetConfig = getattr(config, role)
     if not dataset.shards:
@@ -104,12 +104,12 @@ def _positions(part: SetConfig, index: ShardIndex, setting: str) -> range | np.n
 
 
 def _positions_of_keys(path: str, index: ShardIndex, num_samples: int, setting: str) -> np.ndarray:
-    """Where the keys in a file, one a line, lie among the first `num_samples`."""
+    """Find the positions, among the first `num_samples`, of the keys in a file with one key a line."""
     where = f"{setting}.keys={path}"
     lines = {line for line in read_text(Path(path), where).splitlines() if line.strip()}
     found = _find(index, {spelling for line in lines for spelling in (line, line.strip())}, num_samples)
     there = set(index.samples["key"][found].tolist())
-    # Blanks around a key are the editor's, unless there is a key with just these.
+    # An editor may have put blanks around a key; they count only if a key of the set has just these.
     wanted = {line if line.encode() in there else line.strip() for line in lines}
     missing = sorted(key for key in wanted if key.encode() not in there)
     if missing or not wanted:
@@ -122,7 +122,7 @@ def _positions_of_keys(path: str, index: ShardIndex, num_samples: int, setting: 
 
 
 def _find(index: ShardIndex, keys: Collection[str], num_samples: int) -> np.ndarray:
-    """The ascending positions of the keys that are among the first `num_samples`."""
+    """Return the ascending positions of the keys that are among the first `num_samples`."""
     wanted = np.array([key.encode() for key in keys], np.bytes_)
     found = [
         start + np.flatnonzero(np.isin(index.samples["key"][start : min(start + _KEYS_AT_ONCE, num_samples)], wanted))
@@ -132,7 +132,7 @@ def _find(index: ShardIndex, keys: Collection[str], num_samples: int) -> np.ndar
 
 
 def domain_order(parts: Sequence[Part], config: DataConfig, *, seed: int, rare_classes: bool) -> Order:
-    """The order of a domain: each set's own, by epochs or by rare classes, and the mixture of all of them."""
+    """Build the order of a domain: each set's own order, by epochs or by rare classes, and their mixture."""
     orders = [
         _rare_order(part, config, seed)
         if rare_classes
@@ -145,7 +145,7 @@ def domain_order(parts: Sequence[Part], config: DataConfig, *, seed: int, rare_c
 
 
 def _rare_order(part: Part, config: DataConfig, seed: int) -> Order:
-    """What it needs to know of a whole set, or its first samples, lies in the index; of keys, it is gathered here."""
+    """Build the order by rare classes. Class counts come from the index or, for chosen keys, are gathered here."""
     index, class_set = part.index, config.class_set.build()
     class_pixels, totals = index.samples["class_pixels"], np.array(index.header.class_pixels)
     if isinstance(part.positions, range):

@@ -1,4 +1,4 @@
-"""A batch's tensors side by side in one piece of memory, since each piece is fetched from a worker that is busy."""
+"""Packing of a batch's tensors into one piece of memory, so that the loader fetches one piece from a busy worker."""
 
 import errno
 import math
@@ -13,8 +13,8 @@ from iccld.data.config import DataConfig
 from iccld.data.stream.workers import SHARED_MEMORY
 
 ALIGNMENT = 64  # bytes
-NUM_AHEAD = 2  # batches that a worker makes before they are asked for
-LOCKS_BYTES = 8 * 4096  # of a worker's queue, and of the queue for all
+NUM_AHEAD = 2  # batches that a worker makes ahead
+LOCKS_BYTES = 8 * 4096  # a worker's own queue, and the shared one
 
 Batch = dict[str, dict[str, Any]]
 
@@ -24,7 +24,7 @@ class Place(NamedTuple):
 
     begin: int
     dtype: torch.dtype
-    shape: Sequence[int]  # the loader makes a list of a tuple
+    shape: Sequence[int]  # the loader turns a tuple into a list
     stride: Sequence[int]
 
     def view(self, memory: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ class Packed(NamedTuple):
 
 
 def pack(batch: Batch) -> Packed:
-    """The batch, its tensors (which must be dense) copied into one new memory, shared in a loader worker."""
+    """Copy the batch's tensors, which must be dense, into one new piece of memory; shared memory in a loader worker."""
     size = 0
     places: Batch = {name: {} for name in batch}
     for name, part in batch.items():
@@ -56,7 +56,7 @@ def pack(batch: Batch) -> Packed:
 
 
 def unpack(packed: Packed) -> Batch:
-    """The batch that was packed; its tensors are views of the memory."""
+    """Return the batch that was packed. Its tensors are views of the memory."""
     return {
         name: {key: value.view(packed.memory) if isinstance(value, Place) else value for key, value in part.items()}
         for name, part in packed.batch.items()
@@ -66,7 +66,7 @@ def unpack(packed: Packed) -> Batch:
 def shared_bytes(
     config: DataConfig, *, micro_batch_size: int, num_held: int, noise: Mapping[str, tuple[int, ...]] | None = None
 ) -> int:
-    """The most shared memory that a rank's workers take, while the rank holds `num_held` of their batches.
+    """Return the most shared memory, in bytes, that a rank's workers take while the rank holds `num_held` batches.
 
     `noise`: as `TrainingStream` takes it.
     """
@@ -80,11 +80,11 @@ def shared_bytes(
 
 
 def _allocate(size: int) -> Tensor:
-    """(size,) uint8; in a loader worker in shared memory at once, where the loader would copy it to."""
+    """Allocate (size,) uint8. In a loader worker it is shared memory, which spares the loader a copy."""
     if get_worker_info() is None:
         return torch.empty(size, dtype=torch.uint8)
     try:
-        shared = torch.UntypedStorage._new_shared(size)  # as torch's own collating does
+        shared = torch.UntypedStorage._new_shared(size)  # as torch's own collate function does
     except RuntimeError as error:
         if "shared memory" not in str(error):
             raise

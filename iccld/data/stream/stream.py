@@ -1,4 +1,4 @@
-"""The endless stream of training batches, and the labelled images that a model is scored on.
+"""Endless stream of training batches, and the labelled images that a model is scored on.
 
     number n ── order ── sample i ── index ── bytes ── decode ── crop, flip ── micro-batch ── loader ── step
 
@@ -29,7 +29,7 @@ MIN_DRAWN = 1000
 
 
 class TrainingStream:
-    """Micro-batches of the source and, where one is configured, the target.
+    """Micro-batches of the source and, if one is configured, the target.
 
     A batch is `{"source": {...}, "target": {...}}`, each with
 
@@ -40,7 +40,7 @@ class TrainingStream:
     - `keys`: list of B names
     - in the source, normal noise `(B, *shape)` float32 under each purpose of `noise`
 
-    `counters` are this rank's sums since the start: samples drawn and replaced; requests, retries and bytes of the
+    `counters` sums up on this rank since the start: samples drawn and replaced; requests, retries and bytes of the
     storage; hits and misses of the cache.
     """
 
@@ -56,10 +56,10 @@ class TrainingStream:
         repeat_after: int = 0,
         report: Callable[[str], None] = say,
     ) -> None:
-        """`noise`: shapes, by purpose, of what is drawn for each sample beside the steps, in the loader's workers.
+        """`noise`: the shape of each kind of noise that the loader's workers draw for a sample.
 
-        `repeat_after`: the images and labels of sample n are those of n modulo this, in all domains; 0: each its own.
-        `report` is told of every bad sample once. Raises ValueError where a set cannot be used.
+        `repeat_after`: in all domains, sample n shows image and labels of sample n modulo this; 0 turns it off.
+        `report` is called once for each bad sample. Raises ValueError if a set cannot be used.
         """
         self.config, self.layout, self.report = config, layout, report
         self.class_set, self.repeat_after = config.class_set.build(), repeat_after
@@ -75,16 +75,16 @@ class TrainingStream:
         return _summed([self._drawn, *self._transfers.values()])
 
     def fingerprints(self) -> dict[str, Any]:
-        """What a checkpoint remembers of the sets that it was trained on; where they lie is no part of it."""
+        """Return what a checkpoint remembers of the sets that it was trained on; their location is no part of it."""
         return {
             part.name: part.index.fingerprint() | part.used for domain in self.domains.values() for part in domain.parts
         }
 
     def batches(self, start_step: int) -> Generator[Batch, None, None]:
-        """This rank's micro-batches in order, from the first of `start_step` on, without end.
+        """Yield this rank's micro-batches in order, from the first of `start_step` on, without end.
 
-        Raises ValueError or OSError, in one line, where a batch cannot be made or too many samples are bad, and
-        WorkerDied where a worker was killed. A script that reads with workers does its work under
+        Raises ValueError or OSError, in one line, if a batch cannot be made or too many samples are bad, and
+        WorkerDied if a worker was killed. A script that reads with workers must guard its work by
         `if __name__ == "__main__":`.
         """
         loader = DataLoader(
@@ -95,7 +95,7 @@ class TrainingStream:
             multiprocessing_context=worker_context(self.config.num_workers),
             prefetch_factor=NUM_AHEAD if self.config.num_workers else None,
             pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # its own, so that starting a loader draws nothing from the global one
+            generator=torch.Generator(),  # its own: starting a loader draws nothing from the global one
         )
         for delivery in deliveries_of(loader):
             integrity.raise_damage()
@@ -105,11 +105,13 @@ class TrainingStream:
             batch = unpack(delivery.packed)
             for name, micro_batch in batch.items():
                 self._judge(name, len(micro_batch["keys"]), micro_batch.pop("replaced"))
-                micro_batch["numbers"] = micro_batch["numbers"].clone()  # the host keeps them, and not all the memory
+                micro_batch["numbers"] = micro_batch[
+                    "numbers"
+                ].clone()  # clone: a view would keep the whole batch in memory
             yield batch
 
     def _judge(self, domain: str, num_samples: int, bad: list[tuple[str, str, str]]) -> None:
-        """Counts the samples of a micro-batch, reports bad ones once, and ends the run if there are too many."""
+        """Count the samples of a micro-batch, report each bad one once, and raise if there are too many."""
         drawn = self._drawn
         drawn[f"{domain}_samples"] += num_samples
         drawn[f"{domain}_replaced"] += len(bad)
@@ -155,9 +157,9 @@ class TrainingStream:
 
 
 class _Delivery(NamedTuple):
-    """What a worker hands over: a batch and the sums of its transfers, or why it cannot make one.
+    """Message of a worker: a batch and the sums of its transfers, or the reason why it cannot make one.
 
-    A worker's exception would arrive as a traceback.
+    An exception raised in a worker would arrive as a traceback.
     """
 
     packed: Packed
@@ -167,13 +169,13 @@ class _Delivery(NamedTuple):
 
 
 class _MicroBatches(IterableDataset):
-    """Worker w of N makes the micro-batches w, w + N, ..., whole; the loader hands them out in turn."""
+    """Data set of the loader: worker w of N makes the whole micro-batches w, w + N, ...; the loader alternates."""
 
     def __init__(self, domains: dict[str, DomainStream], layout: BatchLayout, start_step: int) -> None:
         self.domains, self.layout, self.start_step = domains, layout, start_step
 
     def __iter__(self) -> Iterator[_Delivery]:
-        before = self._transfers()  # what was opened beforehand is not counted
+        before = self._transfers()  # transfers before the first batch are not counted
         worker = get_worker_info()
         first, stride = (0, 1) if worker is None else (worker.id, worker.num_workers)
         for position in itertools.count(self.start_step * self.layout.num_accumulation + first, stride):
@@ -191,10 +193,10 @@ class _MicroBatches(IterableDataset):
             yield _Delivery(packed, first, transfers)
 
     def _transfers(self) -> dict[str, int]:
-        """Of all storages and caches, since this process began."""
+        """Sum the counters of all storages and caches since this process began."""
         readers = [part.reader for domain in self.domains.values() for part in domain.parts]
         storages = [reader.storage for reader in readers]
-        caches = {id(reader.cache): reader.cache for reader in readers if reader.cache}  # one may serve several sets
+        caches = {id(reader.cache): reader.cache for reader in readers if reader.cache}  # several sets may share one
         return _summed(
             [
                 *({f"storage_{name}": count for name, count in storage.counters.items()} for storage in storages),
@@ -204,7 +206,7 @@ class _MicroBatches(IterableDataset):
 
 
 def _summed(counters: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    """By name; unlike a Counter's sum, it keeps names whose count is 0, so that all ranks have the same."""
+    """Sum counters by name. Unlike a sum of `Counter`s it keeps zeros, so that all ranks have the same names."""
     total: dict[str, int] = {}
     for each in counters:
         for name, count in each.items():
@@ -213,11 +215,11 @@ def _summed(counters: Iterable[Mapping[str, int]]) -> dict[str, int]:
 
 
 def read_validation(config: DataConfig, *, rank: int = 0, world_size: int = 1) -> Iterator[dict[str, Any]]:
-    """This rank's part of the validation sets, whole images: samples rank, rank + world_size, ...
+    """Read this rank's part of the validation sets, as whole images: samples rank, rank + world_size, ...
 
-    Yields `image` (H, W, 3) uint8 RGB, `labels` (H, W) uint8 class indices or 255, `key` and `number`. Ranks may get
-    one image more or less than others. What is wrong with the settings is raised at once, not at the first image; a
-    bad sample is always raised, since scores of fewer images are other scores.
+    Yields `image` (H, W, 3) uint8 RGB, `labels` (H, W) uint8 class indices or 255, `key` and `number`. Ranks may
+    differ by one image. Wrong settings raise at once, not at the first image. A bad sample always raises, since scores
+    over fewer images would be other scores.
     """
     parts = open_parts(config, "validation", with_labels=True)
     numbers = range(rank, sum(len(part.positions) for part in parts), world_size)
@@ -227,10 +229,10 @@ def read_validation(config: DataConfig, *, rank: int = 0, world_size: int = 1) -
 def read_validation_pairs(
     config: DataConfig, *, most: int, below: int = 0, rank: int = 0, world_size: int = 1
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any] | None]]:
-    """This rank's part of at most `most` validation samples, each with the one half of them further on.
+    """Read this rank's part of at most `most` validation samples, each paired with the sample half of them further on.
 
-    They are evenly spread over all samples, or over those numbered below `below`. A sample that is alone has None.
-    Neighbours may be frames of one clip, and alike: hence the distance. Samples are those of `read_validation`.
+    The samples are spread evenly over all, or over those numbered below `below`. A single sample is paired with None.
+    The distance matters because neighbours may be similar frames of one clip. Samples are those of `read_validation`.
     """
     parts = open_parts(config, "validation", with_labels=True)
     total = sum(len(part.positions) for part in parts)

@@ -1,4 +1,4 @@
-"""Loader workers: how they start, signals that are meant for the training process, and a worker's death told to it."""
+"""Loader workers: how they start, how they leave signals to the training process, and how it learns of their death."""
 
 import errno
 import multiprocessing
@@ -21,22 +21,22 @@ import torch
 T = TypeVar("T")
 
 SHARED_MEMORY = "/dev/shm"
-PRELOADED = ["iccld.data.stream.stream", "iccld.data.storage.remote"]  # they start no threads
-ORPHANED_S = 2.0  # between two looks at whether the parent still lives
-DYING_S = 2.0  # until it is known that a worker has ended whose connection broke
-LOST = (EOFError, ConnectionError, FileNotFoundError)  # what a fetch meets when its worker is gone
-SERVER_GONE = 255  # the status that multiprocessing gives a worker whose server is gone
+PRELOADED = ["iccld.data.stream.stream", "iccld.data.storage.remote"]  # importing these starts no thread
+ORPHANED_S = 2.0  # between two checks that the parent still lives
+DYING_S = 2.0  # from a broken connection until the worker's end is known
+LOST = (EOFError, ConnectionError, FileNotFoundError)  # what a fetch raises when its worker is gone
+SERVER_GONE = 255  # multiprocessing's status for a worker whose server is gone
 MAX_TEMPORARY = 107 - len("/pymp-01234567/listener-01234567")  # a socket's path has at most 107 bytes
 SWITCH_S = 1e-3  # the training process waits for a worker's thread that hands tensors over, Python's 5 ms for each
 
 
 class WorkerDied(ChildProcessError):
-    """A loader worker ended that should not have; the same command may do better."""
+    """Error: a loader worker ended unexpectedly; running the same command again may succeed."""
 
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """Around the start of processes: they hold back, from their first instruction on, what is meant for this one."""
+    """Start processes within: from their first instruction on, they block signals meant for this process."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGUSR1, signal.SIGTERM})
     try:
         yield
@@ -45,10 +45,10 @@ def signals_held() -> Iterator[None]:
 
 
 def worker_context(num_workers: int) -> Any:
-    """The multiprocessing context of loader workers; None without workers.
+    """Return the multiprocessing context of loader workers; None without workers.
 
-    A process of training has threads in Python and C++, whose locks a fork would copy as they are; a worker could wait
-    for one for ever. So workers are forked from a server that has no threads and has imported what they need.
+    The training process has threads in Python and C++. A fork would copy their locks as they are, and a worker could
+    wait for one for ever. So workers are forked from a server that has no threads and has imported what they need.
     """
     if not num_workers:
         return None
@@ -57,9 +57,9 @@ def worker_context(num_workers: int) -> Any:
 
 
 def prepare_workers() -> None:
-    """Let the server import while this process does other things; not needed, but the first batch comes sooner.
+    """Start the workers' server early, so that it imports while this process does other things.
 
-    Raises ValueError where its sockets cannot be in the folder for temporary files.
+    Optional: the first batch comes sooner. Raises ValueError if the folder for temporary files cannot hold its sockets.
     """
     folder = tempfile.gettempdir()
     if len(os.fsencode(folder)) > MAX_TEMPORARY:
@@ -68,13 +68,13 @@ def prepare_workers() -> None:
             f"characters, or data.num_workers=0."
         )
     forkserver.set_forkserver_preload(PRELOADED)
-    for start in (resource_tracker.ensure_running, forkserver.ensure_running):  # the first one lets go of signals
+    for start in (resource_tracker.ensure_running, forkserver.ensure_running):  # the first one unblocks signals
         with signals_held():
             start()
 
 
 def _send_place(array: np.memmap) -> tuple[Any, ...]:
-    """Pickle a read-only view of a file as its place there: a worker maps the file itself, and is sent no records."""
+    """Pickle a read-only memory map as file name and offset: a worker maps the file itself."""
     memory = array._mmap  # type: ignore[attr-defined]
     if memory is None or array.mode != "r" or array.filename is None:
         return np.array, (np.asarray(array),)
@@ -92,18 +92,18 @@ ForkingPickler.register(np.memmap, _send_place)
 
 
 def initialize_worker(worker_id: int) -> None:
-    """Prepares a loader worker (the `worker_init_fn` of its loader): one thread, quick to hand over, deaf to signals.
+    """Prepare a loader worker (`worker_init_fn`): one thread, a short switch interval, scheduler signals ignored.
 
-    A scheduler signals every process of a job. If workers took SIGUSR1 or SIGTERM the default way, they would die and
-    take the training process with them before it has saved.
+    A scheduler signals every process of a job. By default SIGUSR1 or SIGTERM would kill the workers, and the training
+    process with them, before it has saved.
     """
     del worker_id
-    sys.excepthook = _end  # Python's thread that hands tensors over would say what fails, and try again for ever
+    sys.excepthook = _end  # Python's thread that hands tensors over would report every failure and retry for ever
     torch.set_num_threads(1)
     sys.setswitchinterval(SWITCH_S)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    # A loader that closes, or an interpreter that exits, ends its workers by SIGTERM: that one must work.
+    # A loader that closes, or an interpreter that exits, ends its workers by SIGTERM, which must still work.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_obey_the_parent, args=(os.getppid(),), daemon=True).start()
 
@@ -114,17 +114,17 @@ def _end(kind: type[BaseException], error: BaseException, trace: object) -> None
 
 
 def _obey_the_parent(server: int) -> None:
-    """End with the training process, at its SIGTERM, or with the server, which would tell it how this one ended."""
+    """End this worker when the training process ends or sends SIGTERM, or when the workers' server ends."""
     parent = multiprocessing.parent_process()
     while parent is not None and parent.is_alive() and os.getppid() == server:
         came = signal.sigtimedwait({signal.SIGTERM}, ORPHANED_S)
         if came is not None and came.si_pid == parent.pid:
             break
-    os._exit(0)  # 0, so that the parent does not take it for a worker that failed
+    os._exit(0)  # 0: the parent must not take this for a failure
 
 
 def deliveries_of(loader: Iterable[T]) -> Iterator[T]:
-    """Start a loader's workers. Raises OSError where the system does not let them start."""
+    """Start a loader's workers and return their deliveries. Raises OSError if the system does not let them start."""
     try:
         with signals_held():
             return _hearing_deaths_within(iter(loader))
@@ -136,11 +136,11 @@ def deliveries_of(loader: Iterable[T]) -> Iterator[T]:
 
 
 def _hearing_deaths_within(deliveries: Iterator[T]) -> Iterator[T]:
-    """A loader's deliveries. Raises WorkerDied once one of its workers has ended that should not have.
+    """Yield a loader's deliveries. Raises WorkerDied once one of its workers has ended unexpectedly.
 
-    By itself, the loader raises whatever that end broke: the connection by which tensors are handed over, for one.
+    The loader alone would raise whatever that end broke, such as the connection that hands tensors over.
     """
-    workers: list[Any] = list(getattr(deliveries, "_workers", ()))  # there are none without workers
+    workers: list[Any] = list(getattr(deliveries, "_workers", ()))  # absent without workers
     while True:
         _look_after(workers)
         try:
@@ -159,7 +159,7 @@ def _look_after(workers: list[Any], *, for_s: float = 0.0, error: Exception | No
     """Raise WorkerDied, because of `error`, if a worker is dead, or is within `for_s` seconds."""
     if workers and wait([worker.sentinel for worker in workers], for_s):
         for worker in workers:
-            if worker.exitcode:  # None: it lives; 0: it had no more to do
+            if worker.exitcode:  # None: alive; 0: finished its work
                 raise WorkerDied(_last_words(_end_of(worker.exitcode), worker.pid)) from error
 
 

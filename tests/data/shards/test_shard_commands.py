@@ -87,13 +87,13 @@ def test_index_without_labels(tmp_path: Path) -> None:
     assert not ShardIndex.open(tmp_path).header.has_labels
 
 
-@pytest.mark.parametrize("action", ["info", "verify"])
+@pytest.mark.parametrize(("action", "module"), [("info", "describing"), ("verify", "verifying")])
 def test_a_server_that_is_away_is_soon_given_up(
-    action: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    action: str, module: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert verify.STORAGE.retry_for_s <= 30 < StorageConfig().retry_for_s
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(f"iccld.data.{action}.STORAGE", StorageConfig(retry_for_s=0.0))
+    monkeypatch.setattr(f"iccld.data.shards.{module}.STORAGE", StorageConfig(retry_for_s=0.0))
     assert main(["shards", action, "http://127.0.0.1:1/x"]) == 75  # it may be back later
     assert "http://127.0.0.1:1/x/index/index.json: its size: failed (" in capsys.readouterr().err
 
