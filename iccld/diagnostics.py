@@ -27,6 +27,7 @@ from torch import Tensor
 
 from iccld import rng
 from iccld.diffusion import add_noise, trailing_timesteps
+from iccld.eager import without_compiled_code
 from iccld.evaluation import STRIDE, EvaluationConfig
 from iccld.labels import IGNORE_INDEX, ClassSet
 from iccld.losses import weighted_cross_entropy
@@ -93,7 +94,7 @@ class Diagnosis:
         return metrics
 
 
-@torch.compiler.set_stance("force_eager")  # as for scores: images come in many sizes
+@without_compiled_code()  # as for scores: images come in many sizes
 def diagnose(
     pairs: Iterable[tuple[Mapping[str, Any], Mapping[str, Any] | None]],
     model: ICCLD,

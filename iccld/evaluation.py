@@ -20,6 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
+from iccld.eager import without_compiled_code
 from iccld.labels import IGNORE_INDEX, ClassSet
 from iccld.scores import EvaluationResult, Scores
 
@@ -125,7 +126,7 @@ def _at_size(predict: Predict, size: list[int], images: Tensor, numbers: Tensor)
 
 
 @torch.no_grad()
-@torch.compiler.set_stance("force_eager")  # images come in many sizes; what is compiled is for the training's
+@without_compiled_code()  # images come in many sizes; what is compiled is for the training's
 def evaluate(
     samples: Iterable[Mapping[str, Any]],
     predict: Predict,

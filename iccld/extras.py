@@ -1,6 +1,7 @@
 """The extras of the package: which of them installs a library that a command lacks."""
 
 EXTRA_OF = {
+    "argcomplete": "completion",
     "accelerate": "train",
     "aiohttp": "train",
     "deepspeed": "train",

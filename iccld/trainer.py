@@ -40,6 +40,8 @@ class TrainerConfig:
         for name in ("num_steps", "global_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"trainer.{name}={getattr(self, name)} must be at least 1.")
+        if self.evaluate_every < 0:
+            raise ValueError(f"trainer.evaluate_every={self.evaluate_every} must be 0 (never) or above.")
         if self.gradient_clip < 0:
             raise ValueError(f"trainer.gradient_clip={self.gradient_clip} must be 0 (off) or above.")
 

@@ -26,8 +26,8 @@ pack --dataset gta5 --input $demo/data/gta5 --output $demo/shards/source
 pack --dataset cityscapes --split train --no-labels --input $demo/data/cityscapes --output $demo/shards/target
 pack --dataset cityscapes --split val --input $demo/data/cityscapes --output $demo/shards/validation
 echo "== source only"
-run python launch/local.py 2 train experiment=demo stage=source_only run_dir=$demo/source_only
+run iccld launch 2 train experiment=demo stage=source_only run_dir=$demo/source_only
 echo "== stage 1 and stage 2"
-run python launch/local.py 2 train experiment=demo run_dir=$demo/adapted initial_model=$demo/source_only/stage1/final/teacher
+run iccld launch 2 train experiment=demo run_dir=$demo/adapted initial_model=$demo/source_only/stage1/final/teacher
 run python launch/demo_report.py $demo
 echo "this attempt took $((SECONDS - started)) s"

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 40
 
-LEAVES = {"labels", "rng", "plain_yaml", "settings", "texts", "outcome", "reading", "redact"}
+LEAVES = {"labels", "rng", "plain_yaml", "settings", "texts", "outcome", "reading", "redact", "eager"}
 """Rooms that all others may enter: keyed draws, plain files, and how a command ends."""
 PROGRAMS = {"__main__", "cli", "programs"}
 EVERYTHING = {"*"}  # but the programs, unless one is asking
@@ -36,6 +36,8 @@ MAY_IMPORT = {
     "outcome": set(),
     "extras": set(),
     "suggestions": set(),
+    "eager": set(),
+    "explained": set(),
     "diffusion": set(),
     "losses": set(),
     "uda": set(),
@@ -62,7 +64,7 @@ ONLY_TORCH_AND_NUMPY = {"labels", "rng", "diffusion", "losses", "uda"}
 
 OWNERS = {
     "xformers": {"models/attention.py"},
-    "accelerate": {"runtime/engine/engine.py"},
+    "accelerate": {"programs/launch/local.py", "runtime/engine/engine.py"},
     "deepspeed": {"runtime/engine/zero.py"},
     "wandb": {"runtime/measure/telemetry.py"},
     "transformers": {"models/backbone.py"},
@@ -331,7 +333,7 @@ def test_experiments_open_with_command_cost_and_expected_result():
         (RULES[2], "iccld/models/blocks.py", "import_module('xformers.ops')", 1, "belongs to ['models/attention.py']"),
         (RULES[2], "iccld/data/images/decode.py", "from torchvision import io", 1, "belongs to no file"),
         (RULES[3], "tools/plot.py", "\n" * 401, 400, "401 lines"),
-        (RULES[4], "launch/local.py", "def f():\n" + "    pass\n" * 40, 1, "f has 41 lines"),
+        (RULES[4], "launch/demo_report.py", "def f():\n" + "    pass\n" * 40, 1, "f has 41 lines"),
         (RULES[5], "iccld/data/utils.py", "", 1, "after what it does"),
         (RULES[6], "tools/export.py", "torch.load(p, weights_only=False)", 1, "without weights_only=True"),
         (RULES[7], "iccld/cli.py", "try:\n    f()\nexcept:\n    pass", 3, "bare except"),

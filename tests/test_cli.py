@@ -256,7 +256,7 @@ def test_evaluating_what_is_not_there(tmp_path: Path, run_dir: Path, capsys: pyt
     assert "neither a model folder" in refused(["predict", str(tmp_path), "x.png", str(tmp_path)], capsys)
 
 
-LAUNCH = [sys.executable, str(ROOT / "launch" / "local.py")]
+LAUNCH = [sys.executable, "-m", "iccld", "launch"]
 
 
 @pytest.mark.distributed

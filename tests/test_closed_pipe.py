@@ -57,7 +57,8 @@ def test_a_full_disk_is_said(location: str) -> None:
 
 
 def test_a_server_s_broken_pipe_is_no_reader_that_is_gone() -> None:
-    code = "import iccld.cli as cli\ndef fail(*_): raise BrokenPipeError(32, 'of a server')\ncli._config = fail\n"
+    code = "from iccld import cli\nfrom iccld.programs import configuration\n"
+    code += "def fail(*_): raise BrokenPipeError(32, 'of a server')\nconfiguration.run = fail\n"
     command = [sys.executable, "-c", f"{code}raise SystemExit(cli.main(['config']))"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (AGAIN, "iccld config: [Errno 32] of a server\n")

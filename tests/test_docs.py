@@ -12,6 +12,7 @@ import pytest
 
 from iccld.cli import parse
 from iccld.config import Config, load_config
+from iccld.programs.launch.command import split
 from iccld.settings import fields_of, type_at
 from tools import write_settings
 
@@ -44,9 +45,8 @@ class Command:
     def of_iccld(self) -> list[str] | None:
         """The words of the verb, also behind a launcher; None for another program."""
         if self.words[0] == "iccld":
-            return list(self.words[1:])
-        if (launched := self.after("python", "launch/local.py")) is not None:
-            return launched[3:] if launched[1] == "--engine" else launched[1:]
+            words = list(self.words[1:])
+            return split(parse(words))[2] if words[0] == "launch" else words
         return self.after("--module", "iccld")
 
 
@@ -214,7 +214,7 @@ def test_each_setting_has_a_line_with_its_default_and_its_explanation():
         (wrong_paths, "```sh\npython launch/lokal.py 2 train\n```", "launch/lokal.py"),
         (wrong_commands, "```sh\niccld trane seed=1\n```", "trane"),
         (wrong_commands, "```console\n$ iccld shards mend DIR\nno command\n```", "mend"),
-        (wrong_commands, "```sh\npython launch/local.py 2 --engine zero2 trane\n```", "trane"),
+        (wrong_commands, "```sh\niccld launch 2 --engine zero2 trane\n```", "trane"),
         (wrong_commands, "```sh\niccld predict a b c --stride 4\n```", "--stride"),
         (wrong_commands, '```sh\nrun="train seeds=1"\niccld config x=1 && iccld $run\n```', "x"),
         (wrong_commands, '```sh\nrun="seed=one"\niccld train $run\n```', "seed"),

@@ -6,6 +6,8 @@ The table is made from the schema, so that a new setting is covered by being the
 import dataclasses
 import math
 import re
+import signal
+import sys
 import typing
 from collections.abc import Callable, Iterator
 from enum import Enum
@@ -16,6 +18,8 @@ import pytest
 
 from iccld.cli import main
 from iccld.config import Config, config_from, load_config
+from iccld.programs.stopped import status_of_stopped
+from iccld.runtime.faults.preemption import Preemption
 from iccld.settings import fields_of
 from iccld.suggestions import did_you_mean, for_key
 
@@ -213,3 +217,39 @@ def test_a_broken_file_is_named_with_its_line(
     file.write_text(text)
     line = said([*command.format(tmp_path, file).split(), *(["--output", "x"] if "ablate" in command else [])], capsys)
     assert re.search(rf"{re.escape(str(file))}:[12]: ", line), line
+
+
+@pytest.mark.parametrize(
+    ("variables", "by_hand", "configured", "status"),
+    [
+        ({}, True, 0, 130),
+        ({}, False, 0, 0),
+        ({}, True, 7, 7),
+        ({"WORLD_SIZE": "2"}, True, 0, 0),  # the launcher ends with 130
+        ({"ICCLD_OUTCOME": "file"}, True, 0, 85),
+    ],
+)
+def test_the_status_of_a_run_that_was_stopped(
+    variables: dict[str, str], by_hand: bool, configured: int, status: int, monkeypatch: pytest.MonkeyPatch
+):
+    for name in ("WORLD_SIZE", "ICCLD_OUTCOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    config = load_config([f"preemption.exit_status={configured}"])
+    assert status_of_stopped(config, "stopped", by_hand=by_hand) == status
+
+
+def test_ctrl_c_is_told_from_other_signals():
+    for sent, by_hand in ((signal.SIGINT, True), (signal.SIGTERM, False)):
+        with Preemption() as preemption:
+            signal.raise_signal(sent)
+            assert preemption.came and preemption.by_hand is by_hand
+
+
+def test_a_library_that_is_missing_is_said_with_its_extra(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setitem(sys.modules, "hydra", None)
+    monkeypatch.delitem(sys.modules, "iccld.config")
+    assert said(["train"], capsys) == "iccld train needs hydra; pip install 'iccld[train]'"

@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from iccld.cli import main, parse, settings_of
+from iccld.cli import main, parse
 from iccld.config import Config, load_config, to_dict, to_yaml
+from iccld.programs.arguments import settings_of
 from iccld.programs.submit.work import hide_secrets, jobs_of
 from iccld.reading import read_secrets, write_secrets
 from iccld.redact import HIDDEN, holds_secret, redact, redacted, secrets_in, without_secrets

@@ -83,7 +83,7 @@ class Drill:
             paths = [str(ROOT / "tools" / "kill_points"), os.environ.get("PYTHONPATH", "")]
             environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         engine = [] if self.engine == "ddp" else ["--engine", self.engine]
-        command = [sys.executable, str(ROOT / "launch" / "local.py"), "2", *engine, "train"]
+        command = [sys.executable, "-m", "iccld", "launch", "2", *engine, "train"]
         command += _overrides(self.folder, run_dir)
         started = _num_started(run_dir)
         with (self.folder / "output").open("w") as output:
@@ -220,7 +220,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--engine", default="ddp", help="one that launch/local.py knows")
+    parser.add_argument("--engine", default="ddp", help="one that `iccld launch` knows")
     parser.add_argument("--json", type=Path, help="write the counts here")
     arguments = parser.parse_args()
     if arguments.kills < 1:

@@ -1,25 +1,15 @@
 """Write docs/settings.md: every setting with its type, its default and the line that explains it in the source.
 
-`python tools/write_settings.py` writes the page. Explanations are the string below a field, or the comment behind it.
+`python tools/write_settings.py` writes the page. `iccld.explained` reads the explanations.
 """
 
-import ast
-import dataclasses
-import inspect
-import io
-import json
 import textwrap
-import tokenize
-import typing
-from collections.abc import Iterator
-from enum import Enum
 from pathlib import Path
-from types import UnionType
 from typing import Any
 
 from iccld.config import Config
 from iccld.data.config import SetConfig
-from iccld.settings import fields_of
+from iccld.explained import about, sections, settings_in
 from iccld.slurm.config import SubmitConfig
 
 PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
@@ -61,92 +51,15 @@ def page() -> str:
     return "\n".join(parts)
 
 
-def sections(part: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Path and instance of every dataclass of the settings that has settings of its own, outer ones first."""
-    if any(not dataclasses.is_dataclass(getattr(part, field.name)) for field in dataclasses.fields(part)):
-        yield path, part
-    for field in dataclasses.fields(part):
-        inner = getattr(part, field.name)
-        if dataclasses.is_dataclass(inner):
-            yield from sections(inner, f"{path}.{field.name}" if path else field.name)
-
-
 def section(title: str, part: Any, *, prefix: str, note: str = "") -> str:
     """A heading, the docstring of the dataclass, and a table of its fields."""
-    known, types = explanations(type(part)), fields_of(type(part))
     rows = [
-        f"| `{prefix}{field.name}` | {type_name(types[field.name])} | {shown(getattr(part, field.name))} "
-        f"| {cell(known.get(field.name) or about_choices(types[field.name]))} |"
-        for field in dataclasses.fields(part)
-        if not dataclasses.is_dataclass(getattr(part, field.name))
+        f"| `{prefix}{name}` | {kind} | {default} | {cell(meaning)} |"
+        for name, kind, default, meaning in settings_in(part)
     ]
-    written = "" if str(type(part).__doc__).startswith(f"{type(part).__name__}(") else inspect.getdoc(type(part)) or ""
-    about = textwrap.fill(" ".join(written.split()), 120, break_long_words=False, break_on_hyphens=False)
+    text = textwrap.fill(about(part), 120, break_long_words=False, break_on_hyphens=False)
     table = "\n".join(["| setting | type | default | |", "|---|---|---|---|", *rows])
-    return "\n\n".join(text.strip() for text in (f"## {title}", note, about, table) if text) + "\n"
-
-
-def explanations(schema: type) -> dict[str, str]:
-    """What the source says of each field of a dataclass and of those that it inherits from."""
-    found: dict[str, str] = {}
-    for owner in reversed(schema.__mro__):
-        if dataclasses.is_dataclass(owner):
-            found |= _own_explanations(owner)
-    return found
-
-
-def _own_explanations(schema: type) -> dict[str, str]:
-    source = textwrap.dedent(inspect.getsource(schema))
-    [declared] = ast.parse(source).body
-    assert isinstance(declared, ast.ClassDef)
-    comments = {
-        token.start[0]: token.string.lstrip("# ")
-        for token in tokenize.generate_tokens(io.StringIO(source).readline)
-        if token.type == tokenize.COMMENT
-    }
-    found = {}
-    for statement, following in zip(declared.body, [*declared.body[1:], None], strict=True):
-        if not (isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)):
-            continue
-        below = following.value if isinstance(following, ast.Expr) else None
-        if isinstance(below, ast.Constant) and isinstance(below.value, str):
-            found[statement.target.id] = " ".join(below.value.split())
-        elif (comment := comments.get(statement.end_lineno or 0)) and not comment.startswith("fmt:"):
-            found[statement.target.id] = comment
-    return found
-
-
-def about_choices(kind: Any) -> str:
-    """The first paragraph of an enum's docstring; empty for another type."""
-    written = vars(kind).get("__doc__") if isinstance(kind, type) and issubclass(kind, Enum) else None
-    return " ".join((written or "").split("\n\n")[0].split())
-
-
-def type_name(kind: Any) -> str:
-    """The type as a reader writes it: the choices of an enum, `list of int`, `text`."""
-    if isinstance(kind, type) and issubclass(kind, Enum):
-        return ", ".join(f"`{choice.name}`" for choice in kind)
-    if isinstance(kind, UnionType):
-        return " or ".join(type_name(one) for one in typing.get_args(kind))
-    origin, of = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (list, tuple):
-        return f"list of {type_name(of[0])}"
-    if origin is dict:
-        return f"dictionary of {type_name(of[0])} to {type_name(of[1])}"
-    names = {str: "text", bool: "true or false", SetConfig: "a set", Any: "any value"}
-    return names.get(kind, getattr(kind, "__name__", str(kind)))
-
-
-def shown(value: Any) -> str:
-    """A default as the command line takes it; nothing for an empty text."""
-    if isinstance(value, Enum):
-        return f"`{value.name}`"
-    if isinstance(value, str):
-        return f"`{value}`" if value else ""
-    plain = (
-        [item.name if isinstance(item, Enum) else item for item in value] if isinstance(value, list | tuple) else value
-    )
-    return f"`{json.dumps(plain).replace(chr(34), '').replace(', ', ',')}`"
+    return "\n\n".join(text.strip() for text in (f"## {title}", note, text, table) if text) + "\n"
 
 
 def cell(text: str) -> str:

@@ -3,14 +3,14 @@
 import inspect
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
-from transformers.utils.logging import disable_progress_bar
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 logger = logging.getLogger(__name__)
-disable_progress_bar()  # of weights that load in milliseconds, once a rank
 
 KNOWN_TYPES = "segformer, convnextv2, swin, mobilenet_v2, dinov2, dinov3_vit"
 
@@ -26,13 +26,17 @@ A model's card and `backbone_config` may have these; whoever sets `pretrained` m
 LEADS_ELSEWHERE = {"auto_map", "backbone", "quantization_config", "use_timm_backbone", "use_pretrained_backbone"}
 
 
-def make_backbone(pretrained: str, backbone_config: dict[str, Any]) -> tuple[PreTrainedModel, set[str]]:
+def make_backbone(pretrained: str, backbone_config: dict[str, Any]) -> "tuple[PreTrainedModel, set[str]]":
     """The backbone in float32 without any dropout, and the names of weights that `pretrained` should have had."""
     if bool(pretrained) == bool(backbone_config):
         raise ValueError(
             f"model.encoder.pretrained={pretrained!r} and backbone_config={backbone_config}: "
             f"set exactly one, a hub id or folder with weights, or a transformers config to build without weights."
         )
+    from transformers import AutoConfig, AutoModel  # takes seconds; only where a backbone is built
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # of weights that load in milliseconds, once a rank
     if not pretrained:
         config = _config_from_dict(backbone_config)
         return AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False), set()
@@ -58,10 +62,12 @@ def make_backbone(pretrained: str, backbone_config: dict[str, Any]) -> tuple[Pre
     return model.float(), set(report["missing_keys"])
 
 
-def _config_from_dict(values: dict[str, Any]) -> PreTrainedConfig:
+def _config_from_dict(values: dict[str, Any]) -> "PreTrainedConfig":
     fields = {key: value for key, value in values.items() if key != "_name_or_path"}
     if leads := sorted(k for k in fields if k in LEADS_ELSEWHERE or k.startswith("_") or "_implementation" in k):
         raise ValueError(f"model.encoder.backbone_config has {', '.join(leads)}, which could fetch code; leave it out.")
+    from transformers import AutoConfig
+
     try:
         config = _without_randomness(AutoConfig.for_model(fields.pop("model_type"), **fields))
     except KeyError:
@@ -72,14 +78,14 @@ def _config_from_dict(values: dict[str, Any]) -> PreTrainedConfig:
     return config
 
 
-def _refuse_others(config: PreTrainedConfig) -> None:
+def _refuse_others(config: "PreTrainedConfig") -> None:
     if config.model_type not in SELF_CONTAINED:
         raise ValueError(
             f"model.encoder: a backbone of type {config.model_type!r} gives no feature maps; use one of {KNOWN_TYPES}."
         )
 
 
-def _without_randomness(config: PreTrainedConfig) -> PreTrainedConfig:
+def _without_randomness(config: "PreTrainedConfig") -> "PreTrainedConfig":
     """Dropout, drop-path and DINOv3's jittered positions draw from the global generator; no draw may."""
     for name, value in config.to_dict().items():
         if "drop" in name and (zero := _zero(value)) is not None:
@@ -105,7 +111,7 @@ def refuse_missing(pretrained: str, missing: list[str]) -> None:
         )
 
 
-def recompute_layers(backbone: PreTrainedModel) -> None:
+def recompute_layers(backbone: "PreTrainedModel") -> None:
     """In the backward pass of a backbone that trains. Raises ValueError where it cannot."""
     if not backbone.supports_gradient_checkpointing:
         raise ValueError(
@@ -116,7 +122,7 @@ def recompute_layers(backbone: PreTrainedModel) -> None:
     enable({"use_reentrant": False, "preserve_rng_state": False})  # no layer draws, so there is no state to save
 
 
-def record_hidden_states_alone(backbone: PreTrainedModel) -> None:
+def record_hidden_states_alone(backbone: "PreTrainedModel") -> None:
     """Remove the hooks that would record attention maps; call it after a first pass, which installs them.
 
     They record nothing that the encoder asks for, and a compiled layer breaks into several graphs at each of them.

@@ -20,6 +20,12 @@ from iccld.durable import make_folder, replacing, write_whole
 from iccld.outcome import naming
 from iccld.programs.run.event_times import Event, read_events, straightened
 
+DESCRIPTION = """\
+Show what became of the wall time of a run.
+
+  iccld goodput runs/a
+"""
+
 CATEGORIES = {
     "training": ("steps that count", "#2a7f62"),
     "data": ("in them, waiting for data", "#e0a526"),

@@ -7,7 +7,8 @@ from typing import Any
 
 from iccld import plain_yaml
 
-FOLDER = Path(__file__).resolve().parents[2] / "accelerate_configs"
+FOLDER = Path(__file__).resolve().parents[1] / "accelerate_configs"
+"""The files, as a checkout links them into the package and a wheel holds them."""
 
 KINDS = ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP", "DEEPSPEED")
 PRECISIONS = ("no", "fp16", "bf16", "fp8")

@@ -22,22 +22,22 @@ from iccld.durable import (
 )
 
 PACKAGE = Path(__file__).resolve().parents[1]
-EXTRAS = ("accelerate_configs",)  # beside the package, in a checkout
+LINKED = "accelerate_configs"  # a folder of the package that is a link in a checkout, which rglob does not follow
 
 COMPILED = "__pycache__"
 
 _holds_compiled = holds_only(r"[^/]+\.pyc(\.\d+)?|\.nfs[0-9a-f]+")
-_holds_code = holds_only(f"({'|'.join((PACKAGE.name, *EXTRAS))})/.+")
+_holds_code = holds_only(f"{PACKAGE.name}/.+")
 
 LEFT_OVER_AFTER_S = 86_400.0
 
 
 def code_files() -> Iterator[tuple[str, Path]]:
     """Where each file lies in the copy, and where it is now."""
-    for folder in (PACKAGE, *(PACKAGE.parent / name for name in EXTRAS)):
-        for path in sorted(folder.rglob("*")):
-            if path.is_file() and COMPILED not in path.parts:
-                yield path.relative_to(PACKAGE.parent).as_posix(), path
+    found = {*PACKAGE.rglob("*"), *(PACKAGE / LINKED).rglob("*")}
+    for path in sorted(found):
+        if path.is_file() and COMPILED not in path.parts:
+            yield path.relative_to(PACKAGE.parent).as_posix(), path
 
 
 def code_hash() -> str:
@@ -119,7 +119,7 @@ def code_version(version: str) -> str:
 
 def code_facts(version: str) -> dict[str, str]:
     """What `code_version` tells, by name."""
-    changed = _git("status", "--porcelain", "--", "iccld", *EXTRAS).splitlines()
+    changed = _git("status", "--porcelain", "--", "iccld", LINKED).splitlines()
     return {
         "iccld": version,
         "code": code_hash(),

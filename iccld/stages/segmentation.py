@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from iccld import rng
+from iccld.eager import without_compiled_code
 from iccld.labels import IGNORE_INDEX
 from iccld.losses import feature_distance, weighted_cross_entropy
 from iccld.models.encoder import Encoder
@@ -73,7 +74,7 @@ class SegmentationConfig:
             if getattr(self, name) <= 0:
                 raise ValueError(f"stage1.objective.{name}={getattr(self, name)} must be above 0.")
         weights = ("weight_decay", "target_weight", "masked_weight", "feature_distance_weight", "mask_latent_weight")
-        for name in ("corruption_start", *weights):
+        for name in ("corruption_start", "warm_start_steps", "mask_latent_noise", *weights):
             if getattr(self, name) < 0:
                 raise ValueError(f"stage1.objective.{name}={getattr(self, name)} must be 0 (off) or above.")
 
@@ -248,7 +249,7 @@ class SegmentationStage(Stage):
         return {"teacher": self.teacher.module, "student": self.model}
 
     @torch.no_grad()
-    @torch.compiler.set_stance("force_eager")  # its batches are not the steps'
+    @without_compiled_code()  # its batches are not the steps'
     def finish(self, batches: Iterable[Mapping[str, Any]]) -> None:
         """The latent's mean and std per channel, so that stage 2 diffuses a latent of unit variance (as in LDM)."""
         domains = [domain for batch in batches for domain in batch.values()]

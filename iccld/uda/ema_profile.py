@@ -13,7 +13,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 WIDEST = 1 / math.sqrt(12)
 """The width of exponent 0, the plain mean of all steps."""
@@ -156,10 +155,11 @@ class PowerAverages:
                     f"ema_profile: {name} has shape {tuple(value.shape)} in the state, {tuple(average.shape)} here; "
                     f"resume with the model settings of the run."
                 )
-            if isinstance(average, DTensor) and not isinstance(value, DTensor):
-                value = distribute_tensor(
-                    value.to(average.device), average.device_mesh, average.placements, src_data_rank=None
-                )
+            if _is_sharded(average) and not _is_sharded(value):
+                from torch.distributed.tensor import distribute_tensor
+
+                mesh, placements = average.device_mesh, average.placements  # pyright: ignore[reportAttributeAccessIssue]
+                value = distribute_tensor(value.to(average.device), mesh, placements, src_data_rank=None)
             average.copy_(value)
 
 
@@ -168,8 +168,13 @@ def _columns(profiles: Sequence[Profile]) -> tuple[np.ndarray, np.ndarray]:
     return steps, np.array([exponent(profile.width) for profile in profiles])
 
 
+def _is_sharded(tensor: Tensor) -> bool:
+    """Tell a DTensor by its method: importing the class takes most of a second, and most runs have none."""
+    return hasattr(tensor, "to_local")
+
+
 def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return getattr(tensor, "to_local")() if _is_sharded(tensor) else tensor  # noqa: B009  (no method of every tensor)
 
 
 def _other_names(what: str, own: Iterable[str], other: Iterable[str]) -> str:

@@ -4,9 +4,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from kornia.enhance import adjust_brightness_accumulative, adjust_contrast_with_mean_subtraction, adjust_hue
-from kornia.enhance import adjust_saturation_with_gray_subtraction as adjust_saturation
-from kornia.filters import gaussian_blur2d
 from torch import Tensor
 
 from iccld import rng
@@ -43,6 +40,11 @@ def strong_augment(images: Tensor, draws: Tensor, config: PhotometricConfig) -> 
     images: `(B, 3, H, W)` float in [0, 1]; draws: `(B, 7)` in [0, 1), on the host.
     Returns the images' shape and range.
     """
+    # Slow to import; only where images are augmented.
+    from kornia.enhance import adjust_brightness_accumulative, adjust_contrast_with_mean_subtraction, adjust_hue
+    from kornia.enhance import adjust_saturation_with_gray_subtraction as adjust_saturation
+    from kornia.filters import gaussian_blur2d
+
     draws = draws.float()
     # Kornia reads sigma to check it: on the device, the host would wait there for all that is queued.
     sigma = config.blur_sigma_min + draws[:, 6:7] * (config.blur_sigma_max - config.blur_sigma_min)

@@ -5,7 +5,6 @@ from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -42,4 +41,5 @@ class Teacher(Generic[ModuleT]):
 
 def _local(parameter: Tensor) -> Tensor:
     """The rank's shard, where student and teacher are sharded alike: no rank needs another's to average."""
-    return parameter.to_local().detach() if isinstance(parameter, DTensor) else parameter.detach()
+    shard = getattr(parameter, "to_local", None)  # of a DTensor alone, whose class takes long to import
+    return shard().detach() if shard else parameter.detach()

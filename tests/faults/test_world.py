@@ -28,7 +28,7 @@ def command(shards: Path, run_dir: Path, *more: str, steps: int = 4) -> list[str
 
 
 def start(words: list[str], log: Path, *, before: str = "", launch: bool = False) -> subprocess.Popen[bytes]:
-    program = [str(ROOT / "launch" / "local.py"), "2"] if launch else ["-m", "iccld"]
+    program = ["-m", "iccld", *(["launch", "2"] if launch else [])]
     shell = ["bash", "-c", f'{before} exec "$0" "$@"', sys.executable, *program, *words]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with log.open("w") as file:

@@ -48,7 +48,7 @@ def submit(cluster: Cluster, *words: str, nodes: int = 2, variables: dict[str, s
 
 def train_here(overrides: list[str], *, num_ranks: int = 2, engine: str = "ddp") -> None:
     """A run by the local launcher."""
-    launch = [sys.executable, str(ROOT / "launch" / "local.py"), str(num_ranks), "--engine", engine, "train"]
+    launch = [sys.executable, "-m", "iccld", "launch", str(num_ranks), "--engine", engine, "train"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [*launch, *overrides]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)

@@ -192,7 +192,7 @@ def data_wait(size: Size) -> dict[str, Any]:
         for dataset, name, split in (("gta5", "source", ()), ("cityscapes", "target", ("--split", "train"))):
             given = ["--dataset", dataset, "--input", f"{folder}/data/{dataset}", *split]
             _run("-m", "iccld", "shards", "make", *given, "--output", f"{folder}/{name}")
-        _run("launch/local.py", "1", "train", *_overrides(size, folder))
+        _run("-m", "iccld", "launch", "1", "train", *_overrides(size, folder))
         lines = [json.loads(line) for line in Path(folder, "run/metrics.jsonl").read_text().splitlines()]
     found: dict[str, Any] = {}
     for name in STAGES:

@@ -4,13 +4,13 @@ An element waits for the element of the row that it needs, with the same seed. J
 command, so it is for what failed, once the jobs are over.
 """
 
-import argparse
 from pathlib import Path
 
 from iccld.programs.ablate.grid import key_of
 from iccld.programs.ablate.rows import Ablation, prepare
 from iccld.programs.ablate.running import states_of
 from iccld.programs.ablate.tasks import Array, Task, arrays_of, tasks_of
+from iccld.programs.arguments import parse_verb
 from iccld.programs.submit import submit
 
 
@@ -27,7 +27,9 @@ def submit_rows(ablation: Ablation, *, settings: Path, dry_run: bool = False) ->
         if not dry_run:
             for task in array.tasks:
                 prepare(ablation, task)
-        jobs[array] = submit.submit_jobs(_parsed([*after, *(["--dry-run"] if dry_run else []), *words[array]]))
+        jobs[array] = submit.submit_jobs(
+            parse_verb("submit", submit, [*after, *(["--dry-run"] if dry_run else []), *words[array]])
+        )
     if not dry_run:
         print(f"when the jobs are over: {ablation.command} --report-only", flush=True)
     return 0
@@ -45,9 +47,3 @@ def _own(ablation: Ablation, task: Task) -> list[str]:
     """The settings that the runs of a row do not share."""
     shared = ablation.grid.rows[task.name].settings
     return [word for word in ablation.words(task)[1:] if word not in shared and key_of(word) != "run_dir"]
-
-
-def _parsed(words: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("iccld submit")
-    submit.add_arguments(parser)
-    return parser.parse_args(words)

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Train each run of a grid with each seed, compare the runs with a baseline, and write FOLDER/report.md, summary.json and
 pictures. The same command goes on, and trains no finished run again.
+
+  iccld ablate GRID.yaml --output runs/ablation
 """
 
 

@@ -21,10 +21,9 @@ from iccld.programs.evaluate.evaluate import unscored_stages
 from iccld.programs.evaluate.results import about_of
 from iccld.programs.run.hand_off import final_folder, is_finished
 from iccld.reading import read_json
-from iccld.slurm.snapshot import PACKAGE, code_facts
+from iccld.slurm.snapshot import code_facts
 
 NOTE_NAME, LOG_NAME = "ablation.json", "train.log"
-LAUNCHER = PACKAGE.parent / "launch" / "local.py"
 OF_DENOISER = ("model.denoiser.", "model.discriminator.", "model.condition", "model.residual_")
 OF_DENOISING = ("num_steps:", "noise_seeds:", "num_averaged:", "blend:")
 OF_STAGE = {
@@ -68,20 +67,18 @@ class Ablation:
 
     def process(self, task: Task) -> list[str]:
         """The process that trains it."""
-        if self.num_ranks == 1:
-            return [sys.executable, "-m", "iccld", *self.words(task)]
-        return [sys.executable, str(LAUNCHER), str(self.num_ranks), *self.words(task)]
+        return [sys.executable, "-m", "iccld", *self._launch(), *self.words(task)]
 
     def shown(self, task: Task) -> str:
-        """The same as a person types it in a checkout."""
-        start = ["iccld"] if self.num_ranks == 1 else ["python", "launch/local.py", str(self.num_ranks)]
-        return shlex.join([*start, *self.words(task)])
+        """The same as a person types it."""
+        return shlex.join(["iccld", *self._launch(), *self.words(task)])
+
+    def _launch(self) -> list[str]:
+        return ["launch", str(self.num_ranks)] if self.num_ranks > 1 else []
 
 
 def open_ablation(grid: Grid, folder: Path, *, num_ranks: int, command: str = "iccld ablate") -> Ablation:
     """The grid, once `train` would take the settings of every row. Raises ValueError naming the row."""
-    if num_ranks > 1 and not LAUNCHER.is_file():
-        raise ValueError(f"--ranks {num_ranks} needs {LAUNCHER}, which is not there; run it from a checkout.")
     configs: dict[str, Config] = {}
     for name, row in grid.rows.items():
         try:

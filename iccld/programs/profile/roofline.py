@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from iccld.config import Config, StageName
+from iccld.eager import without_compiled_code
 from iccld.programs.run.checks import plan_of
 from iccld.programs.run.synthetic import synthetic_batch
 from iccld.runtime.engine.engine import Engine
@@ -81,7 +82,7 @@ def roofline(stage: Stage, config: Config, work: Work, micro_batch_size: int, en
     return {"limits": limits, "parts": parts}
 
 
-@torch.compiler.set_stance("force_eager")  # compiled code has no place for hooks
+@without_compiled_code()  # compiled code has no place for hooks
 def _seconds_by_part(stage: Stage, config: Config, micro_batch_size: int, engine: Engine) -> dict[str, float]:
     timer, step = PhaseTimer(engine.device), plan_of(StageName(stage.name), config).num_steps - 1
     running: list[Any] = []

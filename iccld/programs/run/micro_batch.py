@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from iccld.config import Config
+from iccld.eager import without_compiled_code
 from iccld.programs.run.out_of_memory import explained_out_of_memory
 from iccld.runtime.checkpoint.manifest import read_manifest
 from iccld.runtime.checkpoint.store import FOLDER, pointed_at
@@ -58,7 +59,7 @@ class Trials:
         engine, stage, failed = self.engine, self.build(), False
         memory.restart_peak(engine.device)
         try:
-            with torch.compiler.set_stance("force_eager"):  # to compile for every size takes longer than to train
+            with without_compiled_code():  # to compile for every size takes longer than to train
                 self._train(stage, size)
         except (RuntimeError, MemoryError) as error:
             if not memory.is_out_of_memory(error):

@@ -21,8 +21,9 @@ from iccld.slurm.settings_file import read_settings
 from iccld.slurm.snapshot import code_version, copy_code
 
 DESCRIPTION = """\
-Options of the allocation come before the verb, settings of the run after it:
-iccld submit --nodes 2 --gpus-per-node 4 --time 4:00:00 train experiment=gta5_to_cityscapes run_dir=runs/gta5
+Train, profile or score as a SLURM job. Options of the allocation come before the verb, settings of the run after it:
+
+  iccld submit --nodes 2 --gpus-per-node 4 --time 4:00:00 train experiment=gta5_to_cityscapes run_dir=runs/gta5
 """
 GRACE = "preemption.grace_s="
 _LISTS = ("exclude", "after", "mounts", "modules", "setup", "directives")
@@ -55,14 +56,14 @@ def _add_setting(parser: argparse.ArgumentParser, setting: dataclasses.Field[Any
     parser.add_argument(f"--{setting.name.replace('_', '-')}", **options)
 
 
-def submit(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int:
     """Write and submit the job (or the chain's), or show it. Raises ValueError for what the user got wrong."""
     submit_jobs(arguments)
     return 0
 
 
 def submit_jobs(arguments: argparse.Namespace) -> str:
-    """As `submit`; the last job's number, or in a dry run a word that stands for it."""
+    """As `run`; the last job's number, or in a dry run a word that stands for it."""
     from iccld.programs.submit.work import hide_secrets, jobs_of, run_dir_of
 
     settings = _settings(arguments)

@@ -1,5 +1,6 @@
 """What the jobs of a submission run: one job that goes on by itself, a chain, or an array of runs."""
 
+import argparse
 import hashlib
 import itertools
 import re
@@ -7,27 +8,31 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from iccld.cli import parse, settings_of
 from iccld.config import Config, config_from, load_config
+from iccld.programs.arguments import parse_verb, settings_of
+from iccld.programs.evaluate import command as evaluate
 from iccld.programs.evaluate.evaluate import saved_settings
+from iccld.programs.profile import command as profile
+from iccld.programs.train import command as train
 from iccld.redact import holds_secret
 from iccld.slurm.config import Variant, Work
 from iccld.slurm.engine_file import FOLDER, engine_path, engine_variables
-from iccld.slurm.snapshot import code_hash
+from iccld.slurm.snapshot import PACKAGE, code_hash
 
+VERBS = {"train": train, "profile": profile, "evaluate": evaluate}
 Element = tuple[str, list[str]]
 
 
 def run_dir_of(command: Sequence[str]) -> Path:
     """The run that `train`, `profile` or `evaluate` works on. Raises ValueError for settings that it would refuse."""
-    if not command or command[0] not in ("train", "profile", "evaluate"):
+    if not command or command[0] not in VERBS:
         raise ValueError(
             f"{(command or [''])[0]!r} cannot be submitted; end with `train key=value ...`, `profile key=value ...` or "
             f"`evaluate RUN_DIR ...`."
         )
     if command[0] != "evaluate":
         return Path(_config(command).run_dir).absolute()
-    arguments = parse(command)
+    arguments = _parse(command)
     words = settings_of(arguments)
     if (arguments.run_dir / "config.yaml").exists():
         saved_settings(arguments.run_dir, words)
@@ -36,8 +41,12 @@ def run_dir_of(command: Sequence[str]) -> Path:
     return arguments.run_dir.absolute()
 
 
+def _parse(command: Sequence[str]) -> argparse.Namespace:
+    return parse_verb(command[0], VERBS[command[0]], command[1:])
+
+
 def _config(command: Sequence[str]) -> Config:
-    arguments = parse(command)
+    arguments = _parse(command)
     return load_config(settings_of(arguments), config_dir=arguments.config_dir)
 
 
@@ -58,7 +67,7 @@ def jobs_of(
         code=str(code),
         folder=str(Path.cwd()),
         variables=engine_variables(path),
-        engine_file=str(code / FOLDER.name / path.name if path.parent == FOLDER else path.absolute()),
+        engine_file=str(code / PACKAGE.name / FOLDER.name / path.name if path.parent == FOLDER else path.absolute()),
     )
     elements = list(_elements(seeds, variants))
     if command[0] != "train" and (chain or elements):
@@ -164,7 +173,7 @@ def _variant(element: Element, words: Sequence[str], run_dir: Path) -> Variant:
 
 def _with_settings(words: Sequence[str], settings: Sequence[str]) -> list[str]:
     """`train` with the settings last, in place of earlier ones of the same name."""
-    arguments, names = parse(words), {_name(setting) for setting in settings}
+    arguments, names = _parse(words), {_name(setting) for setting in settings}
     kept = [word for word in arguments.overrides if _name(word) not in names]
     options = [f"--config-dir={arguments.config_dir}"] if arguments.config_dir else []
     options += [f"--secrets={path}" for path in arguments.secrets]

@@ -35,7 +35,7 @@ class Compile(Enum):
 def compile_in_place(networks: Iterable[nn.Module], how: Compile) -> None:
     """Compile each network, or the `forward` of its blocks; shapes are constants, each set of them makes a graph.
 
-    Where other sizes come (scoring), run eagerly: `torch.compiler.set_stance("force_eager")`.
+    Where other sizes come (scoring), run eagerly: `iccld.eager.without_compiled_code`.
     """
     if how is Compile.none:
         return

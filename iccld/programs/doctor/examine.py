@@ -4,7 +4,6 @@ Exit statuses: 0, nothing is wrong (notes may be there); 2, something must be me
 another one may do. The text has no secrets, no name of the user or the machine, and `~` for the home folder.
 """
 
-import argparse
 import contextlib
 import fcntl
 import getpass
@@ -15,7 +14,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
@@ -33,11 +32,6 @@ from iccld.outcome import AGAIN, REFUSED, status_of, words
 from iccld.redact import redact, without_known
 from iccld.runtime.faults.preflight import check_device, check_shared_memory
 
-DESCRIPTION = """\
-Try what a run needs of this machine, and print what fits, what does not, and what to do. With the settings of a run,
-its folder, shards and loggers are tried too: iccld doctor experiment=gta5_to_cityscapes run_dir=runs/a
-Exit status: 0 nothing is wrong, 2 something must be mended, 75 another machine may do.
-"""
 FINE, NOTE, WRONG = "ok", "note", "WRONG"
 SLOW_S = 0.1
 """For a small file to be on the disk; a local disk takes a few milliseconds."""
@@ -55,18 +49,12 @@ class Finding:
     status: int = 0
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the verb's options."""
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for train")
-    parser.add_argument("--config-dir", default="", help="a folder with YAML groups of your own")
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Print the report and return the exit status."""
-    config, found = _settings(arguments)
-    findings = [*examine(config, of_run=bool(arguments.overrides)), *found]
+def report(overrides: Sequence[str], *, config_dir: str = "") -> int:
+    """Print what was found, a line each, and return the exit status."""
+    config, found = _settings(overrides, config_dir)
+    findings = [*examine(config, of_run=bool(overrides)), *found]
     for finding in findings:
-        print(public(f"{finding.mark:5} {finding.about}: {finding.what}", arguments.overrides))
+        print(public(f"{finding.mark:5} {finding.about}: {finding.what}", overrides))
     statuses = {finding.status for finding in findings if finding.mark == WRONG}
     print(f"{sum(finding.mark == WRONG for finding in findings)} wrong, {len(findings)} looked at")
     return REFUSED if REFUSED in statuses else max(statuses, default=0)
@@ -97,7 +85,7 @@ def examine(config: Any, *, of_run: bool) -> Iterator[Finding]:
             yield Finding(WRONG, about, " ".join(words(error).split()), status_of(error))
 
 
-def public(line: str, given: list[str]) -> str:
+def public(line: str, given: Sequence[str]) -> str:
     """A line without secrets, the user's name and the home folder."""
     line = without_known(redact(line, given), ())
     for name, shown in ((str(Path.home()), "~"), (platform.node(), "HOST")):
@@ -107,11 +95,11 @@ def public(line: str, given: list[str]) -> str:
     return line
 
 
-def _settings(arguments: argparse.Namespace) -> tuple[Any, list[Finding]]:
+def _settings(overrides: Sequence[str], config_dir: str) -> tuple[Any, list[Finding]]:
     try:
         from iccld.config import load_config
 
-        return load_config(arguments.overrides, config_dir=arguments.config_dir), []
+        return load_config(overrides, config_dir=config_dir), []
     except ModuleNotFoundError as error:
         return None, [Finding(NOTE, "settings", f"a run's settings were not looked at: it {remedy(error)}")]
     except ValueError as error:

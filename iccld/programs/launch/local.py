@@ -1,16 +1,11 @@
-"""Run an iccld verb with N ranks on this machine: `python launch/local.py 2 train experiment=... run_dir=...`.
-
-`--engine zero2` after the number takes another of accelerate_configs/ than ddp.yaml: zero1, zero2 or fsdp2. The ranks
-are formed by `accelerate launch`; one rank of DDP needs no launcher. Without a GPU they are CPU ranks over gloo, with
-the machine's cores shared among them. The ranks find each other on the loopback interface, which no other machine
-reaches; the host's name need not resolve.
-"""
+"""Ranks on this machine, formed by `accelerate launch`."""
 
 import logging
 import os
 import signal
 import socket
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -29,8 +24,6 @@ from torch.distributed.elastic.rendezvous import (
 from iccld.outcome import AGAIN, REFUSED
 from iccld.runtime.faults.open_files import check_open_files
 
-ROOT = Path(__file__).resolve().parents[1]
-ENGINES = ("ddp", "zero1", "zero2", "fsdp2")
 LOOPBACK = "127.0.0.1"
 
 
@@ -70,18 +63,11 @@ class Loopback(RendezvousHandler):
         return True
 
 
-def main(arguments: list[str]) -> int:
-    """Launch and return the exit status of the first rank that failed, or 0."""
-    engine = "ddp"
-    if len(arguments) > 2 and arguments[1] == "--engine":
-        engine, arguments = arguments[2], [arguments[0], *arguments[3:]]
-    if len(arguments) < 2 or not arguments[0].isdigit() or int(arguments[0]) < 1 or engine not in ENGINES:
-        usage = f"python launch/local.py NUM_RANKS [--engine {'|'.join(ENGINES)}] VERB [ARGUMENTS]"
-        print(f"usage: {usage}", file=sys.stderr)
-        return 2
-    num_ranks = int(arguments[0])
-    if num_ranks == 1 and engine == "ddp":
-        os.execv(sys.executable, [sys.executable, "-m", "iccld", *arguments[1:]])
+def launch(num_ranks: int, engine_file: Path, command: Sequence[str]) -> int:
+    """Run the verb on each rank; return the exit status of the first rank that failed, or 0.
+
+    Without a GPU they are CPU ranks over gloo, which share the machine's cores. Raises ValueError.
+    """
     if not torch.cuda.is_available():
         os.environ["ACCELERATE_USE_CPU"] = "true"
         os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(_threads(num_ranks))
@@ -91,15 +77,12 @@ def main(arguments: list[str]) -> int:
     logging.getLogger("torch.distributed.run").setLevel(logging.ERROR)  # accelerate gives an address that is not used
     # The agent passes SIGTERM on, waits up to 30 s for the ranks to save, and would leave them behind on SIGUSR1.
     signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-    options = ["--config_file", str(ROOT / "accelerate_configs" / f"{engine}.yaml")]
+    options = ["--config_file", str(engine_file)]
     options += ["--num_processes", str(num_ranks), "--main_process_port", "0", "--rdzv_backend", "loopback"]
     rendezvous_handler_registry.register("loopback", Loopback)
     try:
         check_open_files(num_workers=0, world_size=2 * num_ranks)
-        launch_command(launch_command_parser().parse_args([*options, "--module", "iccld", *arguments[1:]]))
-    except ValueError as error:
-        print(f"launch: {error}", file=sys.stderr)
-        return REFUSED
+        launch_command(launch_command_parser().parse_args([*options, "--module", "iccld", *command]))
     except SignalException as error:
         return 130 if error.sigval is signal.SIGINT else 0
     except ChildFailedError as error:
@@ -112,7 +95,3 @@ def main(arguments: list[str]) -> int:
 
 def _threads(num_ranks: int) -> int:
     return max(1, (os.cpu_count() or 1) // num_ranks)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,41 @@
+"""What verbs do not import, so that they start at once."""
+
+import subprocess
+import sys
+
+import pytest
+
+SLOW = ("torch", "transformers", "kornia", "deepspeed", "wandb", "matplotlib", "sympy", "scipy", "pandas")
+
+
+@pytest.mark.parametrize(
+    ("words", "also"),
+    [
+        (["--help"], ()),
+        (["--version"], ()),
+        (["train", "--help"], ()),
+        (["launch", "--help"], ()),
+        (["shards", "--help"], ()),
+        (["shards", "info", "nowhere"], ()),
+        (["goodput", "nowhere"], ()),
+        (["submit", "--help"], ()),
+        (["checkpoint", "--help"], ()),
+        (["config", "--help"], ()),
+        (["config"], ("torch",)),
+    ],
+    ids=" ".join,
+)
+def test_a_verb_does_not_import_what_it_does_not_need(words: list[str], also: tuple[str, ...]):
+    code = (
+        "import sys\nfrom iccld.cli import main\ntry:\n    main(sys.argv[1:])\nexcept SystemExit: pass\n"
+        f"print([name for name in {SLOW} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == str([*also]), done.stderr
+
+
+def test_training_does_not_import_what_a_step_may_not_need():
+    code = "import sys, iccld.programs.train.train\n"
+    code += "print([name for name in ('torch._dynamo', *sys.argv[1:]) if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code, *SLOW[1:]], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
