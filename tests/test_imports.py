@@ -19,7 +19,7 @@ SLOW = ("torch", "transformers", "kornia", "deepspeed", "wandb", "matplotlib", "
         (["shards", "info", "nowhere"], ()),
         (["goodput", "nowhere"], ()),
         (["submit", "--help"], ()),
-        (["checkpoint", "--help"], ()),
+        (["checkpoint", "list", "nowhere"], ()),
         (["config", "--help"], ()),
         (["config"], ("torch",)),
     ],

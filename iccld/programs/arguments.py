@@ -1,7 +1,7 @@
 """How the arguments of a verb are declared and parsed.
 
-A verb is a module with `DESCRIPTION`, `add_arguments(parser)` and `run(arguments)`. It imports what is slow only when
-it runs.
+A verb is a module with `DESCRIPTION`, `add_arguments(parser)` and `run(arguments)`. What is slow to import, it imports
+only when it runs.
 """
 
 import argparse

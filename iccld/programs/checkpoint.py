@@ -1,4 +1,4 @@
-"""`iccld checkpoint list|verify|export|convert`: what checkpoints there are, whether they are whole, models and copies.
+"""`iccld checkpoint export|convert`: models out of checkpoints, and copies of these.
 
 A checkpoint is stored independently of engine and ranks: to go on under another layout nothing needs converting.
 """
@@ -6,13 +6,9 @@ A checkpoint is stored independently of engine and ranks: to go on under another
 import argparse
 import math
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from iccld import __version__
 from iccld.config import Config, StageName, Weights, config_from
@@ -23,24 +19,16 @@ from iccld.programs.run.building import build_stage
 from iccld.runtime.checkpoint.manifest import (
     MANIFEST,
     Checkpoint,
-    CheckpointError,
-    read_manifest,
     verify,
     write_manifest,
 )
 from iccld.runtime.checkpoint.pieces import Run, join_tables, share_out, write_runs
-from iccld.runtime.checkpoint.store import FOLDER, is_torn, pointed_at
+from iccld.runtime.checkpoint.store import is_torn
 from iccld.stages.base import Stage
-
-GIB = 1 << 30
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Status 1 where something is damaged. Raises ValueError for what the user got wrong."""
-    if arguments.action == "list":
-        return list_checkpoints(arguments.folder)
-    if arguments.action == "verify":
-        return verify_checkpoints(arguments.folder)
+    """Export or convert, and return 0. Raises ValueError for what the user got wrong."""
     if os.path.lexists(arguments.output):
         raise ValueError(f"{arguments.output} exists; give a folder that does not.")
     checkpoint = verify(_one(arguments.folder))
@@ -49,41 +37,6 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         convert_checkpoint(checkpoint, arguments.output, num_files=arguments.num_files)
     return 0
-
-
-def list_checkpoints(folder: Path) -> int:
-    """A table; sizes are compared, contents not."""
-    table = Table("stage", "step", "GiB", "written by", "files", "state")
-    whole = True
-    for path in _checkpoints(folder):
-        marks = ["latest"] if pointed_at(path.parent) == path.name else []
-        try:
-            manifest = read_manifest(path)
-        except CheckpointError as error:
-            whole = False
-            table.add_row("", path.name, "", "", "", escape(str(error)))
-            continue
-        layout, files = manifest["layout"], manifest["files"]
-        sizes = [path.joinpath(name).stat().st_size if (path / name).is_file() else 0 for name in files]
-        if sizes != [facts["size"] for facts in files.values()]:
-            whole, marks = False, [*marks, "damaged"]
-        size = f"{sum(sizes) / GIB:.2f}"
-        by = f"{layout['engine']} x {layout['world_size']}"
-        table.add_row(escape(manifest["stage"]), str(manifest["step"]), size, by, str(len(files)), ", ".join(marks))
-    Console().print(table)
-    return 0 if whole else 1
-
-
-def verify_checkpoints(folder: Path) -> int:
-    damaged = 0
-    for path in _checkpoints(folder):
-        try:
-            verify(path)
-            print(f"{path}: whole")
-        except CheckpointError as error:
-            damaged += 1
-            print(error)
-    return 1 if damaged else 0
 
 
 def export_model(checkpoint: Checkpoint, output: Path, *, weights: Weights) -> None:
@@ -148,12 +101,3 @@ def _one(folder: Path) -> Path:
             f"{folder} is no checkpoint (no {MANIFEST}); give a folder like RUN_DIR/stage1/checkpoints/step_..."
         )
     return folder.resolve()
-
-
-def _checkpoints(folder: Path) -> Iterator[Path]:
-    places = ("", "checkpoints/", "stage*/checkpoints/")  # a run directory, a stage's folder, or one with copies
-    found = [path for place in places for path in sorted(folder.glob(f"{place}step_*")) if FOLDER.fullmatch(path.name)]
-    found = [folder] if FOLDER.fullmatch(folder.name) else found
-    if not found or not found[0].is_dir():
-        raise ValueError(f"there are no checkpoints in {folder}; give a run directory that train wrote.")
-    yield from (path.resolve() for path in found)

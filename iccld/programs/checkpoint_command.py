@@ -1,7 +1,16 @@
-"""`iccld checkpoint list|verify|export|convert`: its arguments."""
+"""`iccld checkpoint`: its arguments, and which checkpoints there are and whether they are whole."""
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from iccld.runtime.checkpoint.manifest import FOLDER, CheckpointError, pointed_at, read_manifest, verify
+
+GIB = 1 << 30
 
 DESCRIPTION = """\
 List and check checkpoints, and get models out of them.
@@ -31,7 +40,56 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the action, and return the exit status."""
+    """Run the action, and return the exit status: 1 where something is damaged. Raises ValueError."""
+    if arguments.action == "list":
+        return list_checkpoints(arguments.folder)
+    if arguments.action == "verify":
+        return verify_checkpoints(arguments.folder)
     from iccld.programs.checkpoint import run
 
     return run(arguments)
+
+
+def list_checkpoints(folder: Path) -> int:
+    """Print a table; sizes are compared, contents not."""
+    table = Table("stage", "step", "GiB", "written by", "files", "state")
+    whole = True
+    for path in _checkpoints(folder):
+        marks = ["latest"] if pointed_at(path.parent) == path.name else []
+        try:
+            manifest = read_manifest(path)
+        except CheckpointError as error:
+            whole = False
+            table.add_row("", path.name, "", "", "", escape(str(error)))
+            continue
+        layout, files = manifest["layout"], manifest["files"]
+        sizes = [path.joinpath(name).stat().st_size if (path / name).is_file() else 0 for name in files]
+        if sizes != [facts["size"] for facts in files.values()]:
+            whole, marks = False, [*marks, "damaged"]
+        size = f"{sum(sizes) / GIB:.2f}"
+        by = f"{layout['engine']} x {layout['world_size']}"
+        table.add_row(escape(manifest["stage"]), str(manifest["step"]), size, by, str(len(files)), ", ".join(marks))
+    Console().print(table)
+    return 0 if whole else 1
+
+
+def verify_checkpoints(folder: Path) -> int:
+    """Compare all checksums, and say which checkpoints are whole."""
+    damaged = 0
+    for path in _checkpoints(folder):
+        try:
+            verify(path)
+            print(f"{path}: whole")
+        except CheckpointError as error:
+            damaged += 1
+            print(error)
+    return 1 if damaged else 0
+
+
+def _checkpoints(folder: Path) -> Iterator[Path]:
+    places = ("", "checkpoints/", "stage*/checkpoints/")  # a run directory, a stage's folder, or one with copies
+    found = [path for place in places for path in sorted(folder.glob(f"{place}step_*")) if FOLDER.fullmatch(path.name)]
+    found = [folder] if FOLDER.fullmatch(folder.name) else found
+    if not found or not found[0].is_dir():
+        raise ValueError(f"there are no checkpoints in {folder}; give a run directory that train wrote.")
+    yield from (path.resolve() for path in found)

@@ -78,7 +78,7 @@ def commented(config: "Config") -> str:
             path = [*path[: len(found[1]) // 2], found[2]]
             key = ".".join(path)
         meaning = meanings.get(key or "")
-        goes_on = found is not None and re.match(rf"{found[1]}( |- )", following)
+        goes_on = bool(found) and re.match(rf"{found[1]}( |- )", following)
         if meaning and goes_on:
             written.append(f"{found[1]}# {meaning}")
         written.append(f"{line}  # {meaning}" if meaning and not goes_on else line)

@@ -17,6 +17,7 @@ from pathlib import Path
 from iccld import cli
 from iccld.durable import write_whole
 from iccld.outcome import words
+from iccld.programs.stopped import STOPPED
 from iccld.runtime.faults.ending import run_to_the_end
 from iccld.runtime.faults.preemption import SIGNALS, STOPPED_BY_WATCHDOG, host_name, say
 from iccld.slurm.ranks import interface_towards, rank_environment
@@ -41,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
     status = cli.main(argv)
     if is_main and outcome:
         _leave(Path(outcome), f"{status}\n")
-    return 0 if status == cli.STOPPED else status
+    return 0 if status == STOPPED else status
 
 
 def _leave(path: Path, text: str) -> None:

@@ -13,8 +13,7 @@ import psutil
 import pytest
 
 from iccld.outcome import AGAIN, REFUSED
-from iccld.runtime.checkpoint.manifest import verify
-from iccld.runtime.checkpoint.store import FOLDER
+from iccld.runtime.checkpoint.manifest import FOLDER, verify
 from tests.factory import scene_overrides
 
 ROOT = Path(__file__).parents[2]

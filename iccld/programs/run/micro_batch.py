@@ -22,8 +22,7 @@ import torch
 from iccld.config import Config
 from iccld.eager import without_compiled_code
 from iccld.programs.run.out_of_memory import explained_out_of_memory
-from iccld.runtime.checkpoint.manifest import read_manifest
-from iccld.runtime.checkpoint.store import FOLDER, pointed_at
+from iccld.runtime.checkpoint.manifest import FOLDER, pointed_at, read_manifest
 from iccld.runtime.engine.engine import Engine, EngineKind
 from iccld.runtime.engine.micro_batch import AUTO, divisors, largest_by_line, largest_by_trial
 from iccld.runtime.engine.prefetch import map_tensors

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from iccld.config import Config, config_from, load_config
 from iccld.programs.arguments import parse_verb, settings_of
@@ -19,7 +20,7 @@ from iccld.slurm.config import Variant, Work
 from iccld.slurm.engine_file import FOLDER, engine_path, engine_variables
 from iccld.slurm.snapshot import PACKAGE, code_hash
 
-VERBS = {"train": train, "profile": profile, "evaluate": evaluate}
+VERBS: dict[str, Any] = {"train": train, "profile": profile, "evaluate": evaluate}
 Element = tuple[str, list[str]]
 
 

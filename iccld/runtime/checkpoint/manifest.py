@@ -2,18 +2,24 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from iccld.durable import NotOursError, file_checksum, is_plain_name, refuse_unless_plain, write_whole
-from iccld.reading import read_json
-from iccld.runtime.checkpoint.pieces import TensorReader, is_stored
+from iccld.reading import read_json, read_limited
+from iccld.runtime.checkpoint.dtypes import STORED
+
+if TYPE_CHECKING:
+    from iccld.runtime.checkpoint.pieces import TensorReader
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
+FOLDER = re.compile(r"step_\d{8}")
+"""The name of a checkpoint's folder."""
 MAX_BYTES = 1 << 28
 
 
@@ -41,7 +47,9 @@ class Checkpoint:
         return self.manifest["step"]
 
     @cached_property
-    def reader(self) -> TensorReader:
+    def reader(self) -> "TensorReader":
+        from iccld.runtime.checkpoint.pieces import TensorReader
+
         return TensorReader(self.folder, self.manifest["tensors"])
 
 
@@ -133,9 +141,17 @@ def _is_entry(entry: Any, files: Mapping[str, Any]) -> bool:
             rows = [[piece[0], *piece[1:]] for piece in pieces if isinstance(piece, list) and len(piece) == 3]
             is_whole = len(rows) == len(pieces) and all(isinstance(row[0], str) and row[0] in files for row in rows)
             counts = [*shape, *(number for row in rows for number in row[1:])]
-            return is_whole and is_stored(dtype) and all(map(_is_count, counts))
+            return is_whole and dtype in STORED and all(map(_is_count, counts))
     return False
 
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def pointed_at(checkpoints: Path) -> str:
+    """Return the name in `latest`; "" where there is none that can be read."""
+    try:
+        return read_limited(checkpoints / "latest").decode(errors="replace").strip()
+    except (OSError, ValueError):
+        return ""

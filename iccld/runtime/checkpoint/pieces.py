@@ -19,12 +19,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from iccld.durable import create
+from iccld.runtime.checkpoint.dtypes import STORED
 
 # The names of safetensors' header; https://github.com/huggingface/safetensors#format
-SAFETENSORS_DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
+SAFETENSORS_DTYPES = {getattr(torch, name): code for name, code in STORED.items()}
 
 
 class Run(NamedTuple):
@@ -108,11 +106,6 @@ def join_tables(tables: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if end != math.prod(entry["shape"]):
             raise ValueError(f"{name} is stored up to element {end} of {math.prod(entry['shape'])}.")
     return joined
-
-
-def is_stored(dtype: str) -> bool:
-    """Whether it names a dtype that a checkpoint may hold."""
-    return dtype in {str(known).removeprefix("torch.") for known in SAFETENSORS_DTYPES}
 
 
 class TensorReader:

@@ -24,12 +24,13 @@ from torch import Tensor
 
 from iccld.durable import is_real_folder, make_folder, remove_tree, scratch_folder, sync, write_whole
 from iccld.outcome import Interrupted
-from iccld.reading import read_limited
 from iccld.runtime.checkpoint.manifest import (
+    FOLDER,
     Checkpoint,
     CheckpointError,
     DamagedError,
     ForeignFormatError,
+    pointed_at,
     verify,
     write_manifest,
 )
@@ -38,7 +39,6 @@ from iccld.runtime.faults.ending import await_at_the_end
 
 ALIGNMENT = 64  # bytes
 PIECE_BYTES = 1 << 28
-FOLDER = re.compile(r"step_\d{8}")
 SCRATCH = re.compile(r"step_\d{8}(\.[0-9a-f]{8})?\.tmp")
 FILE = re.compile(r"rank_\d{5}\.safetensors|\.?manifest\.json(\..*tmp)?")
 
@@ -272,14 +272,6 @@ def is_torn(scratch: Path) -> bool:
     except OSError:  # what cannot be listed may hold anything
         return False
     return is_real_folder(scratch) and all(FILE.fullmatch(path.name) and not path.is_dir() for path in found)
-
-
-def pointed_at(checkpoints: Path) -> str:
-    """The name in `latest`; "" where there is none that can be read."""
-    try:
-        return read_limited(checkpoints / "latest").decode(errors="replace").strip()
-    except (OSError, ValueError):
-        return ""
 
 
 def _together(
