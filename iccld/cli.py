@@ -12,7 +12,8 @@ from importlib import import_module
 from typing import NoReturn, TextIO
 
 from iccld import __version__
-from iccld.outcome import status_of, words
+from iccld.extras import remedy
+from iccld.outcome import REFUSED, status_of, words
 from iccld.programs.arguments import Parser, Verb, parse_verb, settings_of
 from iccld.redact import guard_tracebacks, redact
 
@@ -27,6 +28,7 @@ VERBS = {
     "shards": ("shards", "make, index, verify or describe shards"),
     "checkpoint": ("checkpoint_command", "list and check checkpoints, export models, convert"),
     "profile": ("profile.command", "show where a step's time and memory go"),
+    "doctor": ("doctor.command", "look at this machine, and at what a run needs of it"),
     "goodput": ("goodput", "show where the wall time of a run went"),
     "report": ("report.command", "write a page of runs: curves, scores, pictures, settings"),
     "runs": ("runs", "list the runs below a folder: state, step, score"),
@@ -52,6 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             arguments = parse(argv)
             return _run(arguments, sys.argv[1:] if argv is None else argv)
+        except ModuleNotFoundError as missing:
+            verb = (sys.argv[1:] if argv is None else argv)[0]
+            print(f"iccld {verb} {remedy(missing)}", file=sys.stderr, flush=True)
+            return REFUSED
         finally:
             for stream in _outputs():
                 stream.flush()  # or the interpreter would do so at its end, and complain

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from iccld import plain_yaml, settings
+from iccld import plain_yaml, settings, suggestions
 from iccld.data.config import DataConfig
 from iccld.evaluation import EvaluationConfig
 from iccld.group_files import check_group_file, own_files, place_of, remedy_of
@@ -153,12 +153,14 @@ def load_config(overrides: Sequence[str], *, config_dir: str = "") -> Config:
         with initialize_config_module("iccld.configs", version_base="1.3"):
             composed: Any = compose("config", overrides=words)  # type: ignore[arg-type]
         for key in settings.unknown_keys(composed, Config):  # Hydra adds what `+key` names, known or not
-            raise ValueError(f"{key}: there is no such setting; `iccld config` shows all settings.")
+            near = suggestions.for_key(key, Config)
+            raise ValueError(f"{key}: there is no such setting{near} (`iccld config` shows all settings)")
         return _built(composed)
     except (HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError, RecursionError) as error:
         text = _one_line(error)
         where = place_of(text, folder, files) if config_dir else ""
-        raise ValueError(f"{where}{text}{remedy_of(text, where)} (`iccld config` shows all settings)") from error
+        remedy = remedy_of(text, where) or suggestions.for_message(text, Config)
+        raise ValueError(f"{where}{text}{remedy} (`iccld config` shows all settings)") from error
 
 
 def _built(settings: Any) -> Config:
@@ -293,7 +295,9 @@ def config_from(values: Any, *, where: str, overrides: Sequence[str] = ()) -> Co
             OmegaConf.update(config, override.key_or_group, override.value(), merge=True)
         return _built(config)
     except OmegaConfBaseException as error:
-        raise ValueError(f"{where}: not the settings of a run ({_one_line(error)}).") from error
+        text = _one_line(error)
+        near = suggestions.for_message(text, Config)
+        raise ValueError(f"{where}: not the settings of a run ({text}{near}).") from error
 
 
 def _of_this_version(values: Mapping[str, Any]) -> Mapping[str, Any]:

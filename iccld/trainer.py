@@ -63,7 +63,8 @@ class TrainerConfig:
         if size != AUTO and not (isinstance(size, int) and size >= 1):
             raise ValueError(f"trainer.micro_batch_size={size} must be a number of samples, at least 1, or auto.")
         counts = dict.fromkeys(("num_steps", "global_batch_size"), at_least(1))
-        check_ranges(self, "trainer", **counts, gradient_clip=off_or_above())
+        off = dict.fromkeys(("gradient_clip", "evaluate_every"), off_or_above())
+        check_ranges(self, "trainer", **counts, **off)
 
     def layout(self, *, world_size: int = 1, rank: int = 0) -> BatchLayout:
         """The batch's division among ranks, in micro-batches of 1 while their size is left to be chosen.

@@ -41,6 +41,8 @@ MAY_IMPORT = {
     "group_files": set(),
     "texts": set(),
     "outcome": set(),
+    "extras": set(),
+    "suggestions": set(),
     "eager": set(),
     "explained": set(),
     "diffusion": set(),
@@ -112,7 +114,7 @@ OWNERS = {
     "fsspec": {"data/storage/remote.py"},
     "aiohttp": {"data/storage/remote.py"},
     "tenacity": {"data/storage/remote.py"},
-    "zlib_ng": {"data/images/grey_png.py", "data/storage/index.py", "data/storage/integrity.py"},
+    "zlib_ng": {"data/deflate.py"},
     "matplotlib": {
         "data/shards/describing.py",
         "programs/ablate/drawing.py",

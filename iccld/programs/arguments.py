@@ -10,8 +10,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
+from iccld.outcome import REFUSED
 from iccld.reading import read_secrets
 from iccld.redact import redact
+from iccld.suggestions import for_message
 
 
 class Verb(Protocol):
@@ -34,7 +36,8 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        super().error(redact(message, sys.argv))
+        near, remedy = for_message(message), f"`{self.prog} --help` shows what can be given"
+        self.exit(REFUSED, f"{redact(f'{self.prog}: {message}{near}', sys.argv)} ({remedy})\n")
 
 
 def parse_verb(name: str, verb: Verb, words: Sequence[str]) -> argparse.Namespace:

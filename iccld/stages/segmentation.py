@@ -79,7 +79,7 @@ class SegmentationConfig:
             "stage1.objective",
             **dict.fromkeys((*shares, "mask_latent_drop"), between(0, 1)),
             **dict.fromkeys(("encoder_learning_rate", "decoder_learning_rate", "masked_block"), above(0)),
-            **dict.fromkeys(("corruption_start", *weights), off_or_above()),
+            **dict.fromkeys(("corruption_start", "warm_start_steps", "mask_latent_noise", *weights), off_or_above()),
         )
 
 

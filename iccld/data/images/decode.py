@@ -2,8 +2,9 @@
 
     bytes ── format, size, depth, orientation, by the file's own header ── limits ── pixels ── upright ── window
 
-simplejpeg decodes JPEG, PIL the rest. What arrives may be hostile: sizes are checked in the header, before memory is
-spent on pixels, and nothing but the formats asked for is tried.
+simplejpeg decodes JPEG where it is installed, PIL the rest: the same pixels, as both hold libjpeg-turbo, but PIL is
+slower, and passes over some of the damage that simplejpeg refuses. What arrives may be hostile: sizes are checked in
+the header, before memory is spent on pixels, and nothing but the formats asked for is tried.
 """
 
 import io
@@ -13,7 +14,6 @@ from enum import Enum
 from typing import NamedTuple
 
 import numpy as np
-import simplejpeg
 from PIL import Image
 from PIL.TiffImagePlugin import TiffImageFile
 
@@ -22,6 +22,11 @@ from iccld.data.images.grey_png import decode_grey_png
 from iccld.data.images.jpeg import JpegHeader, count_scans, only_pixels, read_jpeg_header, without_padding
 from iccld.data.images.orientation import UPRIGHT, is_turned, read_orientation, upright
 from iccld.data.images.png import PALETTE, png_orientation, read_palette, read_png_header, read_samples
+
+try:
+    import simplejpeg
+except ImportError:
+    simplejpeg = None
 
 __all__ = ["MAX_PIXELS", "Format", "Window", "decode_image", "decode_label", "find_format", "image_size", "is_upright"]
 
@@ -227,7 +232,8 @@ def _decode_jpeg(data: bytes, header: JpegHeader) -> np.ndarray:
     if num_scans > MAX_SCANS:
         raise ValueError(f"it has {num_scans} scans; a JPEG may have {MAX_SCANS}")
     brightness, *colors = header.samplings
-    if len(colors) not in (0, 2) or (colors and (brightness not in _SAMPLINGS or set(colors) != {(1, 1)})):
+    strange = len(colors) not in (0, 2) or (colors and (brightness not in _SAMPLINGS or set(colors) != {(1, 1)}))
+    if strange or simplejpeg is None:
         return _decode_by_pil(only_pixels(data, header), Format.JPEG)
     try:
         return _decode_by_simplejpeg(data, header)
@@ -242,6 +248,7 @@ def _decode_jpeg(data: bytes, header: JpegHeader) -> np.ndarray:
 
 
 def _decode_by_simplejpeg(data: bytes, header: JpegHeader) -> np.ndarray:
+    assert simplejpeg is not None, "PIL decodes where it is missing"
     with as_value_errors("simplejpeg"):
         height, width, *_ = simplejpeg.decode_jpeg_header(data)
         if (height, width) != (header.height, header.width):

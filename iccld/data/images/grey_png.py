@@ -6,15 +6,13 @@ smaller, and undoing it takes most of the time of reading them.
 
 import struct
 import zlib
-from typing import cast
 
 import numpy as np
-from zlib_ng import zlib_ng
 
+from iccld.data import deflate
 from iccld.data.images.png import GREY, PALETTE, SIGNATURE, png_chunks
 
 _COMPRESSION_LEVEL = 6
-_InflateError = cast("type[Exception]", zlib_ng.error)  # an instance, says its stub
 
 
 def encode_grey_png(ids: np.ndarray) -> bytes:
@@ -23,7 +21,7 @@ def encode_grey_png(ids: np.ndarray) -> bytes:
     rows = np.zeros((height, 1 + width), np.uint8)  # each row begins with the number of its filter: 0, none
     rows[:, 1:] = ids
     header = struct.pack(">IIBBBBB", width, height, 8, GREY, 0, 0, 0)
-    pixels = zlib_ng.compress(rows, _COMPRESSION_LEVEL)
+    pixels = deflate.compress(rows, _COMPRESSION_LEVEL)
     return SIGNATURE + _chunk(b"IHDR", header) + _chunk(b"IDAT", pixels) + _chunk(b"IEND", b"")
 
 
@@ -42,10 +40,10 @@ def decode_grey_png(data: bytes) -> np.ndarray | None:
     if depth != 8 or color not in (GREY, PALETTE) or any(rest) or not height * width:
         return None
     size = height * (1 + width)
-    inflater = zlib_ng.decompressobj()
+    inflater = deflate.decompressobj()
     try:
         pixels = inflater.decompress(_image_data(data), size + 1)  # never more, whatever the data would grow to
-    except _InflateError:
+    except deflate.InflateError:
         return None
     if len(pixels) != size or not inflater.eof:
         return None

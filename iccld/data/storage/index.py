@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from zlib_ng import zlib_ng
 
+from iccld.data.deflate import crc32
 from iccld.data.storage.files import kind_of
 from iccld.durable import create, write_whole
 from iccld.labels import CITYSCAPES_19, ClassSet, own_class_set
@@ -328,5 +328,5 @@ def file_checksum(path: Path) -> int:
     checksum = 0
     with path.open("rb") as file:
         while piece := file.read(1 << 22):
-            checksum = zlib_ng.crc32(piece, checksum)
+            checksum = crc32(piece, checksum)
     return checksum

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from zlib_ng import zlib_ng
 
+from iccld.data.deflate import crc32
 from iccld.data.storage.index import ARRAY_FILES, HEADER_FILE, IndexHeader, ShardIndex
 
 AT_ONCE_BYTES = 256 << 20
@@ -58,7 +58,7 @@ def faults(index: ShardIndex, *, share: float = 1.0) -> Iterator[tuple[Path, str
     for name, array in zip(ARRAY_FILES, (index.shards, index.samples, index.classes), strict=True):
         path, checksum = index.folder / name, 0
         for number, piece in enumerate(_pieces(path, array, share)):
-            checksum = zlib_ng.crc32(piece, checksum)
+            checksum = crc32(piece, checksum)
             if number and array is index.samples:
                 totals.add(np.frombuffer(piece, array.dtype))
         if checksum != index.header.checksums[name]:

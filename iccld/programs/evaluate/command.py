@@ -35,4 +35,4 @@ def run(arguments: argparse.Namespace) -> int:
         )
         finished = evaluate_run(config, preemption, model_folder=arguments.model or model)
     message = "iccld evaluate: stopped by a signal; the same command begins again"
-    return 0 if finished else status_of_stopped(config, message)
+    return 0 if finished else status_of_stopped(config, message, by_hand=preemption.by_hand)

@@ -26,4 +26,5 @@ def run(arguments: argparse.Namespace) -> int:
 
         config = load_config(arguments.overrides, config_dir=arguments.config_dir)
         finished = train(config, preemption, began=began)
-    return 0 if finished else status_of_stopped(config, "iccld train: stopped by a signal; the same command goes on")
+    message = "iccld train: stopped by a signal; the same command goes on"
+    return 0 if finished else status_of_stopped(config, message, by_hand=preemption.by_hand)

@@ -40,7 +40,7 @@ def check_fitness(config: Config, engine: Engine) -> None:
     checks: dict[str, Callable[[], None]] = {
         "device": partial(check_device, engine.device),
         "run_dir": partial(check_folder, run_dir, ranks.rank),
-        "shards": partial(_read_shards, config),
+        "shards": partial(read_shards, config),
         "shared_memory": partial(_share_memory, layouts, config),
         "collective": partial(check_collective, engine.device, engine.ranks),
     }
@@ -68,7 +68,7 @@ def _checkpoint_bytes(stage: Stage) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in held) + 8 * sum(p.numel() for p in trained)
 
 
-def _read_shards(config: Config) -> None:
+def read_shards(config: Config) -> None:
     """The first and the last sample of every set, from wherever they lie."""
     of_target = any(STAGES[name].reads_target_labels(stage_settings(name, config)) for name in config.stages)
     labelled = {"source": True, "target": of_target, "validation": True}

@@ -6,6 +6,7 @@ SIGUSR1 (a scheduler, before the time limit), SIGTERM (preemption) and SIGINT (C
 Exit statuses of `iccld train`:
 
     0      finished; or stopped by a signal with its position saved, unless `exit_status` says another
+    130    stopped by Ctrl-C (SIGINT) with its position saved, unless `exit_status` says another or a job script asked
     1      a fault of the program (traceback), or a process that could not even say what held it (its stacks)
     2      what the user must mend, in one line: the same command ends the same way again
     75     what the world did, in one line (a full disk, a lost connection, a killed worker); and STOPPED_BY_WATCHDOG: a
@@ -72,6 +73,8 @@ class Preemption:
 
     came = False
     """Whether a signal came."""
+    by_hand = False
+    """Whether the first one was SIGINT, as Ctrl-C sends it."""
 
     def __init__(self, config: PreemptionConfig | None = None) -> None:
         self.config = config or PreemptionConfig()
@@ -103,6 +106,7 @@ class Preemption:
         os.close(self._wakeup)  # the thread reads the end, and ends
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.by_hand = self.by_hand or (number == signal.SIGINT and not self.came)
         self.came = True
 
     def _wait(self, reader: int) -> None:
@@ -116,6 +120,7 @@ class Preemption:
                 return
             now, asked = time.monotonic(), [number for number in numbers or b"" if number in SIGNALS]
             if asked and first is None:
+                self.by_hand = self.by_hand or (asked[0] == signal.SIGINT and not self.came)
                 self.came, first = True, now
             elif asked and first is not None and now - first > self.config.debounce_s:
                 _force(f"{signal.Signals(asked[-1]).name} came {now - first:.0f} s after a first signal")

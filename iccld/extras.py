@@ -1,0 +1,34 @@
+"""The extras of the package: which of them installs a library that a command lacks."""
+
+EXTRA_OF = {
+    "argcomplete": "completion",
+    "accelerate": "train",
+    "aiohttp": "train",
+    "deepspeed": "train",
+    "fsspec": "train",
+    "hydra": "train",
+    "kornia": "train",
+    "matplotlib": "train",
+    "omegaconf": "train",
+    "tenacity": "train",
+    "wandb": "train",
+    "webdataset": "train",
+    "xformers": "train",
+    "s3fs": "s3",
+    "onnx": "export",
+    "onnxruntime": "export",
+    "onnxscript": "export",
+    "av": "video",
+}
+"""The extra that brings a library, by the name under which it is imported."""
+
+
+def remedy(error: ImportError) -> str:
+    """What a command needs and how to install it, as "needs hydra; pip install 'iccld[train]'".
+
+    Raises the error again if no extra brings what is missing: then it is a fault of the program.
+    """
+    library = (error.name or "").partition(".")[0]
+    if library not in EXTRA_OF or not isinstance(error, ModuleNotFoundError):
+        raise error
+    return f"needs {library}; pip install 'iccld[{EXTRA_OF[library]}]'"

@@ -1,0 +1,1 @@
+"""Whether this machine fits a run."""

@@ -1,0 +1,44 @@
+""" "Did you mean": a known word that is close to the one that was given, for the end of an error's line."""
+
+import difflib
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from iccld import settings
+
+_CHOICES = (
+    re.compile(r"Invalid value '(?P<word>[^']*)', expected one of \[(?P<known>[^\]]*)\]"),  # OmegaConf's, of an Enum
+    re.compile(
+        r"Could not find '[^']*/(?P<word>[^/']+)'\s+Available options in '[^']*': *(?P<known>[\w ]*)"
+    ),  # Hydra's
+    re.compile(r"invalid choice: '?(?P<word>[^']*?)'? \(choose from (?P<known>[^)]*)\)"),  # argparse's
+)
+_KEY = re.compile(r"Key '(?P<word>[^']+)' .*full_key: (?P<key>\S+)", re.DOTALL)
+
+
+def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
+    """`; did you mean 'b'?` for a word that is close to a known one, else nothing. `prefix` stands before the known."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {prefix}{close[0]}?" if close else ""
+
+
+def for_message(message: str, schema: Any = None) -> str:
+    """The suggestion for a message of Hydra, OmegaConf or argparse; `schema` has the settings that it may name."""
+    for pattern in _CHOICES:
+        if found := pattern.search(message):
+            return did_you_mean(found["word"], re.split(r"[,\s]+", found["known"].replace("'", "")))
+    found = _KEY.search(message) if schema is not None else None
+    return for_key(re.sub(r"\[\w*\]", "", found["key"]), schema) if found else ""
+
+
+def for_key(key: str, schema: Any) -> str:
+    """The suggestion for a setting `a.b.c` that there is not: a name beside its first part that is unknown."""
+    parts = key.split(".")
+    for number, part in enumerate(parts):
+        above = ".".join(parts[:number])
+        of_above = settings.type_at(schema, above) if above else schema
+        names = settings.fields_of(of_above) if hasattr(of_above, "__dataclass_fields__") else {}
+        if names and part not in names:
+            return did_you_mean(part, names, f"{above}." if above else "")
+    return ""

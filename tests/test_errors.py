@@ -1,0 +1,255 @@
+"""Every setting and every verb, given what cannot be: one line that names it, status 2, no traceback.
+
+The table is made from the schema, so that a new setting is covered by being there.
+"""
+
+import dataclasses
+import math
+import re
+import signal
+import sys
+import typing
+from collections.abc import Callable, Iterator
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from iccld.cli import main
+from iccld.config import Config, config_from, load_config
+from iccld.programs.stopped import status_of_stopped
+from iccld.runtime.faults.preemption import Preemption
+from iccld.settings import fields_of
+from iccld.suggestions import did_you_mean, for_key
+
+ANY_NUMBER = {"seed"}
+"""The numbers that may have any value."""
+LENIENT: set[str] = set()
+"""The settings whose nonsense is refused later than here, if at all."""
+NONSENSE = (-1, math.nan, math.inf, -math.inf, 1e30, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One setting: its path, its type, and the dataclass that it is a field of."""
+
+    path: str
+    kind: Any
+    part: type
+
+    @property
+    def name(self) -> str:
+        return self.path.rpartition(".")[2]
+
+
+def settings_of(part: type, prefix: str = "") -> Iterator[Setting]:
+    for name, kind in fields_of(part).items():
+        if dataclasses.is_dataclass(kind):
+            yield from settings_of(typing.cast(type, kind), f"{prefix}{name}.")
+        else:
+            yield Setting(f"{prefix}{name}", kind, part)
+
+
+SETTINGS = list(settings_of(Config))
+
+
+def nested(path: str, value: Any) -> dict[str, Any]:
+    for name in reversed(path.split(".")):
+        value = {name: value}
+    return value
+
+
+def line_of(act: Callable[[], object]) -> str:
+    """The one line of the ValueError that this raises."""
+    with pytest.raises(ValueError) as found:
+        act()
+    line = str(found.value)
+    assert "\n" not in line and 10 < len(line) < 600, line
+    return line
+
+
+def wrong_types(kind: Any) -> list[Any]:
+    """Values that are none of this type; what is given for a text is text."""
+    if kind is bool or kind in (int, float) or (isinstance(kind, type) and issubclass(kind, Enum)):
+        return ["nonsense", ["a"]]
+    if typing.get_origin(kind) is list or typing.get_origin(kind) is dict:
+        return ["nonsense", 7]
+    return [["a"]] if kind is str else []
+
+
+def test_the_table_covers_the_schema():
+    assert len(SETTINGS) > 150 and {"seed", "stage2.objective.learning_rate"} <= {each.path for each in SETTINGS}
+    assert len(SETTINGS) == len({setting.path for setting in SETTINGS})
+
+
+def test_a_value_of_another_type_is_one_line_that_names_the_setting():
+    count = 0
+    for setting in SETTINGS:
+        for value in wrong_types(setting.kind):
+            line = line_of(lambda s=setting, v=value: config_from(nested(s.path, v), where="config.yaml"))
+            assert line.startswith("config.yaml: ") and setting.path in line, (setting.path, value, line)
+            count += 1
+    assert count > 250
+
+
+def test_an_impossible_number_is_one_line_that_names_the_setting():
+    lenient = set()
+    for setting in SETTINGS:
+        if setting.kind not in (int, float) or setting.path in ANY_NUMBER:
+            continue
+        refused = []
+        for value in NONSENSE:
+            if setting.kind is int and not math.isfinite(value):
+                continue
+            try:
+                setting.part(**{setting.name: setting.kind(value)})
+            except ValueError as error:
+                refused.append(str(error))
+        assert not [line for line in refused if "\n" in line], setting.path
+        if not [line for line in refused if setting.name in line]:  # a rule about two settings may name the other
+            lenient.add(setting.path)
+    assert lenient <= LENIENT, sorted(lenient - LENIENT)
+
+
+def test_a_misspelt_setting_is_named_with_the_one_that_is_meant():
+    for setting in SETTINGS:
+        known = fields_of(setting.part)
+        for wrong in (setting.name + "z", setting.name[:-1] + "_", setting.name.replace("_", "")):
+            if wrong in known:
+                continue
+            path = setting.path.removesuffix(setting.name) + wrong
+            near = for_key(path, Config)
+            assert near.startswith("; did you mean ") or len(setting.name) <= 3, path
+            if wrong == setting.name + "z":
+                assert near == f"; did you mean {setting.path}?" or len(setting.name) <= 3, (path, near)
+
+
+def test_names_that_are_close_to_nothing_have_no_suggestion():
+    assert did_you_mean("xylophone", ["train", "config"]) == "" == for_key("xylophone.of", Config)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("stage1.trainer.num_stepz=3", "did you mean stage1.trainer.num_steps?"),
+        ("stagee1.trainer.num_steps=3", "did you mean stage1?"),
+        ("+sed=3", "did you mean seed?"),
+        ("engine.precision=bf61", "did you mean bf16?"),
+        ("experiment=demmo", "did you mean demo?"),
+        ("stages=[stage11]", "did you mean stage1?"),
+        ("+data.source.also={b:{shardz:x}}", "did you mean data.source.also.b.shards?"),
+    ],
+)
+def test_what_is_close_to_a_setting_a_choice_or_a_file(override: str, words: str):
+    assert words in line_of(lambda: load_config([override]))
+
+
+def test_saved_settings_that_are_misspelt(tmp_path: Path):
+    line = line_of(lambda: config_from({"engine": {"precison": "bf16"}}, where="config.yaml"))
+    assert "did you mean engine.precision?" in line
+
+
+def said(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that the command ends with, with status 2."""
+    capsys.readouterr()
+    try:
+        status = main(arguments)
+    except SystemExit as end:
+        status = end.code
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert status == 2 and len(lines) == 1 and "Traceback" not in lines[0], (arguments, status, lines)
+    return lines[0]
+
+
+def choices(line: str) -> list[str]:
+    found = re.search(r"\(choose from ([^)]*)\)", line)
+    assert found, line
+    return found[1].replace("'", "").split(", ")
+
+
+def test_every_verb_refuses_an_option_that_it_does_not_have(capsys: pytest.CaptureFixture[str]):
+    verbs = choices(said(["nonsense"], capsys))
+    assert {"train", "config", "predict", "shards", "doctor"} <= set(verbs)
+    for verb in verbs:
+        arguments = (
+            ["x"] * 3 if verb == "predict" else [] if verb in ("train", "config", "profile", "doctor") else ["x"]
+        )
+        assert "iccld" in said([verb, *arguments, "--no-such-option"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("trian", "did you mean train?"),
+        ("shards mak", "did you mean make?"),
+        ("checkpoint exprt a b", "did you mean export?"),
+        ("predict a b c --attention sdp", "did you mean sdpa?"),
+        ("shards", "ACTION"),
+        ("evaluate", "run_dir"),
+        ("train --config-dir /nowhere", "/nowhere"),
+        ("train --secrets /nowhere", "/nowhere"),
+        ("evaluate /nowhere", "/nowhere"),
+        ("predict /nowhere a.png out", "/nowhere"),
+        ("goodput /nowhere", "/nowhere"),
+        ("ablate /nowhere --output out", "/nowhere"),
+        ("checkpoint list /nowhere", "/nowhere"),
+        ("checkpoint verify /nowhere", "/nowhere"),
+        ("shards info /nowhere", "/nowhere"),
+        ("shards verify /nowhere", "/nowhere"),
+        ("shards index /nowhere", "/nowhere"),
+        ("submit --settings /nowhere train", "/nowhere"),
+    ],
+)
+def test_what_is_misspelt_or_missing_is_one_line(command: str, words: str, capsys: pytest.CaptureFixture[str]):
+    assert words in said(command.split(), capsys)
+
+
+@pytest.mark.parametrize("text", ["a: [1\nb: 2\n", "seed: 1\nseed: 2\n", "seed: *x\n", "a: b: c\n", "\tseed: 1\n"])
+@pytest.mark.parametrize(
+    "command", ["config --config-dir {0} experiment=mine", "submit --settings {1} train", "ablate {1}"]
+)
+def test_a_broken_file_is_named_with_its_line(
+    text: str, command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    file = tmp_path / "experiment/mine.yaml"
+    file.parent.mkdir()
+    file.write_text(text)
+    line = said([*command.format(tmp_path, file).split(), *(["--output", "x"] if "ablate" in command else [])], capsys)
+    assert re.search(rf"{re.escape(str(file))}:[12]: ", line), line
+
+
+@pytest.mark.parametrize(
+    ("variables", "by_hand", "configured", "status"),
+    [
+        ({}, True, 0, 130),
+        ({}, False, 0, 0),
+        ({}, True, 7, 7),
+        ({"WORLD_SIZE": "2"}, True, 0, 0),  # the launcher ends with 130
+        ({"ICCLD_OUTCOME": "file"}, True, 0, 85),
+    ],
+)
+def test_the_status_of_a_run_that_was_stopped(
+    variables: dict[str, str], by_hand: bool, configured: int, status: int, monkeypatch: pytest.MonkeyPatch
+):
+    for name in ("WORLD_SIZE", "ICCLD_OUTCOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    config = load_config([f"preemption.exit_status={configured}"])
+    assert status_of_stopped(config, "stopped", by_hand=by_hand) == status
+
+
+def test_ctrl_c_is_told_from_other_signals():
+    for sent, by_hand in ((signal.SIGINT, True), (signal.SIGTERM, False)):
+        with Preemption() as preemption:
+            signal.raise_signal(sent)
+            assert preemption.came and preemption.by_hand is by_hand
+
+
+def test_a_library_that_is_missing_is_said_with_its_extra(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setitem(sys.modules, "hydra", None)
+    monkeypatch.delitem(sys.modules, "iccld.config")
+    assert said(["train"], capsys) == "iccld train needs hydra; pip install 'iccld[train]'"
