@@ -89,8 +89,9 @@ class Config:
 
     def __post_init__(self) -> None:
         if not self.stages or self.stages != [name for name in STAGES if name in self.stages]:
+            near = "".join(suggestions.did_you_mean(name, STAGES) for name in self.stages if name not in STAGES)
             raise ValueError(
-                f"stages={self.stages} must be some of [{', '.join(STAGES)}], in this order; use stage=all."
+                f"stages={self.stages} must be some of [{', '.join(STAGES)}], in this order; use stage=all{near or '.'}"
             )
         if self.stage1_from and first_stage() in self.stages:
             raise ValueError(

@@ -69,11 +69,13 @@ MAY_IMPORT = {
 WINGS: dict[str, dict[str, set[str]]] = {
     "data": {
         "processes": set(),
-        "images": set(),
-        "storage": set(),
-        "config": {"storage"},
-        "sample": {"images", "storage"},
-        "shards": {"images", "storage", "sample", "processes"},
+        "deflate": set(),
+        "classes": set(),
+        "images": {"deflate"},
+        "storage": {"deflate", "classes"},
+        "config": {"classes", "storage"},
+        "sample": {"classes", "images", "storage"},
+        "shards": {"classes", "images", "storage", "sample", "processes"},
         "stream": {"images", "storage", "sample", "processes", "config"},
     },
     "runtime": {
@@ -85,12 +87,16 @@ WINGS: dict[str, dict[str, set[str]]] = {
         "engine": {"ranks", "tensors", "checkpoint"},
     },
     "programs": {
-        "run": set(),
-        "ablate": {"run", "evaluate", "goodput", "submit"},
-        "predict": {"run", "evaluate"},
-        "submit": {"run", "evaluate"},
-        "train": {"run", "evaluate"},
-        "*": {"run"},
+        "arguments": set(),
+        "stopped": set(),
+        "run": {"goodput"},  # a record of a run has its ledger
+        "ablate": {"arguments", "run", "evaluate", "goodput", "submit"},
+        "checkpoint_command": {"checkpoint"},
+        "doctor": {"arguments", "run", "train"},
+        "report": {"run", "goodput"},
+        "submit": {"arguments", "run", "evaluate", "profile", "train"},
+        "train": {"arguments", "stopped", "run", "evaluate"},
+        "*": {"arguments", "stopped", "run"},
     },
 }
 """The wings of a room (its folders and files), lower ones first: what each may import of the room, besides itself.
