@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from iccld.inference.pictures import overlay
 from iccld.plain_yaml import to_yaml
-from iccld.predict import overlay
 
 CLASSES = {"lane": (128, 64, 128), "kerb & grass": (107, 142, 35), "car": (0, 0, 142), "<b>bike</b>": (220, 20, 60)}
 """Of one's own; the last tries to be markup."""
