@@ -34,11 +34,6 @@ class StopAt(Preemption):
     def __init__(self, stop_at: int | None) -> None:
         self.remaining = stop_at
 
-    def install(self) -> "StopAt":
-        return self
-
-    def remove(self) -> None: ...
-
     @property
     def requested(self) -> bool:  # type: ignore[override]
         if self.remaining is None:
