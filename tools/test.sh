@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Lint, types and tests, with all of their set-up:
 #     bash tools/test.sh                           everything but the slow tests and those for a GPU
+#     bash tools/test.sh quick                     in a minute or two, without other processes: while you edit
 #     bash tools/test.sh GROUP [PYTEST ARGUMENTS]  lint, types, slow, gpu, distributed, or a folder or file of tests/
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -9,13 +10,13 @@ group=${1:-all}
 shift || true
 target=""
 case $group in
-all | lint | types | slow | gpu | distributed) ;;
+all | quick | lint | types | slow | gpu | distributed) ;;
 *)
     target=$(find tests \( -type d -name "$group" -o -name "test_$group.py" \) ! -name __pycache__ | sort | head -n 1)
     if [ -z "$target" ]; then
         names=$(find tests -mindepth 1 \( -type d -o -name "test_*.py" \) ! -name "__*" ! -name ".*" |
             sed 's|.*/||; s|^test_||; s|\.py$||' | sort -u | tr '\n' ' ')
-        echo "test.sh: unknown group '$group'; use one of: lint types slow gpu distributed ${names% }" >&2
+        echo "test.sh: unknown group '$group'; use one of: quick lint types slow gpu distributed ${names% }" >&2
         exit 2
     fi
     ;;
@@ -33,6 +34,12 @@ if [ "$group" = gpu ]; then # a bare GPU machine may have no package index, and 
 fi
 source tools/setup.sh
 export OMP_NUM_THREADS=1 # test processes share the cores
+
+quick=(
+    tests/models tests/uda tests/data/images tests/data/stream/test_{crops,domain,order}.py
+    tests/stages/test_{adversarial,objective,remedies,segmentation,table}.py
+    tests/test_{architecture,batch_layout,config,diffusion,evaluation,labels,losses,ranges,rng,scores,settings}.py
+)
 
 lint() {
     ruff check .
@@ -55,6 +62,7 @@ all)
     tests -m "not slow and not gpu" "$@"
     ;;
 lint | types) "$group" ;;
+quick) tests -m "not slow and not gpu and not distributed" "${quick[@]}" "$@" ;;
 slow) tests -m "slow and not gpu" "$@" ;;
 gpu) python -m pytest -m gpu "${files[@]}" "$@" ;;
 distributed) tests -k distributed -m "not slow and not gpu" "$@" ;; # folder, file, test or marker of that name
