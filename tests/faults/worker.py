@@ -102,7 +102,7 @@ def inject() -> None:
     wrap(DomainStream, "batch", "data", lambda self, numbers: int(numbers[0]) // batch_size)
     wrap(checkpoint, "write_runs", "save", lambda path, runs: int(path.parent.name[5:13]))
     wrap(evaluate, "evaluate", "evaluate", lambda *_: 0)
-    wrap(fitness, "_read_shards", "shards", lambda *_: 0)
+    wrap(fitness, "read_shards", "shards", lambda *_: 0)
     wrap(train, "hand_over", "hand_over", lambda *_: 0)
 
 

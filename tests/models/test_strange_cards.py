@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from iccld.cli import main
@@ -182,7 +183,8 @@ def test_names_of_weights_are_no_commands_of_the_terminal(folder: Path, capfd: p
     weights = load_file(folder / "model.safetensors")
     save_file({**weights, "\x1b]0;owned\x07": next(iter(weights.values())).clone()}, folder / "model.safetensors")
     edit(folder, lambda c: c.update(weights_sha256=file_checksum(folder / "model.safetensors")))
-    assert main(["predict", str(folder), "x.png", str(folder / "out")]) == 2
+    Image.new("RGB", (64, 64)).save(image := folder.parent / "x.png")
+    assert main(["predict", str(folder), str(image), str(folder / "out")]) == 2
     assert "\x1b" not in (said := capfd.readouterr().err) and "\\x1b]0;owned" in said
 
 

@@ -35,11 +35,12 @@ def run_dir_of(command: Sequence[str]) -> Path:
         return Path(_config(command).run_dir).absolute()
     arguments = _parse(command)
     words = settings_of(arguments)
-    if (arguments.run_dir / "config.yaml").exists():
-        saved_settings(arguments.run_dir, words)
+    run_dir = Path(arguments.run_dir)
+    if (run_dir / "config.yaml").exists():
+        saved_settings(run_dir, words)
     else:  # not yet: a job before this one makes it
         config_from({}, where="evaluate", overrides=words)
-    return arguments.run_dir.absolute()
+    return run_dir.absolute()
 
 
 def _parse(command: Sequence[str]) -> argparse.Namespace:

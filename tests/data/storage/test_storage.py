@@ -197,8 +197,8 @@ def test_a_file_url_is_a_folder(tmp_path: Path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"timeout_s": 0.0}, "data.storage.timeout_s=0.0 must be positive; 20 is usual."),
-        ({"timeout_s": float("nan")}, "data.storage.timeout_s=nan must be positive"),
+        ({"timeout_s": 0.0}, "data.storage.timeout_s=0.0 must be above 0, and finite; 20 is usual."),
+        ({"timeout_s": float("nan")}, "data.storage.timeout_s=nan must be above 0, and finite"),
         ({"retry_for_s": -1.0}, "data.storage.retry_for_s=-1.0 must be at least 0"),
     ],
 )
