@@ -75,7 +75,7 @@ def predict_files(
     if failures:
         total = len(written) + len(failures)
         raise ValueError(
-            f"{len(failures)} of {total} files were not segmented (the other {len(written)} are in {output}); "
+            f"predict: {len(failures)} of {total} files were not segmented (the other {len(written)} are in {output}); "
             f"repair, move or remove them:\n  " + "\n  ".join(failures)
         )
     return written
@@ -85,11 +85,11 @@ def _predict_one(inputs: Sequence[Path], output: Path, segment: Segment, *, with
     """One image to one label PNG."""
     found = expanded(inputs)
     if len(found) != 1 or found[0].is_dir():
-        raise ValueError(f"the output {output} is one picture, and takes one image; name a folder instead.")
+        raise ValueError(f"predict: the output {output} is one picture, and takes one image; name a folder instead.")
     if with_probabilities:
-        raise ValueError(f"--probabilities needs a folder for its files, not {output}; name a folder.")
+        raise ValueError(f"predict: --probabilities needs a folder for its files, not {output}; name a folder.")
     if _real(output) == _real(found[0]):
-        raise ValueError(f"{output} is an input and would be overwritten; give another output.")
+        raise ValueError(f"predict: {output} is an input and would be overwritten; give another output.")
     image = read_image(found[0])
     with _enough_memory(found[0], image):
         prediction = segment(image, image_number(found[0]))
@@ -106,7 +106,7 @@ def expanded(inputs: Sequence[Path]) -> list[Path]:
         matches = [path] if is_there else sorted(map(Path, glob.glob(str(path), recursive=True)))  # noqa: PTH207
         if not matches:
             what = "matches nothing" if glob.has_magic(str(path)) else "does not exist"
-            raise ValueError(f"{path} {what}; give images, folders of images, or patterns.")
+            raise ValueError(f"predict: {path} {what}; give images, folders of images, or patterns.")
         found += matches
     return list(dict.fromkeys(found))
 
@@ -137,7 +137,7 @@ def read_image(path: Path) -> np.ndarray:
 def _jobs(inputs: Sequence[Path], output: Path, *, with_probabilities: bool) -> tuple[dict[Path, Path], list[str]]:
     """Each image to read, and the path, less `_label.png`, of what is written for it; and what else there is."""
     if output.exists() and not output.is_dir():
-        raise ValueError(f"the output {output} is a file and must be a folder; give another one.")
+        raise ValueError(f"predict: the output {output} is a file and must be a folder; give another one.")
     found, places, paths = _Found([]), dict[Path, Path](), expanded(inputs)
     for path in paths:
         part = _found_in(path, output)
@@ -146,17 +146,17 @@ def _jobs(inputs: Sequence[Path], output: Path, *, with_probabilities: bool) -> 
         found.failures += part.failures
         found.notes += part.notes
     for note in found.notes:
-        print(f"{note}", file=sys.stderr)
+        print(f"predict: {note}", file=sys.stderr)
     if len(set(places.values())) < len(places):
         name = Counter(places.values()).most_common(1)[0][0]
-        raise ValueError(f"two inputs would be written as {output / name}; predict them into two folders.")
+        raise ValueError(f"predict: two inputs would be written as {output / name}; predict them into two folders.")
     names = _distinct_names(list(places.values()))
     jobs = {source: output / name for source, name in zip(places, names, strict=True)}
     read = {_real(source) for source in places}
     written = [file for target in jobs.values() for file in _files(target)[: 3 if with_probabilities else 2]]
     for file in (*written, output / LEGEND):
         if _real(file) in read:
-            raise ValueError(f"{file} is an input and would be overwritten; give another output folder.")
+            raise ValueError(f"predict: {file} is an input and would be overwritten; give another output folder.")
     return jobs, found.failures
 
 
@@ -165,10 +165,10 @@ def _found_in(path: Path, output: Path) -> "_Found":
     if not path.is_dir():
         return _Found([path])
     if _real(output) == _real(path):
-        raise ValueError(f"the output folder {output} is the input folder; give another one.")
+        raise ValueError(f"predict: the output folder {output} is the input folder; give another one.")
     found = _look_below(path, _real(output))
     if not found.images and not found.failures:
-        raise ValueError(f"{path} holds no image ({', '.join(IMAGE_SUFFIXES)}); give another folder.")
+        raise ValueError(f"predict: {path} holds no image ({', '.join(IMAGE_SUFFIXES)}); give another folder.")
     return found
 
 

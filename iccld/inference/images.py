@@ -53,7 +53,7 @@ def _read(image: Any) -> Numbered:
         pixels = _of_tensor(image)
     else:
         raise ValueError(
-            f"{type(image).__name__} is no image; give paths, PIL images, arrays (H, W, 3) or tensors "
+            f"predict: {type(image).__name__} is no image; give paths, PIL images, arrays (H, W, 3) or tensors "
             f"(3, H, W), one or a list."
         )
     picture = pixels if pixels.dtype == np.uint8 else np.round(pixels * 255).astype(np.uint8)
@@ -62,7 +62,9 @@ def _read(image: Any) -> Numbered:
 
 def _of_pil(image: Image.Image) -> np.ndarray:
     if image.mode not in _EIGHT_BITS:
-        raise ValueError(f"a PIL image of mode {image.mode} has no known range; give its path, or convert it to RGB.")
+        raise ValueError(
+            f"predict: a PIL image of mode {image.mode} has no known range; give its path, or convert it to RGB."
+        )
     return np.array(ImageOps.exif_transpose(image).convert("RGB"))
 
 
@@ -74,11 +76,11 @@ def _of_array(image: np.ndarray) -> np.ndarray:
             image.ndim == 3 and image.shape[2] == 4: "drop alpha with image[..., :3]",
             image.ndim == 4: "give several arrays as a list: list(images)",
         }.get(True, "give RGB pixels")
-        raise ValueError(f"an array of shape {image.shape} must be (H, W, 3); {remedy}.")
+        raise ValueError(f"predict: an array of shape {image.shape} must be (H, W, 3); {remedy}.")
     if image.dtype == np.uint8:
         return image
     if not np.issubdtype(image.dtype, np.floating):
-        raise ValueError(f"an array of {image.dtype} must be uint8, or float in [0, 1]; convert it.")
+        raise ValueError(f"predict: an array of {image.dtype} must be uint8, or float in [0, 1]; convert it.")
     _check_range(float(image.min()), float(image.max()))  # NaN is in neither
     return np.clip(image, 0, 1).astype(np.float32)
 
@@ -87,9 +89,11 @@ def _of_tensor(image: Tensor) -> np.ndarray:
     if image.ndim != 3 or image.shape[0] != 3 or not image.numel():
         is_last = image.ndim == 3 and image.shape[2] == 3
         remedy = "channels come first: image.permute(2, 0, 1)" if is_last else "give RGB pixels"
-        raise ValueError(f"a tensor of shape {tuple(image.shape)} must be (3, H, W) or (B, 3, H, W); {remedy}.")
+        raise ValueError(
+            f"predict: a tensor of shape {tuple(image.shape)} must be (3, H, W) or (B, 3, H, W); {remedy}."
+        )
     if image.dtype != torch.uint8 and not image.is_floating_point():
-        raise ValueError(f"a tensor of {image.dtype} must be uint8, or float in [0, 1]; convert it.")
+        raise ValueError(f"predict: a tensor of {image.dtype} must be uint8, or float in [0, 1]; convert it.")
     image = image.detach().cpu().permute(1, 2, 0)
     return _of_array((image if image.dtype == torch.uint8 else image.float()).numpy())
 
@@ -99,4 +103,4 @@ def _check_range(low: float, high: float) -> None:
     if low >= -tolerance and high <= 1 + tolerance:
         return
     remedy = "divide by 255" if low >= 0 else "give the image before it is normalised; the model does it itself"
-    raise ValueError(f"float pixels from {low:.4g} to {high:.4g} must lie in [0, 1]; {remedy}.")
+    raise ValueError(f"predict: float pixels from {low:.4g} to {high:.4g} must lie in [0, 1]; {remedy}.")

@@ -36,12 +36,12 @@ def predict_video(source: Path, output: Path, segment: Segment) -> Path:
     is_file = output.suffix.lower() == ".mp4"
     target = output if is_file else output / f"{source.stem}_overlay.mp4"
     if target.exists() and target.samefile(source):
-        raise ValueError(f"{target} is the input and would be overwritten; give another output.")
+        raise ValueError(f"predict: {target} is the input and would be overwritten; give another output.")
     make_folder(target.parent, within=target.parent)
     try:
         with av.open(str(source)) as video, replacing(target, durably=False) as file:
             if not video.streams.video:
-                raise ValueError(f"{source} has no picture; give a video.")
+                raise ValueError(f"predict: {source} has no picture; give a video.")
             with av.open(file, "w", format="mp4") as written:
                 prediction = _write_frames(video, written, segment)
     except av.error.FFmpegError as error:
@@ -65,7 +65,7 @@ def _write_frames(
             out.height, out.width, out.pix_fmt = *picture.shape[:2], "yuv420p"
         written.mux(out.encode(_av().VideoFrame.from_ndarray(picture)))
     if out is None or prediction is None:
-        raise ValueError("the video has no frame that can be decoded; give another.")
+        raise ValueError("predict: the video has no frame that can be decoded; give another.")
     written.mux(out.encode(None))
     return prediction
 
@@ -82,5 +82,5 @@ def _av() -> Any:
         import av
         import av.error
     except ImportError as error:
-        raise ValueError("videos need PyAV; pip install 'iccld[video]'.") from error
+        raise ValueError("predict: videos need PyAV; pip install 'iccld[video]'.") from error
     return av

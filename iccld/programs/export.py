@@ -42,9 +42,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     kind = arguments.format or {".onnx": "onnx", ".pt2": "torch"}.get(arguments.output.suffix, "")
     if not kind:
-        raise ValueError(f"{arguments.output} must end in .pt2 or .onnx, or give --format.")
+        raise ValueError(f"export: {arguments.output} must end in .pt2 or .onnx, or give --format.")
     if os.path.lexists(arguments.output):
-        raise ValueError(f"{arguments.output} exists; give a file that does not.")
+        raise ValueError(f"export: {arguments.output} exists; give a file that does not.")
     if kind == "onnx":
         _need_onnx()
     from iccld.inference.model import ICCLD
@@ -70,7 +70,7 @@ def export_model(model: "ICCLD", output: Path, *, kind: str, num_steps: int = 0,
         worst = _difference(module, _runner(file, kind), trials)
         if not worst <= TOLERANCE:
             raise ValueError(
-                f"the exported model's logits differ from the model's by {worst:.1e} of the largest; nothing "
+                f"export: the exported model's logits differ from the model's by {worst:.1e} of the largest; nothing "
                 f"is written. Try another --format."
             )
         make_folder(output.parent, within=output.parent)
@@ -186,7 +186,9 @@ def _difference(module: "nn.Module", exported: Any, trials: Sequence[tuple["Tens
         for given in trials:
             own, other = module(*given), exported(*given)
             if own.shape != other.shape:
-                raise ValueError(f"logits {tuple(other.shape)} are not of the model's shape {tuple(own.shape)}.")
+                raise ValueError(
+                    f"export: logits {tuple(other.shape)} are not of the model's shape {tuple(own.shape)}."
+                )
             worst = max(worst, float((own - other).abs().max() / own.abs().max()))
     return worst
 
@@ -197,4 +199,4 @@ def _need_onnx() -> None:
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise ValueError(f"ONNX needs {error.name}; pip install 'iccld[export]'.") from error
+        raise ValueError(f"export: ONNX needs {error.name}; pip install 'iccld[export]'.") from error

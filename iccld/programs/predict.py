@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     inputs = expanded(arguments.input)
     videos = [path for path in inputs if is_video(path)]
     if videos and (len(inputs) > 1 or arguments.probabilities):
-        raise ValueError(f"{videos[0]} is a video, which is predicted alone, and without --probabilities.")
+        raise ValueError(f"predict: {videos[0]} is a video, which is predicted alone, and without --probabilities.")
     attention = AttentionBackend[arguments.attention]
     folder = find_model(arguments.model, weights=arguments.weights, stages=[*reversed(STAGES)])
     model = ICCLD.from_pretrained(folder, attention=attention)
