@@ -25,8 +25,8 @@ def test_an_error_waits_for_the_save_under_way(
             raise OSError(28, "No space left on device")
         return write_runs(*arguments)
 
-    def fail_in_step_2(*_: Any, num_steps: int) -> None:
-        if num_steps == 2:
+    def fail_in_step_2(*_: Any, step: int) -> None:
+        if step == 2:
             raise ValueError("a fault")
 
     monkeypatch.setattr(checkpoint, "write_runs", slow)
