@@ -290,7 +290,7 @@ def config_from(values: Any, *, where: str, overrides: Sequence[str] = ()) -> Co
     parsed = _parsed(overrides)
     try:
         plain = _as_it_is(settings.with_typed_keys(_of_this_version(values), Config))
-        config = OmegaConf.merge(_schema(), plain)
+        config = OmegaConf.merge(_schema(Config), plain)
         for override in parsed:
             if override.is_delete() or not re.fullmatch(r"[\w.$-]+", override.get_key_element().lstrip("+")):
                 raise ValueError(f"{override.input_line}: settings that are saved take key=value, and nothing else.")
@@ -303,9 +303,9 @@ def config_from(values: Any, *, where: str, overrides: Sequence[str] = ()) -> Co
 
 
 @cache
-def _schema() -> Any:
+def _schema(section: type) -> Any:
     """The defaults as OmegaConf has them, which take a fifth of a second to make. `merge` copies them."""
-    return OmegaConf.structured(Config)
+    return OmegaConf.structured(section)
 
 
 def _of_this_version(values: Mapping[str, Any]) -> Mapping[str, Any]:
