@@ -171,7 +171,7 @@ def test_it_is_scored_in_training_and_after_it_by_its_own_predictor(words: list[
     run_dir = run_dir_of(words)
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     in_training = {line["step"]: line["miou"] for line in lines if line["stage"] == "stage3" and "miou" in line}
-    assert list(in_training) == [1, STEPS - 1]
+    assert list(in_training) == [2, STEPS]
     path = run_dir / "report/results.json"
     for _ in range(2):
         results = named_results(json.loads(path.read_text()))
