@@ -178,7 +178,7 @@ def test_it_is_scored_in_training_and_after_it_by_its_own_predictor(words: list[
         assert list(results) == ["stage1", "stage3"]
         iou = results["stage3"].iou
         assert sum(value > 0 for value in iou) <= 1, "it predicts one class"
-        assert in_training[STEPS - 1] == pytest.approx(results["stage3"].miou)
+        assert in_training[STEPS] == pytest.approx(results["stage3"].miou)
         assert set(json.loads(path.read_text())["diagnostics"]) == {"stage1", "stage3"}
         path.unlink()
         assert evaluate_run(load_config(words))
