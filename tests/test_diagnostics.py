@@ -65,6 +65,9 @@ class Reader:
     def decodable(self, z_0: Tensor, encoded_latent: Tensor) -> Tensor:
         return denormalise(z_0, mean=self.latent_mean, std=self.latent_std)
 
+    def diffused_latent(self, *, clean: Tensor, **_: Any) -> Tensor:
+        return normalise(clean, mean=self.latent_mean, std=self.latent_std)
+
     def condition_of(self, encoded: EncoderOutput, images: Tensor) -> Tensor:
         return normalise(encoded.latent, mean=self.condition_mean, std=self.condition_std)
 
