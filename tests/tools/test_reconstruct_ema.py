@@ -109,7 +109,7 @@ def test_a_tracked_width_comes_back_exactly_in_a_folder_like_the_teachers(
     assert model.card.class_names == teacher.card.class_names and model.card.palette == teacher.card.palette
     assert model.card.origin["width"] == 0.05 and model.card.origin["step"] == NUM_STEPS
     assert model.card.origin["run_dir"] == config.run_dir
-    assert {path.name for path in (tmp_path / "model").iterdir()} == {"config.json", "model.safetensors"}
+    assert {path.name for path in (tmp_path / "model").iterdir()} == {"README.md", "config.json", "model.safetensors"}
 
 
 def test_an_earlier_step_is_that_steps_average_whatever_came_after(
