@@ -103,7 +103,7 @@ class Config:
         check_ranges(self, "", statistics_samples=at_least(1, "256 is usual"))
 
     def _take_things(self) -> None:
-        """Of classes of one's own, the features' distance is taken over the things, unless it is said otherwise."""
+        """Take the feature distance over the things, for own classes, unless the setting says otherwise."""
         objective, usual = self.stage1.objective, SegmentationConfig()
         if self.data.class_set.colors and objective.feature_distance_classes == usual.feature_distance_classes:
             objective.feature_distance_classes = list(self.data.class_set.build().things)

@@ -1,4 +1,4 @@
-"""What the source says of each setting: its type, its default and its meaning.
+"""Reading of each setting in the source: its type, its default and its meaning.
 
 An explanation is the string below a field, or the comment behind it; else the docstring of its enum.
 """

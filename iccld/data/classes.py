@@ -34,7 +34,7 @@ _MAX_NAME = 100
 
 @dataclass(frozen=True)
 class ClassList:
-    """What a YAML of classes says; `ids` maps what label files hold (numbers, "r g b", names) to class indices."""
+    """Content of a YAML of classes; `ids` maps what label files hold (numbers, "r g b", names) to class indices."""
 
     path: str
     class_set: ClassSet
@@ -93,7 +93,7 @@ def read_classes(path: str | Path) -> ClassList:
 
 
 def classes_of(setting: str) -> ClassList | None:
-    """What `--classes` says: a file's classes; None for nothing and for "cityscapes". Raises ValueError."""
+    """Read `--classes`: a file's classes; None for nothing and for "cityscapes". Raises ValueError."""
     return read_classes(setting) if setting not in ("", CITYSCAPES) else None
 
 
@@ -156,7 +156,7 @@ class _Reader:
         return [int(part) for part in value]
 
     def ids(self, classes: Mapping[str, Any], ignore: Any, kind: str) -> dict[int | str, int]:
-        """What label files may hold, to class indices, each once."""
+        """Map what label files may hold to class indices, each once."""
         found: dict[int | str, int] = {}
         owners: dict[int | str, str] = {}
         listed = [(f"classes.{name}", index, _ids_of(name, classes, kind)) for index, name in enumerate(classes)]
@@ -201,7 +201,7 @@ class _Reader:
 
 
 def _ids_of(name: str, classes: Mapping[str, Any], kind: str) -> Any:
-    """What a class's `ids` are, or by default; None where nothing says it."""
+    """Return a class's `ids`, given or by default; None where nothing says it."""
     about = classes[name]
     return about.get("ids", {"colors": about.get("color"), "polygons": name}.get(kind))
 

@@ -229,7 +229,7 @@ def _why_no_image(file: Path) -> str:
 
 
 def _real(path: Path) -> Path:
-    """Where a path leads; unlike `resolve`, it takes links that lead to themselves, and names that cannot be."""
+    """Return where a path leads; unlike `resolve`, it takes links that lead to themselves, and names that cannot be."""
     return Path(os.path.realpath(path))
 
 

@@ -30,7 +30,7 @@ class Numbered(NamedTuple):
 
 
 def is_one(images: Images | list[Images] | tuple[Images, ...]) -> bool:
-    """Whether a single image is given, for a single result. A batch of one is a batch."""
+    """Tell whether a single image is given, for a single result. A batch of one is a batch."""
     return not isinstance(images, list | tuple) and not (isinstance(images, Tensor) and images.ndim == 4)
 
 

@@ -1,4 +1,4 @@
-"""What a model says of one image. Shape letters: `H W` image, `K` classes."""
+"""Prediction of a model for one image. Shape letters: `H W` image, `K` classes."""
 
 import math
 from collections.abc import Sequence

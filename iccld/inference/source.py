@@ -1,4 +1,4 @@
-"""Where a model comes from: a model folder, a run directory, or the hub."""
+"""Sources of a model: a model folder, a run directory, or the hub."""
 
 import re
 from collections.abc import Sequence

@@ -21,7 +21,7 @@ VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
 
 
 def is_video(path: Path) -> bool:
-    """Whether a file's name ends as a video's does."""
+    """Tell whether a file's name ends as a video's does."""
     return path.suffix.lower() in VIDEO_SUFFIXES and path.is_file()
 
 

@@ -41,7 +41,7 @@ class FileState:
         return cls(path.name, path.stat().st_size, file_checksum(path))
 
     def is_that_of(self, path: Path) -> bool:
-        """Whether the file is there, and has these bytes."""
+        """Tell whether the file is there, and has these bytes."""
         return path.is_file() and path.stat().st_size == self.size and file_checksum(path) == self.checksum
 
 

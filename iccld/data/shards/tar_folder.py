@@ -119,7 +119,7 @@ def _tars_below(folder: Path) -> tuple[list[str], list[str]]:
 
 
 def _leads_into(path: Path, folder: Path) -> bool:
-    """Whether a path is no link, or a link to what a look into a folder comes by, too."""
+    """Tell whether a path is no link, or a link to what a look into a folder comes by, too."""
     if not path.is_symlink():
         return True
     target, folder = path.resolve(), folder.resolve()

@@ -1,1 +1,1 @@
-"""Whether this machine fits a run."""
+"""Check of this machine, and of what a run needs of it."""

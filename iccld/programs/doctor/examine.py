@@ -134,7 +134,7 @@ def versions() -> Iterator[Finding]:
 
 
 def _belongs(need: Requirement, extra: str) -> bool:
-    """Whether a requirement is the extra's own, or, for an empty name, one of every install."""
+    """Tell whether a requirement is the extra's own, or, for an empty name, one of every install."""
     always = need.marker is None or need.marker.evaluate({"extra": ""})
     return always if not extra else not always and need.marker is not None and need.marker.evaluate({"extra": extra})
 
@@ -186,7 +186,7 @@ def attention(config: Any, device_type: str) -> Iterator[Finding]:
 
 
 def compiler(config: Any, device_type: str) -> Iterator[Finding]:
-    """What torch.compile needs: a C++ compiler on a CPU, Triton on a GPU too."""
+    """Look for what torch.compile needs: a C++ compiler on a CPU, Triton on a GPU too."""
     name = os.environ.get("CXX") or "g++"
     lacks = [] if shutil.which(name) else [f"{name} is not on PATH (install g++, or set CXX)"]
     lacks += (
@@ -201,13 +201,13 @@ def compiler(config: Any, device_type: str) -> Iterator[Finding]:
 
 
 def shared_memory() -> Iterator[Finding]:
-    """What loader workers share their batches in."""
+    """Check /dev/shm, in which loader workers share their batches."""
     check_shared_memory(SHARED_MEMORY_BYTES)
     yield Finding(FINE, "shared memory", f"/dev/shm gives {SHARED_MEMORY_BYTES >> 20} MiB")
 
 
 def run_folder(run_dir: Path) -> Iterator[Finding]:
-    """Whether files can be renamed and locked where the run will write, and how fast they are on the disk."""
+    """Tell whether files can be renamed and locked where the run will write, and how fast they are on the disk."""
     near = next(path for path in (run_dir, *run_dir.parents) if path.is_dir())
     with tempfile.TemporaryDirectory(prefix=".iccld_doctor_", dir=near) as folder:
         probe, began = Path(folder) / "probe", time.perf_counter()
@@ -241,7 +241,7 @@ def _locks(path: Path, near: Path) -> Finding:
 
 
 def room(config: Any) -> Iterator[Finding]:
-    """Whether the checkpoints of all stages have room: fp32 weights, teacher and two moments, at most."""
+    """Tell whether the checkpoints of all stages have room: fp32 weights, teacher and two moments, at most."""
     from iccld.models.iccld import ICCLD
     from iccld.runtime.faults.preflight import check_space
 
@@ -257,7 +257,7 @@ def room(config: Any) -> Iterator[Finding]:
 
 
 def shards(config: Any) -> Iterator[Finding]:
-    """Whether the first and the last sample of every set can be read."""
+    """Tell whether the first and the last sample of every set can be read."""
     from iccld.programs.train.fitness import read_shards
 
     named = [role for role in ("source", "target", "validation") if getattr(config.data, role).shards]
@@ -269,7 +269,7 @@ def shards(config: Any) -> Iterator[Finding]:
 
 
 def loggers(config: Any) -> Iterator[Finding]:
-    """What gets the metrics beside metrics.jsonl."""
+    """Say which loggers get the metrics beside metrics.jsonl."""
     if not find_spec("wandb"):
         yield Finding(NOTE, "loggers", "wandb is not installed; pip install 'iccld[train]', or metrics.wandb=disabled")
         return
@@ -283,7 +283,7 @@ def loggers(config: Any) -> Iterator[Finding]:
 
 
 def slurm() -> Iterator[Finding]:
-    """Whether jobs can be submitted from here."""
+    """Tell whether jobs can be submitted from here."""
     if not (sbatch := shutil.which("sbatch")):
         yield Finding(NOTE, "slurm", "sbatch is not on PATH; iccld submit needs a login node of a cluster")
         return

@@ -55,7 +55,7 @@ class Converter:
         self.name, self.table, self.split, self.classes = table.name, table, split, classes
         self.num_classes = num_classes_of(classes)
         self.is_told = bool(ids or table.ids or not table.labels)
-        """Whether anything says what the labels mean; else, they are taken for train ids."""
+        """Tell whether anything says what the labels mean; else, they are taken for train ids."""
         self.ids: Ids = ids or table.ids or KNOWN_IDS["cityscapes_train_ids"]
         patterns = [pattern.with_split(split) for pattern in (table.images, *table.labels)]
         tops = [pattern.top for pattern in patterns] + [Pattern(path).top for path in table.class_list]

@@ -43,7 +43,7 @@ _PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)(\*?)\}")
 
 
 def has_image_ending(path: str) -> bool:
-    """Whether a file is an image by its name, of a format that is read, or of any other."""
+    """Tell whether a file is an image by its name, of a format that is read, or of any other."""
     ending = path.rpartition(".")[2].lower()
     return ending in IMAGE_EXTENSIONS or ending in _OTHER_IMAGES
 
@@ -71,7 +71,7 @@ class Pattern:
         return "" if "{" in first else first
 
     def is_sound(self) -> bool:
-        """Whether it is a relative path within its root, and every brace belongs to a placeholder."""
+        """Tell whether it is a relative path within its root, and every brace belongs to a placeholder."""
         components = _PLACEHOLDER.sub("x", self.text).split("/")
         return all(c and not c.startswith(".") and not set(c) & set("{}\\*") for c in components)
 
@@ -85,7 +85,7 @@ class Pattern:
         return found and found.groupdict()
 
     def matches_but_for_ending(self, path: str) -> bool:
-        """Whether `path` would match if it had another ending."""
+        """Tell whether `path` would match if it had another ending."""
         return self._with_any_ending.match(path) is not None
 
     @cached_property

@@ -54,7 +54,7 @@ class Table:
 
     @property
     def by_name(self) -> bool:
-        """Whether `ids` are class names."""
+        """Tell whether `ids` are class names."""
         return bool(self.class_list) or self.labels_as is LabelsAs.polygons
 
 
@@ -98,7 +98,7 @@ def read_mapping(path: Path, table: Table, classes: ClassList | None = None) -> 
 
 
 def ids_of_classes(classes: ClassList, table: Table) -> Ids:
-    """What a label file may hold, to class indices, as the file of classes itself says it."""
+    """Map what a label file may hold to class indices, as the file of classes itself says it."""
     if classes.without_ids:
         names = ", ".join(classes.without_ids)
         raise ValueError(f"--classes {classes.path}: {names} without `ids`; add those in the labels ([]: none).")
@@ -106,7 +106,7 @@ def ids_of_classes(classes: ClassList, table: Table) -> Ids:
 
 
 def parse_ids(content: Any, table: Table, setting: str, classes: ClassList | None = None) -> Ids:
-    """What a label file may hold, to train ids, or to indices of `classes`; colours become numbers.
+    """Map what a label file may hold to train ids, or to indices of `classes`; colours become numbers.
 
     Only polygons may have None: not drawn.
     """

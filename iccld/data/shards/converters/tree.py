@@ -80,7 +80,7 @@ class InputTree:
         return sorted(found)
 
     def exists(self, path: str) -> bool:
-        """Whether `path` is a file."""
+        """Tell whether `path` is a file."""
         return self._layer(path) is not None
 
     def read(self, path: str) -> bytes:
@@ -257,7 +257,7 @@ def _subfolders(root: Path) -> list[Path]:
 
 
 def _is_seen(path: str) -> bool:
-    """Whether a path is relative, stays within its root, and has no hidden part."""
+    """Tell whether a path is relative, stays within its root, and has no hidden part."""
     parts = path.split("/")
     return all(p and not p.startswith(".") and p != "__MACOSX" for p in parts) and not set(path) & set("\\\0")
 
