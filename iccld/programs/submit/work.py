@@ -179,6 +179,7 @@ def _with_settings(words: Sequence[str], settings: Sequence[str]) -> list[str]:
     kept = [word for word in arguments.overrides if _name(word) not in names]
     options = [f"--config-dir={arguments.config_dir}"] if arguments.config_dir else []
     options += [f"--secrets={path}" for path in arguments.secrets]
+    options += ["--extend"] if arguments.extend else []
     return ["train", *options, *kept, *settings]
 
 

@@ -12,7 +12,13 @@ Train the stages of an experiment and score them; the same command goes on where
 
   iccld train experiment=gta5_to_cityscapes run_dir=runs/a
 """
-add_arguments = add_settings
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `iccld train`."""
+    add_settings(parser)
+    about = "let stages that have begun, or are finished, do more steps: a larger stageN.trainer.num_steps"
+    parser.add_argument("--extend", action="store_true", help=about)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -25,6 +31,6 @@ def run(arguments: argparse.Namespace) -> int:
         from iccld.programs.train.train import train
 
         config = load_config(arguments.overrides, config_dir=arguments.config_dir)
-        finished = train(config, preemption, began=began)
+        finished = train(config, preemption, began=began, extend=arguments.extend)
     message = "iccld train: stopped by a signal; the same command goes on"
     return 0 if finished else status_of_stopped(config, message, by_hand=preemption.by_hand)

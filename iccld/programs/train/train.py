@@ -58,10 +58,13 @@ from iccld.stages.table import STAGES
 from iccld.trainer import Trainer
 
 
-def train(config: Config, preemption: Preemption | None = None, *, began: float | None = None) -> bool:
+def train(
+    config: Config, preemption: Preemption | None = None, *, began: float | None = None, extend: bool = False
+) -> bool:
     """Run the configured stages, then score them; False if a signal ended the run early. Call on every rank.
 
-    `began`: when this attempt did, in seconds since the epoch; now, if not given.
+    `began`: when this attempt did, in seconds since the epoch; now, if not given. `extend`: stages that have begun, or
+    are finished, may be given more steps: see `programs.run.extension`.
     """
     began = began or time.time()
     preemption = preemption or Preemption()
@@ -76,9 +79,12 @@ def train(config: Config, preemption: Preemption | None = None, *, began: float 
         check_alone(run_dir, holder, ranks)
         with watch(config, ranks) as watchdog, sets_kept_open():
             together(lambda: check_settings(config, engine), ranks)
-            check_run_dir(run_dir, config, ranks)
+            longer = check_run_dir(run_dir, config, ranks, extend=extend)
+            check_links(run_dir, config)  # what goes on is no longer finished
             if ranks.is_main and not all(is_finished(run_dir, stage) for stage in config.stages):
                 write_event(run_dir, "launched", since=began)  # a finished run is given no further attempt
+                for each in longer:
+                    write_event(run_dir, "extended", stage=each.stage, before=each.before, num_steps=each.num_steps)
             watchdog.phase("preflight")
             together(lambda: take_first_stage(config, is_main=ranks.is_main), ranks)
             check_fitness(config, engine)
