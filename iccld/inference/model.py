@@ -47,8 +47,8 @@ class ICCLD(figure.ICCLD, ModelHubMixin, library_name="iccld", pipeline_tag="ima
         """Load a model folder, a run's last finished stage, or `owner/name` from the hub, in eval mode, on the CPU.
 
         Of the hub two files are fetched, the card and the weights; no code is, and nothing of either runs. weights:
-        `teacher` or `student`, of a run. revision: a branch, tag or commit of the hub. The others, and what is checked
-        before anything is built: see `iccld.models.iccld.ICCLD.from_pretrained`. Raises ValueError.
+        `teacher`, `student` or `best`, of a run. revision: a branch, tag or commit of the hub. The others, and what is
+        checked before anything is built: see `iccld.models.iccld.ICCLD.from_pretrained`. Raises ValueError.
         """
         folder = find_model(source, weights=weights, revision=revision)
         options: dict[str, Any] = {"with_denoiser": with_denoiser, "attention": attention}

@@ -89,6 +89,11 @@ def _training(card: ModelCard) -> Iterator[str]:
         yield "- Its denoiser never saw noise: it takes one step, and has no seeds."
     for key, what in {"weights": "Weights", "step": "Optimiser steps of the last stage", "version": "iccld"}.items():
         yield f"- {what}: {_plain(origin.get(key, 'unknown'))}."
+    if isinstance(score := origin.get("score"), Mapping):
+        yield (
+            f"- Chosen by its score in training, which flatters it: mIoU {_number(score.get('miou'))} on "
+            f"{_number(score.get('num_images'))} images, {_number(score.get('num_steps'))} denoising steps."
+        )
 
 
 def _licences(card: ModelCard) -> Iterator[str]:

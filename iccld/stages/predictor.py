@@ -15,17 +15,18 @@ Predictor = Callable[[Tensor, Tensor], Tensor]
 
 
 class Weights(Enum):
-    """The models that a stage leaves."""
+    """The models that a stage leaves, and the teacher that scored best in training (`evaluate_every`)."""
 
     teacher = "teacher"
     student = "student"
+    best = "best"
 
 
 @dataclass
 class InferenceConfig:
     """Which weights predict, and with how many denoising steps (0: the decoder alone, as after stage 1)."""
 
-    weights: Weights = Weights.teacher  # which model predicts: the teacher or the student
+    weights: Weights = Weights.teacher  # which model predicts; best: the teacher that scored best in training
     num_steps: list[int] = field(default_factory=lambda: [1, 4, 50])  # denoising steps; 0: the decoder alone
     noise_seeds: int = 1  # each is scored on its own
     num_averaged: int = 1  # denoised from so many noises, whose class probabilities are averaged

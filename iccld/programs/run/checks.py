@@ -22,6 +22,7 @@ from iccld.programs.run.kept_views import open_view_files
 from iccld.runtime.engine.engine import Engine
 from iccld.runtime.faults.watchdog import Watchdog
 from iccld.runtime.ranks import Ranks
+from iccld.stages.predictor import Weights
 from iccld.stages.table import STAGES
 from iccld.trainer import TrainerConfig
 
@@ -34,7 +35,7 @@ def check_links(run_dir: Path, config: Config) -> None:
         f"{stage}/{part}"
         for stage in config.stages
         if not is_finished(run_dir, stage)
-        for part in ("checkpoints", "final", "ema")
+        for part in ("checkpoints", "final", "ema", "best")
     ]
     for name in ("heartbeats", "logs", "profile", "report", "wandb", *parts):
         refuse_links(run_dir / name, within=run_dir)
@@ -74,6 +75,12 @@ def check_settings(config: Config, engine: Engine) -> None:
         raise ValueError(
             "trainer.evaluate_every is set, but data.validation.shards is empty; set it, or evaluate_every=0."
         )
+    for name in config.stages if config.inference.weights is Weights.best else ():
+        if not 0 < plan_of(name, config).evaluate_every <= plan_of(name, config).num_steps:
+            raise ValueError(
+                f"inference.weights=best scores the teacher that scored best in training, and {name}.trainer."
+                f"evaluate_every={plan_of(name, config).evaluate_every} scores none; set it, or weights=teacher."
+            )
     if not config.data.target.shards and any(
         STAGES[name].reads_target(stage_settings(name, config)) for name in config.stages
     ):

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from iccld.programs.evaluate.evaluate import (
     unscored_stages,
 )
 from iccld.programs.evaluate.results import finished_models
+from iccld.programs.run.best import keep_best
 from iccld.programs.run.building import build_stage, build_stream, first_batches, trials_of, whole_stage
 from iccld.programs.run.checks import check_alone, check_links, check_run_dir, check_settings, plan_of, together, watch
 from iccld.programs.run.hand_off import final_folder, hand_over, handed_over, is_finished, take_first_stage
@@ -139,7 +141,7 @@ def _run_stage(name: str, config: Config, engine: Engine, preemption: Preemption
             config=plan,
             layout=layout,
             about=_about(stage, config, stream),
-            evaluate=lambda: _validate(stage, config, engine, asks(preemption, watchdog)),
+            evaluate=lambda step: _validate(stage, config, engine, asks(preemption, watchdog), step=step),
             after_step=lambda step: write_due_snapshot(stage, folder / "ema", engine, step=step),
         ).run()
     if finished:
@@ -186,10 +188,12 @@ def _flops(stage: Stage, config: Config, engine: Engine) -> Callable[[int], floa
     return lambda step: counts[0 if step < begin else begin]
 
 
-def _validate(stage: Stage, config: Config, engine: Engine, give_up: Callable[[], bool]) -> dict[str, float]:
+def _validate(
+    stage: Stage, config: Config, engine: Engine, give_up: Callable[[], bool], *, step: int
+) -> dict[str, float]:
     """The teacher's scores and diagnostics in mid-training: with the fewest denoising steps where there is a denoiser.
 
-    What they, and the lines logged so far, warn of is told now.
+    What they, and the lines logged so far, warn of is told now, and the best teacher is kept.
     """
     models = whole_stage(stage, config, engine).models()
     model = models["teacher"]
@@ -203,6 +207,10 @@ def _validate(stage: Stage, config: Config, engine: Engine, give_up: Callable[[]
         options = {"student": models["student"], "with_bounds": False, "give_up": give_up}
         diagnosis = diagnose_model(model, config, engine, **options)
         values |= diagnosis.to_metrics()
+    if not math.isnan(result.miou):
+        score = {"miou": result.miou, "num_steps": fewest, "num_images": result.num_images}
+        keep = partial(keep_best, model, config, stage=stage.name, step=step, score=score)
+        together(keep if engine.ranks.is_main else lambda: None, engine.ranks)
     if engine.ranks.is_main:
         _warn(stage, config, diagnosis)
     return {name: value for name, value in values.items() if not math.isnan(value)}
