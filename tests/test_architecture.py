@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "ranges": set(),
     "reading": {"durable"},
     "redact": set(),
+    "tracebacks": {"durable"},
     "rng": set(),
     "durable": set(),
     "plain_yaml": set(),

@@ -57,6 +57,7 @@ from iccld.runtime.measure.peaks import nominal_flops
 from iccld.runtime.measure.telemetry import write_event
 from iccld.stages.base import Stage
 from iccld.stages.table import STAGES
+from iccld.tracebacks import keep_tracebacks_in
 from iccld.trainer import Trainer
 
 
@@ -82,6 +83,7 @@ def train(
         with watch(config, ranks) as watchdog, sets_kept_open():
             together(lambda: check_settings(config, engine), ranks)
             longer = check_run_dir(run_dir, config, ranks, extend=extend)
+            keep_tracebacks_in(run_dir / "logs")
             check_links(run_dir, config)  # what goes on is no longer finished
             if ranks.is_main and not all(is_finished(run_dir, stage) for stage in config.stages):
                 write_event(run_dir, "launched", since=began)  # a finished run is given no further attempt
