@@ -158,7 +158,9 @@ def load_config(overrides: Sequence[str], *, config_dir: str = "") -> Config:
         for key in settings.unknown_keys(composed, Config):  # Hydra adds what `+key` names, known or not
             near = suggestions.for_key(key, Config)
             raise ValueError(f"{key}: there is no such setting{near} (`iccld config` shows all settings)")
-        return _built(composed)
+        config = _built(composed)
+        config.inference.refuse_no_denoising()
+        return config
     except (HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError, RecursionError) as error:
         text = _one_line(error)
         where = place_of(text, folder, files) if config_dir else ""

@@ -38,8 +38,8 @@ class SavedResults:
 
     @property
     def last(self) -> tuple[str, SavedScores] | None:
-        """The score of the last stage: of stage 2 with the first number of denoising steps."""
-        of_stage2 = [label for label in self.scores if label.startswith("stage2 x")]
+        """The score of the last stage: of stage 2 with the first number of steps that denoise."""
+        of_stage2 = [label for label in self.scores if label.startswith("stage2 x") and label != "stage2 x0"]
         label = next(iter(of_stage2), "stage1" if "stage1" in self.scores else "")
         return (label, self.scores[label]) if label else None
 
