@@ -72,8 +72,9 @@ def _from_hub(name: str, revision: str | None) -> Path:
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         what = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"{name} is no folder here, and could not be had from the hub {constants.ENDPOINT} ({what}); "
-            f"check the spelling, the network, and for a private model `hf auth login`."
+            f"{name} is no folder here, and could not be had from the hub {constants.ENDPOINT} ({what}); if a folder "
+            f"is meant, check its path from {Path.cwd()}; if a model of the hub, the spelling, the network, and for a "
+            f"private one `hf auth login`."
         ) from error
     if folder.name != info.sha:  # what was fetched is not what was looked at
         raise ValueError(f"{name} has changed on the hub meanwhile; give the same command again.")

@@ -50,9 +50,8 @@ class InferenceConfig:
         """
         if not any(self.num_steps):
             raise ValueError(
-                f"inference.num_steps={self.num_steps} would score stage 2 by the decoder alone, which is stage 1's way; "
-                f"give a number of denoising steps, as [1], or [1,0] to see both (`iccld evaluate RUN` scores stage 1, "
-                f"too)."
+                f"inference.num_steps={self.num_steps} would score stage 2 by the decoder alone, as stage 1 is scored; "
+                f"give a number of denoising steps, as [1], or [1,0] to see both."
             )
 
 

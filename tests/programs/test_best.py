@@ -50,7 +50,8 @@ def test_one_folder_of_the_highest_score_the_first_of_equal_ones(model: ICCLD, c
     assert kept == [[f"step_{step:08d}"] for step in steps]
     folder = best_of(Path(config.run_dir) / "stage1")
     assert folder and score_of(folder) == 4.0
-    assert "flatters it: mIoU 4.00" in (folder / "README.md").read_text()
+    readme = (folder / "README.md").read_text()
+    assert "flatters it: mIoU 4.00" in readme
 
 
 def test_what_a_kill_leaves_is_both_and_then_one(
