@@ -14,6 +14,7 @@ EXTRA_OF = {
     "wandb": "train",
     "webdataset": "train",
     "xformers": "train",
+    "hydra_plugins": "slurm",
     "s3fs": "s3",
     "onnx": "export",
     "onnxruntime": "export",
