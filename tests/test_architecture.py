@@ -89,11 +89,10 @@ WINGS: dict[str, dict[str, set[str]]] = {
     "programs": {
         "arguments": set(),
         "stopped": set(),
-        "run": {"goodput"},  # a record of a run has its ledger
-        "ablate": {"arguments", "run", "evaluate", "goodput", "submit"},
+        "run": set(),
+        "ablate": {"arguments", "run", "evaluate", "submit"},
         "checkpoint_command": {"checkpoint"},
         "doctor": {"arguments", "run", "train"},
-        "report": {"run", "goodput"},
         "submit": {"arguments", "run", "evaluate", "profile", "train"},
         "train": {"arguments", "stopped", "run", "evaluate"},
         "*": {"arguments", "stopped", "run"},

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from iccld.programs.evaluate.results import read_results
-from iccld.programs.goodput import read_events
+from iccld.programs.run.event_times import read_events
 from iccld.reading import read_json, read_limited
 from iccld.runtime.checkpoint.manifest import MANIFEST, DamagedError, read_manifest
 

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from iccld.cli import main
-from iccld.programs.goodput import CATEGORIES, attempts, total_of
 from iccld.programs.run.event_times import read_events, straightened
+from iccld.programs.run.ledger import CATEGORIES, attempts, total_of
 
 
 def launched(time: float, since: float) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from iccld.programs.ablate.rows import Ablation, has_finished, read_note
 from iccld.programs.ablate.tasks import Task
 from iccld.programs.evaluate.evaluate import named_results
 from iccld.programs.evaluate.results import own_results, read_results
-from iccld.programs.goodput import attempts, total_of
 from iccld.programs.run.event_times import read_events, straightened
+from iccld.programs.run.ledger import attempts, total_of
 from iccld.reading import MIB, read_limited
 from iccld.scores import EvaluationResult
 from iccld.stages.table import STAGES, first_stage

@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
-from iccld.programs.goodput import CATEGORIES
 from iccld.programs.report.charts import line_chart, stacked_bars
 from iccld.programs.report.markup import Markup, section, swatch, tag
 from iccld.programs.report.pictures import Picture, pictures_of
+from iccld.programs.run.ledger import CATEGORIES
 from iccld.programs.run.metric_lines import curve, names_of
 from iccld.programs.run.record import STAGES, Record, shown
 

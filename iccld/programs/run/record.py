@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 
 from iccld.durable import is_real_folder
 from iccld.plain_yaml import read_yaml
-from iccld.programs.goodput import Attempt, attempts, total_of
 from iccld.programs.run.event_times import Event, read_events, straightened
+from iccld.programs.run.ledger import Attempt, attempts, total_of
 from iccld.programs.run.metric_lines import curve, read_entries
 from iccld.programs.run.saved_scores import NOTHING, SavedResults, read_own
 from iccld.reading import read_limited

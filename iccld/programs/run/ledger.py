@@ -1,0 +1,104 @@
+"""The ledger of a run: what became of its wall time, attempt by attempt, as `events.jsonl` tells.
+
+An attempt begins with the event `launched`. Each event `progress` adds a number of steps and the seconds of each phase.
+The steps that an attempt did after the one from which the next attempt resumed had to be done again. An attempt that
+was killed wrote nothing down after its last `progress`; that time counts as down.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from iccld.programs.run.event_times import Event
+
+CATEGORIES = {
+    "training": ("steps that count", "#2a7f62"),
+    "data": ("in them, waiting for data", "#e0a526"),
+    "evaluate": ("scores in mid-training", "#7aa6c2"),
+    "save": ("steps waiting for checkpoints", "#8063a8"),
+    "redone": ("steps done again after a restart", "#c23b3b"),
+    "start": ("from the launch, and between stages, to the first step", "#9c6b4e"),
+    "other": ("hand-over, final scores, logging", "#b5b5b5"),
+    "down": ("no attempt ran, or none wrote it down: queue, requeue, crash", "#e3e3e3"),
+}
+"""What wall time is divided into; the sum is the whole. Productive is the first."""
+
+REST = {"launched": "start", "started": "start", "preempted": "save", "finished": "other", "stopped": "other"}
+"""What was done before each of these events, since the one before it."""
+
+
+@dataclass
+class Attempt:
+    """One process group's life. `seconds` by category; `down` is what passed since the attempt before it."""
+
+    began: float
+    ended: float
+    num_steps: int = 0
+    last: str = ""  # its last event
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(CATEGORIES, 0.0))
+
+
+def attempts(events: list[Event]) -> list[Attempt]:
+    """The attempts of a run, oldest first; its events are `straightened`. Raises ValueError where none tells of any."""
+    parts: list[list[Event]] = []
+    for event in events:
+        if event["event"] == "launched":
+            parts.append([])
+        if parts and event["event"] != "warning":  # one may be told days later, by `iccld evaluate`
+            parts[-1].append(event)
+    if not parts:
+        raise ValueError("events.jsonl holds no event `launched`: nothing has been started, or by an older version.")
+    found: list[Attempt] = []
+    for number, part in enumerate(parts):
+        resumed = _resumed_at(event for others in parts[number + 1 :] for event in others)
+        found.append(_attempt(part, resumed, after=found[-1].ended if found else -math.inf))
+        if number:
+            found[-1].seconds["down"] = found[-1].began - found[-2].ended
+    return found
+
+
+def _resumed_at(later: Iterable[Event]) -> dict[str, int]:
+    """For each stage, the step from which the next attempt that trained it went on."""
+    steps: dict[str, int] = {}
+    for event in later:
+        if event["event"] == "started":
+            steps.setdefault(event["stage"], event["step"])
+    return steps
+
+
+def _attempt(events: list[Event], resumed: Mapping[str, int], *, after: float) -> Attempt:
+    """`after`: the end of the one before it, which the clock of another node may put later than the beginning."""
+    began = cursor = max(events[0].get("since", events[0]["time"]), after)
+    ended = max(began, *(event["time"] for event in events))
+    attempt = Attempt(began, ended, last=events[-1]["event"])
+    for event in events:
+        seconds, kind = max(event["time"] - cursor, 0.0), event["event"]
+        if kind == "progress":
+            inside = event["seconds"]["total"]
+            attempt.seconds["other"] += max(seconds - inside, 0.0)
+            for name, share in _steps(event, resumed.get(event["stage"])).items():
+                attempt.seconds[name] += share
+            attempt.num_steps += event["num_steps"]
+        elif kind in REST:
+            attempt.seconds[REST[kind]] += seconds
+        else:  # `saved` comes from the background, in the midst of a step
+            continue
+        cursor = max(event["time"], cursor)
+    attempt.seconds["other"] += max(attempt.ended - cursor, 0.0)
+    return attempt
+
+
+def _steps(event: Event, resumed: int | None) -> dict[str, float]:
+    """The seconds of the steps that one `progress` tells of, `resumed` being the step that their stage went on from."""
+    seconds, num_steps = event["seconds"], event["num_steps"]
+    redone = 0.0 if resumed is None else min(max((event["step"] - resumed) / num_steps, 0.0), 1.0)
+    names = ("data", "save", "evaluate")
+    share = (1 - redone) * min(seconds["total"] / max(sum(seconds.get(name, 0.0) for name in names), 1e-9), 1.0)
+    kept = {name: share * seconds.get(name, 0.0) for name in names}
+    training = max((1 - redone) * seconds["total"] - sum(kept.values()), 0.0)
+    return {**kept, "training": training, "redone": redone * seconds["total"]}
+
+
+def total_of(found: list[Attempt]) -> dict[str, float]:
+    """The seconds of all attempts together, by category."""
+    return {name: sum(attempt.seconds[name] for attempt in found) for name in CATEGORIES}
