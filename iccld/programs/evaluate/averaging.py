@@ -21,7 +21,8 @@ from iccld.config import Config
 from iccld.durable import make_folder, remove_left_overs, replacing_by_name
 from iccld.evaluation import EvaluationResult
 from iccld.models.iccld import ICCLD
-from iccld.programs.evaluate.evaluate import evaluate_predictor, load_model
+from iccld.programs.evaluate.evaluate import load_model
+from iccld.programs.evaluate.scoring import evaluate_predictor
 from iccld.runtime.engine.engine import Engine
 from iccld.stages.base import Stage
 from iccld.stages.table import stage_of

@@ -6,26 +6,22 @@ import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.markup import escape
-from torch import Tensor
 
 from iccld.config import Config, load_config, read_config
 from iccld.data.config import locations, of_saved_run, refuse_unasked
 from iccld.data.stream.sets import sets_kept_open
-from iccld.data.stream.stream import read_validation
 from iccld.durable import make_folder, refuse_links, write_whole
-from iccld.evaluation import EvaluationResult, Predict, evaluate, results_table
+from iccld.evaluation import EvaluationResult, Predict, results_table
 from iccld.inference.source import find_model
 from iccld.models.iccld import ICCLD
 from iccld.models.model_card import CARD_NAME
-from iccld.programs.evaluate.diagnose import diagnose_model, student_beside
 from iccld.programs.evaluate.results import about_of, finished_models, own_results, place_for, read_results
+from iccld.programs.evaluate.scoring import GiveUp, diagnose_model, evaluate_predictor, student_beside
 from iccld.programs.run.checks import together, watch
 from iccld.programs.run.signs import signs_of_diagnosis, tell
 from iccld.redact import redacted, without_secrets
@@ -39,32 +35,7 @@ from iccld.stages.table import STAGES, stage_of
 DIAGNOSTICS = "diagnostics"
 
 
-def evaluate_predictor(
-    predict: Predict, config: Config, engine: Engine, *, give_up: Callable[[], bool] = lambda: False
-) -> EvaluationResult:
-    """Scores on the validation set, its images divided over the ranks. Call on every rank.
-
-    `give_up` is asked before each image; where a rank says yes, all raise Preempted.
-    """
-
-    def reduce(counts: Tensor) -> Tensor:
-        if engine.ranks.any(give_up()):
-            raise Preempted("scoring was given up")
-        return engine.ranks.sum(counts)
-
-    samples = read_validation(config.data, rank=engine.ranks.rank, world_size=engine.ranks.world_size)
-    with torch.no_grad(), engine.autocast():
-        return evaluate(
-            takewhile(lambda _: not give_up(), samples),
-            predict,
-            class_set=config.data.class_set.build(),
-            config=config.evaluation,
-            device=engine.device,
-            all_reduce=reduce,
-        )
-
-
-def asks(preemption: Preemption, watchdog: Watchdog) -> Callable[[], bool]:
+def asks(preemption: Preemption, watchdog: Watchdog) -> GiveUp:
     """Asked before each image that is scored."""
     return lambda: watchdog.tick() or preemption.came
 
@@ -137,7 +108,7 @@ def evaluate_run(config: Config, preemption: Preemption | None = None, *, model_
 
 
 def evaluate_models(
-    folders: Sequence[Path], config: Config, engine: Engine, *, give_up: Callable[[], bool] = lambda: False
+    folders: Sequence[Path], config: Config, engine: Engine, *, give_up: GiveUp = lambda: False
 ) -> dict[str, Any]:
     """Score model folders and write `report/results.json`, or a file of their own: see `programs.results`.
 
@@ -167,7 +138,7 @@ def evaluate_models(
     return results
 
 
-def _diagnose(folders: Sequence[Path], config: Config, engine: Engine, give_up: Callable[[], bool]) -> dict[str, Any]:
+def _diagnose(folders: Sequence[Path], config: Config, engine: Engine, give_up: GiveUp) -> dict[str, Any]:
     """The diagnostics by stage; bounds are those of the last model, whose E and D are those of the one before."""
     found: dict[str, Any] = {}
     for folder in folders:

@@ -24,15 +24,9 @@ from iccld.diagnostics import Diagnosis
 from iccld.models.iccld import ModelConfig
 from iccld.outcome import blaming_the_world
 from iccld.programs.evaluate.averaging import write_due_snapshot
-from iccld.programs.evaluate.diagnose import diagnose_model
-from iccld.programs.evaluate.evaluate import (
-    asks,
-    evaluate_models,
-    evaluate_predictor,
-    stopped,
-    unscored_stages,
-)
+from iccld.programs.evaluate.evaluate import asks, evaluate_models, stopped, unscored_stages
 from iccld.programs.evaluate.results import finished_models
+from iccld.programs.evaluate.scoring import diagnose_model, evaluate_predictor
 from iccld.programs.run.building import build_stage, build_stream, first_batches, trials_of, whole_stage
 from iccld.programs.run.checks import check_alone, check_links, check_run_dir, check_settings, plan_of, together, watch
 from iccld.programs.run.hand_off import final_folder, hand_over, handed_over, is_finished, take_first_stage
