@@ -115,20 +115,23 @@ class TrainingStep:
             inputs = [stage.prepare(batch, step) for batch in micro_batches]
         with timer.span("agree"):
             inputs = self._share_denominators(inputs)
-        losses, metrics = self._accumulate(inputs)
+        losses, metrics = self.accumulate(inputs)
         with timer.phase("optimizer"):
             self.engine.step()
         with timer.phase("average"):
             stage.after_step(step)
         return losses, metrics
 
-    def _accumulate(self, inputs: list[StageInputs]) -> tuple[Means, Means]:
-        """Forward and backward, micro-batch by micro-batch."""
+    def accumulate(self, inputs: Sequence[StageInputs], *, is_shared: bool = True) -> tuple[Means, Means]:
+        """Run forward and backward of each micro-batch; return the means of the losses and the sums of the metrics.
+
+        `is_shared`: the last backward pass averages the gradients over all ranks, which is a collective.
+        """
         losses: Means = {}
         metrics: Means = {}
         for i, micro_batch in enumerate(inputs):
             is_last = i + 1 == len(inputs)
-            with self.engine.micro_batch(is_last=is_last):
+            with self.engine.micro_batch(is_last=is_last and is_shared):
                 with self.timer.phase("forward"):
                     output = self.engine.module(micro_batch)
                     total = torch.stack(list(output.losses.values())).sum()

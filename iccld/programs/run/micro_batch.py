@@ -28,10 +28,11 @@ from iccld.runtime.checkpoint.manifest import FOLDER, pointed_at, read_manifest
 from iccld.runtime.engine.engine import Engine, EngineKind
 from iccld.runtime.faults.watchdog import Watchdog
 from iccld.runtime.measure import memory
+from iccld.runtime.measure.profiling import PhaseTimer
 from iccld.runtime.measure.telemetry import write_event
 from iccld.runtime.tensors import map_tensors
 from iccld.stages.base import Stage
-from iccld.trainer import TrainerConfig, attach
+from iccld.trainer import TrainerConfig, TrainingStep, attach
 
 NUM_COMPUTED = 2  # micro-batches of a trial's step; the others only take their memory
 
@@ -88,16 +89,12 @@ class Trials:
         attach(stage, engine, layout, gradient_clip=plan.gradient_clip)
         batches = _copies(self.batch(size), num_micro_batches, engine.device)
         step = plan.num_steps - 1  # nothing is left out there, as it may be in the first steps
-        saved = []
+        saved, training_step = [], TrainingStep(stage, engine, PhaseTimer(engine.device))
         for _ in range(2):
             with torch.no_grad(), engine.autocast():
                 inputs = [stage.prepare(batch, step) for batch in batches[:NUM_COMPUTED]]
             waiting = _copies(inputs[0]._asdict(), num_micro_batches - len(inputs), engine.device)
-            for i, micro_batch in enumerate(inputs):
-                with engine.micro_batch(is_last=i + 1 == len(inputs) and not self.is_local):
-                    output = engine.module(micro_batch)
-                    engine.backward(torch.stack(list(output.losses.values())).sum())
-                del output
+            training_step.accumulate(inputs, is_shared=not self.is_local)
             engine.step()
             stage.after_step(step)
             if engine.device.type == "cpu" and not saved:  # what a save copies stays in the host's memory
