@@ -80,10 +80,10 @@ class ClassSetConfig:
 
 @dataclass
 class DataConfig:
-    """What is read and how it is cropped; the margins are fractions of the height without pseudo-labels.
+    """Settings of what is read and how it is cropped. Margins are shares of the height that get no pseudo-labels.
 
-    With `on_error: replace`, more bad samples than `max_bad_share` of those that a rank has drawn since it started (of
-    1,000 where these are fewer) end the run.
+    With `on_error: replace`, too many bad samples end the run: more than `max_bad_share` of those that a rank has drawn
+    since it started, or of 1,000 if it has drawn fewer.
     """
 
     source: DatasetConfig = field(default_factory=DatasetConfig)
@@ -129,7 +129,7 @@ class DataConfig:
         self.class_set.build()
 
     def _take_classes(self) -> None:
-        """Puts the content of the file in its place, so that a saved run needs no file and notices another content."""
+        """Replace the file's name by its content: a saved run needs no file, and notices if the classes change."""
         if not self.classes:
             return
         own = ClassSetConfig(**read_classes(self.classes).plain)
@@ -142,7 +142,7 @@ class DataConfig:
 
 
 def of_saved_run(values: Any, *, roles: Sequence[str]) -> Any:
-    """The values of a run's saved settings without what a stranger could do harm by; for `refuse_unasked`, later.
+    """Return a saved run's settings without those by which a stranger could do harm; see `refuse_unasked`.
 
     Storage options, further schemes and the cache's folder are left out, and a set of `roles` on a server is marked: so
     only what the command line says, which is put over these values, is followed. A folder of this machine is read: as
@@ -169,7 +169,7 @@ def _marked(dataset: Any) -> Any:
 
 
 def refuse_unasked(config: DataConfig, *, roles: Sequence[str], where: str) -> None:
-    """Raises ValueError for a set on a server that only the saved settings (file `where`) name."""
+    """Raise ValueError for a set on a server that only the saved settings, of the file `where`, name."""
     for key, location in locations(config, roles).items():
         if location.startswith(_UNASKED):
             raise ValueError(
@@ -180,7 +180,7 @@ def refuse_unasked(config: DataConfig, *, roles: Sequence[str], where: str) -> N
 
 
 def locations(config: DataConfig, roles: Sequence[str], *, with_keys: bool = False) -> dict[str, str]:
-    """Where the sets of the roles lie, and which files choose samples of them, by the names of the settings."""
+    """Return the locations of the roles' sets, by setting; `with_keys` adds the files that choose their samples."""
     found = {}
     for role in roles:
         dataset: DatasetConfig = getattr(config, role)

@@ -44,7 +44,7 @@ _BLOCK = 4096
 
 @dataclass
 class CacheConfig:
-    """A folder of the node's own disk (empty: no cache) and how much of it samples may take; the folder may be shared.
+    """Settings of the cache on the node's own disk: its folder, which several runs may share, and its size.
 
     A sample larger than 1/256 of `max_gib` is not kept.
     """
@@ -60,7 +60,7 @@ class CacheConfig:
 
 
 class SampleCache:
-    """Bytes by key. Entries may be old and from other processes: verify them, and `discard` what is wrong.
+    """Bytes by key. Entries may be old or another process's: verify them, and `discard` bad ones.
 
     `counters`: hits, misses, puts, evictions; `full`, puts for which there was no room; `busy`, those that would have
     waited for another process; `failures` of the disk. Raises ValueError where the folder cannot be used.
@@ -121,7 +121,7 @@ class SampleCache:
             self._report(error)
 
     def discard(self, key: str) -> None:
-        """Remove an entry."""
+        """Remove the entry of the key."""
         path = self._path(key)
         try:
             with self._locked(path.parent) as lock:

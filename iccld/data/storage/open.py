@@ -1,4 +1,4 @@
-"""Opens the storage at a folder or URL; what is remote is imported when it is needed."""
+"""Opening of the storage at a folder or URL; what reads URLs is imported only for them."""
 
 import re
 from pathlib import Path
