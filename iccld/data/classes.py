@@ -207,7 +207,7 @@ def _ids_of(name: str, classes: Mapping[str, Any], kind: str) -> Any:
 
 
 def voc_color(index: int) -> list[int]:
-    """Return colour `index` of PASCAL VOC's map: the index's bits are spread over the channels, so neighbours differ."""
+    """Return colour `index` of PASCAL VOC's map: the index's bits, spread over the channels, so neighbours differ."""
     color = [0, 0, 0]
     for place in range(8):
         for channel in range(3):

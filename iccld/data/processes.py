@@ -118,7 +118,7 @@ class Progress:
         self._clock, self._start = clock, clock()
 
     def advance(self, count: int) -> str:
-        """Count `count` more, and print a line now and then, for example "812 samples/s, 1:12 left"."""
+        """Count `count` more, and return a line such as "812 samples/s, 1:12 left"."""
         self.done += count
         rate = self.done / max(self._clock() - self._start, 1e-9)
         left = round((self.total - self.done) / rate) if rate else 0

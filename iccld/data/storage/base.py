@@ -138,7 +138,7 @@ def short_read(place: str, offset: int, size: int, total: int) -> ShortRead:
 
 
 def check_name(name: str, location: str) -> None:
-    """Raise StorageError for anything but a plain file name. Names come from an index, which a stranger may have made."""
+    """Raise StorageError for anything but a plain file name: a stranger may have made the index that holds it."""
     plain = name.isprintable() and not {"/", "\\"} & set(name) and name not in ("", ".", "..")
     if not plain or len(name.encode()) > MAX_NAME_BYTES:
         raise StorageError(

@@ -114,7 +114,7 @@ class Totals:
         self.class_samples = self.class_samples + (records["class_pixels"] > 0).sum(0)
 
     def differing(self, header: IndexHeader) -> Iterator[str]:
-        """Return the names of the totals that differ from the header."""
+        """Yield the names of the totals that differ from the header."""
         for name, total in vars(self).items():
             if getattr(header, name) != (total.tolist() if isinstance(total, np.ndarray) else total):
                 yield name

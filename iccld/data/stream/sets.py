@@ -23,7 +23,7 @@ from iccld.texts import read_text
 
 MAX_CHECKED_SHARDS = 1000
 _KEYS_AT_ONCE = 1_000_000
-_kept: list[dict[str, list["Part"]]] = []  # one for each `sets_kept_open` that is not over
+_kept: list[dict[str, list["Part"]]] = []  # one dictionary for each `sets_kept_open` block that has not ended
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def open_parts(config: DataConfig, role: str, *, with_labels: bool) -> list[Part
 
 @contextmanager
 def sets_kept_open() -> Iterator[None]:
-    """Within, each set is opened once, and stays open: its index and its shards are those that were checked then."""
+    """Open each set once within the block, and keep it open: index and shards stay those that were checked."""
     _kept.append({})
     try:
         yield
