@@ -27,7 +27,7 @@ OnError = Enum("OnError", {"raise": "raise", "replace": "replace"})
 class SetConfig:
     """A set of samples. Of its first `first_percent`, those are used whose keys are in `keys`."""
 
-    name: str = ""  # for messages and reports
+    name: str = ""  # its name in messages and reports
     shards: str = ""  # folder or URL of the shards with their index; empty: there is no set
     weight: float = 1.0  # its share where a domain has several sets
     first_percent: float = 100.0  # how many of its samples are used, from the first on
@@ -60,11 +60,11 @@ class DatasetConfig(SetConfig):
 class ClassSetConfig:
     """Optional merging or dropping of the 19 classes; empty means the 19. `data.classes` fills it with one's own."""
 
-    names: list[str] = field(default_factory=list)  # of the classes
-    of_train_id: dict[int, int] = field(default_factory=dict)  # which of them each Cityscapes train id becomes
-    colors: list[list[int]] = field(default_factory=list)  # of one's own classes, whose ids are their indices
-    rare: list[str] = field(default_factory=list)  # of one's own classes: drawn as often as the rarest
-    things: list[str] = field(default_factory=list)  # of one's own classes: countable objects
+    names: list[str] = field(default_factory=list)  # the classes' names
+    of_train_id: dict[int, int] = field(default_factory=dict)  # the class that each Cityscapes train id becomes
+    colors: list[list[int]] = field(default_factory=list)  # colours of one's own classes, whose ids are their indices
+    rare: list[str] = field(default_factory=list)  # those of one's own classes that are drawn as often as the rarest
+    things: list[str] = field(default_factory=list)  # those of one's own classes that are countable objects
 
     def build(self) -> ClassSet:
         if self.colors and self.of_train_id:
@@ -103,7 +103,7 @@ class DataConfig:
     class_set: ClassSetConfig = field(default_factory=ClassSetConfig)
     on_error: OnError = OnError["raise"]
     """A sample that cannot be used ends the run, or gives way to the next one of the order."""
-    max_bad_share: float = 0.001  # more bad samples end the run even then
+    max_bad_share: float = 0.001  # a larger share of bad samples ends the run even with `replace`
     storage: StorageConfig = field(default_factory=StorageConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
 

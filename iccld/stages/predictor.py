@@ -1,4 +1,4 @@
-"""Predict functions: the one way from a model and `inference` to logits, for scores, pictures and label maps alike."""
+"""Predict functions, from a model and `inference` to logits: scores, pictures and label maps all use them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ Predictor = Callable[[Tensor, Tensor], Tensor]
 
 
 class Weights(Enum):
-    """The models that a stage leaves."""
+    """Models that a stage leaves."""
 
     teacher = "teacher"
     student = "student"
@@ -23,11 +23,11 @@ class Weights(Enum):
 
 @dataclass
 class InferenceConfig:
-    """Which weights predict, and with how many denoising steps (0: the decoder alone, as after stage 1)."""
+    """Settings of prediction: which weights, and how many denoising steps (0: the decoder alone, as after stage 1)."""
 
     weights: Weights = Weights.teacher  # which model predicts: the teacher or the student
     num_steps: list[int] = field(default_factory=lambda: [1, 4, 50])  # denoising steps; 0: the decoder alone
-    noise_seeds: int = 1  # each is scored on its own
+    noise_seeds: int = 1  # number of seeds of the noise; each is scored on its own
     num_averaged: int = 1  # denoised from so many noises, whose class probabilities are averaged
     blend: float = 0.0  # share of D(E(x))'s probabilities, as after stage 1, in the denoised ones
 

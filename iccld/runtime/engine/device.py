@@ -1,4 +1,4 @@
-"""The device of a rank: which one it is, that no other rank has it, and how its libraries choose their kernels."""
+"""The device of a rank: which one it is, that no other rank has it, and how its kernels are chosen."""
 
 import os
 from collections.abc import Sequence
@@ -11,24 +11,24 @@ SHARED_GPU = "ICCLD_SHARED_GPU"
 
 
 def may_share() -> bool:
-    """Whether the environment allows several ranks on one GPU."""
+    """Tell whether the environment allows several ranks on one GPU."""
     return os.environ.get(SHARED_GPU) == "true"
 
 
 def with_index(device: torch.device) -> torch.device:
-    """The same device by its number: CUDA's own functions refuse a device without one."""
+    """Return the same device by its number: CUDA's own functions refuse a device without one."""
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device
 
 
 def identity(device: torch.device) -> str:
-    """A name that no other GPU of the node has, however a scheduler numbers them for each rank; "" for a CPU."""
+    """Return a name that no other GPU of the node has, however a scheduler numbers them; "" for a CPU."""
     return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
 
 
 def check_own(places: Sequence[tuple[str, str]]) -> None:
-    """Raise ValueError where two ranks have one GPU. `places` holds the host and `identity` of every rank."""
+    """Raise ValueError if two ranks have one GPU. `places` holds the host and `identity` of every rank."""
     on_gpus = [place for place in places if place[1]]
     for host in dict.fromkeys(host for host, _ in on_gpus):
         of_host = [gpu for other, gpu in on_gpus if other == host]

@@ -1,4 +1,4 @@
-"""What the ranks' seconds amount to: rates, utilisation, and the rank that holds the others up."""
+"""Rates, utilisation and the slow rank, out of the ranks' seconds."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from iccld.runtime.measure.profiling import OUTSIDE, OVERLAPPED, WAITS, Seconds
 
-SLOW = 1.1  # times the median
+SLOW = 1.1  # multiple of the median
 
 
 class RankSeconds(NamedTuple):
@@ -18,7 +18,7 @@ class RankSeconds(NamedTuple):
 
 
 def own_seconds(seconds: Mapping[str, float]) -> float:
-    """Of a rank's steps, without what it waited for others, and without what is between steps."""
+    """Return a rank's seconds of its steps, without its waits for others and without what is between steps."""
     return seconds["total"] - sum(seconds.get(name, 0.0) for name in (*WAITS, *OUTSIDE))
 
 
@@ -48,7 +48,7 @@ def _mean(ranks: Sequence[RankSeconds], name: str) -> float:
 
 
 def slowest(ranks: Sequence[RankSeconds], num_steps: int) -> dict[str, Any]:
-    """Of several: which the others wait for, in which phase it is behind, and what each one's own work takes a step."""
+    """Describe the rank that the others wait for: in which phase it is behind, and each rank's own work a step."""
     own = [own_seconds(rank.seconds) for rank in ranks]
     slow = own.index(max(own))
     parts = [_own_parts(rank.seconds) for rank in ranks]
@@ -66,13 +66,13 @@ def slowest(ranks: Sequence[RankSeconds], num_steps: int) -> dict[str, Any]:
 
 
 def _own_parts(seconds: Mapping[str, float]) -> Seconds:
-    """What `own_seconds` is the sum of; `other` is between the phases."""
+    """Return the parts whose sum is `own_seconds`; `other` is between the phases."""
     parts = {name: value for name, value in seconds.items() if name not in ("total", OVERLAPPED, *WAITS, *OUTSIDE)}
     return {**parts, "other": own_seconds(seconds) - sum(parts.values())}
 
 
 def slow_rank_words(facts: Mapping[str, Any]) -> str:
-    """For the terminal; empty where no rank is much slower than the others."""
+    """Describe the slow rank for the terminal; "" if no rank is much slower than the others."""
     if facts.get("slow_rank_over_others", 0.0) < SLOW:
         return ""
     rank, phase = f"rank {facts['slow_rank']} on {facts['slow_rank_host']}", facts["slow_rank_phase"]
