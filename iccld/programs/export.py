@@ -1,4 +1,4 @@
-"""`iccld export`: a model as a program of torch.export or as ONNX, checked against the model before it is kept."""
+"""`iccld export`: a model as a program of torch.export or as ONNX, compared with the model before it is kept."""
 
 import argparse
 import tempfile
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Export, compare, keep. Raises ValueError where the export differs from the model, or its extra is missing."""
+    """Export, compare, keep. Raises ValueError if the export differs from the model, or its extra is missing."""
     import os
 
     kind = arguments.format or {".onnx": "onnx", ".pt2": "torch"}.get(arguments.output.suffix, "")
@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def export_model(model: "ICCLD", output: Path, *, kind: str, num_steps: int = 0, images: Sequence[Path] = ()) -> float:
-    """Write `output` once it gives the model's logits; returns the largest difference, a share of the largest logit.
+    """Write `output` once it gives the model's logits; return the largest difference, a share of the largest logit.
 
     kind: `torch` or `onnx`. images: files on which both are compared, at several sizes. Raises ValueError.
     """
@@ -82,7 +82,7 @@ def export_model(model: "ICCLD", output: Path, *, kind: str, num_steps: int = 0,
 
 
 def _module(model: "ICCLD", num_steps: int) -> "nn.Module":
-    """The model as a module of tensors alone."""
+    """Wrap the model as a module whose inputs are tensors only."""
     from torch import nn
 
     if num_steps:
@@ -102,7 +102,7 @@ def _module(model: "ICCLD", num_steps: int) -> "nn.Module":
 def _inputs(
     model: "ICCLD", files: Sequence[Path], size: tuple[int, int, int], *, with_noise: bool
 ) -> tuple["Tensor", ...]:
-    """Images `(B, 3, H, W)` and, `with_noise`, noise of their latent's shape."""
+    """Return images `(B, 3, H, W)` and, `with_noise`, noise of their latent's shape."""
     import torch
     from torch.nn.functional import interpolate
 
@@ -124,7 +124,7 @@ def _inputs(
 
 
 def _dynamic(inputs: Sequence["Tensor"]) -> tuple[dict[int, Any], ...]:
-    """The free dimensions: batch, and rows and columns in multiples of the stride."""
+    """Describe the free dimensions: batch, and rows and columns in multiples of the stride."""
     from torch.export import Dim
 
     batch, rows, columns = Dim("batch", min=1, max=64), Dim("rows", min=2, max=256), Dim("columns", min=2, max=256)
@@ -163,7 +163,7 @@ def _shapes(inputs: Sequence["Tensor"]) -> dict[str, Any]:
 
 
 def _runner(file: Path, kind: str) -> Any:
-    """The exported model as a function of tensors, run as its users would."""
+    """Return the exported model as a function of tensors, run as its users would."""
     import torch
 
     if kind == "torch":
@@ -178,7 +178,7 @@ def _runner(file: Path, kind: str) -> Any:
 
 
 def _difference(module: "nn.Module", exported: Any, trials: Sequence[tuple["Tensor", ...]]) -> float:
-    """The largest difference of logits, as a share of the largest."""
+    """Return the largest difference of logits, as a share of the largest."""
     import torch
 
     worst = 0.0

@@ -45,7 +45,7 @@ def _hours(seconds: float) -> str:
 
 
 def draw(found: list[Attempt], path: Path) -> None:
-    """A bar for the whole and for each of the last attempts, as PNG."""
+    """Draw a bar for the whole and for each of the last attempts, as PNG."""
     from matplotlib.figure import Figure  # slow to import; a bare Figure needs no display
 
     shown = found[-MAX_BARS:]
@@ -67,13 +67,13 @@ def draw(found: list[Attempt], path: Path) -> None:
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """The arguments of `iccld goodput`."""
+    """Add the arguments of `iccld goodput`."""
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="for goodput.json and .png (RUN_DIR/profile)")
 
 
 def run(arguments: Namespace) -> int:
-    """Print the tables; write `goodput.json` and `goodput.png`. Raises ValueError where the user erred."""
+    """Print the tables; write `goodput.json` and `goodput.png`. Raises ValueError if the user erred."""
     events, lost = read_events(arguments.run_dir)
     events, moved = straightened(events)
     found = attempts(events)

@@ -29,7 +29,7 @@ REST = {"launched": "start", "started": "start", "preempted": "save", "finished"
 
 @dataclass
 class Attempt:
-    """One process group's life. `seconds` by category; `down` is what passed since the attempt before it."""
+    """One process group's life. `seconds` by category; `down` is the time since the attempt before it."""
 
     began: float
     ended: float
@@ -39,12 +39,12 @@ class Attempt:
 
 
 def attempts(events: list[Event]) -> list[Attempt]:
-    """The attempts of a run, oldest first; its events are `straightened`. Raises ValueError where none tells of any."""
+    """Divide a run's `straightened` events into attempts, oldest first. Raises ValueError if they tell of none."""
     parts: list[list[Event]] = []
     for event in events:
         if event["event"] == "launched":
             parts.append([])
-        if parts and event["event"] != "warning":  # one may be told days later, by `iccld evaluate`
+        if parts and event["event"] != "warning":  # `iccld evaluate` may add one days later
             parts[-1].append(event)
     if not parts:
         raise ValueError("events.jsonl holds no event `launched`: nothing has been started, or by an older version.")
@@ -58,7 +58,7 @@ def attempts(events: list[Event]) -> list[Attempt]:
 
 
 def _resumed_at(later: Iterable[Event]) -> dict[str, int]:
-    """For each stage, the step from which the next attempt that trained it went on."""
+    """Return, for each stage, the step from which the next attempt that trained it resumed."""
     steps: dict[str, int] = {}
     for event in later:
         if event["event"] == "started":
@@ -67,7 +67,10 @@ def _resumed_at(later: Iterable[Event]) -> dict[str, int]:
 
 
 def _attempt(events: list[Event], resumed: Mapping[str, int], *, after: float) -> Attempt:
-    """`after`: the end of the one before it, which the clock of another node may put later than the beginning."""
+    """Account for one attempt; `after` is the end of the one before it.
+
+    The clock of another node may put that end later than this attempt's beginning.
+    """
     began = cursor = max(events[0].get("since", events[0]["time"]), after)
     ended = max(began, *(event["time"] for event in events))
     attempt = Attempt(began, ended, last=events[-1]["event"])
@@ -81,7 +84,7 @@ def _attempt(events: list[Event], resumed: Mapping[str, int], *, after: float) -
             attempt.num_steps += event["num_steps"]
         elif kind in REST:
             attempt.seconds[REST[kind]] += seconds
-        else:  # `saved` comes from the background, in the midst of a step
+        else:  # the background writes `saved` in the midst of a step
             continue
         cursor = max(event["time"], cursor)
     attempt.seconds["other"] += max(attempt.ended - cursor, 0.0)
@@ -89,7 +92,7 @@ def _attempt(events: list[Event], resumed: Mapping[str, int], *, after: float) -
 
 
 def _steps(event: Event, resumed: int | None) -> dict[str, float]:
-    """The seconds of the steps that one `progress` tells of, `resumed` being the step that their stage went on from."""
+    """Divide the seconds of one `progress`; `resumed` is the step from which the stage was resumed later."""
     seconds, num_steps = event["seconds"], event["num_steps"]
     redone = 0.0 if resumed is None else min(max((event["step"] - resumed) / num_steps, 0.0), 1.0)
     names = ("data", "save", "evaluate")
@@ -100,5 +103,5 @@ def _steps(event: Event, resumed: int | None) -> dict[str, float]:
 
 
 def total_of(found: list[Attempt]) -> dict[str, float]:
-    """The seconds of all attempts together, by category."""
+    """Sum the seconds of all attempts, by category."""
     return {name: sum(attempt.seconds[name] for attempt in found) for name in CATEGORIES}
