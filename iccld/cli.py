@@ -98,7 +98,7 @@ def _run(arguments: argparse.Namespace, words_given: Sequence[str]) -> int:
 
 
 def _printable(character: str) -> str:
-    """What a terminal would take for a command, as text: names come from files that anyone wrote."""
+    """Spell out what a terminal would take for a command: names come from files that anyone wrote."""
     return character if character.isprintable() or character == "\n" else repr(character)[1:-1]
 
 
@@ -110,7 +110,7 @@ def run() -> NoReturn:
 
 
 def _readers_are_gone() -> bool:
-    """Whether nobody reads our output; a broken pipe may also be a server's."""
+    """Tell whether nobody reads our output; a broken pipe may also be a server's."""
     pipes = select.poll()
     for stream in _outputs():
         with suppress(OSError, ValueError):  # a stream of a test's is no file

@@ -249,7 +249,7 @@ class Trainer:
             return [], plain(error, has_trained=self.watchdog.has_trained)
 
     def _raise_together(self, failure: Exception | None) -> None:
-        """What went wrong on one rank ends all, so that none is left waiting; rank 0 says it for them."""
+        """End all ranks for a failure of one, so that none is left waiting; rank 0 says it for them."""
         failures = {rank: error for rank, error in enumerate(self.engine.ranks.gather(failure)) if error}
         if not failures:
             return
@@ -260,7 +260,7 @@ class Trainer:
         raise Interrupted(said) if status == AGAIN else ValueError(said)
 
     def _stop(self, step: int, timer: PhaseTimer, *, is_new: bool) -> None:
-        """Asked to stop before `step`: save, unless this attempt has nothing new."""
+        """Stop before `step`, as asked: save, unless this attempt has nothing new."""
         if is_new:
             self._flush(timer)
             with timer.phase("save"):
@@ -317,7 +317,7 @@ class Trainer:
 
 
 def _differing(one: Any, other: Any) -> Any:
-    """What of one is not the same in the other."""
+    """Return the part of `one` that is not the same in `other`."""
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         return {key: _differing(value, other.get(key)) for key, value in one.items() if value != other.get(key)}
     return one

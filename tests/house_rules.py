@@ -297,6 +297,55 @@ def public_parts_are_documented(source: Source) -> Iterator[Finding]:
             yield node.lineno, f"{node.name} without a docstring"
 
 
+NO_BEGINNING = set(
+    [
+        "Also",
+        "Around",
+        "As",
+        "At",
+        "By",
+        "For",
+        "From",
+        "How",
+        "If",
+        "In",
+        "Is",
+        "It",
+        "Its",
+        "None",
+        "Of",
+        "On",
+        "So",
+        "That",
+        "To",
+        "What",
+        "Whatever",
+        "When",
+        "Where",
+        "Whether",
+        "Which",
+        "While",
+        "Who",
+        "Whoever",
+        "Whose",
+        "Why",
+        "With",
+        "Within",
+        "Without",
+    ]
+)
+"""Words that a docstring does not begin with: such a sentence does not stand alone. It begins with a verb or a noun."""
+
+
+def docstrings_begin_with_a_verb_or_a_noun(source: Source) -> Iterator[Finding]:
+    for node in ast.walk(source.tree):
+        if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        words = (ast.get_docstring(node) or "").split()
+        if words and words[0].rstrip(",:.;") in NO_BEGINNING:
+            yield getattr(node, "lineno", 1), f"a docstring begins with {words[0]!r}; begin with a verb or a noun"
+
+
 WRITERS = re.compile(
     r"(\.(write_text|write_bytes|mkdir|makedirs|rmtree|touch|savefig|export_chrome_trace|_dump_snapshot|open_memmap"
     r"|copyfile|copytree|copy2|move|symlink_to|hardlink_to|mkstemp|NamedTemporaryFile)|^(np|numpy|torch)\.save"
@@ -326,7 +375,7 @@ MAY_WRITE = {
 
 
 def only_durable_writes_and_deletes(source: Source) -> Iterator[Finding]:
-    """So that no link is followed: see `iccld/durable.py`. Deleting, renaming and "x" act on a link itself."""
+    """Let no link be followed: see `iccld/durable.py`. Deleting, renaming and "x" act on a link itself."""
     if source.room in (None, "durable"):
         return
     for node in ast.walk(source.tree):
@@ -354,4 +403,5 @@ RULES = [
     public_parts_are_documented,
     only_durable_writes_and_deletes,
     wings_import_downwards,
+    docstrings_begin_with_a_verb_or_a_noun,
 ]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.house_rules import RULES, Finding, Source, files_are_short
+from tests.house_rules import RULES, Finding, Source, docstrings_begin_with_a_verb_or_a_noun, files_are_short
 
 ROOT = Path(__file__).parent.parent
 
@@ -39,7 +39,7 @@ def in_circles(graph: Mapping[str, set[str]]) -> set[str]:
 
 
 def broken_header(text: str) -> str:
-    """What an experiment's opening comment lines leave out; empty if they say all."""
+    """Return the words that an experiment's opening comment lacks; "" if it has all."""
     header = re.match(r"(?:[ \t]*(?:#.*)?\n)*", text + "\n")
     opening = header.group().lower() if header else ""
     return ", ".join(word for word in ("command", "cost", "expected") if word not in opening)
@@ -47,7 +47,8 @@ def broken_header(text: str) -> str:
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_house_rule(rule: Callable[[Source], Iterator[Finding]]):
-    folders = ["iccld", "launch", "tools", *(["tests"] if rule is files_are_short else [])]
+    of_tests = rule in (files_are_short, docstrings_begin_with_a_verb_or_a_noun)
+    folders = ["iccld", "launch", "tools", *(["tests"] if of_tests else [])]
     files = sorted(p for folder in folders for p in (ROOT / folder).rglob("*.py"))
     assert len(files) > 5, "the checks must see the package"
     sources = [Source(p.relative_to(ROOT).as_posix(), p.read_text()) for p in files]
@@ -151,6 +152,8 @@ def test_experiments_open_with_command_cost_and_expected_result():
         ),
         (RULES[11], "iccld/data/attic/old.py", "", 1, "wing 'attic' is not in the table"),
         (RULES[10], "iccld/data/storage/index.py", "shutil.rmtree(folder)", 1, "shutil.rmtree may follow a link"),
+        (RULES[12], "iccld/losses.py", "def dice():\n    '''Of a batch.'''", 1, "begins with 'Of'"),
+        (RULES[12], "tools/plot.py", "'''Where, and how.'''", 1, "begins with 'Where,'"),
     ],
 )
 def test_a_broken_rule_is_found_with_its_line(rule, path, text, line, words):

@@ -216,7 +216,7 @@ def _look_below(root: Path, written: Path) -> _Found:
 
 
 def _why_no_image(file: Path) -> str:
-    """Why a file need not be tried; empty for what is an image by its ending or its first bytes."""
+    """Say why a file need not be tried; "" if its ending or its first bytes are an image's."""
     if file.suffix.lower() in IMAGE_SUFFIXES:
         return ""
     try:

@@ -29,7 +29,7 @@ ENGINES = {
 
 
 class StopAt(Preemption):
-    """Is asked once a step; says yes at the `stop_at`-th time."""
+    """Request to stop: it is asked once a step, and says yes at the `stop_at`-th time."""
 
     def __init__(self, stop_at: int | None) -> None:
         self.remaining = stop_at

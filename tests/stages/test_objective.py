@@ -186,7 +186,7 @@ def test_the_features_are_those_of_the_view_that_the_denoiser_sees():
 
 
 def test_a_label_in_z_t_is_no_answer():
-    """Where z_t is made of labels, only pure noise counts; ignored pixels count nowhere."""
+    """Only pure noise counts if z_t is made of labels; ignored pixels count nowhere."""
     stage = make_stage(latent=LatentKind.mask, pure_noise_share=0.5, **TASK)
     batch = random_batch(num_classes=19, numbers=range(4))
     batch["source"]["labels"][:, :8] = IGNORE_INDEX

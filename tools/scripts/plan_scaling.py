@@ -1,4 +1,4 @@
-"""From a profile: samples/s, step time and hours of a run on 1 to 4,096 GPUs under each engine.
+"""Plan from a profile: samples/s, step time and hours of a run on 1 to 4,096 GPUs under each engine.
 
     iccld profile experiment=gta5_to_cityscapes run_dir=runs/gta5
     python tools/scripts/plan_scaling.py runs/gta5/profile/stage2/profile.json --png plan.png --json plan.json

@@ -1,4 +1,4 @@
-"""Draws one street's content and puts it in the order in which it has to be drawn.
+"""Contents of one street, in the order in which they have to be drawn.
 
 Things stand in bands along the street that do not overlap (own lane, lanes, cycle path, parking, kerb, sidewalk,
 frontage). A ray from the camera leaves the street outwards, so a thing in an outer band never covers one in an inner
@@ -18,7 +18,7 @@ from iccld.demo.scenes.world import World
 
 @dataclass(frozen=True)
 class Placed:
-    """One thing: its band (distance from the own lane's middle), its near end, and how it is drawn."""
+    """Thing in the street: its band (distance from the own lane's middle), its near end, and how it is drawn."""
 
     band: float
     z: float
@@ -27,7 +27,7 @@ class Placed:
 
 @dataclass
 class Plan:
-    """A street's cross-section and what stands in it."""
+    """Cross-section of a street and the things in it."""
 
     street: street.Street
     cycle: tuple[float, float]  # middles of the cycle paths
@@ -39,14 +39,14 @@ class Plan:
 
     @property
     def bands(self) -> list[float]:
-        """The middles of all bands of the road."""
+        """Return the middles of all bands of the road."""
         return [*self.street.lanes, *self.cycle, *(x for x in self.parking if x is not None)]
 
     def add(self, band: float, z: float, draw: Callable[[Canvas], None]) -> None:
         self.placed.append(Placed(abs(band), z, draw))
 
     def draw(self, canvas: Canvas, rng: np.random.Generator) -> None:
-        """Far to near: horizon, ground, cast shadows, then everything that stands."""
+        """Draw from far to near: horizon, ground, cast shadows, then everything that stands."""
         street.skyline(canvas, rng)
         street.ground(canvas, rng, self.street, self.crossing)
         for side, z in self.side_streets:
@@ -66,7 +66,7 @@ SHADOW = 6.0  # metres that a house's shadow reaches at most: the street is neve
 
 
 def plan(world: World, rng: np.random.Generator) -> Plan:
-    """Everything of one street except light and camera."""
+    """Plan everything of one street except light and camera."""
     extra = int(rng.integers(world.lanes[0], world.lanes[1] + 1))
     left = extra - int(rng.random() < 0.35) if extra > 1 else extra
     lanes = tuple(LANE * i for i in range(-left, extra - left + 1))
@@ -120,7 +120,7 @@ def _frontage(result: Plan, world: World, rng: np.random.Generator, side: int) -
 
 def _house(result: Plan, world: World, rng: np.random.Generator, x: float, back: float,
            span: tuple[float, float]) -> None:  # fmt: skip
-    """A house `back` metres behind the frontage line x; what stands before it in the same span is drawn after it."""
+    """Place a house `back` metres behind the frontage line x; things before it in the same span are drawn later."""
     floors = int(rng.integers(world.floors[0], world.floors[1] + 1))
     at = x + back * float(np.sign(x))
     result.add(x, span[0] + 0.01 * back, partial(street.building, rng=rng, x=at, z=span, floors=floors))
@@ -165,7 +165,7 @@ def _heading(rng: np.random.Generator) -> float:
 def _scatter(
     rng: np.random.Generator, mean: float, across: tuple[float, float], *, span: float
 ) -> list[tuple[float, float]]:
-    """(x, z) of a Poisson number of things, dense at the distance where x comes into view, then thinning out."""
+    """Draw (x, z) of a Poisson number of things, dense at the distance where x comes into view, then thinning out."""
     count = int(rng.poisson(mean))
     x = rng.uniform(min(across), max(across), size=count)
     z = np.maximum(6.0, 1.5 * np.abs(x)) + span * rng.random(count) ** 2
@@ -220,7 +220,7 @@ def _parked(result: Plan, rng: np.random.Generator, x: float, *, oncoming: bool)
 
 
 def _crossing(result: Plan, rng: np.random.Generator) -> None:
-    """Pedestrians on the zebra, each in the band that it walks in."""
+    """Place pedestrians on the zebra, each in the band that it walks in."""
     if result.crossing is None:
         return
     for _ in range(int(rng.poisson(1.5))):

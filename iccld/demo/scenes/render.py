@@ -14,7 +14,7 @@ MIN_SIZE = 32
 def render(
     *, seed: int, domain: Domain, number: int, height: int = 256, width: int = 512
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Image `number` of a domain, equal for equal arguments.
+    """Draw image `number` of a domain; it is equal for equal arguments.
 
     Returns the image, `(height, width, 3)` uint8 RGB, and its labels, `(height, width)` uint8 train ids 0-18; the
     labels' edges are hard where the image's are soft.

@@ -58,7 +58,7 @@ def _of_several(records: Sequence[Record], stage: str) -> Iterator[Markup]:
 
 
 def wall_time(records: Sequence[Record]) -> Markup:
-    """Where the wall time went: a bar a run, and of one run a bar an attempt."""
+    """Draw the shares of the wall time: a bar for each run and, for a single run, one for each attempt."""
     timed = [record for record in records if record.attempts]
     if not timed:
         return Markup("")

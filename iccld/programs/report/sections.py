@@ -1,4 +1,4 @@
-"""What the page says in words and tables: how the runs stand, their scores, settings, restarts and checkpoints."""
+"""Sections of the page in words and tables: state of the runs, scores, settings, restarts and checkpoints."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +18,7 @@ MAX_ROWS = 400  # of a table of settings
 
 
 def overview(records: Sequence[Record]) -> Markup:
-    """How each run stands, a column a run."""
+    """Show how each run stands, a column a run."""
     rows = [(name, *(words[name] for words in map(_standing, records))) for name in _standing(records[0])]
     return section("Overview", table(["", *(record.name for record in records)], rows))
 
@@ -138,7 +138,7 @@ def _number(value: float | None) -> str:
 
 
 def warnings(records: Sequence[Record]) -> Markup:
-    """What the runs warned of, and what ended attempts."""
+    """List the warnings of the runs, and what ended attempts."""
     items = [
         tag("li", tag("b", _where(record, event, several=len(records) > 1)), " ", shown(redact(str(_words(event)))))
         for record in records
@@ -228,6 +228,6 @@ def changed_settings(records: Sequence[Record], defaults: Mapping[str, Any]) -> 
 
 
 def notes(records: Sequence[Record]) -> Markup:
-    """What of the runs could not be read."""
+    """List the parts of the runs that could not be read."""
     items = [tag("li", f"{record.name}: {note}") for record in records for note in record.notes]
     return section("Notes", tag("ul", *items) if items else "")

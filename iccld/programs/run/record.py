@@ -75,7 +75,7 @@ class Record:
 
     @property
     def score(self) -> tuple[str, float] | None:
-        """Return the name and mIoU in per cent of the newest score: of the results, else of the newest training line."""
+        """Return name and mIoU in per cent of the newest score: of the results, else of the newest training line."""
         if (last := self.results.last) and (miou := last[1].means["miou"]) is not None:
             return last[0], miou
         lines = [(stage, values) for stage in reversed(STAGES) if (values := self.mious(stage))]

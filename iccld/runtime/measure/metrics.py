@@ -1,4 +1,4 @@
-"""What a run writes down: metrics.jsonl, events.jsonl, the terminal's line, and wandb."""
+"""Metrics of a run: metrics.jsonl, events.jsonl, the terminal's line, and wandb."""
 
 import json
 import math
@@ -165,7 +165,7 @@ class MetricsLogger:
         return entry
 
     def _rates(self, timed: list[Seconds], losses: Mapping[str, Tensor], steps: Sequence[int]) -> dict[str, Any]:
-        """How fast the ranks were in the steps; rank 0's seconds also go into events.jsonl."""
+        """Compute how fast the ranks were in the steps; rank 0's seconds also go into events.jsonl."""
         device = next(iter(losses.values())).device
         own = RankSeconds(host_name(), summed(timed), peak_memory(device))
         ranks = self.ranks.gather(own)
@@ -197,7 +197,7 @@ class MetricsLogger:
             write_event(self.run_dir, kind, stage=self.stage, **facts)
 
     def owes_scores(self, step: int) -> bool:
-        """On the main rank: whether the step was logged, but not what `evaluate` gave after it."""
+        """Tell, on the main rank, whether the step was logged without the scores of `evaluate` after it."""
         path = self.run_dir / "metrics.jsonl"
         if not self.ranks.is_main or not path.exists():
             return False

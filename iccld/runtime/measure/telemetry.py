@@ -1,4 +1,4 @@
-"""What others may read of a run while it trains: lines of JSON in files, and wandb (which only this file knows).
+"""Telemetry of a run while it trains: lines of JSON in files, and wandb (which only this file knows).
 
 None of it ends a run: what cannot be written or sent is said in one line, and training goes on.
 """
@@ -91,7 +91,7 @@ class WandbRun:
 
 
 def _within(limit_s: float, function: Callable[[], Any]) -> Any:
-    """What the function returns or raises. Raises TimeoutError where that takes longer; it is left behind then."""
+    """Return or raise what the function does. Raises TimeoutError if that takes longer; the function goes on."""
     outcome: dict[str, Any] = {}
 
     def run() -> None:

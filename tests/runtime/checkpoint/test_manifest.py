@@ -25,7 +25,7 @@ def test_no_bit_of_a_manifest_can_be_flipped_unseen(tmp_path: Path):
 
 
 def hostile_manifests() -> Iterator[tuple[str, Callable[[Path], object]]]:
-    """What a stranger, or a disk, may leave in place of a manifest."""
+    """Yield manifests that a stranger, or a disk, may leave."""
     texts = {
         "nested": "[" * 100_000,
         "nested in part": '{"sha256": "", "files": ' + '{"a":' * 100_000 + "1" + "}" * 100_001,
@@ -63,7 +63,7 @@ def hostile_manifests() -> Iterator[tuple[str, Callable[[Path], object]]]:
 
 
 def rewrite(path: Path, change: dict[str, Any]) -> None:
-    """As somebody does who knows the checksum."""
+    """Rewrite the manifest with a valid checksum, as an attacker would."""
     facts = json.loads(path.read_text())
     write_manifest(path.parent, {name: value for name, value in (facts | change).items() if name != "sha256"})
 
@@ -88,7 +88,7 @@ def test_a_hostile_manifest_is_named_and_the_older_checkpoint_is_used(tmp_path: 
 
 @pytest.mark.parametrize("form", ["../elsewhere", "{}/elsewhere", "./elsewhere"])
 def test_a_manifest_names_no_file_outside_its_folder(tmp_path: Path, form: str):
-    """Even one that is there, and has the size and the checksum that are given."""
+    """A file outside is refused even if it is there with the right size and checksum."""
     folder, name = save(store(tmp_path), 1), form.format(tmp_path)
     (folder / name).write_bytes(b"elsewhere")
     facts = {"size": 9, "sha256": file_checksum(folder / name)}
@@ -99,7 +99,7 @@ def test_a_manifest_names_no_file_outside_its_folder(tmp_path: Path, form: str):
 
 @pytest.mark.parametrize("target", ["same", "other"])
 def test_a_link_in_a_checkpoint_is_damage(tmp_path: Path, target: str):
-    """Even where the bytes are the same: what it leads to may change, or go."""
+    """A link is damage even if the bytes are the same: its target may change, or go."""
     folder = save(store(tmp_path / "a"), 1)
     file = folder / "rank_00000.safetensors"
     elsewhere = file.rename(tmp_path / "elsewhere")
@@ -109,7 +109,7 @@ def test_a_link_in_a_checkpoint_is_damage(tmp_path: Path, target: str):
 
 
 def test_another_format_is_refused_and_kept(tmp_path: Path):
-    """By an older version of iccld, after a newer one: going on from an older step would overwrite good work."""
+    """An older version must not resume an older step over a newer version's work."""
     checkpoints = store(tmp_path)
     save(checkpoints, 1)
     folder = save(checkpoints, 2)

@@ -58,7 +58,7 @@ def test_blocks_lie_apart_in_few_pieces(sizes: list[int]):
 
 
 def test_pinned_memory_is_little_more_than_what_it_holds():
-    """By powers of two, for the weights, moments and teacher of a denoiser."""
+    """Pinned memory comes in powers of two; it holds the weights, moments and teacher of a denoiser."""
     with torch.device("meta"):
         denoiser = Denoiser(config=DenoiserConfig(width=352), latent_channels=4, condition_channels=4)
     sizes = [4 * parameter.numel() for parameter in denoiser.parameters()] * 4

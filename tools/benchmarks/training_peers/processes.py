@@ -159,7 +159,7 @@ def weak_scaling(name: str, size_name: str) -> dict[str, Any]:
 
 
 def _ratios(seconds: dict[str, list[float]], bound: str, group: str) -> list[float]:
-    """At one batch a process, rates go as seconds a step."""
+    """Return the ratios; at one batch a process, rates go as seconds a step."""
     return [one / other for one, other in zip(seconds[bound], seconds[group], strict=True)]
 
 

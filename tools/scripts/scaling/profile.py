@@ -1,4 +1,4 @@
-"""What a plan takes from `profile.json` of `iccld profile`."""
+"""Facts that a plan takes from `profile.json` of `iccld profile`."""
 
 import json
 import math
@@ -73,7 +73,10 @@ def _profile(figures: Mapping[str, Any]) -> Profile:
 
 
 def log_spread(seconds: Sequence[float]) -> float:
-    """Of log-normal times, from step to step: of a drift that all ranks share, none has to wait.
+    """Return the spread of log-normal times from step to step, without the drift that all ranks share.
+
+    It is estimated by the 90th percentile of the changes of their logarithms, which spread by the square root of 2
+    more.
 
     By the 90th percentile of the changes of their logarithms, which spread by the square root of 2 more.
     """
