@@ -297,42 +297,9 @@ def public_parts_are_documented(source: Source) -> Iterator[Finding]:
             yield node.lineno, f"{node.name} without a docstring"
 
 
-NO_BEGINNING = set(
-    [
-        "Also",
-        "Around",
-        "As",
-        "At",
-        "By",
-        "For",
-        "From",
-        "How",
-        "If",
-        "In",
-        "Is",
-        "It",
-        "Its",
-        "None",
-        "Of",
-        "On",
-        "So",
-        "That",
-        "To",
-        "What",
-        "Whatever",
-        "When",
-        "Where",
-        "Whether",
-        "Which",
-        "While",
-        "Who",
-        "Whoever",
-        "Whose",
-        "Why",
-        "With",
-        "Within",
-        "Without",
-    ]
+NO_BEGINNING = re.compile(
+    r"(Also|Around|As|At|By|For|From|How|If|In|Is|Its?|None|Of|On|So|That|To|What(ever)?|When|Where|Whether|Which|While|"
+    r"Who(ever)?|Whose|Why|With(in|out)?)\b"
 )
 """Words that a docstring does not begin with: such a sentence does not stand alone. It begins with a verb or a noun."""
 
@@ -341,9 +308,8 @@ def docstrings_begin_with_a_verb_or_a_noun(source: Source) -> Iterator[Finding]:
     for node in ast.walk(source.tree):
         if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             continue
-        words = (ast.get_docstring(node) or "").split()
-        if words and words[0].rstrip(",:.;") in NO_BEGINNING:
-            yield getattr(node, "lineno", 1), f"a docstring begins with {words[0]!r}; begin with a verb or a noun"
+        if begins := NO_BEGINNING.match(ast.get_docstring(node) or ""):
+            yield getattr(node, "lineno", 1), f"a docstring begins with {begins[1]!r}; begin with a verb or a noun"
 
 
 WRITERS = re.compile(
