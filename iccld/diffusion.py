@@ -12,9 +12,11 @@ from torch import Tensor
 NUM_TRAIN_STEPS = 1000
 
 
-def scaled_linear_alpha_bar(num_steps: int = NUM_TRAIN_STEPS, *, start: float = 0.00085, end: float = 0.012) -> Tensor:
+def scaled_linear_alpha_bar(
+    num_train_steps: int = NUM_TRAIN_STEPS, *, start: float = 0.00085, end: float = 0.012
+) -> Tensor:
     """Return the products of 1 - beta, `(T,)` float32; sqrt(beta) rises linearly (the schedule of latent diffusion)."""
-    betas = torch.linspace(start**0.5, end**0.5, num_steps, dtype=torch.float64) ** 2
+    betas = torch.linspace(start**0.5, end**0.5, num_train_steps, dtype=torch.float64) ** 2
     return torch.cumprod(1.0 - betas, dim=0).float()
 
 

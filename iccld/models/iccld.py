@@ -179,7 +179,7 @@ class ICCLD(nn.Module):
         def decode(latent: Tensor) -> Tensor:
             return self.decoder(latent, seen.features)
 
-        return fitted_residual(decode, seen.latent, labels, weights, std=self.latent_std, **self._residual_steps())
+        return fitted_residual(decode, seen.latent, labels, weights, std=self.latent_std, **self._residual_options())
 
     def decodable(self, z_0: Tensor, encoded_latent: Tensor) -> Tensor:
         """Return the latent that D decodes, of a clean latent as it is diffused; all `(B, C, h, w)`.
@@ -187,7 +187,7 @@ class ICCLD(nn.Module):
         encoded_latent: E's, of the view that the denoiser sees; a z_0 that `is_a_move` moves it.
         """
         if self.config.latent.is_a_move:
-            return encoded_latent.float() + residual_scale(self.latent_std, **self._residual_steps()) * z_0
+            return encoded_latent.float() + residual_scale(self.latent_std, **self._residual_options()) * z_0
         return denormalise(z_0, mean=self.latent_mean, std=self.latent_std)
 
     def _encoded_z_0(self, clean: Tensor | None, labels: Tensor | None) -> Tensor:
@@ -197,8 +197,8 @@ class ICCLD(nn.Module):
         assert clean is not None
         return clean
 
-    def _residual_steps(self) -> dict[str, Any]:
-        return {"num_steps": self.config.residual_steps, "step": self.config.residual_step}
+    def _residual_options(self) -> dict[str, Any]:
+        return {"residual_steps": self.config.residual_steps, "residual_step": self.config.residual_step}
 
     def segment_mean_latent(self, images: Tensor) -> Tensor:
         """Segment with the data's mean latent as a control: what D knows from the image's features alone.

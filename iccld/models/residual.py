@@ -13,9 +13,9 @@ from torch import Tensor
 from iccld.labels import IGNORE_INDEX
 
 
-def residual_scale(std: Tensor, *, num_steps: int, step: float) -> Tensor:
+def residual_scale(std: Tensor, *, residual_steps: int, residual_step: float) -> Tensor:
     """Return σ, `(1, C, 1, 1)`, by which r has a root mean square of at most 1. std: the latent's, `(C,)`."""
-    return num_steps * step * std.view(1, -1, 1, 1)
+    return residual_steps * residual_step * std.view(1, -1, 1, 1)
 
 
 def fitted_residual(
@@ -25,8 +25,8 @@ def fitted_residual(
     weights: Tensor,
     *,
     std: Tensor,
-    num_steps: int,
-    step: float,
+    residual_steps: int,
+    residual_step: float,
 ) -> Tensor:
     """Return r of each sample, `(B, C, h, w)` float32, without a gradient.
 
@@ -40,7 +40,7 @@ def fitted_residual(
     trust = trust.clamp(max=1.0)  # a balance of classes can raise the weights that pasting leaves
     start = latent.float()
     move = torch.zeros_like(start)
-    for _ in range(num_steps):
+    for _ in range(residual_steps):
         with torch.enable_grad():
             at = move.detach().requires_grad_()
             logits = decode(start + unit * at).float()
@@ -48,5 +48,5 @@ def fitted_residual(
             losses = F.cross_entropy(logits, labels.long(), ignore_index=IGNORE_INDEX, reduction="none")
             (gradient,) = torch.autograd.grad((losses * weights).sum(), [at])
         size = gradient.square().mean(dim=(1, 2, 3), keepdim=True).sqrt().clamp(min=1e-12)
-        move = move - step * trust.view(-1, 1, 1, 1) * gradient / size
-    return move / (num_steps * step)
+        move = move - residual_step * trust.view(-1, 1, 1, 1) * gradient / size
+    return move / (residual_steps * residual_step)

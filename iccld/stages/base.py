@@ -73,7 +73,7 @@ class Stage(ABC):
         """Return the optimiser's groups: what trains, at which learning rate."""
 
     @abstractmethod
-    def models(self) -> dict[str, ICCLD]:
+    def copy_models(self) -> dict[str, ICCLD]:
         """Return the models as they are now: `teacher`, which the next stage starts from, and `student`.
 
         Each model may be a copy: call this once, not in a loop.

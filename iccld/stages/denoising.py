@@ -32,12 +32,12 @@ class Noised(NamedTuple):
     is_pure: Tensor
 
 
-def draw_timesteps(draws: Tensor, pure_draws: Tensor, *, pure_noise_share: float, num_steps: int) -> Tensor:
+def draw_timesteps(draws: Tensor, pure_draws: Tensor, *, pure_noise_share: float, num_train_steps: int) -> Tensor:
     """Draw timesteps on the host, `(B,)` int64: uniform in [0, T-1], or T for a sample that is pure noise.
 
     draws, pure_draws: `(B,)` in [0, 1). One tensor tells both, so that one is sent to the device.
     """
-    return (draws * num_steps).long().masked_fill(pure_draws < pure_noise_share, num_steps)
+    return (draws * num_train_steps).long().masked_fill(pure_draws < pure_noise_share, num_train_steps)
 
 
 def noised(z_0: Tensor, noise: Tensor, timesteps: Tensor, alpha_bar: Tensor) -> Noised:

@@ -10,7 +10,7 @@ from pathlib import Path
 from iccld.batch_layout import BatchLayout
 from iccld.config import Config, stage_settings
 from iccld.data.config import OnError
-from iccld.data.stream.sets import open_parts
+from iccld.data.stream.sets import open_sets
 from iccld.data.stream.shared_batch import shared_bytes
 from iccld.programs.run.building import noise_of
 from iccld.programs.run.checks import plan_of
@@ -77,7 +77,7 @@ def read_shards(config: Config) -> None:
     labelled = {"source": True, "target": of_target, "validation": True}
     for domain, with_labels in labelled.items():
         if getattr(config.data, domain).shards:
-            for part in open_parts(config.data, domain, with_labels=with_labels):
+            for part in open_sets(config.data, domain, with_labels=with_labels):
                 for position in {int(part.positions[0]), int(part.positions[-1])}:
                     with suppress(ValueError) if config.data.on_error is OnError.replace else nullcontext():
                         part.reader.read(position, with_labels=with_labels)

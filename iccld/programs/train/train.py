@@ -179,10 +179,10 @@ def _validate(stage: Stage, config: Config, engine: Engine, give_up: Callable[[]
 
     What they, and the lines logged so far, warn of is told now.
     """
-    models = whole_stage(stage, config, engine).models()
+    models = whole_stage(stage, config, engine).copy_models()
     model = models["teacher"]
     kind, inference = STAGES[stage.name], config.inference
-    fewest = min(filter(None, kind.num_steps(inference)), default=0)
+    fewest = min(filter(None, kind.denoising_steps(inference)), default=0)
     predict = kind.predictor(model, inference, seed=config.seed, num_steps=fewest)
     result = evaluate_predictor(predict, config, engine, give_up=give_up)
     values = {"miou": result.miou, "boundary_miou": result.boundary_miou}
@@ -220,7 +220,7 @@ def _about(stage: Stage, config: Config, stream: TrainingStream) -> Mapping[str,
         "model": model,
         "data": stream.fingerprints(),
         "origin": handed_over(previous, config)[1].model_sha256 if previous else config.initial_model,
-        "rebuilding_config": stage.models()["student"].rebuilding_config(),
+        "rebuilding_config": stage.copy_models()["student"].rebuilding_config(),
         "config": resolved,
     }
     return json.loads(json.dumps(about))  # as a resume reads it: keys are strings

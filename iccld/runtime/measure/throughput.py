@@ -23,23 +23,23 @@ def own_seconds(seconds: Mapping[str, float]) -> float:
 
 
 def rates(
-    ranks: Sequence[RankSeconds], num_steps: int, *, global_batch_size: int, flops: float, peak_flops: float
+    ranks: Sequence[RankSeconds], num_timed: int, *, global_batch_size: int, flops: float, peak_flops: float
 ) -> dict[str, Any]:
     """A line's facts on speed. `flops`: floating-point operations a sample; `peak_flops`: a rank's a second, or 0."""
     totals = [rank.seconds["total"] - sum(rank.seconds.get(name, 0.0) for name in OUTSIDE) for rank in ranks]
     total = max(*totals, 1e-9)
-    samples_per_s = num_steps * global_batch_size / total
+    samples_per_s = num_timed * global_batch_size / total
     achieved = flops * samples_per_s / len(ranks)
     names = sorted({name for rank in ranks for name in rank.seconds} - {"total"})
     return {
-        "step_s": total / num_steps,
+        "step_s": total / num_timed,
         "samples_per_s": samples_per_s,
         "samples_per_s_per_rank": samples_per_s / len(ranks),
         "data_wait": max(rank.seconds.get("data", 0.0) for rank in ranks) / total,
         "flops_per_s_per_rank": achieved,
         **({"mfu": achieved / peak_flops} if peak_flops else {}),
         "peak_gib": max(rank.peak_bytes for rank in ranks) / 2**30,
-        **{f"time/{name}_s": _mean(ranks, name) / num_steps for name in names},
+        **{f"time/{name}_s": _mean(ranks, name) / num_timed for name in names},
     }
 
 
@@ -47,7 +47,7 @@ def _mean(ranks: Sequence[RankSeconds], name: str) -> float:
     return statistics.fmean(rank.seconds.get(name, 0.0) for rank in ranks)
 
 
-def slowest(ranks: Sequence[RankSeconds], num_steps: int) -> dict[str, Any]:
+def slowest(ranks: Sequence[RankSeconds], num_timed: int) -> dict[str, Any]:
     """Describe the rank that the others wait for: in which phase it is behind, and each rank's own work a step."""
     own = [own_seconds(rank.seconds) for rank in ranks]
     slow = own.index(max(own))
@@ -61,7 +61,7 @@ def slowest(ranks: Sequence[RankSeconds], num_steps: int) -> dict[str, Any]:
         "slow_rank_host": ranks[slow].host,
         "slow_rank_phase": max(behind, key=lambda name: behind[name]),
         "slow_rank_over_others": own[slow] / max(statistics.median(own[:slow] + own[slow + 1 :]), 1e-9),
-        "rank_own_s": [round(seconds / num_steps, 6) for seconds in own],
+        "rank_own_s": [round(seconds / num_timed, 6) for seconds in own],
     }
 
 
