@@ -51,7 +51,7 @@ def in_processes(
     """A `map` of `function` over tasks in `num_workers` processes; results come as they are finished.
 
     Tasks are taken from their iterable only as workers become free. One worker is this process itself. Leaving the
-    block ends the workers at once, and they end when this process does, however that ends. Raises ValueError where a
+    block ends the workers at once, and they end when this process does, however that ends. Raises ValueError if a
     worker was killed, and for a number below 1.
     """
     if num_workers < 1:

@@ -99,7 +99,7 @@ def _predict_one(inputs: Sequence[Path], output: Path, segment: Segment, *, with
 
 
 def expanded(inputs: Sequence[Path]) -> list[Path]:
-    """The inputs, with what a pattern (`*`, `?`, `**`) matches in its place. Raises ValueError where one is nothing."""
+    """The inputs, with what a pattern (`*`, `?`, `**`) matches in its place. Raises ValueError if one is nothing."""
     found: list[Path] = []
     for path in inputs:
         is_there = path.exists() or path.is_symlink()
@@ -161,7 +161,7 @@ def _jobs(inputs: Sequence[Path], output: Path, *, with_probabilities: bool) -> 
 
 
 def _found_in(path: Path, output: Path) -> "_Found":
-    """The images of one input. Raises ValueError where there is none."""
+    """The images of one input. Raises ValueError if there is none."""
     if not path.is_dir():
         return _Found([path])
     if _real(output) == _real(path):

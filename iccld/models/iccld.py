@@ -292,7 +292,7 @@ class ICCLD(nn.Module):
     def start_denoiser(self, config: ModelConfig) -> None:
         """Take a fresh denoiser, to be trained in stage 2, and what else of the model that stage decides.
 
-        Raises ValueError where stage 1 was trained for another reading of the latent: `image` serves for `residual`.
+        Raises ValueError if stage 1 was trained for another reading of the latent: `image` serves for `residual`.
         """
         old, new = self.config.latent, config.latent
         if old.has_mask_encoder != new.has_mask_encoder:

@@ -88,7 +88,7 @@ def given_files(settings: argparse.Namespace) -> list[tuple[Path, Path]]:
 
 
 def prepare(settings: argparse.Namespace, folder: Path) -> tuple[Settings, str]:
-    """Writes the sets, and says why MosaicML's is not among them ("": it is)."""
+    """Write the sets, and say why MosaicML's is not among them ("": it is)."""
     sets = Settings(folder / "png", folder / "shards", folder / "mds", settings.crop, settings.batch_size)
     for kind in ("images", "labels"):
         (sets.pngs / kind).mkdir(parents=True)

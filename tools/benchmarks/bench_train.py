@@ -187,7 +187,7 @@ def main() -> int:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Raises ValueError where there is no JSON object."""
+    """Read a file. Raises ValueError if there is no JSON object."""
     figures = json.loads(path.read_text())
     if not isinstance(figures, dict):
         raise ValueError(f"{path} holds no figures of bench_train.py.")

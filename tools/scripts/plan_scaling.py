@@ -141,7 +141,7 @@ def parse() -> argparse.Namespace:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Raises ValueError for what makes no plan."""
+    """Raise ValueError for arguments that make no plan."""
     if not arguments.profiles:
         raise ValueError("give a profile.json of `iccld profile`, or --measure-link.")
     numbers = {"--gpus": min(arguments.gpus), "--steps": arguments.steps, "--ranks-per-node": arguments.ranks_per_node}
@@ -152,7 +152,7 @@ def check(arguments: argparse.Namespace) -> None:
 
 
 def check_alike(profiles: Sequence[Profile]) -> None:
-    """Raises ValueError where several profiles are not of one work under different engines."""
+    """Raise ValueError if several profiles are not of one work under different engines."""
     for what in ("stage", "device", "micro_batch_size"):
         if len(found := {str(getattr(profile, what)) for profile in profiles}) > 1:
             raise ValueError(f"the profiles differ in {what} ({', '.join(sorted(found))}); plan one after another.")

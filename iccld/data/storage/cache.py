@@ -63,7 +63,7 @@ class SampleCache:
     """Bytes by key. Entries may be old or another process's: verify them, and `discard` bad ones.
 
     `counters`: hits, misses, puts, evictions; `full`, puts for which there was no room; `busy`, those that would have
-    waited for another process; `failures` of the disk. Raises ValueError where the folder cannot be used.
+    waited for another process; `failures` of the disk. Raises ValueError if the folder cannot be used.
     """
 
     setting, contents, without = "data.cache", "samples", "samples come from the storage"

@@ -6,7 +6,7 @@
     runs:
       source_only: {settings: [stage=source_only]}
       stage1: {initial: source_only, settings: [stage=segmentation]}
-      stage2: {after: stage1, settings: [stage=adversarial], about: the paper's letter}
+      stage2: {after: stage1, settings: [stage=adversarial], about: as in the paper}
 
 `after`: the run takes the finished stage 1 of another run, with the same seed. `initial`: its own stage 1 starts from
 the model of that stage 1 (`initial_model`).

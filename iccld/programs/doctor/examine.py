@@ -217,7 +217,7 @@ def run_folder(run_dir: Path) -> Iterator[Finding]:
         if probe.read_text() != "4":
             raise ValueError(f"{near} does not show what was written last; use another run_dir.")
         yield Finding(FINE, "run_dir", f"{near}: a file replaces another by a rename")
-        slow = f"; over {SLOW_S:g} s is slow: save less often (trainer.checkpoint.every) or use another run_dir"
+        slow = f"; over {SLOW_S:g} s is slow: save less often (trainer.checkpoint.save_every) or use another run_dir"
         speed = f"{near}: a small file is on the disk after {1000 * each_s:.1f} ms"
         yield Finding(NOTE if each_s > SLOW_S else FINE, "run_dir", speed + (slow if each_s > SLOW_S else ""))
         yield _locks(Path(folder) / "lock", near)

@@ -22,7 +22,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(arguments: Namespace) -> int:
-    """Write the page and say where. Raises ValueError where there is no run, or no place for the page of several."""
+    """Write the page and say where. Raises ValueError if there is no run, or no place for the page of several."""
     run_dirs, output = arguments.run_dirs, arguments.output
     if output is None and len(run_dirs) > 1:
         raise ValueError("--output must name the page of several runs; give it, as in --output runs/report.html.")

@@ -42,7 +42,7 @@ def check_own(places: Sequence[tuple[str, str]]) -> None:
 def choose_kernels(*, deterministic: bool, matmul_precision: str, cudnn_benchmark: bool) -> None:
     """Tell torch's libraries how to choose their kernels. Call before the first one runs on the device.
 
-    `deterministic`: the same bits in each run; what has no such kernel raises RuntimeError where it is called. On a
+    `deterministic`: the same bits in each run; what has no such kernel raises RuntimeError if it is called. On a
     CPU the results do not change.
     """
     torch.set_float32_matmul_precision(matmul_precision)

@@ -152,7 +152,7 @@ class Step:
 
 
 def predict(profile: Profile, engine: str, network: Network, num_ranks: int, global_batch: int | None = None) -> Step:
-    """Raises ValueError where the global batch cannot be divided over the ranks."""
+    """Predict a step. Raises ValueError if the global batch cannot be divided over the ranks."""
     num_accumulation = accumulation(profile, num_ranks, global_batch)
     phases = own_seconds(profile, engine, num_ranks, num_accumulation)
     own_s = sum(phases.values())

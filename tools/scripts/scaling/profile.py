@@ -39,7 +39,7 @@ class Profile:
 
 
 def read_profile(path: Path) -> Profile:
-    """Raises ValueError where the file is no profile, or one that cannot be taken apart."""
+    """Read a profile. Raises ValueError if the file is none, or one that cannot be taken apart."""
     try:
         profile = _profile(json.loads(path.read_text()))
     except (OSError, ValueError, KeyError, TypeError) as error:
