@@ -51,13 +51,13 @@ def _score(score: tuple[str, float] | None) -> str:
 
 
 def hours(seconds: float) -> str:
-    """A duration as h:mm:ss."""
+    """Write a duration as h:mm:ss."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
 def differences(records: Sequence[Record]) -> Markup:
-    """The settings that are not the same in all of several runs."""
+    """Show the settings that are not the same in all of several runs."""
     if len(records) < 2:
         return Markup("")
     rows = [(key, *map(words_of, values)) for key, values in sorted(differing(records).items())]
@@ -68,7 +68,7 @@ def differences(records: Sequence[Record]) -> Markup:
 
 
 def scores(records: Sequence[Record], colours: Mapping[str, str]) -> Markup:
-    """Final scores by class: all of one run, or the last stage's of several, with what each gains over the first."""
+    """Show final scores by class: all of one run, or the last stage's of several with their gains over the first."""
     columns = _columns(records)
     if not columns:
         return Markup("")
@@ -101,7 +101,7 @@ def _columns(records: Sequence[Record]) -> dict[str, SavedScores]:
 
 
 def _cells(values: Sequence[float | None], colour: str | None, *, with_gain: bool) -> Iterator[str]:
-    """A number with a bar for each value, and with what it gains over the first."""
+    """Write a number with a bar for each value, and with its gain over the first."""
     first = values[0]
     for i, value in enumerate(values):
         if value is None:
@@ -118,7 +118,7 @@ def _gain(difference: float) -> Markup:
 
 
 def diagnostics(records: Sequence[Record]) -> Markup:
-    """The scores under other latents, where they were measured."""
+    """Show the scores under other latents, if they were measured."""
     parts: list[Markup] = []
     for record in records:
         for stage, figures in record.results.diagnostics.items():
@@ -159,7 +159,7 @@ def _where(record: Record, event: Mapping[str, Any], *, several: bool) -> str:
 
 
 def restarts(records: Sequence[Record]) -> Markup:
-    """The attempts of each run."""
+    """List the attempts of each run."""
     head = ["launched", "down before", "lasted", "steps", "redone", "last event"]
     parts: list[Markup] = []
     for record in records:
@@ -179,7 +179,7 @@ def restarts(records: Sequence[Record]) -> Markup:
 
 
 def checkpoints(records: Sequence[Record]) -> Markup:
-    """The checkpoints that are there, and the finished models."""
+    """List the checkpoints that are there, and the finished models."""
     parts: list[Markup] = []
     for record in records:
         rows = [row for stage in STAGES for row in _checkpoints(record.run_dir / stage, stage)]
@@ -207,7 +207,7 @@ def _titled(record: Record, records: Sequence[Record]) -> Markup:
 
 
 def changed_settings(records: Sequence[Record], defaults: Mapping[str, Any]) -> Markup:
-    """The settings that are not at their default, and all of them, folded away."""
+    """List the settings that are not at their default, and all of them, folded away."""
     keys = sorted({key for record in records for key in record.settings} - {"run_dir"})
     rows = []
     for key in keys:
