@@ -91,7 +91,7 @@ def place_for(folders: Sequence[Path], config: Config, about: Mapping[str, Any])
 
 
 def _free(path: Path) -> Path:
-    """Return the path, or with a number if there is a file."""
+    """Return the path, with a number if the name is taken."""
     numbered = (path.with_name(f"{path.stem}_{number}{path.suffix}") for number in itertools.count(2))
     return next(free for free in itertools.chain([path], numbered) if not os.path.lexists(free))
 

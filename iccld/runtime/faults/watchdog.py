@@ -92,7 +92,9 @@ class Watchdog:
 
     @contextlib.contextmanager
     def aside(self, phase: str) -> Iterator[None]:
-        """Surround work that this rank does alone. It does not count as a move: moves tell ranks apart."""
+        """Surround work that this rank does alone; then the phase before it goes on. It is no move: moves tell ranks
+        apart.
+        """
         place = self._place
         self._place = place._replace(phase=phase, since=time.monotonic())
         try:
@@ -165,7 +167,7 @@ class Watchdog:
                 self._end(held_up_by(seen, still, world_size=self.world_size), seen)
 
     def _follow(self) -> None:
-        """End this rank in place of its main thread, which may wait for a device and never see a broken collective."""
+        """End this rank if its main thread does not: one that waits for a device may never see its collective break."""
         if not self._stop.wait(LOST_BEATS * self.config.beat_s):
             os._exit(REFUSED)
 
