@@ -118,7 +118,7 @@ FREE_SETTINGS = (
     "model.encoder.activation_checkpointing", "model.denoiser.activation_checkpointing",
 )  # fmt: skip
 FREE_OF_A_STAGE = ("trainer.micro_batch_size", "trainer.checkpoint.", "trainer.evaluate_every")
-"""The same of each stage's section; a stage adds its own (`StageKind.free_settings`)."""
+"""Such settings of each stage's section; a stage adds its own (`StageKind.free_settings`)."""
 
 
 def stage_settings(name: str, config: Config) -> StageSettings[Any]:

@@ -38,7 +38,7 @@ class EvaluationConfig:
     """Settings of how images are segmented and scored; lists are [height, width] in pixels."""
 
     image_size: list[int] = field(default_factory=list)
-    """Images are resized to it for the model, and the logits back to the labels' size; empty: as they are."""
+    """Images are resized to it for the model, and the logits back to the labels' size; empty: they keep their size."""
     sliding_window: bool = False  # segment overlapping windows, not the whole image
     window: list[int] = field(default_factory=lambda: [512, 512])  # height and width of a window
     stride: list[int] = field(default_factory=lambda: [384, 384])  # rows and columns from one window to the next

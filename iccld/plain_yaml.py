@@ -16,7 +16,7 @@ MAX_BYTES = 1 << 20
 MAX_DEPTH = 40
 _PLAIN_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str", "seq", "map")} | {"!"}
 _FLOAT = re.compile(r"[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0-9]+$")
-"""1e-7, which YAML 1.1 takes for a word and Hydra for a number."""
+"""Numbers such as 1e-7, which YAML 1.1 takes for a word and Hydra for a number."""
 
 
 class _Loader(yaml.SafeLoader):

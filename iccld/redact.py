@@ -20,7 +20,7 @@ MIN_LENGTH = 4
 """Shorter pieces of a setting are not searched for in messages: they would blank out ordinary words."""
 # Each reads a text of any length in a time that grows with the length alone: `++` and bounds leave no way back.
 _URL = re.compile(r"""[A-Za-z][A-Za-z0-9+.-]{1,30}+:/+[^\s"'<>]+""")
-"""With slashes missing, too: what was meant as a URL is shown as one."""
+"""Pattern of a URL, also with slashes missing: what was meant as one is treated as one."""
 _UP_TO_HOST = re.compile(r"""[^\s@"']++(@(?=[\w\[]))?+""")
 _LOGIN = re.compile(r"(?:^|=|[/:]\w*+[^\w/:=])([^/:=]++:.)", re.DOTALL)
 _HOST = re.compile(r"(\[[^\[\]@]*\]|[^\s:@\[\]]*+)(:\d*)?\W*")

@@ -25,7 +25,7 @@ from iccld.plain_yaml import line_of, read_yaml
 
 MAX_ID = 65535
 CITYSCAPES = "cityscapes"
-"""In place of a file: labels hold Cityscapes train ids."""
+"""Word that replaces a file: labels hold Cityscapes train ids."""
 _KINDS = ("ids", "red16", "colors", "polygons")
 _KEYS = ("classes", "ignore", "labels_as")
 _CLASS_KEYS = ("ids", "color", "rare", "thing", "cityscapes")

@@ -14,13 +14,13 @@ from iccld.ranges import Range, at_least, between, check_ranges, share
 from iccld.redact import without_secrets
 
 STRIDE = 8
-"""Of the latent: crops are multiples of it."""
+"""The latent's stride: crops are multiples of it."""
 
 _UNASKED = "unasked:"
-"""Before a location of a saved file's, until the command line has put another in its place."""
+"""Mark before a location that a saved file names, until the command line has replaced it."""
 
 OnError = Enum("OnError", {"raise": "raise", "replace": "replace"})
-"""What a sample that cannot be used does: end the run, or give way to the next one of the order."""
+"""Results of a sample that cannot be used: it ends the run, or gives way to the next one of the order."""
 
 
 @dataclass

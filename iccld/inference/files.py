@@ -23,7 +23,7 @@ from iccld.inference.pictures import legend, save_picture
 from iccld.inference.prediction import Prediction
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-"""The endings that images usually have; what counts is the content."""
+"""The usual endings of images; the content decides."""
 _OF_NO_INTEREST = ("Thumbs.db", "desktop.ini")
 _NAME_ERRORS = {getattr(errno, name) for name in ("ENAMETOOLONG", "EILSEQ", "EINVAL", "EISDIR", "ENOTDIR", "EEXIST")}
 """The errors of writing that are about one name; all others are about the disk."""
@@ -31,7 +31,7 @@ _NAME_ERRORS = {getattr(errno, name) for name in ("ENAMETOOLONG", "EILSEQ", "EIN
 LEGEND = "legend.png"
 
 Segment = Callable[[np.ndarray, int], Prediction]
-"""An image `(H, W, 3)` uint8, and the number that keys its noise, to what a model says of it."""
+"""Function of an image `(H, W, 3)` uint8, and of the number that keys its noise, to the model's prediction."""
 
 
 class UnusableFile(ValueError):

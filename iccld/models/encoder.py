@@ -40,7 +40,7 @@ class EncoderConfig:
     image_mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
     """Mean of RGB in [0, 1]; belongs to the backbone (ImageNet's here)."""
     image_std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
-    """Likewise; MobileNetV2 wants 0.5 for both."""
+    """Standard deviation of RGB in [0, 1]; MobileNetV2 wants 0.5 for both."""
     width: int = 256  # channels of the latent head
     activation_checkpointing: bool = field(default=False, metadata={"of_training": True})
     """Recompute the backbone's layers in the backward pass."""

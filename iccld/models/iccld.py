@@ -60,7 +60,7 @@ class ModelConfig:
     latent_channels: int = 16  # channels of the latent; 16 for images, 4 will do for masks
     condition: ConditionKind = field(default=ConditionKind.latent, metadata={"optional": True})
     residual_steps: int = field(default=4, metadata={"optional": True})
-    """Gradient steps towards the labels, where the latent is `residual`."""
+    """Gradient steps towards the labels, if the latent is `residual`."""
     residual_step: float = field(default=0.1, metadata={"optional": True})
     """Length of each of these steps, in standard deviations of the latent."""
 

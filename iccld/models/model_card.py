@@ -24,7 +24,7 @@ MAX_BYTES = 4 << 20
 MAX_NUMBER = 1 << 17
 MAX_SHOWN = 80  # characters of a card's text that a message shows
 MAX_COUNT = 256
-"""Of layers of a kind: a card is someone's word, and what it describes is built before it is compared with weights."""
+"""The most layers of a kind: anyone may write a card, and its model is built before it is compared with weights."""
 _COUNTS = re.compile(r"(layers|depths?|blocks|levels|stages|tokens)$|channel_multipliers$")
 
 

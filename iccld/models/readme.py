@@ -15,7 +15,7 @@ _ENCODER_LICENCES = {
     "facebook/dinov2-": "Apache-2.0",
     "facebook/dinov3-": "DINOv3 License",
 }
-"""By the beginning of the hub's name; an encoder that is not here has an unknown licence."""
+"""Licences by the beginning of the hub's name; other encoders have an unknown licence."""
 _OPENING = """\
 ---
 library_name: iccld

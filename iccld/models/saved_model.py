@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from iccld.models.encoder import EncoderConfig
 
 MAX_HEADER = 16 << 20
-"""Bytes; a model of a thousand tensors has a hundredth of it."""
+"""The most bytes of a header; a model of a thousand tensors has a hundredth of it."""
 
 
 def check_described(encoder: EncoderConfig, card: Path) -> None:

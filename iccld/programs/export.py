@@ -18,7 +18,7 @@ Write a model that runs without iccld. Inputs: images (B, 3, H, W) float32 in [0
   iccld export runs/a model.onnx
 """
 STRIDE = 32
-"""Pixels: what the sides of an exported model's images are multiples of. Encoders round other sizes, in their ways."""
+"""Pixels that the sides of an exported model's images are multiples of: encoders round other sizes differently."""
 SIZES = ((2, 96, 160), (1, 128, 192), (1, 160, 96))
 """Batch, height and width of the images on which both are compared; the first is the one that is traced."""
 TOLERANCE = 1e-3

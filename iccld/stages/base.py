@@ -52,14 +52,14 @@ class Stage(ABC):
 
     name: str
     module: Any
-    """What the engine wraps, an `nn.Module`: `forward(StageInputs) -> StageOutput`."""
+    """Module that the engine wraps, an `nn.Module`: `forward(StageInputs) -> StageOutput`."""
     student: Any
     """The part of it that is averaged, an `nn.Module`."""
     teacher: Teacher[Any]
     ema_profile: EmaProfileConfig
     profiles: PowerAverages | None = None
     view_cache: ViewKeeper | None = None
-    """Where `prepare` may keep what it computes, if the stage's `StageKind.cache` asks for it."""
+    """Cache in which `prepare` may keep what it computes, if the stage's `StageKind.cache` asks for it."""
     first_whole_step: int = 0
     """The first step that leaves nothing out, as a warm start does: from there on a step costs what the last one does.
     """

@@ -12,7 +12,7 @@ from iccld.stages.base import pair
 
 CLASSES, DISAGREEMENT = "pseudo_classes", "disagreement"
 STRIDE = LATENT_STRIDE // 2
-"""That of the decoder's logits."""
+"""Stride of the decoder's logits."""
 
 
 def thinned(labels: Tensor) -> Tensor:

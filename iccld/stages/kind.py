@@ -54,11 +54,11 @@ class StageKind(ABC, Generic[SectionT]):
     """A stage as the programs see it. It must define `name`, `saved_as` and `build`; the rest has usual answers."""
 
     name: str
-    """That of its section in the settings, and of its folder in a run directory."""
+    """Name of its section in the settings, and of its folder in a run directory."""
     previous: str = ""
     """The stage whose teacher it starts from; empty for none."""
     saved_as: ModelStage
-    """What the cards of its models say of how far their training went."""
+    """Stage of training that the cards of its models name."""
     free_settings: tuple[str, ...] = ()
     """Settings of its section, besides those of every stage, that may change between two attempts at one run."""
     settings_of_it_alone: tuple[str, ...] = ()

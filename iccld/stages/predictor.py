@@ -11,7 +11,7 @@ from iccld import rng
 from iccld.models.iccld import ICCLD
 
 Predictor = Callable[[Tensor, Tensor], Tensor]
-"""As `iccld.evaluation.Predict`: images `(B, 3, H, W)` float32 in [0, 1] and numbers `(B,)` int64 to logits."""
+"""See `iccld.evaluation.Predict`: images `(B, 3, H, W)` float32 in [0, 1] and numbers `(B,)` int64 to logits."""
 
 
 class Weights(Enum):

@@ -32,7 +32,7 @@ from iccld.stages.named import Tensors
 
 FORMAT = 1
 HIT = "is_kept"
-"""The name of a scalar beside the views: 1 where they were read, 0 where they were computed."""
+"""The name of a scalar beside the views: 1 if they were read, 0 if they were computed."""
 _OF_IMAGES = ("images", "labels", "valid", "keys")
 _MAX_PENDING = 4
 _ALIGNMENT = 16

@@ -37,11 +37,11 @@ MAX_BYTES = 2**28
 MAX_SCANS = 100
 """The most scans of a JPEG; progressive ones have about ten."""
 DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, struct.error)
-"""What a file that cannot be read, or bytes that are broken, hostile, or no image, raise."""
+"""Errors of a file that cannot be read, and of bytes that are broken, hostile, or no image."""
 _TIFF_DEPTH = 258
 _MAX_PARTS = 2**16
 _SAMPLINGS = {(1, 1), (2, 1), (2, 2), (1, 2), (4, 1)}
-"""Of brightness against colours, in JPEGs that simplejpeg has a name for."""
+"""Samplings of brightness against colours that simplejpeg has a name for."""
 
 
 class Format(Enum):
@@ -59,7 +59,7 @@ class Format(Enum):
 PACKED = (Format.JPEG, Format.PNG, Format.WEBP)
 """The formats that shards hold, and that they are made from."""
 LOOSE = tuple(Format)
-"""The formats that are read where the user's own images are segmented; of several frames or pages the first."""
+"""The formats in which a user's own images are segmented; the first of several frames or pages counts."""
 
 _MAGIC = {
     b"\xff\xd8\xff": Format.JPEG,

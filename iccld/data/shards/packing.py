@@ -27,7 +27,7 @@ class ImageFormat(Enum):
 
 
 MAX_SIDES = {ImageFormat.JPG: 65_500, ImageFormat.WEBP: 16_383}
-"""In pixels: what libjpeg and WebP write at most."""
+"""The longest sides, in pixels, that libjpeg and WebP write."""
 _EXTENSIONS = {Format.JPEG: "jpg", Format.PNG: "png", Format.WEBP: "webp"}
 
 

@@ -22,7 +22,7 @@ from iccld.data.storage.index import (
 from iccld.durable import create, holds_only, scratch_folder, sync
 
 _AT_ONCE = 1 << 20
-"""Records that are held in memory together."""
+"""The most records that are held in memory together."""
 
 
 def make_record(

@@ -19,7 +19,7 @@ MAX_HEADER_BYTES = 2**24
 """The most that a header may announce for a name or other facts; it is read at once."""
 _MAX_LINKS = 40
 _TAR_ERRORS = (tarfile.TarError, ValueError, OverflowError, MemoryError, RecursionError)
-"""What tarfile raises on headers that are broken or hostile."""
+"""Errors that tarfile raises on headers that are broken or hostile."""
 _SKIPPED = re.compile(r"__[^/]*__($|/)")  # webdataset uses these itself
 _KINDS = {tarfile.FIFOTYPE: "a FIFO", tarfile.CHRTYPE: "a device", tarfile.BLKTYPE: "a device"}
 LEAVE_OUT = "or leave out what is bad with --accept-bad"
@@ -69,7 +69,7 @@ class _Link(NamedTuple):
 
 
 Members = dict[str, dict[str, Place | Fault]]
-"""Of each sample, by its key: its members, by their extension."""
+"""Members by extension, of each sample by its key."""
 
 
 class TarContents(NamedTuple):

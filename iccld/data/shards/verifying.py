@@ -23,7 +23,7 @@ from iccld.data.storage.reader import BadSample, ShardReader
 from iccld.redact import without_secrets
 
 STORAGE = StorageConfig(retry_for_s=30.0)
-"""Of commands that someone waits for, unlike a training run."""
+"""Retries end sooner than in a training run: a person waits for these commands."""
 _RESTORE = "restore it, or make it and the index again"
 _UNKNOWN = "samples of the tars that are not in the index"
 

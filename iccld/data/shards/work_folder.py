@@ -12,7 +12,7 @@ from iccld.durable import NotOursError, is_plain, make_folder, open_lock
 from iccld.outcome import naming
 
 MAKING_FOLDER = "making"
-"""Of `iccld shards make`; where it is, the shards are not finished."""
+"""The work folder of `iccld shards make`; while it is there, the shards are not finished."""
 _LOCK = "lock"
 _OURS = re.compile(r"lock|settings\.json|samples\.npy|\d+\.(npy|json)|\d+\.\d+\.tmp|\..+\.[0-9a-f]{8}\.tmp")
 

@@ -35,7 +35,7 @@ UNREAD_FOR_S = 86_400.0
 TOUCH_EVERY_S = 3_600.0
 LOOK_EVERY_S = 60.0
 ROOM_TO_MAKE = 0.1
-"""The share of a bucket that is freed at once where its entries are unread, so that not every new one searches."""
+"""The share of a bucket that is freed at once if its entries are unread, so that not every new one searches."""
 _OURS = re.compile(r"lock|[0-9a-f]{32}")
 _LENGTH = struct.Struct("<Q")
 _STATE = struct.Struct("<Qd")
@@ -67,10 +67,10 @@ class SampleCache:
     """
 
     setting, contents, without = "data.cache", "samples", "samples come from the storage"
-    """For messages, and the sub-folder's name; a cache of something else is a subclass with names of its own."""
+    """Name in messages, and of the sub-folder; a cache of something else is a subclass with other names."""
     num_buckets = NUM_BUCKETS
     waits = False
-    """True: a put waits while another process fills the same bucket; False: it is left out."""
+    """Choice of a put while another process fills the same bucket: True waits, False leaves it out."""
 
     def __init__(self, config: CacheConfig) -> None:
         self.config = config

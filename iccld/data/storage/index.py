@@ -29,7 +29,7 @@ from iccld.reading import MIB, parse_json, read_limited
 
 FORMAT_VERSION = 2
 OWN_CLASSES_VERSION = 3
-"""Of sets that list their classes, which earlier programs cannot read; others are as they were."""
+"""Version of sets that list their classes, which earlier programs cannot read; other sets keep theirs."""
 NUM_TRAIN_IDS = CITYSCAPES_19.num_classes
 INDEX_FOLDER = "index"
 HEADER_FILE = "index.json"
@@ -37,10 +37,10 @@ ARRAY_FILES = ("shards.npy", "samples.npy", "classes.npy")
 MAX_HEADER_BYTES = 64 * MIB
 MAX_COUNT = 1 << 62
 MAX_TEXT_BYTES = 4096
-"""Of a key, and of a shard's name: what a record may be wide."""
+"""The most bytes of a key and of a shard's name in a record."""
 MAX_NPY_HEADER_BYTES = 1 << 16
 NPY_FAULTS = (OSError, ValueError, TypeError, OverflowError, SyntaxError, MemoryError, RecursionError, EOFError)
-"""What numpy raises for a file that is no array, besides tokenize.TokenError."""
+"""Errors that numpy raises for a file that is no array, besides tokenize.TokenError."""
 MAKE_IT = "make the shards with `iccld shards make`, or index tars made elsewhere with `iccld shards index`"
 
 

@@ -7,7 +7,7 @@ from iccld.data.storage.base import Storage, StorageConfig, is_remote, local_fol
 from iccld.redact import without_secrets
 
 SCHEMES = ("http", "https", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")
-"""What is read without being allowed: each asks one server for bytes, and does nothing else."""
+"""Schemes that need no permission: each asks one server for bytes, and does nothing else."""
 
 
 def open_storage(location: str | Path, config: StorageConfig | None = None) -> Storage:

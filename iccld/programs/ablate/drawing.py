@@ -11,7 +11,7 @@ from iccld.programs.ablate.paired import Estimate
 
 MAX_RUNS = 6  # the most runs in a chart
 COLOURS = ("#9a9a9a", "#2a7f62", "#e0a526", "#7aa6c2", "#8063a8", "#c23b3b")
-"""The first is the baseline's."""
+"""Colours of the runs; the first is the baseline's."""
 
 
 def charts(rows: Mapping[str, Mapping[str, Estimate]], baseline: str) -> Iterator[dict[str, Mapping[str, Estimate]]]:

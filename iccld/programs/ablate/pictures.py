@@ -27,7 +27,7 @@ from iccld.stages.table import stage_of
 
 MAX_RUNS = 6  # the most runs in a picture
 Sample = Mapping[str, Any]
-"""As `read_validation` gives it."""
+"""Sample as `read_validation` gives it."""
 
 
 def write_pictures(ablation: Ablation, rows: Mapping[str, RowFigures]) -> tuple[dict[str, str], list[str]]:

@@ -34,9 +34,9 @@ from iccld.runtime.faults.preflight import check_device, check_shared_memory
 
 FINE, NOTE, WRONG = "ok", "note", "WRONG"
 SLOW_S = 0.1
-"""For a small file to be on the disk; a local disk takes a few milliseconds."""
+"""The most seconds until a small file is on the disk; a local disk takes a few milliseconds."""
 SHARED_MEMORY_BYTES = 64 << 20
-"""What a container has in /dev/shm unless told otherwise."""
+"""The bytes that a container has in /dev/shm by default."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from iccld.stages.predictor import InferenceConfig, Weights
 from iccld.stages.table import STAGES
 
 OF_NO_CONSEQUENCE = ("models", "batch_size", "diagnostic_images")
-"""What may differ between two evaluations that are the same: the weights are known by their checksum."""
+"""Facts that may differ between equal evaluations: the weights are known by their checksum."""
 
 
 def finished_models(config: Config) -> list[Path]:

@@ -19,7 +19,7 @@ from iccld.stages.predictor import Weights
 
 T = TypeVar("T")
 GiveUp = Callable[[], bool]
-"""Asked on each rank before each image; where one rank says yes, all raise Preempted."""
+"""Function that is asked on each rank before each image; if one rank says yes, all raise Preempted."""
 
 
 def evaluate_predictor(

@@ -9,9 +9,9 @@ from iccld.programs.report.markup import Markup, joined, tag
 WIDTH, HEIGHT = 430, 230
 LEFT, RIGHT, TOP, BOTTOM = 52, 16, 10, 38
 MAX_POINTS = 400
-"""Points of a curve that are drawn; of more, every so-and-so-many-th and the last."""
+"""The most points of a curve; longer curves are thinned evenly, and keep the last point."""
 FEW = 40
-"""Up to so many points are marked one by one."""
+"""The most points that are marked one by one."""
 NUM_COLOURS = 8
 LOG_FROM = 50.0
 """The ratio of the largest to the smallest value from which the axis is logarithmic."""

@@ -9,7 +9,7 @@ from iccld.reading import read_json
 
 MAX_BYTES = 4 << 20  # the most bytes of a model card
 GOLDEN = 0.618034
-"""Of a turn from hue to hue: neighbours in a list look different, however long it is."""
+"""Share of a turn from hue to hue: neighbours in a list look different, however long it is."""
 
 
 def class_colours(records: Iterable[Record]) -> dict[str, str]:

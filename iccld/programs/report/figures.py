@@ -24,7 +24,7 @@ CURVES = {
     "data_wait": "share of time waiting for data",
     "peak_gib": "memory of a rank, GiB",
 }
-"""What is drawn, with its title. With a slash at the end: all metrics that begin so, in one chart of one run."""
+"""Metrics to draw, with titles. With a slash at the end: all metrics that begin so, in one chart of one run."""
 MAX_CURVES = 12  # in a chart
 MAX_BARS = 20  # attempts
 

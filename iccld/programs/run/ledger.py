@@ -21,10 +21,10 @@ CATEGORIES = {
     "other": ("hand-over, final scores, logging", "#b5b5b5"),
     "down": ("no attempt ran, or none wrote it down: queue, requeue, crash", "#e3e3e3"),
 }
-"""What wall time is divided into; the sum is the whole. Productive is the first."""
+"""Categories of wall time; their sum is the whole. The first is productive."""
 
 REST = {"launched": "start", "started": "start", "preempted": "save", "finished": "other", "stopped": "other"}
-"""What was done before each of these events, since the one before it."""
+"""Category of the time before each of these events, since the event before it."""
 
 
 @dataclass

@@ -23,7 +23,7 @@ APART = 0.25
 """Share of the validation images' pixels that student and teacher give different classes; sound runs have 0.02 to 0.2
 (the more, the shorter they are)."""
 VIEWS_APART = 0.6
-"""The same in training, where the teacher sees a target image and the student the mix that is made of it: augmented,
+"""Such a share in training: the teacher sees a target image, and the student the mix that is made of it, augmented,
 with half of it pasted over. That alone sets them apart, by 0.4 in a short run that is sound."""
 
 

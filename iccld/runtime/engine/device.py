@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 SHARED_GPU = "ICCLD_SHARED_GPU"
-"""Set to `true`, it lets ranks share a GPU and exchange over gloo. Slow: for tests on a machine with one GPU."""
+"""Variable that, if `true`, lets ranks share a GPU and exchange over gloo; slow, for tests with one GPU."""
 
 
 def may_share() -> bool:

@@ -18,7 +18,7 @@ class WatchdogConfig:
     beat_s: float = 5.0  # between two signs of life that a rank writes
     preflight_s: float = 180.0  # limit of the checks before a run
     start_s: float = 1800.0
-    """Until the first step of a stage is done (weights are fetched, code compiled), and after its last step."""
+    """Limit until the first step of a stage is done (weights are fetched, code compiled), and after its last."""
     step_s: float = 600.0  # limit of every phase of later steps
     save_s: float = 1800.0  # limit of a save
     evaluate_s: float = 1800.0  # limit of scoring one image

@@ -72,9 +72,9 @@ class Preemption:
     """
 
     came = False
-    """Whether a signal came."""
+    """True once a signal came."""
     by_hand = False
-    """Whether the first one was SIGINT, as Ctrl-C sends it."""
+    """True if the first one was SIGINT, as Ctrl-C sends it."""
 
     def __init__(self, config: PreemptionConfig | None = None) -> None:
         self.config = config or PreemptionConfig()

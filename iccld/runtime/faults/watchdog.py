@@ -62,7 +62,7 @@ class Watchdog:
         self.ranks, self.attempt = ranks or Ranks(), attempt
         self.rank, self.world_size = self.ranks.rank, self.ranks.world_size
         self.has_trained = False
-        """Whether this attempt has made a step."""
+        """True once this attempt has made a step."""
         self._place, self._steps_begun, self._timeout = _Position(since=time.monotonic()), 0, 0.0
         self._armed = 0.0
         self._beat, self._started_by, self._stop = 0, os.getppid(), threading.Event()

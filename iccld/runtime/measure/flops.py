@@ -22,7 +22,7 @@ from iccld.runtime.tensors import map_tensors
 T = TypeVar("T")
 
 OTHER = "other"
-"""Where the work outside of all parts is counted."""
+"""Name of the work outside of all parts."""
 
 
 class StepFlops(NamedTuple):

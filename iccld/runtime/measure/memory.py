@@ -36,7 +36,7 @@ class MemoryConfig:
 
     share: float = 0.9  # part of the free memory that a rank may take with `micro_batch_size: auto`
     history: bool = False
-    """On CUDA, an out-of-memory report holds the stack of every allocation; costs microseconds for each."""
+    """Keep the stack of every allocation on CUDA for an out-of-memory report; it costs microseconds for each."""
 
     def __post_init__(self) -> None:
         check_ranges(self, "memory", share=share("0.9 is usual"))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 PHASES = ("data", "agree", "prepare", "forward", "backward", "sync", "optimizer", "average", "save", "evaluate")
-"""In their order. `sync`: from the end of this rank's own backward pass until the gradients of all are there."""
+"""Phases in their order. `sync`: from the end of this rank's own backward pass until the gradients of all are there."""
 
 OUTSIDE = ("save", "evaluate")
 """Phases between steps; the others are parts of a step."""
@@ -23,7 +23,7 @@ WAITS = ("agree", "sync")
 """Waiting for other ranks: a rank that waits long is a fast one."""
 
 OVERLAPPED = "copy"
-"""Host to device, beside the step's own work."""
+"""Copies from host to device, beside the step's own work."""
 
 Seconds = dict[str, float]
 

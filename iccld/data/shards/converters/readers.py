@@ -27,7 +27,7 @@ class LabelsAs(Enum):
     polygons = "polygons"
     """JSON: `imgWidth`, `imgHeight` and `objects`, drawn in order, each with `label`, `polygon`, perhaps `deleted`.
 
-    Or as labelme writes it: `imageWidth`, `imageHeight` and `shapes`, each with `label`, `points`, `shape_type`.
+    labelme's form is read too: `imageWidth`, `imageHeight` and `shapes`, each with `label`, `points`, `shape_type`.
     """
 
 
