@@ -40,7 +40,7 @@ FIT_RATE = 0.1
 """Adam's learning rate, in standard deviations of the latent: 20 steps move no value by more than two of them."""
 NUM_TIMESTEPS = 4
 BLUR_STRIDE = 2 * STRIDE
-"""Stride in pixels. D has features of stride 4 and a latent of stride 8; a map whose boundaries are no better than those
+"""Pixels. D has features of stride 4 and a latent of stride 8; a map whose boundaries are no better than those
 of labels seen at stride 16 made no use of either."""
 YARDSTICK = f"labels_at_{BLUR_STRIDE}"
 BOUNDS = ("mean_latent", "other_latent", "fitted_latent")

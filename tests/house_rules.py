@@ -61,7 +61,7 @@ MAY_IMPORT = {
     "__main__": EVERYTHING,
     "cli": EVERYTHING,
 }
-"""What each room (a module or package directly in `iccld`) may import of `iccld`, besides itself and the leaves."""
+"""Imports of `iccld` that each room (a module or package directly in it) may have, besides itself and the leaves."""
 
 WINGS: dict[str, dict[str, set[str]]] = {
     "data": {
@@ -305,11 +305,11 @@ NO_BEGINNING = re.compile(
 
 
 def docstrings_begin_with_a_verb_or_a_noun(source: Source) -> Iterator[Finding]:
+    """Docstrings, and the strings below constants and fields."""
     for node in ast.walk(source.tree):
-        if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            continue
-        if begins := NO_BEGINNING.match(ast.get_docstring(node) or ""):
-            yield getattr(node, "lineno", 1), f"a docstring begins with {begins[1]!r}; begin with a verb or a noun"
+        text = node.value.value if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) else ""
+        if begins := NO_BEGINNING.match(str(text).strip()):
+            yield node.lineno, f"a docstring begins with {begins[1]!r}; begin with a verb or a noun"
 
 
 WRITERS = re.compile(

@@ -152,7 +152,7 @@ def test_experiments_open_with_command_cost_and_expected_result():
         ),
         (RULES[11], "iccld/data/attic/old.py", "", 1, "wing 'attic' is not in the table"),
         (RULES[10], "iccld/data/storage/index.py", "shutil.rmtree(folder)", 1, "shutil.rmtree may follow a link"),
-        (RULES[12], "iccld/losses.py", "def dice():\n    '''Of a batch.'''", 1, "begins with 'Of'"),
+        (RULES[12], "iccld/losses.py", "def dice():\n    '''Of a batch.'''", 2, "begins with 'Of'"),
         (RULES[12], "tools/plot.py", "'''Where, and how.'''", 1, "begins with 'Where'"),
     ],
 )

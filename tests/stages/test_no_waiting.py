@@ -72,7 +72,7 @@ STAGES: dict[str, tuple[Callable[[], Stage], int]] = {
     ),
     "stage 2, twin": (lambda: stage2(deterministic=True, task_weight=1.0), 2),
 }
-"""By name: the stage, and how many tensors of draws a step may send to the device."""
+"""Stages by name, and how many tensors of draws a step may send to the device."""
 
 
 def train_step(stage: Stage, batch: dict[str, Any]) -> None:

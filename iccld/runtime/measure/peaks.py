@@ -22,7 +22,7 @@ BF16_TFLOPS = {
     "RTX A6000": 154.8,
     "RTX 4090": 165.2,
 }
-"""Peaks in 10^12 FLOPs a second of dense bf16, by NVIDIA's data sheets; the first name that fits the device's counts."""
+"""Peaks in 10^12 FLOPs a second of dense bf16, by NVIDIA's data sheets; the first name that fits counts."""
 
 ROUNDS = 5
 

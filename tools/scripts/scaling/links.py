@@ -43,7 +43,7 @@ class Cost:
 
 
 Link = Mapping[str, Cost]
-"""By collective."""
+"""Costs by collective."""
 
 
 def nominal(*, alpha_us: float, gb_per_s: float) -> Link:
