@@ -33,7 +33,7 @@ GPUS = tuple(1 << n for n in range(13))
 ALPHA_US = (5.0, 10.0)
 GB_PER_S = (450.0, 50.0)  # NVLink 4, one way; an adapter of 400 Gb/s for each GPU
 MTTF_H = 6000.0
-"""Failures of a node of 8: 419 unexpected failures of 2,048 nodes in 54 days (The Llama 3 Herd of Models, 2024, 3.3.4)."""
+"""Hours of a node of 8: 419 unexpected failures of 2,048 nodes in 54 days (The Llama 3 Herd of Models, 3.3.4)."""
 HOUR = 3600.0
 Row = dict[str, Any]
 
