@@ -26,7 +26,7 @@ Means = dict[str, Tensor]
 
 @dataclass
 class ScheduleConfig:
-    """DAFormer's schedule: linear warm-up from `warmup_ratio`, times a linear decay to `final_ratio`."""
+    """Settings of DAFormer's schedule: linear warm-up from `warmup_ratio`, times a linear decay to `final_ratio`."""
 
     warmup_steps: int = 1500  # steps until the full learning rate; 0: no warm-up
     warmup_ratio: float = 1e-6  # the share of the learning rate that the warm-up begins with
@@ -38,7 +38,7 @@ class ScheduleConfig:
 
 
 def learning_rate_factor(step: int, *, num_steps: int, config: ScheduleConfig) -> float:
-    """The learning rates' factor in 0-based step `step` of `num_steps`; a pure function: nothing to save or restore."""
+    """Return the learning rates' factor in 0-based step `step` of `num_steps`, a pure function: nothing is saved."""
     factor = 1.0 - (1.0 - config.final_ratio) * step / num_steps
     if step < config.warmup_steps:
         factor *= 1.0 - (1.0 - step / config.warmup_steps) * (1.0 - config.warmup_ratio)
@@ -47,7 +47,10 @@ def learning_rate_factor(step: int, *, num_steps: int, config: ScheduleConfig) -
 
 @dataclass
 class TrainerConfig:
-    """One stage's length, batch and cadences. Micro-batch, accumulation and world size only divide the global batch."""
+    """Settings of one stage's length, batch and cadences.
+
+    Micro-batch, accumulation and world size only divide the global batch.
+    """
 
     num_steps: int = 40_000  # optimiser steps of the stage
     global_batch_size: int = 4  # samples of each domain in a step, over all ranks; it belongs to the experiment
@@ -67,9 +70,9 @@ class TrainerConfig:
         check_ranges(self, "trainer", **counts, **off)
 
     def layout(self, *, world_size: int = 1, rank: int = 0) -> BatchLayout:
-        """The batch's division among ranks, in micro-batches of 1 while their size is left to be chosen.
+        """Divide the batch among ranks, in micro-batches of 1 while their size is left to be chosen.
 
-        Raises ValueError where the global batch cannot be divided so.
+        Raises ValueError if the global batch cannot be divided so.
         """
         size = self.micro_batch_size if isinstance(self.micro_batch_size, int) else 1
         return BatchLayout(self.global_batch_size, size, world_size=world_size, rank=rank)
@@ -144,7 +147,7 @@ class TrainingStep:
         return losses, metrics
 
     def _share_denominators(self, inputs: list[StageInputs]) -> list[StageInputs]:
-        """Every micro-batch gets the mean denominator of the global batch; never 0, so that an empty batch loses 0."""
+        """Give every micro-batch the global batch's mean denominator; never 0, so that an empty batch loses 0."""
         names = inputs[0].denominators
         local = {name: torch.stack([i.denominators[name] for i in inputs]).sum() for name in names}
         ranks = self.engine.ranks
@@ -242,7 +245,7 @@ class Trainer:
             self.metrics.write({"stage": self.stage.name, "step": step, **self.evaluate()})
 
     def _fetch(self, batches: Iterator[Mapping[str, Any]]) -> tuple[list[Any], Exception | None]:
-        """The step's micro-batches on the device, or why this rank has none."""
+        """Return the step's micro-batches on the device, or the reason why this rank has none."""
         try:
             return [next(batches) for _ in range(self.layout.num_accumulation)], None
         except (ValueError, OSError) as error:

@@ -197,7 +197,7 @@ def _validate(stage: Stage, config: Config, engine: Engine, give_up: Callable[[]
 
 
 def _warn(stage: Stage, config: Config, diagnosis: Diagnosis | None = None) -> None:
-    """Tell what the stage's figures warn of. Call on one rank."""
+    """Tell the signs of failure in the stage's figures. Call on one rank."""
     run_dir = Path(config.run_dir)
     signs = signs_of_training(read_entries(run_dir), config, stage.name)
     signs += signs_of_diagnosis(diagnosis) if diagnosis else []

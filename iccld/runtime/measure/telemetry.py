@@ -31,7 +31,7 @@ class WandbMode(Enum):
 
 
 class WandbRun:
-    """A run of wandb, or nothing once it has failed."""
+    """Run of wandb; it does nothing once it has failed."""
 
     def __init__(self) -> None:
         self._run: Any = None
@@ -152,7 +152,7 @@ def append(path: Path, text: str) -> None:
 
 
 def write_event(run_dir: Path, kind: str, **facts: Any) -> None:
-    """One line of events.jsonl, at two clocks: the one that people set, and that of this boot, which nobody does."""
+    """Write one line of events.jsonl with two times: the clock, and the seconds of this boot, which nobody sets."""
     try:
         append(
             run_dir / "events.jsonl",
