@@ -233,13 +233,13 @@ class Adversarial(StageKind[AdversarialSection]):
         assert model.denoiser is not None
         return model.denoiser
 
-    def denoising_steps(self, inference: InferenceConfig) -> list[int]:
+    def num_steps(self, inference: InferenceConfig) -> list[int]:
         return inference.num_steps
 
     def scores(self, model: ICCLD, inference: InferenceConfig, *, seed: int, score: Score) -> dict[str, Any]:
         """Score by the number of steps; the mean latent is a control: denoising must be worth more than it."""
         by_steps: dict[str, Any] = {}
-        for num_steps in self.denoising_steps(inference):
+        for num_steps in self.num_steps(inference):
             denoised = next((scores for steps, scores in by_steps.items() if steps != "0"), None)
             if model.deterministic and num_steps and denoised:  # neither steps nor seeds change anything
                 by_steps[str(num_steps)] = denoised
@@ -251,7 +251,7 @@ class Adversarial(StageKind[AdversarialSection]):
         return {self.name: by_steps, f"{self.name}_mean_latent": mean_latent}
 
     def main_score(self, inference: InferenceConfig) -> str:
-        return f"{self.name} x{self.denoising_steps(inference)[0]}"
+        return f"{self.name} x{self.num_steps(inference)[0]}"
 
     def signs(self, recent: Sequence[Mapping[str, Any]], settings: StageSettings[AdversarialSection]) -> list[Sign]:
         objective = settings.own.objective

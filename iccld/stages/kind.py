@@ -100,7 +100,7 @@ class StageKind(ABC, Generic[SectionT]):
         """Return the part of one of its models that is averaged in training."""
         return model
 
-    def denoising_steps(self, inference: InferenceConfig) -> list[int]:
+    def num_steps(self, inference: InferenceConfig) -> list[int]:
         """Return the numbers of denoising steps that its models are scored with; the first is that of pictures."""
         return [0]
 

@@ -234,7 +234,7 @@ def sweep(config: Config, stage: str, *, widths: Sequence[float], step: int = 0)
 
 def scores_by_steps(model: ICCLD, config: Config, engine: Engine) -> dict[int, EvaluationResult]:
     kind, inference, seed = stage_of(model), config.inference, config.seed
-    predictors = {n: kind.predictor(model, inference, seed=seed, num_steps=n) for n in kind.denoising_steps(inference)}
+    predictors = {n: kind.predictor(model, inference, seed=seed, num_steps=n) for n in kind.num_steps(inference)}
     return {num_steps: evaluate_predictor(predict, config, engine) for num_steps, predict in predictors.items()}
 
 
