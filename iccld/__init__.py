@@ -10,7 +10,7 @@ __all__ = ["ICCLD", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    """`iccld.ICCLD`, whose imports (torch, transformers) take seconds, once it is asked for."""
+    """Import `iccld.ICCLD` when it is first asked for: its imports (torch, transformers) take seconds."""
     if name == "ICCLD":
         from iccld.inference.model import ICCLD
 

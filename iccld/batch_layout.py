@@ -1,4 +1,4 @@
-"""How the global batch of a step is divided among ranks and micro-batches."""
+"""Division of the global batch of a step among ranks and micro-batches."""
 
 from dataclasses import dataclass
 
@@ -8,9 +8,9 @@ AUTO = "auto"
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """The one division of a step's samples, made from three numbers and handed to stream, engine and metrics.
+    """Division of a step's samples, made once from three numbers and used by stream, engine and metrics.
 
-    What each sample number means does not depend on it. Raises ValueError where the global batch cannot be divided so.
+    The meaning of a sample number does not depend on it. Raises ValueError if the global batch cannot be divided so.
     """
 
     global_batch_size: int
@@ -31,16 +31,16 @@ class BatchLayout:
 
     @property
     def rank_batch_size(self) -> int:
-        """Samples of a rank in a step."""
+        """Number of samples of a rank in a step."""
         return self.global_batch_size // self.world_size
 
     @property
     def num_accumulation(self) -> int:
-        """Micro-batches of a rank in a step."""
+        """Number of micro-batches of a rank in a step."""
         return self.rank_batch_size // self.micro_batch_size
 
     def numbers(self, step: int, accumulation: int) -> range:
-        """The sample numbers, of each stream, of one micro-batch of this rank."""
+        """Return the sample numbers, of each stream, of one micro-batch of this rank."""
         start = step * self.global_batch_size
         start += (accumulation * self.world_size + self.rank) * self.micro_batch_size
         return range(start, start + self.micro_batch_size)

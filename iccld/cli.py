@@ -1,4 +1,4 @@
-"""`iccld VERB`: a table of verbs, and how each of them ends. Only the module of the verb that was given is imported."""
+"""`iccld VERB`: a table of verbs, and how each of them ends. Only the module of the given verb is imported."""
 
 import argparse
 import os
@@ -47,7 +47,7 @@ Any setting is changed by key=value; `iccld config experiment=...` shows all of 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb. What ends it is one line on stderr, and an exit status of `outcome`.
+    """Run one verb. An error is one line on stderr, and an exit status of `outcome`.
 
     A reader of the output that has enough of it, as `head` has, ends it in silence with 141: 128 + SIGPIPE.
     """
@@ -61,21 +61,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             return REFUSED
         finally:
             for stream in _outputs():
-                stream.flush()  # or the interpreter would do so at its end, and complain
+                stream.flush()  # the interpreter would flush at its end, and complain
     except (OSError, SystemExit) as end:
-        error = end.__context__ if isinstance(end, SystemExit) else end  # rich exits where a pipe is broken
+        error = end.__context__ if isinstance(end, SystemExit) else end  # rich exits if a pipe is broken
         if not isinstance(error, OSError if error is end else BrokenPipeError):
             raise
         if not isinstance(error, BrokenPipeError):
-            with suppress(OSError):  # nor this, perhaps
+            with suppress(OSError):  # stderr may be gone too
                 print(f"iccld: the output cannot be written ({error.strerror}).", file=sys.stderr, flush=True)
         for stream in _outputs():
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # takes what is left in buffers
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # the null device takes what is left in buffers
         return 128 + signal.SIGPIPE if isinstance(error, BrokenPipeError) else status_of(error)
 
 
 def _outputs() -> list[TextIO]:
-    return [stream for stream in (sys.stdout, sys.stderr) if stream is not None]  # None: closed by who started us
+    return [stream for stream in (sys.stdout, sys.stderr) if stream is not None]  # None: the parent process closed it
 
 
 def _run(arguments: argparse.Namespace, words_given: Sequence[str]) -> int:
@@ -106,7 +106,7 @@ def _run(arguments: argparse.Namespace, words_given: Sequence[str]) -> int:
 
 
 def _printable(character: str) -> str:
-    """What a terminal would take for a command, as text: names come from files that anyone wrote."""
+    """Spell out what a terminal would take for a command: names come from files that anyone wrote."""
     return character if character.isprintable() or character == "\n" else repr(character)[1:-1]
 
 
@@ -118,10 +118,10 @@ def run() -> NoReturn:
 
 
 def _readers_are_gone() -> bool:
-    """Whether nobody reads our output; a broken pipe may also be a server's."""
+    """Tell whether nobody reads our output; a broken pipe may also be a server's."""
     pipes = select.poll()
     for stream in _outputs():
-        with suppress(OSError, ValueError):  # a stream of a test's is no file
+        with suppress(OSError, ValueError):  # a test's stream is no file
             pipes.register(stream, 0)
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in pipes.poll(0))
 

@@ -63,14 +63,14 @@ class Stage2Config:
 
 @dataclass
 class Config:
-    """Everything a run is made of.
+    """Settings of a run.
 
     `initial_model`: a model folder whose encoder and decoder stage 1 starts from.
     `stage1_from`: the run directory whose finished stage 1 this run copies, to train stage 2 alone.
     """
 
     run_dir: str = "runs/default"  # the folder that gets everything a run writes
-    seed: int = 0  # of every random draw
+    seed: int = 0  # the seed of every random draw
     stages: list[str] = field(default_factory=lambda: [*STAGES])
     """The stages that this run trains."""
     initial_model: str = ""  # a model folder whose encoder and decoder stage 1 starts from
@@ -119,7 +119,7 @@ FREE_SETTINGS = (
     "model.encoder.activation_checkpointing", "model.denoiser.activation_checkpointing",
 )  # fmt: skip
 FREE_OF_A_STAGE = ("trainer.micro_batch_size", "trainer.checkpoint.", "trainer.evaluate_every")
-"""The same of each stage's section; a stage adds its own (`StageKind.free_settings`)."""
+"""Such settings of each stage's section; a stage adds its own (`StageKind.free_settings`)."""
 
 
 def stage_settings(name: str, config: Config) -> StageSettings[Any]:
@@ -169,7 +169,7 @@ def load_config(overrides: Sequence[str], *, config_dir: str = "") -> Config:
 
 
 def _built(settings: Any) -> Config:
-    """The settings as dataclasses. Raises ValueError with the whole path of a setting that a section refuses."""
+    """Return the settings as dataclasses. Raises ValueError with the whole path of a setting that a section refuses."""
     try:
         return OmegaConf.to_object(settings)  # type: ignore[return-value]
     except OmegaConfBaseException:
@@ -179,7 +179,7 @@ def _built(settings: Any) -> Config:
 
 
 def _refusing(node: Any, path: str = "") -> tuple[str, Any]:
-    """The path of the innermost section that refuses its settings, and the section."""
+    """Return the path of the innermost section that refuses its settings, and the section."""
     sections = {key: node[key] for key in node if OmegaConf.is_dict(node._get_node(key)) and node[key] is not None}
     for key, section in sections.items():
         try:
@@ -190,7 +190,7 @@ def _refusing(node: Any, path: str = "") -> tuple[str, Any]:
 
 
 def _with_path(message: str, path: str, section: Any) -> str:
-    """A section's message, which names a setting by the end of its path, with the whole path."""
+    """Put the whole path into a section's message, which names a setting by the end of its path."""
     parts = path.split(".") if path else []
     for i in range(len(parts)):
         if message.startswith(".".join(parts[i:]) + "."):
@@ -248,12 +248,12 @@ def _override(word: str) -> Override:
 
 
 def _quoted(text: str) -> str:
-    """The text as Hydra's grammar takes it to the letter."""
+    """Quote the text so that Hydra's grammar takes it to the letter."""
     return QuotedString(_as_it_is(text), Quote.single).with_quotes()
 
 
 def _as_it_is(value: Any) -> Any:
-    """Plain values of which OmegaConf interprets no `${...}`."""
+    """Protect plain values from OmegaConf, which would interpret `${...}`."""
     if isinstance(value, str):
         settings.check_text(value, where="a setting")
         return re.sub(r"(\\*)\$\{", lambda found: 2 * found[1] + "\\${", value)
@@ -271,7 +271,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Plain numbers, strings, lists and dicts, as YAML and JSON have them; enums by name; no secrets (`redact`)."""
+    """Return plain numbers, strings, lists and dicts, for YAML and JSON; enums by name; no secrets (`redact`)."""
     return redacted(_plain(config))
 
 
@@ -286,17 +286,17 @@ def _plain(value: Any) -> Any:
 
 
 def to_yaml(config: Config) -> str:
-    """The settings as `read_config` reads them."""
+    """Write the settings as `read_config` reads them."""
     return plain_yaml.to_yaml(to_dict(config))
 
 
 def read_config(
     path: Path, overrides: Sequence[str] = (), *, keep: Callable[[Any], Any] = lambda values: values
 ) -> Config:
-    """The settings of a run directory's file, which are plain data, with `key=value` overrides.
+    """Read the settings of a run directory's file, which are plain data, with `key=value` overrides.
 
-    `keep` gives what is kept of the file's values, before the overrides.
-    Raises ValueError naming the file where it does not fit the schema.
+    `keep` gives what is kept of the file's values, before the overrides. Raises ValueError, which names the file, if it
+    does not fit the schema.
     """
     try:
         values = plain_yaml.read_yaml(path)
@@ -306,9 +306,9 @@ def read_config(
 
 
 def config_from(values: Any, *, where: str, overrides: Sequence[str] = ()) -> Config:
-    """What `to_dict` gave, also by way of YAML or JSON, as the settings it came from, with `key=value` overrides.
+    """Rebuild the settings from what `to_dict` gave, also after YAML or JSON, with `key=value` overrides.
 
-    Nothing in the values is interpreted. Raises ValueError where they do not fit the schema.
+    Nothing in the values is interpreted. Raises ValueError if they do not fit the schema.
     """
     if not isinstance(values, Mapping):
         raise ValueError(f"{where}: not the settings of a run (no `key: value` lines).")
@@ -333,12 +333,12 @@ def config_from(values: Any, *, where: str, overrides: Sequence[str] = ()) -> Co
 
 @cache
 def _schema(section: type) -> Any:
-    """The defaults as OmegaConf has them, which take a fifth of a second to make. `merge` copies them."""
+    """Return OmegaConf's form of the defaults, which takes a fifth of a second to make. `merge` copies it."""
     return OmegaConf.structured(section)
 
 
 def _of_this_version(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Saved values with what earlier versions wrote of another type: `engine.compile` was true or false."""
+    """Return saved values in this version's types: in earlier versions `engine.compile` was true or false."""
     engine = values.get("engine")
     if not isinstance(engine, Mapping) or not isinstance(engine.get("compile"), bool):
         return values
@@ -346,14 +346,14 @@ def _of_this_version(values: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def differences(old: Config, new: Config) -> list[str]:
-    """`key: old -> new` of every setting that must not differ between two attempts at one run."""
+    """Return `key: old -> new` of every setting that must not differ between two attempts at one run."""
     before, after = bound_settings(old), bound_settings(new)
     changed = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
     return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in changed]
 
 
 def bound_settings(config: Config) -> dict[str, Any]:
-    """The settings, by their keys, that must not differ between two attempts at one run."""
+    """Return the settings, by their keys, that must not differ between two attempts at one run."""
     of_stages = (f"{k.name}.{setting}" for k in STAGES.values() for setting in (*FREE_OF_A_STAGE, *k.free_settings))
     free = (*FREE_SETTINGS, *of_stages)
     return {

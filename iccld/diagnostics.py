@@ -1,4 +1,4 @@
-"""How much the latent decides, and what the denoiser makes of it: scores of an image's maps under different latents.
+"""Diagnostics of the latent and of the denoiser: scores of an image's maps under different latents.
 
 All maps of an image are decoded with the image's own features; they differ in the latent:
 
@@ -40,8 +40,8 @@ FIT_RATE = 0.1
 """Adam's learning rate, in standard deviations of the latent: 20 steps move no value by more than two of them."""
 NUM_TIMESTEPS = 4
 BLUR_STRIDE = 2 * STRIDE
-"""Pixels. D has features of stride 4 and a latent of stride 8; a map whose boundaries are no better than those of
-labels seen at stride 16 made no use of either."""
+"""Pixels. D has features of stride 4 and a latent of stride 8; a map whose boundaries are no better than those
+of labels seen at stride 16 made no use of either."""
 YARDSTICK = f"labels_at_{BLUR_STRIDE}"
 BOUNDS = ("mean_latent", "other_latent", "fitted_latent")
 """The figures that need no denoiser: while E and D are frozen they do not change."""
@@ -60,9 +60,9 @@ class Example:
 
 @dataclass(frozen=True)
 class Figure:
-    """In per cent: mIoU, boundary mIoU, and `changed`: the share of pixels of another class than in stage 1's map.
+    """Scores in per cent: mIoU, boundary mIoU, and `changed`, the share of pixels with another class than in stage 1.
 
-    The student's `changed` is to the teacher's map.
+    The student's `changed` is relative to the teacher's map.
     """
 
     miou: float
@@ -70,30 +70,30 @@ class Figure:
     changed: float
 
     def to_json(self) -> dict[str, float | None]:
-        """Plain numbers, null where there is nothing to count."""
+        """Return plain numbers, null if there is nothing to count."""
         return {name: None if math.isnan(value) else value for name, value in asdict(self).items()}
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """`figures` by the name of the latent, over `num_images`."""
+    """Figures by the name of the latent, over `num_images`."""
 
     figures: Mapping[str, Figure]
     num_images: int
 
     def to_json(self) -> dict[str, Any]:
-        """Plain numbers and dicts."""
+        """Return plain numbers and dicts."""
         return {"num_images": self.num_images} | {name: figure.to_json() for name, figure in self.figures.items()}
 
     def to_metrics(self) -> dict[str, float]:
-        """The mIoU under each latent, and the disagreement of student and teacher, as a line of metrics has them."""
+        """Return the mIoU under each latent, and the disagreement of student and teacher, for a line of metrics."""
         metrics = {f"diagnostics/{name}": figure.miou for name, figure in self.figures.items()}
         if "student" in self.figures:
             metrics["diagnostics/disagreement"] = self.figures["student"].changed / 100
         return metrics
 
 
-@without_compiled_code()  # as for scores: images come in many sizes
+@without_compiled_code()  # images come in many sizes
 def diagnose(
     pairs: Iterable[tuple[Mapping[str, Any], Mapping[str, Any] | None]],
     model: ICCLD,
@@ -135,7 +135,7 @@ def diagnose(
 
 
 def figure_names(model: ICCLD) -> list[str]:
-    """Names of all figures that the model can have, in the order in which they are shown."""
+    """Return the names of all figures that the model can have, in the order in which they are shown."""
     names = ["stage1", "own_latent", *BOUNDS]
     if model.denoiser is not None:
         names += ["denoised", *(f"z_0_at_{t}" for t in _timesteps(model))]
@@ -143,7 +143,7 @@ def figure_names(model: ICCLD) -> list[str]:
 
 
 def make_example(sample: Mapping[str, Any], *, config: EvaluationConfig, device: torch.device | str) -> Example:
-    """The sample as one pass of the model takes it: at `evaluation.image_size`, or with windows the middle one.
+    """Turn a sample into one pass's input: at `evaluation.image_size` or, with windows, the middle window.
 
     Sides are padded to the latent's stride, and labels are brought to the image's size: figures are of that size.
     """
@@ -164,7 +164,7 @@ def make_example(sample: Mapping[str, Any], *, config: EvaluationConfig, device:
 def label_maps(
     model: ICCLD, example: Example, other: Example | None, *, seed: int, with_bounds: bool = True
 ) -> Iterator[tuple[str, Tensor]]:
-    """Each latent's name and its map: class indices `(1, H, W)` int64."""
+    """Yield each latent's name and its map: class indices `(1, H, W)` int64."""
 
     size, encoded = example.images.shape[-2:], model.encoder(example.images)
 
@@ -193,7 +193,7 @@ def label_maps(
 
 @torch.no_grad()
 def segmented(model: ICCLD, example: Example, *, seed: int) -> Tensor:
-    """The model's own map `(1, H, W)`: by one denoising step from keyed noise, or D(E(x)) without a denoiser."""
+    """Return the model's own map `(1, H, W)`: one denoising step from keyed noise, or D(E(x)) without a denoiser."""
     if model.denoiser is None:
         return model.segment(example.images).argmax(dim=1)
     shape = model.latent_shape(*example.images.shape[-2:])
@@ -202,7 +202,7 @@ def segmented(model: ICCLD, example: Example, *, seed: int) -> Tensor:
 
 
 def fitted_latent(model: ICCLD, encoded: EncoderOutput, labels: Tensor) -> Tensor:
-    """E's latent `(1, C, h, w)` after `FIT_STEPS` of Adam on D's cross entropy to the true labels."""
+    """Return E's latent `(1, C, h, w)` after `FIT_STEPS` of Adam on D's cross entropy to the true labels."""
     unit = model.latent_std.view(1, -1, 1, 1)
     move = torch.zeros_like(encoded.latent, dtype=torch.float32, requires_grad=True)
     optimizer = torch.optim.Adam([move], lr=FIT_RATE)
@@ -211,13 +211,13 @@ def fitted_latent(model: ICCLD, encoded: EncoderOutput, labels: Tensor) -> Tenso
         with torch.enable_grad():
             logits = model.decode(EncoderOutput(encoded.latent + unit * move, encoded.features), labels.shape[-2:])
             loss = weighted_cross_entropy(logits, labels, weights=None, denominator=count)
-        (move.grad,) = torch.autograd.grad(loss, [move])  # and of no parameter
+        (move.grad,) = torch.autograd.grad(loss, [move])  # no parameter gets a gradient
         optimizer.step()
     return encoded.latent + unit * move.detach()
 
 
 def blurred(labels: Tensor, *, stride: int, num_classes: int) -> Tensor:
-    """The class `(1, H, W)` that the labels' shares in cells of `stride` pixels, bilinearly upsampled, give a pixel."""
+    """Return the class `(1, H, W)` that wins when labels are averaged in cells of `stride` pixels and upsampled."""
     classes = torch.arange(num_classes, device=labels.device).view(1, -1, 1, 1)
     shares = F.avg_pool2d((labels[:, None] == classes).float(), stride, ceil_mode=True)
     upsampled = F.interpolate(shares, scale_factor=float(stride), mode="bilinear", align_corners=False)
@@ -225,12 +225,12 @@ def blurred(labels: Tensor, *, stride: int, num_classes: int) -> Tensor:
 
 
 def _timesteps(model: ICCLD) -> list[int]:
-    """Those of four-step sampling; none where the denoiser never sees noise."""
+    """Return the timesteps of four-step sampling; none if the denoiser never sees noise."""
     return [] if model.deterministic else trailing_timesteps(NUM_TIMESTEPS, num_train_steps=len(model.alpha_bar))
 
 
 def _true_z_0(model: ICCLD, example: Example, encoded: EncoderOutput) -> Tensor:
-    """z_0 as it is diffused, of the clean image, which is also what the denoiser sees, and of the true labels."""
+    """Return z_0, as it is diffused, of the true labels and the clean image, which is also what the denoiser sees."""
     weights = torch.ones_like(example.labels, dtype=torch.float32)
     return model.diffused_latent(clean=encoded.latent, seen=encoded, labels=example.labels, weights=weights)
 
@@ -241,19 +241,19 @@ def _resized_z_0(model: ICCLD, other: Example, *, size: torch.Size) -> Tensor:
 
 
 def _true_z_t(model: ICCLD, z_0: Tensor, t: int, *, number: int, seed: int) -> tuple[Tensor, Tensor]:
-    """z_t of z_0 under keyed noise, and t as the denoiser takes it, `(1,)`."""
+    """Return z_t of z_0 under keyed noise, and t as the denoiser takes it, `(1,)`."""
     timesteps = torch.full((1,), t, device=z_0.device)
     noise = _noise(z_0.shape[1:], number, f"diagnostics {t}", seed=seed, device=z_0.device)
     return add_noise(z_0, noise, timesteps, model.alpha_bar), timesteps
 
 
 def _noise(shape: Sequence[int], number: int, purpose: str, *, seed: int, device: torch.device) -> Tensor:
-    """`(1, *shape)`."""
+    """Draw keyed noise, `(1, *shape)`."""
     return rng.normal(tuple(shape), seed=seed, purpose=purpose, numbers=torch.tensor([number]), device=device)
 
 
 def _middle(tensor: Tensor, window: list[int]) -> Tensor:
-    """The middle window of `(1, C, H, W)`; a side shorter than the window is taken whole."""
+    """Return the middle window of `(1, C, H, W)`; a side shorter than the window is taken whole."""
     for dim, side in zip((-2, -1), window, strict=True):
         length = min(side, tensor.shape[dim])
         tensor = tensor.narrow(dim, (tensor.shape[dim] - length) // 2, length)
@@ -261,7 +261,7 @@ def _middle(tensor: Tensor, window: list[int]) -> Tensor:
 
 
 def _changed(prediction: Tensor, reference: Tensor, labels: Tensor) -> Tensor:
-    """`(2,)` int64: labelled pixels where two maps differ, and all labelled pixels."""
+    """Count, `(2,)` int64, the labelled pixels where two maps differ, and all labelled pixels."""
     valid = labels != IGNORE_INDEX
     return torch.stack([((prediction != reference) & valid).sum(), valid.sum()])
 

@@ -12,38 +12,40 @@ from torch import Tensor
 NUM_TRAIN_STEPS = 1000
 
 
-def scaled_linear_alpha_bar(num_steps: int = NUM_TRAIN_STEPS, *, start: float = 0.00085, end: float = 0.012) -> Tensor:
-    """`(T,)` float32: products of 1 - beta, where sqrt(beta) rises linearly (the schedule of latent diffusion)."""
-    betas = torch.linspace(start**0.5, end**0.5, num_steps, dtype=torch.float64) ** 2
+def scaled_linear_alpha_bar(
+    num_train_steps: int = NUM_TRAIN_STEPS, *, start: float = 0.00085, end: float = 0.012
+) -> Tensor:
+    """Return the products of 1 - beta, `(T,)` float32; sqrt(beta) rises linearly (the schedule of latent diffusion)."""
+    betas = torch.linspace(start**0.5, end**0.5, num_train_steps, dtype=torch.float64) ** 2
     return torch.cumprod(1.0 - betas, dim=0).float()
 
 
 def _scales(t: Tensor, alpha_bar: Tensor) -> tuple[Tensor, Tensor]:
-    """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), each `(B, 1, 1, 1)`."""
+    """Return sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), each `(B, 1, 1, 1)`."""
     selected = alpha_bar[t].view(-1, 1, 1, 1)
     return selected.sqrt(), (1.0 - selected).sqrt()
 
 
 def add_noise(z_0: Tensor, noise: Tensor, t: Tensor, alpha_bar: Tensor) -> Tensor:
-    """z_t = sqrt(alpha_bar_t) z_0 + sqrt(1 - alpha_bar_t) noise (DDPM, equation 4)."""
+    """Return z_t = sqrt(alpha_bar_t) z_0 + sqrt(1 - alpha_bar_t) noise (DDPM, equation 4)."""
     signal_scale, noise_scale = _scales(t, alpha_bar)
     return signal_scale * z_0 + noise_scale * noise
 
 
 def predict_z_0(z_t: Tensor, noise_pred: Tensor, t: Tensor, alpha_bar: Tensor) -> Tensor:
-    """The clean latent that a predicted noise implies: `add_noise` solved for z_0."""
+    """Return the clean latent that a predicted noise implies: `add_noise` solved for z_0."""
     signal_scale, noise_scale = _scales(t, alpha_bar)
     return (z_t - noise_scale * noise_pred) / signal_scale
 
 
 def predict_noise(z_t: Tensor, z_0: Tensor, t: Tensor, alpha_bar: Tensor) -> Tensor:
-    """The noise that a clean latent implies: `add_noise` solved for the noise."""
+    """Return the noise that a clean latent implies: `add_noise` solved for the noise."""
     signal_scale, noise_scale = _scales(t, alpha_bar)
     return (z_t - signal_scale * z_0) / noise_scale
 
 
 def noise_from_velocity(z_t: Tensor, velocity: Tensor, t: Tensor, alpha_bar: Tensor) -> Tensor:
-    """The noise that a velocity v = sqrt(alpha_bar_t) noise - sqrt(1 - alpha_bar_t) z_0 implies (Salimans & Ho 2022).
+    """Return the noise that a velocity v implies, v being that of `velocity_of` (Salimans & Ho 2022).
 
     An error in v is never magnified, neither here nor in `z_0_from_velocity`.
     """
@@ -52,13 +54,13 @@ def noise_from_velocity(z_t: Tensor, velocity: Tensor, t: Tensor, alpha_bar: Ten
 
 
 def z_0_from_velocity(z_t: Tensor, velocity: Tensor, t: Tensor, alpha_bar: Tensor) -> Tensor:
-    """The clean latent that a velocity implies, sqrt(alpha_bar_t) z_t - sqrt(1 - alpha_bar_t) v."""
+    """Return the clean latent that a velocity implies, sqrt(alpha_bar_t) z_t - sqrt(1 - alpha_bar_t) v."""
     signal_scale, noise_scale = _scales(t, alpha_bar)
     return signal_scale * z_t - noise_scale * velocity
 
 
 def velocity_of(z_0: Tensor, noise: Tensor, t: Tensor, alpha_bar: Tensor) -> Tensor:
-    """v = sqrt(alpha_bar_t) noise - sqrt(1 - alpha_bar_t) z_0 (Salimans & Ho 2022).
+    """Return v = sqrt(alpha_bar_t) noise - sqrt(1 - alpha_bar_t) z_0 (Salimans & Ho 2022).
 
     Its squared error is that of the noise over alpha_bar_t, and that of z_0 over 1 - alpha_bar_t.
     """
@@ -67,7 +69,7 @@ def velocity_of(z_0: Tensor, noise: Tensor, t: Tensor, alpha_bar: Tensor) -> Ten
 
 
 def trailing_timesteps(num_steps: int, *, num_train_steps: int = NUM_TRAIN_STEPS) -> list[int]:
-    """`num_steps` timesteps from T-1 downwards, evenly spaced and ending one stride above z_0.
+    """Return `num_steps` timesteps from T-1 downwards, evenly spaced and ending one stride above z_0.
 
     The first is always T-1, where z_t is (nearly) pure noise: with "leading" spacing few-step sampling starts at a
     timestep that never saw pure noise, and fails.
@@ -80,9 +82,10 @@ def trailing_timesteps(num_steps: int, *, num_train_steps: int = NUM_TRAIN_STEPS
 
 
 def ddim_step(z_t: Tensor, z_0_pred: Tensor, t: Tensor, t_next: Tensor | None, alpha_bar: Tensor) -> Tensor:
-    """One deterministic step from t to the smaller `t_next` (DDIM, equation 12 with eta = 0); None: to z_0.
+    """Take one deterministic step from t to the smaller `t_next` (DDIM, equation 12 with eta = 0); None: to z_0.
 
-    The noise is the one that z_0 implies: derived from the noise, z_0 would have its error 14 times near pure noise.
+    The noise is the one that z_0 implies. Were z_0 derived from the noise, it would have the noise's error 14 times
+    near pure noise.
     """
     if t_next is None:
         return z_0_pred
@@ -90,7 +93,7 @@ def ddim_step(z_t: Tensor, z_0_pred: Tensor, t: Tensor, t_next: Tensor | None, a
 
 
 def sample(denoise: Callable[[Tensor, Tensor], Tensor], noise: Tensor, alpha_bar: Tensor, num_steps: int) -> Tensor:
-    """Follow `denoise(z_t, t) -> z_0_pred` from `noise` `(B, C, h, w)` in `num_steps` DDIM steps; returns z_0."""
+    """Follow `denoise(z_t, t) -> z_0_pred` from `noise` `(B, C, h, w)` in `num_steps` DDIM steps; return z_0."""
     steps = trailing_timesteps(num_steps, num_train_steps=len(alpha_bar))
     timesteps = [noise.new_full((noise.shape[0],), t, dtype=torch.int64) for t in steps]
     z_t = noise

@@ -26,7 +26,7 @@ _TEMPORARY = re.compile(r"\..+\.[0-9a-f]+\.tmp")
 
 
 class NotOursError(ValueError):
-    """A link, or something else that this program did not make, where it wants to write; it is left as it is."""
+    """Error: a link, or something else that this program did not make, is where it wants to write; it is left alone."""
 
 
 def sync(path: Path) -> None:
@@ -39,13 +39,13 @@ def sync(path: Path) -> None:
 
 
 def file_checksum(path: Path) -> str:
-    """The SHA-256 of a file's content."""
+    """Return the SHA-256 of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_whole(path: Path, data: bytes | str, *, durably: bool = True, mode: int = 0o666) -> None:
-    """Replace a file: a reader sees the old one or the new one; `durably`, a crash of the machine leaves one, too.
+    """Replace a file: a reader sees the old or the new one; if `durably`, so does one after a crash of the machine.
 
     `mode`: the rights, less those that the umask takes.
     """
@@ -55,14 +55,14 @@ def write_whole(path: Path, data: bytes | str, *, durably: bool = True, mode: in
 
 @contextmanager
 def replacing(path: Path, *, durably: bool = True) -> Iterator[BinaryIO]:
-    """A file to write that takes the place of `path` when the block ends; an error leaves what was there."""
+    """Open a file that takes the place of `path` when the block ends; after an error, `path` stays as it was."""
     with _replacing(path, durably=durably) as (_, file):
         yield file
 
 
 @contextmanager
 def replacing_by_name(path: Path) -> Iterator[Path]:
-    """As `replacing`, for libraries that write to a path: an empty file, which they may write or replace."""
+    """Replace a file as `replacing` does, for libraries that write to a path: yields the path of an empty file."""
     with _replacing(path, durably=True) as (temporary, file):
         mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
         yield temporary
@@ -72,7 +72,7 @@ def replacing_by_name(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def _replacing(path: Path, *, durably: bool, mode: int = 0o666) -> Iterator[tuple[Path, BinaryIO]]:
-    name = os.fsdecode(os.fsencode(path.name)[:200])  # with what is added, a file system takes it
+    name = os.fsdecode(os.fsencode(path.name)[:200])  # leaves room for the suffix within a file system's limit
     temporary = path.with_name(f".{name}.{secrets.token_hex(4)}.tmp")
     file = create(temporary, mode=mode)
     try:
@@ -89,14 +89,14 @@ def _replacing(path: Path, *, durably: bool, mode: int = 0o666) -> Iterator[tupl
 
 
 def create(path: Path, *, mode: int = 0o666) -> BinaryIO:
-    """A new file, open for writing. Raises FileExistsError where there is anything of this name, a link included."""
+    """Open a new file for writing. Raises FileExistsError if there is anything of this name, also a link."""
     return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _NO_LINK, mode), "w+b")
 
 
 def open_to_append(path: Path) -> BinaryIO:
-    """The file, made where there is none, to be written at its end. A hard link gets a copy of its own first.
+    """Open a file to write at its end; it is made if there is none. A hard link first becomes a file of its own.
 
-    Raises NotOursError where it is a link, or no plain file.
+    Raises NotOursError if it is a link or no plain file.
     """
     descriptor = _open_plain(path, os.O_RDWR | os.O_APPEND)
     if os.fstat(descriptor).st_nlink > 1:
@@ -107,9 +107,10 @@ def open_to_append(path: Path) -> BinaryIO:
 
 
 def open_lock(path: Path) -> int:
-    """The descriptor of a file that processes lock, made where there is none; it may be written, too.
+    """Open a file that processes lock, and which may be written, and return its descriptor; it is made if there is
+    none.
 
-    Raises NotOursError where it is a link, a hard link, or no plain file.
+    Raises NotOursError if it is a link, a hard link, or no plain file.
     """
     descriptor = _open_plain(path, os.O_RDWR)
     if os.fstat(descriptor).st_nlink > 1:
@@ -119,7 +120,7 @@ def open_lock(path: Path) -> int:
 
 
 def open_to_read(path: Path) -> int:
-    """The descriptor of a file in a folder that others write to. Raises NotOursError where it is no plain file."""
+    """Return the descriptor of a file in a folder that others write to. Raises NotOursError if it is no plain file."""
     return _open_plain(path, os.O_RDONLY)
 
 
@@ -135,12 +136,12 @@ def _open_plain(path: Path, flags: int) -> int:
 
 
 def is_plain_name(name: object) -> bool:
-    """Whether it names something in a folder, and nothing elsewhere: what a file says may lead anywhere."""
+    """Tell whether a name stays within its folder: names that a file holds may lead anywhere."""
     return isinstance(name, str) and name.isprintable() and name not in ("", ".", "..") and "/" not in name
 
 
 def is_plain(path: Path) -> bool:
-    """Whether there is a file that no other name leads to: no link, no hard link, no folder."""
+    """Tell whether there is a file that no other name leads to: no link, no hard link, no folder."""
     try:
         status = path.lstat()
     except FileNotFoundError:
@@ -149,19 +150,19 @@ def is_plain(path: Path) -> bool:
 
 
 def is_real_folder(path: Path) -> bool:
-    """Whether there is a folder, and no link to one."""
+    """Tell whether there is a folder, and no link to one."""
     return path.is_dir() and not path.is_symlink()
 
 
 def refuse_unless_plain(path: Path) -> None:
-    """Raise NotOursError where a file is to be written, and there is a link, a folder, a pipe or the like."""
+    """Raise NotOursError if a file is to be written, and there is a link, a folder, a pipe or the like."""
     if os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):
         kind = f"a link to {path.readlink()}" if path.is_symlink() else "no plain file"
         raise NotOursError(f"{path} is {kind}, and must be a file of its own to be written; remove it.")
 
 
 def refuse_links(path: Path, *, within: Path) -> None:
-    """Raise NotOursError where `path`, or a folder on the way to it from `within`, is a link."""
+    """Raise NotOursError if `path`, or a folder on the way to it from `within`, is a link."""
     place = within
     for part in path.relative_to(within).parts:
         place = place / part
@@ -173,7 +174,7 @@ def refuse_links(path: Path, *, within: Path) -> None:
 
 
 def make_folder(folder: Path, *, within: Path) -> Path:
-    """Make a folder, and `within`, which the user named; raises NotOursError where one between them is a link."""
+    """Make a folder, and `within`, which the user named. Raises NotOursError if one between them is a link."""
     if not within.is_dir():
         within.mkdir(parents=True, exist_ok=True)
     place = within
@@ -188,9 +189,9 @@ def make_folder(folder: Path, *, within: Path) -> Path:
 
 
 def scratch_folder(path: Path, *, is_ours: Callable[[Path], bool]) -> Path:
-    """A new folder beside `path`, which it becomes by a rename; what a crash has left of earlier ones is removed.
+    """Make a new folder beside `path`, which the caller renames to `path`; earlier ones of crashes are removed.
 
-    Only one process at a time may make `path`. What is called so and is not ours is left, and another name taken.
+    Only one process at a time may make `path`. A stranger's folder of that name is left, and another name is taken.
     """
     for left_over in scratch_folders(path):
         if is_ours(left_over):
@@ -202,10 +203,10 @@ def scratch_folder(path: Path, *, is_ours: Callable[[Path], bool]) -> Path:
 
 
 def holds_only(files: str) -> Callable[[Path], bool]:
-    """Tells of a folder, and no link to one, whether the regular expression names all files in it by their paths.
+    """Return a test of a folder: it is no link, and the regular expression matches all its files' paths.
 
-    A file's path is from the folder, as `sub/name`; links count as files, and what a write that was cut off has left
-    beside a file (`sub/.name.0123abcd.tmp`) counts as that file.
+    A file's path is from the folder, as `sub/name`. Links count as files. The temporary file of a write that was cut
+    off (`sub/.name.0123abcd.tmp`) counts as the file.
     """
     name, torn = re.compile(files), re.compile(r"\.([^/]+)\.[0-9a-f]{8}\.tmp")
 
@@ -224,8 +225,9 @@ def holds_only(files: str) -> Callable[[Path], bool]:
 
 
 def walk(folder: Path) -> Iterator[Path]:
-    """All that lies in a folder and those below it, without following links. Raises OSError where one cannot be listed,
-    which `Path.rglob` passes over.
+    """Yield all that lies in a folder and below it, without following links.
+
+    Raises OSError if a folder cannot be listed, which `Path.rglob` passes over.
     """
 
     def fail(error: OSError) -> NoReturn:
@@ -236,19 +238,19 @@ def walk(folder: Path) -> Iterator[Path]:
 
 
 def scratch_folders(path: Path) -> list[Path]:
-    """What lies beside `path` under the names that `scratch_folder` gives."""
+    """Return what lies beside `path` under the names that `scratch_folder` gives."""
     name = re.compile(re.escape(path.name) + r"(\.[0-9a-f]{8})?\.tmp")
     return [place for place in path.parent.glob("*.tmp") if name.fullmatch(place.name)]
 
 
 def remove_tree(folder: Path) -> None:
-    """Delete a folder. Of a link in it the link is deleted; raises NotOursError where it is one itself."""
+    """Delete a folder; of a link in it, only the link. Raises NotOursError if the folder is itself a link."""
     refuse_links(folder, within=folder.parent)
     shutil.rmtree(folder)
 
 
 def remove_left_overs(folder: Path, *, of: str = "", older_than_s: float = 0.0) -> None:
-    """Delete the temporary files that a crash has left in a folder, or those of the file `of` in it."""
+    """Delete the temporary files that a crash has left in a folder, or only those of the file `of`."""
     for path in folder.glob(f".{glob.escape(of) or '*'}.*.tmp"):
         if _TEMPORARY.fullmatch(path.name) and is_plain(path) and time.time() - path.stat().st_mtime > older_than_s:
             path.unlink(missing_ok=True)
@@ -256,7 +258,7 @@ def remove_left_overs(folder: Path, *, of: str = "", older_than_s: float = 0.0) 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold a lock file, waiting for it; where the file system has no locks, nothing is held."""
+    """Hold a lock file, waiting for it; if the file system has no locks, nothing is held."""
     descriptor = open_lock(path)
     try:
         with suppress(OSError):

@@ -1,4 +1,4 @@
-"""Runs that use no compiled code."""
+"""Execution without compiled code."""
 
 import sys
 from collections.abc import Iterator

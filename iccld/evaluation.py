@@ -35,13 +35,13 @@ STRIDE = 8
 
 @dataclass
 class EvaluationConfig:
-    """How images are segmented and scored; lists are [height, width] in pixels."""
+    """Settings of how images are segmented and scored; lists are [height, width] in pixels."""
 
     image_size: list[int] = field(default_factory=list)
-    """Images are resized to it for the model, and the logits back to the labels' size; empty: as they are."""
+    """Images are resized to it for the model, and the logits back to the labels' size; empty: they keep their size."""
     sliding_window: bool = False  # segment overlapping windows, not the whole image
     window: list[int] = field(default_factory=lambda: [512, 512])  # height and width of a window
-    stride: list[int] = field(default_factory=lambda: [384, 384])  # from window to window, down and across
+    stride: list[int] = field(default_factory=lambda: [384, 384])  # rows and columns from one window to the next
     num_classes: int = 0
     """The classes that the means run over: 0 for all of the model's; 19, 16 or 13 of the 19 Cityscapes classes."""
     boundary_width: int = 2
@@ -77,7 +77,7 @@ class EvaluationConfig:
 
 
 def whole_image(predict: Predict, images: Tensor, numbers: Tensor) -> Tensor:
-    """Logits `(B, K, H, W)` float32 in one pass; images `(B, 3, H, W)` are padded by their last row and column."""
+    """Return logits `(B, K, H, W)` float32 in one pass; images `(B, 3, H, W)` are padded by their last rows."""
     height, width = images.shape[-2:]
     padded = F.pad(images, (0, -width % STRIDE, 0, -height % STRIDE), mode="replicate")
     return _resized(predict(padded, numbers).float(), padded.shape[-2:])[..., :height, :width]
@@ -86,7 +86,7 @@ def whole_image(predict: Predict, images: Tensor, numbers: Tensor) -> Tensor:
 def sliding_window(
     predict: Predict, images: Tensor, numbers: Tensor, *, window: list[int], stride: list[int], batch_size: int = 1
 ) -> Tensor:
-    """Logits `(B, K, H, W)` float32, the mean over overlapping windows of images `(B, 3, H, W)`.
+    """Return logits `(B, K, H, W)` float32, the mean over overlapping windows of images `(B, 3, H, W)`.
 
     A pass takes `batch_size` windows. A side shorter than the window is taken whole, and the last window ends at the
     border. All windows of an image carry its number.
@@ -111,7 +111,7 @@ def sliding_window(
 
 
 def windowed(predict: Predict, config: EvaluationConfig) -> Predict:
-    """`predict` for images of any size, as the configuration says: resized, whole-image or sliding-window."""
+    """Let `predict` take images of any size, as the configuration says: resized, whole-image or sliding-window."""
     any_size = partial(whole_image, predict)
     if config.sliding_window:
         options = {"window": config.window, "stride": config.stride, "batch_size": config.batch_size}
@@ -120,13 +120,13 @@ def windowed(predict: Predict, config: EvaluationConfig) -> Predict:
 
 
 def _at_size(predict: Predict, size: list[int], images: Tensor, numbers: Tensor) -> Tensor:
-    """Logits of the images' size from a pass at another one."""
+    """Return logits of the images' size from a pass at another size."""
     resized = F.interpolate(images, size=tuple(size), mode="bilinear", antialias=True)
     return _resized(predict(resized, numbers), images.shape[-2:])
 
 
 @torch.no_grad()
-@without_compiled_code()  # images come in many sizes; what is compiled is for the training's
+@without_compiled_code()  # images come in many sizes; compiled code is for the training's size
 def evaluate(
     samples: Iterable[Mapping[str, Any]],
     predict: Predict,
@@ -152,14 +152,17 @@ def evaluate(
         logits = any_size(images.permute(0, 3, 1, 2).float() / 255, numbers)
         for sample, part in zip(batch, logits, strict=True):
             labels = _checked_labels(sample, class_set, num_channels=len(part))
-            predicted = _resized(part[None], labels.shape)[0].max(0).indices  # as argmax, which is slow on a CPU
+            predicted = _resized(part[None], labels.shape)[0].max(0).indices  # equals argmax, which is slow on a CPU
             scores.add(predicted, torch.from_numpy(labels).to(device))
     scores.counts = all_reduce(scores.counts)
     return scores.result(class_set, config.num_classes)
 
 
 def results_table(results: Mapping[str, EvaluationResult], *, title: str = "") -> Table:
-    """A terminal table: a column a result, the means first, then a row a class. All results have the same classes."""
+    """Make a table for the terminal: a column a result, the means first, then a row a class.
+
+    All results have the same classes.
+    """
     names = next(iter(results.values())).names
     assert all(result.names == names for result in results.values()), "results over different classes"
     table = Table(title=title or None)
@@ -180,12 +183,12 @@ def results_table(results: Mapping[str, EvaluationResult], *, title: str = "") -
 
 
 def _starts(length: int, side: int, step: int) -> list[int]:
-    """First rows (or columns) of the windows; the last window ends at the border."""
+    """Return the first rows (or columns) of the windows; the last window ends at the border."""
     return [*range(0, length - side, step), length - side]
 
 
 def _resized(logits: Tensor, size: Iterable[int]) -> Tensor:
-    """Logits `(B, K, H, W)` at the size given."""
+    """Resize logits `(B, K, H, W)` to `size`."""
     height, width = size
     if tuple(logits.shape[-2:]) == (height, width):
         return logits
@@ -193,7 +196,7 @@ def _resized(logits: Tensor, size: Iterable[int]) -> Tensor:
 
 
 def _batches(samples: Iterable[Mapping[str, Any]], size: int) -> Iterator[list[Mapping[str, Any]]]:
-    """Consecutive samples of one image size, at most `size` of them."""
+    """Yield consecutive samples of one image size, at most `size` of them."""
     batch: list[Mapping[str, Any]] = []
     for sample in samples:
         if len(batch) == size or (batch and sample["image"].shape != batch[0]["image"].shape):
@@ -205,7 +208,7 @@ def _batches(samples: Iterable[Mapping[str, Any]], size: int) -> Iterator[list[M
 
 
 def _checked_labels(sample: Mapping[str, Any], class_set: ClassSet, *, num_channels: int) -> np.ndarray:
-    """The sample's labels, once they and the model fit the class set."""
+    """Return the sample's labels. Raises ValueError if they or the model do not fit the class set."""
     k = class_set.num_classes
     if num_channels != k:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The extras of the package: which of them installs a library that a command lacks."""
+"""Extras of the package, and the libraries that each of them installs."""
 
 EXTRA_OF = {
     "argcomplete": "completion",
@@ -25,7 +25,7 @@ EXTRA_OF = {
 
 
 def remedy(error: ImportError) -> str:
-    """What a command needs and how to install it, as "needs hydra; pip install 'iccld[train]'".
+    """Say what a command needs and how to install it, as "needs hydra; pip install 'iccld[train]'".
 
     Raises the error again if no extra brings what is missing: then it is a fault of the program.
     """

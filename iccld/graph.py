@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def nodes_behind(outputs: Iterable[Tensor]) -> set[Any]:
-    """All nodes of the graph that `outputs` depend on; those of parameters have a `variable`."""
+    """Return all nodes of the graph that `outputs` depend on; those of parameters have a `variable`."""
     pending, seen = [output.grad_fn for output in outputs], set[Any]()
     while pending:
         node = pending.pop()

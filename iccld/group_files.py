@@ -10,14 +10,14 @@ from iccld.reading import read_limited
 
 
 def own_files(folder: Path, choices: Iterable[tuple[str, Any]]) -> list[Path]:
-    """The files of a folder that groups and their choices name."""
+    """Return the files of a folder that groups and their choices name."""
     names = [(group, name) for group, given in choices for name in (given if isinstance(given, list) else [given])]
     files = [folder / group / re.sub(r"(\.ya?ml)?$", ".yaml", str(name), count=1) for group, name in names]
     return [file for file in files if file.is_file()]
 
 
 def check_group_file(path: Path, schema: type) -> None:
-    """Raises ValueError where a file holds something else than settings, or a number where the schema has a text."""
+    """Raise ValueError if a file holds something else than settings, or a number where the schema has a text."""
     values = plain_yaml.read_yaml(path, aliases=True)
     if values is None:  # empty, or comments
         return
@@ -34,7 +34,7 @@ def check_group_file(path: Path, schema: type) -> None:
 
 
 def place_of(message: str, folder: Path, files: Iterable[Path]) -> str:
-    """`FILE:LINE: ` of what Hydra's message is about; empty where it is about none of the user's files."""
+    """Return `FILE:LINE: ` of the user's file that Hydra's message is about; "" if it is about none."""
     if named := re.search(r"In '([^']+)'", message):
         files = [path for path in [folder / f"{named[1]}.yaml"] if path.is_file()]
     key = re.search(r"full_key: (\S+)", message)
@@ -46,7 +46,7 @@ def place_of(message: str, folder: Path, files: Iterable[Path]) -> str:
 
 
 def remedy_of(message: str, file: str) -> str:
-    """What to do where Hydra takes a file's settings for those of a part that does not exist."""
+    """Say what to do if Hydra takes a file's settings for those of a part that does not exist."""
     key = re.search(r"Key '([^']+)' not in 'Config'", message)
     if key and Path(file.split(":")[0]).parent.name == key[1]:
         return "; begin the file with the line `# @package data` (or the part that it sets, or _global_)"

@@ -34,7 +34,7 @@ MAX_CLASSES = 254
 
 
 def lookup_table(mapping: Mapping[int, int], *, size: int = 256) -> np.ndarray:
-    """`(size,)` uint8 table from old to new ids; what `mapping` does not name becomes 255."""
+    """Return a table from old to new ids, `(size,)` uint8; ids that `mapping` does not name become 255."""
     table = np.full(size, IGNORE_INDEX, np.uint8)
     for old, new in mapping.items():
         table[old] = new
@@ -46,7 +46,7 @@ CITYSCAPES_ID_TO_TRAIN_ID: Mapping[int, int] = {label_id: i for i, label_id in e
 
 @dataclass(frozen=True)
 class ClassSet:
-    """The classes that a model tells apart, and how the ids in the shards' labels fall into them.
+    """Classes that a model tells apart, and the classes that the ids in the shards' labels become.
 
     `of_train_id` maps an id to a class index; an id that it does not name is ignored (255). `id_names` are the classes
     that the ids stand for: a set of shards fits if its own are the same. `rare` and `things` are class indices.
@@ -72,11 +72,11 @@ class ClassSet:
         return len(self.names)
 
     def table(self) -> np.ndarray:
-        """`(256,)` uint8: train id to class index, 255 for what is ignored."""
+        """Return the class index of each train id, `(256,)` uint8; 255 is ignored."""
         return lookup_table(self.of_train_id)
 
     def subset(self, num_classes: int) -> tuple[int, ...]:
-        """The class indices that mIoU-`num_classes` averages over; only Cityscapes' 19 have proper subsets."""
+        """Return the class indices that mIoU-`num_classes` averages over; only Cityscapes' 19 have proper subsets."""
         if num_classes == self.num_classes:
             return tuple(range(self.num_classes))
         if self.names == CITYSCAPES_NAMES and num_classes in CLASS_SUBSETS:
@@ -93,9 +93,9 @@ CITYSCAPES_19 = ClassSet(CITYSCAPES_NAMES, CITYSCAPES_PALETTE, {i: i for i in ra
 def own_class_set(
     names: Sequence[str], colors: Sequence[Sequence[int]], *, rare: Sequence[str] = (), things: Sequence[str] = ()
 ) -> ClassSet:
-    """Classes of one's own: the ids in the labels are their indices. `rare` and `things` are names of some.
+    """Make a set of one's own classes: the ids in the labels are their indices. `rare` and `things` are names.
 
-    Raises ValueError where names or colours repeat, are missing, or are no colours.
+    Raises ValueError if names or colours repeat or are missing, or are no colours.
     """
     if not 2 <= len(names) <= MAX_CLASSES or len(set(names)) != len(names):
         raise ValueError(f"classes: {len(names)} names must be 2 to {MAX_CLASSES}, each its own.")
@@ -110,12 +110,12 @@ def own_class_set(
 
 
 def is_color(value: object) -> bool:
-    """Whether a value is a list of three whole numbers from 0 to 255."""
+    """Tell whether a value is a list of three whole numbers from 0 to 255."""
     return isinstance(value, list | tuple) and len(value) == 3 and all(type(v) is int and 0 <= v < 256 for v in value)
 
 
 def merged_class_set(names: Sequence[str], of_train_id: Mapping[int, int]) -> ClassSet:
-    """A class set that merges or drops train ids; each class takes the colour of its first train id."""
+    """Make a class set that merges or drops train ids; a class takes the colour of its first train id."""
     bad = [i for i in of_train_id if not 0 <= i < 19] + [c for c in of_train_id.values() if not 0 <= c < len(names)]
     if bad:
         raise ValueError(f"data.class_set: {bad} out of range; map train ids 0-18 to class indices 0-{len(names) - 1}.")

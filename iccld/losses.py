@@ -15,7 +15,7 @@ from iccld.labels import IGNORE_INDEX
 
 
 def weighted_cross_entropy(logits: Tensor, labels: Tensor, *, weights: Tensor | None, denominator: Tensor) -> Tensor:
-    """sum(weights * cross entropy) / denominator: a float32 scalar (method, L1).
+    """Return sum(weights * cross entropy) / denominator, a float32 scalar (method, L1).
 
     logits: `(B, K, h, w)` of any stride, upsampled bilinearly to the labels' size. labels: `(B, H, W)` uint8 or int64,
     255 is ignored. weights: `(B, H, W)` float >= 0; None is 1 everywhere. denominator: scalar, the number of valid
@@ -31,7 +31,7 @@ def weighted_cross_entropy(logits: Tensor, labels: Tensor, *, weights: Tensor | 
 
 
 def domain_cross_entropy(logits: Tensor, domains: Tensor) -> Tensor:
-    """`(B,)` float32: the discriminator's loss, averaged over positions.
+    """Return the discriminator's loss, averaged over positions: `(B,)` float32.
 
     logits: `(B, D, h, w)`. domains: `(B,)` int64 in [0, D-1].
     """
@@ -40,32 +40,33 @@ def domain_cross_entropy(logits: Tensor, domains: Tensor) -> Tensor:
 
 
 def domain_confusion(logits: Tensor) -> Tensor:
-    """`(B,)` float32: cross entropy of `(B, D, h, w)` logits to the uniform distribution, averaged over positions.
+    """Return the cross entropy of `(B, D, h, w)` logits to the uniform distribution: `(B,)` float32.
 
-    Its minimum, log D, is reached where the domains cannot be told apart. Unlike a flipped label it does not push the
-    denoiser into another domain's give-away.
+    It is averaged over positions. Its minimum, log D, is reached if the domains cannot be told apart. Unlike a flipped
+    label it does not push the denoiser towards the marks of another domain.
     """
     return -logits.float().log_softmax(dim=1).mean(dim=(1, 2, 3))
 
 
 def noise_mse(noise_pred: Tensor, noise: Tensor, weights: Tensor) -> Tensor:
-    """Sum over samples of weight * mean squared error: a float32 scalar. Latents `(B, C, h, w)`, weights `(B,)`."""
+    """Sum weight * mean squared error over the samples: a float32 scalar. Latents `(B, C, h, w)`, weights `(B,)`."""
     return (weights * latent_mse(noise_pred, noise)).sum()
 
 
 def latent_mse(prediction: Tensor, latent: Tensor) -> Tensor:
-    """`(B,)` float32: the mean squared error of each sample. Latents `(B, C, h, w)`."""
+    """Return the mean squared error of each sample, `(B,)` float32. Latents `(B, C, h, w)`."""
     return (prediction.float() - latent.float()).square().mean(dim=(1, 2, 3))
 
 
 def feature_distance(
     features: Tensor, reference: Tensor, labels: Tensor, *, classes: Sequence[int], min_share: float = 0.75
 ) -> Tensor:
-    """Mean Euclidean distance to reference features, where one of `classes` fills `min_share` of a position.
+    """Return the mean Euclidean distance to reference features, at positions that one of `classes` fills by
+    `min_share`.
 
     features, reference: `(B, C, h, w)`. labels: `(B, H, W)`, 255 is ignored. A float32 scalar: the mean over a sample's
-    positions (0 where it has none), then over samples. DAFormer pools the positions of a rank's batch instead, which
-    would make the objective depend on how the batch is split.
+    positions (0 without any), then over samples. DAFormer pools the positions of a rank's batch instead, which would
+    make the objective depend on how the batch is split.
     """
     height, width = features.shape[-2:]
     distances = torch.linalg.vector_norm(features.float() - reference.float(), dim=1)

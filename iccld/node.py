@@ -9,12 +9,12 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 def host_name() -> str:
-    """The node's name as the scheduler knows it, else the machine's."""
+    """Return the node's name as the scheduler knows it, else the machine's."""
     return os.environ.get("SLURMD_NODENAME") or os.uname().nodename
 
 
 def boot_id() -> str:
-    """A name of this machine as it runs now, new after each boot; "" where the kernel tells none."""
+    """Return an id of this boot of the machine, new after each one; "" if the kernel tells none."""
     try:
         return _BOOT_ID.read_text().strip()
     except OSError:
@@ -22,7 +22,7 @@ def boot_id() -> str:
 
 
 def uptime() -> dict[str, Any]:
-    """Seconds since this machine's boot (`up_s`), and which boot that was (`boot`); empty where that is not known."""
+    """Return the seconds since this machine's boot (`up_s`), and which boot that was (`boot`); {} if unknown."""
     if not (boot := boot_id()):
         return {}
     clock = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)

@@ -1,4 +1,4 @@
-"""The exit status of a command that ends by an error: who must act.
+"""Exit status of a command that ends by an error: it says who must act.
 
     2     REFUSED: what the user must mend: a setting, a missing file, a loss that is not finite
     75    AGAIN: what the world did: a full disk, a lost connection, a killed worker, a node; give the command again
@@ -37,11 +37,11 @@ _LOST_DEVICE = re.compile(
 
 
 class Interrupted(OSError):
-    """What the world did to a run; the same command goes on from where it was."""
+    """Error: the world interrupted a run; the same command goes on from where it was."""
 
 
 def status_of(error: BaseException) -> int:
-    """The exit status for an error before a run's first step; `blaming_the_world` is for those after it."""
+    """Return the exit status of an error before a run's first step; `blaming_the_world` is for later ones."""
     if not isinstance(error, OSError):
         return REFUSED
     if isinstance(error, Interrupted | ConnectionError | TimeoutError | ChildProcessError):
@@ -56,14 +56,14 @@ def say(line: str) -> None:
 
 
 def words(error: BaseException) -> str:
-    """What an error says; one of the system also says what to do."""
+    """Return an error's words; for an error of the system, also what to do."""
     text = str(error) or repr(error)
     remedy = _REMEDIES.get(error.errno or 0) if isinstance(error, OSError) else None
     return f"{text}; {remedy}, and give the same command again" if remedy else text
 
 
 def plain(error: Exception, *, has_trained: bool = False) -> Exception:
-    """An error of the same words and status that can be sent to another process."""
+    """Return an error of the same words and status that can be sent to another process."""
     if not isinstance(error, OSError):
         return ValueError(words(error))
     return (Interrupted if has_trained or status_of(error) == AGAIN else OSError)(words(error))
@@ -71,7 +71,7 @@ def plain(error: Exception, *, has_trained: bool = False) -> Exception:
 
 @contextlib.contextmanager
 def blaming_the_world(has_trained: Callable[[], bool]) -> Iterator[None]:
-    """Around a run: once it has trained, an error of the system raises Interrupted, whichever it is."""
+    """Turn every error of the system into Interrupted within the block, once the run has trained."""
     try:
         yield
     except OSError as error:
@@ -86,7 +86,7 @@ def blaming_the_world(has_trained: Callable[[], bool]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def naming(path: Path, what: str = "") -> Iterator[None]:
-    """Around the writing of a file: an error of the system then names it, and `what` it holds."""
+    """Let an error of the system within the block name the file that is written, and `what` it holds."""
     try:
         yield
     except OSError as error:

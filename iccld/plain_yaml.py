@@ -16,7 +16,7 @@ MAX_BYTES = 1 << 20
 MAX_DEPTH = 40
 _PLAIN_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str", "seq", "map")} | {"!"}
 _FLOAT = re.compile(r"[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0-9]+$")
-"""1e-7, which YAML 1.1 takes for a word and Hydra for a number."""
+"""Numbers such as 1e-7, which YAML 1.1 takes for a word and Hydra for a number."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -70,7 +70,7 @@ class _OwnLoader(_Loader):
 
 
 def read_yaml(path: Path, *, aliases: bool = False) -> Any:
-    """What a file holds; `aliases`: in a file of the user's own. Raises ValueError, OSError if it cannot be read."""
+    """Read a file. `aliases` are allowed only in the user's own. Raises ValueError; OSError if it cannot be read."""
     data = read_limited(path, MAX_BYTES)
     try:
         return parse_yaml(data.decode("utf-8-sig"), where=str(path), aliases=aliases)
@@ -80,7 +80,7 @@ def read_yaml(path: Path, *, aliases: bool = False) -> Any:
 
 
 def parse_yaml(text: str, *, where: str, aliases: bool = False) -> Any:
-    """What the text says; None if it says nothing. Raises ValueError naming `where` and the line."""
+    """Parse the text; None if it is empty. Raises ValueError that names `where` and the line."""
     try:
         return yaml.load(text, Loader=_OwnLoader if aliases else _Loader)
     except yaml.YAMLError as error:
@@ -90,7 +90,7 @@ def parse_yaml(text: str, *, where: str, aliases: bool = False) -> Any:
 
 
 def explain(error: yaml.YAMLError) -> str:
-    """`:LINE: what is wrong`, in one line."""
+    """Return `:LINE: what is wrong`, in one line."""
     mark = getattr(error, "problem_mark", None)
     what = getattr(error, "problem", None) or getattr(error, "reason", None) or " ".join(str(error).split())
     context = f" {error.context}" if isinstance(error, yaml.MarkedYAMLError) and error.context else ""
@@ -98,7 +98,7 @@ def explain(error: yaml.YAMLError) -> str:
 
 
 def line_of(path: Path, key: str) -> int:
-    """The line of a readable file that sets `a.b.c`, or what of it the file can know: `b.c` or `c`; 0 if none does."""
+    """Return the line of a readable file that sets `a.b.c`, or, in a file of a group, `b.c` or `c`; 0 if none does."""
     root, parts = yaml.compose(read_limited(path, MAX_BYTES).decode("utf-8-sig"), Loader=_OwnLoader), key.split(".")
     for first in range(len(parts)):
         node, line = root, 0
@@ -112,5 +112,5 @@ def line_of(path: Path, key: str) -> int:
 
 
 def to_yaml(values: Any) -> str:
-    """The text from which `parse_yaml` gives the same values."""
+    """Write the text from which `parse_yaml` gives the same values."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1 << 20)

@@ -1,6 +1,6 @@
-"""What a number among the settings may be: `check_ranges(self, "trainer", num_steps=at_least(1))`.
+"""Ranges of the numbers among the settings: `check_ranges(self, "trainer", num_steps=at_least(1))`.
 
-A section knows the last part of its path; whoever loads the settings puts what is missing before it (`iccld.config`).
+A section knows the last part of its path; the code that loads the settings puts the rest before it (`iccld.config`).
 """
 
 import math
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 
 class Range(NamedTuple):
-    """Which numbers are good, and the same in words, with a remedy."""
+    """Range of good numbers, and the same in words, with a remedy."""
 
     holds: Callable[[float], bool]
     rule: str
@@ -25,27 +25,27 @@ def check_ranges(config: Any, section: str, **ranges: Range) -> None:
 
 
 def at_least(least: float, remedy: str = "") -> Range:
-    """`least` and above, and finite."""
+    """Allow `least` and above, and finite."""
     return _range(lambda value: least <= value < math.inf, f"at least {least:g}", remedy)
 
 
 def off_or_above(remedy: str = "") -> Range:
-    """0, which switches something off, and above, and finite."""
+    """Allow 0, which switches something off, and above, and finite."""
     return _range(lambda value: 0 <= value < math.inf, "0 (off) or above, and finite", remedy)
 
 
 def above(least: float, remedy: str = "") -> Range:
-    """Above `least`, and finite."""
+    """Allow numbers above `least`, and finite."""
     return _range(lambda value: least < value < math.inf, f"above {least:g}, and finite", remedy)
 
 
 def between(low: float, high: float, remedy: str = "") -> Range:
-    """From `low` to `high`, both included."""
+    """Allow `low` to `high`, both included."""
     return _range(lambda value: low <= value <= high, f"between {low:g} and {high:g}", remedy)
 
 
 def share(remedy: str = "") -> Range:
-    """Above 0, and at most 1."""
+    """Allow numbers above 0, and at most 1."""
     return _range(lambda value: 0 < value <= 1, "above 0 and at most 1", remedy)
 
 

@@ -1,4 +1,4 @@
-"""Reads small files that others may have made: at most so many bytes, of a plain file, as plain data."""
+"""Reading of small files that others may have made: a limited number of bytes, of a plain file, as plain data."""
 
 import json
 import os
@@ -12,7 +12,7 @@ MIB = 1 << 20
 
 
 def read_limited(path: Path, limit: int = MIB) -> bytes:
-    """A file's bytes. Raises OSError where it cannot be read, ValueError where it is no file or larger than `limit`."""
+    """Read a file. Raises OSError if it cannot be read, ValueError if it is no file or larger than `limit` bytes."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # opening a pipe would wait for a writer
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -27,7 +27,7 @@ def read_limited(path: Path, limit: int = MIB) -> bytes:
 
 
 def read_bytes(file: IO[bytes], limit: int) -> bytes:
-    """At most `limit` bytes of an open file, whose own `read(limit)` would take that much memory at once."""
+    """Read at most `limit` bytes of an open file, whose own `read(limit)` would take that much memory at once."""
     data = bytearray()
     while len(data) < limit and (piece := file.read(min(limit - len(data), MIB))):
         data += piece
@@ -35,12 +35,12 @@ def read_bytes(file: IO[bytes], limit: int) -> bytes:
 
 
 def read_json(path: Path, limit: int = MIB) -> Any:
-    """What a JSON file holds. Raises as `read_limited` does, and ValueError where it is not JSON."""
+    """Read a JSON file. Raises the errors of `read_limited`, and ValueError if it is not JSON."""
     return parse_json(read_limited(path, limit), str(path))
 
 
 def parse_json(data: bytes | str, where: str) -> Any:
-    """Plain data from JSON; raises ValueError, naming `where`, for anything else."""
+    """Parse plain data from JSON. Raises ValueError, which names `where`, for anything else."""
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -48,7 +48,7 @@ def parse_json(data: bytes | str, where: str) -> Any:
 
 
 def read_secrets(path: Path) -> list[str]:
-    """The `key=value` lines of a file that only its owner can read. Raises ValueError where others can too."""
+    """Read the `key=value` lines of a file that only its owner can read. Raises ValueError if others can too."""
     lines = read_limited(path).decode().splitlines()
     if path.stat().st_mode & 0o077:
         raise ValueError(f"--secrets {path}: others can read it; `chmod 600 {path}`.")
@@ -59,7 +59,7 @@ def read_secrets(path: Path) -> list[str]:
 
 
 def write_secrets(path: Path, words: list[str]) -> None:
-    """Writes what `read_secrets` reads; nobody else can read it, at no time."""
+    """Write the file that `read_secrets` reads; nobody else can read it at any time."""
     write_whole(path, "".join(f"{word}\n" for word in words), mode=0o600)
 
 

@@ -1,4 +1,4 @@
-"""Removes secrets from whatever leaves memory: a run's files, messages, job scripts.
+"""Removal of secrets from everything that leaves memory: a run's files, messages, job scripts.
 
 A URL keeps its scheme, host and path, and loses user, password, query and fragment. A storage's options keep their
 names and lose their values.
@@ -17,7 +17,7 @@ MIN_LENGTH = 4
 """Shorter pieces of a setting are not searched for in messages: they would blank out ordinary words."""
 # Each reads a text of any length in a time that grows with the length alone: `++` and bounds leave no way back.
 _URL = re.compile(r"""[A-Za-z][A-Za-z0-9+.-]{1,30}+:/+[^\s"'<>]+""")
-"""With slashes missing, too: what was meant as a URL is shown as one."""
+"""Pattern of a URL, also with slashes missing: what was meant as one is treated as one."""
 _UP_TO_HOST = re.compile(r"""[^\s@"']++(@(?=[\w\[]))?+""")
 _LOGIN = re.compile(r"(?:^|=|[/:]\w*+[^\w/:=])([^/:=]++:.)", re.DOTALL)
 _HOST = re.compile(r"(\[[^\[\]@]*\]|[^\s:@\[\]]*+)(:\d*)?\W*")
@@ -28,18 +28,18 @@ _SECRET_NAME = re.compile(r"SECRET|TOKEN|PASSW|CREDENTIAL|SIGNATURE|(API|ACCESS|
 
 
 def without_secrets(location: str) -> str:
-    """A location without user, password, query and fragment; a folder as it is."""
+    """Return a location without user, password, query and fragment; a folder is returned unchanged."""
     return _bare(location) if is_url(location) else redact(location)
 
 
 def is_url(location: str) -> bool:
-    """Whether a location names a scheme; `file://` URLs are folders."""
+    """Tell whether a location names a scheme; `file://` URLs are folders."""
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", location)
     return scheme is not None and scheme[1].lower() != "file"
 
 
 def redact(text: str, given: Iterable[str] = ()) -> str:
-    """A message without the secrets of the URLs and options in it, nor those of the settings `given`."""
+    """Return a message without the secrets of the URLs and options in it, and of the settings `given`."""
     for piece in sorted({piece for word in given for piece in secrets_in(word)}, key=len, reverse=True):
         text = text.replace(piece, HIDDEN)
     text = _URL.sub(lambda found: found[0] if found[0].lower().startswith("file:") else _bare(found[0]), text)
@@ -48,7 +48,7 @@ def redact(text: str, given: Iterable[str] = ()) -> str:
 
 
 def redacted(settings: Any) -> Any:
-    """Plain settings (mappings, lists, texts, numbers) as they may be saved."""
+    """Return plain settings (mappings, lists, texts, numbers) as they may be saved."""
     if isinstance(settings, Mapping):
         return {
             key: dict.fromkeys(value, HIDDEN) if key == OPTIONS and isinstance(value, Mapping) else redacted(value)
@@ -60,12 +60,12 @@ def redacted(settings: Any) -> Any:
 
 
 def holds_secret(word: str) -> bool:
-    """Whether a `key=value` may not be shown or written where others read it."""
+    """Tell whether a `key=value` must not be shown or written where others read it."""
     return redact(word) != word or without_secrets(word.partition("=")[2]) != word.partition("=")[2]
 
 
 def secrets_in(word: str) -> set[str]:
-    """The pieces of a location or a `key=value` that must not appear anywhere, as given and decoded."""
+    """Return the pieces of a location or a `key=value` that must not appear anywhere, as given and decoded."""
     pieces: set[str] = set()
     whole = word if is_url(word) else word.partition("=")[2]
     for url in [whole, *_URL.findall(word)] if _URL.search(word) else []:
@@ -82,12 +82,12 @@ def secrets_in(word: str) -> set[str]:
 
 
 def secrets_of_environment() -> list[str]:
-    """The values of variables whose names say that they are secret."""
+    """Return the values of variables whose names say that they are secret."""
     return [value for name, value in os.environ.items() if len(value) >= 2 * MIN_LENGTH and _SECRET_NAME.search(name)]
 
 
 def without_known(text: str, secrets: Iterable[str]) -> str:
-    """A message without these secrets, those of the environment, and those of any URL in it."""
+    """Return a message without these secrets, those of the environment, and those of any URL in it."""
     for piece in sorted({*secrets, *secrets_of_environment()}, key=len, reverse=True):
         if len(piece) >= MIN_LENGTH and piece not in ("true", "false"):
             text = text.replace(piece, HIDDEN)
@@ -95,7 +95,7 @@ def without_known(text: str, secrets: Iterable[str]) -> str:
 
 
 def _without_login(found: re.Match[str]) -> str:
-    """What stands before a host, from `user:password` on; a match that ends at no host as it is."""
+    """Hide `user:password` before a host; a match that ends at no host stays unchanged."""
     login = _LOGIN.search(found[0][:-1]) if found[1] else None
     return f"{found[0][: login.start(1)]}{HIDDEN}@" if login else found[0]
 
@@ -112,7 +112,7 @@ def _bare(url: str) -> str:
 
 
 def _divided(url: str) -> tuple[str, str]:
-    """The scheme with its colon and slashes, and the rest."""
+    """Divide a location into the scheme, with its colon and slashes, and the rest."""
     found = re.match(r"([A-Za-z][A-Za-z0-9+.-]*:/+)?(.*)", url, re.DOTALL)
     assert found is not None
     return found[1] or "", found[2]

@@ -34,7 +34,7 @@ class EvaluationResult:
     num_images: int
 
     def to_json(self) -> dict[str, Any]:
-        """Plain numbers, lists and null, ready for `json.dump`."""
+        """Return plain numbers, lists and null, ready for `json.dump`."""
         return {name: _null(value) for name, value in asdict(self).items()}
 
 
@@ -52,16 +52,16 @@ class Scores:
 
     @property
     def confusion(self) -> Tensor:
-        """`(K, K)` int64: pixels of truth class (row) that were given the class of the column."""
+        """Return pixels of truth class (row) that were given the class of the column, `(K, K)` int64."""
         return self.counts[: self.num_classes**2].view(self.num_classes, self.num_classes)
 
     @property
     def boundary(self) -> Tensor:
-        """`(3, K)` int64: pixels of the bands' intersection, of the prediction's band, of the truth's band."""
+        """Return pixels of the bands' intersection, of the prediction's band, of the truth's band, `(3, K)` int64."""
         return self.counts[self.num_classes**2 : -1].view(3, self.num_classes)
 
     def add(self, prediction: Tensor, labels: Tensor) -> None:
-        """Count one image: class indices `(H, W)` each; where the labels are 255 nothing is counted."""
+        """Count one image: class indices `(H, W)` each; pixels whose label is 255 do not count."""
         k = self.num_classes
         valid = labels != IGNORE_INDEX
         truth, prediction = labels.long(), prediction.long()
@@ -76,7 +76,7 @@ class Scores:
         self.counts[-1] += 1
 
     def result(self, class_set: ClassSet, num_classes: int = 0) -> EvaluationResult:
-        """Scores over the classes of mIoU-`num_classes` (0: all of the class set's)."""
+        """Compute the scores over the classes of mIoU-`num_classes` (0: all of the class set's)."""
         num_images = int(self.counts[-1])
         if num_images == 0:
             raise ValueError("evaluation: no image was scored; check the validation set and evaluation.max_images.")
@@ -98,12 +98,11 @@ class Scores:
 
 
 def boundary_band(labels: Tensor, valid: Tensor, *, width: int) -> Tensor:
-    """`(H, W)` bool: pixels with a valid pixel of another class within `width` rows and columns (Boundary IoU,
-    Cheng et al. 2021).
+    """Find the pixels near a contour: a valid pixel of another class is within `width` rows and columns.
 
-    Neither the image's border nor a border to ignored pixels is a contour (the paper counts the former). A class's
-    band is its mask less the eroded mask; over all classes at once, that is where the highest or the lowest class
-    index in the neighbourhood is not the pixel's own.
+    Returns `(H, W)` bool (Boundary IoU, Cheng et al. 2021). Neither the image's border nor a border to ignored pixels
+    is a contour (the paper counts the former). A class's band is its mask less the eroded mask; over all classes at
+    once, these are the pixels whose neighbourhood has a higher or a lower class index than they have.
     """
     index = labels.float()
     highest, negated_lowest = (
@@ -116,19 +115,19 @@ def boundary_band(labels: Tensor, valid: Tensor, *, width: int) -> Tensor:
 
 
 def _percent(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """`100 * part / whole`, NaN where there is nothing to divide by."""
+    """Return `100 * part / whole`, NaN if there is nothing to divide by."""
     with np.errstate(invalid="ignore"):
         return 100.0 * np.asarray(part) / np.asarray(whole)
 
 
 def _mean(values: np.ndarray) -> float:
-    """The mean of what is not NaN; NaN if nothing is left."""
+    """Return the mean of the values that are not NaN; NaN if there are none."""
     present = values[~np.isnan(values)]
     return float(present.mean()) if present.size else math.nan
 
 
 def _null(value: Any) -> Any:
-    """NaN to None, within lists too: JSON has no NaN."""
+    """Turn NaN into None, within lists too: JSON has no NaN."""
     if isinstance(value, list):
         return [_null(entry) for entry in value]
     return None if isinstance(value, float) and math.isnan(value) else value

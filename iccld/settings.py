@@ -1,6 +1,6 @@
-"""`key=value` words: which setting of a schema they name, and their text to the letter.
+"""Words `key=value`: the settings of a schema that they name, and their text to the letter.
 
-What stands after the first `=` of a setting that is a string is its value, whatever it holds. Other settings (numbers,
+The text after the first `=` of a setting that is a string is its value, whatever it holds. Other settings (numbers,
 lists, choices) and groups are written in Hydra's grammar.
 """
 
@@ -17,12 +17,12 @@ _NO_SCALAR = (Mapping, list, type(None))
 
 @functools.cache
 def fields_of(schema: type) -> Mapping[str, Any]:
-    """The types of a dataclass's fields."""
+    """Return the types of a dataclass's fields."""
     return typing.get_type_hints(schema)
 
 
 def type_at(schema: Any, key: str) -> Any:
-    """The type of the setting `a.b.c` of a schema; None where there is none."""
+    """Return the type of the setting `a.b.c` of a schema; None if there is none."""
     for part in key.split("."):
         if dataclasses.is_dataclass(schema):
             schema = fields_of(schema).get(part)  # type: ignore[arg-type]
@@ -34,7 +34,7 @@ def type_at(schema: Any, key: str) -> Any:
 
 
 def string_setting(word: str, schema: Any) -> tuple[str, str, str] | None:
-    """`+` signs, key and value of a word that sets a string; None for any other word. Raises ValueError."""
+    """Divide a word that sets a string into `+` signs, key and value; None for other words. Raises ValueError."""
     found = _SETTING.fullmatch(word)
     if found is None or type_at(schema, found[2]) is not str:
         return None
@@ -53,7 +53,7 @@ def check_text(value: str, *, where: str) -> None:
 
 
 def not_strings(value: Any, schema: Any, key: str) -> Iterator[tuple[str, Any]]:
-    """Key and value of whatever, within a list or dict given for `schema`, should be a string and is none."""
+    """Yield key and value of everything in a list or dict for `schema` that should be a string and is none."""
     if schema is str and not isinstance(value, str):
         yield key, value
     elif dataclasses.is_dataclass(schema) and isinstance(value, Mapping):
@@ -68,7 +68,7 @@ def not_strings(value: Any, schema: Any, key: str) -> Iterator[tuple[str, Any]]:
 
 
 def unknown_keys(values: Mapping[str, Any], schema: Any, prefix: str = "") -> Iterator[str]:
-    """The keys that a schema does not have."""
+    """Yield the keys that a schema does not have."""
     for key, value in values.items():
         part = type_at(schema, str(key))
         if part is None:
@@ -78,7 +78,7 @@ def unknown_keys(values: Mapping[str, Any], schema: Any, prefix: str = "") -> It
 
 
 def misplaced(value: Any, schema: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Key and value of whatever is a list, a dict or nothing where the schema has another of these, or missing."""
+    """Yield key and value of every list, dict or nothing where the schema has another of these, or missing."""
     kind = dict if dataclasses.is_dataclass(schema) else typing.get_origin(schema)
     if kind is dict and isinstance(value, Mapping):
         for name, item in value.items():
@@ -92,7 +92,7 @@ def misplaced(value: Any, schema: Any, key: str = "") -> Iterator[tuple[str, Any
 
 
 def with_typed_keys(value: Any, schema: Any) -> Any:
-    """JSON's keys, which are strings, as numbers where the schema's are."""
+    """Turn JSON's keys, which are strings, into numbers where the schema has numbers."""
     if not isinstance(value, Mapping):
         return value
     if dataclasses.is_dataclass(schema):
@@ -106,7 +106,7 @@ def _key(key: Any) -> Any:
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as `{"a.b.c": value}`; an empty mapping stays a value."""
+    """Flatten nested settings to `{"a.b.c": value}`; an empty mapping stays a value."""
     found: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:

@@ -1,4 +1,4 @@
-""" "Did you mean": a known word that is close to the one that was given, for the end of an error's line."""
+"""Suggestions "did you mean" for the end of an error's line: a known word that is close to the given one."""
 
 import difflib
 import re
@@ -18,13 +18,13 @@ _KEY = re.compile(r"Key '(?P<word>[^']+)' .*full_key: (?P<key>\S+)", re.DOTALL)
 
 
 def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
-    """`; did you mean 'b'?` for a word that is close to a known one, else nothing. `prefix` stands before the known."""
+    """Return `; did you mean 'b'?` if a known word is close, else "". `prefix` stands before the known word."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean {prefix}{close[0]}?" if close else ""
 
 
 def for_message(message: str, schema: Any = None) -> str:
-    """The suggestion for a message of Hydra, OmegaConf or argparse; `schema` has the settings that it may name."""
+    """Suggest a word for a message of Hydra, OmegaConf or argparse; `schema` has the settings that it may name."""
     for pattern in _CHOICES:
         if found := pattern.search(message):
             return did_you_mean(found["word"], re.split(r"[,\s]+", found["known"].replace("'", "")))
@@ -33,7 +33,7 @@ def for_message(message: str, schema: Any = None) -> str:
 
 
 def for_key(key: str, schema: Any) -> str:
-    """The suggestion for a setting `a.b.c` that there is not: a name beside its first part that is unknown."""
+    """Suggest a name for the first unknown part of a setting `a.b.c`."""
     parts = key.split(".")
     for number, part in enumerate(parts):
         above = ".".join(parts[:number])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from iccld.reading import MIB, read_limited
 
-MAX_BYTES = 1024 * MIB  # of a list of keys
+MAX_BYTES = 1024 * MIB  # enough for a list of keys
 
 _MARKS = {
     codecs.BOM_UTF8: "UTF-8",
@@ -17,9 +17,9 @@ _MARKS = {
 
 
 def read_text(path: Path, where: str) -> str:
-    """Reads a text as its byte-order mark says, or as UTF-8; every line ends with a plain newline.
+    """Read a text by its byte-order mark, else as UTF-8; every line ends with a plain newline.
 
-    Raises ValueError, which begins with `where`, for what is no file, and for another encoding.
+    Raises ValueError, which begins with `where`, if it is no file or in another encoding.
     """
     if not path.is_file():
         raise ValueError(f"{where}: there is no such file; give the path of a text file.")

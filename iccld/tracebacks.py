@@ -1,4 +1,4 @@
-"""What is shown of a fault of the program: one line, and the traceback only by `--debug`; else a file keeps it."""
+"""Display of a fault of the program: one line, and the traceback only by `--debug`; else a file keeps it."""
 
 import os
 import sys
@@ -21,7 +21,7 @@ def keep_tracebacks_in(folder: Path) -> None:
 
 
 def guard_tracebacks(given: Iterable[str], *, debug: bool = False) -> None:
-    """From now on, a fault is one line, or by `debug` a traceback, without the secrets of the settings `given`."""
+    """Show every later fault as one line, or by `debug` a traceback, without the secrets of the settings `given`."""
     words = list(given)
 
     def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -26,7 +26,7 @@ Means = dict[str, Tensor]
 
 @dataclass
 class ScheduleConfig:
-    """DAFormer's schedule: linear warm-up from `warmup_ratio`, times a linear decay to `final_ratio`."""
+    """Settings of DAFormer's schedule: linear warm-up from `warmup_ratio`, times a linear decay to `final_ratio`."""
 
     warmup_steps: int = 1500  # steps until the full learning rate; 0: no warm-up
     warmup_ratio: float = 1e-6  # the share of the learning rate that the warm-up begins with
@@ -38,7 +38,7 @@ class ScheduleConfig:
 
 
 def learning_rate_factor(step: int, *, num_steps: int, config: ScheduleConfig) -> float:
-    """The learning rates' factor in 0-based step `step` of `num_steps`; a pure function: nothing to save or restore."""
+    """Return the learning rates' factor in 0-based step `step` of `num_steps`, a pure function: nothing is saved."""
     factor = 1.0 - (1.0 - config.final_ratio) * step / num_steps
     if step < config.warmup_steps:
         factor *= 1.0 - (1.0 - step / config.warmup_steps) * (1.0 - config.warmup_ratio)
@@ -47,7 +47,10 @@ def learning_rate_factor(step: int, *, num_steps: int, config: ScheduleConfig) -
 
 @dataclass
 class TrainerConfig:
-    """One stage's length, batch and cadences. Micro-batch, accumulation and world size only divide the global batch."""
+    """Settings of one stage's length, batch and cadences.
+
+    Micro-batch, accumulation and world size only divide the global batch.
+    """
 
     num_steps: int = 40_000  # optimiser steps of the stage
     global_batch_size: int = 4  # samples of each domain in a step, over all ranks; it belongs to the experiment
@@ -67,9 +70,9 @@ class TrainerConfig:
         check_ranges(self, "trainer", **counts, **off)
 
     def layout(self, *, world_size: int = 1, rank: int = 0) -> BatchLayout:
-        """The batch's division among ranks, in micro-batches of 1 while their size is left to be chosen.
+        """Divide the batch among ranks, in micro-batches of 1 while their size is left to be chosen.
 
-        Raises ValueError where the global batch cannot be divided so.
+        Raises ValueError if the global batch cannot be divided so.
         """
         size = self.micro_batch_size if isinstance(self.micro_batch_size, int) else 1
         return BatchLayout(self.global_batch_size, size, world_size=world_size, rank=rank)
@@ -115,20 +118,23 @@ class TrainingStep:
             inputs = [stage.prepare(batch, step) for batch in micro_batches]
         with timer.span("agree"):
             inputs = self._share_denominators(inputs)
-        losses, metrics = self._accumulate(inputs)
+        losses, metrics = self.accumulate(inputs)
         with timer.phase("optimizer"):
             self.engine.step()
         with timer.phase("average"):
             stage.after_step(step)
         return losses, metrics
 
-    def _accumulate(self, inputs: list[StageInputs]) -> tuple[Means, Means]:
-        """Forward and backward, micro-batch by micro-batch."""
+    def accumulate(self, inputs: Sequence[StageInputs], *, is_shared: bool = True) -> tuple[Means, Means]:
+        """Run forward and backward of each micro-batch; return the means of the losses and the sums of the metrics.
+
+        `is_shared`: the last backward pass averages the gradients over all ranks, which is a collective.
+        """
         losses: Means = {}
         metrics: Means = {}
         for i, micro_batch in enumerate(inputs):
             is_last = i + 1 == len(inputs)
-            with self.engine.micro_batch(is_last=is_last):
+            with self.engine.micro_batch(is_last=is_last and is_shared):
                 with self.timer.phase("forward"):
                     output = self.engine.module(micro_batch)
                     total = torch.stack(list(output.losses.values())).sum()
@@ -141,7 +147,7 @@ class TrainingStep:
         return losses, metrics
 
     def _share_denominators(self, inputs: list[StageInputs]) -> list[StageInputs]:
-        """Every micro-batch gets the mean denominator of the global batch; never 0, so that an empty batch loses 0."""
+        """Give every micro-batch the global batch's mean denominator; never 0, so that an empty batch loses 0."""
         names = inputs[0].denominators
         local = {name: torch.stack([i.denominators[name] for i in inputs]).sum() for name in names}
         ranks = self.engine.ranks
@@ -239,14 +245,14 @@ class Trainer:
             self.metrics.write({"stage": self.stage.name, "step": step, **self.evaluate(step)})
 
     def _fetch(self, batches: Iterator[Mapping[str, Any]]) -> tuple[list[Any], Exception | None]:
-        """The step's micro-batches on the device, or why this rank has none."""
+        """Return the step's micro-batches on the device, or the reason why this rank has none."""
         try:
             return [next(batches) for _ in range(self.layout.num_accumulation)], None
         except (ValueError, OSError) as error:
             return [], plain(error, has_trained=self.watchdog.has_trained)
 
     def _raise_together(self, failure: Exception | None) -> None:
-        """What went wrong on one rank ends all, so that none is left waiting; rank 0 says it for them."""
+        """End all ranks for a failure of one, so that none is left waiting; rank 0 says it for them."""
         failures = {rank: error for rank, error in enumerate(self.engine.ranks.gather(failure)) if error}
         if not failures:
             return
@@ -257,7 +263,7 @@ class Trainer:
         raise Interrupted(said) if status == AGAIN else ValueError(said)
 
     def _stop(self, step: int, timer: PhaseTimer, *, is_new: bool) -> None:
-        """Asked to stop before `step`: save, unless this attempt has nothing new."""
+        """Stop before `step`, as asked: save, unless this attempt has nothing new."""
         if is_new:
             self._flush(timer)
             with timer.phase("save"):
@@ -314,7 +320,7 @@ class Trainer:
 
 
 def _differing(one: Any, other: Any) -> Any:
-    """What of one is not the same in the other."""
+    """Return the part of `one` that is not the same in `other`."""
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         return {key: _differing(value, other.get(key)) for key, value in one.items() if value != other.get(key)}
     return one

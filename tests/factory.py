@@ -1,4 +1,4 @@
-"""What several tests are made of: a tiny model, random batches, and the embedded data set in shards."""
+"""Parts that several tests share: a tiny model, random batches, and the embedded data set in shards."""
 
 from collections.abc import Iterable
 from pathlib import Path

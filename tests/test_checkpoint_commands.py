@@ -127,7 +127,7 @@ def test_what_the_user_got_wrong_is_one_line(run_dir: Path, tmp_path: Path, caps
 
 @pytest.fixture(params=[0o027, 0o077], ids=oct)
 def mode(request: pytest.FixtureRequest) -> Iterator[int]:
-    """What the umask leaves of a file's rights."""
+    """Set the umask, and return the rights that it leaves a file."""
     before = os.umask(request.param)
     yield 0o666 & ~request.param
     os.umask(before)

@@ -1,4 +1,4 @@
-"""What a user types: the verbs on a tiny run, and one clear line for each way to be wrong, before training starts."""
+"""Commands that a user types: the verbs on a tiny run, and one clear line for each error, before training starts."""
 
 import json
 import os

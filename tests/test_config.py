@@ -10,7 +10,7 @@ TWO_SETS = "+data.source.also={synthia:{shards:b,weight:2}}"
 
 
 def changed(*overrides: str) -> list[str]:
-    """What differs from the same settings without the overrides."""
+    """Return what differs from the same settings without the overrides."""
     return differences(load_config([TWO_SETS]), load_config([TWO_SETS, *overrides]))
 
 

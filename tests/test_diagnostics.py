@@ -76,7 +76,7 @@ class Reader:
 
 
 class Denoised(Reader):
-    """With a denoiser that knows z_0 = E(x), given as the condition, or a multiple of it."""
+    """Model with a denoiser that knows z_0 = E(x), given as the condition, or a multiple of it."""
 
     def denoiser(self, z_t: Tensor, t: Tensor, condition: Tensor) -> Any:
         return SimpleNamespace(z_0_pred=self.denoised * condition)

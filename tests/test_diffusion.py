@@ -147,7 +147,7 @@ def test_the_squared_errors_of_noise_velocity_and_z_0_differ_by_known_factors(t:
 
 
 def test_half_precision_velocity_gives_z_0_where_half_precision_noise_does_not():
-    """At the last timestep an error of the noise is magnified 14 times; one of the velocity is not."""
+    """An error of the noise is magnified 14 times at the last timestep; one of the velocity is not."""
     z_0, noise, t = random_latents(0), random_latents(1), torch.full((2,), 999)
     z_t = add_noise(z_0, noise, t, ALPHA_BAR)
     velocity = velocity_of(z_0, noise, t, ALPHA_BAR)

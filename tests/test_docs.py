@@ -205,7 +205,10 @@ def test_the_page_of_settings_is_what_the_source_says():
 def test_each_setting_has_a_line_with_its_default_and_its_explanation():
     page = write_settings.page()
     assert "| `seed` | int | `0` |" in page
-    assert "| `model.latent` | `image`, `mask`, `residual` | `image` | What z_0 is the latent of. |" in page
+    assert (
+        "| `model.latent` | `image`, `mask`, `residual` | `image` | Readings of z_0: what it is the latent of. |"
+        in page
+    )
     assert "Create a collection of name/value pairs" not in page, "not the docstring of Enum"
     assert "| `stage2.trainer.gradient_clip` | float | `1.0` | the largest norm of all gradients" in page
     assert "| `evaluation.max_images` | int | `0` | Only samples numbered below this are scored" in page

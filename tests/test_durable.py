@@ -1,4 +1,4 @@
-"""What `iccld.durable` promises: whole files, no link followed, rights by the umask, nobody's things deleted."""
+"""Promises of `iccld.durable`: whole files, no link followed, rights by the umask, no stranger's file deleted."""
 
 import json
 import os

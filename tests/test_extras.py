@@ -1,4 +1,4 @@
-"""What a small install lacks is said in one line, with the extra that brings it."""
+"""Packages that a small install lacks are named in one line, with the extra that brings them."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""What verbs do not import, so that they start at once."""
+"""Modules that verbs do not import, so that they start at once."""
 
 import subprocess
 import sys

@@ -97,7 +97,7 @@ class Trap:
         place.hardlink_to(target) if self.kind == "hard link" else place.symlink_to(target)
 
     def _fill(self, name: str, target: Path, *, as_folder: bool) -> None:
-        """What the verb would find or leave there, and where that is nothing, something with its names."""
+        """Write what the verb would find or leave there; if that is nothing, something with its names."""
         target.parent.mkdir()
         if not as_folder:
             copy = self.finished / name
@@ -267,7 +267,7 @@ echo 7
 def test_submit(
     tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, scene_shards: Path
 ):
-    """With an sbatch that takes everything, and a SLURM that opens the log as it would."""
+    """The sbatch of this test takes everything, and its SLURM opens the log as the real one would."""
     sbatch, start = tmp_path / "bin" / "sbatch", tmp_path / "start"
     for folder in (sbatch.parent, start):
         folder.mkdir()

@@ -1,4 +1,4 @@
-"""Who must act when a command ends by an error."""
+"""Exit statuses say who must act when a command ends by an error."""
 
 import errno
 import os

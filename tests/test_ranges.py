@@ -1,4 +1,4 @@
-"""What a number among the settings may be, and the line that says so."""
+"""Ranges of numbers among the settings, and the line that states a range."""
 
 import math
 from types import SimpleNamespace

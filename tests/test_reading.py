@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from iccld.programs.evaluate.results import read_results
-from iccld.programs.goodput import read_events
+from iccld.programs.run.event_times import read_events
 from iccld.reading import read_json, read_limited
 from iccld.runtime.checkpoint.manifest import MANIFEST, DamagedError, read_manifest
 
@@ -21,7 +21,7 @@ def test_a_file_is_read_up_to_a_limit(tmp_path: Path) -> None:
 
 
 def test_a_large_limit_takes_no_memory_before_there_is_a_byte(tmp_path: Path) -> None:
-    """Of the process's addresses too, which a cluster may limit."""
+    """Addresses of the process count too, which a cluster may limit."""
     path = tmp_path / "a"
     path.write_bytes(b"1" * 3_000_000)
     tracemalloc.start()

@@ -1,4 +1,4 @@
-"""What a user types after the first `=` of a setting that is a string is its value, on every way to a run."""
+"""Text after the first `=` of a setting that is a string is its value, on every way to a run."""
 
 import subprocess
 from collections.abc import Iterator
@@ -76,7 +76,7 @@ def test_any_text_is_its_own_value_in_a_composed_config(text: str):
 @given(st.lists(ANY.filter(str.isprintable), min_size=1, max_size=6))
 @example(["$(touch canary)", "'; touch canary; '", '"; touch canary; "', "`touch canary`", "${x:=y}", "a' b \" c"])
 def test_what_is_submitted_arrives_to_the_letter(tmp_path: Path, texts: list[str]):
-    """From `iccld submit` over the script and its shell to the words that a rank is given, and their meaning there."""
+    """The words pass `iccld submit`, the script and its shell, and reach the rank with their meaning."""
     words = ["train", "model=tiny", f"--config-dir={tmp_path}", "run_dir=/runs/a"]
     words += [f"+data.storage.options.k{i}={text}" for i, text in enumerate(texts)]
     [(_, work)] = jobs_of(words, num_ranks=1, seeds="1")

@@ -96,7 +96,7 @@ def main() -> int:
 
 
 def has_failed(figures: Mapping[str, Any]) -> bool:
-    """Whether a part, or anything in it, says under `failed` what went wrong, or is not `within` its tolerance."""
+    """Tell whether a part, or anything in it, has a reason under `failed`, or is not `within` its tolerance."""
     inner = (value for value in figures.values() if isinstance(value, Mapping))
     return bool(figures.get("failed")) or figures.get("within") is False or any(map(has_failed, inner))
 

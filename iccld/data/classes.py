@@ -25,7 +25,7 @@ from iccld.plain_yaml import line_of, read_yaml
 
 MAX_ID = 65535
 CITYSCAPES = "cityscapes"
-"""In place of a file: labels hold Cityscapes train ids."""
+"""Word that replaces a file: labels hold Cityscapes train ids."""
 _KINDS = ("ids", "red16", "colors", "polygons")
 _KEYS = ("classes", "ignore", "labels_as")
 _CLASS_KEYS = ("ids", "color", "rare", "thing", "cityscapes")
@@ -45,7 +45,7 @@ class ClassList:
 
     @cached_property
     def plain(self) -> dict[str, Any]:
-        """The arguments of `own_class_set`, as JSON."""
+        """Return the arguments of `own_class_set`; JSON holds them all."""
         own = self.class_set
         marked = {"rare": [own.names[c] for c in own.rare], "things": [own.names[c] for c in own.things]}
         return {"names": list(own.names), "colors": [list(color) for color in own.palette], **marked}
@@ -70,7 +70,7 @@ class ClassList:
 
 
 def read_classes(path: str | Path) -> ClassList:
-    """The classes of a YAML file, checked. Raises ValueError with file, line and what is wrong, in one line."""
+    """Read and check the classes of a YAML file. Raises ValueError with file, line and reason, in one line."""
     try:
         content = read_yaml(Path(path))
     except OSError as error:
@@ -93,12 +93,12 @@ def read_classes(path: str | Path) -> ClassList:
 
 
 def classes_of(setting: str) -> ClassList | None:
-    """Read `--classes`: a file's classes; None for nothing and for "cityscapes". Raises ValueError."""
+    """Read the value of `--classes`: a file's classes; None for nothing and for "cityscapes". Raises ValueError."""
     return read_classes(setting) if setting not in ("", CITYSCAPES) else None
 
 
 def num_classes_of(classes: ClassList | None) -> int:
-    """How many ids the labels of a set may hold: those of its own classes, or Cityscapes' 19."""
+    """Count the ids that the labels of a set may hold: those of its own classes, or Cityscapes' 19."""
     return classes.class_set.num_classes if classes else len(CITYSCAPES_NAMES)
 
 
@@ -106,13 +106,13 @@ _EXAMPLE = "`classes:` is missing; write one line a class, as in `floor: {ids: 1
 
 
 class _Reader:
-    """Checks the parts of a file; what is wrong is said with the file and the line."""
+    """Checks the parts of a YAML file; an error names the file and the line."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def check(self, holds: bool, key: str, what: str) -> None:
-        """Raises ValueError unless `holds`, with the line of the setting `key`."""
+        """Raise ValueError with the line of the setting `key`, unless `holds`."""
         if not holds:
             line = line_of(self.path, key) if key else 0
             raise ValueError(f"{self.path}{f':{line}' if line else ''}: {what}.")
@@ -137,7 +137,7 @@ class _Reader:
             self.check(isinstance(value, bool), f"{key}.{flag}", f"{key}.{flag}={value} must be true or false")
 
     def colors(self, classes: Mapping[str, Any]) -> list[list[int]]:
-        """The colour of each class; those that give none take the first ones of the PASCAL VOC map that are free."""
+        """Return the colour of each class; a class without one takes the first free colour of the PASCAL VOC map."""
         given = {
             name: self._color(about["color"], f"classes.{name}") for name, about in classes.items() if "color" in about
         }
@@ -156,7 +156,7 @@ class _Reader:
         return [int(part) for part in value]
 
     def ids(self, classes: Mapping[str, Any], ignore: Any, kind: str) -> dict[int | str, int]:
-        """Map what label files may hold to class indices, each once."""
+        """Map what label files may hold to class indices. Raises ValueError if a label belongs to two classes."""
         found: dict[int | str, int] = {}
         owners: dict[int | str, str] = {}
         listed = [(f"classes.{name}", index, _ids_of(name, classes, kind)) for index, name in enumerate(classes)]
@@ -171,7 +171,7 @@ class _Reader:
         return found
 
     def _items(self, value: Any, kind: str, key: str) -> Iterator[Any]:
-        """The ids that are one or a list of several."""
+        """Yield the ids of a setting, which is one id or a list of several."""
         several = isinstance(value, list) and not (kind == "colors" and is_color(value))
         for item in value if several else [] if value is None else [value]:
             if kind == "colors":
@@ -187,7 +187,7 @@ class _Reader:
                 yield item
 
     def of_cityscapes(self, classes: Mapping[str, Any]) -> dict[int, int]:
-        """The class index that each Cityscapes train id becomes."""
+        """Return the class index that each Cityscapes train id becomes."""
         found: dict[int, int] = {}
         for index, (name, about) in enumerate(classes.items()):
             key, value = f"classes.{name}.cityscapes", about.get("cityscapes", [])
@@ -201,13 +201,13 @@ class _Reader:
 
 
 def _ids_of(name: str, classes: Mapping[str, Any], kind: str) -> Any:
-    """Return a class's `ids`, given or by default; None where nothing says it."""
+    """Return a class's `ids`, given or by default; None if there is neither."""
     about = classes[name]
     return about.get("ids", {"colors": about.get("color"), "polygons": name}.get(kind))
 
 
 def voc_color(index: int) -> list[int]:
-    """Colour `index` of the map of PASCAL VOC, in which neighbours differ: its bits, spread over the channels."""
+    """Return colour `index` of PASCAL VOC's map: the index's bits, spread over the channels, so neighbours differ."""
     color = [0, 0, 0]
     for place in range(8):
         for channel in range(3):
@@ -216,7 +216,10 @@ def voc_color(index: int) -> list[int]:
 
 
 def proposed_yaml(shares: Mapping[int | str, float], *, labels_as: str) -> str:
-    """A YAML for ids, or "r g b" colours, that were found with these shares of the pixels, to be given names."""
+    """Write a YAML with a class for each id, or "r g b" colour, that labels were found to hold.
+
+    The user gives the names. A comment tells each id's share of the pixels.
+    """
     found: list[tuple[Any, float]] = [pair for pair in shares.items() if pair[0] != IGNORE_INDEX]
     lines = ["classes:  # give them names; move ids that are not evaluated to `ignore`"]
     for number, (item, share) in enumerate(sorted(found), 1):

@@ -14,20 +14,20 @@ from iccld.ranges import Range, at_least, between, check_ranges, share
 from iccld.redact import without_secrets
 
 STRIDE = 8
-"""Of the latent: crops are multiples of it."""
+"""The latent's stride: crops are multiples of it."""
 
 _UNASKED = "unasked:"
-"""Before a location of a saved file's, until the command line has put another in its place."""
+"""Mark before a location that a saved file names, until the command line has replaced it."""
 
 OnError = Enum("OnError", {"raise": "raise", "replace": "replace"})
-"""What a sample that cannot be used does: end the run, or give way to the next one of the order."""
+"""Results of a sample that cannot be used: it ends the run, or gives way to the next one of the order."""
 
 
 @dataclass
 class SetConfig:
     """A set of samples. Of its first `first_percent`, those are used whose keys are in `keys`."""
 
-    name: str = ""  # for messages and reports
+    name: str = ""  # its name in messages and reports
     shards: str = ""  # folder or URL of the shards with their index; empty: there is no set
     weight: float = 1.0  # its share where a domain has several sets
     first_percent: float = 100.0  # how many of its samples are used, from the first on
@@ -60,11 +60,11 @@ class DatasetConfig(SetConfig):
 class ClassSetConfig:
     """Optional merging or dropping of the 19 classes; empty means the 19. `data.classes` fills it with one's own."""
 
-    names: list[str] = field(default_factory=list)  # of the classes
-    of_train_id: dict[int, int] = field(default_factory=dict)  # which of them each Cityscapes train id becomes
-    colors: list[list[int]] = field(default_factory=list)  # of one's own classes, whose ids are their indices
-    rare: list[str] = field(default_factory=list)  # of one's own classes: drawn as often as the rarest
-    things: list[str] = field(default_factory=list)  # of one's own classes: countable objects
+    names: list[str] = field(default_factory=list)  # the classes' names
+    of_train_id: dict[int, int] = field(default_factory=dict)  # the class that each Cityscapes train id becomes
+    colors: list[list[int]] = field(default_factory=list)  # colours of one's own classes, whose ids are their indices
+    rare: list[str] = field(default_factory=list)  # those of one's own classes that are drawn as often as the rarest
+    things: list[str] = field(default_factory=list)  # those of one's own classes that are countable objects
 
     def build(self) -> ClassSet:
         if self.colors and self.of_train_id:
@@ -80,10 +80,10 @@ class ClassSetConfig:
 
 @dataclass
 class DataConfig:
-    """What is read and how it is cropped; the margins are fractions of the height without pseudo-labels.
+    """Settings of what is read and how it is cropped. Margins are shares of the height that get no pseudo-labels.
 
-    With `on_error: replace`, more bad samples than `max_bad_share` of those that a rank has drawn since it started (of
-    1,000 where these are fewer) end the run.
+    With `on_error: replace`, too many bad samples end the run: more than `max_bad_share` of those that a rank has drawn
+    since it started, or of 1,000 if it has drawn fewer.
     """
 
     source: DatasetConfig = field(default_factory=DatasetConfig)
@@ -103,7 +103,7 @@ class DataConfig:
     class_set: ClassSetConfig = field(default_factory=ClassSetConfig)
     on_error: OnError = OnError["raise"]
     """A sample that cannot be used ends the run, or gives way to the next one of the order."""
-    max_bad_share: float = 0.001  # more bad samples end the run even then
+    max_bad_share: float = 0.001  # a larger share of bad samples ends the run even with `replace`
     storage: StorageConfig = field(default_factory=StorageConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
 
@@ -129,7 +129,7 @@ class DataConfig:
         self.class_set.build()
 
     def _take_classes(self) -> None:
-        """Puts the content of the file in its place, so that a saved run needs no file and notices another content."""
+        """Replace the file's name by its content: a saved run needs no file, and notices if the classes change."""
         if not self.classes:
             return
         own = ClassSetConfig(**read_classes(self.classes).plain)
@@ -142,7 +142,7 @@ class DataConfig:
 
 
 def of_saved_run(values: Any, *, roles: Sequence[str]) -> Any:
-    """The values of a run's saved settings without what a stranger could do harm by; for `refuse_unasked`, later.
+    """Return a saved run's settings without those by which a stranger could do harm; see `refuse_unasked`.
 
     Storage options, further schemes and the cache's folder are left out, and a set of `roles` on a server is marked: so
     only what the command line says, which is put over these values, is followed. A folder of this machine is read: as
@@ -169,7 +169,7 @@ def _marked(dataset: Any) -> Any:
 
 
 def refuse_unasked(config: DataConfig, *, roles: Sequence[str], where: str) -> None:
-    """Raises ValueError for a set on a server that only the saved settings (file `where`) name."""
+    """Raise ValueError for a set on a server that only the saved settings, of the file `where`, name."""
     for key, location in locations(config, roles).items():
         if location.startswith(_UNASKED):
             raise ValueError(
@@ -180,7 +180,7 @@ def refuse_unasked(config: DataConfig, *, roles: Sequence[str], where: str) -> N
 
 
 def locations(config: DataConfig, roles: Sequence[str], *, with_keys: bool = False) -> dict[str, str]:
-    """Where the sets of the roles lie, and which files choose samples of them, by the names of the settings."""
+    """Return the locations of the roles' sets, by setting; `with_keys` adds the files that choose their samples."""
     found = {}
     for role in roles:
         dataset: DatasetConfig = getattr(config, role)

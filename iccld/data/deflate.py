@@ -1,4 +1,4 @@
-"""zlib's functions: zlib-ng's where it is installed, which are several times as fast, else the standard library's.
+"""zlib's functions: those of zlib-ng if it is installed, since they are several times as fast.
 
 Checksums and inflated bytes are the same from both; deflated bytes differ, and inflate to the same.
 """

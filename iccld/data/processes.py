@@ -16,7 +16,7 @@ from typing import Any
 
 
 class Stopped(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM; `signal` is its number."""
+    """Error: Ctrl-C or SIGTERM stopped the work; `signal` is the signal's number."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
@@ -25,7 +25,7 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Within, Ctrl-C and SIGTERM raise Stopped."""
+    """Let Ctrl-C and SIGTERM raise Stopped within the block."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         del frame
@@ -51,7 +51,7 @@ def in_processes(
     """A `map` of `function` over tasks in `num_workers` processes; results come as they are finished.
 
     Tasks are taken from their iterable only as workers become free. One worker is this process itself. Leaving the
-    block ends the workers at once, and they end when this process does, however that ends. Raises ValueError where a
+    block ends the workers at once, and they end when this process does, however that ends. Raises ValueError if a
     worker was killed, and for a number below 1.
     """
     if num_workers < 1:
@@ -104,12 +104,12 @@ def _work(task: Any) -> Any:
 
 
 def say(line: str) -> None:
-    """Prints a line at once, into files and pipes too."""
+    """Print a line at once, also into files and pipes."""
     print(line, flush=True)
 
 
 class Progress:
-    """Counts what is done of `total`, and says how fast it goes, in `unit`s of `scale`, and how long it will take."""
+    """Count what is done of `total`, and tell the speed, in `unit`s of `scale`, and the time that is left."""
 
     def __init__(
         self, total: int, *, unit: str = "samples", scale: int = 1, clock: Callable[[], float] = time.monotonic
@@ -118,7 +118,7 @@ class Progress:
         self._clock, self._start = clock, clock()
 
     def advance(self, count: int) -> str:
-        """Counts `count` more; such as "812 samples/s, 1:12 left"."""
+        """Count `count` more, and return a line such as "812 samples/s, 1:12 left"."""
         self.done += count
         rate = self.done / max(self._clock() - self._start, 1e-9)
         left = round((self.total - self.done) / rate) if rate else 0

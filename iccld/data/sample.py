@@ -1,4 +1,4 @@
-"""What a sample may be: the one judge of making, indexing, verifying, training and scoring."""
+"""Rules for a sample, shared by making, indexing, verifying, training and scoring."""
 
 import numpy as np
 
@@ -10,9 +10,9 @@ _MAX_NAMED = 5
 
 
 def examine(image_data: bytes, label_data: bytes, *, num_classes: int = NUM_TRAIN_IDS) -> tuple[int, int, np.ndarray]:
-    """Height, width and `(K,)` uint32 class pixels of an encoded image and its label (empty: none), both decoded.
+    """Decode an encoded image and its label (empty: none); return height, width and `(K,)` uint32 class pixels.
 
-    Raises ValueError, saying what is wrong with which.
+    Raises ValueError that says what is wrong, and with which of the two.
     """
     height, width, _ = decode_pixels(image_data).shape
     if not label_data:
@@ -22,7 +22,7 @@ def examine(image_data: bytes, label_data: bytes, *, num_classes: int = NUM_TRAI
 
 
 def decode_pixels(data: bytes) -> np.ndarray:
-    """A sample's encoded image to `(H, W, 3)` uint8 RGB. Raises ValueError."""
+    """Decode a sample's encoded image to `(H, W, 3)` uint8 RGB. Raises ValueError."""
     try:
         return decode_image(data)
     except ValueError as error:
@@ -30,9 +30,10 @@ def decode_pixels(data: bytes) -> np.ndarray:
 
 
 def decode_train_ids(data: bytes, size: tuple[int, int], *, num_classes: int = NUM_TRAIN_IDS) -> np.ndarray:
-    """A sample's encoded label to `(H, W)` uint8 ids, 0 to K-1 or 255, of the image's size. Raises ValueError.
+    """Decode a sample's encoded label to `(H, W)` uint8 ids: 0 to K-1, or 255.
 
-    What counts is the ids, not the bits that they are stored in. The array may be read-only.
+    The ids count, not the bits that they are stored in. The array may be read-only. Raises ValueError if it is not of
+    the image's size.
     """
     try:
         ids = decode_label(data)
@@ -44,7 +45,7 @@ def decode_train_ids(data: bytes, size: tuple[int, int], *, num_classes: int = N
 
 
 def check_train_ids(ids: np.ndarray, *, num_classes: int = NUM_TRAIN_IDS) -> None:
-    """Refuse `(H, W)` ids of any integer type of which one is neither a class of the set nor 255."""
+    """Refuse `(H, W)` ids, of any integer type, if one is neither a class of the set nor 255."""
     if ids.dtype == np.uint8 and (ids + np.uint8(1)).max(initial=0) <= num_classes:  # 255 becomes 0
         return
     strange = [int(i) for i in np.unique(ids) if not 0 <= i < num_classes and i != IGNORE_INDEX]
@@ -56,13 +57,13 @@ def check_train_ids(ids: np.ndarray, *, num_classes: int = NUM_TRAIN_IDS) -> Non
 
 
 def check_same_size(label: np.ndarray, size: tuple[int, ...]) -> None:
-    """Refuse a label `(H, W)` whose image, upright, has another (height, width)."""
+    """Refuse a label `(H, W)` if its image, upright, has another (height, width)."""
     if label.shape != size:
         raise ValueError(f"the label has {label.shape[0]}x{label.shape[1]} pixels, its image {size[0]}x{size[1]}")
 
 
 def check_indexed_size(data: bytes, size: tuple[int, int]) -> None:
-    """Refuse an encoded image whose header says another (height, width) than the index."""
+    """Refuse an encoded image if its header says another (height, width) than the index."""
     height, width = image_size(data)
     if (height, width) != size:
         raise ValueError(
@@ -71,5 +72,5 @@ def check_indexed_size(data: bytes, size: tuple[int, int]) -> None:
 
 
 def count_classes(train_ids: np.ndarray, *, num_classes: int = NUM_TRAIN_IDS) -> np.ndarray:
-    """The pixels of each class in `(H, W)` uint8 ids, `(K,)` uint32."""
+    """Count the pixels of each class in `(H, W)` uint8 ids: `(K,)` uint32."""
     return np.bincount(train_ids.ravel(), minlength=IGNORE_INDEX + 1)[:num_classes].astype(np.uint32)

@@ -1,4 +1,4 @@
-"""Draw the embedded data set: GTA5's layout for the source, Cityscapes' for the target. Run again, it goes on."""
+"""Drawing of the embedded data set, in GTA5's layout for the source and Cityscapes' for the target; it can resume."""
 
 import argparse
 import os

@@ -1,4 +1,4 @@
-"""Segment images on disk: for each a palettised label PNG and a colour overlay, and a legend beside them."""
+"""Segmentation of images on disk: a palettised label PNG and an overlay for each, and a legend beside them."""
 
 import errno
 import glob
@@ -23,7 +23,7 @@ from iccld.inference.pictures import legend, save_picture
 from iccld.inference.prediction import Prediction
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-"""The endings that images usually have; what counts is the content."""
+"""The usual endings of images; the content decides."""
 _OF_NO_INTEREST = ("Thumbs.db", "desktop.ini")
 _NAME_ERRORS = {getattr(errno, name) for name in ("ENAMETOOLONG", "EILSEQ", "EINVAL", "EISDIR", "ENOTDIR", "EEXIST")}
 """The errors of writing that are about one name; all others are about the disk."""
@@ -31,11 +31,11 @@ _NAME_ERRORS = {getattr(errno, name) for name in ("ENAMETOOLONG", "EILSEQ", "EIN
 LEGEND = "legend.png"
 
 Segment = Callable[[np.ndarray, int], Prediction]
-"""An image `(H, W, 3)` uint8, and the number that keys its noise, to what a model says of it."""
+"""Function of an image `(H, W, 3)` uint8, and of the number that keys its noise, to the model's prediction."""
 
 
 class UnusableFile(ValueError):
-    """One file that cannot be read, segmented or written, which is no reason to stop: which, and why."""
+    """Error: one file cannot be read, segmented or written; the others go on."""
 
     def __init__(self, file: Path, what: object) -> None:
         super().__init__(f"{_spelled(file)}: {what}")
@@ -82,7 +82,7 @@ def predict_files(
 
 
 def _predict_one(inputs: Sequence[Path], output: Path, segment: Segment, *, with_probabilities: bool) -> Path:
-    """One image to one label PNG."""
+    """Predict one image to one label PNG."""
     found = expanded(inputs)
     if len(found) != 1 or found[0].is_dir():
         raise ValueError(f"predict: the output {output} is one picture, and takes one image; name a folder instead.")
@@ -99,7 +99,7 @@ def _predict_one(inputs: Sequence[Path], output: Path, segment: Segment, *, with
 
 
 def expanded(inputs: Sequence[Path]) -> list[Path]:
-    """The inputs, with what a pattern (`*`, `?`, `**`) matches in its place. Raises ValueError where one is nothing."""
+    """Return the inputs, each pattern (`*`, `?`, `**`) replaced by its matches. Raises ValueError if one has none."""
     found: list[Path] = []
     for path in inputs:
         is_there = path.exists() or path.is_symlink()
@@ -112,15 +112,15 @@ def expanded(inputs: Sequence[Path]) -> list[Path]:
 
 
 def image_number(path: Path) -> int:
-    """The number that keys an image's noise: its name's, so that it is segmented alike alone and among others."""
+    """Return the number that keys an image's noise, made of its name: it does not depend on other images."""
     return zlib.crc32(os.fsencode(path.name))
 
 
 def read_image(path: Path) -> np.ndarray:
-    """`(H, W, 3)` uint8 RGB, upright; other depths are scaled to 8 bits, alpha is dropped. Raises UnusableFile."""
+    """Read `(H, W, 3)` uint8 RGB, upright; other depths are scaled to 8 bits, alpha is dropped. Raises UnusableFile."""
     try:
         status = path.stat()
-        if not stat.S_ISREG(status.st_mode):  # a pipe would keep us waiting
+        if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait
             raise ValueError("it is no plain file")
         if status.st_size > MAX_BYTES:
             raise ValueError(f"it has {status.st_size} bytes; an image may have {MAX_BYTES}")
@@ -135,7 +135,7 @@ def read_image(path: Path) -> np.ndarray:
 
 
 def _jobs(inputs: Sequence[Path], output: Path, *, with_probabilities: bool) -> tuple[dict[Path, Path], list[str]]:
-    """Each image to read, and the path, less `_label.png`, of what is written for it; and what else there is."""
+    """Return each image to read with the path, less `_label.png`, of its outputs; and notes on the rest."""
     if output.exists() and not output.is_dir():
         raise ValueError(f"predict: the output {output} is a file and must be a folder; give another one.")
     found, places, paths = _Found([]), dict[Path, Path](), expanded(inputs)
@@ -161,7 +161,7 @@ def _jobs(inputs: Sequence[Path], output: Path, *, with_probabilities: bool) -> 
 
 
 def _found_in(path: Path, output: Path) -> "_Found":
-    """The images of one input. Raises ValueError where there is none."""
+    """Find the images of one input. Raises ValueError if there is none."""
     if not path.is_dir():
         return _Found([path])
     if _real(output) == _real(path):
@@ -174,7 +174,7 @@ def _found_in(path: Path, output: Path) -> "_Found":
 
 @dataclass
 class _Found:
-    """The images of a folder, what in it is none and why, and what is worth a line but no failure."""
+    """Images of a folder, other files with the reason, and notes that are no failure."""
 
     images: list[Path]
     failures: list[str] = field(default_factory=list)
@@ -182,9 +182,9 @@ class _Found:
 
 
 def _look_below(root: Path, written: Path) -> _Found:
-    """Every file below the folder, but for an earlier run's in `written`. No folder is read twice, however linked."""
+    """Find every file below the folder, but for an earlier run's in `written`. No folder is read twice."""
     found, hidden, seen = _Found([]), 0, set[Path]()
-    folders, links = [root], list[Path]()  # what is linked comes last, so that it is found in its own place first
+    folders, links = [root], list[Path]()  # links come last, so that files are found in their own place first
     while folders or links:
         folder = folders.pop() if folders else links.pop(0)
         real = _real(folder)
@@ -216,7 +216,7 @@ def _look_below(root: Path, written: Path) -> _Found:
 
 
 def _why_no_image(file: Path) -> str:
-    """Why a file need not be tried; empty for what is an image by its ending or its first bytes."""
+    """Say why a file need not be tried; "" if its ending or its first bytes are an image's."""
     if file.suffix.lower() in IMAGE_SUFFIXES:
         return ""
     try:
@@ -234,12 +234,12 @@ def _real(path: Path) -> Path:
 
 
 def _spelled(path: Path) -> str:
-    """A path in a message of one line."""
+    """Write a path for a message of one line."""
     return str(path) if str(path).isprintable() else repr(str(path))
 
 
 def _distinct_names(paths: list[Path]) -> list[Path]:
-    """Paths without suffix; those that would coincide (a.jpg and a.png) keep theirs."""
+    """Return paths without suffix; those that would coincide (a.jpg and a.png) keep theirs."""
     names = [path.with_suffix("") for path in paths]
     while True:
         count = Counter(names)
@@ -251,7 +251,7 @@ def _distinct_names(paths: list[Path]) -> list[Path]:
 
 @contextmanager
 def _enough_memory(source: Path, image: np.ndarray) -> Iterator[None]:
-    """An image that the machine is too small for does not stop the others."""
+    """Turn a lack of memory for one image into UnusableFile: it does not stop the others."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -264,7 +264,7 @@ def _enough_memory(source: Path, image: np.ndarray) -> Iterator[None]:
 
 
 def _write(prediction: Prediction, target: Path, *, within: Path, with_probabilities: bool) -> Path:
-    """Write an image's files and return the label's path. Raises UnusableFile where its name cannot be written."""
+    """Write an image's files and return the label's path. Raises UnusableFile if its name cannot be written."""
     label_file, overlay_file, probabilities_file = _files(target)
     try:
         make_folder(target.parent, within=within)
@@ -281,7 +281,7 @@ def _write(prediction: Prediction, target: Path, *, within: Path, with_probabili
 
 
 def _files(target: Path) -> tuple[Path, Path, Path]:
-    """The files of the labels, the overlay and the probabilities."""
+    """Make the files of the labels, the overlay and the probabilities."""
     label, overlay, probabilities = (
         f"{target.name}_{what}" for what in ("label.png", "overlay.png", "probabilities.npz")
     )

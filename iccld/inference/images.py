@@ -1,4 +1,4 @@
-"""The images that a user gives, as paths, PIL images, arrays or tensors; their range and layout are checked."""
+"""Images that a user gives, as paths, PIL images, arrays or tensors; their range and layout are checked."""
 
 import os
 import zlib
@@ -35,7 +35,7 @@ def is_one(images: Images | list[Images] | tuple[Images, ...]) -> bool:
 
 
 def read_images(images: Images | list[Images] | tuple[Images, ...]) -> Iterator[Numbered]:
-    """Read one image after the other, when it is asked for. Raises ValueError, in one line, for what is no image."""
+    """Read one image after the other, when it is asked for. Raises ValueError, in one line, for any other input."""
     several: Iterable[Any] = [images] if is_one(images) else images  # pyright: ignore[reportAssignmentType]
     for image in several:
         yield _read(image)

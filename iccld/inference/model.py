@@ -136,7 +136,7 @@ class ICCLD(figure.ICCLD, ModelHubMixin, library_name="iccld", pipeline_tag="ima
         """`predict` of one image after the other: pixels `(H, W, 3)` and the number that keys the noise to a result.
 
         Options are those of `predict`; `inference` says what else is averaged, and `predictor` how the model's stage
-        predicts. Raises ValueError where they do not fit the model.
+        predicts. Raises ValueError if they do not fit the model.
         """
         card = self._own_card()
         self._check(num_steps=num_steps, seeds=seeds, size=size, precision=precision)

@@ -13,17 +13,17 @@ Palette = Sequence[tuple[int, int, int]]
 
 
 def colourise(labels: np.ndarray, palette: Palette) -> np.ndarray:
-    """`(H, W, 3)` uint8 colours of class indices `(H, W)` uint8; what the palette does not name is black."""
+    """Return colours `(H, W, 3)` uint8 of class indices `(H, W)` uint8; black if the palette lacks the index."""
     return _colour_table(palette)[labels]
 
 
 def overlay(image: np.ndarray, labels: np.ndarray, palette: Palette) -> np.ndarray:
-    """`(H, W, 3)` uint8: half the image `(H, W, 3)` uint8, half the classes' colours."""
+    """Return `(H, W, 3)` uint8: half the image `(H, W, 3)` uint8, half the classes' colours."""
     return ((image.astype(np.uint16) + colourise(labels, palette) + 1) // 2).astype(np.uint8)
 
 
 def comparison_picture(rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str]) -> Image.Image:
-    """A grid of RGB pictures `(H, W, 3)` uint8 with a title over each column; cells take the first picture's size."""
+    """Make a grid of pictures `(H, W, 3)` uint8 with a title over each column; the first one's size is each cell's."""
     for number, row in enumerate(rows):
         if len(row) != len(titles):
             raise ValueError(
@@ -44,14 +44,14 @@ def comparison_picture(rows: Sequence[Sequence[np.ndarray]], titles: Sequence[st
 
 
 def label_picture(labels: np.ndarray, palette: Palette) -> Image.Image:
-    """A palettised picture of class indices `(H, W)` uint8: its pixel values are the indices, shown in colour."""
+    """Make a palettised picture of class indices `(H, W)` uint8: pixel values are the indices, shown in colour."""
     picture = Image.fromarray(labels)
     picture.putpalette(_colour_table(palette).tobytes())  # all 256 entries, or PIL packs the indices into fewer bits
     return picture
 
 
 def legend(names: Sequence[str], palette: Palette) -> Image.Image:
-    """The classes' colours, each with its index and name, from top to bottom."""
+    """Draw the classes' colours, each with its index and name, from top to bottom."""
     size = 20
     font = ImageFont.load_default(size)
     lines = [f"{index} {name}" for index, name in enumerate(names)]
@@ -72,14 +72,14 @@ def save_picture(picture: Image.Image, file: Path) -> None:
 
 
 def _colour_table(palette: Palette) -> np.ndarray:
-    """`(256, 3)` uint8: the colour of each index, black beyond the palette."""
+    """Return the colour of each index, `(256, 3)` uint8, black beyond the palette."""
     table = np.zeros((256, 3), np.uint8)
     table[: len(palette)] = palette
     return table
 
 
 def _font(title: str, width: int, height: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """The largest font, at most 70 % of the height, in which the title fits the width."""
+    """Return the largest font, at most 70 % of the height, in which the title fits the width."""
     size = max(8, int(height * 0.7))
     while size > 8 and ImageFont.load_default(size).getlength(title) > width:
         size -= 1

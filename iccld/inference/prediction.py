@@ -35,12 +35,12 @@ class Prediction:
 
     @cached_property
     def probabilities(self) -> np.ndarray:
-        """`(K, H, W)` float32 in [0, 1]: the mean over the noise seeds."""
+        """Return the mean probabilities over the noise seeds, `(K, H, W)` float32 in [0, 1]."""
         return self.mean.cpu().numpy()
 
     @cached_property
     def uncertainty(self) -> np.ndarray:
-        """`(H, W)` float32 in [0, 1]: the entropy of `probabilities`, as a share of log K.
+        """Return the entropy of `probabilities`, as a share of log K: `(H, W)` float32 in [0, 1].
 
         0: one class is certain. 1: all are equally likely. It grows where the seeds are unsure and where they differ.
         """
@@ -48,17 +48,17 @@ class Prediction:
 
     @cached_property
     def disagreement(self) -> np.ndarray:
-        """`(H, W)` float32 in [0, 1]: the part of `uncertainty` that comes from the noise; 0 everywhere for one seed.
+        """Return the part of `uncertainty` that comes from the noise, `(H, W)` float32 in [0, 1]; 0 for one seed.
 
-        It is the mutual information of class and seed, as a share of log K: the entropy of the mean probabilities,
-        less the mean of the seeds' entropies.
+        It is the mutual information of class and seed, as a share of log K: the entropy of the mean probabilities, less
+        the mean of the seeds' entropies.
         """
         entropy = _entropy(self.mean)
         between = torch.zeros_like(entropy) if self.mean_entropy is None else entropy - self.mean_entropy
         return (between / math.log(len(self.mean))).clamp(0, 1).cpu().numpy()
 
     def overlay(self) -> Image.Image:
-        """The image, half covered by the classes' colours."""
+        """Return the image, half covered by the classes' colours."""
         return Image.fromarray(overlay(self.image, self.labels, self.colours))
 
     def save(self, path: str | Path) -> None:
@@ -79,7 +79,7 @@ class Prediction:
             raise ValueError(f"save: {path} must end in .png (labels) or .npz (probabilities).")
 
     def on_cpu(self) -> "Prediction":
-        """The same, in the host's memory."""
+        """Return the same prediction in the host's memory."""
         entropy = None if self.mean_entropy is None else self.mean_entropy.cpu()
         return replace(self, mean=self.mean.cpu(), mean_entropy=entropy)
 
@@ -119,5 +119,5 @@ def segment(
 
 
 def _entropy(probabilities: Tensor) -> Tensor:
-    """`(H, W)` in nats, of `(K, H, W)`."""
+    """Return the entropy in nats of `(K, H, W)`: `(H, W)`."""
     return torch.special.entr(probabilities).sum(0)

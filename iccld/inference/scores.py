@@ -1,4 +1,4 @@
-"""The scores that `iccld evaluate` wrote of a run's model, known by its weights' checksum, for the model's card."""
+"""Scores that `iccld evaluate` wrote of a run's model, found by its weights' checksum, for the model's card."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -9,7 +9,7 @@ from iccld.reading import MIB, read_json
 
 
 def scores_of(run_dir: Path, card: ModelCard) -> list[dict[str, Any]]:
-    """The scores of these weights in `run_dir/report/results*.json`; none where there is no such file.
+    """Return the scores of these weights in `run_dir/report/results*.json`; [] if there is no such file.
 
     Each has `name`, `num_images`, `miou`, `iou` (per cent by class; None for what did not occur) and `provenance`.
     A file that is damaged, or of other weights, is passed over.

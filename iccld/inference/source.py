@@ -61,7 +61,10 @@ def _best_of(run_dir: Path, stages: Sequence[str]) -> Path:
 
 
 def _from_hub(name: str, revision: str | None) -> Path:
-    """Fetch the card and the weights, which nothing runs, once their sizes are known; what is here is not again."""
+    """Fetch the card and the weights once their sizes are known; files that are here are not fetched again.
+
+    Nothing runs them.
+    """
     try:
         if constants.is_offline_mode():
             return Path(snapshot_download(name, revision=revision, allow_patterns=[*FILES], local_files_only=True))

@@ -1,4 +1,4 @@
-"""Videos in and out: each frame segmented, and the overlays written as a video of the same rate."""
+"""Videos in and out: each frame is segmented, and the overlays become a video of the same rate."""
 
 from collections.abc import Iterator
 from fractions import Fraction
@@ -54,7 +54,7 @@ def predict_video(source: Path, output: Path, segment: Segment) -> Path:
 def _write_frames(
     video: "av.container.InputContainer", written: "av.container.OutputContainer", segment: Segment
 ) -> Prediction:
-    """Encode the overlay of each frame; returns the last prediction."""
+    """Encode the overlay of each frame; return the last prediction."""
     stream, out, prediction = video.streams.video[0], None, None
     frames = track(_frames(video), "segmenting", total=stream.frames or None, console=Console(stderr=True))
     for number, image in enumerate(frames):
@@ -71,7 +71,7 @@ def _write_frames(
 
 
 def _frames(video: "av.container.InputContainer") -> Iterator[np.ndarray]:
-    """`(H, W, 3)` uint8, upright, with even sides."""
+    """Yield frames `(H, W, 3)` uint8, upright, with even sides."""
     for frame in video.decode(video=0):
         image = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90) % 4)
         yield np.ascontiguousarray(image[: image.shape[0] // 2 * 2, : image.shape[1] // 2 * 2])

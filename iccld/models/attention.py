@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class AttentionBackend(Enum):
-    """Who computes softmax(q k^T / sqrt(D)) v: torch, or xformers' memory-efficient kernels (CUDA only).
+    """Implementations of softmax(q k^T / sqrt(D)) v: torch's, or xformers' memory-efficient kernels (CUDA only).
 
     Members have the names that a config file uses.
     """
@@ -21,12 +21,12 @@ class AttentionBackend(Enum):
 
 
 def default_device_type() -> str:
-    """The kind of device that this process would train on."""
+    """Return the kind of device that this process would train on."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def check_backend(backend: AttentionBackend, device_type: str) -> None:
-    """Raise `ValueError` where `backend` cannot run on devices of `device_type` ("cuda", "cpu", ...)."""
+    """Raise ValueError if `backend` cannot run on devices of `device_type` ("cuda", "cpu", ...)."""
     if backend is not AttentionBackend.xformers:
         return
     setting = "model.denoiser.attention=xformers"
@@ -55,7 +55,7 @@ def _try_xformers(device: torch.device) -> None:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, backend: AttentionBackend) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v. All `(B, N, M, D)` of one float dtype, also the result.
+    """Compute softmax(q k^T / sqrt(D)) v; all tensors are `(B, N, M, D)` of one float dtype.
 
     Tensors without memory (device meta) get the shape, whatever the back end.
     """

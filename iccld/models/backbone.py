@@ -1,4 +1,4 @@
-"""A backbone of `transformers`, built or loaded; nothing in it draws. The only file that imports the library."""
+"""Backbones of `transformers`, built or loaded, without random layers. Only this file imports the library."""
 
 import inspect
 import logging
@@ -27,16 +27,16 @@ LEADS_ELSEWHERE = {"auto_map", "backbone", "quantization_config", "use_timm_back
 
 
 def make_backbone(pretrained: str, backbone_config: dict[str, Any]) -> "tuple[PreTrainedModel, set[str]]":
-    """The backbone in float32 without any dropout, and the names of weights that `pretrained` should have had."""
+    """Return the backbone in float32, without dropout, and the names of weights that `pretrained` lacks."""
     if bool(pretrained) == bool(backbone_config):
         raise ValueError(
             f"model.encoder.pretrained={pretrained!r} and backbone_config={backbone_config}: "
             f"set exactly one, a hub id or folder with weights, or a transformers config to build without weights."
         )
-    from transformers import AutoConfig, AutoModel  # takes seconds; only where a backbone is built
+    from transformers import AutoConfig, AutoModel  # importing it takes seconds, so only a built backbone imports it
     from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()  # of weights that load in milliseconds, once a rank
+    disable_progress_bar()  # the weights load in milliseconds, and every rank would print a bar
     if not pretrained:
         config = _config_from_dict(backbone_config)
         return AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False), set()
@@ -48,7 +48,7 @@ def make_backbone(pretrained: str, backbone_config: dict[str, Any]) -> "tuple[Pr
             dtype=torch.float32,
             output_loading_info=True,
             trust_remote_code=False,
-            use_safetensors=True if Path(pretrained).is_dir() else None,  # not all that is published has them
+            use_safetensors=True if Path(pretrained).is_dir() else None,  # not every published backbone has them
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(
@@ -86,7 +86,7 @@ def _refuse_others(config: "PreTrainedConfig") -> None:
 
 
 def _without_randomness(config: "PreTrainedConfig") -> "PreTrainedConfig":
-    """Dropout, drop-path and DINOv3's jittered positions draw from the global generator; no draw may."""
+    """Turn off dropout, drop-path and DINOv3's jittered positions: they draw from the global generator."""
     for name, value in config.to_dict().items():
         if "drop" in name and (zero := _zero(value)) is not None:
             setattr(config, name, zero)
@@ -96,14 +96,14 @@ def _without_randomness(config: "PreTrainedConfig") -> "PreTrainedConfig":
 
 
 def _zero(value: Any) -> Any:
-    """Zero of a number's type, zeros for a list of numbers; None for anything else."""
+    """Return zero for a number, a list of zeros for a list of numbers, and None for anything else."""
     if isinstance(value, list | tuple) and all(_zero(item) is not None for item in value):
         return [_zero(item) for item in value]
     return type(value)(0) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def refuse_missing(pretrained: str, missing: list[str]) -> None:
-    """Raises ValueError where there are any: names of weights."""
+    """Raise ValueError if there are any missing weights; `missing` has their names."""
     if missing:
         raise ValueError(
             f"model.encoder.pretrained={pretrained!r} lacks {len(missing)} of the backbone's weights "
@@ -112,7 +112,7 @@ def refuse_missing(pretrained: str, missing: list[str]) -> None:
 
 
 def recompute_layers(backbone: "PreTrainedModel") -> None:
-    """In the backward pass of a backbone that trains. Raises ValueError where it cannot."""
+    """Let the backward pass of a trained backbone recompute its layers. Raises ValueError if it cannot."""
     if not backbone.supports_gradient_checkpointing:
         raise ValueError(
             f"model.encoder.activation_checkpointing=true: a backbone of type {backbone.config.model_type!r} cannot "

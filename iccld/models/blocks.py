@@ -16,13 +16,13 @@ LATENT_STRIDE = 8
 class GroupNorm(nn.GroupNorm):
     """GroupNorm that keeps its input's dtype; mean and variance are summed in fp32 inside the kernel.
 
-    Autocast would compute and return fp32, which doubles the memory traffic of what is the largest cost but for the
-    convolutions, and stores twice as much for the backward pass.
+    Autocast would compute and return fp32. That doubles the memory traffic of what costs most after the convolutions,
+    and stores twice as much for the backward pass.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """`(B, C, ...)` of any float dtype to the same."""
-        if input.is_meta:  # where there is no autocast
+        """Normalise `(B, C, ...)` of any float dtype; the result has the same shape and dtype."""
+        if input.is_meta:  # autocast does not apply there
             return super().forward(input)
         with torch.autocast(input.device.type, enabled=False):
             weight, bias = self.weight.to(input.dtype), self.bias.to(input.dtype)
@@ -30,7 +30,7 @@ class GroupNorm(nn.GroupNorm):
 
 
 def group_norm(channels: int) -> GroupNorm:
-    """GroupNorm of at most 32 groups, and of at least 4 channels a group where there are as many."""
+    """Make a GroupNorm of at most 32 groups, with at least 4 channels a group if there are as many."""
     groups = math.gcd(channels, 32)
     while groups > 1 and channels // groups < 4:
         groups //= 2
@@ -38,7 +38,7 @@ def group_norm(channels: int) -> GroupNorm:
 
 
 def conv_block(in_channels: int, out_channels: int, *, kernel_size: int = 3, stride: int = 1) -> nn.Sequential:
-    """Convolution, GroupNorm, GELU; the output is `ceil(size / stride)`."""
+    """Make convolution, GroupNorm and GELU; the output's size is `ceil(size / stride)`."""
     conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride=stride, padding=kernel_size // 2, bias=False)
     return nn.Sequential(conv, group_norm(out_channels), nn.GELU())
 
@@ -65,14 +65,14 @@ class FeatureFusion(nn.Module):
         self.projections = nn.ModuleList(conv_block(channels, share, kernel_size=1) for channels in feature_channels)
 
     def forward(self, features: Sequence[Tensor], *, to_stride: int, size: Sequence[int]) -> Tensor:
-        """Features of strides 4, 8, 16, 32 to `(B, out_channels, *size)` at `to_stride`."""
+        """Map features of strides 4, 8, 16, 32 to `(B, out_channels, *size)` at `to_stride`."""
         levels = zip(self.projections, features, FEATURE_STRIDES, strict=True)
         resampled = [resample(project(x), stride=s, to_stride=to_stride, size=size) for project, x, s in levels]
         return torch.cat(resampled, dim=1)
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions around a skip; a time embedding, where there is one, scales and shifts between them."""
+    """Two 3x3 convolutions around a skip; a time embedding, if there is one, scales and shifts between them."""
 
     def __init__(self, in_channels: int, out_channels: int, *, time_channels: int = 0) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class ResidualBlock(nn.Module):
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
-        """`(B, in_channels, H, W)` and time `(B, time_channels)` to `(B, out_channels, H, W)`."""
+        """Map `(B, in_channels, H, W)` and time `(B, time_channels)` to `(B, out_channels, H, W)`."""
         hidden = self.norm_out(self.conv_in(F.silu(self.norm_in(x))))
         if self.time is not None and time is not None:
             scale, shift = self.time(F.silu(time))[:, :, None, None].chunk(2, dim=1)
@@ -102,7 +102,7 @@ class SelfAttention(nn.Module):
         self.to_out = nn.Linear(channels, channels)
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
-        """`(B, C, H, W)` to the same; `time` is not used (the residual blocks beside it carry it)."""
+        """Map `(B, C, H, W)` to the same shape; `time` is ignored: the residual blocks beside it use it."""
         tokens = self.norm(x).flatten(2).transpose(1, 2)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.to_qkv(tokens).chunk(3, dim=-1))
         mixed = self.to_out(attention(q, k, v, self.backend).flatten(2))
@@ -121,6 +121,6 @@ class TimeEmbedding(nn.Module):
         )
 
     def forward(self, t: Tensor) -> Tensor:
-        """`(B,)` int64 to `(B, out_channels)`."""
+        """Embed timesteps `(B,)` int64: `(B, out_channels)`."""
         angles = t.float()[:, None] * self.get_buffer("frequencies")
         return self.mlp(torch.cat([angles.sin(), angles.cos()], dim=1))

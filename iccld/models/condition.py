@@ -1,4 +1,4 @@
-"""The denoiser's condition: all that it is told of the image. `B C h w` latent (stride 8), `H W` image, `K` classes."""
+"""The denoiser's condition: what it sees of the image. `B C h w` latent (stride 8), `H W` image, `K` classes."""
 
 from collections.abc import Sequence
 from enum import Enum
@@ -13,7 +13,10 @@ RICH_STRIDES = tuple(stride for stride in FEATURE_STRIDES if stride >= LATENT_ST
 
 
 class ConditionKind(Enum):
-    """`latent`: E's latent alone (the paper). `rich`: also E's features, D's probabilities of it, image and place."""
+    """Kinds of condition. `latent`: E's latent alone (the paper); `rich`: also features, probabilities, image, place.
+
+    Of a rich condition, the features are E's, and the probabilities are D's for E's latent.
+    """
 
     latent = "latent"
     rich = "rich"
@@ -47,7 +50,7 @@ class RichCondition(nn.Module):
         self.out_channels = latent_channels + (len(feature_channels) + 2) * share + 2
 
     def forward(self, condition: Condition) -> Tensor:
-        """`(B, out_channels, h, w)`."""
+        """Return the condition as the UNet takes it, `(B, out_channels, h, w)`."""
         latent, size = condition.latent, condition.latent.shape[-2:]
         levels = zip(self.features, condition.features, RICH_STRIDES, strict=True)
         parts = [resample(project(x), stride=s, to_stride=LATENT_STRIDE, size=size) for project, x, s in levels]
@@ -56,7 +59,7 @@ class RichCondition(nn.Module):
 
 
 def _positions(latent: Tensor) -> Tensor:
-    """Row and column of each position, `(B, 2, h, w)` in [-1, 1]: of the crop in training, else of the image."""
+    """Return row and column of each position, `(B, 2, h, w)` in [-1, 1]: of the crop in training, else of the image."""
     height, width = latent.shape[-2:]
     rows = torch.linspace(-1.0, 1.0, height, device=latent.device).view(1, 1, -1, 1)
     columns = torch.linspace(-1.0, 1.0, width, device=latent.device).view(1, 1, 1, -1)

@@ -13,7 +13,7 @@ from iccld.ranges import at_least, check_ranges
 
 @dataclass
 class DecoderConfig:
-    """Two levels, at stride 8 and stride 4."""
+    """Settings of D, which has a level at stride 8 and one at stride 4."""
 
     width: int = 256  # channels at stride 8; half as many at stride 4
     inter_coder: bool = True  # the connection to the encoder's features
@@ -40,7 +40,7 @@ class DecoderLevel(nn.Module):
         self.blocks = nn.Sequential(*(ResidualBlock(width, width) for _ in range(num_blocks)))
 
     def forward(self, x: Tensor, features: Sequence[Tensor] | None, *, stride: int, keep: Tensor | None) -> Tensor:
-        """`(B, in_channels, h', w')` to `(B, width, h', w')`; `stride` is that of the map."""
+        """Map `(B, in_channels, h', w')` to `(B, width, h', w')`; `stride` is the map's."""
         if self.connection is None:
             return self.blocks(self.merge(x))
         if features is None:
@@ -53,7 +53,7 @@ class DecoderLevel(nn.Module):
 
 
 class Decoder(nn.Module):
-    """At stride 8 and stride 4, low- and high-level features of E are concatenated with D's own."""
+    """D: at stride 8 and stride 4, E's low- and high-level features are concatenated with D's own maps."""
 
     def __init__(
         self, *, config: DecoderConfig, latent_channels: int, feature_channels: Sequence[int], num_classes: int
@@ -71,10 +71,10 @@ class Decoder(nn.Module):
         self.head = nn.Sequential(group_norm(half), nn.SiLU(), nn.Conv2d(half, num_classes, 1))
 
     def forward(self, latent: Tensor, features: Sequence[Tensor] | None, keep: Tensor | None = None) -> Tensor:
-        """Latent `(B, C, h, w)` to logits `(B, K, 2h, 2w)`, stride 4.
+        """Decode a latent `(B, C, h, w)` to logits `(B, K, 2h, 2w)` of stride 4.
 
-        features: E's four maps (strides 4 to 32). The connection is cut (zeros in its place) for every sample where
-        `features` is None, and for a sample whose `keep`, `(B,)` bool, is False.
+        features: E's four maps (strides 4 to 32). The connection is cut (zeros take its place) for every sample if
+        `features` is None, and for each sample whose `keep`, `(B,)` bool, is False.
         """
         x = self.coarse(self.stem(latent), features, stride=LATENT_STRIDE, keep=keep)
         x = F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False)

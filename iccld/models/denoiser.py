@@ -17,7 +17,7 @@ from iccld.ranges import at_least, check_ranges
 
 @dataclass
 class DenoiserConfig:
-    """Level i has `width * channel_multipliers[i]` channels at 1 / 2^i of the latent's resolution."""
+    """Settings of the UNet. Level i has `width * channel_multipliers[i]` channels at 1 / 2^i of the latent's size."""
 
     width: int = 128  # channels of the finest level
     channel_multipliers: list[int] = field(default_factory=lambda: [1, 2, 4])
@@ -59,7 +59,7 @@ class DenoiserConfig:
 
     @property
     def num_recomputed_levels(self) -> int:
-        """From the finest; the middle counts as the last."""
+        """Return how many levels are recomputed, from the finest on; the middle counts as the last."""
         every = self.activation_checkpointing is True
         return self.num_levels + 1 if every else int(self.activation_checkpointing)
 
@@ -89,7 +89,7 @@ class Denoiser(nn.Module):
     """
 
     alpha_bar: Tensor
-    can_recompute = True  # as the encoder says it
+    can_recompute = True  # as for the encoder
 
     def __init__(
         self,
@@ -100,9 +100,10 @@ class Denoiser(nn.Module):
         rich: RichCondition | None = None,
         starts_at_zero: bool = False,
     ) -> None:
-        """`condition_channels`: of the condition as the UNet sees it; `rich` makes it of a `Condition`.
+        """Build the network; `condition_channels` are the condition's channels as the UNet sees it.
 
-        `starts_at_zero`: untrained, z_0_pred is exactly 0 at the last timestep. There, z_t has to be pure noise.
+        `rich` makes these channels out of a `Condition`. `starts_at_zero`: untrained, z_0_pred is exactly 0 at the last
+        timestep, where z_t has to be pure noise.
         """
         super().__init__()
         check_backend(config.attention, default_device_type())
@@ -132,7 +133,10 @@ class Denoiser(nn.Module):
         return self.config.channels[-1]
 
     def forward(self, z_t: Tensor, t: Tensor, condition: Tensor | Condition) -> DenoiserOutput:
-        """z_t and condition `(B, C, h, w)` float, t `(B,)` int64; any h, w. A `Condition` where it is rich."""
+        """Predict from z_t and condition `(B, C, h, w)` float of any h, w, and t `(B,)` int64; see `DenoiserOutput`.
+
+        A rich denoiser takes a `Condition`.
+        """
         time = self.time(t)
         x = self.stem(torch.cat([z_t, self._seen(condition)], dim=1))
         skips: list[list[Tensor]] = []
@@ -153,7 +157,7 @@ class Denoiser(nn.Module):
         return self._output(z_t, t, self.head(x), middle)
 
     def _output(self, z_t: Tensor, t: Tensor, velocity: Tensor, middle: Tensor) -> DenoiserOutput:
-        velocity = velocity.float()  # a half-precision network is exact to a hundredth
+        velocity = velocity.float()  # half precision has errors of about a hundredth
         noise_pred = noise_from_velocity(z_t, velocity, t, self.alpha_bar)
         if self.starts_at_zero:  # pure noise says nothing of z_0
             z_t = z_t.masked_fill((t == len(self.alpha_bar) - 1).view(-1, 1, 1, 1), 0.0)
@@ -173,7 +177,7 @@ class Denoiser(nn.Module):
         return SelfAttention(channels, head_dim=self.config.head_dim, backend=self.config.attention)
 
     def _level(self, level: int, in_channels: int) -> nn.ModuleList:
-        """`num_blocks` lists of a residual block and, where the level has it, attention."""
+        """Build `num_blocks` lists of a residual block and, if the level has it, attention."""
         width, with_attention = self.config.channels[level], level in self.config.attention_levels
         return nn.ModuleList(
             nn.ModuleList([self._residual(in_channels, width)] + ([self._attention(width)] if with_attention else []))

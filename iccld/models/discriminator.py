@@ -1,4 +1,4 @@
-"""The discriminator: which domain does a predicted noise (or another input of latent shape) come from?
+"""The discriminator classifies the domain that a predicted noise (or another input of latent shape) comes from.
 
 `B C h w` input, `D` domains: source, target and mostly mixed.
 """
@@ -16,7 +16,7 @@ NUM_DOMAINS = 3
 
 @dataclass
 class DiscriminatorConfig:
-    """`num_layers` stride-2 convolutions; the first has `width` channels, each further one twice as many."""
+    """Settings: `num_layers` stride-2 convolutions; the first has `width` channels, each further one twice as many."""
 
     width: int = 64  # channels of the first layer; each further one has twice as many
     num_layers: int = 3  # convolutions of stride 2
@@ -26,7 +26,7 @@ class DiscriminatorConfig:
 
 
 class Discriminator(nn.Module):
-    """Timestep-aware patch classifier. It has no normalisation: nothing may mix samples, and contrast is evidence."""
+    """Timestep-aware patch classifier without normalisation, which would mix samples and hide contrast."""
 
     def __init__(self, *, config: DiscriminatorConfig, in_channels: int, num_domains: int = NUM_DOMAINS) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Discriminator(nn.Module):
         self.head = nn.Conv2d(widths[-1], num_domains, 3, padding=1)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """`(B, in_channels, h, w)` and timesteps `(B,)` int64 to logits `(B, D, ceil(h/2^n), ceil(w/2^n))`."""
+        """Map `(B, in_channels, h, w)` and timesteps `(B,)` int64 to logits `(B, D, ceil(h/2^n), ceil(w/2^n))`."""
         hidden = self.convs[0](x) + self.time(t)[:, :, None, None]
         for conv in self.convs[1:]:
             hidden = conv(F.leaky_relu(hidden, 0.2))

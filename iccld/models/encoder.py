@@ -32,7 +32,7 @@ FORWARD_OPTIONS = {
 
 @dataclass
 class EncoderConfig:
-    """A published backbone, or one that is built without weights."""
+    """Settings of E: a published backbone, or one that is built without weights."""
 
     pretrained: str = ""  # hub id or folder of a published backbone
     backbone_config: dict[str, Any] = field(default_factory=dict)
@@ -40,7 +40,7 @@ class EncoderConfig:
     image_mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
     """Mean of RGB in [0, 1]; belongs to the backbone (ImageNet's here)."""
     image_std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
-    """Likewise; MobileNetV2 wants 0.5 for both."""
+    """Standard deviation of RGB in [0, 1]; MobileNetV2 wants 0.5 for both."""
     width: int = 256  # channels of the latent head
     activation_checkpointing: bool = field(default=False, metadata={"of_training": True})
     """Recompute the backbone's layers in the backward pass."""
@@ -83,7 +83,7 @@ class Encoder(nn.Module):
         )
 
     def forward(self, images: Tensor) -> EncoderOutput:
-        """`(B, 3, H, W)` float RGB in [0, 1], any size."""
+        """Encode `(B, 3, H, W)` float RGB in [0, 1], of any size."""
         height, width = (-(-side // LATENT_STRIDE) * LATENT_STRIDE for side in images.shape[-2:])
         padded = _pad((images - self.get_buffer("image_mean")) / self.get_buffer("image_std"))
         # Convolutions keep their input's layout; the weights stay contiguous, as engines and checkpoints want them.
@@ -97,7 +97,7 @@ class Encoder(nn.Module):
         return EncoderOutput(self.latent_head(fused), tuple(features))
 
     def train(self, mode: bool = True) -> Self:
-        """As ever, but a backbone's BatchNorm stays frozen: its statistics would mix domains and ranks."""
+        """Set the mode; a backbone's BatchNorm stays frozen, as its statistics would mix domains and ranks."""
         super().train(mode)
         for module in self.backbone.modules():
             if isinstance(module, _BatchNorm):
@@ -105,7 +105,9 @@ class Encoder(nn.Module):
         return self
 
     def _maps(self, images: Tensor) -> list[Tensor]:
-        """The four tapped states as maps, of the backbone's own sizes. images: normalised, sides multiples of 32."""
+        """Return the four tapped states as maps, of the backbone's own sizes. images: normalised, sides multiples of
+        32.
+        """
         states = self._states(images)
         return [self._to_map(states[tap], images) for tap in self.taps]
 
@@ -117,7 +119,9 @@ class Encoder(nn.Module):
         return getattr(output, "reshaped_hidden_states", None) or output.hidden_states
 
     def _to_map(self, state: Tensor, images: Tensor) -> Tensor:
-        """`(B, C, ., .)` as it is; a ViT's tokens `(B, N, C)` are normalised as its last layer's are, and laid out."""
+        """Return a map `(B, C, ., .)`: a ViT's tokens `(B, N, C)` are normalised as its last layer's are, then laid
+        out.
+        """
         if state.dim() == 4:
             return state
         patch = self.backbone.config.patch_size
@@ -132,7 +136,7 @@ class Encoder(nn.Module):
         return tokens.transpose(1, 2).unflatten(2, (rows, columns))
 
     def _choose_taps(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """For each stride, which hidden state to use, and its channels: the last of that stride, or the nearest finer.
+        """Choose a hidden state for each stride, with its channels: the last of that stride, or the nearest finer.
 
         A ViT has one scale; its states at a quarter, half, three quarters and the end of its depth stand for the four.
         """
@@ -158,13 +162,13 @@ class Encoder(nn.Module):
 
     @property
     def can_recompute(self) -> bool:
-        """Whether `activation_checkpointing` can be set."""
+        """Tell whether `activation_checkpointing` can be set."""
         return self.backbone.supports_gradient_checkpointing
 
     def _freeze_unused(self) -> set[str]:
-        """Freeze the backbone's BatchNorm and whatever no feature depends on; returns the latter's names.
+        """Freeze the backbone's BatchNorm and parameters that no feature depends on; return the latter's names.
 
-        A parameter that trains without ever getting a gradient stalls DDP and decays for nothing.
+        A parameter that trains without ever getting a gradient stalls DDP, and weight decay shrinks it for nothing.
         """
         for module in self.backbone.modules():
             if isinstance(module, _BatchNorm):

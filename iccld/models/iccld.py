@@ -50,7 +50,7 @@ LOGITS_STRIDE = LATENT_STRIDE // 2
 
 @dataclass
 class ModelConfig:
-    """All boxes of the figure, the reading of z_0 and the latent's channels (16 for images; 4 will do for masks)."""
+    """Settings of all boxes of the figure, of the reading of z_0, and of the latent's channels."""
 
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
@@ -60,7 +60,7 @@ class ModelConfig:
     latent_channels: int = 16  # channels of the latent; 16 for images, 4 will do for masks
     condition: ConditionKind = field(default=ConditionKind.latent, metadata={"optional": True})
     residual_steps: int = field(default=4, metadata={"optional": True})
-    """Gradient steps towards the labels, where the latent is `residual`."""
+    """Gradient steps towards the labels, if the latent is `residual`."""
     residual_step: float = field(default=0.1, metadata={"optional": True})
     """Length of each of these steps, in standard deviations of the latent."""
 
@@ -75,10 +75,11 @@ class ModelConfig:
 
 
 class ICCLD(nn.Module):
-    """Images in [0, 1] to logits, with or without diffusion. Stage 1 needs no denoiser: `with_denoiser=False` saves it.
+    """The whole model: images in [0, 1] to logits, with or without diffusion.
 
-    `stage` says whether the denoiser is worth asking; whoever trains it sets `ModelStage.adversarial`.
-    `deterministic`: the denoiser never saw noise, so that it is asked once, with z_t = 0 (the control of stage 2).
+    Stage 1 needs no denoiser: `with_denoiser=False` leaves it out. `stage` says whether the denoiser is trained; the
+    stage that trains it sets `ModelStage.adversarial`. `deterministic`: the denoiser never saw noise, so it is asked
+    once, with z_t = 0 (the control of stage 2).
     """
 
     alpha_bar: Tensor
@@ -112,7 +113,7 @@ class ICCLD(nn.Module):
             self.register_buffer(f"{name}_std", torch.ones(channels))
 
     def forward(self, images: Tensor, *, noise: Tensor | None = None, num_steps: int = 0) -> Tensor:
-        """`segment`, or with noise `denoise_segment`: images `(B, 3, H, W)` in [0, 1] to logits `(B, K, H, W)`."""
+        """Call `segment` or, with noise, `denoise_segment`: `(B, 3, H, W)` in [0, 1] to logits `(B, K, H, W)`."""
         if noise is None:
             if num_steps:
                 raise ValueError(f"forward: num_steps={num_steps} starts from noise; give noise of shape latent_shape.")
@@ -120,17 +121,17 @@ class ICCLD(nn.Module):
         return self.denoise_segment(images, noise=noise, num_steps=num_steps)
 
     def segment(self, images: Tensor) -> Tensor:
-        """D(E(x)): `(B, 3, H, W)` float in [0, 1] to logits `(B, K, H, W)`."""
+        """Compute D(E(x)): `(B, 3, H, W)` float in [0, 1] to logits `(B, K, H, W)`."""
         return self.decode(self.encoder(images), images.shape[-2:])
 
     def decode(self, encoded: EncoderOutput, size: Sequence[int]) -> Tensor:
-        """D of what E gave: logits `(B, K, *size)`, `size` that of the images."""
+        """Decode E's output with D: logits `(B, K, *size)`; `size` is the images'."""
         return _to_image_size(self.decoder(encoded.latent, encoded.features), size)
 
     def denoise_segment(self, images: Tensor, *, noise: Tensor, num_steps: int) -> Tensor:
         """Encode, denoise from `noise` (`latent_shape` per image) in `num_steps`, decode: logits `(B, K, H, W)`.
 
-        Where the model is `deterministic`, there is neither noise nor more than one step, whatever is given.
+        A `deterministic` model takes one step without noise, whatever is given.
         """
         denoiser = self._trained_denoiser()
         encoded = self.encoder(images)
@@ -178,7 +179,7 @@ class ICCLD(nn.Module):
         def decode(latent: Tensor) -> Tensor:
             return self.decoder(latent, seen.features)
 
-        return fitted_residual(decode, seen.latent, labels, weights, std=self.latent_std, **self._residual_steps())
+        return fitted_residual(decode, seen.latent, labels, weights, std=self.latent_std, **self._residual_options())
 
     def decodable(self, z_0: Tensor, encoded_latent: Tensor) -> Tensor:
         """Return the latent that D decodes, of a clean latent as it is diffused; all `(B, C, h, w)`.
@@ -186,7 +187,7 @@ class ICCLD(nn.Module):
         encoded_latent: E's, of the view that the denoiser sees; a z_0 that `is_a_move` moves it.
         """
         if self.config.latent.is_a_move:
-            return encoded_latent.float() + residual_scale(self.latent_std, **self._residual_steps()) * z_0
+            return encoded_latent.float() + residual_scale(self.latent_std, **self._residual_options()) * z_0
         return denormalise(z_0, mean=self.latent_mean, std=self.latent_std)
 
     def _encoded_z_0(self, clean: Tensor | None, labels: Tensor | None) -> Tensor:
@@ -196,24 +197,24 @@ class ICCLD(nn.Module):
         assert clean is not None
         return clean
 
-    def _residual_steps(self) -> dict[str, Any]:
-        return {"num_steps": self.config.residual_steps, "step": self.config.residual_step}
+    def _residual_options(self) -> dict[str, Any]:
+        return {"residual_steps": self.config.residual_steps, "residual_step": self.config.residual_step}
 
     def segment_mean_latent(self, images: Tensor) -> Tensor:
-        """A control: D sees the image's features, but the data's mean latent (no move of E's, where z_0 is one).
+        """Segment with the data's mean latent as a control: what D knows from the image's features alone.
 
-        Returns logits `(B, K, H, W)`.
+        If z_0 is a move of E's latent, nothing is moved. Returns logits `(B, K, H, W)`.
         """
         encoded = self.encoder(images)
         latent = self.decodable(torch.zeros_like(encoded.latent), encoded.latent)
         return self.decode(EncoderOutput(latent, encoded.features), images.shape[-2:])
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """`(C, h, w)` of the latent of one image of this size."""
+        """Return `(C, h, w)`, the shape of the latent of one image of this size."""
         return self.config.latent_channels, -(-height // LATENT_STRIDE), -(-width // LATENT_STRIDE)
 
     def set_latent_statistics(self, *, z_0: Tensor, condition: Tensor) -> None:
-        """Keep what `channel_moments` measured over the data, `(3, C)` each, summed over batches and ranks."""
+        """Set the latent's statistics from `channel_moments` `(3, C)`, summed over batches and ranks."""
         for name, moments in (("latent", z_0), ("condition", condition)):
             mean, std = moments_to_statistics(moments)
             self.get_buffer(f"{name}_mean").copy_(mean)
@@ -291,7 +292,7 @@ class ICCLD(nn.Module):
     def start_denoiser(self, config: ModelConfig) -> None:
         """Take a fresh denoiser, to be trained in stage 2, and what else of the model that stage decides.
 
-        Raises ValueError where stage 1 was trained for another reading of the latent: `image` serves for `residual`.
+        Raises ValueError if stage 1 was trained for another reading of the latent: `image` serves for `residual`.
         """
         old, new = self.config.latent, config.latent
         if old.has_mask_encoder != new.has_mask_encoder:
@@ -335,7 +336,7 @@ class ICCLD(nn.Module):
         return self.denoiser
 
     def rebuilding_config(self) -> dict[str, Any]:
-        """The `ModelConfig` as plain values; the backbone's whole config replaces its hub id: no network is needed."""
+        """Return the `ModelConfig` as plain values, with the backbone's whole config: rebuilding needs no network."""
         backbone = self.encoder.backbone.config.to_dict()
         return to_plain(
             replace(self.config, encoder=replace(self.config.encoder, pretrained="", backbone_config=backbone))
@@ -358,7 +359,7 @@ class ICCLD(nn.Module):
         )
 
     def _check_weights(self, path: Path, card: ModelCard, *, trained: bool) -> None:
-        """That a file holds this model's weights, by names, shapes and the card's checksum. Raises ValueError."""
+        """Raise ValueError unless a file holds this model's weights, by names, shapes and the card's checksum."""
         shapes = shapes_in(path)
         if self.denoiser is None:
             shapes = {name: shape for name, shape in shapes.items() if not name.startswith("denoiser.")}

@@ -20,7 +20,7 @@ from iccld.models.mask_encoder import MaskEncoder
 
 
 class LatentKind(Enum):
-    """What z_0 is the latent of."""
+    """Readings of z_0: what it is the latent of."""
 
     image = "image"
     mask = "mask"
@@ -53,38 +53,38 @@ class LatentKind(Enum):
 
 
 class LatentPair(NamedTuple):
-    """What is diffused and what it is conditioned on, each `(B, C, h, w)`."""
+    """Diffused latent and its condition, each `(B, C, h, w)`."""
 
     z_0: Tensor
     condition: Tensor
 
 
 def make_mask_encoder(kind: LatentKind, *, num_classes: int, latent_channels: int) -> MaskEncoder | None:
-    """M, where the reading has one."""
+    """Make M, if the reading has one."""
     if not kind.has_mask_encoder:
         return None
     return MaskEncoder(num_classes=num_classes, latent_channels=latent_channels)
 
 
 def normalise(z: Tensor, *, mean: Tensor, std: Tensor) -> Tensor:
-    """`(B, C, h, w)` to zero mean and unit variance, given the channels' statistics `(C,)`; float32."""
+    """Map `(B, C, h, w)` to zero mean and unit variance, by the channels' statistics `(C,)`; float32."""
     return (z.float() - mean.view(1, -1, 1, 1)) / std.view(1, -1, 1, 1)
 
 
 def denormalise(z: Tensor, *, mean: Tensor, std: Tensor) -> Tensor:
-    """The inverse of `normalise`."""
+    """Invert `normalise`."""
     return z * std.view(1, -1, 1, 1) + mean.view(1, -1, 1, 1)
 
 
 def channel_moments(z: Tensor) -> Tensor:
-    """`(3, C)` float64: count, sum and sum of squares per channel. Moments of batches and ranks add up."""
+    """Return count, sum and sum of squares per channel, `(3, C)` float64. Moments of batches and ranks add up."""
     values = z.double().transpose(0, 1).flatten(1)
     count = torch.full((len(values),), float(values.shape[1]), dtype=torch.float64, device=z.device)
     return torch.stack([count, values.sum(dim=1), values.square().sum(dim=1)])
 
 
 def moments_to_statistics(moments: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation `(C,)` float32 of `channel_moments`; a channel that is constant gets std 1."""
+    """Turn `channel_moments` into mean and std `(C,)` float32; a constant channel gets std 1."""
     count, total, squares = moments
     if not bool(torch.isfinite(moments).all()) or not bool((count > 0).all()):
         raise ValueError(

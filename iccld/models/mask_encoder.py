@@ -7,7 +7,7 @@ from iccld.models.blocks import conv_block
 
 
 class MaskEncoder(nn.Module):
-    """A shallow stride-8 convolutional encoder of the one-hot label."""
+    """M: a shallow stride-8 convolutional encoder of the one-hot label."""
 
     def __init__(self, *, num_classes: int, latent_channels: int, width: int = 64) -> None:
         super().__init__()
@@ -20,6 +20,6 @@ class MaskEncoder(nn.Module):
         )
 
     def forward(self, labels: Tensor) -> Tensor:
-        """`(B, H, W)` uint8 or int64 to `(B, C, ceil(H/8), ceil(W/8))`; a pixel of no class (255) is all zero."""
+        """Encode `(B, H, W)` uint8 or int64 to `(B, C, ceil(H/8), ceil(W/8))`; a pixel of no class (255) is zero."""
         one_hot = labels.unsqueeze(1) == self.get_buffer("classes")
         return self.head(self.body(one_hot.to(self.head.weight.dtype)))

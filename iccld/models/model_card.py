@@ -26,14 +26,14 @@ CARD_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 MAX_BYTES = 4 << 20
 MAX_NUMBER = 1 << 17
-MAX_SHOWN = 80  # letters of what a card says, in a message
+MAX_SHOWN = 80  # characters of a card's text that a message shows
 MAX_COUNT = 256
-"""Of layers of a kind: a card is someone's word, and what it describes is built before it is compared with weights."""
+"""The most layers of a kind: anyone may write a card, and its model is built before it is compared with weights."""
 _COUNTS = re.compile(r"(layers|depths?|blocks|levels|stages|tokens)$|channel_multipliers$")
 
 
 class ModelStage(Enum):
-    """How far a model's training went: E and D only, or the denoiser too."""
+    """Stages of a model's training: E and D only, or the denoiser too."""
 
     segmentation = "segmentation"
     adversarial = "adversarial"
@@ -46,9 +46,9 @@ class ModelStage(Enum):
 
 @dataclass(frozen=True)
 class ModelCard:
-    """`model` is a `ModelConfig` as plain values; `origin` says freely where the weights come from.
+    """Content of config.json. `model` is a `ModelConfig` as plain values; `origin` says where the weights come from.
 
-    `weights_sha256` is of the file beside the card; empty where format 1 has none. `deterministic`: see `ICCLD`.
+    `weights_sha256` is of the file beside the card; empty in format 1, which has none. `deterministic`: see `ICCLD`.
     """
 
     format_version: int
@@ -79,7 +79,7 @@ class ModelCard:
 
 
 def read_card(folder: Path) -> ModelCard:
-    """The card of a saved model; every defect is a `ValueError` with the file's name."""
+    """Read the card of a saved model. Every defect is a ValueError with the file's name."""
     path = folder / CARD_NAME
     for needed in (path, folder / WEIGHTS_NAME):
         if not needed.is_file():
@@ -116,7 +116,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def check_sizes(value: Any, *, where: str, name: str = "") -> None:
-    """Refuse numbers that no model has, before anything is made of them. Raises ValueError."""
+    """Refuse numbers that no model has, before anything is built of them. Raises ValueError."""
     if isinstance(value, dict):
         for key, item in value.items():
             check_sizes(item, where=f"{where}: {key}", name=key)
@@ -151,7 +151,7 @@ def write_card(folder: Path, card: ModelCard) -> None:
 
 
 def to_plain(value: Any) -> Any:
-    """Dataclasses, Enums and containers as JSON values."""
+    """Turn dataclasses, Enums and containers into JSON values."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Enum):
@@ -164,10 +164,10 @@ def to_plain(value: Any) -> Any:
 
 
 def build(cls: type[T], values: dict[str, Any], *, where: str) -> T:
-    """The dataclass that `to_plain` came from. Unknown and missing keys and wrong types are errors naming `where`.
+    """Rebuild the dataclass that `to_plain` took. Unknown or missing keys and wrong types raise ValueError.
 
-    A field may be missing whose metadata say `of_training` (no part of what is described) or `optional` (earlier
-    versions wrote none, and meant its default).
+    The error names `where`. A field may be missing if its metadata say `of_training` (no part of what is described) or
+    `optional` (earlier versions wrote none, and meant its default).
     """
     known = typing.get_type_hints(cls)
     fields: dict[str, Any] = {f.name: known[f.name] for f in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]

@@ -15,7 +15,7 @@ _ENCODER_LICENCES = {
     "facebook/dinov2-": "Apache-2.0",
     "facebook/dinov3-": "DINOv3 License",
 }
-"""By the beginning of the hub's name; an encoder that is not here has an unknown licence."""
+"""Licences by the beginning of the hub's name; other encoders have an unknown licence."""
 _OPENING = """\
 ---
 library_name: iccld
@@ -35,7 +35,7 @@ result = model.predict("street.jpg"){steps}
 
 
 def describe(card: ModelCard) -> str:
-    """Markdown, with the metadata that the hub reads. What is not known is said to be so."""
+    """Write the page, with the metadata that the hub reads; it says so where a fact is not known."""
     sections = {
         "Use": _USE.format(steps="" if card.stage is ModelStage.segmentation else "  # num_steps=4 denoises"),
         "Classes": "\n".join(_classes(card)),
@@ -121,5 +121,5 @@ def _number(value: Any) -> str:
 
 
 def _plain(value: Any) -> str:
-    """A word in a table of Markdown; what a card says may be anyone's."""
+    """Make a word safe for a Markdown table; anyone may have written the card."""
     return "".join(c if c.isprintable() and c not in "|<>`[]" else " " for c in str(value))[:200]

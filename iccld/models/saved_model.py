@@ -1,4 +1,4 @@
-"""Checks of a saved model, which may be a stranger's: of what its card describes, and of its file of weights."""
+"""Checks of a saved model, which a stranger may have made: its card's description and its file of weights."""
 
 import contextlib
 from collections.abc import Iterator
@@ -9,11 +9,11 @@ from safetensors import SafetensorError, safe_open
 from iccld.models.encoder import EncoderConfig
 
 MAX_HEADER = 16 << 20
-"""Bytes; a model of a thousand tensors has a hundredth of it."""
+"""The most bytes of a header; a model of a thousand tensors has a hundredth of it."""
 
 
 def check_described(encoder: EncoderConfig, card: Path) -> None:
-    """Refuse a card that names its encoder: a host would be asked for it. Raises ValueError."""
+    """Refuse a card that names its encoder instead of describing it: a host would be asked. Raises ValueError."""
     if encoder.pretrained:
         raise ValueError(
             f"{card} names an encoder, {encoder.pretrained!r}, in place of describing it; export the model again."
@@ -22,7 +22,7 @@ def check_described(encoder: EncoderConfig, card: Path) -> None:
 
 @contextlib.contextmanager
 def described_by(card: Path) -> Iterator[None]:
-    """While a model is built: a backbone raises whatever its settings lead to, and here that is a ValueError."""
+    """Turn every error of building a model from a card, whose settings may be anything, into ValueError."""
     try:
         yield
     except (ValueError, ImportError, MemoryError):

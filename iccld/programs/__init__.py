@@ -1,1 +1,1 @@
-"""The small programs behind the CLI's verbs: each reads a config, puts the parts together and runs them."""
+"""Programs behind the CLI's verbs: each reads a config, puts the parts together and runs them."""

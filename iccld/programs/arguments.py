@@ -1,7 +1,7 @@
-"""How the arguments of a verb are declared and parsed.
+"""Declaration and parsing of the arguments of a verb.
 
-A verb is a module with `DESCRIPTION`, `add_arguments(parser)` and `run(arguments)`. What is slow to import, it imports
-only when it runs.
+A verb is a module with `DESCRIPTION`, `add_arguments(parser)` and `run(arguments)`. It imports slow modules only when
+it runs.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from iccld.suggestions import for_message
 
 
 class Verb(Protocol):
-    """The module of a verb. DESCRIPTION: what the verb does, and one example."""
+    """Module of a verb. DESCRIPTION: what the verb does, and one example."""
 
     @property
     def DESCRIPTION(self) -> str: ...
@@ -28,7 +28,7 @@ class Verb(Protocol):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose messages show no secret and whose options cannot be abbreviated."""
+    """Parser whose messages show no secret and whose options cannot be abbreviated."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(
@@ -68,6 +68,6 @@ def add_settings(parser: argparse.ArgumentParser, *, config_dir: bool = True) ->
 def settings_of(arguments: argparse.Namespace) -> list[str]:
     """Return the settings of the files of `--secrets`, then those of the command line, which override them.
 
-    Raises ValueError, and OSError where a file cannot be read.
+    Raises ValueError, and OSError if a file cannot be read.
     """
     return [*(word for path in arguments.secrets for word in read_secrets(path)), *arguments.overrides]

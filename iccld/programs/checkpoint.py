@@ -1,4 +1,4 @@
-"""`iccld checkpoint export|convert`: models out of checkpoints, and copies of these.
+"""`iccld checkpoint export|convert`: models made of checkpoints, and copies of checkpoints.
 
 A checkpoint is stored independently of engine and ranks: to go on under another layout nothing needs converting.
 """
@@ -30,7 +30,7 @@ from iccld.stages.table import STAGES
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Export or convert, and return 0. Raises ValueError for what the user got wrong."""
+    """Export or convert, and return 0. Raises ValueError if the user erred."""
     if os.path.lexists(arguments.output):
         raise ValueError(f"{arguments.output} exists; give a folder that does not.")
     checkpoint = verify(_one(arguments.folder))
@@ -42,11 +42,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def export_model(checkpoint: Checkpoint, output: Path, *, weights: Weights) -> None:
-    """The teacher's or the student's model as it was at this step; stage 2's needs stage 1's folder beside it."""
+    """Write the teacher's or the student's model at this step; stage 2's needs stage 1's folder beside it."""
     manifest = checkpoint.manifest
     config = config_from(manifest["config"], where=str(checkpoint.folder / MANIFEST))
     stage = _filled_stage(checkpoint, config)
-    model, classes = stage.models()[weights.value], config.data.class_set.build()
+    model, classes = stage.copy_models()[weights.value], config.data.class_set.build()
     origin = origin_of(config, stage=manifest["stage"], weights=weights.value, step=checkpoint.step)
     origin |= {"checkpoint": str(checkpoint.folder)}
     model.save_pretrained(output, class_names=classes.names, palette=classes.palette, origin=origin)
@@ -75,7 +75,7 @@ def _filled_stage(checkpoint: Checkpoint, config: Config) -> Stage:
 
 
 def convert_checkpoint(checkpoint: Checkpoint, output: Path, *, num_files: int) -> None:
-    """A copy in `num_files` files of about equal size. Its folder appears whole."""
+    """Write a copy in `num_files` files of about equal size. Its folder appears whole."""
     if num_files < 1:
         raise ValueError(f"--num-files {num_files} must be at least 1.")
     if output.name != checkpoint.folder.name:

@@ -1,4 +1,4 @@
-"""`iccld checkpoint`: its arguments, and which checkpoints there are and whether they are whole."""
+"""`iccld checkpoint`: its arguments, a list of the checkpoints, and a check that they are whole."""
 
 import argparse
 from collections.abc import Iterator
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the action, and return the exit status: 1 where something is damaged. Raises ValueError."""
+    """Run the action, and return the exit status: 1 if something is damaged. Raises ValueError."""
     if arguments.action == "list":
         return list_checkpoints(arguments.folder)
     if arguments.action == "verify":

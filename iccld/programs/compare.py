@@ -16,17 +16,17 @@ DESCRIPTION = """\
 Show the settings and the scores in which two runs differ, class by class, and where they stand.
 Nothing is written. Exit status: 0, also where nothing differs, or 2 where there is no run.
 """
-WIDTH = 140  # columns, where the output is no terminal
+WIDTH = 140  # columns, if the output is no terminal
 Pair = tuple[str, SavedScores, SavedScores]
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """The arguments of `iccld compare`."""
+    """Add the arguments of `iccld compare`."""
     parser.add_argument("run_dirs", type=Path, nargs=2, metavar="RUN_DIR")
 
 
 def run(arguments: Namespace) -> int:
-    """Print the tables. Raises ValueError where there is no run."""
+    """Print the tables. Raises ValueError if there is no run."""
     one, other = read_records(arguments.run_dirs)
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     for table in tables_of(one, other):
@@ -43,7 +43,7 @@ def run(arguments: Namespace) -> int:
 
 
 def tables_of(one: Record, other: Record) -> Iterator[Table]:
-    """How both stand, the settings that differ, and the scores of each pair."""
+    """Make the tables: how both runs stand, the settings that differ, and the scores of each pair."""
     names = [escape(record.name) for record in (one, other)]
     standing = Table("", *names)
     for label, words in (
@@ -64,7 +64,7 @@ def tables_of(one: Record, other: Record) -> Iterator[Table]:
 
 
 def pairs(one: Record, other: Record) -> list[Pair]:
-    """What both were scored by; of two that share nothing, each its last stage."""
+    """Pair the scores that both runs have; two runs that share none are compared by their last stages."""
     mine, theirs = one.results.scores, other.results.scores
     shared = [(label, mine[label], theirs[label]) for label in mine if label in theirs]
     if shared or one.results.last is None or other.results.last is None:
@@ -74,7 +74,7 @@ def pairs(one: Record, other: Record) -> list[Pair]:
 
 
 def _scores(pair: Pair, names: list[str]) -> Table:
-    """The means, then the classes, with the second run's gain over the first."""
+    """Make a table of the means, then the classes, with the second run's gain over the first."""
     label, one, other = pair
     table = Table("%", title=escape(shown(label)))
     for name in (*names, "difference"):

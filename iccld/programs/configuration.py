@@ -1,4 +1,4 @@
-"""`iccld config`: all settings with what they mean, or the meaning of one setting or section."""
+"""`iccld config`: all settings with their meaning, or the meaning of one setting or section."""
 
 import argparse
 import re

@@ -1,4 +1,4 @@
-"""`iccld export`: a model as a program of torch.export or as ONNX, checked against the model before it is kept."""
+"""`iccld export`: a model as a program of torch.export or as ONNX, compared with the model before it is kept."""
 
 import argparse
 import tempfile
@@ -18,7 +18,7 @@ Write a model that runs without iccld. Inputs: images (B, 3, H, W) float32 in [0
   iccld export runs/a model.onnx
 """
 STRIDE = 32
-"""Pixels: what the sides of an exported model's images are multiples of. Encoders round other sizes, in their ways."""
+"""Pixels that the sides of an exported model's images are multiples of: encoders round other sizes differently."""
 SIZES = ((2, 96, 160), (1, 128, 192), (1, 160, 96))
 """Batch, height and width of the images on which both are compared; the first is the one that is traced."""
 TOLERANCE = 1e-3
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Export, compare, keep. Raises ValueError where the export differs from the model, or its extra is missing."""
+    """Export, compare, keep. Raises ValueError if the export differs from the model, or its extra is missing."""
     import os
 
     kind = arguments.format or {".onnx": "onnx", ".pt2": "torch"}.get(arguments.output.suffix, "")
@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def export_model(model: "ICCLD", output: Path, *, kind: str, num_steps: int = 0, images: Sequence[Path] = ()) -> float:
-    """Write `output` once it gives the model's logits; returns the largest difference, a share of the largest logit.
+    """Write `output` once it gives the model's logits; return the largest difference, a share of the largest logit.
 
     kind: `torch` or `onnx`. images: files on which both are compared, at several sizes. Raises ValueError.
     """
@@ -83,7 +83,7 @@ def export_model(model: "ICCLD", output: Path, *, kind: str, num_steps: int = 0,
 
 
 def _module(model: "ICCLD", num_steps: int) -> "nn.Module":
-    """The model as a module of tensors alone."""
+    """Wrap the model as a module whose inputs are tensors only."""
     from torch import nn
 
     if num_steps:
@@ -103,7 +103,7 @@ def _module(model: "ICCLD", num_steps: int) -> "nn.Module":
 def _inputs(
     model: "ICCLD", files: Sequence[Path], size: tuple[int, int, int], *, with_noise: bool
 ) -> tuple["Tensor", ...]:
-    """Images `(B, 3, H, W)` and, `with_noise`, noise of their latent's shape."""
+    """Return images `(B, 3, H, W)` and, `with_noise`, noise of their latent's shape."""
     import torch
     from torch.nn.functional import interpolate
 
@@ -125,7 +125,7 @@ def _inputs(
 
 
 def _dynamic(inputs: Sequence["Tensor"]) -> tuple[dict[int, Any], ...]:
-    """The free dimensions: batch, and rows and columns in multiples of the stride."""
+    """Describe the free dimensions: batch, and rows and columns in multiples of the stride."""
     from torch.export import Dim
 
     batch, rows, columns = Dim("batch", min=1, max=64), Dim("rows", min=2, max=256), Dim("columns", min=2, max=256)
@@ -164,7 +164,7 @@ def _shapes(inputs: Sequence["Tensor"]) -> dict[str, Any]:
 
 
 def _runner(file: Path, kind: str) -> Any:
-    """The exported model as a function of tensors, run as its users would."""
+    """Return the exported model as a function of tensors, run as its users would."""
     import torch
 
     if kind == "torch":
@@ -179,7 +179,7 @@ def _runner(file: Path, kind: str) -> Any:
 
 
 def _difference(module: "nn.Module", exported: Any, trials: Sequence[tuple["Tensor", ...]]) -> float:
-    """The largest difference of logits, as a share of the largest."""
+    """Return the largest difference of logits, as a share of the largest."""
     import torch
 
     worst = 0.0

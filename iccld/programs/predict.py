@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Segment what is named. Raises ValueError, and OSError where the output cannot be written."""
+    """Segment the inputs. Raises ValueError, and OSError if the output cannot be written."""
     size = _size(arguments.size)
     import torch
 

@@ -1,7 +1,7 @@
 """`python -m iccld.programs.rank VERB ...`: one task of a SLURM job step, as one rank.
 
-The step gets its exit status from whichever rank ends first. What became of the work is said by rank 0 alone, in the
-file $ICCLD_OUTCOME, and a rank of each node shows in the folder $ICCLD_ALIVE that it lives; the job script reads both.
+The step gets its exit status from the rank that ends first. Rank 0 alone writes the outcome of the work, into the file
+$ICCLD_OUTCOME, and a rank of each node shows in the folder $ICCLD_ALIVE that it lives; the job script reads both.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ GATHER_S = 240.0  # less than the engine waits for ranks, since it could not nam
 
 
 def main(argv: Sequence[str]) -> int:
-    """Form the rank, run the verb, leave word of its end."""
+    """Form the rank, run the verb, and write down its outcome."""
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the verb can hear them
     os.environ.update(rank_environment(os.environ))
     if interface := interface_towards(os.environ["MASTER_ADDR"]):
@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _leave(path: Path, text: str) -> None:
-    """Write word for others; that it cannot be written is said, and changes nothing of the work."""
+    """Write a word for others; a failure to write is reported, and changes nothing of the work."""
     try:
         write_whole(path, text)
     except OSError as error:
@@ -55,8 +55,9 @@ def _leave(path: Path, text: str) -> None:
 
 
 def _show_life(folder: Path) -> None:
-    """A file a rank; in that of a node's first, a counter that moves several times in the span after which the job
-    script takes silence for death.
+    """Write a file for this rank; the file of a node's first rank holds a counter that moves.
+
+    It moves several times in the span after which the job script takes silence for death.
     """
     period_s = float(os.environ.get("ICCLD_SILENCE_S", "60")) / 6
     path, count = folder / f"{host_name()}_{os.environ['RANK']}", 0
@@ -70,7 +71,7 @@ def _show_life(folder: Path) -> None:
 
 
 def _await_others(folder: Path, run_dir: Path) -> None:
-    """Where ranks are missing so long after the first began, say on which nodes, and end."""
+    """Name the nodes of missing ranks, and end, if ranks are missing so long after the first began."""
     time.sleep(float(os.environ.get("ICCLD_GATHER_S", GATHER_S)))
     there = {path.name for path in folder.glob("[!.]*")}
     ranks = {int(name.rpartition("_")[2]) for name in there}
@@ -88,7 +89,7 @@ def _await_others(folder: Path, run_dir: Path) -> None:
 
 
 def _packages() -> str:
-    """What is installed where the ranks run, a container included."""
+    """List the packages that are installed where the ranks run, a container included."""
     return "".join(sorted({f"{found.metadata['Name']}=={found.version}\n" for found in distributions()}))
 
 

@@ -1,4 +1,4 @@
-"""`iccld runs ROOT`: the runs below a folder, with what tells each from its neighbours."""
+"""`iccld runs ROOT`: the runs below a folder, with the settings in which each differs from most others."""
 
 import os
 import sys
@@ -20,17 +20,17 @@ running: a job holds it; stopped: a signal ended it; failed: an error did, or it
 Nothing is written. Exit status: 0, or 2 where there is no run.
 """
 MAX_DEPTH = 8
-MAX_DIFFERENCES = 6  # settings that are shown of a run
-WIDTH = 160  # columns, where the output is no terminal
+MAX_DIFFERENCES = 6  # the most settings that a run's row shows
+WIDTH = 160  # columns, if the output is no terminal
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """The arguments of `iccld runs`."""
+    """Add the arguments of `iccld runs`."""
     parser.add_argument("root", type=Path, metavar="ROOT")
 
 
 def run(arguments: Namespace) -> int:
-    """Print the table. Raises ValueError where there is no run."""
+    """Print the table. Raises ValueError if there is no run."""
     root = arguments.root
     if not root.is_dir():
         raise ValueError(f"{root} is no folder; give one that holds run directories.")
@@ -46,7 +46,9 @@ def run(arguments: Namespace) -> int:
 
 
 def run_dirs(root: Path) -> Iterator[Path]:
-    """The run directories in and below a folder; links are not followed, and nothing below a run is looked at."""
+    """Find the run directories in and below a folder. Links are not followed, and runs are not searched for further
+    ones.
+    """
     for parent, folders, _ in os.walk(root):
         place = Path(parent)
         if is_run(place):
@@ -58,7 +60,7 @@ def run_dirs(root: Path) -> Iterator[Path]:
 
 
 def table_of(records: Sequence[Record]) -> Table:
-    """A row a run."""
+    """Make a table with a row for each run."""
     table = Table("run", "state", "stage", title=None)
     for name in ("step", "last", "best", "goodput"):
         table.add_column(name, justify="right")
@@ -85,7 +87,7 @@ def _score(score: tuple[str, float] | None) -> str:
 
 
 def _differences(different: dict[str, list[Any]], number_of: int) -> str:
-    """`key=value` of a run where most of the others have another value."""
+    """Return `key=value` of a run for each setting that most others have set otherwise."""
     pairs = {key: values[number_of] for key, values in different.items() if _is_unusual(values, number_of)}
     words = [f"{key}={words_of(value)}" for key, value in pairs.items()]
     more = len(words) - MAX_DIFFERENCES
@@ -93,5 +95,5 @@ def _differences(different: dict[str, list[Any]], number_of: int) -> str:
 
 
 def _is_unusual(values: Sequence[Any], number_of: int) -> bool:
-    """Whether at most half of the runs have this one's value. What some version did not have tells versions apart."""
+    """Tell whether at most half of the runs have this one's value; settings that a version lacks do not count."""
     return ABSENT not in values and 2 * values.count(values[number_of]) <= len(values)

@@ -1,4 +1,4 @@
-"""How a verb that trains or scores ends when a signal stopped it."""
+"""End of a verb that trains or scores after a signal has stopped it."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ STOPPED = 85  # the outcome of a submitted job that a signal ended, for its scri
 
 
 def status_of_stopped(config: "Config", message: str, *, by_hand: bool) -> int:
-    """Print the message once and return the exit status; a job script is told by STOPPED, whatever is configured.
+    """Print the message once and return the exit status; for a job script it is STOPPED, whatever is configured.
 
     `by_hand`: Ctrl-C came, which ends a process of its own with 130 unless another status is configured. The launcher
     of several ranks hears Ctrl-C itself, and takes any status of a rank but 0 for a failure.

@@ -1,4 +1,4 @@
-"""This process among the ranks of a run: which one it is, what it agrees on with the others, and how long it waits.
+"""This process among the ranks of a run: its rank, what the ranks agree on, and how long they wait.
 
 Hosts agree on flags and small objects in a process group of their own, so that no device is waited for; background
 saves have another one, so that they do not wait for the training.
@@ -24,13 +24,13 @@ from iccld.durable import write_whole
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 NCCL_SILENCE_S = 7200.0  # twice what the watchdog allows a collective by default
-LEAVE_S = 180.0  # for the others to be done, too; one may wait a minute for telemetry
+LEAVE_S = 180.0  # time for the others to finish, too; one may wait a minute for telemetry
 FAILURE = re.compile(r"gloo|nccl|processgroup|connection (was )?(closed|reset|refused)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's rank, 0 to `world_size - 1`, and what all ranks do together; by default there is one alone.
+    """This process's rank, 0 to `world_size - 1`, and the actions of all ranks together; the default is one rank.
 
     Every rank must call the methods that take a value, in the same order.
     """
@@ -53,14 +53,14 @@ class Ranks:
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over ranks; the tensor itself on one rank."""
+        """Return the sum over ranks; on one rank, the tensor itself."""
         if self.world_size > 1:
             tensor = tensor.clone()
             torch.distributed.all_reduce(tensor)
         return tensor
 
     def sum_values(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Sums over ranks of same-shaped float tensors, all in one collective. Ranks must hold the same names."""
+        """Sum same-shaped float tensors over ranks, all in one collective. Ranks must hold the same names."""
         names = sorted(values)
         if not names:
             return {}
@@ -68,7 +68,7 @@ class Ranks:
         return dict(zip(names, total, strict=True))
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank; agreed on by the hosts, so no device is waited for."""
+        """Tell whether the flag is set on any rank. The hosts agree on it, so no device is waited for."""
         if self.host_group is None:
             return flag
         tensor = torch.tensor(float(flag))
@@ -76,11 +76,11 @@ class Ranks:
         return bool(tensor)
 
     def gather(self, value: Any) -> list[Any]:
-        """One small picklable value of each rank, on every rank."""
+        """Return one small picklable value of each rank, on every rank."""
         return self._gather(value, self.host_group)
 
     def gather_saved(self, value: Any) -> list[Any]:
-        """Like `gather`, for one background thread a rank, while the ranks train."""
+        """Gather as `gather` does, for one background thread a rank, while the ranks train."""
         return self._gather(value, self.save_group)
 
     def _gather(self, value: Any, group: Any) -> list[Any]:
@@ -99,14 +99,14 @@ class Ranks:
         set_timeout(seconds, but=[] if of_saves else [self.save_group])
 
     def leave(self) -> None:
-        """Wait for the others to be done; one that is late, or gone, must not fail those that are."""
+        """Wait for the others to finish; a rank that is late or gone must not fail the finished ones."""
         set_timeout(LEAVE_S, but=[group for group in groups() if group is not self.host_group])
         with contextlib.suppress(RuntimeError):
             self.barrier()
 
 
 def groups() -> list[Any]:
-    """All process groups of this rank, in the order in which all ranks made them."""
+    """Return all process groups of this rank, in the order in which all ranks made them."""
     return list(distributed_c10d._world.pg_map) if torch.distributed.is_initialized() else []
 
 
@@ -118,7 +118,7 @@ def set_timeout(seconds: float, *, but: Collection[Any] = ()) -> None:
 
 
 def num_begun() -> list[int]:
-    """Collectives begun, by group; a rank that has not come to one has a smaller number than those that wait in it."""
+    """Count the collectives begun, by group; a rank with a smaller number has not come to where others wait."""
     return [group._get_sequence_number_for_group() for group in groups()]
 
 
@@ -144,7 +144,7 @@ def write_record(path: Path) -> bool:
 
 
 def is_failure(error: BaseException) -> bool:
-    """Whether it may be another rank's end that this one met."""
+    """Tell whether the error may come from another rank's end."""
     if isinstance(error, torch.distributed.DistError):
         return True
     return isinstance(error, RuntimeError) and bool(FAILURE.search(str(error)))

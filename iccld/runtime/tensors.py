@@ -1,4 +1,4 @@
-"""Nested batches of tensors, and what this rank holds of a tensor that may be sharded."""
+"""Nested batches of tensors, and the local part of a tensor that may be sharded."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,7 +10,7 @@ ON_HOST = ("numbers",)
 
 
 def map_tensors(batch: Any, function: Callable[[Tensor], Any]) -> Any:
-    """A nested batch of dictionaries with `function` of every tensor but those `ON_HOST`; all else stays as it is."""
+    """Apply `function` to every tensor of a nested batch of dictionaries, except those of `ON_HOST`."""
     if isinstance(batch, Tensor):
         return function(batch)
     if isinstance(batch, Mapping):
@@ -19,11 +19,11 @@ def map_tensors(batch: Any, function: Callable[[Tensor], Any]) -> Any:
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor that may be sharded."""
+    """Return this rank's part of a tensor that may be sharded."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[union-attr,operator]
 
 
 def bytes_of(tensor: Tensor) -> int:
-    """Bytes of what this rank holds of a tensor."""
+    """Count the bytes of this rank's part of a tensor."""
     held = local_tensor(tensor)
     return held.numel() * held.element_size()

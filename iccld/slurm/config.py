@@ -1,4 +1,7 @@
-"""What a job asks of the cluster, and what it runs. Every value is checked here, so that the text can be written."""
+"""Settings of a job: what it asks of the cluster, and what it runs.
+
+Every value is checked here, so that the script's text can be written.
+"""
 
 import re
 from dataclasses import dataclass, field, fields
@@ -6,7 +9,7 @@ from enum import Enum
 
 
 class Launcher(Enum):
-    """Who starts the ranks: SLURM each of them, or one `accelerate launch` a node."""
+    """Ways to start the ranks: SLURM starts each of them, or one `accelerate launch` a node does."""
 
     srun = "srun"
     accelerate = "accelerate"
@@ -37,17 +40,17 @@ _DIRECTIVE = re.compile(r"--[a-z][a-z-]*(=[A-Za-z0-9._:,+@/%=\[\]-]+)?")
 
 @dataclass(frozen=True)
 class SubmitConfig:
-    """The allocation, and how ranks are started in it. Empty strings leave a choice to the cluster."""
+    """Settings of the allocation and of how ranks are started in it. Empty strings leave a choice to the cluster."""
 
     job_name: str = "iccld"  # the name in the queue
     account: str = ""  # SLURM's account
     partition: str = ""  # SLURM's partition, or several with commas
     qos: str = ""  # SLURM's quality of service
-    nodes: int = 1  # of a job
+    nodes: int = 1  # nodes of a job
     gpus_per_node: int = 0  # 0: none are asked for
     ranks_per_node: int = 0  # 0: one for each GPU, or one
     cpus_per_task: int = 8  # cores of a rank
-    memory: str = ""  # of a node, as in 64G
+    memory: str = ""  # memory of a node, as in 64G
     time: str = "24:00:00"  # the limit: minutes, hours:minutes:seconds or days-hours
     constraint: str = ""  # SLURM's expression of node features
     exclude: tuple[str, ...] = ()  # nodes that are left out
@@ -57,7 +60,7 @@ class SubmitConfig:
     max_stalled: int = 3  # attempts in a row without a newer checkpoint, after which the job is not started again
     lead_s: int = 300  # seconds before the time limit at which the ranks are told to save
     launcher: Launcher = Launcher.srun  # SLURM starts each rank (`srun`), or one `accelerate launch` a node
-    container: Container = Container.none  # what the ranks run in
+    container: Container = Container.none  # the container that the ranks run in
     image: str = ""  # the container's image
     mounts: tuple[str, ...] = ()  # FROM:TO, for the container
     modules: tuple[str, ...] = ()  # environment modules to load
@@ -102,7 +105,7 @@ class SubmitConfig:
 
     @property
     def tasks_per_node(self) -> int:
-        """Ranks a node."""
+        """Number of ranks a node."""
         return self.ranks_per_node or self.gpus_per_node or 1
 
     @property
@@ -112,7 +115,7 @@ class SubmitConfig:
 
 @dataclass(frozen=True)
 class Variant:
-    """One element of an array: a run of its own."""
+    """Element of an array: a run of its own."""
 
     run_dir: str
     arguments: tuple[str, ...]
@@ -120,7 +123,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Work:
-    """What a job runs: `iccld` with `arguments`, or with those of the array's element.
+    """Work of a job: `iccld` with `arguments`, or with those of the array's element.
 
     `code`: the folder with the package. `folder`: where the job starts. `variables`: the engine's; `engine_file`: its
     YAML, for accelerate's launcher.
@@ -151,7 +154,7 @@ class Work:
 
 
 def check_line(name: str, value: str) -> None:
-    """Refuse what no quoting makes one line of text. Raises ValueError."""
+    """Refuse a text that no quoting makes one line. Raises ValueError."""
     if not value.isprintable():
         raise ValueError(f"{name}={value!r} holds a line break or another control character; use a plain name.")
 
@@ -162,7 +165,7 @@ def _check(name: str, value: str, pattern: re.Pattern[str], rule: str) -> None:
 
 
 def seconds_of(time: str) -> int:
-    """SLURM's time: `90` minutes, `1:30` minutes:seconds, `2:00:00`, `1-12`, `1-12:00:00`."""
+    """Return the seconds of SLURM's time: `90` minutes, `1:30` minutes:seconds, `2:00:00`, `1-12`, `1-12:00:00`."""
     days, _, rest = time.rpartition("-")
     numbers = [int(number) for number in rest.split(":")]
     if days:

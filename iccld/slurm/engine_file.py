@@ -1,4 +1,4 @@
-"""What accelerate's launcher would make of a file of accelerate_configs/, for ranks that it does not start."""
+"""Reading of a file of accelerate_configs/ for ranks that accelerate's launcher does not start."""
 
 import re
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ PRECISIONS = ("no", "fp16", "bf16", "fp8")
 
 
 def engine_path(engine: str) -> Path:
-    """The file of an engine: `zero2` is accelerate_configs/zero2.yaml; a path is itself. Raises ValueError."""
+    """Return the file of an engine: `zero2` is accelerate_configs/zero2.yaml; a path is itself. Raises ValueError."""
     path = Path(engine) if engine.endswith((".yaml", ".yml")) else FOLDER / f"{engine}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in FOLDER.glob("*.yaml"))) or "none is installed"
@@ -24,7 +24,7 @@ def engine_path(engine: str) -> Path:
 
 
 def engine_variables(path: Path) -> dict[str, str]:
-    """The environment of each rank. Raises ValueError for a file that is none of accelerate's."""
+    """Return the environment of each rank. Raises ValueError for a file that is none of accelerate's."""
     settings = plain_yaml.read_yaml(path, aliases=True)
     if not isinstance(settings, dict) or "distributed_type" not in settings:
         raise ValueError(f"{path} is no file of accelerate's (no distributed_type); use one of accelerate_configs/.")

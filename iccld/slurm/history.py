@@ -1,4 +1,4 @@
-"""What earlier jobs of a run directory left for the next one: nodes that failed, and how long a save takes."""
+"""Records of a run directory's earlier jobs, for the next job: nodes that failed, and how long a save takes."""
 
 import json
 import math
@@ -8,14 +8,14 @@ from pathlib import Path
 
 from iccld.reading import MIB, read_limited
 
-FAILURES = 2  # of a node, after which no further job of the run is started on it
+FAILURES = 2  # after so many failures of a node, the run's jobs avoid it
 UNKNOWN_LEAD_S = 300
-LONGEST_S = 86400.0  # of a save or a step that is believed
+LONGEST_S = 86400.0  # a longer save or step is not believed
 _NODE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}")
 
 
 def failing_nodes(run_dir: Path) -> list[str]:
-    """Nodes on which attempts of this run (or of an array's runs below it) failed twice; `failed_nodes` says why."""
+    """Return nodes on which attempts of this run (or of runs below it) failed twice; `failed_nodes` says why."""
     attempts: dict[str, set[str]] = defaultdict(set)
     for path in (run_dir / "slurm" / "failed_nodes", *run_dir.glob("*/slurm/failed_nodes")):
         for line in _lines(path):
@@ -26,9 +26,10 @@ def failing_nodes(run_dir: Path) -> list[str]:
 
 
 def lead_time_s(run_dir: Path) -> int:
-    """How long before the limit to ask for a save: a minute, three times the longest save that is known, and two steps.
+    """Return the seconds before the limit at which to ask for a save.
 
-    The minute covers SLURM, which looks at its limits every 30 s. Without a checkpoint yet, 5 minutes.
+    They are a minute, three times the longest known save, and two steps. The minute covers SLURM, which looks at its
+    limits every 30 s. Without a checkpoint yet, 5 minutes.
     """
     saves = [_save_s(path) for path in run_dir.glob("**/checkpoints/step_*[0-9]/manifest.json")]
     if not saves:
@@ -41,7 +42,7 @@ def _save_s(manifest: Path) -> float:
 
 
 def _step_s(run_dir: Path) -> float:
-    """The longest step among the last that were logged."""
+    """Return the seconds of the longest of the last logged steps."""
     steps = [0.0]
     for path in run_dir.glob("**/metrics.jsonl"):
         steps += [_seconds(line, "step_s") for line in _lines(path)[-20:]]
@@ -49,7 +50,7 @@ def _step_s(run_dir: Path) -> float:
 
 
 def _lines(path: Path) -> list[str]:
-    """The lines of a file that may be gone, or torn by a crash."""
+    """Return the lines of a file that may be gone, or torn by a crash."""
     try:
         return read_limited(path, 256 * MIB).decode(errors="replace").splitlines()
     except (OSError, ValueError):
@@ -57,7 +58,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _seconds(text: str, name: str) -> float:
-    """A number of an object in JSON; 0 where it is torn, or no number of seconds."""
+    """Return a number of an object in JSON; 0 if it is torn, or no number of seconds."""
     try:
         found = json.loads(text)
         seconds = float(found.get(name, 0.0)) if isinstance(found, dict) else 0.0

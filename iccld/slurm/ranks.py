@@ -1,4 +1,4 @@
-"""One task of a job step is one rank: its place, and where rank 0 waits, from SLURM's variables. No agent between."""
+"""Ranks of a job step without an agent: each task is one rank, and SLURM's variables tell its place and rank 0's."""
 
 import fcntl
 import socket
@@ -11,9 +11,9 @@ _SIOCGIFADDR = 0x8915
 
 
 def rank_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables that torch and accelerate read, from those that srun sets; what is already set is kept.
+    """Return the variables that torch and accelerate read, from those that srun sets; those that are set stay.
 
-    Nothing where a launcher has formed the ranks. Raises ValueError outside a job step.
+    The result is empty if a launcher has formed the ranks. Raises ValueError outside a job step.
     """
     if "RANK" in environment:
         return {}
@@ -38,7 +38,7 @@ def rank_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def tasks_per_node(text: str) -> list[int]:
-    """SLURM's `2(x3),1` as [2, 2, 2, 1]."""
+    """Expand SLURM's `2(x3),1` to [2, 2, 2, 1]."""
     tasks: list[int] = []
     for part in text.split(","):
         count, _, times = part.partition("(x")
@@ -47,16 +47,18 @@ def tasks_per_node(text: str) -> list[int]:
 
 
 def master_port(job: int, *, restart: int = 0) -> int:
-    """The same on every node without asking. Jobs that share a node have other numbers, and so have attempts of one
-    job: what an earlier one left behind may hold its port.
+    """Return a port that is the same on every node, without asking.
+
+    Jobs that share a node have other ports, and so have attempts of one job: left-overs of an earlier one may hold its
+    port.
     """
     return FIRST_PORT + (job + STRIDE * restart) % NUM_PORTS
 
 
 def interface_towards(address: str) -> str:
-    """The network interface by which this machine reaches another; "" where it has no name.
+    """Return the network interface by which this machine reaches another; "" if it has no name.
 
-    Gloo would look up the machine's own name, and where that does not resolve, tell the others 127.0.0.1.
+    Gloo would look up the machine's own name, and if that does not resolve, tell the others 127.0.0.1.
     """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((address, 9))  # sends nothing

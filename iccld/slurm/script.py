@@ -1,4 +1,4 @@
-"""The text of a job script: a function of what is asked and what is run, and of nothing else."""
+"""Text of a job script: a function of the settings and of the work, and of nothing else."""
 
 import shlex
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ NCCL = """\
 
 
 def sbatch_text(config: SubmitConfig, work: Work) -> str:
-    """The script that sbatch takes."""
+    """Write the script that sbatch takes."""
     parts = [
         "#!/bin/bash\n" + "".join(f"#SBATCH {line}\n" for line in _directives(config, work)),
         "".join(_what_is_run(work)),
@@ -57,7 +57,7 @@ def _directives(config: SubmitConfig, work: Work) -> Iterator[str]:
 
 
 def _directive_value(value: str) -> str:
-    """In double quotes where sbatch would end it at a space, a quote or a comment."""
+    """Put a value in double quotes if sbatch would end it at a space, a quote or a comment."""
     if not set(value) & set(" \"'#"):
         return value
     return '"' + value.replace('"', '\\"') + '"'
@@ -116,7 +116,7 @@ def _launch(config: SubmitConfig, work: Work) -> str:
 
 
 def _mounts(work: Work) -> list[str]:
-    """What the job reads and writes of its own, each folder at its own place; what lies in another comes with it."""
+    """Mount what the job itself reads and writes, each folder at its own place; sub-folders come with it."""
     own = sorted({work.run_dir, work.code, work.folder})
     if any(set(folder) & set(",: ") for folder in own):
         raise ValueError(f"one of {', '.join(own)} holds a comma, colon or space: a container cannot be given it.")
@@ -124,7 +124,7 @@ def _mounts(work: Work) -> list[str]:
 
 
 def _agent(config: SubmitConfig, work: Work) -> str:
-    """For `bash -c` on each node. The agent would die of USR1, which is meant for the ranks."""
+    """Write the text for `bash -c` on each node. The agent would die of USR1, which is meant for the ranks."""
     job = f"(SLURM_JOB_ID + {STRIDE} * ${{SLURM_RESTART_COUNT:-0}})"
     options = [
         f"--config_file {shlex.quote(work.engine_file)}",

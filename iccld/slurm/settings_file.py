@@ -1,4 +1,4 @@
-"""`--settings`: what YAML says of an allocation, each value of its setting's type."""
+"""Option `--settings`: the settings of an allocation as YAML, each value of its setting's type."""
 
 from dataclasses import fields
 from enum import Enum
@@ -12,7 +12,7 @@ _DEFAULTS = {setting.name: setting.default for setting in fields(SubmitConfig)} 
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """By name. Raises ValueError for what no setting takes, in one line."""
+    """Read the settings by name. Raises ValueError for a value that no setting takes, in one line."""
     loaded = plain_yaml.read_yaml(path, aliases=True) or {}
     unknown = sorted(map(str, loaded.keys() - _DEFAULTS)) if isinstance(loaded, dict) else ["no settings"]
     if unknown:

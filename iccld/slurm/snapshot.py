@@ -1,4 +1,4 @@
-"""The code as it was when a job was submitted: what is edited afterwards changes no job that waits."""
+"""Copy of the code at a job's submission: later edits change no job that waits."""
 
 import errno
 import hashlib
@@ -33,7 +33,7 @@ LEFT_OVER_AFTER_S = 86_400.0
 
 
 def code_files() -> Iterator[tuple[str, Path]]:
-    """Where each file lies in the copy, and where it is now."""
+    """Yield the path of each file in the copy, and its present path."""
     found = {*PACKAGE.rglob("*"), *(PACKAGE / LINKED).rglob("*")}
     for path in sorted(found):
         if path.is_file() and COMPILED not in path.parts:
@@ -41,7 +41,7 @@ def code_files() -> Iterator[tuple[str, Path]]:
 
 
 def code_hash() -> str:
-    """The name of this state of the code, by every file's name and content."""
+    """Return a name of this state of the code, made of every file's name and content."""
     digest = hashlib.sha256()
     for name, path in code_files():
         content = path.read_bytes()
@@ -50,9 +50,9 @@ def code_hash() -> str:
 
 
 def copy_code(folder: Path) -> Path:
-    """`folder`/HASH with the package; made once for each state of the code, whole or not at all.
+    """Copy the package to `folder`/HASH, once for each state of the code, whole or not at all; return the copy.
 
-    Raises ValueError where something else has that name: a job would run it.
+    Raises ValueError if something else has that name: a job would run it.
     """
     target = folder / code_hash()
     refuse_links(target, within=folder)
@@ -74,7 +74,7 @@ def copy_code(folder: Path) -> Path:
 
 
 def _check_copy(copy: Path) -> None:
-    """Refuse a copy with anything else than this package; what Python has compiled of it is deleted."""
+    """Refuse a copy that holds anything but this package; files that Python compiled are deleted."""
     caches = [path for path in copy.rglob(COMPILED) if is_real_folder(path)]
     if strange := next(_strange(copy, caches), None):
         raise ValueError(f"{strange} is not of this code, and a job would run it; remove {copy}.")
@@ -87,7 +87,7 @@ def _check_copy(copy: Path) -> None:
 
 
 def _strange(copy: Path, caches: Collection[Path]) -> Iterator[Path]:
-    """What in a copy is not of this code, or cannot be listed or read."""
+    """Yield what in a copy is not of this code, or cannot be listed or read."""
     wanted = {copy / name: path for name, path in code_files()}
     known = {*wanted, *caches, *(parent for path in wanted for parent in path.parents)}
     yield from (cache for cache in caches if not _holds_compiled(cache))
@@ -99,7 +99,7 @@ def _strange(copy: Path, caches: Collection[Path]) -> Iterator[Path]:
 
 
 def _is_copy(path: Path, *, of: Path) -> bool:
-    """Whether it is a file of its own, with the same bytes, that can be read."""
+    """Tell whether it is a file of its own, with the same bytes, that can be read."""
     try:
         same_size = is_plain(path) and path.stat().st_size == of.stat().st_size
         return same_size and path.read_bytes() == of.read_bytes()
@@ -108,17 +108,17 @@ def _is_copy(path: Path, *, of: Path) -> bool:
 
 
 def _is_left_over(scratch: Path) -> bool:
-    """Whether its submission is no more; another one may be copying now."""
+    """Tell whether the copy was abandoned: it is old enough that no submission can still be copying."""
     return _holds_code(scratch) and time.time() - scratch.stat().st_mtime > LEFT_OVER_AFTER_S
 
 
 def code_version(version: str) -> str:
-    """Version, commit, what differs from it, and who submitted where."""
+    """Return version, commit, uncommitted changes, and who submitted from where."""
     return "".join(f"{name}: {value}\n" for name, value in code_facts(version).items())
 
 
 def code_facts(version: str) -> dict[str, str]:
-    """What `code_version` tells, by name."""
+    """Return what `code_version` tells, by name."""
     changed = _git("status", "--porcelain", "--", "iccld", LINKED).splitlines()
     return {
         "iccld": version,
@@ -131,7 +131,7 @@ def code_facts(version: str) -> dict[str, str]:
 
 
 def _git(*arguments: str) -> str:
-    """What git says of the checkout; "" where the package is installed, or git is not there."""
+    """Return git's answer about the checkout; "" if the package is installed, or git is missing."""
     if not (PACKAGE.parent / ".git").exists():
         return ""
     try:

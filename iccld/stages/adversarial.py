@@ -37,7 +37,7 @@ NOISE = tuple(f"noise {domain}" for domain in DOMAINS)
 def noise_shapes(
     config: AdversarialConfig, *, latent: Sequence[int], crop_size: Sequence[int]
 ) -> dict[str, tuple[int, ...]]:
-    """The shapes, by purpose, of the noise that a step draws for each sample."""
+    """Return the shapes, by purpose, of the noise that a step draws for each sample."""
     shapes: dict[str, tuple[int, ...]] = {}
     if not config.deterministic:
         shapes |= dict.fromkeys(NOISE, tuple(latent))
@@ -49,7 +49,7 @@ def noise_shapes(
 
 
 def new_discriminator(model: ICCLD, objective: AdversarialConfig, config: DiscriminatorConfig) -> Discriminator:
-    """A discriminator of what the objective shows it."""
+    """Make a discriminator for what the objective shows it."""
     assert model.denoiser is not None
     channels = {AdversaryInput.features: model.denoiser.middle_channels, AdversaryInput.map: model.num_classes}
     in_channels = channels.get(objective.adversary_input, model.config.latent_channels)
@@ -57,7 +57,7 @@ def new_discriminator(model: ICCLD, objective: AdversarialConfig, config: Discri
 
 
 class AdversarialStage(Stage):
-    """Stage 2 of the method. `model` brings E and D from stage 1 and the latent's statistics."""
+    """Stage 2 of the method. `model` brings E, D and the latent's statistics from stage 1."""
 
     name = "stage2"
     module: AdversarialModule
@@ -96,17 +96,17 @@ class AdversarialStage(Stage):
             torch.cat([self.views.uniform(1, f"{purpose} {domain}", numbers)[:, 0] for domain in DOMAINS])
             for purpose in ("timestep", "pure noise")
         )
-        timesteps = draw_timesteps(draws, pure, pure_noise_share=share, num_steps=len(alpha_bar))
-        if self.model.config.latent.is_a_move:  # there, the denoiser takes z_t at T-1 for pure noise
+        timesteps = draw_timesteps(draws, pure, pure_noise_share=share, num_train_steps=len(alpha_bar))
+        if self.model.config.latent.is_a_move:  # the denoiser then takes z_t at T-1 for pure noise
             timesteps = timesteps.masked_fill(timesteps == len(alpha_bar) - 1, len(alpha_bar))
         shape = z_0.shape[1:]
         noise = torch.cat([keyed_noise(batch["source"], purpose, shape, seed=self.seed) for purpose in NOISE])
         return noised(z_0, noise, timesteps, alpha_bar)
 
     def _weights(self, count: int, step: int, device: torch.device) -> Tensors:
-        """Which domain a sample is of, and what the losses weigh; `count` samples a domain.
+        """Return each sample's domain and its weights in the losses; `count` samples a domain.
 
-        Filled on the device: a tensor made from the host's numbers is a copy that the host waits for.
+        They are filled on the device: a tensor made from the host's numbers is a copy that the host waits for.
         """
         config = self.config
         ramp = min(1.0, (step + 1) / max(1, config.adversarial_ramp_steps))
@@ -117,9 +117,10 @@ class AdversarialStage(Stage):
         }
 
     def _restrict_labels(self, tensors: Tensors, is_pure: Tensor) -> Tensors:
-        """The number of valid pixels of the task losses.
+        """Return the number of valid pixels of the task losses.
 
-        Where z_t is made of labels, only samples whose z_t is pure noise count: the others' tells them.
+        If z_t is made of labels, only samples whose z_t is pure noise count: the z_t of the others gives their labels
+        away.
         """
         counts = {}
         for name in LABELLED:
@@ -148,7 +149,7 @@ class AdversarialStage(Stage):
         own = {"denoiser's average": self.teacher.module} if self.views.are_labelled_by_denoiser else {}
         return dict(self.model.named_children()) | super().parts() | own
 
-    def models(self) -> dict[str, ICCLD]:
+    def copy_models(self) -> dict[str, ICCLD]:
         teacher = copy.deepcopy(self.model)
         teacher.denoiser = self.teacher.module
         return {"teacher": teacher, "student": self.model}
@@ -179,14 +180,14 @@ def _check_labels(model: ICCLD, config: AdversarialConfig) -> None:
 
 
 class AdversarialSection(Protocol):
-    """What stage 2 reads of its section of the settings."""
+    """Part of the settings' section `stage2` that the stage reads."""
 
     objective: AdversarialConfig
     cache: ViewCacheConfig
 
 
 class Adversarial(StageKind[AdversarialSection]):
-    """Stage 2 as the programs know it."""
+    """Stage 2 as the programs see it."""
 
     name, previous = "stage2", "stage1"
     saved_as = ModelStage.adversarial
@@ -236,7 +237,7 @@ class Adversarial(StageKind[AdversarialSection]):
         return inference.num_steps
 
     def scores(self, model: ICCLD, inference: InferenceConfig, *, seed: int, score: Score) -> dict[str, Any]:
-        """By the number of steps; the mean latent is a control: denoising must be worth more than it."""
+        """Score by the number of steps; the mean latent is a control: denoising must be worth more than it."""
         by_steps: dict[str, Any] = {}
         for num_steps in self.num_steps(inference):
             denoised = next((scores for steps, scores in by_steps.items() if steps != "0"), None)

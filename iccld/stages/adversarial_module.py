@@ -1,4 +1,4 @@
-"""What trains in stage 2, and its losses: the denoiser, and the discriminator that it is trained against.
+"""The trained module of stage 2, and its losses: the denoiser, and the discriminator that it is trained against.
 
 Both live in one module under one optimiser: the denoiser's term sees the discriminator with detached parameters, the
 discriminator's term sees detached predictions, so one backward serves both.
@@ -24,7 +24,7 @@ NUM_TIMESTEP_BINS = 4
 
 
 class AdversarialModule(nn.Module):
-    """What trains in stage 2: the denoiser and the discriminator."""
+    """Trained module of stage 2: the denoiser and the discriminator."""
 
     alpha_bar: Tensor
 
@@ -32,11 +32,11 @@ class AdversarialModule(nn.Module):
         super().__init__()
         assert model.denoiser is not None
         self.denoiser, self.discriminator, self.config = model.denoiser, discriminator, config
-        self._whole = (model,)  # within a tuple it is no part: D stays out of what is trained, sharded and saved
+        self._whole = (model,)  # a tuple hides it from nn.Module: D is neither trained, sharded nor saved
         self.register_buffer("alpha_bar", model.alpha_bar.clone(), persistent=False)
 
     def forward(self, inputs: StageInputs) -> StageOutput:
-        """Losses of the micro-batch; the three domains pass the denoiser together (no layer mixes samples)."""
+        """Compute the losses of a micro-batch; the denoiser takes all domains together (no layer mixes samples)."""
         tensors, denominators = inputs
         given = Noised(*(tensors[name] for name in Noised._fields))
         prediction = self.denoiser(given.z_t, given.t, tensors_to_condition(tensors))
@@ -55,7 +55,7 @@ class AdversarialModule(nn.Module):
         return StageOutput(losses, classes | self._metrics(guesses, domains, t) | hit_metric(tensors))
 
     def _confusion(self, seen: Tensor, t: Tensor) -> Tensor:
-        """Sum over the samples that the denoiser is to change, seen by the discriminator as it is now."""
+        """Sum the confusion over the samples that the denoiser is to change; the discriminator is the current one."""
         frozen = {name: p.detach() for name, p in self.discriminator.named_parameters()}
         if self.config.adversary_input is not AdversaryInput.map:
             return domain_confusion(functional_call(self.discriminator, frozen, (seen, t))).sum()
@@ -64,7 +64,7 @@ class AdversarialModule(nn.Module):
         return domain_cross_entropy(of_target, source).sum()
 
     def _task_losses(self, logits: Tensors, tensors: Tensors, denominators: Tensors) -> Tensors:
-        """Cross entropy of D(z_0_pred, F); the gradient passes D, whose weights stay."""
+        """Compute the cross entropy of D(z_0_pred, F); the gradient passes D, whose weights stay."""
         losses = {}
         for name in LABELLED:
             labels, weights = tensors[f"{name}_labels"], tensors[f"{name}_weights"]
@@ -74,7 +74,7 @@ class AdversarialModule(nn.Module):
         return losses
 
     def _decoded(self, z_0: Tensor, tensors: Tensors) -> Tensors:
-        """D's logits at stride 4 of a clean latent and the features of the view that the denoiser saw, by domain."""
+        """Decode a clean latent by domain: D's logits at stride 4, with the features that the denoiser's view gave."""
         asked = {*(LABELLED if self.config.task_weight else ())}
         asked |= {*(self.config.adversary_domains if self.config.adversary_input is AdversaryInput.map else ())}
         if not asked:
@@ -85,7 +85,7 @@ class AdversarialModule(nn.Module):
         return dict(zip(names, logits.chunk(len(names)), strict=True))
 
     def _seen(self, prediction: DenoiserOutput, logits: Tensors) -> Tensor:
-        """What the discriminator sees."""
+        """Return the discriminator's input."""
         if self.config.adversary_input is AdversaryInput.map:
             return torch.cat([logits[name] for name in self.config.adversary_domains]).float().softmax(dim=1)
         if self.config.adversary_input is AdversaryInput.features:
@@ -95,7 +95,10 @@ class AdversarialModule(nn.Module):
         return prediction.noise_pred
 
     def _metrics(self, guesses: Tensor, domains: Tensor, t: Tensor) -> Tensors:
-        """The discriminator's accuracy per domain and timestep bin: chance says nothing, near 1 is a give-away."""
+        """Measure the discriminator's accuracy per domain and timestep bin.
+
+        An accuracy at chance means that it sees nothing; one near 1, that a mark gives the domains away.
+        """
         right = (guesses.mean(dim=(2, 3)).argmax(dim=1) == domains).float()
         bins = t * NUM_TIMESTEP_BINS // len(self.alpha_bar)
         metrics = {}

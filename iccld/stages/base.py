@@ -1,4 +1,4 @@
-"""The contract of a stage that is built: what the loop needs to know of it. For the programs, see `StageKind`."""
+"""Contract of a built stage: what the loop needs to know of it. The programs' side is `StageKind`."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,7 +14,7 @@ from iccld.uda.teacher import Teacher
 
 
 class StageInputs(NamedTuple):
-    """What `prepare` hands to the module.
+    """Inputs of the module, which `prepare` makes.
 
     `denominators` holds what each loss of this micro-batch would be divided by (valid pixels, samples). The trainer
     replaces them by their mean over the micro-batches of the global batch, so that the mean of the micro-batch losses
@@ -26,11 +26,11 @@ class StageInputs(NamedTuple):
 
 
 class StageOutput(NamedTuple):
-    """`losses`: scalars whose sum is minimised.
+    """Output of the module: `losses` are scalars whose sum is minimised.
 
-    `metrics`: `(2,)` pairs (sum, count), reported as sum / count; or `(2, n)` histograms, the second the reference of
-    the first, reported as `NAME/distance` and `NAME/lost` (`runtime.metrics.compared`). They are summed over
-    micro-batches, ranks and steps.
+    `metrics` are pairs (sum, count) `(2,)`, reported as sum / count; or two histograms `(2, n)`, the second being the
+    reference of the first, reported as `NAME/distance` and `NAME/lost` (`runtime.metrics.compared`). They are summed
+    over micro-batches, ranks and steps.
     """
 
     losses: dict[str, Tensor]
@@ -38,7 +38,7 @@ class StageOutput(NamedTuple):
 
 
 class ViewKeeper(Protocol):
-    """A cache: what `make` gives for a micro-batch, computed or read."""
+    """Cache of what `make` gives for a micro-batch: it computes or reads it."""
 
     def __call__(
         self, batch: Mapping[str, Any], make: Callable[[Mapping[str, Any]], Mapping[str, Tensor]]
@@ -52,14 +52,14 @@ class Stage(ABC):
 
     name: str
     module: Any
-    """What the engine wraps, an `nn.Module`: `forward(StageInputs) -> StageOutput`."""
+    """Module that the engine wraps, an `nn.Module`: `forward(StageInputs) -> StageOutput`."""
     student: Any
     """The part of it that is averaged, an `nn.Module`."""
     teacher: Teacher[Any]
     ema_profile: EmaProfileConfig
     profiles: PowerAverages | None = None
     view_cache: ViewKeeper | None = None
-    """Where `prepare` may keep what it computes, if the stage's `StageKind.cache` asks for it."""
+    """Cache in which `prepare` may keep what it computes, if the stage's `StageKind.cache` asks for it."""
     first_whole_step: int = 0
     """The first step that leaves nothing out, as a warm start does: from there on a step costs what the last one does.
     """
@@ -73,7 +73,7 @@ class Stage(ABC):
         """Return the optimiser's groups: what trains, at which learning rate."""
 
     @abstractmethod
-    def models(self) -> dict[str, ICCLD]:
+    def copy_models(self) -> dict[str, ICCLD]:
         """Return the models as they are now: `teacher`, which the next stage starts from, and `student`.
 
         Each model may be a copy: call this once, not in a loop.
@@ -117,7 +117,7 @@ class Stage(ABC):
 def decayed_groups(
     parameters: Iterable[tuple[str, nn.Parameter]], *, learning_rate: float, weight_decay: float, **options: Any
 ) -> list[dict[str, Any]]:
-    """Two groups of the trainable parameters: matrices decay; norms, biases and position embeddings do not."""
+    """Divide the trainable parameters in two groups: matrices decay; norms, biases and position embeddings do not."""
     trainable = [(name, p) for name, p in parameters if p.requires_grad]
     decayed = [p for name, p in trainable if p.dim() > 1 and "position" not in name]
     plain = [p for name, p in trainable if p.dim() <= 1 or "position" in name]
@@ -126,7 +126,7 @@ def decayed_groups(
 
 
 def keyed_noise(domain: Mapping[str, Any], purpose: str, shape: Sequence[int], *, seed: int) -> Tensor:
-    """Normal noise of a domain's samples, `(B, *shape)` float32: as the stream has drawn it, or else drawn here."""
+    """Return the normal noise of a domain's samples, `(B, *shape)` float32: the stream's, or else drawn here."""
     if purpose in domain:
         return domain[purpose]
     device = domain["images"].device
@@ -134,12 +134,12 @@ def keyed_noise(domain: Mapping[str, Any], purpose: str, shape: Sequence[int], *
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 `(B, 3, H, W)` to float32 in [0, 1]."""
+    """Turn uint8 `(B, 3, H, W)` into float32 in [0, 1]."""
     return images.float().div_(255.0)
 
 
 def pair(total: Tensor, count: Tensor | float) -> Tensor:
-    """A metric's (sum, count), detached, float32."""
+    """Return a metric's (sum, count), detached, float32."""
     if not isinstance(count, Tensor):
         count = torch.full((), float(count), device=total.device)
     return torch.stack([total.detach().float(), count.detach().float()])

@@ -1,4 +1,4 @@
-"""What the denoiser of stage 2 is given and by which error it learns. `C h w` latent, `T` diffusion steps."""
+"""Input of the denoiser of stage 2, and the error by which it learns. `C h w` latent, `T` diffusion steps."""
 
 from enum import Enum
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from iccld.models.denoiser import DenoiserOutput
 
 
 class DiffusionLoss(Enum):
-    """Whose squared error is minimised: the noise's (the paper), or the velocity's, which weighs noisy timesteps more.
+    """Errors to minimise, squared: the noise's (the paper), or the velocity's, which weighs noisy timesteps more.
 
     The noise's error is alpha_bar_t times the velocity's: timesteps above 800 have 1 % of its weight, while sampling in
     one step asks for timestep T-1 alone.
@@ -24,7 +24,7 @@ class DiffusionLoss(Enum):
 
 
 class Noised(NamedTuple):
-    """z_t and the noise in it, `(B, C, h, w)`; t `(B,)` int64; `is_pure` `(B,)` bool: z_t is noise, without z_0."""
+    """Noised latent z_t and its noise `(B, C, h, w)`; t `(B,)` int64; `is_pure` `(B,)` bool: z_t holds no z_0."""
 
     z_t: Tensor
     t: Tensor
@@ -32,16 +32,16 @@ class Noised(NamedTuple):
     is_pure: Tensor
 
 
-def draw_timesteps(draws: Tensor, pure_draws: Tensor, *, pure_noise_share: float, num_steps: int) -> Tensor:
-    """`(B,)` int64, on the host: uniform in [0, T-1], or T for a sample that is pure noise.
+def draw_timesteps(draws: Tensor, pure_draws: Tensor, *, pure_noise_share: float, num_train_steps: int) -> Tensor:
+    """Draw timesteps on the host, `(B,)` int64: uniform in [0, T-1], or T for a sample that is pure noise.
 
     draws, pure_draws: `(B,)` in [0, 1). One tensor tells both, so that one is sent to the device.
     """
-    return (draws * num_steps).long().masked_fill(pure_draws < pure_noise_share, num_steps)
+    return (draws * num_train_steps).long().masked_fill(pure_draws < pure_noise_share, num_train_steps)
 
 
 def noised(z_0: Tensor, noise: Tensor, timesteps: Tensor, alpha_bar: Tensor) -> Noised:
-    """Add the noise by the timesteps that `draw_timesteps` gave; where it gave T, z_t is the noise itself, at T-1.
+    """Add the noise by the timesteps of `draw_timesteps`; for T, z_t is the noise itself, at T-1.
 
     The sampler starts from there, too, whereas z_t at T-1 still has sqrt(alpha_bar_T-1) = 0.068 of z_0.
     """
@@ -52,7 +52,7 @@ def noised(z_0: Tensor, noise: Tensor, timesteps: Tensor, alpha_bar: Tensor) -> 
 
 
 def without_noise(z_0: Tensor, alpha_bar: Tensor) -> Noised:
-    """The deterministic twin's: z_t = 0 and t = T-1, whatever z_0 is."""
+    """Return the deterministic control's input: z_t = 0 and t = T-1, whatever z_0 is."""
     zeros = torch.zeros_like(z_0)
     t = torch.full((len(z_0),), len(alpha_bar) - 1, dtype=torch.int64, device=z_0.device)
     return Noised(zeros, t, zeros, torch.ones_like(t, dtype=torch.bool))
@@ -61,9 +61,9 @@ def without_noise(z_0: Tensor, alpha_bar: Tensor) -> Noised:
 def denoising_errors(
     prediction: DenoiserOutput, z_0: Tensor, given: Noised, alpha_bar: Tensor, *, loss: DiffusionLoss
 ) -> Tensor:
-    """`(B,)` float32: the squared error of each sample; where z_t is pure noise, that of z_0.
+    """Return the squared error of each sample, `(B,)` float32; where z_t is pure noise, that of z_0.
 
-    There, the noise's error would teach z_0 = 0: z_t is the noise, and z_0 is not in it.
+    The noise's error would teach z_0 = 0 there: z_t is the noise, and z_0 is not in it.
     """
     if loss is DiffusionLoss.noise:
         errors = latent_mse(prediction.noise_pred, given.noise)

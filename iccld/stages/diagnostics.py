@@ -1,7 +1,7 @@
-"""What a step can tell of itself without another pass: classes of the pseudo-labels, and student against teacher.
+"""Diagnostics of a step that need no further pass: classes of the pseudo-labels, and student against teacher.
 
-All of it looks at every fourth row and column: a sixteenth of the pixels, at the stride of the logits.
-`B H W` labels, `K` classes.
+All of them look at every fourth row and column: a sixteenth of the pixels, at the stride of the logits. `B H W` labels,
+`K` classes.
 """
 
 import torch
@@ -12,23 +12,23 @@ from iccld.stages.base import pair
 
 CLASSES, DISAGREEMENT = "pseudo_classes", "disagreement"
 STRIDE = LATENT_STRIDE // 2
-"""That of the decoder's logits."""
+"""Stride of the decoder's logits."""
 
 
 def thinned(labels: Tensor) -> Tensor:
-    """`(B, H, W)` to `(B, H/4, W/4)`: the pixel after the middle of each cell of the logits."""
+    """Thin `(B, H, W)` to `(B, H/4, W/4)`: the pixel after the middle of each cell of the logits."""
     return labels[:, STRIDE // 2 :: STRIDE, STRIDE // 2 :: STRIDE]
 
 
 def class_counts(pseudo_labels: Tensor, source_labels: Tensor, *, num_classes: int) -> Tensor:
-    """`(2, K)` int64: pixels of each class in the pseudo-labels and in the source's labels, `(B, H, W)` each."""
+    """Count each class's pixels in the pseudo-labels and in the source's labels, `(B, H, W)` each: `(2, K)` int64."""
     classes = torch.arange(num_classes, device=source_labels.device).view(-1, 1, 1, 1)
     counts = [(thinned(labels) == classes).sum(dim=(1, 2, 3)) for labels in (pseudo_labels, source_labels)]
     return torch.stack(counts)
 
 
 def disagreement(logits: Tensor, labels: Tensor, where: Tensor) -> Tensor:
-    """A metric: the share of pixels whose arg max is not the label, where `where` is set.
+    """Measure the share of pixels whose arg max is not the label, where `where` is set; returns (sum, count).
 
     logits: `(B, K, H/4, W/4)`, the student's; labels: `(B, H, W)`, the teacher's; where: `(B, H/4, W/4)` bool.
     """

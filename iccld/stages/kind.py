@@ -1,4 +1,4 @@
-"""What the programs ask of a stage by its name: how it is built, checked, fed, scored and watched.
+"""Contract of a stage for the programs, which know it by name: how it is built, checked, fed and scored.
 
 `Stage` (in `iccld.stages.base`) is a stage that is built, for the loop; a `StageKind` is its line in the table.
 """
@@ -26,9 +26,9 @@ Score = Callable[[Sequence[Predictor]], Any]
 
 @dataclass(frozen=True)
 class StageSettings(Generic[SectionT]):
-    """What a stage sees of a run's settings: `own`, the section of its name, and what concerns all stages.
+    """Settings of a run that a stage sees: `own`, the section of its name, and those of all stages.
 
-    `is_filled`: a checkpoint will give all weights, so that a stage neither loads nor downloads any.
+    `is_filled`: a checkpoint will give all weights, so the stage neither loads nor downloads any.
     """
 
     own: SectionT
@@ -41,7 +41,7 @@ class StageSettings(Generic[SectionT]):
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """`(C, h, w)` of a crop's latent."""
+        """Return `(C, h, w)` of a crop's latent."""
         height, width = (-(-side // LATENT_STRIDE) for side in self.crop_size)
         return self.model.latent_channels, height, width
 
@@ -51,14 +51,14 @@ class StageSettings(Generic[SectionT]):
 
 
 class StageKind(ABC, Generic[SectionT]):
-    """A stage as the programs know it. `name`, `saved_as` and `build` are its own; all else has a usual answer."""
+    """A stage as the programs see it. It must define `name`, `saved_as` and `build`; the rest has usual answers."""
 
     name: str
-    """That of its section in the settings, and of its folder in a run directory."""
+    """Name of its section in the settings, and of its folder in a run directory."""
     previous: str = ""
     """The stage whose teacher it starts from; empty for none."""
     saved_as: ModelStage
-    """What the cards of its models say of how far their training went."""
+    """Stage of training that the cards of its models name."""
     free_settings: tuple[str, ...] = ()
     """Settings of its section, besides those of every stage, that may change between two attempts at one run."""
     settings_of_it_alone: tuple[str, ...] = ()
@@ -70,14 +70,14 @@ class StageKind(ABC, Generic[SectionT]):
     def build(self, settings: StageSettings[SectionT], previous: ICCLD | None, *, device: torch.device) -> Stage:
         """Return the stage with its model on the device.
 
-        previous: the teacher that the stage before left; None where there is no such stage, or where the stage is
-        built to be measured, not to learn: then from fresh weights. Raises ValueError for settings that do not fit.
+        previous: the teacher that the stage before left; None if there is no such stage, or if the stage is built to be
+        measured and not to learn, from fresh weights. Raises ValueError for settings that do not fit.
         """
 
     def check(self, settings: StageSettings[SectionT], *, device: torch.device, is_sharded: bool) -> None:
-        """Refuse what the stage would stumble over, before time is spent on an earlier one. Raises ValueError.
+        """Refuse settings that would fail this stage, before time is spent on an earlier one. Raises ValueError.
 
-        is_sharded: whether ranks hold shards of what trains.
+        is_sharded: ranks hold shards of what trains.
         """
 
     def reads_target(self, settings: StageSettings[SectionT]) -> bool:

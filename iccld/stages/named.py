@@ -1,4 +1,4 @@
-"""Tensors by name, as `StageInputs` and a cache have them, and what they stand for."""
+"""Tensors by name, as `StageInputs` and a cache hold them, and the structures that they stand for."""
 
 from torch import Tensor
 
@@ -9,19 +9,19 @@ Tensors = dict[str, Tensor]
 
 
 def encoded_to_tensors(encoded: EncoderOutput, name: str) -> Tensors:
-    """`NAME_latent` and `NAME_features_0` to `_3`."""
+    """Name E's output: `NAME_latent` and `NAME_features_0` to `_3`."""
     features = {f"{name}_features_{i}": level for i, level in enumerate(encoded.features)}
     return {f"{name}_latent": encoded.latent} | features
 
 
 def tensors_to_encoded(tensors: Tensors, name: str) -> EncoderOutput:
-    """The inverse of `encoded_to_tensors`."""
+    """Invert `encoded_to_tensors`."""
     features = sorted(key for key in tensors if key.startswith(f"{name}_features_"))
     return EncoderOutput(tensors[f"{name}_latent"], tuple(tensors[key] for key in features))
 
 
 def condition_to_tensors(condition: Tensor | Condition) -> Tensors:
-    """`condition`, and where it is rich `condition_features_0` to `_2`, `condition_classes`, `condition_images`."""
+    """Name a condition: `condition`; a rich one also has `condition_features_0` to `_2`, `_classes` and `_images`."""
     if isinstance(condition, Tensor):
         return {"condition": condition}
     features = {f"condition_features_{i}": level for i, level in enumerate(condition.features)}
@@ -30,7 +30,7 @@ def condition_to_tensors(condition: Tensor | Condition) -> Tensors:
 
 
 def tensors_to_condition(tensors: Tensors) -> Tensor | Condition:
-    """The inverse of `condition_to_tensors`."""
+    """Invert `condition_to_tensors`."""
     if "condition_classes" not in tensors:
         return tensors["condition"]
     features = [tensors[key] for key in sorted(tensors) if key.startswith("condition_features_")]

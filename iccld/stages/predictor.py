@@ -1,4 +1,4 @@
-"""Predict functions: the one way from a model and `inference` to logits, for scores, pictures and label maps alike."""
+"""Predict functions, from a model and `inference` to logits: scores, pictures and label maps all use them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from iccld import rng
 from iccld.models.iccld import ICCLD
 
 Predictor = Callable[[Tensor, Tensor], Tensor]
-"""As `iccld.evaluation.Predict`: images `(B, 3, H, W)` float32 in [0, 1] and numbers `(B,)` int64 to logits."""
+"""See `iccld.evaluation.Predict`: images `(B, 3, H, W)` float32 in [0, 1] and numbers `(B,)` int64 to logits."""
 
 
 class Weights(Enum):
@@ -24,7 +24,7 @@ class Weights(Enum):
 
 @dataclass
 class InferenceConfig:
-    """Which weights predict, and with how many denoising steps (0: the decoder alone, as after stage 1)."""
+    """Settings of prediction: which weights, and how many denoising steps (0: the decoder alone, as after stage 1)."""
 
     weights: Weights = Weights.teacher  # which model predicts; best: the teacher that scored best in training
     num_steps: list[int] = field(

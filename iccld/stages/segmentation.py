@@ -41,33 +41,33 @@ CORRUPTION_NOISE = "corruption noise"
 
 @dataclass
 class SegmentationConfig:
-    """Stage 1. The defaults are the field's published constants (DAFormer, MIC); an option of weight 0 is off."""
+    """Settings of stage 1's objective, by default the constants of DAFormer and MIC; an option of weight 0 is off."""
 
     adapt: bool = True  # False: source only
-    encoder_learning_rate: float = 6e-5  # of the backbone
-    decoder_learning_rate: float = 6e-4  # of everything else that is trained
+    encoder_learning_rate: float = 6e-5  # the backbone's
+    decoder_learning_rate: float = 6e-4  # that of all other trained weights
     weight_decay: float = 0.01  # AdamW's
-    teacher_decay: float = 0.999  # of the teacher's moving average, once it is warm
+    teacher_decay: float = 0.999  # decay of the teacher's moving average, once it is warm
     use_teacher: bool = True  # False: the student's own pseudo-labels (an ablation of the paper)
     flip_teacher: bool = False  # pseudo-labels from the mean of the image's prediction and the mirrored image's
-    confidence_threshold: float = 0.968  # of pixels that count for the image weight q
+    confidence_threshold: float = 0.968  # pixels above it count for the image weight q
     class_thresholds: float = 0.0  # share of a class's mean confidence that a pixel must reach; 0: all weigh q; 0.95
-    image_weight: bool = False  # with class-wise thresholds: confident pixels weigh q, in place of 1
+    image_weight: bool = False  # class-wise thresholds: confident pixels weigh q, not 1
     class_balance: float = 0.0  # exponent of the balance of classes in the pseudo-labels' weights; 0.5: square root
     warm_start_steps: int = 0  # source only for so many steps, so that the first pseudo-labels are worth something
-    target_weight: float = 1.0  # of the loss on mixed images
+    target_weight: float = 1.0  # weight of the loss on mixed images
     target_labels: bool = False  # an upper bound: the target's true labels in place of pseudo-labels
-    masked_weight: float = 0.0  # of the loss on masked target images; 0: off
+    masked_weight: float = 0.0  # weight of the loss on masked target images; 0: off
     masked_block: int = 64  # side of a masked block, in pixels
     masked_ratio: float = 0.7  # share of the blocks that is masked
-    feature_distance_weight: float = 0.0  # of the distance to the features of the pretrained encoder; 0: off
+    feature_distance_weight: float = 0.0  # weight of the distance to the pretrained features; 0: off
     feature_distance_classes: list[int] = field(default_factory=lambda: [6, 7, 11, 12, 13, 14, 15, 16, 17, 18])
     """Indices of the classes that the distance is taken over; with `data.classes`, the default is its things."""
-    mask_latent_weight: float = 1.0  # reconstruction of labels, where the latent is of the mask
+    mask_latent_weight: float = 1.0  # weight of the labels' reconstruction, if the latent is the mask's
     mask_latent_drop: float = 0.5  # share of samples whose inter-coder connection is dropped in the reconstruction
     mask_latent_noise: float = 0.5  # standard deviation of the noise on the latent in the reconstruction
     photometric: PhotometricConfig = field(default_factory=PhotometricConfig)
-    corruption: CorruptionConfig = field(default_factory=CorruptionConfig)  # of source and mixed images, in adaptation
+    corruption: CorruptionConfig = field(default_factory=CorruptionConfig)  # of source and mixed images
     corruption_start: int = 0  # corruption begins at this step: it slows down a network that has learnt little yet
     ema_profile: EmaProfileConfig = field(default_factory=EmaProfileConfig)
 
@@ -84,7 +84,7 @@ class SegmentationConfig:
 
 
 class SegmentationModule(nn.Module):
-    """What trains in stage 1: E, D and, where the latent is of the mask, M."""
+    """Trained module of stage 1: E, D and, if the latent is the mask's, M."""
 
     def __init__(self, model: ICCLD, config: SegmentationConfig) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class SegmentationModule(nn.Module):
         self.config = config
 
     def forward(self, inputs: StageInputs) -> StageOutput:
-        """Losses of the source, mixed and (option) masked images, all in one pass: no layer mixes samples."""
+        """Compute the losses of source, mixed and (option) masked images in one pass: no layer mixes samples."""
         tensors, denominators = inputs
         views = [name for name in ("source", "mixed", "masked") if f"{name}_images" in tensors]
         encoded = self.encoder(torch.cat([tensors[f"{view}_images"] for view in views]))
@@ -131,7 +131,7 @@ class SegmentationModule(nn.Module):
         if self.mask_encoder is None:
             return {}
         latent = self.mask_encoder(tensors["source_labels"])
-        scale = latent.detach().std(dim=(1, 2, 3), keepdim=True)  # a sample's own: the batch may be split
+        scale = latent.detach().std(dim=(1, 2, 3), keepdim=True)  # one for each sample: the batch may be split
         latent = latent + self.config.mask_latent_noise * scale * tensors["mask_latent_noise"]
         logits = self.decoder(latent, features, keep=tensors["mask_latent_keep"])
         loss = weighted_cross_entropy(
@@ -149,7 +149,7 @@ class SegmentationStage(Stage):
     def __init__(
         self, model: ICCLD, config: SegmentationConfig, *, seed: int, reference: Encoder | None = None
     ) -> None:
-        """`reference`: the encoder as it was published, whose features the feature distance keeps to."""
+        """Build the stage; `reference` is the published encoder, which the feature distance compares with."""
         self.model, self.config, self.seed, self.num_classes = model, config, seed, model.num_classes
         _check_feature_distance(model, config, reference)
         self.module = SegmentationModule(model, config)
@@ -215,7 +215,7 @@ class SegmentationStage(Stage):
         )
 
     def _corrupted(self, view: str, images: Tensor, source: Mapping[str, Any], target_images: Tensor) -> Tensor:
-        """Labelled images made more like the target's; the stream pairs source i with target i by their number."""
+        """Make labelled images more like the target's; the stream pairs source i with target i by their number."""
         config = self.config.corruption
         if not config.strength:
             return images
@@ -250,15 +250,15 @@ class SegmentationStage(Stage):
         teacher = {f"teacher {name}": part for name, part in self.teacher.module.named_children()}
         return super().parts() | teacher | ({"reference": self.reference} if self.reference is not None else {})
 
-    def models(self) -> dict[str, ICCLD]:
+    def copy_models(self) -> dict[str, ICCLD]:
         return {"teacher": self.teacher.module, "student": self.model}
 
     @torch.no_grad()
     @without_compiled_code()  # its batches are not the steps'
     def finish(self, batches: Iterable[Mapping[str, Any]]) -> None:
-        """The latent's mean and std per channel, so that stage 2 diffuses a latent of unit variance (as in LDM)."""
+        """Measure the latent's mean and std per channel: stage 2 diffuses a latent of unit variance (as in LDM)."""
         domains = [domain for batch in batches for domain in batch.values()]
-        for model in self.models().values():
+        for model in self.copy_models().values():
             moments = [self._moments(model, domain) for domain in domains]
             z_0, condition = (torch.stack(of_batches).sum(dim=0) for of_batches in zip(*moments, strict=True))
             model.set_latent_statistics(z_0=z_0, condition=condition)
@@ -283,7 +283,7 @@ class SegmentationStage(Stage):
 
 
 def _metrics(tensors: dict[str, Tensor], logits: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Confident pixels; classes of the pseudo-labels; where the student, on the mix, is not of the teacher's mind."""
+    """Measure confident pixels, classes of pseudo-labels, and where the student contradicts the teacher."""
     if "confident" not in tensors:
         return {}
     metrics = {"confident": pair(tensors["confident"].sum(), len(tensors["confident"]))}
@@ -307,13 +307,13 @@ def _check_feature_distance(model: ICCLD, config: SegmentationConfig, reference:
 
 
 class SegmentationSection(Protocol):
-    """What stage 1 reads of its section of the settings."""
+    """Part of the settings' section `stage1` that the stage reads."""
 
     objective: SegmentationConfig
 
 
 class Segmentation(StageKind[SegmentationSection]):
-    """Stage 1 as the programs know it."""
+    """Stage 1 as the programs see it."""
 
     name = "stage1"
     saved_as = ModelStage.segmentation

@@ -14,14 +14,14 @@ LONGER_WARM_START = "a longer stage1.objective.warm_start_steps"
 
 @dataclass(frozen=True)
 class Sign:
-    """`name` is what a stage tells once; `words` what was seen and what to try, in one line."""
+    """Sign of failure: `name` identifies it, since it is told once; `words` say what was seen and what to try."""
 
     name: str
     words: str
 
 
 class SelfTraining(Protocol):
-    """The settings of an objective that learns from pseudo-labels."""
+    """Settings of an objective that learns from pseudo-labels."""
 
     class_thresholds: float
     class_balance: float
@@ -41,7 +41,7 @@ def remedies_of_lost_classes(stage: str, objective: SelfTraining) -> list[str]:
 
 
 def signs_of_discriminator(recent: Sequence[Mapping[str, Any]], *, is_ramped: bool) -> list[Sign]:
-    """Tell of a discriminator that teaches nothing: it is too strong, or, once its weight is whole, blind."""
+    """Find a discriminator that teaches nothing: too strong, or still at chance when its weight is whole."""
     domains = [name for name in recent[-1] if name.startswith("accuracy/") and not name.startswith("accuracy/t_bin")]
     if not domains:
         return []

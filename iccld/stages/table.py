@@ -1,4 +1,4 @@
-"""The stages there are, in the order in which a run trains them. Whoever needs to know of one asks its line here."""
+"""Table of the stages, in the order in which a run trains them. Code that depends on the stage asks its line here."""
 
 from typing import Any
 

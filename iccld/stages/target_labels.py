@@ -1,4 +1,7 @@
-"""What the frozen networks, and if asked the denoiser, take the target's pixels for. `B H W` images, `K` classes."""
+"""Class probabilities of the target's pixels, by the frozen networks and, if asked, the denoiser.
+
+`B H W` images, `K` classes.
+"""
 
 from collections.abc import Sequence
 
@@ -18,10 +21,10 @@ def target_probabilities(
     denoiser: Denoiser | None = None,
     noise: Tensor | None = None,
 ) -> Tensor:
-    """Mean class probabilities of the images, `(B, K, H, W)` float32.
+    """Return the mean class probabilities of the images, `(B, K, H, W)` float32.
 
     images: `(B, 3, H, W)` in [0, 1], or `(2B, 3, H, W)`: then the second half is the first, mirrored. encoded: E's
-    output of them. denoiser: the mean is also of D(z_0_pred, F) by one step from `noise`, shaped as E's latent.
+    output of them. denoiser: if given, the mean includes D(z_0_pred, F) by one step from `noise`, shaped as E's latent.
     """
     maps = [model.decode(encoded, images.shape[-2:]).float().softmax(dim=1)]
     if denoiser is not None:
@@ -34,6 +37,6 @@ def target_probabilities(
 
 
 def unmirrored(probabilities: Tensor, count: int) -> Tensor:
-    """Mean probabilities `(count, K, H, W)` of images and of their mirrored ones, where these follow them."""
+    """Return the mean probabilities `(count, K, H, W)` of images and of their mirrored ones, if these follow them."""
     views: Sequence[Tensor] = probabilities.split(count)
     return views[0] if len(views) == 1 else (views[0] + views[1].flip(3)) / 2

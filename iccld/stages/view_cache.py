@@ -32,7 +32,7 @@ from iccld.stages.named import Tensors
 
 FORMAT = 1
 HIT = "is_kept"
-"""The name of a scalar beside the views: 1 where they were read, 0 where they were computed."""
+"""The name of a scalar beside the views: 1 if they were read, 0 if they were computed."""
 _OF_IMAGES = ("images", "labels", "valid", "keys")
 _MAX_PENDING = 4
 _ALIGNMENT = 16
@@ -42,9 +42,9 @@ _START = 2 * _NUMBER.size
 
 @dataclass
 class ViewCacheConfig:
-    """The cache of what E and D give in stage 2. FLOPs and MFU count both as if they ran in every step."""
+    """Settings of the cache of stage 2's views. FLOPs and MFU count E and D as if they ran in every step."""
 
-    num_samples: int = 0  # of each domain, seen again and again; 0: no cache, and every sample is new
+    num_samples: int = 0  # samples of each domain, seen again and again; 0: no cache, every sample is new
     folder: str = ""  # on the node's disk or in its memory, shared by its ranks and by runs of equal views
     max_gib: float = 20.0  # the most that the folder may take; what does not fit is computed each time
 
@@ -72,10 +72,10 @@ class Store(Protocol):
 
 
 class ViewCache:
-    """What `make` gives for a micro-batch, from the store if it is there.
+    """Cache of what `make` gives for a micro-batch: it reads it from the store, or computes and stores it.
 
     `identity` says what the views depend on besides the numbers: networks, settings, data. `report` is told once when
-    the store is full. fp32 is kept as fp16, all else as it is.
+    the store is full. fp32 is kept as fp16, all else unchanged.
     """
 
     def __init__(
@@ -86,13 +86,13 @@ class ViewCache:
         self._is_full = False
 
     def __deepcopy__(self, memo: Any) -> None:
-        """None: a copy of a stage, which is there to count or to try, must neither read nor write."""
+        """Return None: a copy of a stage is made to count or to try, and must neither read nor write the cache."""
 
     def __call__(self, batch: Mapping[str, Any], make: Callable[[Mapping[str, Any]], Mapping[str, Tensor]]) -> Tensors:
-        """`make` of a micro-batch whose `numbers` are those that its samples are seen as, on its device.
+        """Return `make` of a micro-batch, on its device; `numbers` are those that its samples are seen as.
 
-        The host waits neither for the device nor for a write. Raises ValueError for values that fp16 does not hold,
-        which a later call may find.
+        The host waits neither for the device nor for a write. Raises ValueError for values that fp16 does not hold; a
+        later call may be the one that finds them.
         """
         self._collect()
         numbers, device = batch["source"]["numbers"] % self.num_samples, batch["source"]["images"].device
@@ -115,7 +115,7 @@ class ViewCache:
         return {HIT: torch.zeros((), device=device), **views}
 
     def finish(self) -> None:
-        """Wait for what is being written."""
+        """Wait until everything is written."""
         while self._pending:
             self._pending.popleft().result()
 
@@ -139,24 +139,24 @@ class ViewCache:
 
 
 class _Kept(NamedTuple):
-    """`dtype`: what the tensor is read as."""
+    """Stored tensor; it is read as `dtype`."""
 
     tensor: Tensor
     dtype: torch.dtype
 
 
 def hit_metric(tensors: Tensors) -> Tensors:
-    """The share of micro-batches that were found, where there is a cache."""
+    """Return the share of micro-batches that were found, if there is a cache."""
     return {"cache/hits": pair(tensors[HIT], 1.0)} if HIT in tensors else {}
 
 
 def _rounded(tensor: Tensor) -> Tensor:
-    """A copy as it is kept, in the same layout: networks that read it take as long as before."""
+    """Copy a tensor, rounded as the store keeps it, in the same layout: networks that read it stay as fast."""
     return tensor.to(torch.float16 if tensor.dtype is torch.float32 else tensor.dtype, copy=True)
 
 
 def _to_host(kept: dict[str, _Kept], device: torch.device) -> tuple[dict[str, _Kept], Any]:
-    """The tensors on the host, and on CUDA the event after which they are there."""
+    """Copy the tensors to the host; on CUDA, also return the event after which they are there."""
     if device.type != "cuda":
         return kept, None
     on_host = {}
@@ -167,7 +167,7 @@ def _to_host(kept: dict[str, _Kept], device: torch.device) -> tuple[dict[str, _K
 
 
 def _pack(kept: Mapping[str, _Kept]) -> bytes:
-    """A checksum of all that follows, the header's length, the header, the tensors' bytes each at a multiple of 16."""
+    """Pack a checksum of all that follows, the header's length, the header, and the tensors, aligned to 16 bytes."""
     header, body = [], bytearray()
     for name, (tensor, dtype) in kept.items():
         order = sorted(range(tensor.dim()), key=lambda axis: -tensor.stride(axis))
@@ -190,7 +190,7 @@ def _is_whole(data: bytes) -> bool:
 
 
 def _unpack(data: bytes, device: torch.device) -> Tensors:
-    """What `_pack` made, on the device by one copy, in the dtypes that it is read as."""
+    """Unpack what `_pack` made to the device by one copy, in the dtypes that it is read as."""
     start = _START + _NUMBER.unpack_from(data, _NUMBER.size)[0]
     buffer = rng.to_device(torch.frombuffer(bytearray(memoryview(data)[start:]), dtype=torch.uint8), device)
     views, offset = {}, 0

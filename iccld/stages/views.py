@@ -1,4 +1,4 @@
-"""What the frozen networks give in stage 2: the views of a step's images, their encodings, and what is to be predicted.
+"""Views of stage 2, made by the frozen networks: a step's images, their encodings, and the targets of prediction.
 
     source, target, mixed ── clean view ── E ── z_0 (reading `image`), pseudo-labels of the target
                           └─ corrupted, strongly augmented view ── E ── condition, features for D
@@ -44,7 +44,7 @@ LABEL_NOISE = ("pseudo-label noise", "mirrored pseudo-label noise")
 
 @dataclass
 class Views:
-    """Makes them with E, D and M of `model`."""
+    """Makes the views with E, D and M of `model`."""
 
     model: ICCLD
     config: AdversarialConfig
@@ -52,7 +52,7 @@ class Views:
 
     @property
     def need_labels(self) -> bool:
-        """Whether z_0 or a loss is of labels."""
+        """Tell whether z_0 or a loss is made of labels."""
         return self.model.config.latent.is_of_labels or self.config.task_weight > 0
 
     @property
@@ -60,9 +60,10 @@ class Views:
         return self.need_labels and self.config.pseudo_labels is PseudoLabelSource.denoiser
 
     def __call__(self, batch: Mapping[str, Any]) -> Tensors:
-        """`condition` (with its parts, where it is rich); `seen_latent`, `seen_features_0` to `_3` if a loss needs D.
+        """Make `condition` (with its parts, if rich); `seen_latent`, `seen_features_0` to `_3` if a loss needs D.
 
-        Also what `_targets` gives for stage 1's pseudo-labels; or what `with_own_labels` finds the denoiser's from.
+        The result also has what `_targets` gives for stage 1's pseudo-labels, or what `with_own_labels` makes the
+        denoiser's own of.
         """
         images = mixed_images(batch, self.uniform(self.model.num_classes, "classmix", batch["target"]["numbers"]))
         seen_images = self._seen_images(batch, images)
@@ -81,7 +82,7 @@ class Views:
         return tensors | self._targets(batch, images.pasted, clean_latent, seen, probabilities)
 
     def with_own_labels(self, batch: Mapping[str, Any], tensors: Tensors, denoiser: Denoiser) -> Tensors:
-        """The views with what is to be predicted of pseudo-labels that are the denoiser's too."""
+        """Add the targets of prediction whose pseudo-labels are the denoiser's too."""
         target = tensors_to_encoded(tensors, "target")
         rest = {name: tensor for name, tensor in tensors.items() if not name.startswith("target_")}
         pasted, clean_latent = rest.pop("pasted"), rest.pop("clean_latent", None)
@@ -96,11 +97,11 @@ class Views:
         return rest | self._targets(batch, pasted, clean_latent, seen, unmirrored(found, len(pasted)))
 
     def uniform(self, count: int, purpose: str, numbers: Tensor) -> Tensor:
-        """`(len(numbers), count)` draws in [0, 1), on the host."""
+        """Draw `(len(numbers), count)` values in [0, 1), on the host."""
         return rng.uniform(count, seed=self.seed, purpose=f"stage2 {purpose}", numbers=numbers)
 
     def _seen_images(self, batch: Mapping[str, Any], images: Images) -> Tensor:
-        """The view that the denoiser sees: corrupted, then strongly augmented where the latent's reading has it."""
+        """Make the view that the denoiser sees: corrupted and, if the latent's reading asks for it, augmented."""
         seen = images.images
         if self.config.corruption.strength:
             seen = self._corrupted(batch, seen)
@@ -111,7 +112,7 @@ class Views:
         return strong_augment(seen, draws, self.config.photometric)
 
     def _corrupted(self, batch: Mapping[str, Any], images: Tensor) -> Tensor:
-        """Source and mixed images made more like the target's of the same number; they share the noise."""
+        """Make source and mixed images more like the target's of the same number; they share the noise."""
         config, numbers = self.config.corruption, batch["source"]["numbers"]
         noise = keyed_noise(batch["source"], CORRUPTION_NOISE, images.shape[1:], seed=self.seed)
         views = dict(zip(DOMAINS, images.chunk(len(DOMAINS)), strict=True))
@@ -122,16 +123,16 @@ class Views:
         return torch.cat([*views.values()])
 
     def _target_images(self, batch: Mapping[str, Any]) -> Tensor:
-        """The clean target images, and if asked their mirrored ones after them."""
+        """Return the clean target images and, if asked for, their mirrored ones after them."""
         images = to_float(batch["target"]["images"])
         return torch.cat([images, images.flip(3)]) if self.config.flip_teacher else images
 
     def _encoded(
         self, batch: Mapping[str, Any], images: Images, seen_images: Tensor
     ) -> tuple[EncoderOutput | None, EncoderOutput, EncoderOutput | None]:
-        """E's output of the clean view, of the seen one, and of the target's images for pseudo-labels.
+        """Return E's output of the clean view, of the seen one, and of the target's images for pseudo-labels.
 
-        E passes an image once, and none that nothing asks for (None).
+        E passes an image once. A view that nothing asks for is None.
         """
         encoder, is_clean_seen = self.model.encoder, seen_images is images.images
         needs_clean = is_clean_seen or self.model.config.latent.needs_clean_view
@@ -155,10 +156,10 @@ class Views:
         seen: EncoderOutput,
         probabilities: Tensor | None,
     ) -> Tensors:
-        """`z_0`, counts of the pseudo-labels' classes and, for the task loss, labels and weights `(B, H, W)` of source
-        and mixed, as `source_labels`, ...
+        """Make `z_0`, counts of the pseudo-labels' classes and, for the task loss, labels and weights.
 
-        probabilities: `(B, K, H, W)` float32 of the target images, where labels are needed.
+        Labels and weights `(B, H, W)` are those of source and mixed, named `source_labels`, ... probabilities: `(B, K,
+        H, W)` float32 of the target images, if labels are needed.
         """
         labels = None if probabilities is None else self._labels(batch, probabilities, pasted)
         of_z_0 = {"labels": labels.labels if labels else None, "weights": labels.weights if labels else None}

@@ -1,4 +1,4 @@
-"""ClassMix: half of the classes of a source image are pasted onto a target image (Olsson et al. 2021; DACS).
+"""ClassMix: half of a source image's classes are pasted onto a target image (Olsson et al. 2021; DACS).
 
 `B C H W` images, `K` classes.
 """
@@ -11,9 +11,9 @@ from iccld.labels import IGNORE_INDEX
 
 
 def class_mask(labels: Tensor, scores: Tensor) -> Tensor:
-    """The pixels to paste: those of ceil(n/2) of the n classes present, never of ignored pixels.
+    """Choose the pixels to paste: those of ceil(n/2) of the n classes present, never ignored ones.
 
-    labels: `(B, H, W)` integer class indices, 255 ignored; scores: `(B, K)` draws in [0, 1), the classes present with
+    labels: `(B, H, W)` integer class indices, 255 ignored; scores: `(B, K)` draws in [0, 1): the classes present with
     the highest scores are taken. Returns a bool mask `(B, H, W)`.
     """
     num_classes = scores.shape[1]
@@ -29,5 +29,5 @@ def class_mask(labels: Tensor, scores: Tensor) -> Tensor:
 
 
 def paste(mask: Tensor, source: Tensor, target: Tensor) -> Tensor:
-    """`source` where the mask `(B, H, W)` is set, else `target`; both `(B, C, H, W)` or `(B, H, W)` of one dtype."""
+    """Take `source` inside the mask `(B, H, W)`, else `target`; both `(B, C, H, W)` or `(B, H, W)` of one dtype."""
     return torch.where(mask.unsqueeze(1) if source.dim() == 4 else mask, source, target)

@@ -23,7 +23,7 @@ GREY = 0.5
 
 @dataclass
 class CorruptionConfig:
-    """Corruption of labelled images towards the target.
+    """Settings of the corruption of labelled images towards the target.
 
     A sample draws how much it gets of each part, from nothing to the largest; blocks have a fixed share.
     """
@@ -32,7 +32,7 @@ class CorruptionConfig:
     fourier_band: float = 0.1  # largest half width of the band that is the target's, as a share of the shorter side
     jitter: float = 0.4  # largest change of brightness, contrast, saturation and hue
     blur_sigma: float = 1.5  # largest standard deviation of the blur, in pixels
-    noise: float = 0.1  # largest standard deviation
+    noise: float = 0.1  # largest standard deviation of the sensor noise, in units of [0, 1]
     block: int = 16  # side of a grey block, in pixels
     block_ratio: float = 0.15  # share of the blocks that turns grey
 
@@ -48,14 +48,17 @@ class CorruptionConfig:
         )
 
     def photometric(self) -> PhotometricConfig:
-        """The jitter and blur of this strength."""
+        """Return the jitter and blur of this strength."""
         jitter, sigma = self.strength * self.jitter, self.strength * self.blur_sigma
         least = PhotometricConfig.blur_sigma_min
         return PhotometricConfig(jitter_probability=1.0, jitter=jitter, blur_sigma_max=least + sigma)
 
 
 class CorruptionDraws(NamedTuple):
-    """`uniform`: `(B, n)` in [0, 1) on the host; `noise`: `(B, 3, H, W)` standard normal, where the images are."""
+    """Draws of a batch: `uniform` `(B, n)` in [0, 1) on the host; `noise` `(B, 3, H, W)` standard normal.
+
+    The noise is on the images' device.
+    """
 
     uniform: Tensor
     noise: Tensor
@@ -64,7 +67,7 @@ class CorruptionDraws(NamedTuple):
 def draw_corruption(
     config: CorruptionConfig, *, noise: Tensor, seed: int, purpose: str, numbers: Tensor
 ) -> CorruptionDraws:
-    """The draws for images of the size of `noise` `(B, 3, H, W)`, keyed by sample."""
+    """Draw for images of the size of `noise` `(B, 3, H, W)`, keyed by sample."""
     rows, columns = _blocks(noise.shape[-2:], config)
     count = NUM_SHARES + NUM_DRAWS + rows * columns
     return CorruptionDraws(rng.uniform(count, seed=seed, purpose=purpose, numbers=numbers), noise)

@@ -1,4 +1,4 @@
-"""Averages of a training's weights under power-function profiles, and any other such average out of a few of them.
+"""Averages of a training's weights under power-function profiles, and other averages rebuilt from them.
 
 After Karras et al. 2024 (arXiv 2312.02696), section 3 and appendix C. A profile of exponent gamma at time t weighs the
 weights of time tau <= t by (gamma + 1) tau^gamma / t^(gamma + 1); its standard deviation relative to t is its `width`
@@ -20,7 +20,7 @@ WIDEST = 1 / math.sqrt(12)
 
 @dataclass
 class EmaProfileConfig:
-    """Which averages are kept beside the teacher, and how often they are written. No widths: none are."""
+    """Settings of the averages that are kept beside the teacher, and of their snapshots. No widths: no averages."""
 
     widths: list[float] = field(default_factory=list)  # two, as [0.05, 0.10], span all others
     snapshot_every: int = 0  # steps between the snapshots that are written; 0: none
@@ -39,21 +39,21 @@ class EmaProfileConfig:
 
 
 class Profile(NamedTuple):
-    """An average at time t = `step`, the number of optimiser steps done."""
+    """Profile of an average at time t = `step`, the number of optimiser steps done."""
 
     step: int
     width: float
 
 
 def label(width: float) -> str:
-    """`ema_0.050`: what the names of an average's tensors begin with."""
+    """Return the prefix of the names of an average's tensors, such as `ema_0.050`."""
     return f"ema_{width:.3f}"
 
 
 def exponent(width: float, *, setting: str = "") -> float:
-    """The exponent gamma >= 0 of a relative width: (gamma + 2)^2 (gamma + 3) = (gamma + 1) / width^2.
+    """Return the exponent gamma >= 0 of a relative width: (gamma + 2)^2 (gamma + 3) = (gamma + 1) / width^2.
 
-    Raises ValueError, naming `setting`, outside of (0, 0.2886].
+    Raises ValueError, which names `setting`, outside of (0, 0.2886].
     """
     if not 0 < width <= WIDEST:
         raise ValueError(
@@ -66,20 +66,20 @@ def exponent(width: float, *, setting: str = "") -> float:
 
 
 def relative_width(gamma: float) -> float:
-    """The inverse of `exponent`."""
+    """Invert `exponent`."""
     return math.sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)))
 
 
 def decay(step: int, *, gamma: float) -> float:
-    """beta of the update after optimiser step `step`, (1 - 1/t)^(gamma + 1): 0 after step 0."""
+    """Return beta of the update after optimiser step `step`, (1 - 1/t)^(gamma + 1): 0 after step 0."""
     return (step / (step + 1)) ** (gamma + 1)
 
 
 def inner_products(first: Sequence[Profile], second: Sequence[Profile]) -> np.ndarray:
-    """The integrals of the products of all pairs of profiles, `(len(first), len(second))` float64, in 1/steps.
+    """Integrate the products of all pairs of profiles: `(len(first), len(second))` float64, in 1/steps.
 
-    With t_min^(gamma_a + gamma_b + 1) / (t_a^(gamma_a + 1) t_b^(gamma_b + 1)) written as a power of t_min / t_max, over
-    t_max, nothing overflows: that power has the exponent of the later profile.
+    The term t_min^(gamma_a + gamma_b + 1) / (t_a^(gamma_a + 1) t_b^(gamma_b + 1)) is written as a power of t_min /
+    t_max, over t_max, so that nothing overflows: that power has the exponent of the later profile.
     """
     steps_a, gammas_a = (column[:, None] for column in _columns(first))
     steps_b, gammas_b = (column[None, :] for column in _columns(second))
@@ -89,10 +89,10 @@ def inner_products(first: Sequence[Profile], second: Sequence[Profile]) -> np.nd
 
 
 def snapshot_weights(snapshots: Sequence[Profile], wanted: Profile) -> np.ndarray:
-    """The combination of snapshots that is nearest to the wanted profile in the mean square: `(N,)` float64, sum 1.
+    """Return the weights `(N,)` float64, of sum 1, that combine snapshots nearest to the wanted profile.
 
-    The sum is a constraint that the paper does without: by it, a weight that never moved comes back as it is, also
-    from few snapshots. A profile that is among the snapshots is that snapshot alone.
+    Nearest is meant in the mean square. The paper does without the constraint on the sum: by it, a weight that never
+    moved comes back unchanged, also from few snapshots. A profile that is among the snapshots is that snapshot alone.
     """
     if wanted in snapshots:
         return np.eye(len(snapshots))[list(snapshots).index(wanted)]
@@ -107,7 +107,7 @@ def snapshot_weights(snapshots: Sequence[Profile], wanted: Profile) -> np.ndarra
 
 
 def profile_error(snapshots: Sequence[Profile], weights: np.ndarray, wanted: Profile) -> float:
-    """The distance of the combined profile from the wanted one, relative to the wanted one's norm."""
+    """Return the distance of the combined profile from the wanted one, relative to the wanted one's norm."""
     norm = inner_products([wanted], [wanted])[0, 0]
     cross = inner_products(snapshots, [wanted])[:, 0]
     squared = weights @ inner_products(snapshots, snapshots) @ weights - 2 * weights @ cross + norm
@@ -136,14 +136,14 @@ class PowerAverages:
             torch._foreach_lerp_(held, current, weight)  # pyright: ignore[reportPrivateImportUsage]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """`ema_0.050/<name>` to the average itself, not a copy: fp32, sharded as the parameter is."""
+        """Return the averages as `ema_0.050/<name>`, not copies: fp32, sharded as the parameters are."""
         return {f"{prefix}/{name}": t for prefix, of_width in self.averages.items() for name, t in of_width.items()}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take what `state_dict` gave; a full tensor is also taken where the average is sharded.
+        """Take what `state_dict` gave; a sharded average also takes a full tensor.
 
-        Raises ValueError where names or shapes are others.
+        Raises ValueError for other names or shapes.
         """
         own = self.state_dict()
         if own.keys() != state.keys():
@@ -169,7 +169,7 @@ def _columns(profiles: Sequence[Profile]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _is_sharded(tensor: Tensor) -> bool:
-    """Tell a DTensor by its method: importing the class takes most of a second, and most runs have none."""
+    """Tell whether it is a DTensor, by its method: importing the class takes most of a second, for few runs."""
     return hasattr(tensor, "to_local")
 
 

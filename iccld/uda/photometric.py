@@ -15,7 +15,7 @@ _BLUR_KERNEL = 9  # 3.5 sigma of the strongest blur
 
 @dataclass
 class PhotometricConfig:
-    """Colour jitter and blur; the defaults are DAFormer's."""
+    """Settings of colour jitter and blur; the defaults are DAFormer's."""
 
     jitter_probability: float = 0.8  # chance that an image's colours are jittered
     jitter: float = 0.2

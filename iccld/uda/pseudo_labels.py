@@ -14,7 +14,7 @@ MAX_BALANCE = 4.0
 
 
 class PseudoLabels(NamedTuple):
-    """labels: `(B, H, W)` uint8 class indices; weights: `(B, H, W)` float32 >= 0; confident: `(B,)` in [0, 1]."""
+    """Labels `(B, H, W)` uint8 class indices; weights `(B, H, W)` float32 >= 0; confident `(B,)` in [0, 1]."""
 
     labels: Tensor
     weights: Tensor
@@ -22,9 +22,9 @@ class PseudoLabels(NamedTuple):
 
 
 def class_probabilities(segment: Callable[[Tensor], Tensor], images: Tensor, *, flip: bool) -> Tensor:
-    """Softmax of a network's logits, `(B, K, H, W)` float32; with `flip`, the mean with the mirrored image's.
+    """Return the softmax of logits, `(B, K, H, W)` float32; with `flip`, the mean with the mirrored image's.
 
-    segment: `(B, 3, H, W)` images to logits `(B, K, H, W)`; it is called once, with both views one after the other.
+    segment: maps `(B, 3, H, W)` images to logits `(B, K, H, W)`; one call takes both views, one after the other.
     """
     if not flip:
         return segment(images).float().softmax(dim=1)
@@ -42,7 +42,7 @@ def pseudo_labels(
     class_balance: float,
     valid: Tensor,
 ) -> PseudoLabels:
-    """The teacher's arg max, and how much each pixel weighs.
+    """Take the teacher's arg max as labels, and weigh each pixel.
 
     With `class_thresholds` 0, every pixel weighs q, the fraction of its image's pixels with confidence >= `threshold`.
     Above 0, a pixel weighs 1 (with `image_weight`, q) if it reaches its class's threshold (`class_wise_thresholds`),
@@ -69,7 +69,7 @@ def pseudo_labels(
 def class_wise_thresholds(
     confidence: Tensor, labels: Tensor, trusted: Tensor, *, share: float, num_classes: int
 ) -> Tensor:
-    """Each pixel's threshold, share * m_c / max m_c: m_c is the mean confidence of the image's pixels of class c.
+    """Return each pixel's threshold, share * m_c / max m_c; m_c is the mean confidence of the image's class c.
 
     The class that the teacher is surest of has the threshold `share`; the less sure a class is, the lower its own, so
     that hard classes do not vanish from the pseudo-labels. After the self-adaptive thresholds of CBST (Zou et al. 2018,
@@ -84,7 +84,7 @@ def class_wise_thresholds(
 
 
 def balance_factors(labels: Tensor, weights: Tensor, *, exponent: float, num_classes: int) -> Tensor:
-    """Factors f_c^-exponent that leave an image's mean weight as it is; f_c is class c's share of the image's weight.
+    """Return factors f_c^-exponent that keep an image's mean weight; f_c is class c's share of the weight.
 
     Exponent 0.5 is square-root balance, 1 would give all classes the same weight. A class's factor is kept within
     1 / MAX_BALANCE and MAX_BALANCE of the mean, so that a few pixels do not dominate; then the mean is restored.
@@ -99,18 +99,18 @@ def balance_factors(labels: Tensor, weights: Tensor, *, exponent: float, num_cla
 
 
 def _mean(factors: Tensor, shares: Tensor) -> Tensor:
-    """The shares' mean of the factors, `(B, 1)`; 1 where nothing has a share."""
+    """Return the mean of the factors, weighted by the shares, `(B, 1)`; 1 if nothing has a share."""
     mean = (factors * shares).sum(dim=1, keepdim=True)
     return torch.where(mean > 0, mean, 1.0)
 
 
 def _sum_by_class(labels: Tensor, values: Tensor, *, num_classes: int) -> Tensor:
-    """Sums of `(B, H, W)` values over each class's pixels, `(B, K)` float64. Unlike a scatter, it is deterministic."""
+    """Sum `(B, H, W)` values over each class's pixels, `(B, K)` float64; unlike a scatter, deterministically."""
     classes = torch.arange(num_classes, device=labels.device).view(1, -1, 1, 1)
     of_class = torch.where(labels.unsqueeze(1) == classes, values.unsqueeze(1), 0.0)
     return of_class.sum(dim=(2, 3), dtype=torch.float64)
 
 
 def _of_pixels(by_class: Tensor, labels: Tensor) -> Tensor:
-    """`(B, K)` to each pixel's own, `(B, H, W)` float32."""
+    """Give each pixel its class's value: `(B, K)` to `(B, H, W)` float32."""
     return by_class.float().gather(1, labels.flatten(1)).view_as(labels)

@@ -10,7 +10,7 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def ema_decay(step: int, *, max_decay: float) -> float:
-    """min(1 - 1/(step + 1), max_decay) (Tarvainen & Valpola): 0 after step 0, so the teacher starts as the student."""
+    """Return min(1 - 1/(step + 1), max_decay) (Tarvainen & Valpola); 0 after step 0 copies the student."""
     return min(1.0 - 1.0 / (step + 1), max_decay)
 
 
@@ -40,6 +40,6 @@ class Teacher(Generic[ModuleT]):
 
 
 def _local(parameter: Tensor) -> Tensor:
-    """The rank's shard, where student and teacher are sharded alike: no rank needs another's to average."""
-    shard = getattr(parameter, "to_local", None)  # of a DTensor alone, whose class takes long to import
+    """Return the rank's shard if student and teacher are sharded alike: no rank needs another's to average."""
+    shard = getattr(parameter, "to_local", None)  # only a DTensor has it; importing the class takes long
     return shard().detach() if shard else parameter.detach()

@@ -15,7 +15,7 @@ DAY = 86_400.0
 
 @pytest.fixture(autouse=True)
 def few_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that a test fills them within the second."""
+    """Leave so few buckets that a test fills them within a second."""
     monkeypatch.setattr(SampleCache, "num_buckets", NUM_BUCKETS)
 
 

@@ -108,7 +108,7 @@ def scores(location: str) -> str:
 
 
 def broken(location: str) -> str:
-    """What verifying says of the sample itself; that its index is now another is no matter here."""
+    """Return what verifying says of the sample itself; the changed index does not matter here."""
     found = [problem for problem in verify_shards(location, progress=lambda line: None).problems if problem.key == "x"]
     return "".join(p.what for p in found if "class pixels" not in p.what and "members of this key" not in p.what)
 

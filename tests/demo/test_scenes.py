@@ -12,7 +12,7 @@ from PIL import Image
 
 from iccld.demo.scenes import Domain, render, write_cityscapes, write_gta5
 from iccld.demo.scenes.canvas import BUS, CAR, FENCE, Camera, Canvas, Light
-from iccld.demo.scenes.layout import CYCLE, LANE, PARKING, plan
+from iccld.demo.scenes.layout import CYCLE, LANE, PARKING, street_layout
 from iccld.demo.scenes.world import WORLDS
 from iccld.labels import CITYSCAPES_ID_TO_TRAIN_ID, CITYSCAPES_IDS, CITYSCAPES_PALETTE, lookup_table
 from iccld.rng import numpy_generator
@@ -119,7 +119,7 @@ def test_a_shadow_darkens_the_picture_and_leaves_the_labels() -> None:
 def test_vehicles_of_a_band_do_not_touch(domain: Domain) -> None:
     lengths = {"car": 4.3, "truck": 8.0, "bus": 10.0, "tram": 22.0}
     for number in range(60):
-        layout = plan(WORLDS[domain], numpy_generator(5, "test", number))
+        layout = street_layout(WORLDS[domain], numpy_generator(5, "test", number))
         spans: dict[float, list[tuple[float, float]]] = {}
         for thing in layout.placed:
             call = thing.draw
@@ -134,7 +134,7 @@ def test_vehicles_of_a_band_do_not_touch(domain: Domain) -> None:
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_the_cross_section_is_ordered_and_its_bands_are_apart(domain: Domain) -> None:
     for number in range(60):
-        layout = plan(WORLDS[domain], numpy_generator(5, "test", number))
+        layout = street_layout(WORLDS[domain], numpy_generator(5, "test", number))
         bands, street = sorted(layout.bands), layout.street
         width = {**dict.fromkeys(street.lanes, LANE), **dict.fromkeys(layout.cycle, CYCLE)}
         for a, b in pairwise(bands):
@@ -149,7 +149,7 @@ def test_what_is_nearer_covers_what_is_farther(order: str) -> None:
     light = Light(saturation=1, exposure=1, left=1, right=1, front=1, visibility=50, haze=(0, 0, 0), shadow=0.5,
                   shadow_shift=0.5)  # fmt: skip
     canvas = Canvas(Image.new("RGB", (64, 64)), Camera(64, 64, 50, 32, 28, 1.5), light)
-    layout = plan(WORLDS[Domain.GAME], numpy_generator(5, "test", 0))
+    layout = street_layout(WORLDS[Domain.GAME], numpy_generator(5, "test", 0))
     layout.placed.clear()
 
     def panel(canvas: Canvas, *, z: float, half: float, label: int) -> None:

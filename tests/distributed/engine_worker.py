@@ -40,7 +40,7 @@ def train_step(engine: Engine, stage: Stage, num_accumulation: int, *, first: in
 
 
 def whole_tensors(engine: Engine, prefix: str) -> dict[str, Tensor]:
-    """From what each rank would write into a checkpoint."""
+    """Join what each rank would write into a checkpoint."""
     whole: dict[str, Tensor] = {}
     for held in engine.ranks.gather({n: run for n, run in engine.runs({}).items() if n.startswith(prefix)}):
         for name, (shape, start, data) in held.items():

@@ -1,4 +1,4 @@
-"""Whatever the engine and the number of ranks: the same training, and checkpoints that go on from one to another."""
+"""Every engine on any number of ranks trains the same, and resumes the checkpoints of the others."""
 
 import json
 from pathlib import Path
@@ -42,7 +42,7 @@ def assert_like(reference: Path, run_dir: Path) -> None:
 
 
 def drifts(reference: Path, other: dict[str, torch.Tensor], stage: str) -> dict[str, float]:
-    """By part (module, moments, teacher): the distance from the reference, over what that moved in its second half."""
+    """Return by part (module, moments, teacher) the distance from the reference, over its own late movement."""
     half, one = stored(reference, stage, STEPS // 2), stored(reference, stage, STEPS)
     assert one.keys() == other.keys() == half.keys()
     found = {}

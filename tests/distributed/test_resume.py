@@ -75,9 +75,7 @@ def assert_equal_weights(one: Path, two: Path) -> None:
 def test_a_resumed_run_equals_an_undisturbed_one_to_the_bit(
     scene_shards: Path, tmp_path: Path, engine: str, num_processes: int
 ):
-    """Both stages, with accumulation (4 = 1 x 4 or 1 x 2 x 2), with 0 and 2 loader workers, the worker count
-    switched.
-    """
+    """Stages 1 and 2 accumulate (4 = 1 x 4 or 1 x 2 x 2); the number of workers switches between 0 and 2."""
     whole, stopped, switched = tmp_path / "whole", tmp_path / "stopped", tmp_path / "switched"
     jobs = [
         {"overrides": overrides(scene_shards, whole)},

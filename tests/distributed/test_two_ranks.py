@@ -1,4 +1,4 @@
-"""What must hold on two real ranks; the assertions are in step_worker.py and zero_worker.py."""
+"""Properties that must hold on two real ranks; the assertions are in step_worker.py and zero_worker.py."""
 
 from pathlib import Path
 

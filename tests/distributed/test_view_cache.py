@@ -1,4 +1,4 @@
-"""Whether stage 2 finds its views in the cache changes no bit of a run; ranks share one, also with another run's."""
+"""A run has the same bits whether or not stage 2 finds its views in the cache; ranks and runs may share one."""
 
 from pathlib import Path
 from typing import Any

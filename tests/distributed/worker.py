@@ -25,11 +25,11 @@ ENGINES = {
     "zero2": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
     "fsdp2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_MIN_NUM_PARAMS": "1000"},
 }
-"""What accelerate's launcher leaves in the environment of a rank."""
+"""Variables that accelerate's launcher leaves in the environment of a rank."""
 
 
 class StopAt(Preemption):
-    """Is asked once a step; says yes at the `stop_at`-th time."""
+    """Request to stop: it is asked once a step, and says yes at the `stop_at`-th time."""
 
     def __init__(self, stop_at: int | None) -> None:
         self.remaining = stop_at

@@ -27,7 +27,7 @@ def refuse(*_: Any, **__: Any) -> NoReturn:
 
 @contextmanager
 def nothing_read() -> Iterator[None]:
-    """Of a tensor's numbers, on the host."""
+    """Fail if the host reads a tensor's numbers."""
     names = ("__bool__", "__float__", "__int__", "item", "tolist", "numpy")
     kept = {name: getattr(torch.Tensor, name) for name in names}
     accelerator = get_accelerator()

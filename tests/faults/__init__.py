@@ -1,1 +1,1 @@
-"""What a run survives."""
+"""Faults that a run survives."""

@@ -101,7 +101,7 @@ def scores(run_dir: Path) -> list[dict[str, Any]]:
 def test_a_score_in_mid_training_that_was_given_up_is_made_up_for(
     scene_shards: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
-    """So are the counts of what the workers loaded: every process of the job gets the signal, as from a scheduler."""
+    """The counts of the workers' loads are made up for too: every process of the job gets the signal."""
     more = ["stages=[stage1]", "stage1.trainer.evaluate_every=3", "data.num_workers=1", "metrics.wandb=offline"]
     more += ["stage1.trainer.checkpoint.save_every=4"]
     whole, run_dir = tmp_path / "whole", tmp_path / "run"

@@ -1,4 +1,4 @@
-"""What the world does to a run: one line, status 75, what was saved stays whole, the same command goes on."""
+"""Faults of the world end a run in one line with status 75; what was saved stays whole, and the run can go on."""
 
 import os
 import random
@@ -42,7 +42,7 @@ def until(log: Path, words: str, timeout_s: float = 120) -> None:
 
 
 def workers_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    """Its loader workers, also if a server has started them."""
+    """Return its loader workers, also if a server has started them."""
     return [
         child
         for child in psutil.Process(process.pid).children(recursive=True)
@@ -117,7 +117,7 @@ def test_a_soft_limit_of_open_files_is_raised(scene_shards: Path, tmp_path: Path
 
 
 def test_local_ranks_listen_on_the_loopback_interface_alone(scene_shards: Path, tmp_path: Path) -> None:
-    """Also where the host's name does not resolve."""
+    """The host's name need not resolve."""
     log = tmp_path / "log"
     unshared = subprocess.run(["unshare", "-u", "hostname", "x"], check=False, capture_output=True).returncode == 0
     before = 'exec unshare -u bash -c \'hostname node-without-dns && exec "$0" "$@"\' "$0" "$@";' if unshared else ""

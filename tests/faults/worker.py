@@ -63,7 +63,7 @@ def wrap(owner: Any, name: str, place: str, step_of: Any) -> None:
 
 
 def wrap_method(owner: Any, name: str, place: str, step_of: Any) -> None:
-    """Of this object alone, by its class, so that a copy has a method of its own; one on device meta is spared."""
+    """Wrap a method of this object alone, by its class, so that a copy has its own; one on device meta is spared."""
     function = getattr(type(owner), name)
 
     def wrapped(self: Any, *args: Any, **options: Any) -> Any:

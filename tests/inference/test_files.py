@@ -1,4 +1,4 @@
-"""What `predict_files` writes, reads and refuses."""
+"""`predict_files`: what it writes, reads and refuses."""
 
 import os
 import struct

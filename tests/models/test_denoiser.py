@@ -40,7 +40,7 @@ def test_any_number_of_levels(levels: list[int]):
 
 
 def test_the_first_gradient_reaches_every_parameter_from_the_output_alone():
-    """What an adversarial loss on the prediction sends back must not stop at a zero-initialised last layer."""
+    """The gradient of an adversarial loss on the prediction must not stop at a zero-initialised last layer."""
     denoiser = make_denoiser()
     denoiser(*random_inputs()).noise_pred.square().mean().backward()
     assert not without_gradient(denoiser)

@@ -22,7 +22,7 @@ def test_every_path_gives_logits_of_the_images_size(height: int, width: int):
 
 
 def test_denoised_latents_pass_the_statistics_both_ways():
-    """With a denoiser that is always right about a latent z, the decoder must get z in its own scale."""
+    """A denoiser that is always right about a latent z must lead to z in the decoder's own scale."""
     model = trained_model()
     encoded, seen = model.encoder(IMAGES), []
     target = torch.randn(encoded.latent.shape, generator=torch.Generator().manual_seed(3))

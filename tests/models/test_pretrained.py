@@ -144,7 +144,7 @@ def test_weights_that_do_not_fit_are_named(damage: str, tmp_path: Path):
 
 
 def test_a_card_may_lack_what_only_training_asks_for(tmp_path: Path):
-    """As those do that an earlier version wrote."""
+    """Cards of earlier versions lack it."""
     path = save(trained_model(), tmp_path) / "config.json"
     card = json.loads(path.read_text())
     for part in ("encoder", "denoiser"):

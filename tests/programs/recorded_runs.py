@@ -13,7 +13,7 @@ from iccld.inference.pictures import overlay
 from iccld.plain_yaml import to_yaml
 
 CLASSES = {"lane": (128, 64, 128), "kerb & grass": (107, 142, 35), "car": (0, 0, 142), "<b>bike</b>": (220, 20, 60)}
-"""Of one's own; the last tries to be markup."""
+"""Classes of one's own; the last tries to be markup."""
 BEGAN = 1_750_000_000.0
 STEP_S = 2.0
 

@@ -37,7 +37,7 @@ def begin(grid: Path, folder: Path) -> "subprocess.Popen[str]":
 
 
 def kill_all(process: "subprocess.Popen[str]") -> None:
-    """As the end of a machine does: the command and its trainings, none of which can save."""
+    """Kill the command and its trainings, as a machine's end does; none of them can save."""
     children = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     for child in children:

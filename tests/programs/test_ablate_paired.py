@@ -1,4 +1,4 @@
-"""What may be said of scores over seeds."""
+"""Statements that scores over seeds allow."""
 
 import math
 import statistics

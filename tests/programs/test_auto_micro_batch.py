@@ -26,7 +26,7 @@ def choices(run_dir: Path) -> list[dict[str, Any]]:
 def test_a_run_after_auto_equals_one_with_that_number_to_the_bit(
     scene_shards: Path, tmp_path: Path, engine: str
 ) -> None:
-    """Also stopped and resumed, where it would now choose a smaller one; not on another number of ranks."""
+    """A resumed run keeps the number, even if it would now choose a smaller one; not on another number of ranks."""
     by_hand, chosen = tmp_path / "by_hand", tmp_path / "chosen"
     auto = [*overrides(scene_shards, chosen), *(f"stage{i}.trainer.micro_batch_size=auto" for i in (1, 2))]
     jobs = [

@@ -1,4 +1,4 @@
-"""What one rank finds in a check ends all, with one status."""
+"""An error that one rank finds in a check ends all ranks, with one status."""
 
 import errno
 from dataclasses import dataclass

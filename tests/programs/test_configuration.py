@@ -19,7 +19,7 @@ def test_comments_change_no_value():
 def test_each_setting_has_its_meaning(capsys: pytest.CaptureFixture[str]):
     assert main(["config", "seed=3"]) == 0
     shown = capsys.readouterr().out.splitlines()
-    assert "seed: 3  # of every random draw" in shown
+    assert "seed: 3  # the seed of every random draw" in shown
     assert shown[shown.index("stages:") - 1] == "# The stages that this run trains."
 
 

@@ -1,4 +1,4 @@
-"""What `iccld doctor` says of machines that fit, and of those that do not."""
+"""`iccld doctor` on machines that fit, and on those that do not."""
 
 import fcntl
 import getpass

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from iccld.cli import main
-from iccld.programs.goodput import CATEGORIES, attempts, total_of
 from iccld.programs.run.event_times import read_events, straightened
+from iccld.programs.run.ledger import CATEGORIES, attempts, total_of
 
 
 def launched(time: float, since: float) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def test_a_clock_that_is_moved_changes_nothing(events: list[dict[str, Any]], jum
 def test_without_a_second_clock_a_step_back_is_said_and_counts_for_nothing(
     events: list[dict[str, Any]], jumps: dict[int, float]
 ):
-    """As runs of older versions wrote them."""
+    """Older versions wrote events without the second clock."""
     straight, notes = straightened(moving(events, {0: 10 * YEAR, **jumps}))
     true, total = total_of(attempts(events)), total_of(attempts(straight))
     assert total["training"] == pytest.approx(true["training"], abs=0.1) and min(total.values()) >= -1e-6

@@ -36,7 +36,7 @@ def test_the_line_ends_at_the_limit_and_never_below_one() -> None:
 def test_climbing_ends_on_a_size_that_was_tried_and_stays_within_the_limit(
     count: int, fails_from: int, hidden: int
 ) -> None:
-    """Also where the peaks of small sizes hide in what libraries took before, and where memory ends below the limit."""
+    """Peaks of small sizes may hide in what libraries took before, and memory may end below the limit."""
     sizes, limit = divisors(count), 100.0 + 30
 
     def peak(size: int) -> float:

@@ -1,4 +1,4 @@
-"""What an out-of-memory message says to set: only what is not set yet, and what the model can do."""
+"""Remedies of an out-of-memory message: only settings that are not set yet, and that the model can do."""
 
 from typing import Any
 

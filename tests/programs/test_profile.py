@@ -26,7 +26,7 @@ def report(run_dir: Path, stage: str) -> dict[str, Any]:
 
 
 def check(figures: dict[str, Any], world_size: int) -> None:
-    """What holds of every report."""
+    """Check what holds of every report."""
     assert figures["world_size"] == len(figures["ranks"]) == world_size
     for rank in figures["ranks"]:
         assert len(rank["step_s"]) == 4 and rank["peak_bytes"] > 1e6
@@ -116,5 +116,5 @@ def test_a_training_counts_the_arithmetic_of_each_step(scene_shards: Path, tmp_p
 
 
 def test_a_package_that_lies_on_the_path_has_no_version():
-    """As on a GPU machine, where wheels are unpacked, or a checkout is used as it is."""
+    """A package may be an unpacked wheel, or a checkout that is used without installing."""
     assert profile._version("torch") and profile._version("no-package-of-this-name") == "unknown"

@@ -104,7 +104,7 @@ class Cluster:
         return config_text(self.home, f"{host}(127.0.0.1)", ports[0], nodes)
 
     def on_controller(self) -> list[str]:
-        """What stands before a command that runs where the controller runs."""
+        """Return the words before a command that runs where the controller runs."""
         return []
 
     def on_node(self, name: str) -> list[str]:
@@ -193,7 +193,7 @@ class Cluster:
         return self.fact(job, "JobState")
 
     def tail(self) -> str:
-        """What the daemons and the jobs last said, for a test that waited in vain."""
+        """Return the last lines of the daemons and the jobs, for a test that waited in vain."""
         logs = [*self.home.glob("slurmctld.log"), *self.home.glob("slurmd_*.log")]
         said = "\n".join(f"== {log.name}\n{log.read_text(errors='replace')[-1500:]}" for log in sorted(logs))
         return f"{self.run('squeue', '--all', check=False)}\n{said}"

@@ -1,4 +1,4 @@
-"""In place of `iccld.programs.rank`: the same, with $FAULT (tests/faults/worker.py) done to it in the first attempt."""
+"""Rank as in `iccld.programs.rank`, with $FAULT (tests/faults/worker.py) done to it in the first attempt."""
 
 import os
 import sys

@@ -33,7 +33,7 @@ def install_slurm() -> None:
 
 
 def has_network_namespaces() -> bool:
-    """Whether a network namespace can be made, used and removed here."""
+    """Tell whether a network namespace can be made, used and removed here."""
     name = f"iccld_try_{os.getpid()}"
     try:
         made = subprocess.run(["ip", "netns", "add", name], capture_output=True, env={"PATH": PATH}, timeout=20)

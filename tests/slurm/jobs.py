@@ -19,7 +19,7 @@ ROOT, STEPS = Path(__file__).parents[2], 8
 
 
 def settings(shards: Path, run_dir: Path, *, batch: int = 2) -> list[str]:
-    """Both stages and their scores, saved every 3 steps."""
+    """Settings of both stages and their scores, saved every 3 steps."""
     lengths = (f"num_steps={STEPS}", f"global_batch_size={batch}", "micro_batch_size=1", "checkpoint.save_every=3")
     return [
         *scene_overrides(shards, run_dir),
@@ -65,7 +65,7 @@ class PacedRun:
         self.jobs: list[str] = []
 
     def pace(self, seconds: float) -> None:
-        """From the next step on."""
+        """Set the seconds of each step from the next one on."""
         self.pace_file.write_text(str(seconds))
 
     def submit(self, *options: str, nodes: int = 2, variables: dict[str, str] | None = None) -> str:
@@ -120,7 +120,7 @@ def events(run_dir: Path, kind: str = "") -> list[dict[str, Any]]:
 
 
 def assert_same_run(expected: Path, run_dir: Path) -> None:
-    """To the bit: the losses of every step, everything in the last checkpoints, and the finished models."""
+    """Compare to the bit: losses of every step, everything in the last checkpoints, and the finished models."""
     assert losses(run_dir) == losses(expected)
     for stage in ("stage1", "stage2"):
         one, two = (stored(run, stage, STEPS) for run in (expected, run_dir))

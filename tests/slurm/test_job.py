@@ -1,4 +1,4 @@
-"""What job.sh makes of an attempt's end, without a cluster: `scontrol` writes down what it was asked."""
+"""job.sh after each end of an attempt, without a cluster: `scontrol` writes down what it was asked."""
 
 import os
 import subprocess

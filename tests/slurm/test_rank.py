@@ -1,4 +1,4 @@
-"""What a rank of a job leaves for the job script, without a cluster."""
+"""Files that a rank of a job leaves for the job script, without a cluster."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Which variables a task of a job step is given, without a cluster."""
+"""Variables that a task of a job step is given, without a cluster."""
 
 import json
 import os
@@ -62,7 +62,7 @@ def test_the_interface_towards_this_machine_is_the_loopback():
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero1", "zero2"])
 def test_ranks_see_what_accelerate_s_launcher_would_have_set(engine: str):
-    """Of the variables that tell engines apart."""
+    """Only the variables that tell engines apart are compared."""
     said = engine_variables(engine_path(engine))
     code = (
         "import json, sys\n"

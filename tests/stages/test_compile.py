@@ -86,9 +86,9 @@ def train(
 
 
 def score(stage: Stage, step: int) -> None:
-    """As scoring between steps does: an image of another size."""
+    """Segment an image of another size, as scoring between steps does."""
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        logits = stage.models()["teacher"].segment(torch.rand(1, 3, 40 + 8 * step, 72))
+        logits = stage.copy_models()["teacher"].segment(torch.rand(1, 3, 40 + 8 * step, 72))
     assert logits.shape[-2:] == (40 + 8 * step, 72)
 
 
@@ -147,7 +147,7 @@ def test_repeating_a_block_makes_no_graph(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_inductor_is_told_to_be_deterministic(deterministic: bool):
-    """It reads the environment when it is imported, which is before an engine is made."""
+    """Inductor reads the environment when it is imported, which is before an engine is made."""
     import torch._inductor.config as inductor
 
     torch.use_deterministic_algorithms(deterministic)

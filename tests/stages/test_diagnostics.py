@@ -1,4 +1,4 @@
-"""What a step tells of itself: counts by hand, no gradient, and sums that do not depend on the split."""
+"""Diagnostics of a step: counts by hand, no gradient, and sums that do not depend on the split."""
 
 import pytest
 import torch

@@ -121,9 +121,9 @@ def test_the_velocity_loss_is_the_noises_over_alpha_bar():
 
 def test_a_share_of_the_samples_is_pure_noise_at_the_last_timestep():
     draws = torch.rand(2000, generator=torch.Generator().manual_seed(0))
-    timesteps = draw_timesteps(draws, draws.flip(0), pure_noise_share=0.3, num_steps=1000)
+    timesteps = draw_timesteps(draws, draws.flip(0), pure_noise_share=0.3, num_train_steps=1000)
     assert float((timesteps == 1000).float().mean()) == pytest.approx(0.3, abs=0.03)
-    uniform = draw_timesteps(draws, draws, pure_noise_share=0.0, num_steps=1000)
+    uniform = draw_timesteps(draws, draws, pure_noise_share=0.0, num_train_steps=1000)
     assert torch.equal(uniform, (draws * 1000).long()) and int(uniform.max()) <= LAST
     stage = make_stage(pure_noise_share=0.5)
     alpha_bar, inputs = stage.model.alpha_bar, prepared(stage)
@@ -186,7 +186,7 @@ def test_the_features_are_those_of_the_view_that_the_denoiser_sees():
 
 
 def test_a_label_in_z_t_is_no_answer():
-    """Where z_t is made of labels, only pure noise counts; ignored pixels count nowhere."""
+    """Only pure noise counts if z_t is made of labels; ignored pixels count nowhere."""
     stage = make_stage(latent=LatentKind.mask, pure_noise_share=0.5, **TASK)
     batch = random_batch(num_classes=19, numbers=range(4))
     batch["source"]["labels"][:, :8] = IGNORE_INDEX
@@ -220,7 +220,7 @@ def test_the_twins_model_is_asked_once_and_without_noise():
     stage = make_stage(deterministic=True)
     images, asked = torch.rand(2, 3, 32, 64), []
     noises = [torch.randn(2, 4, 4, 8) for _ in range(2)]
-    for model in stage.models().values():
+    for model in stage.copy_models().values():
         model.denoiser.register_forward_hook(lambda _, inputs, output: asked.append((inputs, output)))
         with torch.no_grad():
             first, second = (

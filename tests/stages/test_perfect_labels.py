@@ -1,4 +1,4 @@
-"""With perfect labels and no augmentation a tiny model must be able to learn 8 images by heart, in both stages."""
+"""A tiny model learns 8 images by heart from perfect labels without augmentation, in both stages."""
 
 import json
 from pathlib import Path

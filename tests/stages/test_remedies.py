@@ -40,7 +40,7 @@ def images_seen_by_e(stage: AdversarialStage) -> list[torch.Tensor]:
 
 
 def spread(model: ICCLD) -> ICCLD:
-    """With statistics that are not 0 and 1."""
+    """Give the model statistics that are not 0 and 1."""
     generator = torch.Generator().manual_seed(1)
     for name in ("latent", "condition"):
         model.get_buffer(f"{name}_mean").copy_(torch.rand(4, generator=generator) - 0.5)
@@ -50,7 +50,7 @@ def spread(model: ICCLD) -> ICCLD:
 
 @pytest.mark.parametrize("condition", ConditionKind)
 def test_an_untrained_residual_gives_stage_1_exactly(condition: ConditionKind):
-    for model in make_stage(latent=RESIDUAL, condition=condition).models().values():
+    for model in make_stage(latent=RESIDUAL, condition=condition).copy_models().values():
         with torch.no_grad():
             expected = spread(model).segment(IMAGES)
             assert torch.equal(model.denoise_segment(IMAGES, noise=torch.randn(2, 4, 4, 8), num_steps=1), expected)
@@ -174,7 +174,7 @@ def test_a_rich_residual_model_is_saved_whole(tmp_path: Path, size: tuple[int, i
 
 @pytest.mark.parametrize("flip", [False, True])
 def test_the_denoisers_average_is_half_of_the_pseudo_labels(flip: bool):
-    """With a denoiser whose maps are known: what D gives for the latent that it is made to predict."""
+    """The denoiser's maps are known: those that D gives for the latent that it is made to predict."""
     stage = make_stage(pseudo_labels=OWN, flip_teacher=flip, latent=LatentKind.mask)
     batch = random_batch(num_classes=19, numbers=range(4))
     images, model = batch["target"]["images"].float() / 255, stage.model

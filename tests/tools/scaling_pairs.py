@@ -91,7 +91,7 @@ def together(engine: str, words: Sequence[int], *, namespaces: Sequence[str] = (
 def two_namespaces(discipline: str) -> Iterator[list[str]]:
     """Joined by a virtual link whose two ends send under the queueing discipline, e.g. `tbf rate ...`.
 
-    Raises CalledProcessError where that is not permitted, or the kernel lacks it.
+    Raises CalledProcessError if that is not permitted, or the kernel lacks it.
     """
     names = [f"iccld{os.getpid()}_{rank}" for rank in range(2)]
     try:

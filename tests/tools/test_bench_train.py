@@ -45,7 +45,7 @@ def weights(module: nn.Module) -> Tensor:
 
 
 def assert_equal_step(ours: Ours, theirs: Any, stages: tuple[Any, Any], draws: Any) -> None:
-    """Both move the weights by the same, up to rounding."""
+    """Check that both move the weights by the same, up to rounding."""
     mine, other = (stage.module for stage in stages)
     before = weights(mine)
     torch.testing.assert_close(before, weights(other), rtol=0, atol=0)
@@ -82,7 +82,7 @@ def test_the_loop_with_two_optimisers_does_the_work_of_stage_2(reading: str) -> 
 
 
 def test_daformers_order_does_the_work_of_stage_1() -> None:
-    """In the first step: after it, the teachers differ by a step's average."""
+    """Only the first step is compared: after it, the teachers differ by a step's average."""
     config, batch = config_of(TOY), random_batch(TOY)
     numbers = batch["target"]["numbers"]
     with Engine(EngineConfig()) as engine:

@@ -139,7 +139,7 @@ def test_buckets_hold_all(num_bytes: float, first: float) -> None:
 
 
 def test_nodes_are_rings_of_their_own() -> None:
-    """By hand: 16 ranks in 2 nodes; 7 turns inside on an eighth, one between on a half of an eighth; there and back."""
+    """16 ranks in 2 nodes, by hand: 7 turns inside on an eighth, one between on a half of an eighth; there and back."""
     inside, between = nominal(alpha_us=1, gb_per_s=100), nominal(alpha_us=10, gb_per_s=10)
     took = Network(inside, between, 8).took("all_reduce", 8e9, 16)
     assert took.seconds == pytest.approx(2 * (7 * (1e-6 + 1e9 / 100e9) + 1 * (10e-6 + 0.5e9 / 10e9)))

@@ -15,7 +15,7 @@ import scaling_pairs
     "discipline", ["", "tbf rate 400mbit burst 64kbit latency 50ms"], ids=["loopback", "slow link"]
 )
 def test_two_ranks_take_what_was_predicted_from_one(discipline: str) -> None:
-    """Within 10 %. Timed: on a machine that does other things at the same time it may fail."""
+    """The prediction holds within 10 %. The test is timed, and may fail on a machine that does other things."""
     if discipline and not (shutil.which("ip") and shutil.which("tc")):
         pytest.skip("network namespaces and slow links are made by iproute2, which is not here")
     try:

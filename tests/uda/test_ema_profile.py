@@ -143,7 +143,7 @@ def test_a_tracked_profile_is_its_own_snapshot(count: int, every: int, data: st.
 @settings(max_examples=30, deadline=None)
 @given(st.integers(2, 40), st.sampled_from([0.05, 0.10]), st.sampled_from([1e-9, -1e-9]))
 def test_the_solution_tends_to_the_snapshot_as_the_wanted_profile_does(count: int, width: float, nudge: float):
-    """So what is returned as it is, is what would be solved."""
+    """The unchanged snapshot that is returned is what would be solved."""
     profiles = grid(last=count * 100, every=100)
     weights = snapshot_weights(profiles, Profile(count * 100, width + nudge))
     np.testing.assert_allclose(weights, [float(p == (count * 100, width)) for p in profiles], atol=1e-5)

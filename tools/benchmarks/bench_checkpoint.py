@@ -1,4 +1,4 @@
-"""What a checkpoint costs: ours, asynchronous and not, beside accelerator.save_state and load_state.
+"""Cost of a checkpoint: ours, asynchronous and not, beside accelerator.save_state and load_state.
 
     python tools/benchmarks/bench_checkpoint.py --json checkpoint.json    50 and 500 million parameters; 15 GiB
 
@@ -131,7 +131,7 @@ def measure(mode: str, num_params: float, num_saves: int) -> dict[str, Any]:
 
 
 def in_own_process(mode: str, num_params: float, num_saves: int) -> dict[str, Any]:
-    """So that no way finds the memory or the caches of another."""
+    """Measure in a process of its own, so that no way finds the memory or the caches of another."""
     command = [sys.executable, __file__, "--measure", mode, "--params", f"{num_params / 1e6}"]
     done = subprocess.run([*command, "--saves", str(num_saves)], stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:

@@ -1,4 +1,4 @@
-"""How fast training data arrives, ours and others' side by side: the same images and crops, one worker process each.
+"""Speed of the training data, ours and others' side by side: the same images and crops, one worker process each.
 
     python tools/benchmarks/bench_data.py                          draws street scenes; two minutes on two cores
     python tools/benchmarks/bench_data.py --images A --labels B    images, and PNGs of train ids of the same stems
@@ -88,7 +88,7 @@ def given_files(settings: argparse.Namespace) -> list[tuple[Path, Path]]:
 
 
 def prepare(settings: argparse.Namespace, folder: Path) -> tuple[Settings, str]:
-    """Writes the sets, and says why MosaicML's is not among them ("": it is)."""
+    """Write the sets, and say why MosaicML's is not among them ("": it is)."""
     sets = Settings(folder / "png", folder / "shards", folder / "mds", settings.crop, settings.batch_size)
     for kind in ("images", "labels"):
         (sets.pngs / kind).mkdir(parents=True)
@@ -144,7 +144,7 @@ def measure_rates(sets: Settings, settings: argparse.Namespace, names: list[str]
 
 
 def seconds_to_first(batches: Iterator[Pair], *, skip: int = 0) -> float:
-    """From starting the loader to its first batch, or to the one after `skip` others."""
+    """Measure from starting the loader to its first batch, or to the one after `skip` others."""
     started = time.perf_counter()
     next(itertools.islice(batches, skip, None))
     return time.perf_counter() - started

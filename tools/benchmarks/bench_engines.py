@@ -1,4 +1,4 @@
-"""What an engine costs: peak memory, bytes sent and seconds a step of each rank, at an equal global batch.
+"""Cost of an engine: peak memory, bytes sent and seconds a step of each rank, at an equal global batch.
 
     python tools/benchmarks/bench_engines.py --json engines.json    100 million parameters, two ranks, minutes
 
@@ -86,7 +86,7 @@ def _bytes_written() -> int:
 
 
 def measure(num_params: float, *, num_steps: int, batch_size: int, size: int) -> dict[str, Any]:
-    """On every rank: train for some steps; the figures of all ranks. The first step is not timed."""
+    """Train for some steps, on every rank; return the figures of all ranks. The first step is not timed."""
     with Engine(EngineConfig()) as engine:
         if engine.kind in (EngineKind.zero1, EngineKind.zero2):
             importlib.import_module("iccld.runtime.engine.zero")  # the library itself is no part of the memory

@@ -1,4 +1,4 @@
-"""What the inter-coder connection costs: time, memory and FLOPs with it and without, over resolutions and classes.
+"""Cost of the inter-coder connection: time, memory and FLOPs with it and without, over resolutions and classes.
 
     python tools/benchmarks/bench_overhead.py --json overhead.json --png overhead.png    2 minutes on 2 CPU cores
     python tools/benchmarks/bench_overhead.py --model mit_b5 --sizes 256 512 768 --batch-size 4 --precision bf16    GPU

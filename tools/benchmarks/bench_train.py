@@ -1,4 +1,4 @@
-"""How fast training is, ours and others' side by side in one run; a ratio above 1 means that ours is faster.
+"""Speed of the training, ours and others' side by side in one run; a ratio above 1 means that ours is faster.
 
     python tools/benchmarks/bench_train.py                     minutes on two cores; on a GPU at full size, compiled too
     python tools/benchmarks/bench_train.py --json FILE         keeps the figures (results/bench_train_cpu.json)
@@ -128,7 +128,7 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
 
 
 def about(chosen: argparse.Namespace) -> dict[str, Any]:
-    """What two runs must have in common to be compared, and the device."""
+    """Return what two runs must have in common to be compared, and the device."""
     has_cuda = torch.cuda.is_available()
     return {
         "size": chosen.size,
@@ -187,7 +187,7 @@ def main() -> int:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Raises ValueError where there is no JSON object."""
+    """Read a file. Raises ValueError if there is no JSON object."""
     figures = json.loads(path.read_text())
     if not isinstance(figures, dict):
         raise ValueError(f"{path} holds no figures of bench_train.py.")

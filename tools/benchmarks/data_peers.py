@@ -32,7 +32,7 @@ ENDLESS = 10**9
 
 @dataclass(frozen=True)
 class Settings:
-    """Where the sets lie, the crop's side, and the samples of a batch."""
+    """Settings: the folders of the sets, the crop's side, and the samples of a batch."""
 
     pngs: Path
     shards: Path
@@ -77,7 +77,7 @@ def augment(sample: tuple[np.ndarray, np.ndarray], crop: int) -> Pair:
 
 
 def after(samples: Iterable[Any], count: int) -> Iterator[Any]:
-    """Without the first `count`."""
+    """Leave out the first `count`."""
     return itertools.islice(samples, count, None)
 
 

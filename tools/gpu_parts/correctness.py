@@ -54,7 +54,7 @@ RUNS = {
 
 
 def correctness(folder: Path) -> Iterator[tuple[str, Any]]:
-    """Which runs are equal to the bit, and how far the losses of engines are apart; `failed` says why a run ended."""
+    """Compare runs to the bit, and the losses of engines; `failed` says why a run ended."""
     shards, runs = make_shards(folder / "scenes"), folder / "runs"
     at_once = len(RUNS) if torch.cuda.is_available() else 2
     with ThreadPoolExecutor(at_once) as pool:

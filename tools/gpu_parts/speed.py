@@ -146,7 +146,7 @@ def _kernels(step: Callable[[], object], device: torch.device) -> dict[str, Any]
 
 @contextlib.contextmanager
 def _norms(in_fp32: bool) -> Iterator[None]:
-    """With torch's own GroupNorm, which autocast computes in fp32, in place of ours."""
+    """Measure with torch's own GroupNorm, which autocast computes in fp32, in place of ours."""
     own = GroupNorm.forward
     if in_fp32:
         GroupNorm.forward = nn.GroupNorm.forward

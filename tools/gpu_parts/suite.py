@@ -13,7 +13,7 @@ WORDS = {"PASSED": "passed", "SKIPPED": "skipped", "FAILED": "failed", "ERROR": 
 
 
 def suite(folder: Path, *, limit_s: float) -> dict[str, Any]:
-    """How many passed and were skipped, and the names of those that failed; at the limit, of those that had ended."""
+    """Count the tests that passed and were skipped, and name those that failed; at the limit, of those that ran."""
     log = folder / "tests.log"
     command = ["bash", "tools/test.sh", "gpu", "-v", "-p", "no:cacheprovider", "-n", "4"]
     with log.open("w") as file:

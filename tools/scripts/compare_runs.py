@@ -18,7 +18,7 @@ STAGES = ("stage1", "stage2")
 
 
 def differences(expected: Path, run_dir: Path, *, num_steps: int) -> Iterator[str]:
-    """What of a finished run is not, to the bit, as in the expected one."""
+    """Return what of a finished run is not, to the bit, as in the expected one."""
     runs = (expected, run_dir)
     for stage in STAGES:
         last = f"{stage}/checkpoints/step_{num_steps:08d}"

@@ -53,7 +53,7 @@ PATIENCE = 5  # attempts in which a kind may fail to come
 
 @dataclass
 class Drill:
-    """Where the drill works, and what it has counted."""
+    """Drill in a folder, with its counts."""
 
     folder: Path
     engine: str
@@ -104,7 +104,7 @@ class Drill:
         return not killed
 
     def _kill_at_random(self, launch: subprocess.Popen[bytes], kind: str, log: Path, until: Callable[[], bool]) -> None:
-        """At any moment of the attempt; most of them after it has loaded and begun to train."""
+        """Kill at any moment of the attempt; most moments are after it has loaded and begun to train."""
         if self.draw.random() < 0.15:
             delay = self.draw.uniform(0, self.start_s)
         else:

@@ -1,4 +1,4 @@
-"""From a profile: samples/s, step time and hours of a run on 1 to 4,096 GPUs under each engine.
+"""Plan from a profile: samples/s, step time and hours of a run on 1 to 4,096 GPUs under each engine.
 
     iccld profile experiment=gta5_to_cityscapes run_dir=runs/gta5
     python tools/scripts/plan_scaling.py runs/gta5/profile/stage2/profile.json --png plan.png --json plan.json
@@ -33,7 +33,7 @@ GPUS = tuple(1 << n for n in range(13))
 ALPHA_US = (5.0, 10.0)
 GB_PER_S = (450.0, 50.0)  # NVLink 4, one way; an adapter of 400 Gb/s for each GPU
 MTTF_H = 6000.0
-"""Of a node of 8: 419 unexpected failures of 2,048 nodes in 54 days (The Llama 3 Herd of Models, 2024, 3.3.4)."""
+"""Hours of a node of 8: 419 unexpected failures of 2,048 nodes in 54 days (The Llama 3 Herd of Models, 3.3.4)."""
 HOUR = 3600.0
 Row = dict[str, Any]
 
@@ -141,7 +141,7 @@ def parse() -> argparse.Namespace:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Raises ValueError for what makes no plan."""
+    """Raise ValueError for arguments that make no plan."""
     if not arguments.profiles:
         raise ValueError("give a profile.json of `iccld profile`, or --measure-link.")
     numbers = {"--gpus": min(arguments.gpus), "--steps": arguments.steps, "--ranks-per-node": arguments.ranks_per_node}
@@ -152,7 +152,7 @@ def check(arguments: argparse.Namespace) -> None:
 
 
 def check_alike(profiles: Sequence[Profile]) -> None:
-    """Raises ValueError where several profiles are not of one work under different engines."""
+    """Raise ValueError if several profiles are not of one work under different engines."""
     for what in ("stage", "device", "micro_batch_size"):
         if len(found := {str(getattr(profile, what)) for profile in profiles}) > 1:
             raise ValueError(f"the profiles differ in {what} ({', '.join(sorted(found))}); plan one after another.")

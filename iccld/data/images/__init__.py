@@ -1,1 +1,1 @@
-"""Image files: what their own bytes say of them, and their pixels as arrays."""
+"""Image files: facts of their headers, and their pixels as arrays."""

@@ -1,4 +1,4 @@
-"""What an image file may ask for, and the one kind of error that a file can cause."""
+"""Limits of the size of an image file, and the one kind of error that a bad file may cause."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,16 +10,16 @@ MAX_PIXELS = 2**26
 
 
 def check_size(height: int, width: int) -> None:
-    """Refuse what is too large, or empty."""
+    """Raise ValueError if an image is empty or too large."""
     if not 0 < height * width <= MAX_PIXELS:
         raise ValueError(f"it has {height}x{width} pixels; an image may have 1 to {MAX_PIXELS}")
 
 
 @contextmanager
 def as_value_errors(library: str) -> Iterator[None]:
-    """Turn whatever a library raises on a damaged file into ValueError: failed assertions and missing keys, too.
+    """Turn everything that a library raises on a damaged file into ValueError, failed assertions too.
 
-    Within the limits, a lack of memory is the machine's fault and not the file's.
+    MemoryError stays: within the limits, a lack of memory is the machine's fault and not the file's.
     """
     try:
         yield

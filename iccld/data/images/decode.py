@@ -37,15 +37,15 @@ MAX_BYTES = 2**28
 MAX_SCANS = 100
 """The most scans of a JPEG; progressive ones have about ten."""
 DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, struct.error)
-"""What a file that cannot be read, or bytes that are broken, hostile, or no image, raise."""
+"""Errors of a file that cannot be read, and of bytes that are broken, hostile, or no image."""
 _TIFF_DEPTH = 258
 _MAX_PARTS = 2**16
 _SAMPLINGS = {(1, 1), (2, 1), (2, 2), (1, 2), (4, 1)}
-"""Of brightness against colours, in JPEGs that simplejpeg has a name for."""
+"""Samplings of brightness against colours that simplejpeg has a name for."""
 
 
 class Format(Enum):
-    """Formats of images, by their names in PIL."""
+    """Image formats, by their names in PIL."""
 
     JPEG = "JPEG"
     PNG = "PNG"
@@ -59,7 +59,7 @@ class Format(Enum):
 PACKED = (Format.JPEG, Format.PNG, Format.WEBP)
 """The formats that shards hold, and that they are made from."""
 LOOSE = tuple(Format)
-"""The formats that are read where the user's own images are segmented; of several frames or pages the first."""
+"""The formats in which a user's own images are segmented; the first of several frames or pages counts."""
 
 _MAGIC = {
     b"\xff\xd8\xff": Format.JPEG,
@@ -87,7 +87,7 @@ _STRANGERS = {
 
 
 class Window(NamedTuple):
-    """A part of an image, in pixels."""
+    """Part of an image, in pixels."""
 
     top: int
     left: int
@@ -96,7 +96,7 @@ class Window(NamedTuple):
 
 
 class _Header(NamedTuple):
-    """An image's format, its size as stored, and what turns it upright; `jpeg` is the rest of a JPEG's header."""
+    """Format, stored size and orientation of an image; `jpeg` is the rest of a JPEG's header."""
 
     format: Format
     height: int
@@ -106,17 +106,17 @@ class _Header(NamedTuple):
 
     @property
     def size(self) -> tuple[int, int]:
-        """(height, width) of the upright image."""
+        """Return (height, width) of the upright image."""
         return (self.width, self.height) if is_turned(self.orientation) else (self.height, self.width)
 
 
 def decode_image(data: bytes, *, window: Window | None = None, formats: tuple[Format, ...] = PACKED) -> np.ndarray:
-    """An encoded image, or the window of it, to `(H, W, 3)` uint8 RGB: the same pixels either way.
+    """Decode an image, or a window of it, to `(H, W, 3)` uint8 RGB; either way gives the same pixels.
 
-    It is upright, and the window one of the upright image. Alpha is dropped, other depths are scaled to 8 bits. Of a
-    PNG, no rows below the window are decoded. Of a JPEG all are: libjpeg-turbo could skip some, but no package that
-    installs everywhere offers it, and most of the time is spent on bits that must be read in any case. The result may
-    be a view of a larger array. Raises ValueError.
+    The image is turned upright first, and the window is one of the upright image. Alpha is dropped, and other depths
+    are scaled to 8 bits. Of a PNG, no rows below the window are decoded. Of a JPEG all are: libjpeg-turbo could skip
+    some, but no package that installs everywhere offers it, and most of the time is spent on bits that must be read in
+    any case. The result may be a view of a larger array. Raises ValueError.
     """
     header = _read_header(data, formats)
     _check_inside(header.size, window)
@@ -137,9 +137,9 @@ def decode_image(data: bytes, *, window: Window | None = None, formats: tuple[Fo
 
 
 def decode_label(data: bytes) -> np.ndarray:
-    """An encoded label image to `(H, W)` ids, uint8 or (of 16 bits) uint16: grey values, or indices of a palette.
+    """Decode a label image to `(H, W)` ids, uint8 or (16 bits) uint16: grey values, or indices of a palette.
 
-    Several channels are read where they say one id: equal colours, and alpha that is opaque. The array may be
+    An image of several channels is read if they say one id: equal colours, and opaque alpha. The array may be
     read-only. Raises ValueError.
     """
     header = _read_header(data, PACKED)
@@ -148,7 +148,7 @@ def decode_label(data: bytes) -> np.ndarray:
 
 
 def decode_channels(data: bytes) -> np.ndarray:
-    """An encoded label image to the samples that were written, `(H, W, C)` uint8 or uint16; alpha is last of 2 or 4.
+    """Decode a label image to its stored samples `(H, W, C)`, uint8 or uint16; alpha is the last of 2 or 4 channels.
 
     Raises ValueError.
     """
@@ -159,7 +159,7 @@ def decode_channels(data: bytes) -> np.ndarray:
 
 
 def refuse_lossy(data: bytes) -> None:
-    """Refuse, as a label, an image of a format that does not keep what was written."""
+    """Refuse a label image in a format that does not keep the values that were written."""
     found = find_format(data)
     lossy = found is Format.WEBP and all(kind != b"VP8L" for kind, _, _ in _webp_parts(data))
     if found is Format.JPEG or lossy:
@@ -168,17 +168,17 @@ def refuse_lossy(data: bytes) -> None:
 
 
 def image_size(data: bytes) -> tuple[int, int]:
-    """(height, width) of an encoded image, upright, read from its header. Raises ValueError."""
+    """Return (height, width) of an upright encoded image, read from its header. Raises ValueError."""
     return _read_header(data, PACKED).size
 
 
 def is_upright(data: bytes) -> bool:
-    """Whether an encoded image is stored as it is to be seen. Raises ValueError."""
+    """Tell whether an encoded image is stored upright. Raises ValueError."""
     return _read_header(data, PACKED).orientation == UPRIGHT
 
 
 def find_format(data: bytes) -> Format | None:
-    """The format that the first bytes say; 16 are enough."""
+    """Return the format that the first 16 bytes name."""
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return Format.WEBP
     return next((format_ for magic, format_ in _MAGIC.items() if data.startswith(magic)), None)
@@ -204,7 +204,7 @@ def _read_header(data: bytes, formats: tuple[Format, ...]) -> _Header:
 
 
 def _not_one_of(formats: tuple[Format, ...], data: bytes, found: Format | None) -> str:
-    """Why the data is not read."""
+    """Explain why the data is not read."""
     known = ", ".join(format_.value.replace("WEBP", "WebP") for format_ in formats)
     stranger = next((name for magic, name in _STRANGERS.items() if data[:64].lstrip().startswith(magic)), "")
     if data[4:8] == b"ftyp":
@@ -224,7 +224,7 @@ def _check_inside(size: tuple[int, int], window: Window | None) -> None:
 
 
 def _decode_jpeg(data: bytes, header: JpegHeader) -> np.ndarray:
-    """`(H, W, 3)` uint8 as stored. Inks, and samplings without a name, are left to PIL."""
+    """Decode to `(H, W, 3)` uint8 as stored. PIL decodes CMYK, and samplings that have no name."""
     if header.depth != 8 or not header.usual:
         kind = "without the usual compression" if header.depth == 8 else f"of {header.depth} bits a sample"
         raise ValueError(f"it is a JPEG {kind}; export it as a usual one, or as PNG")
@@ -237,7 +237,7 @@ def _decode_jpeg(data: bytes, header: JpegHeader) -> np.ndarray:
         return _decode_by_pil(only_pixels(data, header), Format.JPEG)
     try:
         return _decode_by_simplejpeg(data, header)
-    except ValueError as error:  # which it raises at the least irregularity
+    except ValueError as error:  # simplejpeg raises it at the least irregularity
         if "extraneous bytes" not in str(error):
             raise
     data = only_pixels(data, header)
@@ -257,7 +257,7 @@ def _decode_by_simplejpeg(data: bytes, header: JpegHeader) -> np.ndarray:
 
 
 def _decode_by_pil(data: bytes, format_: Format) -> np.ndarray:
-    """`(H, W, 3)` uint8 as PIL reads the first frame or page; it turns TIFFs upright itself."""
+    """Decode the first frame or page with PIL to `(H, W, 3)` uint8. PIL turns TIFFs upright itself."""
     with as_value_errors("PIL"), Image.open(io.BytesIO(data), formats=(format_.value,)) as image:
         check_size(image.height, image.width)
         if image.mode == "F" or (image.mode == "I" and format_ is Format.TIFF):
@@ -279,7 +279,7 @@ def _png_colors(data: bytes, *, box: tuple[int, int, int, int] | None = None) ->
 
 
 def _to_colors(samples: np.ndarray) -> np.ndarray:
-    """`(H, W, 3)` uint8 of grey or colours `(H, W, 1-4)`, uint8 or uint16, perhaps with alpha, which is dropped."""
+    """Turn grey or colours `(H, W, 1-4)`, uint8 or uint16, into `(H, W, 3)` uint8; alpha is dropped."""
     num_colors = 1 if samples.shape[-1] < 3 else 3
     colors = samples[..., :num_colors]
     if colors.dtype == np.uint16:
@@ -288,7 +288,7 @@ def _to_colors(samples: np.ndarray) -> np.ndarray:
 
 
 def _one_channel(channels: np.ndarray) -> np.ndarray:
-    """The ids `(H, W)` that channels `(H, W, C)` say alike; of 2 and 4 channels the last one is alpha."""
+    """Return the ids `(H, W)` that the channels `(H, W, C)` agree on; the last of 2 and 4 channels is alpha."""
     if channels.shape[-1] in (2, 4):
         if (channels[..., -1] != np.iinfo(channels.dtype).max).any():
             raise ValueError("it has transparent pixels; labels must have one id a pixel: export it without alpha")
@@ -299,7 +299,7 @@ def _one_channel(channels: np.ndarray) -> np.ndarray:
 
 
 def _webp_parts(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """The kind of each part of a WebP, and where its content lies; bytes after its end are no part."""
+    """Yield the kind of each part of a WebP, and its content's range; bytes after the image's end are no part."""
     at, end = 12, min(len(data), 8 + int.from_bytes(data[4:8], "little"))
     for _ in range(_MAX_PARTS):
         if at + 8 > end:

@@ -1,6 +1,6 @@
-"""PNGs of one byte a pixel whose rows are stored as they are: the fastest labels to read, and any reader reads them.
+"""PNGs of one byte a pixel whose rows are stored without filters: the fastest labels to read, for any reader.
 
-Encoders usually predict pixels from their neighbours (PNG's filters). That is for photographs: it makes maps of ids no
+Encoders usually predict pixels from their neighbours (PNG's filters). That helps photographs: it makes maps of ids no
 smaller, and undoing it takes most of the time of reading them.
 """
 
@@ -16,7 +16,7 @@ _COMPRESSION_LEVEL = 6
 
 
 def encode_grey_png(ids: np.ndarray) -> bytes:
-    """`(H, W)` uint8 to an 8-bit greyscale PNG without filters."""
+    """Encode `(H, W)` uint8 as an 8-bit greyscale PNG without filters."""
     height, width = ids.shape
     rows = np.zeros((height, 1 + width), np.uint8)  # each row begins with the number of its filter: 0, none
     rows[:, 1:] = ids
@@ -30,9 +30,9 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def decode_grey_png(data: bytes) -> np.ndarray | None:
-    """The `(H, W)` uint8 values or palette indices of a PNG that `encode_grey_png` could have stored.
+    """Decode a PNG as `encode_grey_png` writes them to its `(H, W)` uint8 values or palette indices.
 
-    None for any other, and for a broken one: another reader will say what is wrong with it. The array is read-only.
+    Returns None for any other PNG and for a broken one, which another reader will explain. The array is read-only.
     """
     if data[:8] != SIGNATURE or data[12:16] != b"IHDR" or len(data) < 33:
         return None
@@ -52,6 +52,6 @@ def decode_grey_png(data: bytes) -> np.ndarray | None:
 
 
 def _image_data(data: bytes) -> bytes:
-    """The compressed pixels, which may be in several chunks."""
+    """Return the compressed pixels, which may be in several chunks."""
     parts = [data[start:end] for kind, start, end in png_chunks(data) if kind == b"IDAT"]
     return parts[0] if len(parts) == 1 else b"".join(parts)

@@ -1,6 +1,6 @@
-"""The header of a JPEG, and the number of its scans, as its own bytes say them.
+"""The header of a JPEG and the number of its scans, read from its bytes.
 
-Bytes after the end of the image are nobody's business: cameras put films, thumbnails and padding there.
+Bytes after the end of the image are ignored: cameras put films, thumbnails and padding there.
 """
 
 import re
@@ -25,10 +25,10 @@ _DAMAGED = "it is a JPEG whose header is cut off or damaged"
 
 
 class JpegHeader(NamedTuple):
-    """The size in pixels as stored, bits a sample, (horizontal, vertical) samplings, and EXIF orientation.
+    """Size in pixels as stored, bits a sample, (horizontal, vertical) samplings, and EXIF orientation.
 
-    `scan` is the place of the first scan; `segments` are the places of what pixels depend on before it. `usual` is
-    whether pixels are stored as in nearly all JPEGs: not lossless, nor in layers of sizes.
+    `scan` is the offset of the first scan; `segments` are the ranges before it that pixels depend on. `usual` tells
+    whether pixels are stored as in nearly all JPEGs: neither lossless nor in layers of sizes.
     """
 
     height: int
@@ -42,7 +42,7 @@ class JpegHeader(NamedTuple):
 
 
 def read_jpeg_header(data: bytes) -> JpegHeader:
-    """The header, up to the first scan. Raises ValueError where it is cut short or damaged."""
+    """Read the header, up to the first scan. Raises ValueError if it is cut short or damaged."""
     frame, orientation, kept, start = None, UPRIGHT, [], 0
     for marker, start, end in _segments(data):
         content = slice(start + 4, end)
@@ -59,7 +59,7 @@ def read_jpeg_header(data: bytes) -> JpegHeader:
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """Marker, start and end of each segment up to the first scan's, which is the last one."""
+    """Yield marker, start and end of each segment up to that of the first scan, which is the last."""
     at = 2
     for _ in range(_MAX_SEGMENTS):
         found = _MARKER.search(data, at)
@@ -75,19 +75,19 @@ def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
 
 
 def only_pixels(data: bytes, header: JpegHeader) -> bytes:
-    """The same picture without what its pixels do not depend on.
+    """Return the picture without the parts that its pixels do not depend on.
 
-    That is EXIF, lists of further pictures and the like, which may be broken; padding between the parts of the header;
-    and what comes after the mark of the end.
+    These are EXIF, lists of further pictures and the like, which may be broken; padding between the parts of the
+    header; and the bytes after the end marker.
     """
     end = _walk_scans(data, header)[1]
     return b"".join([data[:2], *(data[start:stop] for start, stop in header.segments), data[header.scan : end + 2]])
 
 
 def without_padding(data: bytes, complaint: str) -> bytes:
-    """A picture of only pixels without the zeros before the mark of the end that libjpeg has counted, if they are some.
+    """Remove the zeros before the end marker that libjpeg complains of; anything else there stays.
 
-    Nothing is cut off that it has read as pixels.
+    No byte that libjpeg has read as pixels is removed.
     """
     found = re.search(r"(\d+) extraneous bytes before marker 0xd9", complaint)
     pixels = data[: -2 - int(found[1])] if found else data
@@ -95,9 +95,9 @@ def without_padding(data: bytes, complaint: str) -> bytes:
 
 
 def count_scans(data: bytes, header: JpegHeader, *, at_most: int) -> int:
-    """The number of scans; those of pictures and films that follow do not count.
+    """Count the scans of a picture, without those of pictures and films that follow it.
 
-    Each costs time for all pixels, and next to no bytes. Counting marks anywhere is fast, and enough for most files.
+    A scan costs time for all pixels, and next to no bytes. Counting all markers is fast, and is enough for most files.
     """
     codes = np.frombuffer(data, np.uint8)
     marks = int(np.count_nonzero((codes[:-1] == 0xFF) & (codes[1:] == _SCAN)))
@@ -107,7 +107,7 @@ def count_scans(data: bytes, header: JpegHeader, *, at_most: int) -> int:
 
 
 def _walk_scans(data: bytes, header: JpegHeader) -> tuple[int, int]:
-    """The number of scans, and where the mark of the end begins, or the file ends without."""
+    """Return the number of scans, and the offset of the end marker, or of the file's end if it has none."""
     num_scans, at = 0, header.scan
     for _ in range(_MAX_SEGMENTS):
         found = _MARKER_IN_SCAN.search(data, at)
@@ -119,7 +119,7 @@ def _walk_scans(data: bytes, header: JpegHeader) -> tuple[int, int]:
 
 
 def _end_of_segment(data: bytes, at: int) -> int:
-    """The end of the segment whose length is written at `at`."""
+    """Return the end of the segment whose length is written at `at`."""
     length = int.from_bytes(data[at : at + 2])
     if length < 2 or at + length > len(data):
         raise ValueError(_DAMAGED)
@@ -127,7 +127,7 @@ def _end_of_segment(data: bytes, at: int) -> int:
 
 
 def _read_frame(segment: bytes) -> tuple[int, int, int, tuple[tuple[int, int], ...]]:
-    """Height, width, depth and samplings."""
+    """Return height, width, depth and samplings."""
     try:
         depth, height, width, count = struct.unpack_from(">BHHB", segment)
         samplings = tuple((code >> 4, code & 15) for _, code, _ in struct.iter_unpack("3B", segment[6 : 6 + 3 * count]))

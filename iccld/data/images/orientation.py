@@ -1,6 +1,6 @@
-"""The EXIF tag that says how a camera was held: read from the bytes, and undone.
+"""The EXIF tag that says how a camera was held: reading it, and turning the pixels upright.
 
-No other tag is looked at, so that none can do harm. A tag that is damaged, or none of the eight, counts as upright.
+No other tag is read, so no other can do harm. A tag that is damaged or not one of the eight counts as upright.
 """
 
 import struct
@@ -13,7 +13,7 @@ _FORMATS = {1: "B", 3: "H", 4: "I"}  # EXIF's numbers of unsigned integers; the 
 
 
 def read_orientation(exif: bytes) -> int:
-    """The orientation, 1 to 8, that a block of EXIF names; with or without `Exif` and two bytes before it."""
+    """Return the orientation, 1 to 8, of a block of EXIF, with or without `Exif` and two bytes before it."""
     tiff = exif[6:] if exif[:4] == b"Exif" else exif
     order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
     if order is None:
@@ -32,12 +32,12 @@ def read_orientation(exif: bytes) -> int:
 
 
 def is_turned(orientation: int) -> bool:
-    """Whether height and width change places."""
+    """Tell whether height and width change places."""
     return orientation >= 5
 
 
 def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """The pixels `(H, W, ...)` as they were stored, as they are to be seen; a copy unless they already are."""
+    """Turn stored pixels `(H, W, ...)` upright; the result is a copy unless they already are."""
     if orientation == UPRIGHT:
         return pixels
     if is_turned(orientation):

@@ -1,4 +1,4 @@
-"""PNGs of every kind that the format allows, to the samples that were written.
+"""PNGs of every kind that the format allows, decoded to the samples that were written.
 
     colour type         depths            samples
     0 grey              1, 2, 4, 8, 16    (H, W, 1)
@@ -34,7 +34,7 @@ Box = tuple[int, int, int, int]
 
 
 class PngHeader(NamedTuple):
-    """What the first chunk says."""
+    """Content of the first chunk, IHDR."""
 
     height: int
     width: int
@@ -44,7 +44,7 @@ class PngHeader(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """The kind of a chunk, and where its content lies."""
+    """Kind of a chunk, and the range of its content."""
 
     kind: bytes
     start: int
@@ -52,7 +52,7 @@ class Chunk(NamedTuple):
 
 
 def read_png_header(data: bytes) -> PngHeader:
-    """The header; ValueError where it is cut short, not the first chunk, or of no kind that there is."""
+    """Read the header. Raises ValueError if it is cut short, not the first chunk, or of an unknown kind."""
     if data[12:16] != b"IHDR" or len(data) < 33:
         raise ValueError("it does not begin with a PNG's header")
     width, height, depth, color, _, _, interlaced = struct.unpack_from(">IIBBBBB", data, 16)
@@ -64,7 +64,7 @@ def read_png_header(data: bytes) -> PngHeader:
 
 
 def png_chunks(data: bytes) -> Iterator[Chunk]:
-    """All chunks in order, up to the end mark; the last one may be cut off. Raises ValueError for absurdly many."""
+    """Yield the chunks in order, up to the end mark; the last may be cut off. Raises ValueError for absurdly many."""
     start, kind = 8, b""
     for _ in range(_MAX_CHUNKS):
         if start + 8 > len(data) or kind == b"IEND":
@@ -76,13 +76,13 @@ def png_chunks(data: bytes) -> Iterator[Chunk]:
 
 
 def png_orientation(data: bytes) -> int:
-    """The orientation of its EXIF chunk, which may come before or after the pixels."""
+    """Return the orientation of the EXIF chunk, which may come before or after the pixels."""
     found = (read_orientation(data[start:end]) for kind, start, end in png_chunks(data) if kind == b"eXIf")
     return next(found, UPRIGHT)
 
 
 def read_palette(data: bytes) -> np.ndarray:
-    """`(256, 3)` uint8: the colour of each index, black beyond the palette. Raises ValueError where there is none."""
+    """Return the colour of each index, `(256, 3)` uint8, black beyond the palette. Raises ValueError without one."""
     colors = next((data[start:end] for kind, start, end in png_chunks(data) if kind == b"PLTE"), b"")[:768]
     if len(colors) < 3:
         raise ValueError("it has the indices of a palette, and no palette")
@@ -92,9 +92,9 @@ def read_palette(data: bytes) -> np.ndarray:
 
 
 def read_samples(data: bytes, *, box: Box | None = None) -> np.ndarray:
-    """`(H, W, C)` samples as they were written, uint16 of 16 bits and uint8 of fewer; or those of the box.
+    """Decode the samples as they were written, `(H, W, C)`: uint16 for 16 bits, uint8 for fewer.
 
-    The box is (left, top, right, bottom); no rows below it are decoded. Raises ValueError.
+    `box` (left, top, right, bottom) selects a part; no rows below it are decoded. Raises ValueError.
     """
     header, pixels = read_png_header(data), _only_pixels(data)
     if header.depth == 16 and header.color == GREY_ALPHA:  # which PIL would cut to the high bytes
@@ -110,7 +110,7 @@ def read_samples(data: bytes, *, box: Box | None = None) -> np.ndarray:
 
 
 def _decode(data: bytes, box: Box | None, *, byte_order: str = "") -> np.ndarray:
-    """What PIL makes of the pixels: `(H, W, C)`."""
+    """Decode the pixels with PIL: `(H, W, C)`."""
     with _open(data) as image:
         if byte_order:
             image.tile = [tile._replace(args=f"{image.mode};16{byte_order}") for tile in image.tile]
@@ -132,7 +132,7 @@ def _open(data: bytes) -> Iterator[ImageFile.ImageFile]:
 
 
 def _only_pixels(data: bytes) -> bytes:
-    """The PNG without the chunks that pixels do not depend on."""
+    """Return the PNG without the chunks that pixels do not depend on."""
     chunks = list(png_chunks(data))
     if sum(chunk.kind == b"IHDR" for chunk in chunks) > 1:
         raise ValueError("it has several headers")
@@ -142,6 +142,6 @@ def _only_pixels(data: bytes) -> bytes:
 
 
 def _relabelled(data: bytes, *, depth: int, color: int) -> bytes:
-    """The same bytes under a header of another kind whose pixels are as wide."""
+    """Return the same bytes under a header of another kind whose pixels are as wide."""
     header = data[12:24] + bytes((depth, color)) + data[26:29]
     return data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:]

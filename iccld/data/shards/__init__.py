@@ -1,1 +1,1 @@
-"""Makes, indexes, verifies and describes sets of shards."""
+"""Making, indexing, verifying and describing of sets of shards."""

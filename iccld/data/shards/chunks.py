@@ -1,7 +1,7 @@
-"""A chunk of pairs becomes tars, their part of the index, and a report by which a restart knows that they are whole.
+"""Packing of a chunk of pairs: tars, their part of the index, and a report that a restart can check.
 
-Chunk 3 becomes shard-000003.tar; with a limit of bytes, shard-000003-000.tar, shard-000003-001.tar, ... What is stored
-depends on the chunk alone.
+Chunk 3 becomes shard-000003.tar; with a limit of bytes, shard-000003-000.tar, shard-000003-001.tar, ... The stored
+bytes depend on the chunk alone.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from iccld.reading import MIB, read_json
 
 @dataclass(frozen=True)
 class FileState:
-    """A finished file: its name, its size in bytes, and its CRC-32."""
+    """Finished file: its name, its size in bytes, and its CRC-32."""
 
     name: str
     size: int
@@ -41,13 +41,13 @@ class FileState:
         return cls(path.name, path.stat().st_size, file_checksum(path))
 
     def is_that_of(self, path: Path) -> bool:
-        """Tell whether the file is there, and has these bytes."""
+        """Tell whether the file is there and has these bytes."""
         return path.is_file() and path.stat().st_size == self.size and file_checksum(path) == self.checksum
 
 
 @dataclass(frozen=True)
 class ChunkReport:
-    """What became of chunk `number`: its tars, in order, its part of the index, and the pairs that are left out."""
+    """Result of chunk `number`: its tars, in order, its part of the index, and the pairs that are left out."""
 
     number: int
     num_pairs: int
@@ -58,14 +58,14 @@ class ChunkReport:
 
 @dataclass(frozen=True)
 class ChunkPacker:
-    """Turns chunks of pairs into tars in `output`, and their reports in its `making/`."""
+    """Packs chunks of pairs into tars in `output`; their reports go to `making/` in it."""
 
     converter: Converter
     packing: Packing
     output: Path
 
     def __call__(self, chunk: tuple[int, Sequence[Pair]]) -> ChunkReport:
-        """Writes the tars of a chunk (its number and its pairs), its part of the index and, last, its report."""
+        """Write the tars of a chunk (its number and its pairs), its part of the index and, last, its report."""
         number, pairs = chunk
         writer, problems = ChunkWriter(self.output, number, self.packing.max_bytes), list[Problem]()
         try:
@@ -86,7 +86,7 @@ class ChunkPacker:
         return report
 
     def finished(self, number: int) -> ChunkReport | None:
-        """The report of a chunk whose files are all whole, else None."""
+        """Return the report of a chunk whose files are all whole, else None."""
         try:
             content = read_json(self._path(number, "json"), 64 * MIB)
             content["tars"] = [FileState(**tar) for tar in content["tars"]]
@@ -110,13 +110,13 @@ def pack_chunks(
     num_workers: int,
     progress: Callable[[str], None],
 ) -> list[ChunkReport]:
-    """The reports of all chunks, in order. Those that are finished are kept, with bad pairs only if `keep_bad`."""
+    """Pack the chunks and return all reports, in order. Finished ones are kept; those with bad pairs, if `keep_bad`."""
     with in_processes(pack.finished, num_workers) as map_:
         found = (
             number for number in range(len(chunks)) if (pack.output / MAKING_FOLDER / f"{number:06d}.json").exists()
         )
         whole = [report for report in map_(found) if report]
-    # Who did not accept bad pairs may have mended them.
+    # The user, who did not accept the bad pairs, may have mended them.
     reports = {report.number: report for report in whole if keep_bad or not report.problems}
     if reports:
         progress(f"{len(reports)} of {len(chunks)} shards are kept")
@@ -131,7 +131,7 @@ def pack_chunks(
 
 
 class ChunkWriter:
-    """Writes samples into a chunk's tars, each of which appears whole."""
+    """Writes samples into a chunk's tars; each tar appears whole or not at all."""
 
     def __init__(self, output: Path, number: int, max_bytes: int = 0) -> None:
         self.records: list[tuple[Any, ...]] = []
@@ -141,7 +141,7 @@ class ChunkWriter:
         self._writer: Any = None
 
     def add(self, key: str, packed: PackedPair) -> None:
-        """Adds a sample to the open tar, or to the next one if it would grow beyond the limit."""
+        """Add a sample to the open tar, or to the next one if it would grow beyond the limit."""
         sizes = [len(packed.image), len(packed.label)]
         grown = sum(tarfile.BLOCKSIZE + _rounded_up(size, tarfile.BLOCKSIZE) for size in sizes if size)
         if self._writer and self._max_bytes and _size_of_tar(self._writer.tarstream.offset + grown) > self._max_bytes:
@@ -159,11 +159,11 @@ class ChunkWriter:
     def _append(self, key: str, extension: str, data: bytes) -> Place:
         self._writer.write({"__key__": key, extension: data})
         tar = self._writer.tarstream
-        tar.members.clear()  # it would hold them all
+        tar.members.clear()  # tarfile's list would grow with every member
         return Place(tar.offset - _rounded_up(len(data), tarfile.BLOCKSIZE), len(data))
 
     def close(self) -> None:
-        """Finishes the open tar, if there is one."""
+        """Finish the open tar, if there is one."""
         if self._writer is None:
             return
         self._writer.close()
@@ -176,10 +176,10 @@ class ChunkWriter:
         self.tars.append(FileState.of(path))
 
     def discard(self) -> None:
-        """Removes what is not finished."""
+        """Remove the tar that is not finished."""
         if self._writer is not None:
             for stream in (self._writer.tarstream.fileobj, self._file):
-                with contextlib.suppress(OSError):  # a full disk has been told of already
+                with contextlib.suppress(OSError):  # the error that tells of a full disk is already on its way
                     stream.close()
         self._temporary.unlink(missing_ok=True)
 
@@ -189,5 +189,5 @@ def _rounded_up(size: int, unit: int) -> int:
 
 
 def _size_of_tar(end: int) -> int:
-    """The bytes of a tar whose members end at `end`: two empty blocks follow, and whole records are written."""
+    """Return the bytes of a tar whose members end at `end`: two empty blocks follow, and records are whole."""
     return _rounded_up(end + 2 * tarfile.BLOCKSIZE, tarfile.RECORDSIZE)

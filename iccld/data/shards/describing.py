@@ -1,4 +1,4 @@
-"""What a set of shards holds: a table, and a bar chart of its classes."""
+"""Description of a set of shards: a table, and a bar chart of its classes."""
 
 import math
 from argparse import ArgumentParser, Namespace
@@ -20,7 +20,7 @@ _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
 def class_shares(header: IndexHeader) -> list[tuple[str, float, int, float]]:
-    """Of each class: its name, its share of the labelled pixels, the samples that show it, and their share."""
+    """Return for each class its name, its share of the labelled pixels, the samples that show it, and their share."""
     total = max(sum(header.class_pixels), 1)
     return [
         (name, pixels / total, count, count / max(header.num_samples, 1))
@@ -29,12 +29,12 @@ def class_shares(header: IndexHeader) -> list[tuple[str, float, int, float]]:
 
 
 def lacking_classes(header: IndexHeader) -> list[str]:
-    """The classes of which the labels show no pixel."""
+    """Return the classes that no pixel of the labels shows."""
     return [name for name, _, count, _ in class_shares(header) if not count]
 
 
 def facts(index: ShardIndex) -> list[tuple[str, str]]:
-    """Names and values of what is to be said of a set as a whole."""
+    """Return names and values of the facts about the set as a whole."""
     header = index.header
     low, high = (f"{height}x{width}" for height, width in (header.min_size, header.max_size))
     tars = int(index.shards["size"].sum())
@@ -60,7 +60,7 @@ def _amount(size: float) -> str:
 
 
 def tables(index: ShardIndex) -> list[Table]:
-    """The facts and, where there are labels, the classes."""
+    """Return the table of the facts and, if there are labels, that of the classes."""
     overview = Table(title=escape(index.location), show_header=False)
     for row in facts(index):
         overview.add_row(*row)
@@ -77,7 +77,7 @@ def tables(index: ShardIndex) -> list[Table]:
 
 
 def draw_chart(index: ShardIndex, path: Path) -> None:
-    """Writes a bar chart of the classes as PNG. Raises ValueError for a set without labels, or where it cannot."""
+    """Draw a bar chart of the classes as PNG. Raises ValueError for a set without labels or if it cannot be written."""
     if not index.header.has_labels:
         raise ValueError(
             f"--chart {path}: {index.location} has no labels, so there are no classes to draw; leave it out."
@@ -117,14 +117,14 @@ def _percent(value: float) -> str:
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """The arguments of `iccld shards info`."""
+    """Add the arguments of `iccld shards info`."""
     parser.add_argument("location", metavar="DIR_OR_URL", help="a set of shards with its index")
     parser.add_argument("--chart", type=Path, metavar="FILE.png", help="draw the classes' shares")
     parser.add_argument("--keys", action="store_true", help="only print all keys, one a line")
 
 
 def run(arguments: Namespace) -> int:
-    """Prints the tables, or the keys. Raises ValueError where the user erred."""
+    """Print the tables, or the keys. Raises ValueError if the user erred."""
     index = open_index(open_storage(arguments.location, STORAGE), arguments.location)
     integrity.ensure(index)
     if arguments.keys:

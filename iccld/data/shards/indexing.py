@@ -1,4 +1,4 @@
-"""Builds the index of a folder of tars by reading each of them once, whoever made them.
+"""Building of the index of a folder of tars, whoever made them; each tar is read once.
 
 a.tar ── index_shard ── indexing/000000.npy ─┐
 b.tar ── index_shard ── indexing/000001.npy ─┼── samples ── index/, which appears whole or not at all
@@ -35,7 +35,7 @@ _AGAIN = f"pack it again, {LEAVE_OUT}"
 
 @dataclass(frozen=True)
 class IndexResult:
-    """The opened set, or None where there are problems that were not accepted; all of these; what was passed over."""
+    """The opened set (None if problems were not accepted), all problems, and what was passed over."""
 
     index: ShardIndex | None
     problems: list[Problem]
@@ -43,7 +43,7 @@ class IndexResult:
 
 
 class IndexedShard(NamedTuple):
-    """The records (`sample_dtype`) of the usable samples of a tar, all its problems, and what was passed over."""
+    """Records (`sample_dtype`) of the usable samples of a tar, all its problems, and what was passed over."""
 
     records: np.ndarray
     problems: list[Problem]
@@ -52,7 +52,7 @@ class IndexedShard(NamedTuple):
 
 @dataclass(frozen=True)
 class _Finished:
-    """What a worker says of the tar `number`, of `size` bytes, whose records it has left on the disk."""
+    """A worker's message about the tar `number`, of `size` bytes, whose records it has left on the disk."""
 
     number: int
     size: int
@@ -72,11 +72,11 @@ def build_index(
     classes: ClassList | None = None,
     progress: Callable[[str], None] = say,
 ) -> IndexResult:
-    """Indexes all tars of `folder`; the index appears whole, or not at all where problems are not accepted.
+    """Index all tars of `folder`. The index appears whole, or not at all if problems are not accepted.
 
-    Without `image_extension`, any of IMAGE_EXTENSIONS is taken; with "" for `label_extension`, labels are not. Labels
-    hold Cityscapes train ids, or indices of `classes`. Raises ValueError where there is nothing to index, or an index
-    already.
+    Without `image_extension`, any of IMAGE_EXTENSIONS is an image's; with "" for `label_extension`, the set has no
+    labels. Labels hold Cityscapes train ids, or indices of `classes`. Raises ValueError if there is nothing to index,
+    or an index already.
     """
     folder = Path(folder)
     _check_free(folder)
@@ -85,7 +85,7 @@ def build_index(
         raise ValueError(f"{folder}: there are no .tar files to index.")
     with alone_in(folder, INDEXING_FOLDER) as work:
         clear(work)
-        _check_free(folder)  # again: another process may have finished before this one got in
+        _check_free(folder)  # checked again: another process may have finished meanwhile
         task = partial(_index_to, work, image_extension.lower(), label_extension.lower(), num_classes_of(classes))
         problems, passed_over = _index_all(found, task, num_workers, progress)
         parts = [(0, work / f"{number}.npy") for number in range(len(found.tars))]
@@ -148,7 +148,7 @@ def index_shard(
     label_extension: str = LABEL_EXTENSION,
     num_classes: int = NUM_TRAIN_IDS,
 ) -> IndexedShard:
-    """Indexes a tar, shard `number` of its set: reads and examines each of its samples."""
+    """Index a tar, shard `number` of its set: read and examine each of its samples."""
     try:
         samples, problems, passed_over = read_members(path)
         with open_file(path) as file:
@@ -177,7 +177,7 @@ def _read(file: BinaryIO, place: Place) -> bytes:
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """The arguments of `iccld shards index`."""
+    """Add the arguments of `iccld shards index`."""
     add = parser.add_argument
     add("folder", metavar="DIR", help="a folder of tars, each with KEY.jpg (or png, webp) and KEY.label.png")
     add("--dataset", default="", help="a name for the set")
@@ -190,7 +190,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(arguments: Namespace) -> int:
-    """Indexes and lists what is bad; the exit status. Raises ValueError where the user erred."""
+    """Build the index and list what is bad; return the exit status. Raises ValueError if the user erred."""
     result = build_index(
         arguments.folder,
         dataset=arguments.dataset,

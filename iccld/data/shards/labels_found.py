@@ -1,4 +1,4 @@
-"""Before labels are packed: whether there are any, and whether anything says what they mean."""
+"""Checks before labels are packed: there are labels, and their meaning is known."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ _MAX_NAMED = 12
 
 
 class UntoldIdsError(ValueError):
-    """Labels whose meaning nothing says; `yaml` is a file of classes to begin with."""
+    """Error: nothing says what the labels' ids mean; `yaml` is a file of classes to begin with."""
 
     def __init__(self, text: str, yaml: str) -> None:
         super().__init__(text)
@@ -25,7 +25,7 @@ class UntoldIdsError(ValueError):
 
 
 def check_labels(converter: Converter, pairs: Sequence[Pair], setting: str) -> None:
-    """Refuses images of which none has a label, and labels whose meaning nothing says. Raises ValueError."""
+    """Refuse images of which none has a label, and labels whose meaning nothing says. Raises ValueError."""
     if not any(pair.label and converter.tree.exists(pair.label) for pair in pairs):
         where = (
             f"expected: {plain(converter.tree.location(pairs[0].label))}" if pairs[0].label else "its layout has none"
@@ -56,13 +56,13 @@ def _refuse_untold(converter: Converter, labels: Sequence[str], setting: str) ->
 
 
 def _shares(converter: Converter, labels: Sequence[str]) -> tuple[dict[int | str, float], str, int]:
-    """The share of the pixels of each id, or each colour, how labels are stored, and how many files were read."""
+    """Return each id's (or colour's) share of the pixels, how labels are stored, and the number of files read."""
     counts, count, kind = Counter[int | str](), 0, "ids"
     for path in labels:
         try:
             data = converter.tree.read(path)
             found, kind = _values(data, kind)
-        except (*DECODE_ERRORS, OSError):  # each is named when it is packed
+        except (*DECODE_ERRORS, OSError):  # packing names each bad label
             continue
         count += 1
         counts.update(found)
@@ -73,7 +73,7 @@ def _shares(converter: Converter, labels: Sequence[str]) -> tuple[dict[int | str
 
 
 def _values(data: bytes, kind: str) -> tuple[Mapping[int | str, int], str]:
-    """The pixels of each value of a label: of ids, or of colours where it, or one before it, has several channels."""
+    """Count the pixels of each value of a label: ids, or colours if it or an earlier label has several channels."""
     if kind == "ids":
         try:
             ids, pixels = np.unique(decode_label(data), return_counts=True)

@@ -1,4 +1,4 @@
-"""Packs a data set into shards: plain WebDataset tars of images and labels of train ids, and their index.
+"""Packing of a data set into shards: WebDataset tars of images and labels of train ids, and their index.
 
     images, labels ── converter ── pairs ─┬─ chunk ── shard-000000.tar ─┐
                                           ├─ chunk ── shard-000001.tar ─┼── index/ (last: it says that all is done)
@@ -82,12 +82,12 @@ class MakeShardsConfig:
             raise ValueError(f"--bytes-per-shard {self.bytes_per_shard} must be positive; 1G is usual.")
 
     def settings(self) -> dict[str, Any]:
-        """What the shards' content depends on, as JSON."""
+        """Return the settings that the shards' content depends on, as JSON."""
         own = asdict(self) | {"image_format": self.image_format.value, "input": str(Path(self.input).resolve())}
         return {name: value for name, value in own.items() if name not in _NOT_CONTENT}
 
     def packing(self) -> Packing:
-        """How each pair is stored."""
+        """Return how each pair is to be stored."""
         size = (self.height, self.width) if self.height else None
         return Packing(
             self.image_format, self.quality, not self.no_labels, self.max_side, size, max_bytes=self.bytes_per_shard
@@ -95,10 +95,10 @@ class MakeShardsConfig:
 
 
 def make_shards(config: MakeShardsConfig, *, progress: Callable[[str], None] = say) -> IndexResult:
-    """Makes the shards of a data set; the same command again keeps what is finished.
+    """Make the shards of a data set; the same command again keeps the finished ones.
 
-    The result has no index where bad pairs were found and not accepted, or no others. Raises ValueError where the user
-    erred, or where another process makes the same shards.
+    The result has no index if bad pairs were found and not accepted, or if all pairs are bad. Raises ValueError if the
+    user erred, or if another process makes the same shards.
     """
     converter, output = _converter(config), Path(config.output)
     settings = config.settings() | {"converter": converter.describe()}
@@ -114,7 +114,7 @@ def make_shards(config: MakeShardsConfig, *, progress: Callable[[str], None] = s
     if spare := survey.spare_labels:
         progress(f"{len(spare)} label files belong to no image, such as {plain(converter.tree.location(spare[0]))}")
     with alone_in(output, MAKING_FOLDER) as making:
-        if (output / INDEX_FOLDER).is_dir():  # made since, or by a process that ended before it had tidied up
+        if (output / INDEX_FOLDER).is_dir():  # finished since, or the work folder was left behind
             clear(making)
             return _keep_finished(output, settings, progress)
         _prepare(output, making, settings, pairs)
@@ -143,7 +143,7 @@ def _converter(config: MakeShardsConfig) -> Converter:
 
 
 def _check_output(output: Path) -> None:
-    """Makes the folder, unless it is one of others."""
+    """Make the output folder; refuse one that holds other things."""
     try:
         make_folder(output, within=output)
         strange = sorted(output.iterdir())
@@ -174,14 +174,14 @@ def _check_same(old: dict[str, Any], new: dict[str, Any], output: Path) -> None:
 
 
 def _prepare(output: Path, making: Path, settings: dict[str, Any], pairs: Sequence[Pair]) -> None:
-    """Leaves of `output` only what an interrupted run of the same settings and pairs has finished."""
+    """Leave in `output` only what an interrupted run of the same settings and pairs has finished."""
     marker = making / "settings.json"
     state = {"settings": settings, "pairs": zlib.crc32("\n".join(pair.key for pair in pairs).encode())}
     if marker.is_file():
         old = read_json(marker)
         if not isinstance(old, dict) or not isinstance(old.get("settings"), dict):
             raise ValueError(f"{marker} is not what it should be; remove {output} to make the shards anew.")
-        if any(output.glob("shard-*.tar")):  # else nothing is lost by beginning anew, as after a setting that was wrong
+        if any(output.glob("shard-*.tar")):  # nothing was finished, so to begin anew loses nothing
             _check_same(old["settings"], settings, output)
         if old == state:
             for path in making.glob("*.tmp"):
@@ -196,9 +196,9 @@ def _prepare(output: Path, making: Path, settings: dict[str, Any], pairs: Sequen
 
 
 def _with_safe_keys(pairs: Sequence[Pair]) -> list[Pair]:
-    """Keys without dots, slashes and the like, which WebDataset readers would take for something else.
+    """Return keys without dots, slashes and the like, which WebDataset readers would misread.
 
-    Those that then are one are told apart by a checksum of what they were.
+    Keys that become equal are told apart by a checksum of the original ones.
     """
     plain = {pair.key: re.sub(r"[^A-Za-z0-9_-]", "_", pair.key) for pair in pairs}
     count = Counter(plain.values())
@@ -214,7 +214,7 @@ def _with_safe_keys(pairs: Sequence[Pair]) -> list[Pair]:
 
 def _finish(output: Path, reports: Sequence[ChunkReport], converter: Converter, settings: dict[str, Any]) -> ShardIndex:
     tars = [tar.name for report in reports for tar in report.tars]
-    for stale in {path.name for path in output.glob("shard-*.tar")} - set(tars):  # of pairs that were mended since
+    for stale in {path.name for path in output.glob("shard-*.tar")} - set(tars):  # their pairs were mended since
         (output / stale).unlink()
     making, parts, first = output / MAKING_FOLDER, [], 0
     for report in reports:
@@ -227,7 +227,7 @@ def _finish(output: Path, reports: Sequence[ChunkReport], converter: Converter, 
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """The arguments of `iccld shards make`."""
+    """Add the arguments of `iccld shards make`."""
     add, default = parser.add_argument, MakeShardsConfig
     names = ", ".join(DATASETS)
     add("--dataset", required=True, metavar="NAME", help=f"layout and ids of the input: {names}, or a YAML file")
@@ -260,7 +260,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(arguments: Namespace) -> int:
-    """Makes the shards and lists what is bad; the exit status. Raises ValueError where the user erred."""
+    """Make the shards and list what is bad; return the exit status. Raises ValueError if the user erred."""
     fields = vars(arguments).copy()
     fields["height"], fields["width"] = _parse_size(fields["size"])
     fields["bytes_per_shard"] = _parse_bytes(fields["bytes_per_shard"])

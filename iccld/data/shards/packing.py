@@ -1,4 +1,4 @@
-"""A pair becomes the bytes that are stored, or it is bad, and what is wrong with it is said."""
+"""Encoding of a pair to the bytes that are stored; a bad pair is refused with the reason."""
 
 import io
 from dataclasses import dataclass
@@ -18,8 +18,7 @@ _FETCH = f"fetch or export it again, {LEAVE_OUT}"
 
 
 class ImageFormat(Enum):
-    """How images are stored: PNG and WebP without loss; `keep` copies a file's bytes where it need not
-    be resized or turned upright."""
+    """Storage of images: PNG and WebP without loss; `keep` copies a file's bytes if it needs no change."""
 
     JPG = "jpg"
     PNG = "png"
@@ -28,13 +27,13 @@ class ImageFormat(Enum):
 
 
 MAX_SIDES = {ImageFormat.JPG: 65_500, ImageFormat.WEBP: 16_383}
-"""In pixels: what libjpeg and WebP write at most."""
+"""The longest sides, in pixels, that libjpeg and WebP write."""
 _EXTENSIONS = {Format.JPEG: "jpg", Format.PNG: "png", Format.WEBP: "webp"}
 
 
 @dataclass(frozen=True)
 class Packing:
-    """How pairs are stored. `quality` is JPEG's; `exact_size` is (height, width); 0 for `max_bytes`: no limit."""
+    """Settings of how pairs are stored. `quality` is JPEG's; `exact_size`: (height, width); `max_bytes` 0: no limit."""
 
     image_format: ImageFormat
     quality: int = 95
@@ -44,7 +43,7 @@ class Packing:
     max_bytes: int = 0
 
     def size_of(self, height: int, width: int) -> tuple[int, int]:
-        """The stored (height, width) of an image; `max_side` never enlarges."""
+        """Return the stored (height, width) of an image; `max_side` never enlarges."""
         if self.exact_size:
             return self.exact_size
         if not self.max_side or max(height, width) <= self.max_side:
@@ -54,7 +53,7 @@ class Packing:
 
 
 class PackedPair(NamedTuple):
-    """A pair as it is stored; `label` is empty without labels. `facts` are height, width and class pixels."""
+    """Pair as it is stored; `label` is empty without labels. `facts` are height, width and class pixels."""
 
     extension: str
     image: bytes
@@ -63,7 +62,7 @@ class PackedPair(NamedTuple):
 
 
 def pack_pair(pair: Pair, converter: Converter, packing: Packing) -> PackedPair:
-    """Reads, checks, resizes and encodes a pair, or raises Unusable."""
+    """Read, check, resize and encode a pair, or raise Unusable."""
     try:
         return _pack(pair, converter, packing)
     except MemoryError as error:
@@ -92,7 +91,7 @@ def _pack(pair: Pair, converter: Converter, packing: Packing) -> PackedPair:
 
 
 def _store(data: bytes, image: np.ndarray, size: tuple[int, int], packing: Packing) -> tuple[str, bytes]:
-    """Extension and bytes of an image, `(H, W, 3)` uint8, in the stored size and format; ValueError if it cannot be."""
+    """Return extension and bytes of an image `(H, W, 3)` uint8 in the stored size and format. Raises ValueError."""
     extension = packing.image_format.value
     if packing.image_format is ImageFormat.KEEP:
         format_ = find_format(data)

@@ -1,4 +1,4 @@
-"""The records of an index: of one sample, from its bytes; of a set, from the parts that workers leave on the disk."""
+"""Records of an index: one sample's from its bytes, a set's from the parts that workers leave on the disk."""
 
 import re
 import zlib
@@ -22,25 +22,25 @@ from iccld.data.storage.index import (
 from iccld.durable import create, holds_only, scratch_folder, sync
 
 _AT_ONCE = 1 << 20
-"""Records that are held in memory together."""
+"""The most records that are held in memory together."""
 
 
 def make_record(
     key: str, places: tuple[Place, Place], data: tuple[bytes, bytes], facts: tuple[int, int, np.ndarray], shard: int
 ) -> tuple[Any, ...]:
-    """The fields of `sample_dtype`, in order: of image and label their places and bytes, and what `examine` finds."""
+    """Return the fields of `sample_dtype`: places and bytes of image and label, and the results of `examine`."""
     image, label = places
     height, width, class_pixels = facts
     return shard, *image, *label, height, width, zlib.crc32(data[0]), zlib.crc32(data[1]), class_pixels, key.encode()
 
 
 def to_array(records: Sequence[tuple[Any, ...]], *, num_classes: int = NUM_TRAIN_IDS) -> np.ndarray:
-    """Records as an array of `sample_dtype`, as narrow as their keys allow."""
+    """Return the records as an array of `sample_dtype`, as narrow as their keys allow."""
     return np.array(records, sample_dtype(max((len(record[-1]) for record in records), default=1), num_classes))
 
 
 def join_records(parts: Iterable[tuple[int, Path]], target: Path) -> np.ndarray:
-    """The records in the .npy files of `parts`, in their order, as an array that is mapped from the file `target`.
+    """Join the records of the .npy files `parts`, in order, into an array that is mapped from the file `target`.
 
     A part comes with the number of its first shard, which is added to the shard numbers in it.
     """
@@ -53,7 +53,7 @@ def join_records(parts: Iterable[tuple[int, Path]], target: Path) -> np.ndarray:
     )
     if not total:
         return np.empty(0, dtype)
-    target.unlink(missing_ok=True)  # of an attempt that was interrupted
+    target.unlink(missing_ok=True)  # left by an interrupted attempt
     create(target).close()
     samples, start = np.lib.format.open_memmap(target, "w+", dtype, (total,)), 0
     for first, path in parts:
@@ -69,10 +69,10 @@ def _load(path: Path) -> np.ndarray:
 
 
 def without_conflicts(samples: np.ndarray, shards: Sequence[Path]) -> tuple[np.ndarray, list[Problem]]:
-    """The samples, moved together within their array, without those that do not go with others; and these.
+    """Return the samples that fit together, moved to the front of their array, and the problems of the others.
 
-    That is, where some have labels those without, and those whose key an earlier one has. 25 bytes a sample are held
-    in memory.
+    Others are samples without labels, if some have labels, and those whose key an earlier sample has. Memory holds 25
+    bytes a sample.
     """
     owners, whats = _repeated_keys(samples), dict[int, str]()
     for position, owner in owners.items():
@@ -98,7 +98,7 @@ def _conflict(record: np.void, what: str, shards: Sequence[Path]) -> Problem:
 
 
 def _repeated_keys(samples: np.ndarray) -> dict[int, int]:
-    """The positions of samples whose key an earlier one has, to the position of that one."""
+    """Map the positions of samples whose key an earlier one has to the position of that one."""
     hashes = [np.fromiter(map(hash, block["key"].tolist()), np.int64, len(block)) for _, block in blocks(samples)]
     if not hashes:
         return {}
@@ -114,7 +114,7 @@ def _repeated_keys(samples: np.ndarray) -> dict[int, int]:
 
 
 def blocks(samples: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """The records in pieces that fit into memory, each with the position of its first."""
+    """Divide the records into pieces that fit into memory, each with the position of its first record."""
     return ((start, samples[start : start + _AT_ONCE]) for start in range(0, len(samples), _AT_ONCE))
 
 
@@ -127,7 +127,7 @@ def finish_index(
     settings: Mapping[str, Any] | None,
     classes: Mapping[str, Any] | None = None,
 ) -> ShardIndex:
-    """Writes the index of `shards`, which lie in `folder`, whole or not at all, and opens it."""
+    """Write the index of `shards`, which lie in `folder`, whole or not at all, and open it."""
     ours = holds_only("|".join(map(re.escape, (HEADER_FILE, *ARRAY_FILES))))
     temporary = scratch_folder(folder / INDEX_FOLDER, is_ours=ours)
     records = [(shard.name.encode(), shard.stat().st_size) for shard in shards]

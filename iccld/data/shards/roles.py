@@ -1,4 +1,4 @@
-"""Which members of a sample are its image and its label."""
+"""The members of a sample that are its image and its label."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ _MAX_NAMED = 4
 
 @dataclass(frozen=True)
 class Roles:
-    """Of the members of a tar's samples, by the extensions that the user names; "" is any image's, and no label's."""
+    """Extensions of image and label, as the user names them. For images, "" is any image's; for labels, none."""
 
     path: Path
     image_extension: str
@@ -23,15 +23,15 @@ class Roles:
 
     @cached_property
     def images(self) -> tuple[str, ...]:
-        """The extensions that an image may have."""
+        """Return the extensions that an image may have."""
         if self.image_extension:
             return (self.image_extension,)
         return tuple(extension for extension in IMAGE_EXTENSIONS if extension != self.label_extension)
 
     def places(self, key: str, fields: Mapping[str, Place | Fault], passed_over: Tally) -> tuple[Place, Place]:
-        """Where a sample's image and label lie; a label of size 0 is none. What else it has, is counted.
+        """Find the image and the label of a sample, a label of size 0 being none; other members are counted.
 
-        Raises Unusable, also where it is the user who must say which is which.
+        Raises Unusable, also if the user must say which member is which.
         """
         if fault := key_fault(key):
             raise self._unusable(key, fault, "rename it")
@@ -57,7 +57,7 @@ class Roles:
             raise self._unusable(key, what, f"add one, or name it by --image-extension{self._dots(fields)}")
 
     def _check_label(self, key: str, fields: Mapping[str, Place | Fault], found: list[str], has_label: bool) -> None:
-        """Refuses a sample with several members that may be its image, or its label, until the user names them."""
+        """Refuse a sample with several members that may be its label, until the user names one."""
         if self.image_extension:
             return
         pictures = [extension for extension in fields if extension.rpartition(".")[2] in IMAGE_EXTENSIONS]

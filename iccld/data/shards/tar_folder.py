@@ -1,4 +1,4 @@
-"""What lies in a folder of tars: the tars, and everything else, which is counted or named."""
+"""Content of a folder of tars: the tars, and everything else, which is counted or named."""
 
 import os
 import re
@@ -24,7 +24,7 @@ _MOVE = f"move it away, {LEAVE_OUT}"
 
 @dataclass
 class TarFolder:
-    """The tars of a folder, sorted; what may hold samples, but is none; the rest; and work folders of our commands."""
+    """Tars of a folder, sorted; other entries that may hold samples; the rest; and our commands' work folders."""
 
     tars: list[Path] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
@@ -33,7 +33,7 @@ class TarFolder:
 
 
 def look_into(folder: Path) -> TarFolder:
-    """Sorts all that lies in a folder, but for our own index and work folders. Raises OSError."""
+    """Sort all that lies in a folder, without our own index and work folders. Raises OSError."""
     found = TarFolder()
     for path in sorted(folder.iterdir()):
         if _OURS.fullmatch(path.name):
@@ -57,7 +57,7 @@ def _is_tar_name(name: str) -> bool:
 
 
 def _fault(path: Path, kind: str) -> tuple[str, str]:
-    """What is wrong with an entry that may hold samples, and what to do; "" for a tar, and for what holds none."""
+    """Say why an entry that may hold samples cannot be used, and what to do; "" for a tar and for what holds none."""
     if kind == "a folder":
         return _fault_of_folder(path)
     if kind != "a file":
@@ -79,7 +79,7 @@ def _fault(path: Path, kind: str) -> tuple[str, str]:
 
 
 def _content(path: Path) -> tuple[str, str]:
-    """What a file holds by its first bytes ("tar", "gzip", ...), and the command that unpacks it."""
+    """Return what a file holds by its first bytes ("tar", "gzip", ...), and the command that unpacks it."""
     with open_file(path) as file:
         head = file.read(tarfile.BLOCKSIZE)
     try:
@@ -107,7 +107,7 @@ def _fault_of_folder(path: Path) -> tuple[str, str]:
 
 
 def _tars_below(folder: Path) -> tuple[list[str], list[str]]:
-    """The first tars in a folder and its sub-folders, and links in them to folders elsewhere, which are not entered."""
+    """Return the first tars in a folder's sub-folders, and links to folders elsewhere, which are not entered."""
     tars, links = list[str](), list[str]()
     for parent, folders, files in os.walk(folder):
         folders.sort()
@@ -119,7 +119,7 @@ def _tars_below(folder: Path) -> tuple[list[str], list[str]]:
 
 
 def _leads_into(path: Path, folder: Path) -> bool:
-    """Tell whether a path is no link, or a link to what a look into a folder comes by, too."""
+    """Tell whether a path is no link, or a link to a folder that is entered anyway."""
     if not path.is_symlink():
         return True
     target, folder = path.resolve(), folder.resolve()

@@ -1,4 +1,4 @@
-"""What lies where in a tar, whoever made it, and what is wrong with it: every byte of it is accounted for."""
+"""Content of a tar, whoever made it: where its samples lie, and what is wrong with any byte of it."""
 
 import os
 import re
@@ -19,15 +19,15 @@ MAX_HEADER_BYTES = 2**24
 """The most that a header may announce for a name or other facts; it is read at once."""
 _MAX_LINKS = 40
 _TAR_ERRORS = (tarfile.TarError, ValueError, OverflowError, MemoryError, RecursionError)
-"""What tarfile raises on headers that are broken or hostile."""
-_SKIPPED = re.compile(r"__[^/]*__($|/)")  # of webdataset's own use
+"""Errors that tarfile raises on headers that are broken or hostile."""
+_SKIPPED = re.compile(r"__[^/]*__($|/)")  # webdataset uses these itself
 _KINDS = {tarfile.FIFOTYPE: "a FIFO", tarfile.CHRTYPE: "a device", tarfile.BLKTYPE: "a device"}
 LEAVE_OUT = "or leave out what is bad with --accept-bad"
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that cannot be used: in which file (and under which key), what is wrong with it, and what to do."""
+    """Unusable thing: its file (and key), what is wrong with it, and what to do."""
 
     file: str
     what: str
@@ -40,7 +40,7 @@ class Problem:
 
 
 class Unusable(Exception):
-    """Carries a problem to where problems are collected."""
+    """Error that carries a problem to the code that collects problems."""
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(str(problem))
@@ -48,32 +48,32 @@ class Unusable(Exception):
 
 
 class Place(NamedTuple):
-    """Where a member's bytes lie in its tar."""
+    """Range of a member's bytes in its tar."""
 
     offset: int
     size: int
 
 
 class Fault(NamedTuple):
-    """Why a member's bytes cannot be used, and what to do."""
+    """Reason why a member's bytes cannot be used, and what to do."""
 
     what: str
     remedy: str
 
 
 class _Link(NamedTuple):
-    """A link to the member `target`; `broken` is its fault if there is none."""
+    """Link to the member `target`; `broken` is its fault if there is no such member."""
 
     target: str
     broken: Fault
 
 
 Members = dict[str, dict[str, Place | Fault]]
-"""Of each sample, by its key: its members, by their extension."""
+"""Members by extension, of each sample by its key."""
 
 
 class TarContents(NamedTuple):
-    """A tar's samples, in its order, what is wrong with the tar, and what of it is no member of a sample."""
+    """A tar's samples, in its order, what is wrong with the tar, and what in it is no member of a sample."""
 
     samples: Members
     problems: list[Problem]
@@ -81,10 +81,10 @@ class TarContents(NamedTuple):
 
 
 def read_members(path: Path) -> TarContents:
-    """Reads the headers of a tar. Raises OSError, and ValueError for what is no file.
+    """Read the headers of a tar. Raises OSError, and ValueError if it is not a file.
 
-    Members of one key need not be adjacent. Of two with one name, the first counts. A link to another member, hard or
-    symbolic, is that member's bytes.
+    Members of one key need not be adjacent. Of two members with one name, the first counts. A link to another member,
+    hard or symbolic, stands for that member's bytes.
     """
     scan = _Scan(path)
     with open_file(path) as file:
@@ -98,7 +98,7 @@ def read_members(path: Path) -> TarContents:
 
 
 class _Headers:
-    """A tar as tarfile reads it, without the memory that a false size would take."""
+    """Tar as tarfile reads it, without the memory that a false size would take."""
 
     def __init__(self, file: BufferedReader) -> None:
         self.tell, self.seek, self._read = file.tell, file.seek, file.read
@@ -110,7 +110,7 @@ class _Headers:
 
 
 class _Scan:
-    """One pass over a tar."""
+    """State of one pass over a tar."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.position = path, 0
@@ -122,7 +122,7 @@ class _Scan:
         self._has_links = False
 
     def read_headers(self, file: BufferedReader) -> None:
-        """Takes what the members are, up to where tarfile sees no more of them."""
+        """Note every member, up to the one after which tarfile sees no more."""
         size = os.fstat(file.fileno()).st_size
         with tarfile.open(fileobj=_Headers(file), mode="r:") as tar:  # pyright: ignore[reportArgumentType, reportCallIssue]
             while member := tar.next():
@@ -135,7 +135,7 @@ class _Scan:
             self.position = tar.offset
 
     def read_end(self, file: BufferedReader) -> None:
-        """Looks for the end mark, without which tarfile just ends, too, and for what may follow it."""
+        """Look for the end mark, which tarfile does not ask for, and for what may follow it."""
         file.seek(self.position)
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError("there is no end mark")
@@ -149,7 +149,7 @@ class _Scan:
                 return
 
     def note_damage(self, file: BufferedReader, error: BaseException) -> None:
-        """Adds the problem that ended the pass."""
+        """Add the problem that ended the pass."""
         file.seek(0)
         packer, command = packed_by(file.read(8)) if not self.position else ("", "")
         what, remedy = f"cut off or damaged from byte {self.position} on ({error})", "make or fetch it again"
@@ -181,7 +181,7 @@ class _Scan:
             self.passed_over.add(kind, f"{self.path.name}: {name}")
 
     def _spelled(self, key: str) -> str:
-        """A key as it came first: two systems may compose its accents in two ways."""
+        """Return a key as it was first spelled: two systems may compose its accents in two ways."""
         return key if key.isascii() else self._spellings.setdefault(unicodedata.normalize("NFC", key), key)
 
     def _pass_over(self, name: str, entry: Place | Fault | _Link) -> None:
@@ -192,7 +192,7 @@ class _Scan:
             self.passed_over.add(f"members passed over: {kind}", f"{self.path.name}: {name}")
 
     def resolve_links(self) -> None:
-        """Puts in the place of each link what it leads to."""
+        """Replace each link by the member that it leads to."""
         if not self._has_links:
             return
         for fields in self.samples.values():
@@ -204,7 +204,7 @@ class _Scan:
                 self._note_link(name, entry, folders)
 
     def _note_link(self, name: str, link: _Link, folders: set[str]) -> None:
-        """Accounts for a link that is no sample's, but may stand for a whole folder of them."""
+        """Count a link that is no sample's; it may stand for a whole folder of samples."""
         found = self._follow(link)
         if isinstance(found, Fault) and link.target not in folders:
             self.problems.append(Problem(str(self.path), found.what, found.remedy))
@@ -256,9 +256,9 @@ def _folders_of(key: str) -> Iterator[str]:
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """Key and lower-case extension of a member; None for those that webdataset passes over.
+    """Return key and lower-case extension of a member; None for members that webdataset passes over.
 
-    As webdataset has it, the extension starts at the first dot of the file's name.
+    As in webdataset, the extension starts at the first dot of the file's name.
     """
     directory, _, file = name.rpartition("/")
     stem, dot, extension = file.partition(".")
@@ -268,7 +268,7 @@ def split_name(name: str) -> tuple[str, str] | None:
 
 
 def key_fault(key: str) -> str:
-    """What makes a key unfit for an index; empty if nothing does."""
+    """Say what makes a key unfit for an index; "" if nothing does."""
     if not key.isprintable():  # nor are bytes that are not UTF-8
         return "its key has control characters or is not UTF-8"
     size = len(key.encode())

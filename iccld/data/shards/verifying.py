@@ -1,4 +1,4 @@
-"""Reads a whole set once, and names what is not as its index says."""
+"""Reading of a whole set, once, to name everything that differs from its index."""
 
 import bisect
 import sys
@@ -23,14 +23,14 @@ from iccld.data.storage.reader import BadSample, ShardReader
 from iccld.redact import without_secrets
 
 STORAGE = StorageConfig(retry_for_s=30.0)
-"""Of commands that someone waits for, unlike a training run."""
+"""Retries end sooner than in a training run: a person waits for these commands."""
 _RESTORE = "restore it, or make it and the index again"
 _UNKNOWN = "samples of the tars that are not in the index"
 
 
 @dataclass(frozen=True)
 class VerifyResult:
-    """How much was read (`num_bytes` of samples), and all that is broken, in the order of the shards."""
+    """Numbers of what was read (`num_bytes` of samples), and all problems, in the order of the shards."""
 
     num_samples: int
     num_bytes: int
@@ -40,7 +40,7 @@ class VerifyResult:
 
 @dataclass(frozen=True)
 class ShardReport:
-    """What became of one shard."""
+    """Result of one shard."""
 
     shard: int
     num_samples: int
@@ -50,11 +50,11 @@ class ShardReport:
 
 
 def verify_shards(location: str | Path, *, num_workers: int = 1, progress: Callable[[str], None] = say) -> VerifyResult:
-    """Checks the index's files, the sizes of the tars, and of every sample its place, checksums, decoding and facts.
+    """Check the index's files, the tars' sizes, and each sample's place, checksums, pixels and facts.
 
-    In a folder, the tars' headers are checked, too: readers without our index go by them. What the index does not
-    know of is a problem as well: tars, and samples that were not left out when it was made.
-    Raises ValueError where there is no index to check against.
+    In a folder, the tars' headers are checked, too, since readers without our index go by them. Tars that the index
+    does not know, and samples that were not left out on purpose, are problems as well. Raises ValueError if there is no
+    index to check against.
     """
     storage = open_storage(str(location), STORAGE)
     index = open_index(storage, str(location), setting="shards")
@@ -70,12 +70,12 @@ def verify_shards(location: str | Path, *, num_workers: int = 1, progress: Calla
     beside = _look_beside(Path(storage.location), index) if storage.is_local else TarFolder()
     passed_over = beside.passed_over.update(report.passed_over for report in in_order)
     problems += beside.problems
-    problems += [] if problems else _too_many_unknown(index, passed_over)  # what is broken may be the reason
+    problems += [] if problems else _too_many_unknown(index, passed_over)  # the problems above may be the reason
     return VerifyResult(len(index), sum(report.num_bytes for report in in_order), problems, passed_over)
 
 
 def _look_beside(folder: Path, index: ShardIndex) -> TarFolder:
-    """What lies beside the tars that the index knows."""
+    """Find what lies beside the tars that the index knows."""
     found, known = look_into(folder), {index.shard_name(shard) for shard in range(len(index.shards))}
     for path in found.tars:
         if path.name not in known:
@@ -88,7 +88,7 @@ def _look_beside(folder: Path, index: ShardIndex) -> TarFolder:
 
 
 def _too_many_unknown(index: ShardIndex, passed_over: Tally) -> list[Problem]:
-    """A problem where the tars have more samples that the index lacks than it says that it left out."""
+    """Return a problem if the tars have more samples outside the index than it says were left out."""
     (count, example), left_out = passed_over.kinds.get(_UNKNOWN, (0, "")), index.header.settings.get("left_out")
     if not isinstance(left_out, int) or count <= left_out:  # an index made earlier does not say how many
         return []
@@ -102,12 +102,12 @@ def _check_index(index: ShardIndex) -> list[Problem]:
 
 @dataclass(frozen=True)
 class ShardVerifier:
-    """Checks the shards that `reader` reads, each by its number."""
+    """Verifies the shards that `reader` reads, each by its number."""
 
     reader: ShardReader
 
     def __call__(self, shard: int) -> ShardReport:
-        """Reads all samples of a shard."""
+        """Read and check all samples of a shard."""
         index, name = self.reader.index, self.reader.index.shard_name(shard)
         where, expected = self.reader.storage.describe(name), int(index.shards["size"][shard])
         positions = _positions(index, shard)
@@ -132,7 +132,7 @@ class ShardVerifier:
         return ShardReport(shard, len(positions), num_bytes, problems, passed_over)
 
     def _headers(self, name: str) -> tuple[Members | None, list[Problem], Tally]:
-        """What the tar's own headers say; None of a tar that is not whole, or not to be had without fetching all."""
+        """Read the tar's own headers; None if the tar is not whole or could only be fetched as a whole."""
         storage = self.reader.storage
         if not storage.is_local:
             return None, [], Tally()
@@ -146,7 +146,7 @@ class ShardVerifier:
         return None if damage else members, damage, passed_over
 
     def _fault(self, position: int, record: np.void, shard_bytes: int) -> str:
-        """What is wrong with a sample; empty if nothing is."""
+        """Say what is wrong with a sample; "" if nothing is."""
         ends = [int(record[f"{kind}_offset"]) + int(record[f"{kind}_size"]) for kind in ("image", "label")]
         if max(ends) > shard_bytes:
             return f"its index places it beyond the shard's {shard_bytes} bytes"
@@ -158,7 +158,7 @@ class ShardVerifier:
         except ValueError as error:
             return str(error)
         except StorageError as error:
-            if not self.reader.storage.is_local:  # a network that fails says nothing of the sample
+            if not self.reader.storage.is_local:  # a failed connection proves nothing about the sample
                 raise
             return str(error)
         if (height, width) != (record["height"], record["width"]):
@@ -169,7 +169,7 @@ class ShardVerifier:
 
 
 def _compare(record: np.void, fields: Mapping[str, Place | Fault]) -> tuple[list[str], str]:
-    """The extensions of a sample's members that its record does not name; and what is wrong for readers of headers."""
+    """Return the extensions that a sample's record does not name, and what is wrong for readers of headers."""
     places = [Place(int(record[f"{kind}_offset"]), int(record[f"{kind}_size"])) for kind in ("image", "label")]
     there = all(place in fields.values() for place in places if place.size)
     unused = [extension for extension, place in fields.items() if place not in places]
@@ -177,19 +177,19 @@ def _compare(record: np.void, fields: Mapping[str, Place | Fault]) -> tuple[list
 
 
 def _positions(index: ShardIndex, shard: int) -> range:
-    """Where a shard's samples are in the index; found without reading all of it."""
+    """Find a shard's samples in the index, without reading all of it."""
     shards, numbers = index.samples["shard"], range(len(index))
     return range(*(bisect.bisect_left(numbers, shard + end, key=lambda i: int(shards[i])) for end in (0, 1)))
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """The arguments of `iccld shards verify`."""
+    """Add the arguments of `iccld shards verify`."""
     parser.add_argument("location", metavar="DIR_OR_URL", help="a set of shards with its index")
     parser.add_argument("--workers", type=int, default=usable_cpus(), dest="num_workers", metavar="N")
 
 
 def run(arguments: Namespace) -> int:
-    """Verifies and lists what is broken; the exit status. Raises ValueError where the user erred."""
+    """Verify and list what is broken; return the exit status. Raises ValueError if the user erred."""
     result = verify_shards(arguments.location, num_workers=arguments.num_workers)
     for problem in result.problems:
         print(f"broken: {problem}", file=sys.stderr)

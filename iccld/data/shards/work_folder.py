@@ -1,4 +1,4 @@
-"""Work folders of `iccld shards make` and `index`, in which one process works at a time and nothing is a stranger's."""
+"""Work folders of `iccld shards make` and `index`: one process works in each, and no stranger's file is touched."""
 
 import errno
 import fcntl
@@ -12,13 +12,13 @@ from iccld.durable import NotOursError, is_plain, make_folder, open_lock
 from iccld.outcome import naming
 
 MAKING_FOLDER = "making"
-"""Of `iccld shards make`; where it is, the shards are not finished."""
+"""The work folder of `iccld shards make`; while it is there, the shards are not finished."""
 _LOCK = "lock"
 _OURS = re.compile(r"lock|settings\.json|samples\.npy|\d+\.(npy|json)|\d+\.\d+\.tmp|\..+\.[0-9a-f]{8}\.tmp")
 
 
 def clear(work: Path) -> None:
-    """Removes all that is in a work folder, but for its lock. Raises NotOursError where something is not ours."""
+    """Remove all that is in a work folder, but for its lock. Raises NotOursError if something there is not ours."""
     _check_ours(work)
     for path in work.iterdir():
         if path.name != _LOCK:
@@ -26,7 +26,7 @@ def clear(work: Path) -> None:
 
 
 def _check_ours(work: Path) -> None:
-    """So that nobody's files are deleted, nor written through links with the names of ours."""
+    """Raise NotOursError, so that no stranger's file is deleted, or written through a link with one of our names."""
     strange = sorted(path for path in work.iterdir() if not (_OURS.fullmatch(path.name) and is_plain(path)))
     if strange:
         more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
@@ -38,11 +38,11 @@ def _check_ours(work: Path) -> None:
 
 @contextmanager
 def alone_in(folder: Path, name: str) -> Iterator[Path]:
-    """The work folder `name` of `folder`, held by the operating system's lock for as long as this process works there.
+    """Hold the work folder `name` of `folder` by the operating system's lock while this process works in it.
 
-    It is removed at the end where nothing is left in it. Raises NotOursError where it is a link or holds what is not
-    ours, ValueError where another process holds it or memory does not suffice, and an OSError that names `folder` where
-    its disk is full.
+    It is removed at the end if nothing is left in it. Raises NotOursError if it is a link or holds what is not ours,
+    ValueError if another process holds it or memory does not suffice, and an OSError that names `folder` if its disk is
+    full.
     """
     work = folder / name
     try:
@@ -61,14 +61,14 @@ def alone_in(folder: Path, name: str) -> Iterator[Path]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        with naming(folder):  # and not the file of the moment
+        with naming(folder):  # the folder, not the file that was being written
             raise
     except MemoryError as error:
         raise ValueError(f"{folder}: memory does not suffice; use fewer --workers.") from error
 
 
 def _lock(work: Path) -> int:
-    """The locked file's descriptor; closing it frees the lock."""
+    """Return the locked file's descriptor; closing it frees the lock."""
     path = work / _LOCK
     while True:
         make_folder(work, within=work.parent)

@@ -1,6 +1,6 @@
-"""A storage: files side by side, in a folder, on a web server or in an object store; bytes by (name, offset, size).
+"""Storage: files side by side, in a folder, on a web server or in an object store; bytes by (name, offset, size).
 
-It may be used by several threads, in processes that were forked after its first use, and may be pickled.
+Several threads may use a storage, also in processes that were forked after its first use. It may be pickled.
 """
 
 import copy
@@ -21,7 +21,7 @@ MAX_NAME_BYTES = 255
 
 @dataclass
 class StorageConfig:
-    """How remote shards are read; a folder needs none of it.
+    """Settings of how remote shards are read; a local folder needs none of them.
 
     `options` go to the object store's file system as they are, "true" and "false" as bools. What is not a string there
     (`client_kwargs`) is set in the client's own files and environment (`~/.aws/config`, `AWS_REGION`). Secrets belong
@@ -45,19 +45,19 @@ class StorageConfig:
 
 
 class StorageError(OSError):
-    """A read that failed for good; the message says where, what was read, why, and what to do."""
+    """Error: a read failed for good. The message says where, what was read, why, and what to do."""
 
 
 class Unreachable(StorageError, ConnectionError):
-    """The storage did not answer for as long as it was asked; it may answer later."""
+    """Error: the storage did not answer for as long as it was asked; it may answer later."""
 
 
 class MissingShard(StorageError, FileNotFoundError):
-    """There is no such file in the storage."""
+    """Error: the storage has no such file."""
 
 
 class ShortRead(StorageError):
-    """The file ends before the bytes that were asked for."""
+    """Error: the file ends before the bytes that were asked for."""
 
 
 class Storage(ABC):
@@ -72,9 +72,9 @@ class Storage(ABC):
         self.counters = Counters(requests=0, retries=0, bytes=0)
 
     def read(self, name: str, offset: int, size: int) -> bytes:
-        """Exactly the `size` bytes at `offset` of the file `name`.
+        """Read exactly the `size` bytes at `offset` of the file `name`.
 
-        Raises MissingShard, ShortRead where the file ends before, StorageError for all that cannot be mended.
+        Raises MissingShard; ShortRead if the file ends before; StorageError for every other final failure.
         """
         check_name(name, self.location)
         if offset < 0 or size < 0 or offset + size > sys.maxsize:
@@ -89,30 +89,30 @@ class Storage(ABC):
         return data
 
     def read_all(self, name: str, *, limit: int) -> bytes:
-        """The whole file; raises StorageError where it has more than `limit` bytes."""
+        """Read the whole file. Raises StorageError if it has more than `limit` bytes."""
         size = self.size(name)
         check_size(self.describe(name), size, range(limit + 1))
         return self.read(name, 0, size)
 
     def size(self, name: str) -> int:
-        """The file's bytes; raises what `read` raises."""
+        """Return the file's size in bytes. Raises the same errors as `read`."""
         check_name(name, self.location)
         return self._size(name)
 
     def pieces(self, name: str, size: int) -> Iterator[bytes]:
-        """The first `size` bytes of a file, a piece of bounded size at a time."""
+        """Yield the first `size` bytes of a file, in pieces of bounded size."""
         for offset, length in self._pieces(0, size):
             yield self.read(name, offset, length)
 
     def below(self, folder: str) -> Self:
-        """The storage of a folder in this one."""
+        """Return the storage of a folder in this one."""
         check_name(folder, self.location)
         lower = copy.copy(self)
         lower.location = self._address(folder)
         return lower
 
     def describe(self, name: str) -> str:
-        """The file's place as messages give it, without credentials."""
+        """Name the file's location for messages, without credentials."""
         return f"{without_secrets(self.location).rstrip('/')}/{name}"
 
     @abstractmethod
@@ -130,7 +130,7 @@ class Storage(ABC):
 
 
 def short_read(place: str, offset: int, size: int, total: int) -> ShortRead:
-    """The error that says how far a read goes beyond the `total` bytes of the file at `place`."""
+    """Make the error that says how far a read goes beyond the `total` bytes of the file at `place`."""
     return ShortRead(
         f"{place}: bytes {offset}-{offset + size - 1} are wanted, but it has {total}; it is truncated: restore it, or "
         f"make it and its index again."
@@ -138,7 +138,7 @@ def short_read(place: str, offset: int, size: int, total: int) -> ShortRead:
 
 
 def check_name(name: str, location: str) -> None:
-    """Raises StorageError for what is no plain file name: it may come from anyone's index, and lead elsewhere."""
+    """Raise StorageError for anything but a plain file name: a stranger may have made the index that holds it."""
     plain = name.isprintable() and not {"/", "\\"} & set(name) and name not in ("", ".", "..")
     if not plain or len(name.encode()) > MAX_NAME_BYTES:
         raise StorageError(
@@ -148,7 +148,7 @@ def check_name(name: str, location: str) -> None:
 
 
 def check_size(place: str, size: int, sizes: range) -> None:
-    """Raises StorageError where a file cannot be what it should be, by its size."""
+    """Raise StorageError if a file's size shows that it is not what it should be."""
     if size not in sizes:
         wanted = f"at most {sizes[-1]:,}" if sizes[0] == 0 else f"{sizes[0]:,} to {sizes[-1]:,}"
         raise StorageError(
@@ -157,11 +157,11 @@ def check_size(place: str, size: int, sizes: range) -> None:
 
 
 def is_remote(location: str | Path) -> bool:
-    """Whether a location is a URL; `file://` URLs are local."""
+    """Tell whether a location is a URL; `file://` URLs are local."""
     return is_url(str(location))
 
 
 def local_folder(location: str | Path) -> Path:
-    """The folder that a local location means: a path or a `file://` URL."""
+    """Return the folder that a local location means: a path or a `file://` URL."""
     text = str(location)
     return Path(unquote(urlsplit(text).path) if text.lower().startswith("file://") else text)

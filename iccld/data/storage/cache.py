@@ -35,7 +35,7 @@ UNREAD_FOR_S = 86_400.0
 TOUCH_EVERY_S = 3_600.0
 LOOK_EVERY_S = 60.0
 ROOM_TO_MAKE = 0.1
-"""The share of a bucket that is freed at once where its entries are unread, so that not every new one searches."""
+"""The share of a bucket that is freed at once if its entries are unread, so that not every new one searches."""
 _OURS = re.compile(r"lock|[0-9a-f]{32}")
 _LENGTH = struct.Struct("<Q")
 _STATE = struct.Struct("<Qd")
@@ -44,7 +44,7 @@ _BLOCK = 4096
 
 @dataclass
 class CacheConfig:
-    """A folder of the node's own disk (empty: no cache) and how much of it samples may take; the folder may be shared.
+    """Settings of the cache on the node's own disk: its folder, which several runs may share, and its size.
 
     A sample larger than 1/256 of `max_gib` is not kept.
     """
@@ -60,17 +60,17 @@ class CacheConfig:
 
 
 class SampleCache:
-    """Bytes by key. Entries may be old and from other processes: verify them, and `discard` what is wrong.
+    """Bytes by key. Entries may be old or another process's: verify them, and `discard` bad ones.
 
     `counters`: hits, misses, puts, evictions; `full`, puts for which there was no room; `busy`, those that would have
-    waited for another process; `failures` of the disk. Raises ValueError where the folder cannot be used.
+    waited for another process; `failures` of the disk. Raises ValueError if the folder cannot be used.
     """
 
     setting, contents, without = "data.cache", "samples", "samples come from the storage"
-    """For messages, and the sub-folder's name; a cache of something else is a subclass with names of its own."""
+    """Name in messages, and of the sub-folder; a cache of something else is a subclass with other names."""
     num_buckets = NUM_BUCKETS
     waits = False
-    """True: a put waits while another process fills the same bucket; False: it is left out."""
+    """Choice of a put while another process fills the same bucket: True waits, False leaves it out."""
 
     def __init__(self, config: CacheConfig) -> None:
         self.config = config
@@ -121,7 +121,7 @@ class SampleCache:
             self._report(error)
 
     def discard(self, key: str) -> None:
-        """Remove an entry."""
+        """Remove the entry of the key."""
         path = self._path(key)
         try:
             with self._locked(path.parent) as lock:

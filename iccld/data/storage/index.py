@@ -29,7 +29,7 @@ from iccld.reading import MIB, parse_json, read_limited
 
 FORMAT_VERSION = 2
 OWN_CLASSES_VERSION = 3
-"""Of sets that list their classes, which earlier programs cannot read; others are as they were."""
+"""Version of sets that list their classes, which earlier programs cannot read; other sets keep theirs."""
 NUM_TRAIN_IDS = CITYSCAPES_19.num_classes
 INDEX_FOLDER = "index"
 HEADER_FILE = "index.json"
@@ -37,15 +37,15 @@ ARRAY_FILES = ("shards.npy", "samples.npy", "classes.npy")
 MAX_HEADER_BYTES = 64 * MIB
 MAX_COUNT = 1 << 62
 MAX_TEXT_BYTES = 4096
-"""Of a key, and of a shard's name: what a record may be wide."""
+"""The most bytes of a key and of a shard's name in a record."""
 MAX_NPY_HEADER_BYTES = 1 << 16
 NPY_FAULTS = (OSError, ValueError, TypeError, OverflowError, SyntaxError, MemoryError, RecursionError, EOFError)
-"""What numpy raises for a file that is no array, besides tokenize.TokenError."""
+"""Errors that numpy raises for a file that is no array, besides tokenize.TokenError."""
 MAKE_IT = "make the shards with `iccld shards make`, or index tars made elsewhere with `iccld shards index`"
 
 
 def sample_dtype(key_width: int, num_classes: int = NUM_TRAIN_IDS) -> np.dtype:
-    """One sample's record; offsets and sizes are bytes in the shard, a sample without label has label_size 0."""
+    """Return one sample's record; offsets and sizes are bytes in the shard. Without a label, label_size is 0."""
     return np.dtype(
         [
             ("shard", np.uint32),
@@ -64,13 +64,13 @@ def sample_dtype(key_width: int, num_classes: int = NUM_TRAIN_IDS) -> np.dtype:
 
 
 def shard_dtype(name_width: int) -> np.dtype:
-    """One tar's record: its file name and its size in bytes."""
+    """Return one tar's record: its file name and its size in bytes."""
     return np.dtype([("name", f"S{max(name_width, 1)}"), ("size", np.uint64)])
 
 
 @dataclass(frozen=True)
 class IndexHeader:
-    """What `index.json` holds: all that is asked of a set before its first sample is read.
+    """Content of `index.json`: everything that is asked of a set before its first sample is read.
 
     `min_size` and `max_size` are [height, width], each side's extreme over all samples. `class_pixels` and
     `class_samples` count, for each class, pixels and the samples that show it. `checksums` are CRC-32 of the arrays'
@@ -93,7 +93,7 @@ class IndexHeader:
 
     @property
     def class_set(self) -> ClassSet:
-        """The classes that the ids in the labels stand for."""
+        """Return the classes that the ids in the labels stand for."""
         return own_class_set(**self.classes) if self.classes else CITYSCAPES_19
 
 
@@ -110,10 +110,10 @@ class ShardIndex:
 
     @classmethod
     def open(cls, location: str | Path, *, setting: str = "shards", folder: Path | None = None) -> "ShardIndex":
-        """Opens the index of the set at `location`; errors call it by `setting`.
+        """Open the index of the set at `location`; errors call it by `setting`.
 
-        `folder` is where the index's files lie if that is not `location`/index: a remote set's copy. Raises ValueError
-        where they are missing or do not fit each other.
+        `folder` holds the index's files if they are not in `location`/index: a remote set's copy. Raises ValueError if
+        they are missing or do not fit each other.
         """
         where = f"{setting}={location}"
         if folder is None:
@@ -134,17 +134,17 @@ class ShardIndex:
         return self.header.num_samples
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Another process maps the files itself, instead of being sent the records."""
+        """Let another process map the files itself, instead of sending it the records."""
         return _reopen, (self.location, self.folder, self.header.checksums)
 
     @property
     def remedy(self) -> str:
-        """What to do where its files are damaged."""
+        """Say what to do if its files are damaged."""
         return remedy_of(self.location, self.folder)
 
     @property
     def is_copy(self) -> bool:
-        """Whether its files are this node's copies of a remote set's."""
+        """Tell whether its files are this node's copies of a remote set's."""
         return self.folder != Path(self.location) / INDEX_FOLDER
 
     @property
@@ -162,12 +162,12 @@ class ShardIndex:
         return self.shards["name"][shard].decode(errors="replace")
 
     def samples_with(self, train_id: int) -> np.ndarray:
-        """The positions of the samples that show `train_id`, `(M,)` uint32, those with most pixels of it first."""
+        """Return the positions of the samples that show `train_id`, `(M,)` uint32, most pixels first."""
         start = sum(self.header.class_samples[:train_id])
         return self.classes[start : start + self.header.class_samples[train_id]]
 
     def fingerprint(self) -> dict[str, Any]:
-        """What a run remembers of its data, to notice that it changed: changes with any byte of any sample.
+        """Return the facts by which a run notices that its data changed: any byte of any sample changes them.
 
         The checksums are those of the header, which `integrity` compares with the bytes.
         """
@@ -183,7 +183,7 @@ def _reopen(location: str, folder: Path, checksums: Mapping[str, int]) -> ShardI
 
 
 def parse_header(text: bytes, where: str) -> IndexHeader:
-    """The header in an `index.json`; raises ValueError, naming `where`, for anything else."""
+    """Parse an `index.json`. Raises ValueError, which names `where`, for anything else."""
     try:
         content = parse_json(text, "it")
         version = content.get("version")
@@ -217,14 +217,14 @@ def _is_sound(header: IndexHeader) -> bool:
 
 
 def array_kinds(header: IndexHeader) -> dict[str, tuple[np.dtype, int]]:
-    """The fields of each array's records, texts as narrow as can be, and how many there are."""
+    """Return the fields of each array's records, with the narrowest possible texts, and the number of records."""
     dtypes = (shard_dtype(1), sample_dtype(1, len(header.class_pixels)), np.dtype(np.uint32))
     lengths = (header.num_shards, header.num_samples, sum(header.class_samples))
     return dict(zip(ARRAY_FILES, zip(dtypes, lengths, strict=True), strict=True))
 
 
 def array_bytes(header: IndexHeader) -> dict[str, range]:
-    """How many bytes each array's file may have."""
+    """Return the least and the greatest number of bytes that each array's file may have."""
     return {
         name: range(
             length * dtype.itemsize,
@@ -235,7 +235,7 @@ def array_bytes(header: IndexHeader) -> dict[str, range]:
 
 
 def remedy_of(location: str | Path, folder: Path) -> str:
-    """What to do where an index is damaged: it is a copy of a remote set's, or the set's own."""
+    """Say what to do if an index is damaged: the remedy depends on whether it is a copy of a remote set's."""
     if folder != Path(location) / INDEX_FOLDER:
         return f"remove {folder}, a copy that is fetched anew"
     return f"restore it, or remove {folder}/ and index the set again"
@@ -265,14 +265,17 @@ def _check_file(path: Path, sizes: range) -> None:
 
 
 def _alike(one: np.dtype, other: np.dtype) -> bool:
-    """Whether two records have the same fields; texts may differ in their width."""
+    """Tell whether two records have the same fields; texts may differ in their width."""
     if not one.names or not other.names:
         return one == other or one.kind == other.kind == "S"
     return one.names == other.names and all(_alike(one[name], other[name]) for name in one.names)
 
 
 def rank_samples(class_pixels: np.ndarray) -> list[np.ndarray]:
-    """For each column of `(N, K)` pixel counts: the rows that are not 0, uint32, the largest first, ties in order."""
+    """Rank the rows of `(N, K)` pixel counts: for each column the rows that are not 0, uint32, the largest first.
+
+    Rows with equal counts keep their order.
+    """
     ranked = []
     for pixels in np.asarray(class_pixels).T:
         rows = np.flatnonzero(pixels)
@@ -289,10 +292,10 @@ def write_index(
     settings: Mapping[str, Any] | None = None,
     classes: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes the files of an index into `folder`, which exists and is not yet named `index` (see `build_index`).
+    """Write the files of an index into `folder`, which exists and is not yet named `index` (see `build_index`).
 
-    `shards` and `samples` are arrays, memory maps too, of `shard_dtype` and `sample_dtype`. Held in memory: what
-    `classes.npy` holds, and 12 bytes a sample. `classes`: see `IndexHeader`.
+    `shards` and `samples` are arrays of `shard_dtype` and `sample_dtype`, or memory maps of them. Memory holds the
+    content of `classes.npy` and 12 bytes a sample. `classes`: see `IndexHeader`.
     """
     ranked = rank_samples(samples["class_pixels"])
     arrays = dict(zip(ARRAY_FILES, (shards, samples, np.concatenate(ranked)), strict=True))
@@ -324,7 +327,7 @@ def _least(sides: np.ndarray, initial: int) -> int:
 
 
 def file_checksum(path: Path) -> int:
-    """CRC-32 of a file, read in pieces."""
+    """Return the CRC-32 of a file, read in pieces."""
     checksum = 0
     with path.open("rb") as file:
         while piece := file.read(1 << 22):

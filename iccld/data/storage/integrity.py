@@ -19,7 +19,7 @@ from iccld.data.storage.index import ARRAY_FILES, HEADER_FILE, IndexHeader, Shar
 
 AT_ONCE_BYTES = 256 << 20
 SHARE_BESIDE = 0.1
-"""Of one core's time, what a check beside the work may take."""
+"""The share of one core's time that a check beside the work may take."""
 _PIECE_BYTES = 4 << 20
 _begun: set[tuple[Any, ...]] = set()
 _damage: list[str] = []
@@ -114,7 +114,7 @@ class Totals:
         self.class_samples = self.class_samples + (records["class_pixels"] > 0).sum(0)
 
     def differing(self, header: IndexHeader) -> Iterator[str]:
-        """Return the names of the totals that differ from the header."""
+        """Yield the names of the totals that differ from the header."""
         for name, total in vars(self).items():
             if getattr(header, name) != (total.tolist() if isinstance(total, np.ndarray) else total):
                 yield name

@@ -13,7 +13,7 @@ MAX_OPEN_SHARDS = 64
 
 
 class _OpenFile:
-    """Descriptor that closes with its last reference: another thread may still read the file."""
+    """Descriptor that closes with its last reference, since another thread may still read the file."""
 
     def __init__(self, path: str) -> None:
         self.descriptor = -1

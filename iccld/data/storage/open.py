@@ -1,4 +1,4 @@
-"""Opens the storage at a folder or URL; what is remote is imported when it is needed."""
+"""Opening of the storage at a folder or URL; what reads URLs is imported only for them."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,7 @@ from iccld.data.storage.base import Storage, StorageConfig, is_remote, local_fol
 from iccld.redact import without_secrets
 
 SCHEMES = ("http", "https", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")
-"""What is read without being allowed: each asks one server for bytes, and does nothing else."""
+"""Schemes that need no permission: each asks one server for bytes, and does nothing else."""
 
 
 def open_storage(location: str | Path, config: StorageConfig | None = None) -> Storage:

@@ -57,7 +57,10 @@ def _may_be_damaged(copy: Path, sizes: range) -> bool:
 
 
 def user_cache_folder() -> Path:
-    """Where this user's copies of remote indices go if no folder is set: `$XDG_CACHE_HOME` or `~/.cache`, `/iccld`."""
+    """Return the folder of this user's copies of remote indices, if none is set.
+
+    It is `iccld` in `$XDG_CACHE_HOME`, or in `~/.cache`.
+    """
     if folder := os.environ.get("XDG_CACHE_HOME"):
         return Path(folder) / "iccld"
     try:
@@ -67,11 +70,11 @@ def user_cache_folder() -> Path:
 
 
 def fetch_file(storage: Storage, name: str, folder: Path, *, sizes: range, checksum: int | None = None) -> Path:
-    """Copies a file of one of `sizes` into `folder`, in pieces; it appears whole or not at all. Returns its path.
+    """Copy a file of one of `sizes` into `folder`, in pieces, and return its path; it appears whole or not at all.
 
-    With `checksum` (CRC-32), a copy that has it is kept, and what arrives is checked. Ranks that ask at the same
-    time wait for the one that copies. Raises what reading raises, and StorageError if size or checksum differ or the
-    disk has no room.
+    With `checksum` (CRC-32), a copy that has it is kept, and the bytes that arrive are checked. Ranks that ask at the
+    same time wait for the one that copies. Raises the errors of reading, and StorageError if size or checksum differ or
+    the disk is full.
     """
     check_name(name, storage.location)
     path = folder / name

@@ -38,14 +38,14 @@ MAX_REDIRECTS = 5
 PUBLIC_OPTIONS = ("anon", "endpoint_url", "profile", "requester_pays", "use_ssl")
 """Options that messages may show, as far as they are no URL with a password."""
 MAX_SAID = 300
-"""Letters of what others say, in a message."""
+"""The most characters of a server's words in a message."""
 FINAL_ERRNOS = {errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.ENAMETOOLONG, getattr(errno, "EREMCHG", errno.EPERM)}
 FINAL_ERRORS = (StorageError, FileNotFoundError, PermissionError, TypeError, ValueError, AttributeError, ImportError)
 # By name, since their packages may be missing.
 FINAL_NAMES = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "DefaultCredentialsError"}
 
 _KEPT_OPEN: list[AsyncFileSystem] = []
-"""All of this process and of those it was forked from: collected in a child, a parent's would end its connections."""
+"""All storages of this process and its parents; a parent's, if collected here, would end its connections."""
 
 
 def open_remote(location: str, config: StorageConfig) -> "RemoteStorage":

@@ -15,7 +15,7 @@ from iccld.data.sample import check_indexed_size, decode_train_ids
 from iccld.data.storage.reader import BadSample, RawSample
 from iccld.data.stream.crops import Crop, apply_crop, draw_crop, source_merit, valid_rows
 from iccld.data.stream.order import Draw, Order
-from iccld.data.stream.sets import Part
+from iccld.data.stream.sets import OpenSet
 
 MAX_REPLACEMENTS = 100
 
@@ -39,7 +39,7 @@ class View:
     margin_bottom: float = 0.0
 
 
-def check_crop_fits(part: Part, crop_size: tuple[int, int]) -> None:
+def check_crop_fits(part: OpenSet, crop_size: tuple[int, int]) -> None:
     """Refuse a crop that is larger than an image in use. Reads images' sizes only if the smallest is too small."""
     least = part.index.header.min_size
     if all(side <= limit for side, limit in zip(crop_size, least, strict=True)):
@@ -74,7 +74,7 @@ class DomainStream:
     def __init__(
         self,
         name: str,
-        parts: Sequence[Part],
+        parts: Sequence[OpenSet],
         order: Order,
         *,
         seed: int,

@@ -23,11 +23,11 @@ from iccld.texts import read_text
 
 MAX_CHECKED_SHARDS = 1000
 _KEYS_AT_ONCE = 1_000_000
-_kept: list[dict[str, list["Part"]]] = []  # one for each `sets_kept_open` that is not over
+_kept: list[dict[str, list["OpenSet"]]] = []  # one dictionary for each `sets_kept_open` block that has not ended
 
 
 @dataclass(frozen=True)
-class Part:
+class OpenSet:
     """One set of a domain. `positions` are the samples in use; `name` is the key of their order.
 
     `setting` is where the settings name the set, for instance `data.source`.
@@ -57,7 +57,7 @@ class Part:
         return len(self.positions) == len(self.index)
 
 
-def open_parts(config: DataConfig, role: str, *, with_labels: bool) -> list[Part]:
+def open_sets(config: DataConfig, role: str, *, with_labels: bool) -> list[OpenSet]:
     """Open the sets of the `role` "source", "target" or "validation". The first is keyed by `role`, others by name.
 
     Within `sets_kept_open`, sets that are open are handed out again. Raises ValueError if one is missing, damaged, or
@@ -69,7 +69,7 @@ def open_parts(config: DataConfig, role: str, *, with_labels: bool) -> list[Part
     key = repr((role, dataset, config.storage, config.cache, config.on_error))
     parts = _kept[-1].get(key) if _kept else None
     if parts is None:
-        parts = _open_parts(config, role, dataset)
+        parts = _open_all(config, role, dataset)
         if _kept:
             _kept[-1][key] = parts
     for part in parts if with_labels else ():
@@ -79,7 +79,7 @@ def open_parts(config: DataConfig, role: str, *, with_labels: bool) -> list[Part
 
 @contextmanager
 def sets_kept_open() -> Iterator[None]:
-    """Within, each set is opened once, and stays open: its index and its shards are those that were checked then."""
+    """Open each set once within the block, and keep it open: index and shards stay those that were checked."""
     _kept.append({})
     try:
         yield
@@ -87,13 +87,13 @@ def sets_kept_open() -> Iterator[None]:
         _kept.pop()
 
 
-def _open_parts(config: DataConfig, role: str, dataset: DatasetConfig) -> list[Part]:
+def _open_all(config: DataConfig, role: str, dataset: DatasetConfig) -> list[OpenSet]:
     cache = SampleCache(config.cache) if config.cache.folder else None
     sets: dict[str, SetConfig] = {"": dataset} | dict(sorted(dataset.also.items()))
-    return [_open_part(part, role, name, config, cache) for name, part in sets.items()]
+    return [_open_set(part, role, name, config, cache) for name, part in sets.items()]
 
 
-def _open_part(part: SetConfig, role: str, name: str, config: DataConfig, cache: SampleCache | None) -> Part:
+def _open_set(part: SetConfig, role: str, name: str, config: DataConfig, cache: SampleCache | None) -> OpenSet:
     setting = f"data.{role}.also.{name}" if name else f"data.{role}"
     storage = open_storage(part.shards, config.storage)
     index = open_index(storage, part.shards, setting=f"{setting}.shards", cache_folder=config.cache.folder)
@@ -101,10 +101,10 @@ def _open_part(part: SetConfig, role: str, name: str, config: DataConfig, cache:
     if config.on_error is OnError["raise"] and storage.is_local and index.header.num_shards <= MAX_CHECKED_SHARDS:
         _check_shards(index, storage, f"{setting}.shards={part.shards}")
     reader = ShardReader(index, storage, None if storage.is_local else cache)
-    return Part(f"{role}/{name}" if name else role, reader, _positions(part, index, setting), part.weight, setting)
+    return OpenSet(f"{role}/{name}" if name else role, reader, _positions(part, index, setting), part.weight, setting)
 
 
-def _check_labels(part: Part, role: str, config: DataConfig) -> None:
+def _check_labels(part: OpenSet, role: str, config: DataConfig) -> None:
     where, header = f"{part.setting}.shards={without_secrets(part.index.location)}", part.index.header
     if not header.has_labels:
         raise ValueError(
@@ -172,7 +172,7 @@ def _find(index: ShardIndex, keys: Collection[str], num_samples: int) -> np.ndar
     return np.concatenate([np.empty(0, np.int64), *found]).astype(np.int64)
 
 
-def domain_order(parts: Sequence[Part], config: DataConfig, *, seed: int, rare_classes: bool) -> Order:
+def domain_order(parts: Sequence[OpenSet], config: DataConfig, *, seed: int, rare_classes: bool) -> Order:
     """Build the order of a domain: each set's own order, by epochs or by rare classes, and their mixture."""
     orders = [
         _rare_order(part, config, seed)
@@ -185,7 +185,7 @@ def domain_order(parts: Sequence[Part], config: DataConfig, *, seed: int, rare_c
     return MixedOrder(orders, [part.weight for part in parts], seed=seed, stream=parts[0].name)
 
 
-def _rare_order(part: Part, config: DataConfig, seed: int) -> Order:
+def _rare_order(part: OpenSet, config: DataConfig, seed: int) -> Order:
     """Build the order by rare classes. Class counts come from the index or, for chosen keys, are gathered here."""
     index, class_set = part.index, config.class_set.build()
     class_pixels, totals = index.samples["class_pixels"], np.array(index.header.class_pixels)
@@ -210,5 +210,5 @@ def _rare_order(part: Part, config: DataConfig, seed: int) -> Order:
     return _of_part(order, part)
 
 
-def _of_part(order: Order, part: Part) -> Order:
+def _of_part(order: Order, part: OpenSet) -> Order:
     return order if isinstance(part.positions, range) else SubsetOrder(order, part.positions)

@@ -20,7 +20,7 @@ Batch = dict[str, dict[str, Any]]
 
 
 class TensorLayout(NamedTuple):
-    """Where a tensor's bytes begin, and how they are read."""
+    """Place of a tensor's bytes, and how they are read."""
 
     begin: int
     dtype: torch.dtype

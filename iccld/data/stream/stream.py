@@ -21,7 +21,7 @@ from iccld.data.sample import decode_pixels, decode_train_ids
 from iccld.data.storage import integrity
 from iccld.data.stream.domain import DomainStream, View, relabel
 from iccld.data.stream.order import Order
-from iccld.data.stream.sets import Part, domain_order, open_parts
+from iccld.data.stream.sets import OpenSet, domain_order, open_sets
 from iccld.data.stream.shared_batch import NUM_AHEAD, Batch, PackedBatch, pack, unpack
 from iccld.data.stream.workers import deliveries_of, initialize_worker, worker_context
 from iccld.outcome import plain
@@ -131,7 +131,7 @@ class TrainingStream:
     def _source(self, seed: int, noise: Mapping[str, tuple[int, ...]] | None) -> DomainStream:
         config = self.config
         view = View(self._crop_size(), config.flip, config.max_class_share, config.rare_class_min_pixels)
-        parts = open_parts(config, "source", with_labels=True)
+        parts = open_sets(config, "source", with_labels=True)
         order = domain_order(parts, config, seed=seed, rare_classes=config.rare_class_sampling)
         table = self.class_set.table()
         return self._stream("source", parts, order, seed=seed, view=view, table=table, noise=noise)
@@ -144,12 +144,12 @@ class TrainingStream:
             margin_top=config.target_margin_top,
             margin_bottom=config.target_margin_bottom,
         )
-        parts = open_parts(config, "target", with_labels=with_labels)
+        parts = open_sets(config, "target", with_labels=with_labels)
         order = domain_order(parts, config, seed=seed, rare_classes=False)
         table = self.class_set.table() if with_labels else None
         return self._stream("target", parts, order, seed=seed, view=view, table=table)
 
-    def _stream(self, name: str, parts: list[Part], order: Order, **how: Any) -> DomainStream:
+    def _stream(self, name: str, parts: list[OpenSet], order: Order, **how: Any) -> DomainStream:
         return DomainStream(name, parts, order, on_error=self.config.on_error, repeat_after=self.repeat_after, **how)
 
     def _crop_size(self) -> tuple[int, int]:
@@ -222,7 +222,7 @@ def read_validation(config: DataConfig, *, rank: int = 0, world_size: int = 1) -
     differ by one image. Wrong settings raise at once, not at the first image. A bad sample always raises, since scores
     over fewer images would be other scores.
     """
-    parts = open_parts(config, "validation", with_labels=True)
+    parts = open_sets(config, "validation", with_labels=True)
     numbers = range(rank, sum(len(part.positions) for part in parts), world_size)
     return _validation_samples(parts, config, numbers)
 
@@ -235,7 +235,7 @@ def read_validation_pairs(
     The samples are spread evenly over all, or over those numbered below `below`. A single sample is paired with None.
     The distance matters because neighbours may be similar frames of one clip. Samples are those of `read_validation`.
     """
-    parts = open_parts(config, "validation", with_labels=True)
+    parts = open_sets(config, "validation", with_labels=True)
     total = sum(len(part.positions) for part in parts)
     total = min(total, below) if below else total
     count = min(most, total)
@@ -246,7 +246,7 @@ def read_validation_pairs(
         yield sample, other
 
 
-def _validation_samples(parts: list[Part], config: DataConfig, numbers: Iterable[int]) -> Iterator[dict[str, Any]]:
+def _validation_samples(parts: list[OpenSet], config: DataConfig, numbers: Iterable[int]) -> Iterator[dict[str, Any]]:
     table = config.class_set.build().table()
     ends = list(itertools.accumulate(len(part.positions) for part in parts))
     for number in numbers:

@@ -1,4 +1,4 @@
-"""Light, sky, and what a camera does to a picture."""
+"""Light, sky, and the marks of a camera on a picture."""
 
 import functools
 
@@ -14,7 +14,7 @@ _ROUGHNESS[[0, 1, 2, 3, 8, 9, 10]] = (0.12, 0.08, 0.13, 0.08, 0.36, 0.30, 0.03)
 
 
 def illumination(look: Look, rng: np.random.Generator) -> Light:
-    """The light of one image: the sun stands to the left or to the right."""
+    """Draw the light of one image: the sun stands to the left or to the right."""
     exposure, shade = rng.uniform(*look.exposure), rng.uniform(*look.contrast_of_faces)
     sun_left = rng.random() < 0.5
     bright, dark = 1.0, 1.0 - shade
@@ -28,7 +28,7 @@ def illumination(look: Look, rng: np.random.Generator) -> Light:
 
 
 def sky(look: Look, rng: np.random.Generator, *, height: int, width: int, horizon: float) -> Image.Image:
-    """A vertical gradient with clouds: hard-edged ones in a drawing, soft ones in a photograph."""
+    """Draw a vertical gradient with clouds: hard-edged ones in a drawing, soft ones in a photograph."""
     rows = min(height, int(horizon) + 2)
     ramp = np.linspace(0, 1, rows, dtype=np.float32)[:, None]
     clouds = _smooth_noise(rng, rows, width, (6, 7))
@@ -44,7 +44,7 @@ def sky(look: Look, rng: np.random.Generator, *, height: int, width: int, horizo
 
 
 def _smooth_noise(rng: np.random.Generator, height: int, width: int, grid: tuple[int, int]) -> np.ndarray:
-    """`(height, width)` float32 of unit variance at the nodes of a coarse grid (rows, columns)."""
+    """Draw `(height, width)` float32 of unit variance at the nodes of a coarse grid (rows, columns)."""
     coarse = Image.fromarray(rng.standard_normal(grid, dtype=np.float32))
     return np.array(coarse.resize((width, height), Image.Resampling.BICUBIC))
 
@@ -56,7 +56,7 @@ def _vignette(height: int, width: int) -> np.ndarray:
 
 
 def photograph(picture: Image.Image, labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """`(H, W, 3)` uint8 as a camera records it: texture, uneven light, tone and cast, blur, vignette, noise."""
+    """Turn a picture `(H, W, 3)` uint8 into a camera's: texture, uneven light, tone and cast, blur, vignette, noise."""
     height, width = labels.shape
     textured = _textured(np.asarray(picture), labels, rng)
     toned = Image.fromarray(textured).point(_tone_curves(rng))
@@ -72,7 +72,7 @@ def photograph(picture: Image.Image, labels: np.ndarray, rng: np.random.Generato
 
 
 def _textured(image: np.ndarray, labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Multiplies each class's pixels by noise of its own roughness, and all by slow changes of light."""
+    """Multiply each class's pixels by noise of its own roughness, and all by slow changes of light."""
     height, width = labels.shape
     texture = 0.5 * _smooth_noise(rng, height, width, (height // 16, width // 16))
     texture += 0.7 * _smooth_noise(rng, height, width, (height // 3, width // 3))
@@ -83,7 +83,7 @@ def _textured(image: np.ndarray, labels: np.ndarray, rng: np.random.Generator) -
 
 
 def _tone_curves(rng: np.random.Generator) -> list[int]:
-    """A lookup table of 3 x 256 levels: gamma, colour cast and lifted blacks."""
+    """Make a lookup table of 3 x 256 levels: gamma, colour cast and lifted blacks."""
     warm, gamma = rng.uniform(-0.06, 0.06), rng.uniform(0.85, 1.2)
     level = np.linspace(0, 1, 256) ** gamma
     gains, lifts = (0.88 + warm, 1.0, 0.90 - warm), (0.02, 0.05, 0.04)

@@ -24,7 +24,7 @@ _CIRCLE = [(math.cos(a), math.sin(a)) for a in np.linspace(0, 2 * math.pi, 14, e
 
 @dataclass(frozen=True)
 class Camera:
-    """A level pinhole camera; `focal`, `centre` and `horizon` in pixels, `mount` in metres above the road."""
+    """Level pinhole camera; `focal`, `centre` and `horizon` in pixels, `mount` in metres above the road."""
 
     width: int
     height: int
@@ -34,13 +34,13 @@ class Camera:
     mount: float
 
     def project(self, point: Point) -> tuple[float, float]:
-        """Column and row of a point with z > 0."""
+        """Return column and row of a point with z > 0."""
         x, y, z = point
         scale = self.focal / z
         return self.centre + scale * x, self.horizon + scale * (self.mount - y)
 
     def pixels(self, length: float, z: float) -> float:
-        """The size in pixels of a length at distance z."""
+        """Return the size in pixels of a length at distance z."""
         return length * self.focal / z
 
 
@@ -59,7 +59,7 @@ class Light:
     shadow_shift: float  # metres that a shadow reaches sideways for each metre of height
 
     def shade(self, colour: Colour, z: float, factor: float) -> tuple[int, int, int]:
-        """The colour as seen from distance z."""
+        """Return the colour as seen from distance z."""
         factor *= self.exposure
         grey = (0.3 * colour[0] + 0.6 * colour[1] + 0.1 * colour[2]) * factor * (1 - self.saturation)
         clear = math.exp(-z / self.visibility)
@@ -71,7 +71,7 @@ class Light:
 
 
 class Canvas:
-    """`picture` is RGB, `labels` holds train ids; whatever is drawn later covers what was drawn before."""
+    """Picture in RGB and `labels` of train ids; a later thing covers what was drawn before."""
 
     def __init__(self, background: Image.Image, camera: Camera, light: Light) -> None:
         self.camera, self.light = camera, light
@@ -83,31 +83,31 @@ class Canvas:
     def face(
         self, points: Sequence[Point], colour: Colour, label: int, *, light: float = 1.0, opacity: float = 1.0
     ) -> None:
-        """A polygon in the street. A part that one sees through (a fence) still owns its pixels' label."""
+        """Draw a polygon in the street. Pixels seen through a part of it (a fence) still have its label."""
         corners = [self.camera.project(point) for point in points]
         fill = self.light.shade(colour, points[0][2], light)
         self._paint.polygon(corners, (*fill, int(255 * opacity)))
         self._mark.polygon(corners, label)
 
     def upright(self, x: float, z: float, outline: Sequence[tuple[float, float]], colour: Colour, label: int) -> None:
-        """A polygon that stands across the street at (x, z); its outline is (sideways, above the road)."""
+        """Draw a polygon that stands across the street at (x, z); its outline is (sideways, above the road)."""
         self.face([(x + dx, y, z) for dx, y in outline], colour, label, light=self.light.front)
 
     def disc(self, centre: Point, radius: tuple[float, float], colour: Colour, label: int, *, light: float = 1.0,
              opacity: float = 1.0) -> None:  # fmt: skip
-        """An ellipse that faces the camera; `radius` is (sideways, upwards)."""
+        """Draw an ellipse that faces the camera; `radius` is (sideways, upwards)."""
         x, y, z = centre
         outline = [(x + radius[0] * a, y + radius[1] * b, z) for a, b in _CIRCLE]
         self.face(outline, colour, label, light=light * self.light.front, opacity=opacity)
 
     def wheel(self, centre: Point, radius: float, colour: Colour, label: int) -> None:
-        """A disc in a plane along the street."""
+        """Draw a disc in a plane along the street."""
         x, y, z = centre
         self.face([(x, y + radius * b, z + radius * a) for a, b in _CIRCLE], colour, label)
 
     def limb(self, x: float, z: float, ends: tuple[float, float, float, float], width: float, colour: Colour,
              label: int) -> None:  # fmt: skip
-        """A bar of a given width between two points (sideways, up, sideways, up) of the plane at (x, z)."""
+        """Draw a bar of a given width between two points (sideways, up, sideways, up) of the plane at (x, z)."""
         x0, y0, x1, y1 = ends
         length = math.hypot(x1 - x0, y1 - y0) or 1.0
         nx, ny = -(y1 - y0) / length * width / 2, (x1 - x0) / length * width / 2
@@ -115,7 +115,7 @@ class Canvas:
         self.upright(x, z, outline, colour, label)
 
     def box(self, x: Sequence[float], y: Sequence[float], z: Sequence[float], colour: Colour, label: int) -> None:
-        """The faces of an upright box that the camera sees; x, y, z are (from, to)."""
+        """Draw the faces of an upright box that the camera sees; x, y, z are (from, to)."""
         (x0, x1), (y0, y1), (z0, z1) = x, y, z
         if y1 < self.camera.mount:
             self.face([(x0, y1, z0), (x1, y1, z0), (x1, y1, z1), (x0, y1, z1)], colour, label, light=1.08)
@@ -125,7 +125,7 @@ class Canvas:
         self.face([(x0, y0, z0), (x1, y0, z0), (x1, y1, z0), (x0, y1, z0)], colour, label, light=self.light.front)
 
     def inner(self, x0: float, x1: float) -> tuple[float | None, float]:
-        """Which side of a thing between x0 and x1 the camera sees (None: neither), and its light."""
+        """Return the side, and its light, of a thing between x0 and x1 that the camera sees (None: neither side)."""
         if x0 > 0:
             return x0, self.light.left
         if x1 < 0:
@@ -133,7 +133,7 @@ class Canvas:
         return None, 1.0
 
     def shadow(self, x: tuple[float, float], z: tuple[float, float], tall: float) -> None:
-        """A cast shadow on the ground: it darkens the picture and leaves the labels."""
+        """Draw a cast shadow on the ground: it darkens the picture and leaves the labels."""
         shift = self.light.shadow_shift * tall
         x0, x1 = x[0] + min(0.0, shift), x[1] + max(0.0, shift)
         corners = [self.camera.project(p) for p in ((x0, 0, z[0]), (x1, 0, z[0]), (x1, 0, z[1]), (x0, 0, z[1]))]

@@ -1,4 +1,4 @@
-"""Writes the embedded data set in the layouts of GTA5 and Cityscapes, so that it takes the real sets' path."""
+"""Export of the embedded data set in the layouts of GTA5 and Cityscapes, so that it is read as the real sets are."""
 
 import json
 import multiprocessing
@@ -25,7 +25,7 @@ _FAST_PNG = 1
 
 @dataclass(frozen=True)
 class Frame:
-    """One image to draw and the two files that it becomes."""
+    """Image to draw and the two files that it becomes."""
 
     number: int
     image: Path
@@ -34,7 +34,7 @@ class Frame:
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides a frame's pixels besides its number."""
+    """Settings that decide a frame's pixels, besides its number."""
 
     domain: Domain
     seed: int
@@ -43,7 +43,7 @@ class Settings:
 
 
 def write_gta5(folder: Path, *, count: int, seed: int, height: int, width: int, workers: int = 1) -> None:
-    """`images/00001.png` and palettised `labels/00001.png` of `count` game images; whole files are kept."""
+    """Write `images/00001.png` and palettised `labels/00001.png` of `count` game images; whole files are kept."""
     frames = [
         Frame(n, folder / "images" / f"{n:05d}.png", folder / "labels" / f"{n:05d}.png") for n in range(1, count + 1)
     ]
@@ -54,7 +54,7 @@ def write_gta5(folder: Path, *, count: int, seed: int, height: int, width: int, 
 def write_cityscapes(
     folder: Path, *, train: int, val: int, seed: int, height: int, width: int, workers: int = 1
 ) -> None:
-    """`leftImg8bit/` and `gtFine/` with labelIds of `train` + `val` camera images; whole files are kept."""
+    """Write `leftImg8bit/` and `gtFine/` labelIds of `train` + `val` camera images; whole files are kept."""
     frames = [
         *(_cityscapes_frame(folder, "train", n, CITIES[n % 2], n) for n in range(train)),
         *(_cityscapes_frame(folder, "val", VAL_START + n, CITIES[2], n) for n in range(val)),
@@ -87,7 +87,7 @@ def _write_all(folder: Path, frames: Sequence[Frame], settings: Settings, *, wor
 
 
 def _claim(folder: Path, settings: Settings) -> None:
-    """Notes the settings in the folder, so that images of other settings are never taken for these."""
+    """Note the settings in the folder, so that images of other settings are never taken for these."""
     note, wanted = folder / "scenes.json", {**asdict(settings), "domain": settings.domain.value}
     if note.exists():
         found = json.loads(note.read_text())
@@ -113,13 +113,13 @@ def _write(frame: Frame, *, settings: Settings) -> None:
 
 
 def _palette() -> list[int]:
-    """256 RGB triples: each label id has the colour of its class, the others are black."""
+    """Return 256 RGB triples: each label id has the colour of its class, the others are black."""
     colours = np.zeros((256, 3), np.uint8)
     colours[list(CITYSCAPES_IDS)] = CITYSCAPES_PALETTE
     return colours.reshape(-1).tolist()
 
 
 def _save(picture: Image.Image, path: Path) -> None:
-    """A file of its final name is whole: it is renamed there after it was written."""
+    """Write a file under another name and rename it, so that a file of the final name is whole."""
     with replacing(path, durably=False) as file:
         picture.save(file, format="PNG", compress_level=_FAST_PNG)

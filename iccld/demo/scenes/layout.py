@@ -1,4 +1,4 @@
-"""Draws one street's content and puts it in the order in which it has to be drawn.
+"""Contents of one street, in the order in which they have to be drawn.
 
 Things stand in bands along the street that do not overlap (own lane, lanes, cycle path, parking, kerb, sidewalk,
 frontage). A ray from the camera leaves the street outwards, so a thing in an outer band never covers one in an inner
@@ -18,7 +18,7 @@ from iccld.demo.scenes.world import World
 
 @dataclass(frozen=True)
 class Placed:
-    """One thing: its band (distance from the own lane's middle), its near end, and how it is drawn."""
+    """Thing in the street: its band (distance from the own lane's middle), its near end, and how it is drawn."""
 
     band: float
     z: float
@@ -26,8 +26,8 @@ class Placed:
 
 
 @dataclass
-class Plan:
-    """A street's cross-section and what stands in it."""
+class StreetLayout:
+    """Cross-section of a street and the things in it."""
 
     street: street.Street
     cycle: tuple[float, float]  # middles of the cycle paths
@@ -39,14 +39,14 @@ class Plan:
 
     @property
     def bands(self) -> list[float]:
-        """The middles of all bands of the road."""
+        """Return the middles of all bands of the road."""
         return [*self.street.lanes, *self.cycle, *(x for x in self.parking if x is not None)]
 
     def add(self, band: float, z: float, draw: Callable[[Canvas], None]) -> None:
         self.placed.append(Placed(abs(band), z, draw))
 
     def draw(self, canvas: Canvas, rng: np.random.Generator) -> None:
-        """Far to near: horizon, ground, cast shadows, then everything that stands."""
+        """Draw from far to near: horizon, ground, cast shadows, then everything that stands."""
         street.skyline(canvas, rng)
         street.ground(canvas, rng, self.street, self.crossing)
         for side, z in self.side_streets:
@@ -65,8 +65,8 @@ KERB_GAP = 1.5  # between signs, trees and lamps
 SHADOW = 6.0  # metres that a house's shadow reaches at most: the street is never all in shade
 
 
-def plan(world: World, rng: np.random.Generator) -> Plan:
-    """Everything of one street except light and camera."""
+def street_layout(world: World, rng: np.random.Generator) -> StreetLayout:
+    """Lay out everything of one street except light and camera."""
     extra = int(rng.integers(world.lanes[0], world.lanes[1] + 1))
     left = extra - int(rng.random() < 0.35) if extra > 1 else extra
     lanes = tuple(LANE * i for i in range(-left, extra - left + 1))
@@ -80,7 +80,7 @@ def plan(world: World, rng: np.random.Generator) -> Plan:
     front = (kerb[0] - float(verges[0]), kerb[1] + float(verges[1]))
     track = lanes[0] if left and rng.random() < world.tram else None
     crossing = float(rng.uniform(8, 14)) if rng.random() < world.lights else None
-    result = Plan(street.Street(road, kerb, front, lanes, track), cycle, (rows[0], rows[1]), crossing)
+    result = StreetLayout(street.Street(road, kerb, front, lanes, track), cycle, (rows[0], rows[1]), crossing)
     for side in (0, 1):
         _frontage(result, world, rng, side)
         _kerb(result, world, rng, side)
@@ -94,7 +94,7 @@ def _outward(side: int) -> int:
     return 2 * side - 1
 
 
-def _frontage(result: Plan, world: World, rng: np.random.Generator, side: int) -> None:
+def _frontage(result: StreetLayout, world: World, rng: np.random.Generator, side: int) -> None:
     names, weights = list(world.frontage), np.array(list(world.frontage.values()))
     x, z = result.street.front[side], float(rng.uniform(2.0, 5.0))
     while z < street.FAR:
@@ -118,15 +118,15 @@ def _frontage(result: Plan, world: World, rng: np.random.Generator, side: int) -
         z += length
 
 
-def _house(result: Plan, world: World, rng: np.random.Generator, x: float, back: float,
+def _house(result: StreetLayout, world: World, rng: np.random.Generator, x: float, back: float,
            span: tuple[float, float]) -> None:  # fmt: skip
-    """A house `back` metres behind the frontage line x; what stands before it in the same span is drawn after it."""
+    """Place a house `back` metres behind the frontage line x; things before it in the same span are drawn later."""
     floors = int(rng.integers(world.floors[0], world.floors[1] + 1))
     at = x + back * float(np.sign(x))
     result.add(x, span[0] + 0.01 * back, partial(street.building, rng=rng, x=at, z=span, floors=floors))
 
 
-def _behind(result: Plan, world: World, rng: np.random.Generator, x: float, span: tuple[float, float]) -> None:
+def _behind(result: StreetLayout, world: World, rng: np.random.Generator, x: float, span: tuple[float, float]) -> None:
     draw = rng.random()
     if draw < 0.35:
         _house(result, world, rng, x, 5.0, span)
@@ -134,13 +134,13 @@ def _behind(result: Plan, world: World, rng: np.random.Generator, x: float, span
         _grove(result, rng, x, 5.0, span)
 
 
-def _grove(result: Plan, rng: np.random.Generator, x: float, back: float, span: tuple[float, float]) -> None:
+def _grove(result: StreetLayout, rng: np.random.Generator, x: float, back: float, span: tuple[float, float]) -> None:
     for z in np.arange(span[0] + 1, span[1], 4.5).tolist():
         at, size = x + float(np.sign(x)) * (back + float(rng.uniform(0, 3))), float(rng.uniform(1.0, 1.9))
         result.add(x, z, partial(street.tree, rng=rng, x=at, z=z, size=size))
 
 
-def _kerb(result: Plan, world: World, rng: np.random.Generator, side: int) -> None:
+def _kerb(result: StreetLayout, world: World, rng: np.random.Generator, side: int) -> None:
     x, spacing = result.street.road[side] + 0.5 * _outward(side), float(rng.uniform(*world.lamp_spacing))
     taken = np.arange(float(rng.uniform(5, 5 + spacing)), 60, spacing).tolist()
     for z in taken:
@@ -165,14 +165,14 @@ def _heading(rng: np.random.Generator) -> float:
 def _scatter(
     rng: np.random.Generator, mean: float, across: tuple[float, float], *, span: float
 ) -> list[tuple[float, float]]:
-    """(x, z) of a Poisson number of things, dense at the distance where x comes into view, then thinning out."""
+    """Draw (x, z) of a Poisson number of things, dense at the distance where x comes into view, then thinning out."""
     count = int(rng.poisson(mean))
     x = rng.uniform(min(across), max(across), size=count)
     z = np.maximum(6.0, 1.5 * np.abs(x)) + span * rng.random(count) ** 2
     return list(zip(x.tolist(), z.tolist(), strict=True))
 
 
-def _sidewalk(result: Plan, world: World, rng: np.random.Generator, side: int) -> None:
+def _sidewalk(result: StreetLayout, world: World, rng: np.random.Generator, side: int) -> None:
     across = (result.street.road[side] + 1.2 * _outward(side), result.street.kerb[side])
     for x, z in _scatter(rng, world.people / 2, across, span=14):
         result.add(across[1], z, partial(people.person, rng=rng, x=x, z=z))
@@ -180,7 +180,7 @@ def _sidewalk(result: Plan, world: World, rng: np.random.Generator, side: int) -
         result.add(across[1], z, partial(people.bicycle, rng=rng, x=x, z=z, turn=_heading(rng)))
 
 
-def _traffic(result: Plan, world: World, rng: np.random.Generator) -> None:
+def _traffic(result: StreetLayout, world: World, rng: np.random.Generator) -> None:
     start = 7.0 if result.crossing is None else result.crossing + 2.5
     for x in result.street.lanes:
         _lane(result, world, rng, x, start + float(rng.uniform(0, 9)))
@@ -194,7 +194,7 @@ def _traffic(result: Plan, world: World, rng: np.random.Generator) -> None:
             _parked(result, rng, row, oncoming=side == 0)
 
 
-def _lane(result: Plan, world: World, rng: np.random.Generator, x: float, z: float) -> None:
+def _lane(result: StreetLayout, world: World, rng: np.random.Generator, x: float, z: float) -> None:
     names, weights = list(world.traffic), np.array(list(world.traffic.values()))
     oncoming = x < 0
     if x == result.street.track:
@@ -212,15 +212,15 @@ def _lane(result: Plan, world: World, rng: np.random.Generator, x: float, z: flo
         z += LENGTHS[kind] + float(rng.uniform(*world.headway))
 
 
-def _parked(result: Plan, rng: np.random.Generator, x: float, *, oncoming: bool) -> None:
+def _parked(result: StreetLayout, rng: np.random.Generator, x: float, *, oncoming: bool) -> None:
     z = float(rng.uniform(5, 12))
     while z < 45:
         result.add(x, z, partial(vehicles.car, rng=rng, x=x, z=z, oncoming=oncoming))
         z += LENGTHS["car"] + float(rng.uniform(1.0, 9.0))
 
 
-def _crossing(result: Plan, rng: np.random.Generator) -> None:
-    """Pedestrians on the zebra, each in the band that it walks in."""
+def _crossing(result: StreetLayout, rng: np.random.Generator) -> None:
+    """Place pedestrians on the zebra, each in the band that it walks in."""
     if result.crossing is None:
         return
     for _ in range(int(rng.poisson(1.5))):

@@ -1,4 +1,4 @@
-"""Persons, two-wheelers and those who ride them, drawn upright at (x, z) as flat figures."""
+"""Persons, two-wheelers and their riders, drawn upright at (x, z) as flat figures."""
 
 import math
 
@@ -16,7 +16,7 @@ _TANKS: list[Colour] = [(180, 30, 36), (36, 60, 150), (44, 44, 50), (210, 120, 3
 
 
 def person(canvas: Canvas, rng: np.random.Generator, *, x: float, z: float) -> None:
-    """Somebody standing or walking, 1.2 to 1.95 m tall."""
+    """Draw a standing or walking person, 1.2 to 1.95 m tall."""
     tall = rng.uniform(1.2, 1.4) if rng.random() < 0.12 else rng.uniform(1.6, 1.95)
     top, legs, skin = pick(_TOPS, rng), pick(_LEGS, rng), pick(_SKIN, rng)
     k, stride, swing = tall / 1.75, rng.uniform(0.02, 0.3), rng.uniform(-0.25, 0.25)
@@ -36,7 +36,7 @@ def _head(canvas: Canvas, x: float, z: float, y: float, skin: Colour, hair: Colo
 
 
 def bicycle(canvas: Canvas, rng: np.random.Generator, *, x: float, z: float, turn: float) -> None:
-    """`turn` is the cosine of its heading to the image plane: 1 seen from the side, near 0 from behind."""
+    """Draw a bicycle; `turn` is the cosine of its heading to the image plane: 1 from the side, near 0 from behind."""
     colour, flat = pick(_FRAMES, rng), max(abs(turn), 0.16)
     canvas.shadow((x - 0.8 * flat, x + 0.8 * flat), (z - 0.1, z + 0.1), 0.5)
     for side in (-1, 1):
@@ -54,7 +54,7 @@ def bicycle(canvas: Canvas, rng: np.random.Generator, *, x: float, z: float, tur
 
 
 def motorcycle(canvas: Canvas, rng: np.random.Generator, *, x: float, z: float, turn: float) -> None:
-    """Heavier than a bicycle: thick tyres, a filled body, a lamp."""
+    """Draw a motorcycle, heavier than a bicycle: thick tyres, a filled body, a lamp."""
     colour, flat = pick(_TANKS, rng), max(abs(turn), 0.32)
     canvas.shadow((x - 1.1 * flat, x + 1.1 * flat), (z - 0.15, z + 0.15), 0.8)
     for side in (-1, 1):
@@ -73,7 +73,7 @@ def motorcycle(canvas: Canvas, rng: np.random.Generator, *, x: float, z: float, 
 
 
 def rider(canvas: Canvas, rng: np.random.Generator, *, x: float, z: float, turn: float, motor: bool) -> None:
-    """Somebody on a bicycle or a motorcycle, with a helmet; both labels appear."""
+    """Draw a person on a bicycle or a motorcycle, with a helmet; both labels appear."""
     (motorcycle if motor else bicycle)(canvas, rng, x=x, z=z, turn=turn)
     top, legs, skin = pick(_TOPS, rng), pick(_LEGS, rng), pick(_SKIN, rng)
     helmet: Colour = pick([(240, 240, 240), (220, 40, 40), (30, 30, 34)], rng)

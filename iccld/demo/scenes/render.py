@@ -4,7 +4,7 @@ import numpy as np
 
 from iccld.demo.scenes.appearance import illumination, photograph, sky
 from iccld.demo.scenes.canvas import Camera, Canvas
-from iccld.demo.scenes.layout import plan
+from iccld.demo.scenes.layout import street_layout
 from iccld.demo.scenes.world import LOOKS, WORLDS, Domain
 from iccld.rng import numpy_generator
 
@@ -14,7 +14,7 @@ MIN_SIZE = 32
 def render(
     *, seed: int, domain: Domain, number: int, height: int = 256, width: int = 512
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Image `number` of a domain, equal for equal arguments.
+    """Draw image `number` of a domain; it is equal for equal arguments.
 
     Returns the image, `(height, width, 3)` uint8 RGB, and its labels, `(height, width)` uint8 train ids 0-18; the
     labels' edges are hard where the image's are soft.
@@ -31,7 +31,7 @@ def render(
     )  # fmt: skip
     background = sky(look, rng, height=height, width=width, horizon=camera.horizon)
     canvas = Canvas(background, camera, illumination(look, rng))
-    plan(world, rng).draw(canvas, rng)
+    street_layout(world, rng).draw(canvas, rng)
     labels = np.array(canvas.labels)
     if look.photograph:
         return photograph(canvas.picture, labels, rng), labels

@@ -1,4 +1,4 @@
-"""What stands still along a street: ground, frontage, trees, lamps, signs and traffic lights."""
+"""Still things along a street: ground, frontage, trees, lamps, signs and traffic lights."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ _METAL: Colour = (120, 122, 126)
 
 @dataclass(frozen=True)
 class Street:
-    """The cross-section: road edges and frontage lines in metres, left ones negative."""
+    """Cross-section: road edges and frontage lines in metres, left ones negative."""
 
     road: tuple[float, float]
     kerb: tuple[float, float]  # outer edges of the sidewalks
@@ -59,7 +59,7 @@ def _mark(canvas: Canvas, x: float, half: float, z: tuple[float, float], colour:
 
 
 def ground(canvas: Canvas, rng: np.random.Generator, street: Street, crossing: float | None) -> None:
-    """Terrain, sidewalks with joints and kerb, the road with its markings, rails and zebra crossing."""
+    """Draw terrain, sidewalks with joints and kerb, the road with its markings, rails and zebra crossing."""
     _strip(canvas, (-400, 400), (122, 152, 74), TERRAIN)
     for inner, outer in zip(street.road, street.kerb, strict=True):
         _strip(canvas, (inner, outer), (186, 172, 166), SIDEWALK)
@@ -85,13 +85,13 @@ def ground(canvas: Canvas, rng: np.random.Generator, street: Street, crossing: f
 
 
 def side_street(canvas: Canvas, street: Street, side: int, z: tuple[float, float]) -> None:
-    """A street that joins from one side."""
+    """Draw a street that joins from one side."""
     x, end, (z0, z1) = street.road[side], 60.0 * (2 * side - 1), z
     canvas.face([(x, 0, z0), (end, 0, z0), (end, 0, z1), (x, 0, z1)], (94, 94, 100), ROAD)
 
 
 def building(canvas: Canvas, rng: np.random.Generator, *, x: float, z: tuple[float, float], floors: int) -> None:
-    """A house whose street face stands at x, from z[0] to z[1]."""
+    """Draw a house whose street face stands at x, from z[0] to z[1]."""
     colour, roof, storey = pick(_FACADES, rng), pick(_ROOFS, rng), rng.uniform(2.9, 3.5)
     high, deep = floors * storey + 0.6, float(np.sign(x)) * rng.uniform(8, 14)
     a, b = sorted((x, x + deep))
@@ -119,7 +119,7 @@ def building(canvas: Canvas, rng: np.random.Generator, *, x: float, z: tuple[flo
 
 
 def wall(canvas: Canvas, rng: np.random.Generator, *, x: float, z: tuple[float, float]) -> None:
-    """A plain wall of 2.2 to 3.4 m with a coping and joints."""
+    """Draw a plain wall of 2.2 to 3.4 m with a coping and joints."""
     colour, high = pick(_WALLS, rng), rng.uniform(2.2, 3.4)
     a, b = sorted((x, x + 0.5 * float(np.sign(x))))
     canvas.box((a, b), (0, high), z, colour, WALL)
@@ -132,7 +132,7 @@ def wall(canvas: Canvas, rng: np.random.Generator, *, x: float, z: tuple[float, 
 
 
 def fence(canvas: Canvas, rng: np.random.Generator, *, x: float, z: tuple[float, float]) -> None:
-    """Pickets on two rails; what is behind shows through, the label is the fence's all over."""
+    """Draw pickets on two rails; things behind show through, the label is the fence's all over."""
     colour, high = pick(_FENCES, rng), rng.uniform(1.6, 2.4)
     light = canvas.light.left if x > 0 else canvas.light.right
     panel = [(x, 0, z[0]), (x, 0, z[1]), (x, high, z[1]), (x, high, z[0])]
@@ -147,7 +147,7 @@ def fence(canvas: Canvas, rng: np.random.Generator, *, x: float, z: tuple[float,
 
 
 def tree(canvas: Canvas, rng: np.random.Generator, *, x: float, z: float, size: float = 1.0) -> None:
-    """A trunk and a crown of overlapping discs, lighter towards the top."""
+    """Draw a trunk and a crown of overlapping discs, lighter towards the top."""
     high, wide = size * rng.uniform(2.4, 3.2), size * rng.uniform(1.3, 2.0)
     canvas.shadow((x - wide / 2, x + wide / 2), (z - 0.5, z + 0.7), high)
     canvas.limb(x, z, (0, 0, 0, high), 0.3 * size, (96, 70, 48), VEGETATION)
@@ -159,7 +159,7 @@ def tree(canvas: Canvas, rng: np.random.Generator, *, x: float, z: float, size: 
 
 
 def hedge(canvas: Canvas, rng: np.random.Generator, *, x: float, z: tuple[float, float]) -> None:
-    """Bushes in a row along the street, far ones first."""
+    """Draw bushes in a row along the street, far ones first."""
     for at in np.arange(z[1], z[0], -1.6).tolist():
         radius = rng.uniform(0.8, 1.4)
         canvas.disc((x + 0.9 * float(np.sign(x)), 0.7 * radius, at), (radius * 1.2, radius), pick(_LEAVES, rng),
@@ -167,7 +167,7 @@ def hedge(canvas: Canvas, rng: np.random.Generator, *, x: float, z: tuple[float,
 
 
 def skyline(canvas: Canvas, rng: np.random.Generator) -> None:
-    """What closes the view at the horizon: far houses among far trees."""
+    """Draw the far houses and trees that close the view at the horizon."""
     for x in np.arange(-150.0, 150.0, 11.0).tolist():
         if rng.random() < 0.35:
             a = x + rng.uniform(-4, 4)
@@ -176,7 +176,7 @@ def skyline(canvas: Canvas, rng: np.random.Generator) -> None:
 
 
 def lamp(canvas: Canvas, *, x: float, z: float) -> None:
-    """A street lamp whose arm reaches over the road."""
+    """Draw a street lamp whose arm reaches over the road."""
     inward = -float(np.sign(x))
     canvas.shadow((x - 0.1, x + 0.1), (z - 0.1, z + 0.1), 3.0)
     canvas.limb(x, z, (0, 0, 0, 6.2), 0.24, _METAL, POLE)
@@ -185,7 +185,7 @@ def lamp(canvas: Canvas, *, x: float, z: float) -> None:
 
 
 def traffic_light(canvas: Canvas, rng: np.random.Generator, *, x: float, z: float, lit: int) -> None:
-    """A dark box with three lamps on a pole, or hung from an arm over the road; `lit` is 0 red, 1 amber, 2 green."""
+    """Draw a box with three lamps, on a pole or on an arm over the road; `lit`: 0 red, 1 amber, 2 green."""
     inward, arm = -float(np.sign(x)), rng.random() < 0.4
     dx, y = (1.9 * inward, 4.0) if arm else (0.0, 2.5)
     canvas.limb(x, z, (0, 0, 0, 4.9 if arm else 2.7), 0.22, _METAL, POLE)
@@ -200,7 +200,7 @@ def traffic_light(canvas: Canvas, rng: np.random.Generator, *, x: float, z: floa
 
 
 def traffic_sign(canvas: Canvas, rng: np.random.Generator, *, x: float, z: float) -> None:
-    """A round, triangular or square sign on a thin pole."""
+    """Draw a round, triangular or square sign on a thin pole."""
     kind, y = int(rng.integers(4)), rng.uniform(2.3, 2.9)
     canvas.limb(x, z, (0, 0, 0, y), 0.14, _METAL, POLE)
     if kind == 0:

@@ -1,4 +1,4 @@
-"""What drives: each function draws one thing whose near end is at z and whose middle is at x."""
+"""Vehicles: each function draws one whose near end is at z and whose middle is at x."""
 
 import numpy as np
 
@@ -17,7 +17,7 @@ _TRAMS: list[Colour] = [(196, 30, 60), (170, 24, 48)]
 
 
 def pick(colours: list[Colour], rng: np.random.Generator) -> Colour:
-    """One of the colours."""
+    """Draw one of the colours."""
     return colours[int(rng.integers(len(colours)))]
 
 
@@ -40,7 +40,7 @@ def _lamps(canvas: Canvas, x: float, half: float, y: float, z: float, label: int
 
 def _windows(canvas: Canvas, x: float, half: float, y: tuple[float, float], z: tuple[float, float, int],
              label: int) -> None:  # fmt: skip
-    """A row of windows along the visible side; z is (from, to, how many)."""
+    """Draw a row of windows along the visible side; z is (from, to, how many)."""
     inner, light = canvas.inner(x - half, x + half)
     if inner is None:
         return
@@ -51,7 +51,7 @@ def _windows(canvas: Canvas, x: float, half: float, y: tuple[float, float], z: t
 
 
 def car(canvas: Canvas, rng: np.random.Generator, *, x: float, z: float, oncoming: bool) -> None:
-    """A saloon or hatchback, 4.3 m long."""
+    """Draw a saloon or hatchback, 4.3 m long."""
     colour, half, far = pick(_CARS, rng), 0.92, z + 4.3
     tail = 0.9 if rng.random() < 0.5 else 0.25
     canvas.shadow((x - half, x + half), (z - 0.1, far), 1.4)
@@ -78,7 +78,7 @@ def car(canvas: Canvas, rng: np.random.Generator, *, x: float, z: float, oncomin
 
 
 def truck(canvas: Canvas, rng: np.random.Generator, *, x: float, z: float, oncoming: bool) -> None:
-    """A lorry: a plain cargo box, a lower cab of another colour at the end that leads."""
+    """Draw a lorry: a plain cargo box, a lower cab of another colour at the end that leads."""
     cargo, cab, half = pick(_TRUCKS, rng), pick(_CABS, rng), 1.2
     canvas.shadow((x - half, x + half), (z - 0.1, z + 8), 3.2)
     _wheels(canvas, x, half, (z + 1.0, z + 2.2, z + 6.8), 0.48, TRUCK)
@@ -97,7 +97,7 @@ def truck(canvas: Canvas, rng: np.random.Generator, *, x: float, z: float, oncom
 
 
 def bus(canvas: Canvas, rng: np.random.Generator, *, x: float, z: float, oncoming: bool) -> None:
-    """A city bus: one yellow box with a band of windows, 10 m long."""
+    """Draw a city bus: one yellow box with a band of windows, 10 m long."""
     colour, half = pick(_BUSES, rng), 1.25
     canvas.shadow((x - half, x + half), (z - 0.1, z + 10), 3.0)
     _wheels(canvas, x, half, (z + 1.8, z + 7.8), 0.48, BUS)
@@ -110,7 +110,7 @@ def bus(canvas: Canvas, rng: np.random.Generator, *, x: float, z: float, oncomin
 
 
 def tram(canvas: Canvas, rng: np.random.Generator, *, x: float, z: float) -> None:
-    """A tram, the street's train: long, red with a white belt, on the rails that the layout lays under it."""
+    """Draw a tram, the street's train: long, red with a white belt, on the rails that the layout lays under it."""
     colour, half, far = pick(_TRAMS, rng), 1.25, z + 22
     canvas.shadow((x - half, x + half), (z - 0.1, far), 3.4)
     canvas.box((x - half, x + half), (0.12, 0.5), (z + 0.2, far), (44, 44, 48), TRAIN)

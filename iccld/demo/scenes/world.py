@@ -1,4 +1,4 @@
-"""The two domains as numbers: what their streets are made of, and how light and camera show them."""
+"""Numbers of the two domains: what their streets are made of, and how light and camera show them."""
 
 import math
 from collections.abc import Mapping
@@ -18,7 +18,10 @@ class Domain(Enum):
 
 @dataclass(frozen=True)
 class World:
-    """Lengths in metres; ranges are drawn from uniformly, weights are normalised, counts are Poisson means."""
+    """Contents of a domain's streets. Lengths are in metres; ranges are drawn from uniformly.
+
+    Weights are normalised, and counts are Poisson means.
+    """
 
     mount: Range  # the camera above the road
     horizon: Range  # as a fraction of the image's height
@@ -44,7 +47,7 @@ class World:
 
 @dataclass(frozen=True)
 class Look:
-    """How the same street appears: colours of 0-255, light as factors on them."""
+    """Appearance of the same street: colours of 0-255, light as factors on them."""
 
     saturation: Range
     exposure: Range

@@ -1,4 +1,4 @@
-"""A grid on a cluster: an array of jobs a row, each element a run, as `iccld submit` makes them.
+"""Grid on a cluster: an array of jobs for each row, each element a run, as `iccld submit` makes them.
 
 An element waits for the element of the row that it needs, with the same seed. Jobs that wait are not known to a later
 command, so it is for what failed, once the jobs are over.
@@ -15,7 +15,7 @@ from iccld.programs.submit import submit
 
 
 def submit_rows(ablation: Ablation, *, settings: Path, dry_run: bool = False) -> int:
-    """Submit what is left, or show the scripts. Raises ValueError for what the user got wrong."""
+    """Submit what is left, or show the scripts. Raises ValueError if the user erred."""
     arrays = arrays_of(tasks_of(ablation.grid), states_of(ablation))
     if not arrays:
         print("nothing is left to train; --report-only reports it", flush=True)
@@ -36,7 +36,7 @@ def submit_rows(ablation: Ablation, *, settings: Path, dry_run: bool = False) ->
 
 
 def submission(ablation: Ablation, array: Array, *, settings: Path) -> list[str]:
-    """The words of `iccld submit` for one array."""
+    """Return the words of `iccld submit` for one array."""
     words = [f"--settings={settings}", f"--job-name={array.name}"]
     for task in array.tasks:
         words += ["--variant", f"seed_{task.seed}", *_own(ablation, task)]
@@ -44,6 +44,6 @@ def submission(ablation: Ablation, array: Array, *, settings: Path) -> list[str]
 
 
 def _own(ablation: Ablation, task: Task) -> list[str]:
-    """The settings that the runs of a row do not share."""
+    """Return the settings that the runs of a row do not share."""
     shared = ablation.grid.rows[task.name].settings
     return [word for word in ablation.words(task)[1:] if word not in shared and key_of(word) != "run_dir"]

@@ -1,4 +1,4 @@
-"""`iccld ablate`: its arguments, and what it does in turn."""
+"""`iccld ablate`: its arguments, and its work: train, then report."""
 
 import argparse
 import shlex
@@ -18,7 +18,7 @@ pictures. The same command goes on, and trains no finished run again.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `iccld ablate`."""
+    """Add the arguments of `iccld ablate`."""
     parser.add_argument("grid", type=Path, metavar="GRID.yaml", help="baseline, seeds, common settings and runs")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="for the runs and the report")
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="runs at a time (default %(default)s)")
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Train what is left, then report. Raises ValueError for what the user got wrong."""
+    """Train what is left, then report. Raises ValueError if the user erred."""
     from iccld.programs.ablate.grid import read_grid
     from iccld.programs.ablate.rows import open_ablation
 

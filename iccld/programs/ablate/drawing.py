@@ -9,13 +9,13 @@ from iccld.durable import replacing
 from iccld.outcome import naming
 from iccld.programs.ablate.paired import Estimate
 
-MAX_RUNS = 6  # in a chart
+MAX_RUNS = 6  # the most runs in a chart
 COLOURS = ("#9a9a9a", "#2a7f62", "#e0a526", "#7aa6c2", "#8063a8", "#c23b3b")
-"""The first is the baseline's."""
+"""Colours of the runs; the first is the baseline's."""
 
 
 def charts(rows: Mapping[str, Mapping[str, Estimate]], baseline: str) -> Iterator[dict[str, Mapping[str, Estimate]]]:
-    """The rows of each chart, the baseline in all of them; rows without scores are left out."""
+    """Yield the rows of each chart, the baseline in all of them; rows without scores are left out."""
     others = [name for name, classes in rows.items() if classes and name != baseline]
     first = {baseline: rows[baseline]} if rows[baseline] else {}
     size = MAX_RUNS - len(first)
@@ -24,7 +24,7 @@ def charts(rows: Mapping[str, Mapping[str, Estimate]], baseline: str) -> Iterato
 
 
 def draw_classes(rows: Mapping[str, Mapping[str, Estimate]], baseline: str, *, folder: Path) -> list[str]:
-    """Write `classes_1.png`, ...; returns their names."""
+    """Write `classes_1.png`, ...; return their names."""
     names: list[str] = []
     for number, shown in enumerate(charts(rows, baseline), start=1):
         names.append(f"classes_{number}.png")

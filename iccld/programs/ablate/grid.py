@@ -6,7 +6,7 @@
     runs:
       source_only: {settings: [stage=source_only]}
       stage1: {initial: source_only, settings: [stage=segmentation]}
-      stage2: {after: stage1, settings: [stage=adversarial], about: the paper's letter}
+      stage2: {after: stage1, settings: [stage=adversarial], about: as in the paper}
 
 `after`: the run takes the finished stage 1 of another run, with the same seed. `initial`: its own stage 1 starts from
 the model of that stage 1 (`initial_model`).
@@ -32,7 +32,7 @@ MAX_SEED = 2**31 - 1
 
 @dataclass(frozen=True)
 class Row:
-    """A run of the grid. `settings` are those of `train`, the common ones first."""
+    """One run of the grid. `settings` are those of `train`, the common ones first."""
 
     name: str
     settings: tuple[str, ...]
@@ -42,13 +42,13 @@ class Row:
 
     @property
     def needs(self) -> str:
-        """The row that must be finished before this one; empty for none."""
+        """Return the row that must be finished before this one; "" for none."""
         return self.after or self.initial
 
 
 @dataclass(frozen=True)
 class Grid:
-    """The rows in the order of the file; each is trained with every seed."""
+    """Rows in the order of the file; each is trained with every seed."""
 
     baseline: str
     seeds: tuple[int, ...]
@@ -56,12 +56,12 @@ class Grid:
 
 
 def read_grid(path: Path) -> Grid:
-    """The grid in a file. Raises ValueError, in one line, for what the user got wrong; OSError if it is not there."""
+    """Read the grid in a file. Raises ValueError, in one line, if the user erred; OSError if it is not there."""
     return parse_grid(read_yaml(path, aliases=True), where=str(path))
 
 
 def parse_grid(values: Any, *, where: str) -> Grid:
-    """The grid that plain values describe. Raises ValueError naming `where`, setting, value, rule and remedy."""
+    """Build the grid of plain values. Raises ValueError that names `where`, setting, value, rule and remedy."""
     top = _mapping(values, where, known=GRID_KEYS, what="the grid")
     common = _settings(top.get("common", []), f"{where}: common")
     runs = top.get("runs")
@@ -77,7 +77,7 @@ def parse_grid(values: Any, *, where: str) -> Grid:
 
 
 def merged(*parts: Iterable[str]) -> list[str]:
-    """Settings in order; a later one replaces an earlier one of the same name, which Hydra refuses for groups."""
+    """Join settings in order; a later one replaces an earlier one of the same name, which Hydra refuses for groups."""
     by_key: dict[str, str] = {}
     for word in (word for part in parts for word in part):
         by_key.pop(key_of(word), None)
@@ -86,7 +86,7 @@ def merged(*parts: Iterable[str]) -> list[str]:
 
 
 def key_of(setting: str) -> str:
-    """The name of a setting `key=value`, without Hydra's signs."""
+    """Return the name of a setting `key=value`, without Hydra's signs."""
     return setting.partition("=")[0].lstrip("+~")
 
 
@@ -107,7 +107,7 @@ def _row(name: Any, entry: Any, common: list[str], *, where: str) -> Row:
 
 
 def _settings(value: Any, at: str) -> list[str]:
-    """Each setting as `train` takes it, except what the grid itself decides."""
+    """Return each setting as `train` takes it, except what the grid itself decides."""
     if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
         raise ValueError(f"{at}={_short(value)} must be a list of key=value texts; use [key=value, ...].")
     for word in value:
@@ -140,7 +140,7 @@ def _check_needs(row: Row, rows: Mapping[str, Row], *, where: str) -> None:
 
 
 def _needed(row: Row, rows: Mapping[str, Row]) -> Iterator[str]:
-    """The rows that must be finished before this one, as far as they are known, none twice."""
+    """Yield the rows that must be finished before this one, as far as they are known, none twice."""
     seen: set[str] = set()
     name = row.needs
     while name in rows and name not in seen:

@@ -10,7 +10,7 @@ SIGNIFICANT = 2.0  # standard errors
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over `n` values. `std` (of the sample) and `se` (std / sqrt(n)) are None for one value."""
+    """Mean over `n` values. `std` (of the sample) and `se` (std / sqrt(n)) are None for one value."""
 
     mean: float
     std: float | None
@@ -18,7 +18,7 @@ class Estimate:
     n: int
 
     def words(self, *, digits: int = 2, signed: bool = False, usual_n: int = 0) -> str:
-        """The mean with its spread, as the report shows it; the number of seeds, unless it is the usual one."""
+        """Write the mean with its spread, as the report shows it; the number of seeds, unless it is the usual one."""
         mean = f"{self.mean:{'+' if signed else ''}.{digits}f}"
         if self.se is None:
             return f"{mean} ± ?" if usual_n == 1 else f"{mean} (1 seed, spread unknown)"
@@ -27,7 +27,7 @@ class Estimate:
 
 
 def estimate(values: Sequence[float]) -> Estimate | None:
-    """The mean of finite values, with its spread; None if there are none."""
+    """Return the mean of finite values, with its spread; None if there are none."""
     if not values:
         return None
     if not all(map(math.isfinite, values)):
@@ -38,12 +38,12 @@ def estimate(values: Sequence[float]) -> Estimate | None:
 
 
 def paired_difference(scores: Mapping[int, float], baseline: Mapping[int, float]) -> Estimate | None:
-    """The mean of `scores` less `baseline`, over the seeds that both have; None if they share none."""
+    """Return the mean of `scores` less `baseline`, over the seeds that both have; None if they share none."""
     return estimate([scores[seed] - baseline[seed] for seed in sorted(scores.keys() & baseline.keys())])
 
 
 def judgement(difference: Estimate | None) -> str:
-    """`better` or `worse` for at least two seeds and two standard errors, else `no difference shown`."""
+    """Say `better` or `worse` for at least two seeds and two standard errors, else `no difference shown`."""
     if difference is None or difference.se is None or difference.mean == 0:
         return "no difference shown"
     if abs(difference.mean) < SIGNIFICANT * difference.se:
@@ -52,7 +52,7 @@ def judgement(difference: Estimate | None) -> str:
 
 
 def choose_images(scores: Mapping[int, float]) -> dict[str, int]:
-    """The numbers of the best, the median and the worst image; images without a score (NaN) are left out.
+    """Return the numbers of the best, the median and the worst image; images without a score (NaN) are left out.
 
     Of equal images the one with the lower number counts as better. Two images give best and worst, one gives best.
     """

@@ -25,9 +25,9 @@ from iccld.programs.evaluate.evaluate import load_model
 from iccld.programs.evaluate.results import finished_models
 from iccld.stages.table import stage_of
 
-MAX_RUNS = 6  # in a picture
+MAX_RUNS = 6  # the most runs in a picture
 Sample = Mapping[str, Any]
-"""As `read_validation` gives it."""
+"""Sample as `read_validation` gives it."""
 
 
 def write_pictures(ablation: Ablation, rows: Mapping[str, RowFigures]) -> tuple[dict[str, str], list[str]]:
@@ -55,7 +55,7 @@ def write_pictures(ablation: Ablation, rows: Mapping[str, RowFigures]) -> tuple[
 
 
 def choose(ablation: Ablation, task: Task) -> dict[str, Sample]:
-    """The best, the median and the worst image under a run's model."""
+    """Choose the best, the median and the worst image under a run's model."""
     config = ablation.config(task)
     device, predict = _device(), predictor_of_row(config)
     scores: dict[int, float] = {}
@@ -70,14 +70,14 @@ def choose(ablation: Ablation, task: Task) -> dict[str, Sample]:
 
 
 def _samples(config: Config) -> Iterator[dict[str, Any]]:
-    """The validation images that are scored."""
+    """Return the validation images that are scored."""
     most = config.evaluation.max_images
     samples = read_validation(config.data)
     return takewhile(lambda sample: sample["number"] < most, samples) if most else iter(samples)
 
 
 def predictor_of_row(config: Config) -> Predict:
-    """The model of the last stage, with as many denoising steps as the row is scored with."""
+    """Return the predictor of the last stage, with as many denoising steps as the row is scored with."""
     model = load_model(finished_models(config)[-1], config).to(_device())
     kind = stage_of(model)
     num_steps = kind.shown_steps(config.inference)
@@ -85,7 +85,7 @@ def predictor_of_row(config: Config) -> Predict:
 
 
 def _predictions(ablation: Ablation, task: Task, samples: list[Sample]) -> list[np.ndarray]:
-    """`(H, W)` uint8 class indices of each sample."""
+    """Return `(H, W)` uint8 class indices of each sample."""
     config = ablation.config(task)
     device, predict = _device(), windowed(predictor_of_row(config), config.evaluation)
     found: list[np.ndarray] = []

@@ -1,4 +1,4 @@
-"""The report of a grid: summary.json, report.md and its pictures.
+"""Report of a grid: summary.json, report.md and its pictures.
 
 No mean stands there without its spread, and no run is called better or worse than the baseline within two standard
 errors of the paired difference.
@@ -55,7 +55,7 @@ def markdown(
     chosen: Mapping[str, str] | None = None,
     samples: Sequence[str] = (),
 ) -> str:
-    """The text of report.md."""
+    """Write the text of report.md."""
     grid = ablation.grid
     lines = [f"# {ablation.folder.resolve().name}", ""]
     lines += [
@@ -142,7 +142,7 @@ def _classes(rows: Mapping[str, RowFigures]) -> Iterator[str]:
 
 
 def _commands(ablation: Ablation) -> Iterator[str]:
-    """That of the grid, then those of its runs, in the order in which they are begun."""
+    """Yield the grid's command, then those of its runs, in the order in which they are begun."""
     yield from ("```", ablation.command, "", *map(ablation.shown, tasks_of(ablation.grid)), "```")
 
 

@@ -1,4 +1,4 @@
-"""The run directories of a grid: `FOLDER/NAME/seed_0`, each an ordinary run of `train` with a note of the grid.
+"""Run directories of a grid: `FOLDER/NAME/seed_0`, each an ordinary run of `train` with a note of the grid.
 
 FOLDER/NAME/seed_0/ablation.json      what the grid said of it, and the code of each attempt
 FOLDER/NAME/seed_0/train.log          what its process printed
@@ -30,7 +30,7 @@ NOT_OF_SCORES = ("models", "sha256", "batch_size", "diagnostic_images")
 
 @dataclass(frozen=True)
 class Ablation:
-    """A grid in a folder. `configs`: the settings of each row, without those of a seed; `command`: what was typed."""
+    """Grid in a folder. `configs`: the settings of each row, without those of a seed; `command`: what was typed."""
 
     grid: Grid
     folder: Path
@@ -45,7 +45,7 @@ class Ablation:
         return replace(self.configs[task.name], seed=task.seed, run_dir=str(self.run_dir(task)))
 
     def words(self, task: Task) -> list[str]:
-        """`train` and its settings."""
+        """Return `train` and its settings."""
         row = self.grid.rows[task.name]
         own = [f"seed={task.seed}", f"run_dir={self.run_dir(task)}"]
         if row.after:
@@ -55,16 +55,16 @@ class Ablation:
         return ["train", *row.settings, *own]
 
     def initial_model(self, task: Task) -> Path:
-        """The model of the other row from which this one's stage 1 starts."""
+        """Return the model of the other row from which this one's stage 1 starts."""
         other = Task(self.grid.rows[task.name].initial, task.seed)
         return final_folder(self.run_dir(other), first_stage()) / "teacher"
 
     def process(self, task: Task) -> list[str]:
-        """The process that trains it."""
+        """Return the command of the process that trains it."""
         return [sys.executable, "-m", "iccld", *self._launch(), *self.words(task)]
 
     def shown(self, task: Task) -> str:
-        """The same as a person types it."""
+        """Return the same command as a person types it."""
         return shlex.join(["iccld", *self._launch(), *self.words(task)])
 
     def _launch(self) -> list[str]:
@@ -72,7 +72,7 @@ class Ablation:
 
 
 def open_ablation(grid: Grid, folder: Path, *, num_ranks: int, command: str = "iccld ablate") -> Ablation:
-    """The grid, once `train` would take the settings of every row. Raises ValueError naming the row."""
+    """Open the grid once `train` would take every row's settings. Raises ValueError that names the row."""
     configs: dict[str, Config] = {}
     for name, row in grid.rows.items():
         try:
@@ -96,17 +96,17 @@ def _check(config: Config, after: str, *, num_ranks: int) -> None:
 
 
 def has_finished(ablation: Ablation, task: Task) -> bool:
-    """Tell whether all stages of the run are trained and scored. Raises ValueError where its scores are damaged."""
+    """Tell whether all stages of the run are trained and scored. Raises ValueError if its scores are damaged."""
     config = ablation.config(task)
     run_dir = ablation.run_dir(task)
     return all(is_finished(run_dir, stage) for stage in config.stages) and not unscored_stages(config)
 
 
 def changes(ablation: Ablation, task: Task) -> list[str]:
-    """`setting: old -> new` for what the grid says differently of a run than when it was begun.
+    """Return `setting: old -> new` where the grid says something else of a run than when it was begun.
 
-    An unfinished run is compared by what it took from others alone: `train` itself compares the rest, and lets it
-    change what has not begun.
+    An unfinished run is compared by what it took from others alone: `train` itself compares the rest, and lets the
+    settings of stages that have not begun change.
     """
     run_dir, row = ablation.run_dir(task), ablation.grid.rows[task.name]
     if not (run_dir / NOTE_NAME).is_file():
@@ -129,14 +129,14 @@ def changes(ablation: Ablation, task: Task) -> list[str]:
 
 
 def _changes_of_scores(saved: Config, new: Config) -> list[str]:
-    """Settings that a training may change between attempts, but that change its scores."""
+    """Compare settings that a training may change between attempts, but that change its scores."""
     old, now = ({**about_of([], each), "weights": each.inference.weights.value} for each in (saved, new))
     changed = [key for key in {**old, **now} if key not in NOT_OF_SCORES and old.get(key) != now.get(key)]
     return [f"{key}: {old.get(key)} -> {now.get(key)}" for key in changed]
 
 
 def refuse_changes(ablation: Ablation, task: Task) -> None:
-    """Raise ValueError where the grid has changed for a run that is finished, or took its start from another."""
+    """Raise ValueError if the grid has changed for a run that is finished, or took its start from another."""
     if found := changes(ablation, task):
         run_dir = ablation.run_dir(task)
         raise ValueError(

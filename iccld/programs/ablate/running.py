@@ -1,6 +1,6 @@
-"""Trains what is left of a grid: a process a run, several at a time; one that fails does not stop the others.
+"""Training of what is left of a grid: a process a run, several at a time; one that fails does not stop the others.
 
-A run whose process outlived an earlier command goes on, and is waited for: its lock says so.
+A run whose process outlived an earlier command goes on, and is waited for: its lock shows that it lives.
 """
 
 import os
@@ -28,7 +28,7 @@ OF_THE_WORLD = {0, AGAIN, FORCED, -signal.SIGKILL, -signal.SIGTERM}
 
 @dataclass
 class Ending:
-    """Outcome of the tasks. `failures`: their exit statuses; `signal`: what stopped the command, or 0."""
+    """Outcome of the tasks. `failures`: their exit statuses; `signal`: the one that stopped the command, or 0."""
 
     states: dict[Task, State]
     failures: dict[Task, int] = field(default_factory=dict)
@@ -36,7 +36,7 @@ class Ending:
 
     @property
     def status(self) -> int:
-        """The exit status: 75 where only the world is to blame, so that the same command may do."""
+        """Return the exit status: 75 if only the world is to blame, so that the same command may succeed."""
         if self.signal:
             return 128 + self.signal
         if not self.failures:
@@ -52,7 +52,7 @@ class _Process:
 
 
 def states_of(ablation: Ablation) -> dict[Task, State]:
-    """Which tasks are finished. Raises ValueError where the grid has changed for one that must not change."""
+    """Return the state of each task. Raises ValueError if the grid has changed for one that must not change."""
     needs = tasks_of(ablation.grid)
     for task in needs:
         refuse_changes(ablation, task)
@@ -60,7 +60,7 @@ def states_of(ablation: Ablation) -> dict[Task, State]:
 
 
 def train_rows(ablation: Ablation, *, num_processes: int) -> Ending:
-    """Train until nothing is left that can be; says what begins, ends and fails."""
+    """Train until nothing is left that can be; print what begins, ends and fails."""
     trainings = Trainings(ablation, num_processes=num_processes)
     with signals_noted() as came:
         while not came:
@@ -76,7 +76,7 @@ def train_rows(ablation: Ablation, *, num_processes: int) -> Ending:
 
 
 class Trainings:
-    """The processes that train, and the states of all tasks."""
+    """Processes that train, and the states of all tasks."""
 
     def __init__(self, ablation: Ablation, *, num_processes: int) -> None:
         self.ablation, self.num_processes = ablation, num_processes
@@ -200,7 +200,7 @@ def _why(status: int) -> str:
 
 
 def tail(path: Path) -> list[str]:
-    """The last lines of a log, without what a terminal would take for a command."""
+    """Return the last lines of a log, without what a terminal would take for a command."""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - TAIL_BYTES))
         text = read_bytes(file, TAIL_BYTES).decode(errors="replace")
@@ -209,7 +209,7 @@ def tail(path: Path) -> list[str]:
 
 
 def _visible_devices() -> list[str]:
-    """The GPUs that the processes may share, by the names that CUDA takes."""
+    """Return the GPUs that the processes may share, by the names that CUDA takes."""
     import torch
 
     if not torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""The figures of a grid: each row's mean over its seeds with its spread, and the paired difference to the baseline.
+"""Figures of a grid: each row's mean over its seeds with its spread, and the paired difference to the baseline.
 
 A row's score is that of its last stage, whatever scored best: of stage 2 with the first of `inference.num_steps` that
 denoises.
@@ -17,8 +17,8 @@ from iccld.programs.ablate.rows import Ablation, has_finished, read_note
 from iccld.programs.ablate.tasks import Task
 from iccld.programs.evaluate.evaluate import named_results
 from iccld.programs.evaluate.results import own_results, read_results
-from iccld.programs.goodput import attempts, total_of
 from iccld.programs.run.event_times import read_events, straightened
+from iccld.programs.run.ledger import attempts, total_of
 from iccld.reading import MIB, read_limited
 from iccld.scores import EvaluationResult
 from iccld.stages.table import STAGES, first_stage
@@ -28,7 +28,7 @@ MAX_METRICS = 1024 * MIB
 
 @dataclass(frozen=True)
 class Run:
-    """One finished run. `results` by what was scored: `stage1`, `stage2 x1`, ..., `mean latent`.
+    """One finished run. `results` by name: `stage1`, `stage2 x1`, ..., `mean latent`.
 
     `diagnostics`: those of its last stage, as `evaluate` writes them; earlier versions wrote none.
     """
@@ -43,7 +43,7 @@ class Run:
 
 @dataclass
 class RowFigures:
-    """A row with its finished runs by seed. `scored`: which of a run's results is the row's."""
+    """Row with its finished runs by seed. `scored`: which of a run's results is the row's."""
 
     name: str
     scored: str
@@ -51,7 +51,7 @@ class RowFigures:
     missing: list[int] = field(default_factory=list)
 
     def mious(self, scored: str = "") -> dict[int, float]:
-        """The mIoU by seed, of the seeds that have this result."""
+        """Return the mIoU by seed, of the seeds that have this result."""
         name = scored or self.scored
         return {seed: run.results[name].miou for seed, run in self.runs.items() if name in run.results}
 
@@ -70,7 +70,7 @@ class RowFigures:
 
     @property
     def peak_gib(self) -> float | None:
-        """The most of any run."""
+        """Return the most GiB of any run."""
         return max((run.peak_gib for run in self.runs.values() if run.peak_gib is not None), default=None)
 
     @property
@@ -79,17 +79,17 @@ class RowFigures:
 
     @property
     def gain(self) -> Estimate | None:
-        """Gain of the last stage over the row's own stage 1, paired by seed."""
+        """Return the gain of the last stage over the row's own stage 1, paired by seed."""
         return paired_difference(self.mious(), self.mious(first_stage())) if self.has_later_stage else None
 
     @property
     def others(self) -> list[str]:
-        """Further scores, such as other numbers of denoising steps."""
+        """Return further scores, such as other numbers of denoising steps."""
         return [name for run in list(self.runs.values())[:1] for name in run.results if name != self.scored]
 
     @property
     def classes(self) -> dict[str, Estimate]:
-        """The IoU by class; a class that a run neither has nor predicts counts in the other runs alone."""
+        """Return the IoU by class; a class that a run neither has nor predicts counts in the other runs alone."""
         found: dict[str, list[float]] = {}
         for run in self.runs.values():
             result = run.results[self.scored]
@@ -99,7 +99,7 @@ class RowFigures:
 
     @property
     def diagnostics(self) -> dict[str, Estimate]:
-        """The mIoU under each latent, on the images of the diagnostics."""
+        """Return the mIoU under each latent, on the images of the diagnostics."""
         found: dict[str, list[float]] = {}
         for run in self.runs.values():
             for name, figure in run.diagnostics.items():
@@ -113,7 +113,7 @@ class RowFigures:
 
 
 def figures_of(ablation: Ablation) -> dict[str, RowFigures]:
-    """The rows in the order of the grid, with what is finished of them."""
+    """Return the rows in the order of the grid, with what is finished of them."""
     rows: dict[str, RowFigures] = {}
     for name in ablation.grid.rows:
         row = rows[name] = RowFigures(name, scored_as(ablation.configs[name]))
@@ -127,7 +127,7 @@ def figures_of(ablation: Ablation) -> dict[str, RowFigures]:
 
 
 def scored_as(config: Config) -> str:
-    """Which result is the row's."""
+    """Name the result that is the row's."""
     return STAGES[config.stages[-1]].main_score(config.inference)
 
 
@@ -149,21 +149,21 @@ def _commit(code: Mapping[str, str]) -> str:
 
 
 def _minutes(run_dir: Path) -> float:
-    """Minutes of all attempts, without the scores at the end and what passed between the attempts."""
+    """Return the minutes of all attempts, without the final scores and the time between the attempts."""
     events, _ = straightened(read_events(run_dir)[0])
     total = total_of(attempts(events))
     return (sum(total.values()) - total["down"]) / 60
 
 
 def _peak_gib(run_dir: Path) -> float | None:
-    """The most memory that a rank has held, as far as it was logged."""
+    """Return the most GiB that a rank has held, as far as it was logged."""
     path = run_dir / "metrics.jsonl"
     lines = read_limited(path, MAX_METRICS).decode(errors="replace").splitlines() if path.is_file() else []
     return max((peak for line in lines if (peak := json.loads(line).get("peak_gib")) is not None), default=None)
 
 
 def to_json(ablation: Ablation, rows: Mapping[str, RowFigures]) -> dict[str, Any]:
-    """Content of summary.json, by the rows' names."""
+    """Return the content of summary.json, by the rows' names."""
     baseline = rows[ablation.grid.baseline]
     return {name: _row(ablation, row, baseline) for name, row in rows.items()}
 
@@ -215,7 +215,7 @@ def _by_seed(row: RowFigures, run: Run) -> dict[str, Any]:
 
 
 def _estimate(name: str, value: Estimate | None) -> dict[str, Any]:
-    """Mean, standard deviation and error; null is unknown: with one seed there is no spread."""
+    """Return mean, standard deviation and error; null is unknown: with one seed there is no spread."""
     parts = {"mean": value.mean, "std": value.std, "se": value.se} if value else dict.fromkeys(("mean", "std", "se"))
     return {f"{name}_{part}": number for part, number in parts.items()}
 

@@ -30,7 +30,7 @@ Needs = Mapping[Task, Task | None]
 
 
 def tasks_of(grid: Grid) -> Needs:
-    """All tasks, seed by seed, so that early on whole comparisons are there; what one waits for comes before it."""
+    """Return all tasks, seed by seed, so that whole comparisons are there early; a needed task comes first."""
     order = list(_needed_first(grid))
     return {
         Task(name, seed): Task(grid.rows[name].needs, seed) if grid.rows[name].needs else None
@@ -53,7 +53,7 @@ def _needed_first(grid: Grid) -> Iterator[str]:
 
 
 def next_task(needs: Needs, states: Mapping[Task, State], *, busy: Collection[Task] = ()) -> Task | None:
-    """The first task that may begin now; None if there is none. `busy`: what another process trains."""
+    """Return the first task that may begin now; None if there is none. `busy`: what another process trains."""
     for task, needed in needs.items():
         may_begin = needed is None or states[needed] is State.finished
         if states[task] is State.waiting and may_begin and task not in busy:
@@ -62,7 +62,7 @@ def next_task(needs: Needs, states: Mapping[Task, State], *, busy: Collection[Ta
 
 
 def blocked_tasks(needs: Needs, states: Mapping[Task, State]) -> list[Task]:
-    """The waiting tasks that can never begin, since what they wait for has failed, or cannot begin either."""
+    """Return the waiting tasks that can never begin: the needed task has failed, or cannot begin either."""
     blocked: set[Task] = set()
     for task, needed in needs.items():
         hopeless = needed is not None and (states[needed] is State.failed or needed in blocked)
@@ -102,7 +102,7 @@ def arrays_of(needs: Needs, states: Mapping[Task, State]) -> list[Array]:
 
 
 def devices_of(slot: int, *, num_ranks: int, devices: Sequence[str]) -> list[str]:
-    """The devices of the process in a slot; slots share devices only if there are too few."""
+    """Return the devices of the process in a slot; slots share devices only if there are too few."""
     if len(devices) <= 1:
         return list(devices)
     found = [devices[(slot * num_ranks + rank) % len(devices)] for rank in range(num_ranks)]

@@ -1,4 +1,4 @@
-"""`iccld doctor`: its arguments, and the report on this machine and on what a run would need of it."""
+"""`iccld doctor`: its arguments, and the report on this machine and on a run's needs."""
 
 import argparse
 

@@ -1,4 +1,4 @@
-"""`iccld doctor`: what of this machine fits a run, what does not, and what to do; text that a bug report can hold.
+"""`iccld doctor`: which parts of this machine fit a run, and what to do about the others; a text for bug reports.
 
 Exit statuses: 0, nothing is wrong (notes may be there); 2, something must be mended; 75, this machine fails, and
 another one may do. The text has no secrets, no name of the user or the machine, and `~` for the home folder.
@@ -34,14 +34,14 @@ from iccld.runtime.faults.preflight import check_device, check_shared_memory
 
 FINE, NOTE, WRONG = "ok", "note", "WRONG"
 SLOW_S = 0.1
-"""For a small file to be on the disk; a local disk takes a few milliseconds."""
+"""The most seconds until a small file is on the disk; a local disk takes a few milliseconds."""
 SHARED_MEMORY_BYTES = 64 << 20
-"""What a container has in /dev/shm unless told otherwise."""
+"""The bytes that a container has in /dev/shm by default."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report: a mark, what was tried, what was found, and the exit status if that is wrong."""
+    """Line of the report: a mark, what was tried, what was found, and the exit status if that is wrong."""
 
     mark: str
     about: str
@@ -50,7 +50,7 @@ class Finding:
 
 
 def report(overrides: Sequence[str], *, config_dir: str = "") -> int:
-    """Print what was found, a line each, and return the exit status."""
+    """Print the findings, a line each, and return the exit status."""
     config, found = _settings(overrides, config_dir)
     findings = [*examine(config, of_run=bool(overrides)), *found]
     for finding in findings:
@@ -86,7 +86,7 @@ def examine(config: Any, *, of_run: bool) -> Iterator[Finding]:
 
 
 def public(line: str, given: Sequence[str]) -> str:
-    """A line without secrets, the user's name and the home folder."""
+    """Return a line without secrets, the user's name and the home folder."""
     line = without_known(redact(line, given), ())
     for name, shown in ((str(Path.home()), "~"), (platform.node(), "HOST")):
         line = re.sub(rf"(?<![\w.-]){re.escape(name)}(?![\w-])", shown, line) if len(name) > 1 else line
@@ -107,7 +107,7 @@ def _settings(overrides: Sequence[str], config_dir: str) -> tuple[Any, list[Find
 
 
 def versions() -> Iterator[Finding]:
-    """The versions of what is installed, and what does not fit what the package asks for."""
+    """Report the versions of what is installed, and what does not fit the package's requirements."""
     yield Finding(FINE, "iccld", f"{__version__}, Python {platform.python_version()}, {platform.platform()}")
     try:
         wanted = [Requirement(line) for line in requires("iccld") or []]
@@ -147,7 +147,7 @@ def _version(name: str) -> str:
 
 
 def devices() -> Iterator[Finding]:
-    """The CPU and every GPU: whether it computes what it should."""
+    """Check that the CPU and every GPU compute what they should."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     yield _of_device("cpu", f"{cores} cores for this process, {torch.get_num_threads()} threads in torch")
     for number in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
@@ -174,7 +174,7 @@ def _of_device(name: str, what: str) -> Finding:
 
 
 def attention(config: Any, device_type: str) -> Iterator[Finding]:
-    """Each back end, with the reason if it is off; wrong only if the settings choose it."""
+    """Report each back end, with the reason if it is off; that is wrong only if the settings choose it."""
     for backend in AttentionBackend:
         try:
             check_backend(backend, device_type)
@@ -207,7 +207,7 @@ def shared_memory() -> Iterator[Finding]:
 
 
 def run_folder(run_dir: Path) -> Iterator[Finding]:
-    """Tell whether files can be renamed and locked where the run will write, and how fast they are on the disk."""
+    """Check that files can be renamed and locked where the run will write, and measure how fast the disk is."""
     near = next(path for path in (run_dir, *run_dir.parents) if path.is_dir())
     with tempfile.TemporaryDirectory(prefix=".iccld_doctor_", dir=near) as folder:
         probe, began = Path(folder) / "probe", time.perf_counter()
@@ -217,7 +217,7 @@ def run_folder(run_dir: Path) -> Iterator[Finding]:
         if probe.read_text() != "4":
             raise ValueError(f"{near} does not show what was written last; use another run_dir.")
         yield Finding(FINE, "run_dir", f"{near}: a file replaces another by a rename")
-        slow = f"; over {SLOW_S:g} s is slow: save less often (trainer.checkpoint.every) or use another run_dir"
+        slow = f"; over {SLOW_S:g} s is slow: save less often (trainer.checkpoint.save_every) or use another run_dir"
         speed = f"{near}: a small file is on the disk after {1000 * each_s:.1f} ms"
         yield Finding(NOTE if each_s > SLOW_S else FINE, "run_dir", speed + (slow if each_s > SLOW_S else ""))
         yield _locks(Path(folder) / "lock", near)
@@ -241,7 +241,7 @@ def _locks(path: Path, near: Path) -> Finding:
 
 
 def room(config: Any) -> Iterator[Finding]:
-    """Tell whether the checkpoints of all stages have room: fp32 weights, teacher and two moments, at most."""
+    """Check that the checkpoints of all stages have room: fp32 weights, teacher and two moments, at most."""
     from iccld.models.iccld import ICCLD
     from iccld.runtime.faults.preflight import check_space
 
@@ -257,7 +257,7 @@ def room(config: Any) -> Iterator[Finding]:
 
 
 def shards(config: Any) -> Iterator[Finding]:
-    """Tell whether the first and the last sample of every set can be read."""
+    """Check that the first and the last sample of every set can be read."""
     from iccld.programs.train.fitness import read_shards
 
     named = [role for role in ("source", "target", "validation") if getattr(config.data, role).shards]
@@ -283,7 +283,7 @@ def loggers(config: Any) -> Iterator[Finding]:
 
 
 def slurm() -> Iterator[Finding]:
-    """Tell whether jobs can be submitted from here."""
+    """Check that jobs can be submitted from here."""
     if not (sbatch := shutil.which("sbatch")):
         yield Finding(NOTE, "slurm", "sbatch is not on PATH; iccld submit needs a login node of a cluster")
         return

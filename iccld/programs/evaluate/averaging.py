@@ -21,7 +21,8 @@ from iccld.config import Config
 from iccld.durable import make_folder, remove_left_overs, replacing_by_name
 from iccld.evaluation import EvaluationResult
 from iccld.models.iccld import ICCLD
-from iccld.programs.evaluate.evaluate import evaluate_predictor, load_model
+from iccld.programs.evaluate.evaluate import load_model
+from iccld.programs.evaluate.scoring import evaluate_predictor
 from iccld.runtime.engine.engine import Engine
 from iccld.stages.base import Stage
 from iccld.stages.table import stage_of
@@ -30,7 +31,7 @@ from iccld.uda.ema_profile import Profile, label, profile_error, snapshot_weight
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A file of averages: `step` optimiser steps were done."""
+    """File of averages after `step` optimiser steps."""
 
     path: Path
     step: int
@@ -39,7 +40,7 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """A combination of snapshots. `profile_error` is the distance of its profile from the wanted one, relative."""
+    """Combination of snapshots. `profile_error` is its profile's relative distance from the wanted one."""
 
     wanted: Profile
     snapshots: Sequence[Snapshot]
@@ -47,7 +48,7 @@ class Reconstruction:
     profile_error: float
 
     def tensor(self, name: str) -> Tensor:
-        """The reconstructed tensor, fp32. Sums in fp64: weights of either sign may be tens."""
+        """Return the reconstructed tensor, fp32. Sums are in fp64: weights of either sign may be tens."""
         total = torch.zeros((), dtype=torch.float64)
         for snapshot in self.snapshots:
             used = [(width, self.weights[Profile(snapshot.step, width)]) for width in snapshot.widths]
@@ -60,7 +61,7 @@ class Reconstruction:
 
 
 def snapshot_name(step: int) -> str:
-    """The file's name after `step` optimiser steps."""
+    """Return the file's name after `step` optimiser steps."""
     return f"step_{step:08d}.safetensors"
 
 
@@ -74,8 +75,8 @@ def write_snapshot(
 ) -> Path:
     """Write `PowerAverages.state_dict()`, its tensors full, after `step` optimiser steps; whole or not at all.
 
-    Raises ValueError where an average is too large for `dtype` (the paper's fp16) or is not finite, OSError where the
-    disk is full.
+    Raises ValueError if an average is too large for `dtype` (the paper's fp16) or is not finite, OSError if the disk is
+    full.
     """
     tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in averages.items()}
     broken = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
@@ -106,9 +107,9 @@ def write_due_snapshot(stage: Stage, folder: Path, engine: Engine, *, step: int)
 
 
 def read_snapshots(folder: Path) -> list[Snapshot]:
-    """The folder's snapshots by step; reads their headers alone.
+    """Return the folder's snapshots by step; only their headers are read.
 
-    Raises ValueError where there is none, and naming one that is broken.
+    Raises ValueError if there is none, or one is broken, which it names.
     """
     paths = sorted(path for path in folder.glob("step_*.safetensors") if re.fullmatch(r"step_\d{8}", path.stem))
     if not paths:
@@ -135,9 +136,9 @@ def _read_header(path: Path) -> Snapshot:
 
 
 def reconstruction_of(snapshots: Sequence[Snapshot], *, width: float, step: int = 0) -> Reconstruction:
-    """The combination that is nearest to an average of `width` after `step` steps; 0: the last snapshot's step.
+    """Combine snapshots to come nearest to an average of `width` after `step` steps; 0: the last snapshot's step.
 
-    Raises ValueError where no snapshot was taken at `step`, or the width is not one.
+    Raises ValueError if no snapshot was taken at `step`, or the width is not one.
     """
     steps = [snapshot.step for snapshot in snapshots]
     step = step or steps[-1]
@@ -155,7 +156,7 @@ def reconstruction_of(snapshots: Sequence[Snapshot], *, width: float, step: int 
 
 
 def put_weights(module: nn.Module, reconstruction: Reconstruction) -> None:
-    """Replace all parameters in place; buffers stay. Raises ValueError where the snapshots are of another module."""
+    """Replace all parameters in place; buffers stay. Raises ValueError if the snapshots are of another module."""
     parameters = dict(module.named_parameters())
     for snapshot in reconstruction.snapshots:
         with safe_open(snapshot.path, framework="pt") as file:
@@ -173,7 +174,7 @@ def put_weights(module: nn.Module, reconstruction: Reconstruction) -> None:
 
 
 def teacher_folder(run_dir: Path, stage: str) -> Path:
-    """The stage's finished teacher. Raises ValueError while there is none."""
+    """Return the folder of the stage's finished teacher. Raises ValueError while there is none."""
     folder = run_dir / stage / "final" / "teacher"
     if not (folder / "config.json").is_file():
         raise ValueError(f"{run_dir} holds no finished {stage} ({folder}); let the same train command finish.")
@@ -186,10 +187,10 @@ def averaged_part(model: ICCLD) -> nn.Module:
 
 
 def write_reconstruction(run_dir: Path, stage: str, output: Path, *, width: float, step: int = 0) -> float:
-    """Write a model folder like the stage's teacher, of another average; returns the error of its profile.
+    """Write a model folder like the stage's teacher, of another average; return the error of its profile.
 
-    All but the averaged parameters is the finished teacher's, the latent's statistics of stage 1 too.
-    Raises ValueError where `output` holds something, and as the functions above do.
+    Everything except the averaged parameters is the finished teacher's, stage 1's statistics of the latent too. Raises
+    ValueError if `output` holds something, and the errors of the functions above.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"--output {output} is there already, and is not an empty folder; name a new one.")
@@ -213,8 +214,8 @@ def write_reconstruction(run_dir: Path, stage: str, output: Path, *, width: floa
 def sweep(config: Config, stage: str, *, widths: Sequence[float], step: int = 0) -> list[dict[str, Any]]:
     """Score the finished teacher and a reconstruction of each width on the run's validation set, in one process.
 
-    Rows `{"weights", "width", "step", "profile_error", "scores": {number of denoising steps: EvaluationResult}}`, the
-    teacher first, its width, step and error None. Only the first noise seed is scored.
+    Returns rows `{"weights", "width", "step", "profile_error", "scores": {number of denoising steps:
+    EvaluationResult}}`, the teacher first, its width, step and error None. Only the first noise seed is scored.
     """
     run_dir = Path(config.run_dir)
     folder = teacher_folder(run_dir, stage)

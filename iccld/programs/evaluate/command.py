@@ -1,4 +1,4 @@
-"""`iccld evaluate`: its arguments, and scoring that signals may stop."""
+"""`iccld evaluate`: its arguments, and a scoring that signals may stop."""
 
 import argparse
 from pathlib import Path

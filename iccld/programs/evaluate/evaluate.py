@@ -6,26 +6,22 @@ import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.markup import escape
-from torch import Tensor
 
 from iccld.config import Config, load_config, read_config
 from iccld.data.config import locations, of_saved_run, refuse_unasked
 from iccld.data.stream.sets import sets_kept_open
-from iccld.data.stream.stream import read_validation
 from iccld.durable import make_folder, refuse_links, write_whole
-from iccld.evaluation import EvaluationResult, Predict, evaluate, results_table
+from iccld.evaluation import EvaluationResult, Predict, results_table
 from iccld.inference.source import find_model
 from iccld.models.iccld import ICCLD
 from iccld.models.model_card import CARD_NAME
-from iccld.programs.evaluate.diagnose import diagnose_model, student_beside
 from iccld.programs.evaluate.results import about_of, finished_models, own_results, place_for, read_results
+from iccld.programs.evaluate.scoring import GiveUp, diagnose_model, evaluate_predictor, student_beside
 from iccld.programs.run.checks import together, watch
 from iccld.programs.run.signs import signs_of_diagnosis, tell
 from iccld.redact import redacted, without_secrets
@@ -39,47 +35,22 @@ from iccld.stages.table import STAGES, stage_of
 DIAGNOSTICS = "diagnostics"
 
 
-def evaluate_predictor(
-    predict: Predict, config: Config, engine: Engine, *, give_up: Callable[[], bool] = lambda: False
-) -> EvaluationResult:
-    """Scores on the validation set, its images divided over the ranks. Call on every rank.
-
-    `give_up` is asked before each image; where a rank says yes, all raise Preempted.
-    """
-
-    def reduce(counts: Tensor) -> Tensor:
-        if engine.ranks.any(give_up()):
-            raise Preempted("scoring was given up")
-        return engine.ranks.sum(counts)
-
-    samples = read_validation(config.data, rank=engine.ranks.rank, world_size=engine.ranks.world_size)
-    with torch.no_grad(), engine.autocast():
-        return evaluate(
-            takewhile(lambda _: not give_up(), samples),
-            predict,
-            class_set=config.data.class_set.build(),
-            config=config.evaluation,
-            device=engine.device,
-            all_reduce=reduce,
-        )
-
-
-def asks(preemption: Preemption, watchdog: Watchdog) -> Callable[[], bool]:
-    """Asked before each image that is scored."""
+def asks(preemption: Preemption, watchdog: Watchdog) -> GiveUp:
+    """Return the function that is asked before each image whether to give up; it also ticks the watchdog."""
     return lambda: watchdog.tick() or preemption.came
 
 
 def stopped(config: Config, ranks: Ranks, stage: str) -> bool:
-    """Asked to stop where there is nothing to save; False."""
+    """Note that a signal stopped work that has nothing to save; return False."""
     if ranks.is_main:
         write_event(Path(config.run_dir), "preempted", stage=stage)
     return False
 
 
 def saved_settings(run_dir: Path, overrides: Sequence[str]) -> Config:
-    """The settings of a run, which may be a stranger's, with those of the command line.
+    """Read the settings of a run, which may be a stranger's, with those of the command line.
 
-    Raises ValueError where there is no run, or its validation set is nothing to read unasked (`of_saved_run`).
+    Raises ValueError if there is no run, or its validation set must not be read unasked (`of_saved_run`).
     """
     path = run_dir / "config.yaml"
     if not path.is_file():
@@ -94,10 +65,10 @@ def saved_settings(run_dir: Path, overrides: Sequence[str]) -> Config:
 
 
 def settings_and_model(source: str, overrides: Sequence[str], *, shards: str, output: Path) -> tuple[Config, str]:
-    """The settings to score by, and the model folder, empty for a run's own models.
+    """Return the settings to score by, and the model folder, empty for a run's own models.
 
     source: a run directory, or a model (see `find_model`), which is scored on `shards`, by the defaults and the
-    overrides, into `output`. Of a run, `shards` takes the place of its validation sets. Raises ValueError.
+    overrides, into `output`. For a run, `shards` replaces its validation sets. Raises ValueError.
     """
     words = [f"data.validation.shards={shards}", "data.validation.name=", *overrides] if shards else [*overrides]
     if (Path(source) / "config.yaml").is_file():
@@ -108,7 +79,7 @@ def settings_and_model(source: str, overrides: Sequence[str], *, shards: str, ou
     if not shards and (Path(source) / CARD_NAME).is_file():
         raise ValueError(f"{source} is a model without a run; name the set to score it on: --shards FOLDER.")
     if not shards:
-        return saved_settings(Path(source), words), ""  # which says that there is no run
+        return saved_settings(Path(source), words), ""  # raises the error that there is no run
     model = find_model(source)
     return load_config([*words, f"run_dir={output}"]), str(model)
 
@@ -138,13 +109,13 @@ def evaluate_run(config: Config, preemption: Preemption | None = None, *, model_
 
 
 def evaluate_models(
-    folders: Sequence[Path], config: Config, engine: Engine, *, give_up: Callable[[], bool] = lambda: False
+    folders: Sequence[Path], config: Config, engine: Engine, *, give_up: GiveUp = lambda: False
 ) -> dict[str, Any]:
-    """Score model folders and write `report/results.json`, or a file of their own: see `programs.results`.
+    """Score model folders and write `report/results.json`, or a file of their own: see `results.py`.
 
     Returns `{"stage1": scores, "stage2": {"1": scores, ...}, "stage2_mean_latent": scores}`, as far as they exist, and
     under `about` what was scored, and how. The mean latent is a control: denoising must be worth more than it. Under
-    `diagnostics` are those of each stage; what they warn of is told.
+    `diagnostics` are those of each stage; their signs of failure are told.
     """
     about: dict[str, Any] = {}
     places: list[Path] = []
@@ -154,7 +125,7 @@ def evaluate_models(
             about.update(about_of(folders, config))
             places.append(place_for(folders, config, about))
 
-    together(find_place, engine.ranks)  # what is damaged there must not cost the scores
+    together(find_place, engine.ranks)  # a damaged file there is reported before the scores are computed
     results: dict[str, Any] = {}
     for folder in folders:
         if engine.ranks.is_main:
@@ -168,8 +139,8 @@ def evaluate_models(
     return results
 
 
-def _diagnose(folders: Sequence[Path], config: Config, engine: Engine, give_up: Callable[[], bool]) -> dict[str, Any]:
-    """The diagnostics by stage; bounds are those of the last model, whose E and D are those of the one before."""
+def _diagnose(folders: Sequence[Path], config: Config, engine: Engine, give_up: GiveUp) -> dict[str, Any]:
+    """Return the diagnostics by stage; the last model's have bounds, since its E and D are those of the one before."""
     found: dict[str, Any] = {}
     for folder in folders:
         teacher, beside = load_model(folder, config).to(engine.device), student_beside(folder)
@@ -185,14 +156,14 @@ def _diagnose(folders: Sequence[Path], config: Config, engine: Engine, give_up: 
 
 
 def unscored_stages(config: Config) -> list[str]:
-    """The finished stages that the report does not hold."""
+    """Return the finished stages that the report does not hold."""
     path = own_results(config)
     scored = read_results(path) if path.exists() else {}
     return [folder.parts[-3] for folder in finished_models(config) if folder.parts[-3] not in scored]
 
 
 def load_model(folder: Path, config: Config) -> ICCLD:
-    """The model, once its classes are those of the data."""
+    """Load the model. Raises ValueError if its classes are not the data's."""
     model = ICCLD.from_pretrained(folder, attention=config.model.denoiser.attention)
     assert model.card is not None
     own, names = model.card.class_names, config.data.class_set.build().names
@@ -214,7 +185,7 @@ def score_model(model: ICCLD, config: Config, score: Callable[[Predict], Evaluat
 
 
 def _scores(by_noise_seed: list[EvaluationResult]) -> dict[str, Any]:
-    """The first seed's scores; over several seeds, also the mean mIoU and all of them."""
+    """Return the first seed's scores; of several seeds, also the mean mIoU and all of them."""
     scores = by_noise_seed[0].to_json()
     if len(by_noise_seed) > 1:
         mious = [result.miou for result in by_noise_seed]
@@ -223,7 +194,7 @@ def _scores(by_noise_seed: list[EvaluationResult]) -> dict[str, Any]:
 
 
 def named_results(results: Mapping[str, Any]) -> dict[str, EvaluationResult]:
-    """A flat view for tables: `stage1`, `stage2 x1`, ..."""
+    """Flatten the results for tables: `stage1`, `stage2 x1`, ..."""
     flat = {}
     for name, scores in results.items():
         if name in ("about", DIAGNOSTICS):
@@ -239,13 +210,13 @@ def named_results(results: Mapping[str, Any]) -> dict[str, EvaluationResult]:
 
 
 def _control(name: str) -> str:
-    """`mean latent` of `stage2_mean_latent`; empty for a stage's own scores."""
+    """Return `mean latent` of `stage2_mean_latent`; "" for a stage's own scores."""
     stage = next((stage for stage in STAGES if name.startswith(f"{stage}_")), "")
     return name.removeprefix(f"{stage}_").replace("_", " ") if stage else ""
 
 
 def _numbers(value: Any) -> Any:
-    """JSON's null back to NaN."""
+    """Turn JSON's null back into NaN."""
     if isinstance(value, list):
         return [_numbers(item) for item in value]
     return float("nan") if value is None else value

@@ -1,4 +1,4 @@
-"""Where scores are written: a file by model, set and settings, so that no evaluation replaces another one's.
+"""Files of scores, named by model, set and settings, so that no evaluation replaces another one's.
 
     report/results.json                  the teacher's of the finished stages, by the run's own settings
     report/results_student.json          the student's; results_best.json: the teacher's that scored best in training
@@ -27,7 +27,7 @@ from iccld.stages.predictor import InferenceConfig, Weights
 from iccld.stages.table import STAGES
 
 OF_NO_CONSEQUENCE = ("models", "batch_size", "diagnostic_images")
-"""What may differ between two evaluations that are the same: the weights are known by their checksum."""
+"""Facts that may differ between equal evaluations: the weights are known by their checksum."""
 
 
 def finished_models(config: Config) -> list[Path]:
@@ -39,7 +39,7 @@ def finished_models(config: Config) -> list[Path]:
 
 
 def about_of(folders: Sequence[Path], config: Config) -> dict[str, Any]:
-    """What was scored, and how: all that the scores depend on."""
+    """Describe all that the scores depend on: what was scored, and how."""
     return {
         "models": [str(folder) for folder in folders],
         "sha256": [file_checksum(folder / WEIGHTS_NAME) for folder in folders],
@@ -70,14 +70,14 @@ def _settings(config: Config) -> dict[str, Any]:
 
 
 def own_results(config: Config) -> Path:
-    """The file of the run's own models and settings."""
+    """Return the file of the run's own models and settings."""
     weights = config.inference.weights
     name = "results.json" if weights is Weights.teacher else f"results_{weights.value}.json"
     return Path(config.run_dir) / "report" / name
 
 
 def place_for(folders: Sequence[Path], config: Config, about: Mapping[str, Any]) -> Path:
-    """The file for these scores; what stands there of other settings is given a name of its own."""
+    """Return the file for these scores; a file there of other settings is renamed."""
     own, saved = own_results(config), Path(config.run_dir) / "config.yaml"
     usual = _settings(read_config(saved)) if saved.is_file() else _settings(config)
     is_own = list(folders) == finished_models(config)
@@ -94,13 +94,13 @@ def place_for(folders: Sequence[Path], config: Config, about: Mapping[str, Any])
 
 
 def _free(path: Path) -> Path:
-    """The path, or with a number where something stands there."""
+    """Return the path, with a number if the name is taken."""
     numbered = (path.with_name(f"{path.stem}_{number}{path.suffix}") for number in itertools.count(2))
     return next(free for free in itertools.chain([path], numbered) if not os.path.lexists(free))
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """The scores by stage, and `about`. Raises ValueError for a file that holds none."""
+    """Read the scores by stage, and `about`. Raises ValueError for a file that holds none."""
     try:
         found = read_json(path, 64 * MIB)
     except ValueError as error:
@@ -111,7 +111,7 @@ def read_results(path: Path) -> dict[str, Any]:
 
 
 def _is_same(kept: Mapping[str, Any], about: Mapping[str, Any]) -> bool:
-    """By the settings: of a run's own models there may be one more by now."""
+    """Tell whether the settings are the same; a run's own models may be one more by now."""
     return _identity(kept, "sha256") == _identity(about, "sha256")
 
 
@@ -121,7 +121,7 @@ def _identity(about: Mapping[str, Any], *beside: str) -> str:
 
 
 def _name(label: str, about: Mapping[str, Any]) -> str:
-    """Readable, and by the checksum its own."""
+    """Make a file name: readable words, and a checksum that makes it unique."""
     data = about.get("data", {})
     words = [label, str(data.get("name") or PurePosixPath(str(data.get("shards", ""))).name)]
     words += [f"x{'-'.join(map(str, about['num_steps']))}"] if about.get("num_steps") else []
@@ -132,6 +132,6 @@ def _name(label: str, about: Mapping[str, Any]) -> str:
 
 
 def _label(folder: Path) -> str:
-    """`stage1_student` of a run's model, else the folder's name."""
+    """Return `stage1_student` for a run's model, else the folder's name."""
     parts = folder.absolute().parts
     return f"{parts[-3]}_{parts[-1]}" if len(parts) > 2 and parts[-2] in ("final", "best") else folder.absolute().name

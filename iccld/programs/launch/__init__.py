@@ -1,1 +1,1 @@
-"""`iccld launch`."""
+"""`iccld launch`: several ranks on this machine."""

@@ -28,7 +28,7 @@ LOOPBACK = "127.0.0.1"
 
 
 class Loopback(RendezvousHandler):
-    """One agent that meets nobody; its store, where the ranks meet, listens on the loopback interface alone."""
+    """Agent that meets no other; its store, where the ranks meet, listens on the loopback interface alone."""
 
     def __init__(self, params: RendezvousParameters) -> None:
         self._run_id = params.run_id
@@ -87,7 +87,7 @@ def launch(num_ranks: int, engine_file: Path, command: Sequence[str]) -> int:
         return 130 if error.sigval is signal.SIGINT else 0
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        if failure.exitcode not in (REFUSED, AGAIN):  # which the rank has said
+        if failure.exitcode not in (REFUSED, AGAIN):  # the rank has already explained these
             print(f"launch: rank {rank} ended with exit status {failure.exitcode}", file=sys.stderr)
         return failure.exitcode if failure.exitcode > 0 else 1
     return 0

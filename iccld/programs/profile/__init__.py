@@ -1,1 +1,1 @@
-"""`iccld profile`."""
+"""`iccld profile`: where a step's time and memory go."""

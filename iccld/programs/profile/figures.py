@@ -1,4 +1,4 @@
-"""The figures of a profile: a rank's seconds and memory, rates, FLOPs, sizes, and what the launch was."""
+"""Figures of a profile: a rank's seconds and memory, rates, FLOPs, sizes, and facts of the launch."""
 
 import statistics
 from typing import Any
@@ -32,7 +32,7 @@ def of_this_rank(steps: list[Seconds], stage: Stage, engine: Engine) -> dict[str
 def rates_of(
     ranks: list[dict[str, Any]], layout: BatchLayout, flops: float, config: Config, engine: Engine
 ) -> dict[str, Any]:
-    """`flops` are a sample's."""
+    """Compute the rates; `flops` are a sample's."""
     step_s = statistics.median(map(max, zip(*(rank["step_s"] for rank in ranks), strict=True)))
     achieved = flops * layout.global_batch_size / step_s / layout.world_size
     peak_flops, source = _peak(config, engine)
@@ -59,7 +59,7 @@ def flops_of(flops: StepFlops) -> dict[str, Any]:
 
 
 def sizes_of(stage: Stage, engine: Engine, ranks: list[dict[str, Any]]) -> dict[str, Any]:
-    """What a step exchanges, and what a checkpoint holds."""
+    """Return the bytes that a step exchanges, and those that a checkpoint holds."""
     trained = sum(p.numel() for group in stage.param_groups() for p in group["params"])
     stored = [run.data.nbytes for run in engine.runs(_state(stage)).values()]
     return {
@@ -93,18 +93,20 @@ def _median(steps: list[Seconds], phase: str) -> float:
 
 
 def _peak(config: Config, engine: Engine) -> tuple[float, str]:
-    """FLOP/s of a device, and where the figure is from."""
+    """Return the peak FLOP/s of a device, and the source of the figure."""
     if config.metrics.peak_tflops:
         return 1e12 * config.metrics.peak_tflops, "metrics.peak_tflops"
     precision = engine.accelerator.mixed_precision
     if nominal := nominal_flops(engine.device, precision):
         return nominal, "the device's data sheet"
-    measured = engine.ranks.gather(measured_flops(engine.device, precision))  # at once, as they train
+    measured = engine.ranks.gather(
+        measured_flops(engine.device, precision)
+    )  # all ranks at the same time, as in training
     return statistics.median(measured), "measured: a matrix product on every rank at once"
 
 
 def _copy_to_host_s(stage: Stage, engine: Engine) -> float:
-    """What a step pays for a save: seconds of the slowest rank for the copy of its part of the state."""
+    """Measure the seconds that a step pays for a save: the slowest rank's copy of its part of the state."""
     clock = PhaseTimer()
     wait_for(engine.device)
     for _ in range(2):  # the first makes the buffers

@@ -48,7 +48,7 @@ VERSIONS = ("torch", "accelerate", "deepspeed", "transformers", "xformers")
 
 @dataclass(frozen=True)
 class ProfileOptions:
-    """How many steps are timed, left out before them, and traced after them; `synthetic`: batches without data."""
+    """Numbers of steps: timed, left out before them, and traced after them; `synthetic`: batches without data."""
 
     num_steps: int
     num_warmup: int
@@ -66,12 +66,12 @@ class ProfileOptions:
 
 
 def run(arguments: Namespace) -> int:
-    """Profile the stages. Raises ValueError where the user erred."""
+    """Profile the stages. Raises ValueError if the user erred."""
     options = ProfileOptions(arguments.num_steps, arguments.num_warmup, arguments.num_traced, arguments.synthetic)
     config = load_config(arguments.overrides, config_dir=arguments.config_dir)
     output = arguments.output or Path(config.run_dir) / "profile"
     make_folder(output, within=arguments.output or Path(config.run_dir))
-    own = replace(config, run_dir=str(output))  # whatever is written down is no part of the run
+    own = replace(config, run_dir=str(output))  # events of the profile are no part of the run
     check_open_files(num_workers=config.data.num_workers, world_size=int(os.environ.get("WORLD_SIZE") or 1))
     with Engine(config.engine) as engine, watch(own, engine.ranks) as watchdog, sets_kept_open():
         if not options.synthetic:
@@ -90,7 +90,7 @@ def run(arguments: Namespace) -> int:
 def profile_stage(
     name: str, config: Config, engine: Engine, options: ProfileOptions, watchdog: Watchdog, folder: Path
 ) -> dict[str, Any]:
-    """The figures of profile.json; the traces and what a failure leaves behind are written into the folder."""
+    """Return the figures of profile.json; write the traces, and what a failure leaves, into the folder."""
     previous = STAGES[name].previous
     is_made = not previous or engine.ranks.gather(is_finished(Path(config.run_dir), previous))[0]
     build = partial(build_stage if is_made else fresh_stage, name, config, engine.device)
@@ -124,7 +124,7 @@ def profile_stage(
 
 
 def _version(package: str) -> str:
-    """The installed version; "unknown" for a package that lies on the path without its metadata."""
+    """Return the installed version; "unknown" for a package that lies on the path without its metadata."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -141,7 +141,7 @@ def _run(
     watchdog: Watchdog,
     folder: Path,
 ) -> dict[str, Any]:
-    """What this rank measures in the last steps before `end`: nothing is left out there."""
+    """Measure this rank in the last steps before `end`, which have every loss."""
     first = end - options.num_all
     if options.synthetic:
         made: Any = nullcontext(synthetic_batches(stage.name, config, layout, first))
@@ -172,7 +172,7 @@ def _run(
 
 
 def _steps(stage: Stage, engine: Engine, timer: PhaseTimer, batches: Iterator[Mapping[str, Any]], steps: range) -> None:
-    """As the trainer's loop, without what is between steps."""
+    """Run the trainer's loop, without the work between steps."""
     train = TrainingStep(stage, engine, timer)
     for step in steps:
         with timer.phase("data"):

@@ -1,4 +1,4 @@
-"""A profile as table, JSON and picture."""
+"""Report of a profile: table, JSON and picture."""
 
 import json
 from collections.abc import Mapping
@@ -70,20 +70,20 @@ def rates_of(figures: Figures) -> str:
 
 
 def phases_of(rank: Figures) -> dict[str, float]:
-    """Seconds a step; `other` is what is between the phases. What is overlapped is left out."""
+    """Return the seconds a step; `other` is what is between the phases. What is overlapped is left out."""
     known = {name: rank["phases"][name] for name in PHASES if name not in OUTSIDE}
     median = sorted(rank["step_s"])[len(rank["step_s"]) // 2]
     return {**known, "other": max(median - sum(known.values()), 0.0)}
 
 
 def slow_rank(figures: Figures) -> int:
-    """The rank whose own work takes longest, waiting left out."""
+    """Return the rank whose own work takes longest, waiting left out."""
     own = [sum(s for name, s in phases_of(rank).items() if name not in WAITS) for rank in figures["ranks"]]
     return own.index(max(own))
 
 
 def ranks_table(figures: Figures) -> Table:
-    """The first ranks and the slowest; all are in profile.json."""
+    """Make a table of the first ranks and the slowest; all are in profile.json."""
     slow = slow_rank(figures)
     shown = [rank for rank in figures["ranks"] if rank["rank"] < MAX_COLUMNS - 1 or rank["rank"] == slow]
     table = Table("ms a step, medians", title=f"{title_of(figures)}\n{rates_of(figures)}")
@@ -114,7 +114,7 @@ def parts_table(figures: Figures) -> Table:
 
 
 def draw(figures: Figures, path: Path) -> None:
-    """Bars of a step a rank, memory a rank, and the roofline, as PNG."""
+    """Draw bars of a step a rank, memory a rank, and the roofline, as PNG."""
     from matplotlib.figure import Figure  # slow to import; a bare Figure needs no display
 
     shown = figures["ranks"][:MAX_BARS]

@@ -1,4 +1,4 @@
-"""The main parts of a step beside what the device could do: arithmetic a byte, and rate.
+"""Roofline of a step's main parts: arithmetic a byte, and rate, compared with the device's limits.
 
 A part's bytes are those that its operations read and write if each is a pass of its own over memory, as in eager mode;
 fused operations move less. Seconds are of the forward passes, those of `prepare` included.
@@ -32,7 +32,7 @@ ROUNDS = 3
 
 
 class Traffic(TorchDispatchMode):
-    """Counts the bytes of operands and results for the part that the counter says is running."""
+    """Counts the bytes of operands and results for the part that the counter reports as running."""
 
     def __init__(self, counter: FlopCounter) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ def _tensors(values: Any) -> list[Tensor]:
 
 
 def work_by_part(stage: Stage, config: Config, micro_batch_size: int) -> Work:
-    """Of the forward passes of one micro-batch. Call it before an engine shards the stage."""
+    """Count the work of one micro-batch's forward passes. Call it before an engine shards the stage."""
     twin, step = on_meta(stage), plan_of(stage.name, config).num_steps - 1
     batch = map_tensors(synthetic_batch(config, range(micro_batch_size)), lambda tensor: tensor.to("meta"))
     with FlopCounter(twin.parts()) as counter, Traffic(counter) as traffic:
@@ -67,7 +67,7 @@ def work_by_part(stage: Stage, config: Config, micro_batch_size: int) -> Work:
 
 
 def roofline(stage: Stage, config: Config, work: Work, micro_batch_size: int, engine: Engine) -> dict[str, Any]:
-    """Each part's FLOPs, bytes and seconds of a micro-batch, and the two limits, all measured on this rank."""
+    """Measure each part's FLOPs, bytes and seconds of a micro-batch, and the two limits, all on this rank."""
     precision = engine.accelerator.mixed_precision
     limits = {
         "flops_per_s": measured_flops(engine.device, precision),

@@ -9,9 +9,9 @@ from iccld.programs.report.markup import Markup, joined, tag
 WIDTH, HEIGHT = 430, 230
 LEFT, RIGHT, TOP, BOTTOM = 52, 16, 10, 38
 MAX_POINTS = 400
-"""Points of a curve that are drawn; of more, every so-and-so-many-th and the last."""
+"""The most points of a curve; longer curves are thinned evenly, and keep the last point."""
 FEW = 40
-"""Up to so many points are marked one by one."""
+"""The most points that are marked one by one."""
 NUM_COLOURS = 8
 LOG_FROM = 50.0
 """The ratio of the largest to the smallest value from which the axis is logarithmic."""
@@ -38,7 +38,7 @@ class Axis:
 
 
 def line_chart(title: str, curves: Sequence[tuple[str, Points]], *, has_legend: bool = False) -> Markup:
-    """A figure with one line a curve over the steps done; nothing where no curve has a point.
+    """Draw a figure with one line for each curve over the steps done; nothing if no curve has a point.
 
     A legend names several curves; `has_legend`: also one.
     """
@@ -59,7 +59,7 @@ def line_chart(title: str, curves: Sequence[tuple[str, Points]], *, has_legend: 
 
 
 def stacked_bars(rows: Sequence[tuple[str, Sequence[float]]], colours: Sequence[str]) -> Markup:
-    """A bar a row, divided as its values are; each row is drawn over the whole width."""
+    """Draw a bar for each row, divided as its values are; each row is drawn over the whole width."""
     bars = []
     for name, values in rows:
         total = sum(values) or 1.0
@@ -114,7 +114,7 @@ def _y_axis(values: Sequence[float]) -> Axis:
 
 
 def _axis(values: Sequence[float], start: float, end: float, *, least_ticks: int = 5) -> Axis:
-    """A linear axis around the values, whose ends are ticks where it is the vertical one."""
+    """Make a linear axis around the values; the ends of the vertical one are ticks."""
     low, high = min(values), max(values)
     if high - low <= 1e-12 * max(abs(low), abs(high)):  # one value
         room = abs(low) / 10 or 1.0
@@ -135,7 +135,7 @@ def _log_axis(low: float, high: float) -> Axis:
 
 
 def _nice(least: float) -> float:
-    """1, 2 or 5 times a power of ten, the nearest that is not below `least`."""
+    """Return 1, 2 or 5 times a power of ten, the nearest that is not below `least`."""
     power = 10.0 ** math.floor(math.log10(least))
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= least * (1 - 1e-9))
 

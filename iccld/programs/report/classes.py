@@ -1,4 +1,4 @@
-"""Names and colours of a run's classes: those of its own model cards, else of Cityscapes, else by their order."""
+"""Names and colours of a run's classes: those of its own model cards, else Cityscapes', else by their order."""
 
 import colorsys
 from collections.abc import Iterable, Mapping, Sequence
@@ -7,13 +7,13 @@ from iccld.labels import CITYSCAPES_NAMES, CITYSCAPES_PALETTE
 from iccld.programs.run.record import Record, shown
 from iccld.reading import read_json
 
-MAX_BYTES = 4 << 20  # of a model card
+MAX_BYTES = 4 << 20  # the most bytes of a model card
 GOLDEN = 0.618034
-"""Of a turn from hue to hue: neighbours in a list look different, however long it is."""
+"""Share of a turn from hue to hue: neighbours in a list look different, however long it is."""
 
 
 def class_colours(records: Iterable[Record]) -> dict[str, str]:
-    """Colours as `#rrggbb` by the names of the classes of all runs; in the order of the first that has them."""
+    """Return colours as `#rrggbb` by the names of all runs' classes, in the order of the first run that has them."""
     records = list(records)
     found: dict[str, str] = {}
     for record in records:
@@ -28,7 +28,7 @@ def class_colours(records: Iterable[Record]) -> dict[str, str]:
 
 
 def _of_cards(record: Record) -> Mapping[str, str]:
-    """The classes of the newest readable card; a card is someone's word, and one that is wrong is passed over."""
+    """Return the classes of the newest readable card. Anyone may have written a card; a wrong one is passed over."""
     for stage in reversed(record.stages):
         for weights in ("teacher", "student"):
             path = record.run_dir / stage / "final" / weights / "config.json"

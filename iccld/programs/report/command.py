@@ -16,13 +16,13 @@ Unfinished runs are shown as far as they are. Exit status: 0, or 2 where there i
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """The arguments of `iccld report`."""
+    """Add the arguments of `iccld report`."""
     parser.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN_DIR")
     parser.add_argument("--output", type=Path, metavar="FILE.html", help="(RUN_DIR/report/report.html, of one run)")
 
 
 def run(arguments: Namespace) -> int:
-    """Write the page and say where. Raises ValueError where there is no run, or no place for the page of several."""
+    """Write the page and print its path. Raises ValueError if there is no run, or no place for several runs' page."""
     run_dirs, output = arguments.run_dirs, arguments.output
     if output is None and len(run_dirs) > 1:
         raise ValueError("--output must name the page of several runs; give it, as in --output runs/report.html.")

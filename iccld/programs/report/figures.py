@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
-from iccld.programs.goodput import CATEGORIES
 from iccld.programs.report.charts import line_chart, stacked_bars
 from iccld.programs.report.markup import Markup, section, swatch, tag
 from iccld.programs.report.pictures import Picture, pictures_of
+from iccld.programs.run.ledger import CATEGORIES
 from iccld.programs.run.metric_lines import curve, names_of
 from iccld.programs.run.record import STAGES, Record, shown
 
@@ -24,7 +24,7 @@ CURVES = {
     "data_wait": "share of time waiting for data",
     "peak_gib": "memory of a rank, GiB",
 }
-"""What is drawn, with its title. With a slash at the end: all metrics that begin so, in one chart of one run."""
+"""Metrics to draw, with titles. With a slash at the end: all metrics that begin so, in one chart of one run."""
 MAX_CURVES = 12  # in a chart
 MAX_BARS = 20  # attempts
 
@@ -58,7 +58,7 @@ def _of_several(records: Sequence[Record], stage: str) -> Iterator[Markup]:
 
 
 def wall_time(records: Sequence[Record]) -> Markup:
-    """Where the wall time went: a bar a run, and of one run a bar an attempt."""
+    """Draw the shares of the wall time: a bar for each run and, for a single run, one for each attempt."""
     timed = [record for record in records if record.attempts]
     if not timed:
         return Markup("")

@@ -1,4 +1,4 @@
-"""The page: one HTML file that needs nothing else, and may fetch nothing (its own policy forbids it)."""
+"""Page of a report: one HTML file that needs nothing else, and may fetch nothing (its own policy forbids it)."""
 
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -15,7 +15,7 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def page(records: Sequence[Record], defaults: Mapping[str, Any]) -> str:
-    """The whole file. `defaults`: the settings' usual values by their whole names."""
+    """Write the whole file. `defaults`: the settings' usual values by their whole names."""
     colours = class_colours(records)
     title = records[0].name if len(records) == 1 else f"{len(records)} runs"
     parts = [

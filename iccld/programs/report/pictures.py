@@ -1,4 +1,4 @@
-"""The pictures that a run holds, made small enough for a page and put into it.
+"""Pictures of a run, made small enough for the page and put into it.
 
 A picture may be anyone's: it is decoded within bounds and encoded anew, so that nothing but its pixels gets into the
 page. Links are passed over, as they may lead to files that are not the run's.
@@ -20,17 +20,17 @@ from iccld.programs.run.record import Record, shown
 from iccld.reading import read_limited
 
 FOLDERS = ("pictures", "predictions", "report")
-MAX_SHOWN = 12  # of a run
-MAX_LISTED = 10_000  # files that are looked at below a folder
+MAX_SHOWN = 12  # the most pictures of a run
+MAX_LISTED = 10_000  # the most files that are looked at below a folder
 MAX_BYTES = 64 << 20
-MAX_WIDTH = 960  # pixels, in the page
+MAX_WIDTH = 960  # largest width in the page, in pixels
 FEW_COLOURS = 256
 QUALITY = 88
 
 
 @dataclass(frozen=True)
 class Picture:
-    """`name`: the path below the run directory. `url` holds the pixels."""
+    """Picture for the page. `name`: the path below the run directory. `url` holds the pixels."""
 
     name: str
     url: str
@@ -39,7 +39,7 @@ class Picture:
 
 
 def pictures_of(record: Record) -> list[Picture]:
-    """The newest by name of each folder, at most `MAX_SHOWN`; what cannot be read is noted in the record."""
+    """Return the newest by name of each folder, at most `MAX_SHOWN`; unreadable ones are noted in the record."""
     found: list[Picture] = []
     for folder in FOLDERS:
         paths = sorted(_files(record.run_dir / folder), key=_natural)[-MAX_SHOWN:]
@@ -52,7 +52,7 @@ def pictures_of(record: Record) -> list[Picture]:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """PNGs and JPEGs below a folder, without label maps (their overlays are shown) and without links."""
+    """Find PNGs and JPEGs below a folder, without label maps (their overlays are shown) and without links."""
     if not is_real_folder(folder):
         return
     for path in itertools.islice(folder.rglob("*"), MAX_LISTED):  # which follows no links
@@ -62,7 +62,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:
-    """Numbers by their size: step_100 after step_20."""
+    """Make a sorting key that orders numbers by size: step_100 after step_20."""
     return [(int(word[:18]), "") if word.isdigit() else (-1, word) for word in re.split(r"(\d+)", str(path))]
 
 

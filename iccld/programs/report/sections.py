@@ -1,4 +1,4 @@
-"""What the page says in words and tables: how the runs stand, their scores, settings, restarts and checkpoints."""
+"""Sections of the page in words and tables: state of the runs, scores, settings, restarts and checkpoints."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +18,7 @@ MAX_ROWS = 400  # of a table of settings
 
 
 def overview(records: Sequence[Record]) -> Markup:
-    """How each run stands, a column a run."""
+    """Show how each run stands, a column a run."""
     rows = [(name, *(words[name] for words in map(_standing, records))) for name in _standing(records[0])]
     return section("Overview", table(["", *(record.name for record in records)], rows))
 
@@ -51,13 +51,13 @@ def _score(score: tuple[str, float] | None) -> str:
 
 
 def hours(seconds: float) -> str:
-    """A duration as h:mm:ss."""
+    """Write a duration as h:mm:ss."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
 def differences(records: Sequence[Record]) -> Markup:
-    """The settings that are not the same in all of several runs."""
+    """Show the settings that are not the same in all of several runs."""
     if len(records) < 2:
         return Markup("")
     rows = [(key, *map(words_of, values)) for key, values in sorted(differing(records).items())]
@@ -68,7 +68,7 @@ def differences(records: Sequence[Record]) -> Markup:
 
 
 def scores(records: Sequence[Record], colours: Mapping[str, str]) -> Markup:
-    """Final scores by class: all of one run, or the last stage's of several, with what each gains over the first."""
+    """Show final scores by class: all of one run, or the last stage's of several with their gains over the first."""
     columns = _columns(records)
     if not columns:
         return Markup("")
@@ -101,7 +101,7 @@ def _columns(records: Sequence[Record]) -> dict[str, SavedScores]:
 
 
 def _cells(values: Sequence[float | None], colour: str | None, *, with_gain: bool) -> Iterator[str]:
-    """A number with a bar for each value, and with what it gains over the first."""
+    """Write a number with a bar for each value, and with its gain over the first."""
     first = values[0]
     for i, value in enumerate(values):
         if value is None:
@@ -118,7 +118,7 @@ def _gain(difference: float) -> Markup:
 
 
 def diagnostics(records: Sequence[Record]) -> Markup:
-    """The scores under other latents, where they were measured."""
+    """Show the scores under other latents, if they were measured."""
     parts: list[Markup] = []
     for record in records:
         for stage, figures in record.results.diagnostics.items():
@@ -138,7 +138,7 @@ def _number(value: float | None) -> str:
 
 
 def warnings(records: Sequence[Record]) -> Markup:
-    """What the runs warned of, and what ended attempts."""
+    """List the warnings of the runs, and what ended attempts."""
     items = [
         tag("li", tag("b", _where(record, event, several=len(records) > 1)), " ", shown(redact(str(_words(event)))))
         for record in records
@@ -159,7 +159,7 @@ def _where(record: Record, event: Mapping[str, Any], *, several: bool) -> str:
 
 
 def restarts(records: Sequence[Record]) -> Markup:
-    """The attempts of each run."""
+    """List the attempts of each run."""
     head = ["launched", "down before", "lasted", "steps", "redone", "last event"]
     parts: list[Markup] = []
     for record in records:
@@ -179,7 +179,7 @@ def restarts(records: Sequence[Record]) -> Markup:
 
 
 def checkpoints(records: Sequence[Record]) -> Markup:
-    """The checkpoints that are there, and the finished models."""
+    """List the checkpoints that are there, and the finished models."""
     parts: list[Markup] = []
     for record in records:
         rows = [row for stage in STAGES for row in _checkpoints(record.run_dir / stage, stage)]
@@ -207,7 +207,7 @@ def _titled(record: Record, records: Sequence[Record]) -> Markup:
 
 
 def changed_settings(records: Sequence[Record], defaults: Mapping[str, Any]) -> Markup:
-    """The settings that are not at their default, and all of them, folded away."""
+    """List the settings that are not at their default, and all of them, folded away."""
     keys = sorted({key for record in records for key in record.settings} - {"run_dir"})
     rows = []
     for key in keys:
@@ -228,6 +228,6 @@ def changed_settings(records: Sequence[Record], defaults: Mapping[str, Any]) -> 
 
 
 def notes(records: Sequence[Record]) -> Markup:
-    """What of the runs could not be read."""
+    """List the parts of the runs that could not be read."""
     items = [tag("li", f"{record.name}: {note}") for record in records for note in record.notes]
     return section("Notes", tag("ul", *items) if items else "")

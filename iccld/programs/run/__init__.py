@@ -1,1 +1,1 @@
-"""What the verbs share: a run is put together, checked, handed on."""
+"""Parts that verbs share: a run is put together, checked, handed on, and read again."""

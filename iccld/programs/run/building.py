@@ -1,4 +1,4 @@
-"""What a stage's training is made of: its model, its stream, its part of the batch."""
+"""Building of the parts of a stage's training: its model, its stream, its trials of a micro-batch size."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import closing
@@ -37,7 +37,7 @@ def build_stream(name: str, config: Config, layout: BatchLayout) -> TrainingStre
 
 
 def noise_of(name: str, config: Config) -> dict[str, tuple[int, ...]]:
-    """The shapes, by purpose, of the noise that the stage adds to a micro-batch's latents, or to its images."""
+    """Return the shapes, by purpose, of the noise that the stage adds to a micro-batch's latents or images."""
     return STAGES[name].noise(stage_settings(name, config))
 
 
@@ -66,7 +66,7 @@ def _build(name: str, settings: StageSettings[Any], config: Config, device: torc
 
 
 def whole_stage(stage: Stage, config: Config, engine: Engine) -> Stage:
-    """The stage itself, or, where ranks hold shards, one like it with the whole weights. Call on every rank."""
+    """Return the stage or, if ranks hold shards, one like it with the whole weights. Call on every rank."""
     if not engine.is_sharded:
         return stage
     copy_, state = build_stage(stage.name, config, engine.device), stage.state_dict()
@@ -77,13 +77,13 @@ def whole_stage(stage: Stage, config: Config, engine: Engine) -> Stage:
 
 
 def first_batches(name: str, config: Config) -> Iterator[Mapping[str, Any]]:
-    """The stream's first samples, in batches that do not depend on the run's layout."""
+    """Return the stream's first samples, in batches that do not depend on the run's layout."""
     layout = BatchLayout(global_batch_size=4, micro_batch_size=4)
     return islice(build_stream(name, config, layout).batches(0), -(-config.statistics_samples // 4))
 
 
 def trials_of(name: str, config: Config, engine: Engine, watchdog: Watchdog) -> Trials:
-    """How a micro-batch size can be tried: on a stage and a stream of its own."""
+    """Make the trials of micro-batch sizes, each on a stage and a stream of its own."""
     without_workers = replace(config, data=replace(config.data, num_workers=0))
 
     def first_samples(size: int) -> Mapping[str, Any]:

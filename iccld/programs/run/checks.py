@@ -1,4 +1,4 @@
-"""What is checked before a run begins: that it is alone, that its settings fit, that the folder is its own."""
+"""Checks before a run begins: that it is alone, that its settings fit, and that the folder is its own."""
 
 import os
 import time
@@ -26,7 +26,7 @@ from iccld.stages.predictor import Weights
 from iccld.stages.table import STAGES
 from iccld.trainer import TrainerConfig
 
-LEFT_OVER_AFTER_S = 86_400.0  # whoever wrote them is no more
+LEFT_OVER_AFTER_S = 86_400.0  # the process that wrote them has ended
 
 
 def check_links(run_dir: Path, config: Config) -> None:
@@ -50,7 +50,7 @@ def check_alone(run_dir: Path, holder: str, ranks: Ranks) -> None:
 
 
 def together(check: Callable[[], None], ranks: Ranks) -> None:
-    """Make a check on every rank; what one of them finds (a damaged index, say) ends all, and is said once."""
+    """Make a check on every rank; an error of one of them (a damaged index, say) ends all, and is said once."""
     failure: Exception | None = None
     try:
         check()
@@ -62,7 +62,7 @@ def together(check: Callable[[], None], ranks: Ranks) -> None:
 
 
 def check_settings(config: Config, engine: Engine) -> None:
-    """Whatever a later stage would stumble over, before time is spent on an earlier one."""
+    """Refuse settings that a later stage would fail on, before time is spent on an earlier one."""
     for name in config.stages:
         plan_of(name, config).layout(world_size=engine.ranks.world_size)
         STAGES[name].check(stage_settings(name, config), device=engine.device, is_sharded=engine.is_sharded)
@@ -120,7 +120,10 @@ def check_run_dir(run_dir: Path, config: Config, ranks: Ranks, *, extend: bool =
 
 
 def watch(config: Config, ranks: Ranks, *, beats_in: Path | None = None) -> Watchdog:
-    """The watchdog of this attempt, not yet started. Call on every rank. `beats_in`: not in the run's own folder."""
+    """Make the watchdog of this attempt, not yet started. Call on every rank.
+
+    `beats_in`: the folder of the heartbeats, if it is not the run's own.
+    """
     limits, retry_for_s = config.watchdog, config.data.storage.retry_for_s
     if limits.enabled and limits.step_s <= retry_for_s and "://" in f"{config.data.source} {config.data.target}":
         raise ValueError(
@@ -142,7 +145,7 @@ def watch(config: Config, ranks: Ranks, *, beats_in: Path | None = None) -> Watc
     )
     if ranks.is_main:
         watchdog.refusal.forget()
-        for path in beats.glob("rank_*.json"):  # of an attempt on more ranks
+        for path in beats.glob("rank_*.json"):  # left by an attempt on more ranks
             path.unlink()
         for folder in (run_dir, beats):
             remove_left_overs(folder, older_than_s=LEFT_OVER_AFTER_S)

@@ -15,7 +15,7 @@ OF_SUBMITIT = signal.SIGUSR2
 
 @contextlib.contextmanager
 def signals_noted(numbers: Sequence[signal.Signals] = SIGNALS) -> Iterator[list[int]]:
-    """Within, the signals that ask for a stop are noted in the list."""
+    """Note the signals that ask for a stop in the list, within the block."""
     came: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:

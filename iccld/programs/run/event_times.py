@@ -1,8 +1,8 @@
-"""The events of a run as `events.jsonl` tells them, on a clock that only goes forward.
+"""Events of a run, read from `events.jsonl`, on a clock that only goes forward.
 
-`time` is the clock that people and time servers set; it may jump, and those of two nodes disagree. `up_s` counts the
-seconds of one `boot` of one machine. What passed between two events of one boot is told by that; between others, by
-the clock, and never less than nothing, nor than the steps took that are told of.
+`time` is the clock that people and time servers set; it may jump, and the clocks of two nodes disagree. `up_s` counts
+the seconds of one `boot` of one machine. It measures the time between two events of one boot. The clock measures the
+time between others, which is never below zero, nor below the time of the steps that the events report.
 """
 
 import json
@@ -14,7 +14,7 @@ from typing import Any
 from iccld.reading import MIB, read_limited
 
 MAX_BYTES = 1024 * MIB
-MOVED_S = 5.0  # that a clock may move without being named
+MOVED_S = 5.0  # a clock that moves by less is not reported
 DAY_S = 86400.0  # longer than any start, and than ranks of one attempt may be apart
 END_OF_TIME = 1e11
 
@@ -22,7 +22,7 @@ Event = Mapping[str, Any]
 
 
 def read_events(run_dir: Path) -> tuple[list[Event], list[str]]:
-    """The events, and what is to be said of those left out. Raises ValueError where there is no run."""
+    """Read the events; return also notes on those left out. Raises ValueError if there is no run."""
     path = run_dir / "events.jsonl"
     if not path.is_file():
         raise ValueError(f"there is no run in {run_dir} (no events.jsonl); give a folder that train wrote.")
@@ -66,7 +66,7 @@ def _is_count(value: Any) -> bool:
 
 
 def straightened(events: Iterable[Event]) -> tuple[list[Event], list[str]]:
-    """The events with times that only go forward, and in words which clock has moved."""
+    """Return the events with times that only go forward, and notes on the clocks that have moved."""
     events = list(events)
     offsets: dict[str, list[float]] = {}
     for event in events:
@@ -103,26 +103,26 @@ def straightened(events: Iterable[Event]) -> tuple[list[Event], list[str]]:
 
 
 def _boot(event: Event) -> str:
-    """The boot of a machine that the event counts its seconds of; "" where it does not."""
+    """Return the boot of a machine whose seconds the event counts; "" if it counts none."""
     boot = event.get("boot")
     return boot if isinstance(boot, str) and _is_seconds(event.get("up_s")) else ""
 
 
 def _gap(before: Event, event: Event, offsets: Mapping[str, list[float]]) -> float:
-    """What passed by the clock between two events: the least that is possible of a clock that moved."""
+    """Return the time between two events by the clock: the least that is possible if the clock was moved."""
     gaps = [later - earlier for later in _clocks(event, offsets) for earlier in _clocks(before, offsets)]
     gap = min((gap for gap in gaps if gap >= 0), default=0.0)
     return gap if event["event"] == "launched" or gap < DAY_S or not _boot(event) else 0.0
 
 
 def _clocks(event: Event, offsets: Mapping[str, list[float]]) -> list[float]:
-    """What the clock said at an event, and what it would have said as it was set later."""
+    """Return the clock's time at an event, and the time that it would have shown as it was set later."""
     boot = _boot(event)
     return [event["time"]] + ([event["up_s"] + offsets[boot][-1]] if boot else [])
 
 
 def _since(event: Event, time: float) -> dict[str, float]:
-    """When the attempt that is launched began; at the launch itself where the clock moved since."""
+    """Return when the launched attempt began; if the clock moved since, the launch itself."""
     if event["event"] != "launched":
         return {}
     lead = event["time"] - event.get("since", event["time"])

@@ -47,7 +47,7 @@ def extensions(run_dir: Path, saved: Config, config: Config) -> list[Extension]:
 
 
 def remedy_of(found: list[Extension], changed: list[str]) -> str:
-    """What to do about changed settings; `--extend` where all of them are larger numbers of steps."""
+    """Return what to do about changed settings: `--extend` where all of them are larger numbers of steps."""
     settings = tuple(each.setting for each in found)
     only_longer = bool(found) and all(change.startswith(settings) for change in changed)
     return "give the same command with --extend to train for longer, or use" if only_longer else "use"

@@ -1,4 +1,4 @@
-"""What a finished stage leaves, and what the next one takes of it.
+"""Hand-off between stages: what a finished stage leaves, and what the next one takes of it.
 
     stage1/final/teacher/  stage1/final/student/      model folders
     stage1/final/hand_off.json                        which weights go on, and how to know them
@@ -46,7 +46,7 @@ STATISTICS = ("latent_mean", "latent_std", "condition_mean", "condition_std")
 
 @dataclass(frozen=True)
 class HandOff:
-    """`weights`: the folder that goes on. The statistics are the latent's per channel, as the model's buffers."""
+    """Content of `hand_off.json`. `weights`: the folder that goes on. Statistics are the latent's per channel."""
 
     weights: str
     step: int
@@ -67,12 +67,12 @@ def is_finished(run_dir: Path, name: str) -> bool:
 
 
 def hand_over(stage: Stage, config: Config, *, step: int) -> None:
-    """Write the finished stage's models, and which of them goes on: the teacher. Call on one rank."""
+    """Write the finished stage's models, and name the one that goes on: the teacher. Call on one rank."""
     folder = final_folder(Path(config.run_dir), stage.name)
     make_folder(folder.parent, within=Path(config.run_dir))
     scratch = scratch_folder(folder, is_ours=is_ours)
     classes = config.data.class_set.build()
-    models = stage.models()
+    models = stage.copy_models()
     for weights, model in models.items():
         origin = origin_of(config, stage=stage.name, weights=weights, step=step)
         model.save_pretrained(scratch / weights, class_names=classes.names, palette=classes.palette, origin=origin)
@@ -88,7 +88,7 @@ def hand_over(stage: Stage, config: Config, *, step: int) -> None:
 
 
 def origin_of(config: Config, *, stage: str, weights: str, step: int) -> dict[str, Any]:
-    """Where a run's weights come from, for their card: run, step, names of the data sets, and ids of the classes.
+    """Return the origin of a run's weights, for their card: run, step, names of the data sets, ids of the classes.
 
     `label_ids` has, by class, the ids in the shards' labels that count as it, with their names.
     """
@@ -111,8 +111,8 @@ def _label_ids(classes: ClassSet) -> dict[str, dict[str, str]]:
 def take_first_stage(config: Config, *, is_main: bool) -> None:
     """Copy the finished stage 1 that `stage1_from` names, unless the run has one; one rank does it.
 
-    A copy, so that each folder stays whole by itself: one may be moved, exported or removed without the other.
-    Raises ValueError where the other run has none, or the files are not what its `hand_off.json` tells of.
+    It is a copy so that each folder stays whole by itself: one may be moved, exported or removed without the other.
+    Raises ValueError if the other run has none, or the files do not fit its `hand_off.json`.
     """
     run_dir, origin = Path(config.run_dir), Path(config.stage1_from)
     first = first_stage()
@@ -136,7 +136,7 @@ def take_first_stage(config: Config, *, is_main: bool) -> None:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """All files of a folder into one that is there. Raises ValueError for a link."""
+    """Copy all files of a folder into an existing one. Raises ValueError for a link."""
     for path in (path for path in walk(source) if not is_real_folder(path)):
         if not is_plain(path):
             raise ValueError(f"{path} is a link, which stage 1 did not leave; train its run again.")
@@ -149,9 +149,9 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def handed_over(name: str, config: Config) -> tuple[Path, HandOff]:
-    """Find the model folder that a stage handed over, checked against what the stage wrote of it.
+    """Find the model folder that a stage handed over, and check it against the stage's record.
 
-    Raises ValueError where the stage is not finished, the file is no hand-off, the weights are not those that the stage
+    Raises ValueError if the stage is not finished, the file is no hand-off, the weights are not those that the stage
     left, or the classes are not this run's.
     """
     final, said = final_folder(Path(config.run_dir), name), _said(name)
@@ -184,5 +184,5 @@ def handed_over(name: str, config: Config) -> tuple[Path, HandOff]:
 
 
 def _said(name: str) -> str:
-    """The name of a stage as messages spell it: `stage 1`."""
+    """Spell the name of a stage as messages do: `stage 1`."""
     return f"stage {name.removeprefix('stage')}"

@@ -18,20 +18,20 @@ from iccld.stages.view_cache import FORMAT, ViewCache
 
 
 class ViewFiles(SampleCache):
-    """Entries of megabytes, few: large buckets, which are waited for, in the background."""
+    """Files of few entries of megabytes each: buckets are large, and the background waits for them."""
 
     contents, without = "views", "views are computed"
     num_buckets = 16
     waits = True
 
     def __init__(self, config: CacheConfig, *, setting: str) -> None:
-        """`setting`: the section of the settings that messages name."""
+        """Open the files; `setting` is the section of the settings that messages name."""
         self.setting = setting
         super().__init__(config)
 
 
 def open_view_files(name: str, config: Config) -> ViewFiles | None:
-    """Open the files of a stage's cache, if it has one. Raises ValueError where the folder cannot be used."""
+    """Open the files of a stage's cache, if it has one. Raises ValueError if the folder cannot be used."""
     cache = STAGES[name].cache(stage_settings(name, config))
     if cache is None or not cache.num_samples:
         return None
@@ -40,7 +40,7 @@ def open_view_files(name: str, config: Config) -> ViewFiles | None:
 
 @contextmanager
 def keep_views(stage: Stage, config: Config, engine: Engine, stream: TrainingStream) -> Iterator[None]:
-    """Give a stage its cache around its training, where one is set. Copies made of the stage have none."""
+    """Give a stage its cache within the block, if one is set. Copies made of the stage have none."""
     files = open_view_files(stage.name, config)
     if files is None:
         yield

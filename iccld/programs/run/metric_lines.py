@@ -1,4 +1,4 @@
-"""Reads the lines of a run's `metrics.jsonl`, which may be torn, or of an earlier version."""
+"""Reading of the lines of a run's `metrics.jsonl`, which may be torn, or of an earlier version."""
 
 import contextlib
 import math
@@ -13,13 +13,13 @@ MAX_METRICS = 1024 * MIB
 
 
 def read_entries(run_dir: Path) -> list[dict[str, Any]]:
-    """Read metrics.jsonl, of any format, as `entries_of` does; none where there is no such file."""
+    """Read metrics.jsonl, of any format, as `entries_of` does; [] if there is no such file."""
     path = run_dir / "metrics.jsonl"
     return entries_of(read_limited(path, MAX_METRICS).decode(errors="replace")) if path.is_file() else []
 
 
 def number(value: Any) -> float | None:
-    """A finite number; None for anything else."""
+    """Return a finite number; None for anything else."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return None
     with contextlib.suppress(OverflowError):
@@ -28,7 +28,7 @@ def number(value: Any) -> float | None:
 
 
 def curve(entries: Sequence[Mapping[str, Any]], name: str, *, stage: str) -> list[tuple[int, float]]:
-    """The steps done and the finite values of one metric of a stage, in ascending order of steps."""
+    """Return the steps done and the finite values of one metric of a stage, in ascending order of steps."""
     found: dict[int, float] = {}
     for entry in entries:
         value = number(entry.get(name))
@@ -38,6 +38,6 @@ def curve(entries: Sequence[Mapping[str, Any]], name: str, *, stage: str) -> lis
 
 
 def names_of(entries: Sequence[Mapping[str, Any]], *, stage: str) -> list[str]:
-    """The names of a stage's metrics, sorted."""
+    """Return the names of a stage's metrics, sorted."""
     names = {name for entry in entries if entry["stage"] == stage for name in entry}
     return sorted(names - {"stage", "step"})

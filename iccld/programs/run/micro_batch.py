@@ -1,10 +1,10 @@
-"""`micro_batch_size: auto`: the largest that divides a rank's part of the global batch and fits in its memory.
+"""`micro_batch_size: auto`: the largest size that divides a rank's part of the global batch and fits in its memory.
 
 A size is tried on a stage that is thrown away, with the run's own first samples, in two steps that need the memory of
-the loop's; the second has the optimiser's moments in place. DDP on GPUs tries by bisection until memory is out, within
-`memory.share` of what was free, and without a collective in which a rank that fails alone would leave the others.
-Elsewhere (a CPU, where failing may mean to be killed; sharded engines, which cannot do without collectives) the size is
-doubled while the line through the two largest tried says that the next stays within that memory. Scores in mid-training
+the loop's steps; the second has the optimiser's moments in place. DDP on GPUs tries by bisection until memory is out,
+within `memory.share` of what was free, and without a collective in which a rank that fails alone would leave the
+others. Elsewhere (a CPU, where the kernel may kill a process that needs too much; sharded engines, which need
+collectives) the size grows step by step, and a line through the peaks predicts the next peak. Scores in mid-training
 are not tried.
 
 A resumed run keeps the number of its newest checkpoint while engine, precision and number of ranks are the same.
@@ -29,17 +29,18 @@ from iccld.runtime.checkpoint.manifest import FOLDER, pointed_at, read_manifest
 from iccld.runtime.engine.engine import Engine, EngineKind
 from iccld.runtime.faults.watchdog import Watchdog
 from iccld.runtime.measure import memory
+from iccld.runtime.measure.profiling import PhaseTimer
 from iccld.runtime.measure.telemetry import write_event
 from iccld.runtime.tensors import map_tensors
 from iccld.stages.base import Stage
-from iccld.trainer import TrainerConfig, attach
+from iccld.trainer import TrainerConfig, TrainingStep, attach
 
 NUM_COMPUTED = 2  # micro-batches of a trial's step; the others only take their memory
 
 
 @dataclass
 class Trials:
-    """What it takes to try. `build` gives a stage of its own; `batch`, a rank's first samples, so many."""
+    """Trials of sizes. `build` makes a stage for a trial; `batch` returns so many of a rank's first samples."""
 
     plan: TrainerConfig
     config: Config
@@ -51,11 +52,11 @@ class Trials:
 
     @property
     def is_local(self) -> bool:
-        """Whether a step can do without a collective."""
+        """Tell whether a step can do without a collective."""
         return self.engine.kind is EngineKind.ddp
 
     def fits(self, size: int) -> bool:
-        """Whether all ranks had memory for two steps. Call on every rank."""
+        """Tell whether all ranks had memory for two steps. Call on every rank."""
         engine, stage, failed = self.engine, self.build(), False
         memory.restart_peak(engine.device)
         try:
@@ -88,17 +89,13 @@ class Trials:
         layout = self._layout(size, num_micro_batches * of_ranks)
         attach(stage, engine, layout, gradient_clip=plan.gradient_clip)
         batches = _copies(self.batch(size), num_micro_batches, engine.device)
-        step = plan.num_steps - 1  # nothing is left out there, as it may be in the first steps
-        saved = []
+        step = plan.num_steps - 1  # the last step has every loss; the first ones may lack some
+        saved, training_step = [], TrainingStep(stage, engine, PhaseTimer(engine.device))
         for _ in range(2):
             with torch.no_grad(), engine.autocast():
                 inputs = [stage.prepare(batch, step) for batch in batches[:NUM_COMPUTED]]
             waiting = _copies(inputs[0]._asdict(), num_micro_batches - len(inputs), engine.device)
-            for i, micro_batch in enumerate(inputs):
-                with engine.micro_batch(is_last=i + 1 == len(inputs) and not self.is_local):
-                    output = engine.module(micro_batch)
-                    engine.backward(torch.stack(list(output.losses.values())).sum())
-                del output
+            training_step.accumulate(inputs, is_shared=not self.is_local)
             engine.step()
             stage.after_step(step)
             if engine.device.type == "cpu" and not saved:  # what a save copies stays in the host's memory
@@ -111,9 +108,9 @@ def _copies(tensors: Mapping[str, Any], count: int, device: torch.device) -> lis
 
 
 def choose_layout(stage_name: str, trials: Trials) -> BatchLayout:
-    """The division of the batch, with a number for `auto` that is the same on all ranks.
+    """Divide the batch; `auto` becomes a number that is the same on all ranks.
 
-    Call on every rank, with no module attached. Nothing of the run is touched: the stage comes from its seed, and every
+    Call on every rank, with no module attached. Nothing of the run is changed: the stage comes from its seed, and every
     draw from its sample's number.
     """
     plan, ranks, run_dir = trials.plan, trials.engine.ranks, Path(trials.config.run_dir)
@@ -132,7 +129,7 @@ def choose_layout(stage_name: str, trials: Trials) -> BatchLayout:
 
 
 def _number_before(folder: Path, plan: TrainerConfig, trials: Trials) -> int:
-    """That of the newest checkpoint, if it was made as this run goes on; else 0."""
+    """Return the number of the newest checkpoint, if its layout is this run's; else 0."""
     engine, model = trials.engine, trials.config.model
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         name = pointed_at(folder / "checkpoints")

@@ -1,4 +1,4 @@
-"""What is said when a training is out of memory: one message on one rank, with what to set; then all ranks end."""
+"""Report of a training that is out of memory: one message on one rank, with remedies; then all ranks end."""
 
 import contextlib
 import dataclasses
@@ -34,9 +34,9 @@ def explained_out_of_memory(
     watchdog: Watchdog,
     checkpoints: CheckpointStore | None = None,
 ) -> Iterator[None]:
-    """Around a training. On one rank, raises ValueError; one of several ends the process, and so the others.
+    """Explain an out-of-memory error within the block: one rank raises ValueError, the others end.
 
-    A save that has begun is let finish first.
+    Of several ranks, the one that speaks ends its process, and so the others. A save that has begun is finished first.
     """
     record_history(engine.device, config.memory)
     try:
@@ -44,10 +44,10 @@ def explained_out_of_memory(
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        if engine.device.type == "cpu":  # what follows needs memory, too
+        if engine.device.type == "cpu":  # the report needs memory, too
             traceback.clear_frames(error.__traceback__)
         if checkpoints is not None:
-            with contextlib.suppress(ValueError):  # that it failed is not what ends the run
+            with contextlib.suppress(ValueError):  # the run ends by the lack of memory, not by a failed save
                 checkpoints.wait()
         if engine.ranks.world_size > 1:
             watchdog.refusal.claim()
@@ -60,7 +60,7 @@ def explained_out_of_memory(
 
 
 def _leave_word(error: BaseException, parts: Parts, run_dir: Path, watchdog: Watchdog, engine: Engine) -> str:
-    """The snapshot and the event; returns what happened, in words."""
+    """Write the snapshot and the event; return what happened, in words."""
     found = OutOfMemory.of(error, parts, engine.device)
     message, facts = f"out of memory: {watchdog} {found}", dataclasses.asdict(found)
     stem = run_dir / "profile" / f"out_of_memory_rank_{engine.ranks.rank:05d}"
@@ -70,7 +70,7 @@ def _leave_word(error: BaseException, parts: Parts, run_dir: Path, watchdog: Wat
 
 
 def parts_held(stage: Stage, engine: Engine) -> Parts:
-    """What this rank holds of the training, by part."""
+    """Return what this rank holds of the training, by part."""
     attached = hasattr(engine, "backend")
     trained = engine.backend.held() if attached else {"weights": stage.module.state_dict(keep_vars=True)}
     known = {id(tensor) for tensor in trained["weights"].values()}
@@ -80,7 +80,7 @@ def parts_held(stage: Stage, engine: Engine) -> Parts:
 
 
 def remedies(stage: Stage, layout: BatchLayout, config: Config, engine: Engine, *, phase: str) -> Iterator[str]:
-    """Settings that need less memory, those first that change least."""
+    """List settings that need less memory; those that change least come first."""
     if phase == "evaluate":
         yield "evaluation.batch_size=1; or evaluation.sliding_window=true; or a smaller evaluation.image_size"
         return

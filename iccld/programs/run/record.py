@@ -1,4 +1,4 @@
-"""What a run directory tells of its run, read without torch: unfinished, torn, of an earlier version or a stranger's.
+"""Record of a run, read from its directory without torch: the run may be unfinished, torn, old or a stranger's.
 
 What cannot be read is left out, and a note says so. Secrets that an earlier version or another hand left are hidden.
 """
@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 
 from iccld.durable import is_real_folder
 from iccld.plain_yaml import read_yaml
-from iccld.programs.goodput import Attempt, attempts, total_of
 from iccld.programs.run.event_times import Event, read_events, straightened
+from iccld.programs.run.ledger import Attempt, attempts, total_of
 from iccld.programs.run.metric_lines import curve, read_entries
 from iccld.programs.run.saved_scores import NOTHING, SavedResults, read_own
 from iccld.reading import read_limited
@@ -32,7 +32,7 @@ MARKS = ("config.yaml", "events.jsonl", "metrics.jsonl")
 
 @dataclass
 class Record:
-    """One run. `settings` by their whole names, as `stage1.trainer.num_steps`; `notes`: what was left out, and why."""
+    """One run. `settings` by whole names, as `stage1.trainer.num_steps`; `notes` say what was left out, and why."""
 
     run_dir: Path
     name: str
@@ -44,29 +44,29 @@ class Record:
 
     @cached_property
     def attempts(self) -> list[Attempt]:
-        """The attempts, oldest first; none if the events tell of none."""
+        """Return the attempts, oldest first; [] if the events tell of none."""
         return attempts(self.events) if any(event["event"] == "launched" for event in self.events) else []
 
     @cached_property
     def seconds(self) -> dict[str, float]:
-        """The seconds of all attempts by what they went into."""
+        """Return the seconds of all attempts, by category."""
         return total_of(self.attempts)
 
     @property
     def goodput(self) -> float | None:
-        """The share of the wall time that went into steps that count, in [0, 1]; None if it is not known."""
+        """Return the share of the wall time that went into steps that count, in [0, 1]; None if it is not known."""
         wall = sum(self.seconds.values())
         return self.seconds["training"] / wall if wall else None
 
     @property
     def stages(self) -> list[str]:
-        """The stages that the run trains."""
+        """Return the stages that the run trains."""
         given = self.settings.get("stages")
         return [stage for stage in STAGES if not isinstance(given, list) or stage in given]
 
     @property
     def position(self) -> tuple[str, int]:
-        """The stage that was trained last, and its steps done; ("", 0) before the first."""
+        """Return the stage that was trained last, and its steps done; ("", 0) before the first."""
         for event in reversed(self.events):
             if event["event"] in ("progress", "started", "finished") and event.get("stage") in STAGES:
                 step = event.get("step")
@@ -75,7 +75,7 @@ class Record:
 
     @property
     def score(self) -> tuple[str, float] | None:
-        """The newest mIoU in per cent with what was scored: of the results, else of the newest line in training."""
+        """Return name and mIoU in per cent of the newest score: of the results, else of the newest training line."""
         if (last := self.results.last) and (miou := last[1].means["miou"]) is not None:
             return last[0], miou
         lines = [(stage, values) for stage in reversed(STAGES) if (values := self.mious(stage))]
@@ -83,7 +83,7 @@ class Record:
 
     @property
     def best_score(self) -> tuple[str, float] | None:
-        """The highest mIoU of all that was scored, also in training; the mean latent is no model."""
+        """Return the name and mIoU in per cent of the best score, also in training; the mean latent is no model."""
         found = [(stage, miou) for stage in STAGES for _, miou in self.mious(stage)]
         for label, scores in self.results.scores.items():
             miou = scores.means["miou"]
@@ -91,12 +91,12 @@ class Record:
         return max(found, key=lambda pair: pair[1], default=None)
 
     def mious(self, stage: str) -> list[tuple[int, float]]:
-        """The steps done and the mIoU of the scores in training."""
+        """Return the steps done and the mIoU of the scores in training."""
         return curve(self.entries, "miou", stage=stage)
 
     @cached_property
     def state(self) -> str:
-        """`running`, `finished`, `stopped` (by a signal), `failed` (by an error, or killed), or `not started`."""
+        """Return `running`, `finished`, `stopped` (by a signal), `failed` (by an error or a kill), or `not started`."""
         if _is_held(self.run_dir):
             return "running"
         if all(is_real_folder(self.run_dir / stage / "final") for stage in self.stages):
@@ -108,12 +108,12 @@ class Record:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder looks like a run directory, also of a run that is torn."""
+    """Tell whether a folder looks like a run directory, also of a run that is torn."""
     return sum((folder / mark).is_file() for mark in MARKS) >= (2 if not (folder / "events.jsonl").is_file() else 1)
 
 
 def read_record(run_dir: Path, name: str = "") -> Record:
-    """Everything that is there. Raises ValueError where there is no run."""
+    """Read everything that is there. Raises ValueError if there is no run."""
     if not is_run(run_dir):
         raise ValueError(f"there is no run in {run_dir} (no events.jsonl); give a folder that train wrote.")
     record = Record(run_dir, name or shown(run_dir.resolve().name))
@@ -135,7 +135,7 @@ def read_record(run_dir: Path, name: str = "") -> Record:
 
 
 def read_records(run_dirs: Sequence[Path]) -> list[Record]:
-    """Several runs, named by their paths below the folder that holds them all. Raises ValueError where one is none."""
+    """Read several runs, named by their paths below their common folder. Raises ValueError if one is no run."""
     paths = [path.resolve() for path in run_dirs]
     if len(set(paths)) < len(paths):
         raise ValueError(f"{', '.join(map(str, run_dirs))}: one run is given twice; give each once.")
@@ -144,7 +144,7 @@ def read_records(run_dirs: Sequence[Path]) -> list[Record]:
 
 
 def differing(records: Sequence[Record]) -> dict[str, list[Any]]:
-    """The settings that are not the same in all runs: their values, `ABSENT` in a run that has no such setting."""
+    """Return the settings that are not the same in all runs: their values, `ABSENT` in a run without the setting."""
     keys = dict.fromkeys(key for record in records for key in record.settings)
     values = {key: [record.settings.get(key, ABSENT) for record in records] for key in keys if key != "run_dir"}
     return {key: row for key, row in values.items() if any(value != row[0] for value in row[1:])}
@@ -154,7 +154,7 @@ ABSENT = "-"
 
 
 def words_of(value: Any) -> str:
-    """A setting's value as a person reads it, in one line."""
+    """Write a setting's value for a person, in one line."""
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
     if isinstance(value, list):
@@ -163,7 +163,7 @@ def words_of(value: Any) -> str:
 
 
 def shown(text: str) -> str:
-    """Text that anyone may have written, in one line: what a terminal would take for a command is spelled out."""
+    """Return a text that anyone may have written in one line, with a terminal's commands spelled out."""
     return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
@@ -175,7 +175,7 @@ def _settings(run_dir: Path) -> dict[str, Any]:
 
 
 def _is_held(run_dir: Path) -> bool:
-    """Whether a job holds the run. The lock is only read: to try it would refuse a job that starts meanwhile."""
+    """Tell whether a job holds the run. The lock is only read: to try it would refuse a job that starts meanwhile."""
     path = run_dir / "lock"
     try:
         record = read_limited(path).strip()

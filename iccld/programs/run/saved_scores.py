@@ -1,4 +1,4 @@
-"""Reads the scores of a run's `report/`, without torch and without trust: the files may be a stranger's."""
+"""Reading of the scores of a run's `report/`, without torch; the files may be a stranger's, and are checked."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ MEANS = {
 
 @dataclass(frozen=True)
 class SavedScores:
-    """One evaluation, in per cent. `means` by `MEANS`, `iou` by class; None where there was nothing to count."""
+    """One evaluation, in per cent. `means` by `MEANS`, `iou` by class; None if there was nothing to count."""
 
     means: Mapping[str, float | None]
     iou: Mapping[str, float | None]
@@ -30,7 +30,7 @@ class SavedScores:
 
 @dataclass(frozen=True)
 class SavedResults:
-    """A run's own results: scores by what was scored (`stage1`, `stage2 x1`, ...), and diagnostics by stage."""
+    """A run's own results: scores by name (`stage1`, `stage2 x1`, ...), and diagnostics by stage."""
 
     scores: Mapping[str, SavedScores]
     diagnostics: Mapping[str, Mapping[str, Mapping[str, float | None]]]
@@ -66,7 +66,7 @@ def read_own(run_dir: Path) -> SavedResults:
 
 
 def _labelled(results: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """The evaluations with their labels, as tables show them: `stage1`, `stage2 x1`, `mean latent`."""
+    """Label the evaluations as tables do: `stage1`, `stage2 x1`, `mean latent`."""
     found: list[tuple[str, Any]] = []
     for name, values in results.items():
         if name in ("about", "diagnostics") or not isinstance(values, dict):

@@ -1,8 +1,8 @@
-"""Signs of failure in a run's figures, each told once a stage, in one line that says what to try.
+"""Signs of failure in a run's figures, each told once a stage, in one line with a remedy.
 
 They are the paper's (blurred boundaries; a discriminator that is too strong, or blind; student and teacher apart) and
-that of self-training: classes that vanish from the pseudo-labels. What is told is a function of what was logged, so a
-run that was interrupted tells the same.
+that of self-training: classes that vanish from the pseudo-labels. They are a function of what was logged, so a run that
+was interrupted tells the same.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,12 +23,12 @@ APART = 0.25
 """Share of the validation images' pixels that student and teacher give different classes; sound runs have 0.02 to 0.2
 (the more, the shorter they are)."""
 VIEWS_APART = 0.6
-"""The same in training, where the teacher sees a target image and the student the mix that is made of it: augmented,
+"""Such a share in training: the teacher sees a target image, and the student the mix that is made of it, augmented,
 with half of it pasted over. That alone sets them apart, by 0.4 in a short run that is sound."""
 
 
 def signs_of_training(entries: Sequence[Mapping[str, Any]], config: Config, stage: str) -> list[Sign]:
-    """Signs in the logged lines of a stage, the last `RECENT` of them; none where there are fewer."""
+    """Find signs in the last `RECENT` logged lines of a stage; none if there are fewer lines."""
     lines = [entry for entry in entries if entry["stage"] == stage and "loss" in entry]
     recent = lines[-RECENT:]
     if len(recent) < RECENT:
@@ -40,7 +40,7 @@ def signs_of_training(entries: Sequence[Mapping[str, Any]], config: Config, stag
 
 
 def signs_of_diagnosis(diagnosis: Diagnosis) -> list[Sign]:
-    """Signs in what a model shows on validation images."""
+    """Find signs in what a model shows on validation images."""
     figures = diagnosis.figures
     found = _of_blur(figures["denoised" if "denoised" in figures else "stage1"], figures[YARDSTICK])
     if "student" in figures:
@@ -75,7 +75,7 @@ def _of_disagreement(share: float | None, where: str, *, most: float) -> list[Si
 
 
 def _of_classes(recent: Sequence[Mapping[str, Any]], config: Config, stage: str) -> list[Sign]:
-    """A class must be missing from all of the lines."""
+    """Find classes that are missing from all of the lines."""
     lost = set.intersection(*(set(entry.get(f"{diagnostics.CLASSES}/lost", ())) for entry in recent))
     if not lost:
         return []

@@ -1,4 +1,4 @@
-"""Batches without data, of the shapes that the experiment's have: what a step costs is in the shapes."""
+"""Batches without data, in the shapes of the experiment's batches: a step's cost depends on shapes alone."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -17,7 +17,7 @@ BLOCK = 16  # pixels; one class each, so that there is something to paste
 def synthetic_batch(
     config: Config, numbers: Sequence[int], *, noise: Mapping[str, tuple[int, ...]] | None = None
 ) -> dict[str, Any]:
-    """A micro-batch of these samples as the stream gives it: images of noise, labels in blocks.
+    """Make a micro-batch of these samples as the stream gives it: images of noise, labels in blocks.
 
     `noise`: as `TrainingStream` takes it; without it, a stage draws its own.
     """
@@ -44,7 +44,7 @@ def synthetic_batch(
 
 
 def synthetic_batches(name: str, config: Config, layout: BatchLayout, start_step: int) -> Iterator[dict[str, Any]]:
-    """This rank's micro-batches for a stage, without end; they are made once, and their numbers go on."""
+    """Yield this rank's micro-batches for a stage, without end; they are made once, and their numbers go on."""
     made = synthetic_batch(config, range(layout.micro_batch_size), noise=noise_of(name, config))
     if torch.cuda.is_available():
         for domain in made.values():
@@ -57,5 +57,5 @@ def synthetic_batches(name: str, config: Config, layout: BatchLayout, start_step
 
 
 def flops_per_sample(stage: Stage, config: Config, step: int) -> StepFlops:
-    """Of that step. Call it before an engine shards the stage."""
+    """Count the FLOPs of a sample in that step. Call it before an engine shards the stage."""
     return count_step(stage, synthetic_batch(config, [0]), step)

@@ -1,1 +1,1 @@
-"""`iccld submit`."""
+"""`iccld submit`: jobs of SLURM."""

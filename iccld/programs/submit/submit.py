@@ -57,13 +57,13 @@ def _add_setting(parser: argparse.ArgumentParser, setting: dataclasses.Field[Any
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Write and submit the job (or the chain's), or show it. Raises ValueError for what the user got wrong."""
+    """Write and submit the job (or the chain's), or show it. Raises ValueError if the user erred."""
     submit_jobs(arguments)
     return 0
 
 
 def submit_jobs(arguments: argparse.Namespace) -> str:
-    """As `run`; the last job's number, or in a dry run a word that stands for it."""
+    """Submit as `run` does; return the last job's number, or in a dry run a word that stands for it."""
     from iccld.programs.submit.work import hide_secrets, jobs_of, run_dir_of
 
     settings = _settings(arguments)
@@ -96,7 +96,7 @@ def submit_jobs(arguments: argparse.Namespace) -> str:
 
 
 def _prepare(work: Work) -> None:
-    """The folders that a job finds, and the code that it runs."""
+    """Make the folders that a job needs, and copy the code that it runs."""
     if not shutil.which("sbatch"):
         raise ValueError("sbatch is not on PATH: submit from a login node of the cluster, or look with --dry-run.")
     run_dir = Path(work.run_dir)
@@ -122,7 +122,7 @@ def _sbatch(name: str, text: str, work: Work) -> str:
 
 
 def _with_history(settings: dict[str, Any], run_dir: Path) -> SubmitConfig:
-    """What is not said otherwise comes from the run: its name, how long a save takes, which nodes failed."""
+    """Fill in from the run what is not set: its name, how long a save takes, which nodes failed."""
     name = re.sub(r"[^A-Za-z0-9._+-]", "_", run_dir.name).lstrip("._+-") or "iccld"
     config: dict[str, Any] = {"job_name": name[:80], "lead_s": lead_time_s(run_dir)} | settings
     if "image" not in config:
@@ -134,7 +134,7 @@ def _with_history(settings: dict[str, Any], run_dir: Path) -> SubmitConfig:
 
 
 def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Options of the command line over those of the file."""
+    """Join the options of the command line with those of the file, which they override."""
     settings: dict[str, Any] = {}
     if arguments.settings:
         settings |= read_settings(arguments.settings)

@@ -1,4 +1,4 @@
-"""What the jobs of a submission run: one job that goes on by itself, a chain, or an array of runs."""
+"""Work of a submission's jobs: one job that goes on by itself, a chain, or an array of runs."""
 
 import argparse
 import hashlib
@@ -25,7 +25,9 @@ Element = tuple[str, list[str]]
 
 
 def run_dir_of(command: Sequence[str]) -> Path:
-    """The run that `train`, `profile` or `evaluate` works on. Raises ValueError for settings that it would refuse."""
+    """Return the run that `train`, `profile` or `evaluate` works on. Raises ValueError for settings that it would
+    refuse.
+    """
     if not command or command[0] not in VERBS:
         raise ValueError(
             f"{(command or [''])[0]!r} cannot be submitted; end with `train key=value ...`, `profile key=value ...` or "
@@ -43,7 +45,7 @@ def run_dir_of(command: Sequence[str]) -> Path:
     run_dir = Path(arguments.run_dir)
     if (run_dir / "config.yaml").exists():
         saved_settings(run_dir, words)
-    else:  # not yet: a job before this one makes it
+    else:  # missing so far: an earlier job of the chain makes it
         config_from({}, where="evaluate", overrides=words)
     return run_dir.absolute()
 
@@ -66,7 +68,7 @@ def jobs_of(
     seeds: str = "",
     variants: Sequence[tuple[str, list[str]]] = (),
 ) -> list[tuple[str, Work]]:
-    """What each job adds to the name, and its work; each waits for the one before it. Raises ValueError."""
+    """Return each job's suffix of the name, and its work; each waits for the one before it. Raises ValueError."""
     run_dir, path = run_dir_of(command), engine_path(engine)
     code = run_dir / "code" / code_hash()
     work = Work(
@@ -89,7 +91,7 @@ def jobs_of(
 
 
 def hide_secrets(name: str, work: Work) -> tuple[Work, dict[Path, list[str]]]:
-    """The job's work with the settings that are secret in files, and what each of these files is to hold.
+    """Return the job's work with its secret settings in files, and what each of these files is to hold.
 
     A job script is read by others, and so is a command line; the files belong to the user alone. A file's name depends
     on what it holds: a later submission leaves a waiting job its own.
@@ -112,9 +114,9 @@ def hide_secrets(name: str, work: Work) -> tuple[Work, dict[Path, list[str]]]:
 
 
 def _hidden(words: Sequence[str]) -> list[str]:
-    """The secret settings, and those above and below them, which they override or are overridden by.
+    """Return the secret settings, and the settings above and below them that override them or are overridden.
 
-    What a file holds comes before the other words, so all of these go there, in their order.
+    The content of a file comes before the other words, so all of these go there, in their order.
     """
     settings = [word for word in words if "=" in word and not word.startswith("-")]
     hidden = [word for word in settings if holds_secret(word)]
@@ -130,12 +132,12 @@ def _related(key: str, other: str) -> bool:
 
 
 def _digest(words: Sequence[str]) -> str:
-    """Slow to compute: others see it, and must not find a password by trying."""
+    """Hash slowly: others see the result, and must not find a password by trying."""
     return hashlib.scrypt("\n".join(words).encode(), salt=b"iccld", n=1 << 14, r=8, p=1, dklen=6).hex()
 
 
 def _check_batches(command: Sequence[str], num_ranks: int) -> None:
-    """That the ranks can share the batch, before they wait in a queue to find out."""
+    """Check that the ranks can share the batch, before they wait in a queue to find out."""
     if command[0] != "evaluate":
         config = _config(command)
         for name in config.stages:
@@ -143,7 +145,7 @@ def _check_batches(command: Sequence[str], num_ranks: int) -> None:
 
 
 def _chain(command: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-    """A job a stage, then one that finds them finished and scores them."""
+    """Yield a job for each stage, then one that finds them finished and scores them."""
     config = _config(command)
     for name in config.stages:
         settings = [f"stages=[{name}]"]
@@ -154,7 +156,7 @@ def _chain(command: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
 
 
 def _elements(seeds: str, variants: Iterable[tuple[str, list[str]]]) -> Iterator[Element]:
-    """Every variant with every seed."""
+    """Yield every variant with every seed."""
     if seeds and not re.fullmatch(r"[1-9]\d*|\d+(,\d+)+", seeds):
         raise ValueError(f"--seeds {seeds} must be how many, as in 3, or which, as in 0,5,7.")
     numbers = seeds.split(",") if "," in seeds else [str(seed) for seed in range(int(seeds or 0))]
@@ -179,7 +181,7 @@ def _variant(element: Element, words: Sequence[str], run_dir: Path) -> Variant:
 
 
 def _with_settings(words: Sequence[str], settings: Sequence[str]) -> list[str]:
-    """`train` with the settings last, in place of earlier ones of the same name."""
+    """Return `train` with the settings last, in place of earlier ones of the same name."""
     arguments, names = _parse(words), {_name(setting) for setting in settings}
     kept = [word for word in arguments.overrides if _name(word) not in names]
     options = [f"--config-dir={arguments.config_dir}"] if arguments.config_dir else []

@@ -1,4 +1,4 @@
-"""Whether the nodes are fit for a run: the checks of `runtime/faults/preflight.py` on what this run needs."""
+"""Fitness of the nodes for a run: the checks of `runtime/faults/preflight.py` on what this run needs."""
 
 import os
 import sys
@@ -10,7 +10,7 @@ from pathlib import Path
 from iccld.batch_layout import BatchLayout
 from iccld.config import Config, stage_settings
 from iccld.data.config import OnError
-from iccld.data.stream.sets import open_parts
+from iccld.data.stream.sets import open_sets
 from iccld.data.stream.shared_batch import shared_bytes
 from iccld.programs.run.building import noise_of
 from iccld.programs.run.checks import plan_of
@@ -32,7 +32,7 @@ from iccld.stages.table import STAGES
 
 
 def check_fitness(config: Config, engine: Engine) -> None:
-    """Before the first stage. Call on every rank; what is wrong ends all of them, see `_refuse`."""
+    """Check the nodes before the first stage. Call on every rank; a fault ends all of them, see `_refuse`."""
     if not config.preflight:
         return
     run_dir, ranks = Path(config.run_dir), engine.ranks
@@ -48,7 +48,10 @@ def check_fitness(config: Config, engine: Engine) -> None:
 
 
 def check_room(stage: Stage, layout: BatchLayout, config: Config, ranks: Ranks) -> None:
-    """Before a stage's first step, when its sizes are known: `keep` checkpoints and the one being written; workers."""
+    """Check, before a stage's first step, that there is room for its checkpoints and its workers' memory.
+
+    The sizes are known by then. The checkpoints are `keep` ones and the one being written.
+    """
     if not config.preflight:
         return
     run_dir, name = Path(config.run_dir), stage.name
@@ -62,26 +65,26 @@ def check_room(stage: Stage, layout: BatchLayout, config: Config, ranks: Ranks) 
 
 
 def _checkpoint_bytes(stage: Stage) -> int:
-    """Weights, two fp32 moments of what trains, and the stage's own state."""
+    """Count the bytes of the weights, of two fp32 moments of what trains, and of the stage's own state."""
     held = [*stage.module.state_dict().values(), *stage.state_dict().values()]
     trained = [p for group in stage.param_groups() for p in group["params"]]
     return sum(tensor.numel() * tensor.element_size() for tensor in held) + 8 * sum(p.numel() for p in trained)
 
 
 def read_shards(config: Config) -> None:
-    """The first and the last sample of every set, from wherever they lie."""
+    """Read the first and the last sample of every set, wherever they lie."""
     of_target = any(STAGES[name].reads_target_labels(stage_settings(name, config)) for name in config.stages)
     labelled = {"source": True, "target": of_target, "validation": True}
     for domain, with_labels in labelled.items():
         if getattr(config.data, domain).shards:
-            for part in open_parts(config.data, domain, with_labels=with_labels):
+            for part in open_sets(config.data, domain, with_labels=with_labels):
                 for position in {int(part.positions[0]), int(part.positions[-1])}:
                     with suppress(ValueError) if config.data.on_error is OnError.replace else nullcontext():
                         part.reader.read(position, with_labels=with_labels)
 
 
 def _share_memory(layouts: Mapping[str, BatchLayout], config: Config) -> None:
-    """On the first rank of a node, what the loader workers of all its ranks hold at once."""
+    """Check, on the first rank of a node, that there is memory for what its ranks' loader workers hold at once."""
     needed = [
         shared_bytes(
             config.data,
@@ -96,7 +99,7 @@ def _share_memory(layouts: Mapping[str, BatchLayout], config: Config) -> None:
 
 
 def _refuse(found: list[Finding], run_dir: Path, ranks: Ranks) -> None:
-    """All ranks end: with 2 where the user must mend something, with STOPPED_BY_WATCHDOG where another node may do."""
+    """End all ranks with status 2 if the user must mend something, or STOPPED_BY_WATCHDOG if another node may do."""
     if not found:
         return
     of_node = [finding for finding in found if finding.of_node]

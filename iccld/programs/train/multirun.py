@@ -90,7 +90,7 @@ def _sweep(task: Callable[[Any], None], num_jobs: int, folder: Path, words: Sequ
 
 @contextmanager
 def _command_line(argv: list[str]) -> Iterator[None]:
-    """Within, Hydra finds this command line, and raises its errors in place of printing them."""
+    """Show Hydra this command line within the block, and have it raise its errors in place of printing them."""
     before, sys.argv = sys.argv, argv
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:

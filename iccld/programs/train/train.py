@@ -25,15 +25,9 @@ from iccld.diagnostics import Diagnosis
 from iccld.models.iccld import ModelConfig
 from iccld.outcome import blaming_the_world
 from iccld.programs.evaluate.averaging import write_due_snapshot
-from iccld.programs.evaluate.diagnose import diagnose_model
-from iccld.programs.evaluate.evaluate import (
-    asks,
-    evaluate_models,
-    evaluate_predictor,
-    stopped,
-    unscored_stages,
-)
+from iccld.programs.evaluate.evaluate import asks, evaluate_models, stopped, unscored_stages
 from iccld.programs.evaluate.results import finished_models
+from iccld.programs.evaluate.scoring import diagnose_model, evaluate_predictor
 from iccld.programs.run.best import keep_best
 from iccld.programs.run.building import build_stage, build_stream, first_batches, trials_of, whole_stage
 from iccld.programs.run.checks import check_alone, check_links, check_run_dir, check_settings, plan_of, together, watch
@@ -197,7 +191,7 @@ def _validate(
 
     What they, and the lines logged so far, warn of is told now, and the best teacher is kept.
     """
-    models = whole_stage(stage, config, engine).models()
+    models = whole_stage(stage, config, engine).copy_models()
     model = models["teacher"]
     kind, inference = STAGES[stage.name], config.inference
     fewest = min(filter(None, kind.num_steps(inference)), default=0)
@@ -219,7 +213,7 @@ def _validate(
 
 
 def _warn(stage: Stage, config: Config, diagnosis: Diagnosis | None = None) -> None:
-    """Tell what the stage's figures warn of. Call on one rank."""
+    """Tell the signs of failure in the stage's figures. Call on one rank."""
     run_dir = Path(config.run_dir)
     signs = signs_of_training(read_entries(run_dir), config, stage.name)
     signs += signs_of_diagnosis(diagnosis) if diagnosis else []
@@ -242,7 +236,7 @@ def _about(stage: Stage, config: Config, stream: TrainingStream) -> Mapping[str,
         "model": model,
         "data": stream.fingerprints(),
         "origin": handed_over(previous, config)[1].model_sha256 if previous else config.initial_model,
-        "rebuilding_config": stage.models()["student"].rebuilding_config(),
+        "rebuilding_config": stage.copy_models()["student"].rebuilding_config(),
         "config": resolved,
     }
     return json.loads(json.dumps(about))  # as a resume reads it: keys are strings

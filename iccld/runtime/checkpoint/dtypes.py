@@ -1,4 +1,4 @@
-"""The dtypes that a checkpoint may hold, by name: whoever reads a manifest alone does not wait for torch."""
+"""Dtypes that a checkpoint may hold, by name: reading a manifest alone needs no torch."""
 
 STORED = {
     "float64": "F64",

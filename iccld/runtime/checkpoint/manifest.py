@@ -1,4 +1,4 @@
-"""A checkpoint's manifest, `manifest.json`: what it holds, where each tensor lies, and how to know that it is whole."""
+"""Manifest of a checkpoint, `manifest.json`: its content, each tensor's place, and the checksums of its files."""
 
 import hashlib
 import json
@@ -24,20 +24,20 @@ MAX_BYTES = 1 << 28
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used, and why."""
+    """Error: a checkpoint cannot be used; the message says why."""
 
 
 class DamagedError(CheckpointError):
-    """Something is missing, cut or changed."""
+    """Error: something in a checkpoint is missing, cut or changed."""
 
 
 class ForeignFormatError(CheckpointError):
-    """Written by another version: good, but not for this one."""
+    """Error: another version wrote the checkpoint, in a format that this one does not read."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole, verified checkpoint."""
+    """Whole, verified checkpoint."""
 
     folder: Path
     manifest: dict[str, Any]
@@ -66,7 +66,7 @@ def _checksum(facts: Mapping[str, Any]) -> str:
 def verify(folder: Path) -> Checkpoint:
     """Check the manifest, and every file's size and checksum; a link in place of a file is damage.
 
-    Raises DamagedError naming the file, ForeignFormatError, or OSError where a file is there and cannot be read.
+    Raises DamagedError, which names the file, ForeignFormatError, or OSError if a file is there and cannot be read.
     """
     manifest = read_manifest(folder)
     for name, facts in manifest["files"].items():
@@ -82,7 +82,7 @@ def verify(folder: Path) -> Checkpoint:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest, whole in itself. Raises as `verify` does."""
+    """Read the manifest and check that it is whole in itself. Raises the errors of `verify`."""
     damaged = f"checkpoint {folder} is damaged: {MANIFEST}"
     try:
         refuse_unless_plain(folder / MANIFEST)
@@ -116,7 +116,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _fault(manifest: Mapping[str, Any]) -> str:
-    """What is wrong with the step, the files and the tensors of a manifest that anybody may have written; else ""."""
+    """Say what is wrong with the step, the files and the tensors of a manifest, which may be a stranger's; else ""."""
     step, files, tensors = (manifest.get(name) for name in ("step", "files", "tensors"))
     if not _is_count(step) or not isinstance(files, dict) or not isinstance(tensors, dict):
         return "no step, files and tensors"
@@ -135,7 +135,7 @@ def _fault(manifest: Mapping[str, Any]) -> str:
 
 
 def _is_entry(entry: Any, files: Mapping[str, Any]) -> bool:
-    """Whether it says where a tensor lies: see `pieces`."""
+    """Tell whether it says where a tensor lies: see `pieces`."""
     match entry:
         case {"shape": list(shape), "dtype": str(dtype), "pieces": list(pieces)}:
             rows = [[piece[0], *piece[1:]] for piece in pieces if isinstance(piece, list) and len(piece) == 3]
@@ -150,7 +150,7 @@ def _is_count(value: Any) -> bool:
 
 
 def pointed_at(checkpoints: Path) -> str:
-    """Return the name in `latest`; "" where there is none that can be read."""
+    """Return the name in `latest`; "" if there is none that can be read."""
     try:
         return read_limited(checkpoints / "latest").decode(errors="replace").strip()
     except (OSError, ValueError):

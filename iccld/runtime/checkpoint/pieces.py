@@ -1,4 +1,4 @@
-"""The one form in which state is stored, whatever the engine and the number of ranks: runs of flattened, named tensors.
+"""Stored form of state, whatever the engine and the number of ranks: runs of flattened, named tensors.
 
 A rank's file is a safetensors file that holds one run a tensor, under `NAME@START`. The manifest's table says where
 each run lies: `{NAME: {"shape": [...], "dtype": "float32", "pieces": [[file, start, stop], ...]}}`. A reader takes the
@@ -34,12 +34,12 @@ class Run(NamedTuple):
 
 
 def whole(tensor: Tensor) -> Run:
-    """All of a tensor, as one run."""
+    """Return all of a tensor, as one run."""
     return Run(tuple(tensor.shape), 0, tensor.detach().reshape(-1))
 
 
 def share_out(runs: Mapping[str, Run], *, rank: int, world_size: int) -> dict[str, Run]:
-    """This rank's part of runs that all ranks hold alike: about as many elements a rank, large tensors split."""
+    """Return this rank's part of runs that all ranks hold alike: about as many elements a rank, large tensors split."""
     total = sum(len(run.data) for run in runs.values())
     first, last = total * rank // world_size, total * (rank + 1) // world_size
     mine, offset = {}, 0
@@ -88,7 +88,7 @@ def _bytes(data: Tensor) -> memoryview:
 
 
 def join_tables(tables: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The tables of several ranks' files as one. Raises ValueError where runs overlap or leave a gap."""
+    """Join the tables of several ranks' files. Raises ValueError if runs overlap or leave a gap."""
     joined: dict[str, Any] = {}
     for table in tables:
         for name, entry in table.items():
@@ -122,7 +122,7 @@ class TensorReader:
         return tuple(self._entry(name)["shape"])
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
-        """The elements `start` to `stop` of the flattened tensor, on the host."""
+        """Read the elements `start` to `stop` of the flattened tensor, on the host."""
         entry = self._entry(name)
         result = torch.empty(stop - start, dtype=getattr(torch, entry["dtype"]))
         for file, first, last in entry["pieces"]:
@@ -143,7 +143,7 @@ class TensorReader:
         run.data.copy_(self.read(name, run.start, run.start + len(run.data)))
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
-        """All whole tensors under `prefix`, by the rest of their names."""
+        """Read all whole tensors under `prefix`, by the rest of their names."""
         return {name.removeprefix(prefix): self.tensor(name) for name in self.names(prefix)}
 
     def _entry(self, name: str) -> Mapping[str, Any]:

@@ -46,14 +46,14 @@ FILE = re.compile(r"rank_\d{5}\.safetensors|\.?manifest\.json(\..*tmp)?")
 
 
 class UnsavedError(CheckpointError, Interrupted):
-    """A checkpoint that could not be written; the one before it is whole."""
+    """Error: a checkpoint could not be written; the one before it is whole."""
 
 
 @dataclass
 class CheckpointConfig:
-    """How often to save, how many whole checkpoints stay, and whether training goes on while files are written."""
+    """Settings of how often to save, how many whole checkpoints stay, and whether training goes on meanwhile."""
 
-    save_every: int = 1000  # in steps
+    save_every: int = 1000  # steps between two checkpoints
     keep: int = 2  # how many whole checkpoints stay
     asynchronous: bool = True  # training goes on while files are written
 
@@ -77,7 +77,7 @@ class CheckpointStore:
         self.folder, self.config, self.ranks = folder, config, ranks
         self.report, self.announce = report, announce
         self._newest_saved: int | None = None
-        self._damaged: set[str] = set()  # what rank 0 found so
+        self._damaged: set[str] = set()  # those that rank 0 found damaged
         self._said: set[str] = set()
         self._memory: list[Tensor] = []
         self._thread = ThreadPoolExecutor(1, "checkpoint")
@@ -100,17 +100,17 @@ class CheckpointStore:
 
     @property
     def has_failed(self) -> bool:
-        """Whether the last save has failed, as `wait` would say."""
+        """Tell whether the last save has failed, so that `wait` would raise."""
         return self._saving is not None and self._saving.done() and self._saving.exception() is not None
 
     def wait(self) -> None:
-        """Until the last save is durable. Raises CheckpointError on all ranks if it failed on one."""
+        """Wait until the last save is durable. Raises CheckpointError on all ranks if it failed on one."""
         saving, self._saving = self._saving, None
         if saving is not None:
             saving.result()
 
     def _to_host(self, runs: Mapping[str, Run]) -> dict[str, Run]:
-        """A copy in memory that is kept: touching fresh memory costs more than the copy."""
+        """Copy into memory that is kept: touching fresh memory costs more than the copy."""
         on_device = any(run.data.is_cuda for run in runs.values())
         places, lengths = in_pieces([run.data.nbytes for run in runs.values()], length=PIECE_BYTES)
         if [len(piece) for piece in self._memory] != lengths:
@@ -125,7 +125,7 @@ class CheckpointStore:
         return held
 
     def _write(self, step: int, runs: Mapping[str, Run], about: Mapping[str, Any]) -> None:
-        """In the background thread of every rank."""
+        """Write the files, in the background thread of every rank."""
         begin = time.monotonic()
         final = self.folder / f"step_{step:08d}"
         failure = (
@@ -145,7 +145,7 @@ class CheckpointStore:
             self.report(f"checkpoint {final} is whole, but that could not be written down ({error})")
 
     def _new_scratch(self, final: Path) -> Path:
-        """The folder that becomes `final`; torn ones are removed, and what only has their names is left."""
+        """Make the folder that becomes `final`; torn ones are removed, strangers' of such names are left."""
         make_folder(self.folder, within=self.folder.parent)
         for torn in self.folder.glob("step_*.tmp"):
             if not (SCRATCH.fullmatch(torn.name) and is_torn(torn)):
@@ -171,7 +171,7 @@ class CheckpointStore:
         self._prune(final)
 
     def _make_way(self, final: Path) -> None:
-        """Of what was passed over when the run went on, only what is damaged is removed."""
+        """Remove the damaged ones of the checkpoints that were passed over at the resume; the others stay."""
         if final.name in self._damaged and is_real_folder(final):
             remove_tree(final)
         elif os.path.lexists(final):
@@ -190,20 +190,20 @@ class CheckpointStore:
                 remove_tree(old)
 
     def folders(self) -> list[Path]:
-        """The committed checkpoints' folders, oldest first."""
+        """Return the committed checkpoints' folders, oldest first."""
         return sorted(p for p in self.folder.glob("step_*") if p.is_dir() and FOLDER.fullmatch(p.name))
 
     def newest(self) -> Checkpoint | None:
-        """The newest whole checkpoint; rank 0 looks for it, so that all ranks go on from the same one.
+        """Return the newest whole checkpoint; rank 0 looks for it, so that all ranks go on from the same one.
 
-        Broken and unreadable ones are reported by name and passed over; where no other is left, that is an error.
+        Broken and unreadable ones are reported by name and passed over; if no other is left, that is an error.
         """
         failure = f"no checkpoint in {self.folder} can be used"
         find = self._find_newest if self.ranks.is_main else lambda: None
         return _together(self.ranks.gather, find, failure)[0]
 
     def _point_at(self, newest: Path) -> None:
-        """Let `latest` name it, as it does not after a kill that came between the two, or after damage."""
+        """Let `latest` name it again, after a kill that came between the two, or after damage."""
         latest = self.folder / "latest"
         if pointed_at(self.folder) != newest.name:
             write_whole(latest, newest.name)
@@ -233,12 +233,10 @@ class CheckpointStore:
 
 
 def in_pieces(sizes: Sequence[int], *, length: int) -> tuple[list[tuple[int, int]], list[int]]:
-    """Where blocks of these sizes lie in pieces of memory, as (piece, first byte), and how long the pieces are.
+    """Place blocks of these sizes in pieces of memory: return (piece, first byte) of each, and the pieces' lengths.
 
-    A piece has at most `length` bytes, unless one block is larger.
-
-    Pinned memory is given out in powers of two: a piece for each block would take up to twice as much, and so would a
-    single piece.
+    A piece has at most `length` bytes, unless one block is larger. Pinned memory is given out in powers of two: a piece
+    for each block would take up to twice as much, and so would a single piece.
     """
     places: list[tuple[int, int]] = []
     lengths: list[int] = []
@@ -252,7 +250,7 @@ def in_pieces(sizes: Sequence[int], *, length: int) -> tuple[list[tuple[int, int
 
 
 def is_torn(scratch: Path) -> bool:
-    """Whether it is a folder that holds nothing but what a save writes."""
+    """Tell whether it is a folder that holds nothing but what a save writes."""
     try:
         found = list(scratch.iterdir())
     except OSError:  # what cannot be listed may hold anything

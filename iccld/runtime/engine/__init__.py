@@ -1,1 +1,1 @@
-"""Trains a module on all ranks: the backends, and what they share."""
+"""Training of a module on all ranks: the backends, and what they share."""

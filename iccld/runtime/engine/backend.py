@@ -1,4 +1,4 @@
-"""What an engine does with a module: wrap it, exchange gradients, step, and hand out the state that a rank holds.
+"""Backends of an engine: they wrap a module, exchange gradients, step, and hand out a rank's state.
 
 `Replicated` is DDP (or one process): every rank holds everything. `fsdp2.py` and `zero.py` shard.
 """
@@ -22,7 +22,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Terms:
-    """What a backend is told beside the module: where it trains, its share of the batch, the largest gradient norm."""
+    """Terms of the training that a backend needs besides the module: device, share of the batch, largest norm."""
 
     device: torch.device
     layout: BatchLayout
@@ -45,7 +45,7 @@ class Backend(ABC):
 
     @contextlib.contextmanager
     def micro_batch(self, *, is_last: bool) -> Iterator[None]:
-        """Around forward and backward of one micro-batch; gradients are exchanged in the last one only."""
+        """Surround forward and backward of one micro-batch; gradients are exchanged in the last one only."""
         yield
 
     def backward(self, loss: Tensor) -> None:
@@ -56,11 +56,11 @@ class Backend(ABC):
         """Clip, update, and clear the gradients."""
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The trained parameters by name."""
+        """Return the trained parameters by name."""
         return {name: p for name, p in self.raw.named_parameters() if p.requires_grad}
 
     def runs(self, extra: Mapping[str, Tensor]) -> dict[str, Run]:
-        """What this rank writes of module, moments and `extra` (by full name); all ranks' runs together are whole."""
+        """Return what this rank writes of module, moments and `extra`, by full name; all ranks' runs are the whole."""
         state = {f"module/{name}": value for name, value in self.raw.state_dict().items()}
         return self._held_runs({**state, **extra}) | self._moment_runs()
 
@@ -93,11 +93,11 @@ class Backend(ABC):
     def _load_moments(self, reader: TensorReader, step: float) -> None: ...
 
     def full(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The whole tensors, on every rank. Call on every rank."""
+        """Return the whole tensors, on every rank. Call on every rank."""
         return dict(tensors)
 
     def held(self) -> dict[str, dict[str, Tensor]]:
-        """What this rank holds of weights, gradients and optimiser (moments; under ZeRO also its fp32 copy)."""
+        """Return what this rank holds of weights, gradients and optimiser (moments; under ZeRO also its fp32 copy)."""
         weights = dict(self.raw.state_dict(keep_vars=True))
         names = {id(tensor): name for name, tensor in weights.items()}
         optimiser: dict[str, Tensor] = {}
@@ -110,7 +110,7 @@ class Backend(ABC):
 
 
 class Replicated(Backend):
-    """One process, or DDP through Accelerate."""
+    """Backend of one process, or DDP through Accelerate."""
 
     def __init__(self, raw: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Any, terms: Terms) -> None:
         self.raw, self.terms, self._accelerator = raw, terms, accelerator
@@ -145,7 +145,7 @@ class Replicated(Backend):
 
 @torch.no_grad()
 def load_adam_state(backend: Backend, state: Any, reader: TensorReader, step: float) -> None:
-    """AdamW's moments of parameters that have a state of their own each; `step` is what AdamW counts."""
+    """Load AdamW's moments into parameters that each have a state of their own; `step` is what AdamW counts."""
     for name, p in backend.parameters().items():
         state[p] = {"step": torch.tensor(step, device=p.device if p.is_cuda else "cpu")}
         for moment in MOMENTS:

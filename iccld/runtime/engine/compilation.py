@@ -1,4 +1,4 @@
-"""torch.compile of what a step calls: one graph a shape, and none after warm-up."""
+"""Compilation by torch.compile of what a step calls: one graph a shape, and none after warm-up."""
 
 from collections.abc import Iterable
 from enum import Enum
@@ -14,10 +14,10 @@ BACKEND = "inductor"
 
 
 class Compile(Enum):
-    """What torch.compile gets: nothing, the blocks that a network repeats, or each network as a whole.
+    """Choices of what torch.compile gets: nothing, the blocks that a network repeats, or each network as a whole.
 
-    A block is compiled once for all of its repetitions of one shape: `blocks` pays where a network repeats one often.
-    `auto` is `blocks` on CUDA and `none` on a CPU.
+    A block is compiled once for all of its repetitions of one shape: `blocks` pays for a network that repeats one
+    often. `auto` is `blocks` on CUDA and `none` on a CPU.
     """
 
     auto = "auto"
@@ -26,20 +26,20 @@ class Compile(Enum):
     whole = "whole"
 
     def on(self, device: torch.device) -> "Compile":
-        """The choice for a device, which is never `auto`."""
+        """Return the choice for a device, which is never `auto`."""
         if self is not Compile.auto:
             return self
         return Compile.blocks if device.type == "cuda" else Compile.none
 
 
 def compile_in_place(networks: Iterable[nn.Module], how: Compile) -> None:
-    """Compile each network, or the `forward` of its blocks; shapes are constants, each set of them makes a graph.
+    """Compile each network, or the `forward` of its blocks; shapes are constants, so each set of them makes a graph.
 
-    Where other sizes come (scoring), run eagerly: `iccld.eager.without_compiled_code`.
+    Code that sees other sizes (scoring) runs eagerly: `iccld.eager.without_compiled_code`.
     """
     if how is Compile.none:
         return
-    import torch._dynamo  # takes seconds; only where something is compiled
+    import torch._dynamo  # importing it takes seconds
     import torch._inductor.config
 
     # By itself it reads that from the environment, when it is imported.
@@ -59,7 +59,7 @@ def compile_in_place(networks: Iterable[nn.Module], how: Compile) -> None:
 
 
 def repeated_blocks(network: nn.Module) -> list[nn.Module]:
-    """The layers of a network: the members of its module lists and sequences, the innermost where they are nested.
+    """Return the layers of a network: the innermost members of its module lists and sequences.
 
     A member without parts is a layer of torch itself, which is one kernel already.
     """

@@ -1,4 +1,4 @@
-"""The device of a rank: which one it is, that no other rank has it, and how its libraries choose their kernels."""
+"""The device of a rank: which one it is, that no other rank has it, and how its kernels are chosen."""
 
 import os
 from collections.abc import Sequence
@@ -7,28 +7,28 @@ from typing import Any
 import torch
 
 SHARED_GPU = "ICCLD_SHARED_GPU"
-"""Set to `true`, it lets ranks share a GPU and exchange over gloo. Slow: for tests on a machine with one GPU."""
+"""Variable that, if `true`, lets ranks share a GPU and exchange over gloo; slow, for tests with one GPU."""
 
 
 def may_share() -> bool:
-    """Whether the environment allows several ranks on one GPU."""
+    """Tell whether the environment allows several ranks on one GPU."""
     return os.environ.get(SHARED_GPU) == "true"
 
 
 def with_index(device: torch.device) -> torch.device:
-    """The same device by its number: CUDA's own functions refuse a device without one."""
+    """Return the same device by its number: CUDA's own functions refuse a device without one."""
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device
 
 
 def identity(device: torch.device) -> str:
-    """A name that no other GPU of the node has, however a scheduler numbers them for each rank; "" for a CPU."""
+    """Return a name that no other GPU of the node has, however a scheduler numbers them; "" for a CPU."""
     return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
 
 
 def check_own(places: Sequence[tuple[str, str]]) -> None:
-    """Raise ValueError where two ranks have one GPU. `places` holds the host and `identity` of every rank."""
+    """Raise ValueError if two ranks have one GPU. `places` holds the host and `identity` of every rank."""
     on_gpus = [place for place in places if place[1]]
     for host in dict.fromkeys(host for host, _ in on_gpus):
         of_host = [gpu for other, gpu in on_gpus if other == host]
@@ -42,7 +42,7 @@ def check_own(places: Sequence[tuple[str, str]]) -> None:
 def choose_kernels(*, deterministic: bool, matmul_precision: str, cudnn_benchmark: bool) -> None:
     """Tell torch's libraries how to choose their kernels. Call before the first one runs on the device.
 
-    `deterministic`: the same bits in each run; what has no such kernel raises RuntimeError where it is called. On a
+    `deterministic`: the same bits in each run; what has no such kernel raises RuntimeError if it is called. On a
     CPU the results do not change.
     """
     torch.set_float32_matmul_precision(matmul_precision)

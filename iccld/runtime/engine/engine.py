@@ -1,6 +1,6 @@
 """The engine: a module attached to this rank's device and to the other ranks, its step and its state.
 
-This file is the one owner of Accelerate, which forms the ranks. Which backend trains is said by accelerate's YAML.
+Only this file uses Accelerate, which forms the ranks. Accelerate's YAML says which backend trains.
 """
 
 import atexit
@@ -33,11 +33,11 @@ from iccld.runtime.ranks import Ranks, keep_record
 warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
 
 PLAIN_TYPES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-INIT_TIMEOUT = timedelta(minutes=5)  # for all ranks to come together, once the first is there
+INIT_TIMEOUT = timedelta(minutes=5)  # time for all ranks to join, once the first one has
 
 
 class EngineKind(Enum):
-    """Who holds what: everything on every rank, or moments, gradients and weights in shards."""
+    """Kinds of engine: every rank holds everything, or ranks hold shards of moments, gradients and weights."""
 
     ddp = "ddp"
     zero1 = "zero1"
@@ -46,7 +46,7 @@ class EngineKind(Enum):
 
 
 def kind_of_launch() -> EngineKind:
-    """What accelerate's launcher read in its YAML. Raises ValueError for what is not one of accelerate_configs/."""
+    """Return the engine of the launcher's YAML. Raises ValueError for what is not one of accelerate_configs/."""
     environment = os.environ
     if environment.get("ACCELERATE_USE_FSDP") == "true":
         if (version := environment.get("FSDP_VERSION")) != "2":
@@ -65,7 +65,7 @@ def kind_of_launch() -> EngineKind:
 
 @contextlib.contextmanager
 def without_plugins() -> Iterator[None]:
-    """Accelerate forms ranks and precision; its own FSDP and DeepSpeed wrappers would lose gradients on a CPU."""
+    """Let Accelerate form ranks and precision only; its FSDP and DeepSpeed wrappers would lose gradients on a CPU."""
     names = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
     hidden = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:
@@ -75,14 +75,14 @@ def without_plugins() -> Iterator[None]:
 
 
 def join_alone(device: torch.device) -> None:
-    """A process group of one rank, for backends that need one."""
+    """Join a process group of one rank, for backends that need one."""
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
     backend = "nccl" if device.type == "cuda" else "gloo"
     torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)  # pyright: ignore[reportPrivateImportUsage]
 
 
 class Precision(Enum):
-    """Of the forward and backward pass; weights, moments and averages are fp32."""
+    """Precision of the forward and backward pass; weights, moments and averages are fp32."""
 
     fp32 = "no"
     bf16 = "bf16"
@@ -99,13 +99,13 @@ class MatmulPrecision(Enum):
 
 @dataclass
 class EngineConfig:
-    """Precision, compilation and kernels; how ranks are formed is accelerate's YAML."""
+    """Settings of precision, compilation and kernels; accelerate's YAML says how ranks are formed."""
 
     precision: Precision = Precision.fp32
     compile: Compile = Compile.auto
-    deterministic: bool = False  # the same bits in each run on a GPU too; slower there
+    deterministic: bool = False  # the same bits in each run, also on a GPU, where it is slower
     matmul_precision: MatmulPrecision = MatmulPrecision.highest
-    cudnn_benchmark: bool = True  # try convolution kernels at each new shape; never where deterministic
+    cudnn_benchmark: bool = True  # try convolution kernels at each new shape; off if deterministic
 
     def __post_init__(self) -> None:
         if Precision.fp16 in (self.precision, Precision(os.environ.get("ACCELERATE_MIXED_PRECISION") or "no")):
@@ -116,7 +116,7 @@ class EngineConfig:
 
 
 class Engine:
-    """Device and `ranks` of this process; after `attach`, also the module's backend."""
+    """The device and the `ranks` of this process; after `attach`, also the module's backend."""
 
     ranks: Ranks
     backend: Backend
@@ -154,7 +154,7 @@ class Engine:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether a rank holds only a part of the weights."""
+        """Tell whether a rank holds only a part of the weights."""
         return self.kind is EngineKind.fsdp2
 
     def attach(
@@ -167,9 +167,10 @@ class Engine:
         replicated: Iterable[nn.Module] = (),
         frozen: Iterable[nn.Module] = (),
     ) -> None:
-        """Wrap the module for the ranks and build AdamW over the groups. `replicated`: parts that no engine may shard.
+        """Wrap the module for the ranks and build AdamW over the groups.
 
-        `gradient_clip`: the largest norm; 0 is off. `frozen`: what a step calls beside the module, without gradient.
+        `replicated`: parts that no engine may shard. `gradient_clip`: the largest norm; 0 is off. `frozen`: what a step
+        calls beside the module, without gradient.
         """
         self.detach()
         self._base_rates = [group["lr"] for group in param_groups]
@@ -199,21 +200,21 @@ class Engine:
         return Zero(raw, optimizer, terms, stage=1 if self.kind is EngineKind.zero1 else 2)
 
     def detach(self) -> None:
-        """Let go of the module and its optimiser, so that the next ones have the memory."""
+        """Release the module and its optimiser, so that the next ones have the memory."""
         self.accelerator.free_memory()
         self.__dict__.pop("backend", None)
         gc.collect()  # DeepSpeed's engines hold themselves in cycles
 
     @property
     def module(self) -> Any:
-        """What is called for a forward pass with gradients."""
+        """Return what is called for a forward pass with gradients."""
         return self.backend.module
 
     def autocast(self) -> contextlib.AbstractContextManager[None]:
         return self.accelerator.autocast()
 
     def prefetch(self, batches: Iterator[Any], **options: Any) -> Iterator[Any]:
-        """The batches on this rank's device; see `prefetch`."""
+        """Return the batches on this rank's device; see `prefetch`."""
         return prefetch(batches, self.device, **options)
 
     def set_learning_rate(self, factor: float) -> None:
@@ -221,18 +222,18 @@ class Engine:
             group["lr"] = rate * factor
 
     def micro_batch(self, *, is_last: bool) -> contextlib.AbstractContextManager[None]:
-        """Around forward and backward of a micro-batch; ranks exchange gradients in the last one of a step only."""
+        """Surround forward and backward of a micro-batch; ranks exchange gradients only in a step's last one."""
         return self.backend.micro_batch(is_last=is_last)
 
     def backward(self, loss: Tensor) -> None:
-        """Add the micro-batch's gradient, so that the step's is the mean over its micro-batches."""
+        """Add the micro-batch's gradient, scaled so that the step's is the mean over its micro-batches."""
         self.backend.backward(loss)
 
     def step(self) -> None:
         self.backend.step()
 
     def layout(self) -> dict[str, Any]:
-        """What decides whether a checkpoint of this engine resumes to the bit."""
+        """Return the facts that decide whether a checkpoint of this engine resumes to the bit."""
         return {
             "engine": self.kind.value,
             "world_size": self.ranks.world_size,
@@ -241,7 +242,7 @@ class Engine:
         }
 
     def runs(self, extra: Mapping[str, Tensor]) -> dict[str, Run]:
-        """What this rank writes of module, optimiser and `extra` into a checkpoint."""
+        """Return what this rank writes of module, optimiser and `extra` into a checkpoint."""
         return self.backend.runs(extra)
 
     def load(self, reader: TensorReader, step: int, extra: Mapping[str, Tensor]) -> None:
@@ -253,7 +254,7 @@ class Engine:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        """Let another engine be made in this process; it joins the same process group, left at the process's end.
+        """Let another engine be made in this process; it joins the same process group, which is left at the end.
 
         After an error the group is not left: others may wait in it, and its threads would meet them half gone.
         """

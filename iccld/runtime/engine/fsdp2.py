@@ -1,6 +1,6 @@
-"""FSDP2: parameters, gradients and moments sharded over the ranks along their first dimension.
+"""Backend FSDP2: parameters, gradients and moments sharded over the ranks along their first dimension.
 
-Native `fully_shard`: Accelerate's path needs a GPU, and on a CPU leaves modules unwrapped.
+It uses the native `fully_shard`: Accelerate's path needs a GPU, and on a CPU leaves modules unwrapped.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from iccld.runtime.tensors import local_tensor
 
 
 class FSDP2(Backend):
-    """`replicated`: modules whose parameters stay whole, because they are used beside their own forward pass."""
+    """Backend FSDP2. `replicated`: modules whose parameters stay whole, being used beside their own forward pass."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class FSDP2(Backend):
             group["params"] = [replaced[id(p)] for p in group["params"]]
 
     def _shard(self, module: nn.Module, whole_params: set[nn.Parameter], *, reshard: bool) -> None:
-        """Layers of some size gather their parameters one after another; what is left gathers with the root."""
+        """Shard so that layers of some size gather their parameters one by one; the rest gathers with the root."""
         options: dict[str, Any] = {"mesh": self._mesh, "reshard_after_forward": reshard}
         layers = [layer for group in module.modules() if isinstance(group, nn.ModuleList) for layer in group]
         for layer in reversed(layers):  # inner layers before those that hold them
@@ -83,7 +83,7 @@ class FSDP2(Backend):
             gradient.copy_(average.view_as(gradient))
 
     def _clip(self) -> None:
-        """As `clip_grad_norm_`, which does not mix sharded and whole gradients."""
+        """Clip by the norm as `clip_grad_norm_` does; that one does not mix sharded and whole gradients."""
         gradients = [p.grad for p in self.parameters().values() if p.grad is not None]
         sharded = [local_tensor(g) for g in gradients if isinstance(g, DTensor)]
         kept = [g for g in gradients if not isinstance(g, DTensor)]

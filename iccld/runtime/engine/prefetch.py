@@ -1,4 +1,4 @@
-"""Brings batches to the device: while a step computes on one, the next is being copied."""
+"""Copying of batches to the device: while a step computes on one, the next is being copied."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -16,10 +16,10 @@ def prefetch(
     *,
     copying: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Iterator[Any]:
-    """The batches in their order, their tensors on `device` but those that stay on the host (`map_tensors`).
+    """Yield the batches in order, with their tensors on `device` except those that stay on the host (`map_tensors`).
 
-    On CUDA, one batch is taken ahead of the one handed out, and the host waits for no copy from pinned memory. What
-    goes wrong while it is taken is raised when its turn comes. `copying` is around each copy.
+    On CUDA, one batch is taken ahead of the one handed out, and the host waits for no copy from pinned memory. An error
+    while it is taken is raised when its turn comes. `copying` surrounds each copy.
     """
     if device.type == "cpu":
         yield from batches
@@ -36,7 +36,7 @@ def prefetch(
             return copied, stream.record_event()
 
     def keep(tensor: Tensor) -> None:
-        """Its memory is the copying stream's, which would reuse it for a later batch while the step still reads it."""
+        """Keep the tensor's memory, which is the copying stream's, from being reused while the step still reads it."""
         tensor.record_stream(torch.cuda.current_stream(device))
 
     for batch, copied in one_ahead(map(copy, batches)):
@@ -46,12 +46,12 @@ def prefetch(
 
 
 def one_ahead(items: Iterator[Any]) -> Iterator[Any]:
-    """The same items; each is taken before the one in front of it is handed out, and fails when its turn comes."""
+    """Yield the same items, each taken before the one in front of it is handed out; it fails when its turn comes."""
 
     def take() -> Any:
         try:
             return next(items)
-        except Exception as error:  # kept, not hidden
+        except Exception as error:  # raised when its turn comes
             return error
 
     ahead = take()

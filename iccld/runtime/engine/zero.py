@@ -1,4 +1,7 @@
-"""The one owner of DeepSpeed: ZeRO stages 1 (moments sharded) and 2 (also gradients). Weights stay fp32 and whole."""
+"""Backends of DeepSpeed, which only this file uses: ZeRO stages 1 (sharded moments) and 2 (also gradients).
+
+Weights stay fp32 and whole.
+"""
 
 import contextlib
 from collections.abc import Iterator
@@ -20,7 +23,7 @@ BUCKET_ELEMENTS = 10_000_000
 
 
 class Zero(Backend):
-    """`stage`: 1 or 2."""
+    """Backend of ZeRO; `stage` is 1 or 2."""
 
     def __init__(self, raw: nn.Module, optimizer: torch.optim.Optimizer, terms: Terms, *, stage: int) -> None:
         self.raw, self.terms, layout = raw, terms, terms.layout
@@ -60,7 +63,7 @@ class Zero(Backend):
         self.module.step()
 
     def _clip(self) -> None:
-        """Scale what this rank holds of the gradients, by their norm over all ranks, which stays on the device.
+        """Scale this rank's part of the gradients by their norm over all ranks, which stays on the device.
 
         DeepSpeed's own clipping reads the norm on the host, which would wait there for the device.
         """
@@ -74,7 +77,7 @@ class Zero(Backend):
         torch._foreach_mul_(gradients, factor)  # pyright: ignore[reportPrivateImportUsage]
 
     def _fragments(self) -> Iterator[tuple[str, tuple[int, ...], int, int, Any]]:
-        """Name, shape and first element of what this rank's partitions hold of a parameter; which, and where."""
+        """Yield name, shape and first element of what this rank's partitions hold of a parameter; which, and where."""
         for name, p in self.parameters().items():
             mapping: Any = p._hp_mapping  # type: ignore[attr-defined]
             if mapping is not None:

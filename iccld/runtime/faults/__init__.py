@@ -1,1 +1,1 @@
-"""What goes wrong on ranks and nodes: found, said, and ended in order."""
+"""Faults of ranks and nodes: they are found, named, and lead to an orderly end."""

@@ -1,8 +1,8 @@
-"""The end of a process that trained, whatever its threads still do.
+"""Ending of a process that has trained, whatever its threads still do.
 
 When an interpreter is taken down, a thread that comes back to it from C++ is ended by force, and groups of ranks are
 destroyed while their threads hear of peers that ended: either may abort the process in place of its exit status. So a
-process ends once all that Python has to do is done, and is not taken down.
+process ends at once when Python's own work is done, without taking the interpreter down.
 """
 
 import atexit
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, wait
 from typing import Any, NoReturn
 
-END_S = 30.0  # for whatever is registered to be done at the end, once saves in the background are done
+END_S = 30.0  # limit of the exit handlers, once saves in the background are done
 _awaited: set[Future[Any]] = set()
 
 
@@ -43,7 +43,7 @@ def run_to_the_end(program: Callable[[], int | None]) -> NoReturn:
 
 
 def _status_of(program: Callable[[], int | None]) -> int:
-    """As an interpreter would say it."""
+    """Return the status that an interpreter would end with."""
     try:
         return program() or 0
     except KeyboardInterrupt:  # before the program handles it

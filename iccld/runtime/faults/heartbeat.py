@@ -1,10 +1,10 @@
-"""Where every rank is, for the others to see; and who holds them up.
+"""Heartbeats: where every rank is, for the others to see, and which rank holds them up.
 
     run_dir/heartbeats/rank_00003.json
 
 The thread of each rank replaces its file every few seconds. A beat that stands still is a process or a node that is
-gone, stopped, or cannot run a thread. Clocks of nodes are not compared: a reader sees with its own clock whether a
-beat moves.
+gone, stopped, or cannot run a thread. Clocks of nodes are not compared: a reader sees with its own clock whether a beat
+moves.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from iccld.durable import write_whole
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """`moves`: phases entered since the attempt began; all ranks enter the same ones in the same order."""
+    """Position of a rank. `moves`: phases entered since the attempt began; all ranks enter them in the same order."""
 
     rank: int
     host: str
@@ -52,7 +52,7 @@ def write_heartbeat(run_dir: Path, heartbeat: Heartbeat) -> None:
 
 
 def read_heartbeat(run_dir: Path, rank: int) -> Heartbeat | None:
-    """None where there is none, or none that can be read."""
+    """Read a heartbeat; None if there is none that can be read."""
     try:
         return Heartbeat(**json.loads(heartbeat_path(run_dir, rank).read_text()))
     except (OSError, ValueError, TypeError):
@@ -60,7 +60,7 @@ def read_heartbeat(run_dir: Path, rank: int) -> Heartbeat | None:
 
 
 class Peers:
-    """The heartbeats of one attempt's ranks, and for how long each has stood still."""
+    """Heartbeats of one attempt's ranks, and for how long each has stood still."""
 
     def __init__(self, run_dir: Path, *, attempt: str, world_size: int) -> None:
         self.run_dir, self.attempt, self.world_size = run_dir, attempt, world_size
@@ -76,11 +76,11 @@ class Peers:
                 self.seen[rank], self._since[rank] = heartbeat, now
 
     def still(self, now: float, *, for_s: float) -> set[int]:
-        """The ranks whose beat did not move for so long."""
+        """Return the ranks whose beat did not move for so long."""
         return {rank for rank, since in self._since.items() if now - since >= for_s}
 
     def ended(self) -> set[int]:
-        """The ranks that have ended by an error."""
+        """Return the ranks that have ended by an error."""
         return {rank for rank, heartbeat in self.seen.items() if heartbeat.ended not in ("", "in order")}
 
     def forget(self) -> None:
@@ -88,10 +88,10 @@ class Peers:
 
 
 def held_up_by(seen: Mapping[int, Heartbeat], still: set[int], *, world_size: int) -> dict[int, str]:
-    """The ranks that hold up the others, each with what is known of it in words; empty where no rank is behind.
+    """Return the ranks that hold up the others, with the facts about each in words; {} if no rank is behind.
 
-    In this order: ranks without a beat; those in the earliest phase; those that have not come to a collective in which
-    others wait.
+    They are, in this order: ranks without a beat; those in the earliest phase; those that have not come to a collective
+    in which others wait.
     """
     missing = {rank: f"rank {rank} has not begun" for rank in range(world_size) if rank not in seen}
     gone = {rank: _gone(seen[rank]) for rank in sorted(still & seen.keys())}
@@ -105,7 +105,7 @@ def held_up_by(seen: Mapping[int, Heartbeat], still: set[int], *, world_size: in
 
 
 def _behind_in_a_group(seen: Mapping[int, Heartbeat]) -> list[int]:
-    """The fewest ranks that are behind in one group; one that waits in another collective than all others is so too."""
+    """Return the fewest ranks that are behind in one group, or wait in another collective than all others."""
     candidates = []
     for counts in zip(*(seen[rank].collectives for rank in sorted(seen)), strict=False):
         behind = [rank for rank, count in zip(sorted(seen), counts, strict=True) if count < max(counts)]

@@ -1,29 +1,29 @@
-"""How long a rank may be without progress before the watchdog ends it."""
+"""Limits of how long a rank may be without progress before the watchdog ends it."""
 
 from dataclasses import dataclass
 
 from iccld.ranges import above, check_ranges
 
-WATCHED_BEATS = 5  # before its limit, a rank begins to look at the others'
+WATCHED_BEATS = 5  # before its limit, a rank begins to read the others' heartbeats
 
 
 @dataclass
 class WatchdogConfig:
-    """Seconds without progress after which a rank is ended, by what it does.
+    """Settings: seconds without progress after which a rank is ended, by its phase.
 
     The limits of collectives are longer than those of the phases, so that the watchdog speaks first.
     """
 
     enabled: bool = True  # false: nothing ends a rank that hangs
     beat_s: float = 5.0  # between two signs of life that a rank writes
-    preflight_s: float = 180.0  # in the checks before a run
+    preflight_s: float = 180.0  # limit of the checks before a run
     start_s: float = 1800.0
-    """Until the first step of a stage is done (weights are fetched, code compiled), and after its last step."""
-    step_s: float = 600.0  # in every phase of later steps
-    save_s: float = 1800.0  # in a save
-    evaluate_s: float = 1800.0  # in scoring one image
-    collective_s: float = 3600.0  # for a collective outside of the later steps
-    collective_step_s: float = 900.0  # for a collective in a later step
+    """Limit until the first step of a stage is done (weights are fetched, code compiled), and after its last."""
+    step_s: float = 600.0  # limit of every phase of later steps
+    save_s: float = 1800.0  # limit of a save
+    evaluate_s: float = 1800.0  # limit of scoring one image
+    collective_s: float = 3600.0  # limit of a collective outside of the later steps
+    collective_step_s: float = 900.0  # limit of a collective in a later step
 
     def __post_init__(self) -> None:
         seconds = [name for name in vars(self) if name.endswith("_s")]
@@ -43,7 +43,7 @@ class WatchdogConfig:
             )
 
     def limit(self, phase: str, *, is_first: bool) -> float:
-        """`is_first`: the first step of a stage is not done."""
+        """Return the limit of a phase; `is_first`: the first step of a stage is not done."""
         own = {"preflight": self.preflight_s, "save": self.save_s, "evaluate": self.evaluate_s}
         own |= {"start": self.start_s, "finish": self.start_s}
         return own.get(phase, self.start_s if is_first else self.step_s)

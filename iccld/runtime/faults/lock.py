@@ -1,10 +1,10 @@
-"""One job a run directory, on one machine or on many.
+"""Lock of a run directory: one job at a time, on one machine or on many.
 
 Two things hold it. The operating system's `flock` ends with the process, however that ends, and decides at once between
 jobs of one machine. On a shared file system it may reach no further than the machine, so the lock file also holds a
-lease: who has it, and a beat that a thread of the holder rewrites every `BEAT_S`. A job elsewhere that finds a beat
-watches it for up to `LEASE_S`: it moves, then the job is refused; it stands still, then the holder has crashed. A clean
-end says so in the file, and nobody waits.
+lease: its holder, and a beat that a thread of the holder rewrites every `BEAT_S`. A job elsewhere that finds a beat
+watches it for up to `LEASE_S`: if the beat moves, the job is refused; if it stands still, the holder has crashed. A
+clean end says so in the file, and nobody waits.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from iccld.node import boot_id, host_name
 from iccld.reading import read_limited
 
 BEAT_S = 2.0
-LEASE_S = 20.0  # as long as nothing but a crash, or a machine that stands still, keeps a beat from moving
+LEASE_S = 20.0  # no beat takes so long unless the holder has crashed or its machine stands still
 
 _RELEASED = "released"
 _RECORD_BYTES = 512  # records of one length are replaced by one write, so that none is read by halves
@@ -30,7 +30,7 @@ _held: set[int] = set()
 
 
 def _let_go() -> None:
-    """In a forked child: a descriptor inherited from the holder would keep the lock beyond the holder's end."""
+    """Close the descriptors in a forked child: they would keep the lock beyond the holder's end."""
     for descriptor in _held:
         os.close(descriptor)
     _held.clear()
@@ -41,11 +41,11 @@ os.register_at_fork(after_in_child=_let_go)
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[str]:
-    """Holds the folder's lock file; yields who holds it instead ("process 7 on node3"), or "" where it is ours.
+    """Hold the folder's lock file; yield its other holder ("process 7 on node3"), or "" if it is ours.
 
-    Takes up to `LEASE_S` seconds where a job on another machine held it last and did not end cleanly. A holder that
+    It takes up to `LEASE_S` seconds if a job on another machine held it last and did not end cleanly. A holder that
     stood still for so long that another took its lease ends at once, with a line on stderr and exit status 2: it must
-    not write any more. Raises OSError where the folder cannot be written, ValueError where the lock file is a link.
+    not write any more. Raises OSError if the folder cannot be written, ValueError if the lock file is a link.
     """
     path = make_folder(folder, within=folder) / "lock"
     descriptor = open_lock(path)
@@ -63,7 +63,7 @@ def locked(folder: Path) -> Iterator[str]:
 
 
 def _holder(path: Path, descriptor: int) -> str:
-    """Who holds the lock; "" once it can be taken."""
+    """Return the lock's holder; "" once it can be taken."""
     flock_decides = True
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -97,7 +97,7 @@ def _beating(path: Path, descriptor: int) -> Iterator[None]:
         if descriptor in _held:  # not in a forked child that unwinds
             stop.set()
             thread.join()
-            with contextlib.suppress(OSError):  # then it ends as a crash does
+            with contextlib.suppress(OSError):  # without it, the next holder waits as after a crash
                 if _read(path).startswith(claim):
                     _write(descriptor, _RELEASED)
 
@@ -116,7 +116,7 @@ def _beat(path: Path, descriptor: int, claim: str, stop: threading.Event) -> Non
 
 
 def _machine() -> str:
-    """Names this machine as it runs now: neither copies of one image nor a reboot make two machines one."""
+    """Name this machine in this boot: neither copies of one image nor a reboot make two machines one."""
     return f"on {host_name()}\nboot {boot_id() or 'unknown'}"
 
 
@@ -125,7 +125,7 @@ def _name(record: str) -> str:
 
 
 def _read(path: Path) -> str:
-    """The record; opened anew, since a network file system looks at the server when a file is opened."""
+    """Read the record; the file is opened anew, since a network file system asks the server only then."""
     return read_limited(path).decode(errors="replace").strip()
 
 

@@ -1,5 +1,6 @@
-"""How many files this process may have open. Too few are said before anything has begun, since a library that meets
-the limit in the midst of its work may try again without end.
+"""Limit of the files that this process may have open.
+
+Too few are reported before anything has begun: a library that meets the limit may try again without end.
 """
 
 import resource

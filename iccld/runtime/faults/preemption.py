@@ -37,7 +37,7 @@ FORCED = 76
 
 @dataclass
 class PreemptionConfig:
-    """What follows a signal that asks for a stop."""
+    """Settings of what follows a signal that asks for a stop."""
 
     grace_s: float = 600.0
     """Seconds from the signal until the process exits at once; more than a save takes; 0: no limit."""
@@ -61,20 +61,20 @@ class PreemptionConfig:
 
 
 class Preempted(Exception):
-    """Work that can be done again was given up, on all ranks, since a signal came."""
+    """Error: since a signal came, all ranks gave up work that can be done again."""
 
 
 class Preemption:
-    """Remembers that a signal came. All ranks must agree (engine's `any`) to act on it.
+    """Memory of whether a signal came. All ranks must agree (engine's `any`) to act on it.
 
-    A context: within, signals are remembered; a process that leaves it after one came is ending, and ignores more.
-    A thread, told of signals by the C handler, ends the process where its main thread no longer reacts.
+    As a context, it remembers signals; a process that leaves it after one came is ending, and ignores further ones. A
+    thread, which the C handler tells of signals, ends the process if its main thread no longer reacts.
     """
 
     came = False
-    """Whether a signal came."""
+    """True once a signal came."""
     by_hand = False
-    """Whether the first one was SIGINT, as Ctrl-C sends it."""
+    """True if the first one was SIGINT, as Ctrl-C sends it."""
 
     def __init__(self, config: PreemptionConfig | None = None) -> None:
         self.config = config or PreemptionConfig()
@@ -83,7 +83,7 @@ class Preemption:
 
     @property
     def requested(self) -> bool:
-        """`came`, as the loop asks at each step boundary."""
+        """Return `came`, as the loop asks at each step boundary."""
         return self.came
 
     def __enter__(self) -> Self:
@@ -94,7 +94,9 @@ class Preemption:
         _installed = self
         threading.Thread(target=self._wait, args=(reader,), name="preemption", daemon=True).start()
         self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # one that came while the program started comes now
+        signal.pthread_sigmask(
+            signal.SIG_UNBLOCK, SIGNALS
+        )  # a signal that came while the program started is delivered now
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -103,7 +105,7 @@ class Preemption:
             signal.signal(number, signal.SIG_IGN if self.came else before)
         signal.set_wakeup_fd(-1)
         _installed = None
-        os.close(self._wakeup)  # the thread reads the end, and ends
+        os.close(self._wakeup)  # the thread reads the pipe's end, and returns
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.by_hand = self.by_hand or (number == signal.SIGINT and not self.came)
@@ -139,7 +141,7 @@ _mask: set[int] = set()
 
 
 def _hold() -> None:
-    """While forking: a signal that met the child before `_forget` would go through the pipe to its parent."""
+    """Hold signals back while forking: one that met the child before `_forget` would go to its parent's pipe."""
     global _mask
     _mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
@@ -149,7 +151,7 @@ def _release() -> None:
 
 
 def _forget() -> None:
-    """In a forked child: the request is its parent's, and the pipe too."""
+    """Forget the request in a forked child: it is its parent's, and so is the pipe."""
     global _installed
     if _installed is not None:
         signal.set_wakeup_fd(-1)

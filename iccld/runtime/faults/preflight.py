@@ -1,6 +1,6 @@
-"""A check of seconds before a run: what is wrong with a node is said with its name, not met an hour later.
+"""Checks of seconds before a run: a fault of a node is reported with its name, not met an hour later.
 
-A check does something small and raises ValueError, OSError or RuntimeError where it fails.
+A check does something small, and raises ValueError, OSError or RuntimeError if it fails.
 """
 
 import os
@@ -22,7 +22,7 @@ SHARED_MEMORY = Path("/dev/shm")
 
 @dataclass(frozen=True)
 class Finding:
-    """`of_node`: other nodes did not find it, or it is in the nature of the check; another node may do."""
+    """Result of a failed check. `of_node`: other nodes did not find it, or checks of this kind are about the node."""
 
     host: str
     check: str
@@ -35,10 +35,10 @@ class Finding:
 
 
 def preflight(checks: Mapping[str, Callable[[], None]], ranks: Ranks) -> list[Finding]:
-    """Do all checks on every rank; what was found, one finding a host and check, the same on every rank.
+    """Do all checks on every rank; return the findings, one for each host and check, the same on every rank.
 
     A check named `device` or `collective` is always of the node; on one host, so is what the system refuses (OSError).
-    `collective` comes last, where all others went well.
+    `collective` comes last, if all others went well.
     """
     found = _share({name: _try(check) for name, check in checks.items() if name != "collective"}, ranks)
     if not found and "collective" in checks:
@@ -47,7 +47,7 @@ def preflight(checks: Mapping[str, Callable[[], None]], ranks: Ranks) -> list[Fi
 
 
 def _try(check: Callable[[], None]) -> tuple[str, bool]:
-    """What is wrong, and whether it is the system that said so."""
+    """Say what is wrong, and whether the system has said so."""
     try:
         check()
     except (ValueError, OSError, RuntimeError) as error:
@@ -69,7 +69,7 @@ def _share(outcomes: Mapping[str, tuple[str, bool]], ranks: Ranks) -> list[Findi
 
 
 def check_device(device: torch.device) -> None:
-    """Allocate, multiply, compare with what the host computes."""
+    """Allocate, multiply, and compare with what the host computes."""
     ones = torch.arange(256.0).remainder(7).repeat(256, 1)
     expected, product = ones @ ones.T, (ones.to(device) @ ones.T.to(device)).cpu()
     if not torch.equal(product, expected):  # small integers: exact in every precision
@@ -84,14 +84,14 @@ def check_collective(device: torch.device, ranks: Ranks) -> None:
 
 
 def check_folder(folder: Path, rank: int) -> None:
-    """That each rank can write there."""
+    """Check that each rank can write there."""
     probe = folder / f".preflight_{rank:05d}"
     write_whole(probe, os.urandom(1024), durably=False)
     probe.unlink()
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """That `needed` bytes, together with what the folder holds already, have room."""
+    """Check that there is room for `needed` bytes, with what the folder already holds counted in."""
     held = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     near = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(near).free
@@ -103,7 +103,7 @@ def check_space(folder: Path, needed: int) -> None:
 
 
 def check_shared_memory(needed: int, folder: Path = SHARED_MEMORY) -> None:
-    """That `needed` bytes can be taken, as loader workers do for batches and locks."""
+    """Check that `needed` bytes can be taken, as loader workers do for batches and locks."""
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             os.posix_fallocate(file.fileno(), 0, needed)

@@ -1,14 +1,13 @@
-"""A thread a rank that sees a run stand still, says which rank holds it up, and ends the process.
+"""Watchdog: a thread a rank that sees a run stand still, says which rank holds it up, and ends the process.
 
-The loop tells it where it is (stage, step, phase), which costs an assignment. A rank that stays in a phase for longer
-than its limit looks at the heartbeats of all, names who is behind in one line on stderr and in `events.jsonl`, dumps
-the stacks of its threads to `run_dir/logs/stacks_rank_00003.txt` (and what NCCL remembers of its collectives), and ends
-with status STOPPED_BY_WATCHDOG. So do ranks whose collective failed since another is gone, and a rank whose launcher is
-gone; where one has refused for all (`refusal`), the others end with its status. Where no thread can run (code that
-keeps the interpreter's lock), a timer in C writes the stacks to stderr and ends the process with status 1; the others
-name it.
+The loop tells it the position (stage, step, phase), which costs an assignment. A rank that stays in a phase for longer
+than its limit reads all heartbeats, names the ranks that are behind in one line on stderr and in `events.jsonl`, dumps
+the stacks of its threads to `run_dir/logs/stacks_rank_00003.txt` (and NCCL's record of its collectives), and ends with
+status STOPPED_BY_WATCHDOG. So do ranks whose collective failed because another is gone, and a rank whose launcher is
+gone; if one has refused for all (`refusal`), the others end with its status. If no thread can run (code that keeps the
+interpreter's lock), a timer in C writes the stacks to stderr and ends the process with status 1; the others name it.
 
-Collectives time out later than the watchdog ends the process, since they cannot say whom they waited for.
+Collectives time out later than the watchdog ends the process, since they cannot say which rank they waited for.
 """
 
 import contextlib
@@ -30,9 +29,9 @@ from iccld.runtime.faults.refusal import Refusal
 from iccld.runtime.measure.telemetry import write_event
 from iccld.runtime.ranks import Ranks, is_failure, num_begun, write_record
 
-LOST_BEATS = 3  # a beat that stands still for so many is a rank that is gone
-SAID = 4  # names in one line, at most
-END_S = 30.0  # for whatever may hang at the end
+LOST_BEATS = 3  # a rank whose beat stands still for so many beats is gone
+SAID = 4  # the most ranks that one line names
+END_S = 30.0  # limit of exit handlers that may hang
 
 
 class _Position(NamedTuple):
@@ -44,9 +43,9 @@ class _Position(NamedTuple):
 
 
 class Watchdog:
-    """Where this rank is; as a context, also the thread that watches over it.
+    """Position of this rank; as a context, also the thread that watches over it.
 
-    It sets the timeout of the ranks' collectives, too. `beats_in` holds the heartbeats in place of `run_dir`. `attempt`
+    It also sets the timeout of the ranks' collectives. `beats_in` holds the heartbeats in place of `run_dir`. `attempt`
     is the same on all ranks, and new in each attempt.
     """
 
@@ -63,7 +62,7 @@ class Watchdog:
         self.ranks, self.attempt = ranks or Ranks(), attempt
         self.rank, self.world_size = self.ranks.rank, self.ranks.world_size
         self.has_trained = False
-        """Whether this attempt has made a step."""
+        """True once this attempt has made a step."""
         self._place, self._steps_begun, self._timeout = _Position(since=time.monotonic()), 0, 0.0
         self._armed = 0.0
         self._beat, self._started_by, self._stop = 0, os.getppid(), threading.Event()
@@ -72,7 +71,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
     def begin(self, stage: str) -> None:
-        """A stage, or what comes after the last one."""
+        """Begin a stage, or the work after the last one."""
         self._steps_begun = 0
         self._go(stage=stage, step=0, phase="start")
 
@@ -93,7 +92,9 @@ class Watchdog:
 
     @contextlib.contextmanager
     def aside(self, phase: str) -> Iterator[None]:
-        """Something that this rank does alone, after which it is where it was: ranks are told apart by their moves."""
+        """Surround work that this rank does alone; then the phase before it goes on. It is no move: moves tell ranks
+        apart.
+        """
         place = self._place
         self._place = place._replace(phase=phase, since=time.monotonic())
         try:
@@ -102,7 +103,7 @@ class Watchdog:
             self._place = place._replace(since=time.monotonic())
 
     def tick(self) -> None:
-        """Something was done within the phase."""
+        """Note that something was done within the phase."""
         self._place = self._place._replace(since=time.monotonic())
 
     def _go(self, **where: str | int) -> None:
@@ -117,11 +118,11 @@ class Watchdog:
             self.ranks.set_timeout(timeout)
 
     def _limit(self) -> float:
-        """Seconds that the rank may spend where it is."""
+        """Return the seconds that the rank may spend in its phase."""
         return self.config.limit(self._place.phase, is_first=self._steps_begun < 2)
 
     def _arm(self, limit: float) -> None:
-        """Rearmed by each beat, the timer in C comes only where the thread cannot run."""
+        """Arm the timer in C. Each beat arms it anew, so it fires only if the thread cannot run."""
         self._armed = limit
         faulthandler.dump_traceback_later(limit + WATCHED_BEATS * self.config.beat_s, exit=True, file=2)
 
@@ -166,7 +167,7 @@ class Watchdog:
                 self._end(held_up_by(seen, still, world_size=self.world_size), seen)
 
     def _follow(self) -> None:
-        """The main thread ends this rank when its collective breaks; one that waits for a device may never see that."""
+        """End this rank if its main thread does not: one that waits for a device may never see its collective break."""
         if not self._stop.wait(LOST_BEATS * self.config.beat_s):
             os._exit(REFUSED)
 
@@ -196,7 +197,7 @@ class Watchdog:
         write_heartbeat(self.beats_in, self._heartbeat(ended))
 
     def _lost(self, error: BaseException) -> None:
-        """A collective failed: wait until it can be said which rank is gone."""
+        """Wait, after a collective failed, until it can be said which rank is gone."""
         peers, limit = self._new_peers(), time.monotonic() + (LOST_BEATS + 2) * self.config.beat_s
         still: set[int] = set()
         while time.monotonic() < limit and not still and not peers.ended():
@@ -209,7 +210,7 @@ class Watchdog:
         self._end(held_up_by(peers.seen, still, world_size=self.world_size), peers.seen, why=why)
 
     def _end(self, causes: Mapping[int, str], seen: Mapping[int, Heartbeat], *, why: str = "") -> None:
-        """Say it, leave the stacks, and end. Ranks that only wait end last: their end would end the cause too soon."""
+        """Say it, leave the stacks, and end. Ranks that only wait end last, or the cause would end too soon."""
         self._ending.acquire()  # never released: the thread and the main thread do not both end it
         faulthandler.dump_traceback_later(END_S + 2 * self.config.beat_s, exit=True, file=2)
         own = self._heartbeat()
@@ -224,7 +225,7 @@ class Watchdog:
             if self.rank == speaks:
                 everybody = {rank: f"rank {rank} waits, as all do" for rank in range(self.world_size)}
                 self._note(causes or everybody, {**seen, self.rank: own})
-            if self.rank in causes:  # those that have not waited as long meet a broken collective, and read this
+            if self.rank in causes:  # ranks that wait for less long meet a broken collective, and read this
                 self._write(ended=f"its watchdog ended it: {causes[self.rank]}")
             self._dump()
         if self.rank not in causes and self.world_size > 1:

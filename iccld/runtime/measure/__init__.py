@@ -1,1 +1,1 @@
-"""What a run writes down, and where its time and memory go."""
+"""Measurements of a run: what it writes down, and where its time and memory go."""

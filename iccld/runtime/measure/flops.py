@@ -1,8 +1,8 @@
-"""The floating-point operations of a training step, from shapes alone: on device meta, without memory or arithmetic.
+"""Floating-point operations of a training step, from shapes alone: on device meta, without memory or arithmetic.
 
-They are *model* FLOPs, as MFU has them: two a multiply-add of the convolutions, matrix products and attentions that
-the model asks for, whichever kernel does them. What is computed once more to save memory (activation checkpointing,
-flash attention's backward pass) does not count, a causal mask saves nothing, and element-wise work is left out.
+They are *model* FLOPs, as in MFU: two a multiply-add of the convolutions, matrix products and attentions that the model
+asks for, whichever kernel does them. What is computed once more to save memory (activation checkpointing, flash
+attention's backward pass) does not count, a causal mask saves nothing, and element-wise work is left out.
 """
 
 import copy
@@ -22,7 +22,7 @@ from iccld.runtime.tensors import map_tensors
 T = TypeVar("T")
 
 OTHER = "other"
-"""Where the work outside of all parts is counted."""
+"""Name of the work outside of all parts."""
 
 
 class StepFlops(NamedTuple):
@@ -38,7 +38,7 @@ class StepFlops(NamedTuple):
 
 
 class Countable(Protocol):
-    """What is counted: `prepare` gives what `module` takes, and the module's output has `losses`."""
+    """Stage whose work can be counted: `prepare` gives what `module` takes, and the module's output has `losses`."""
 
     @property
     def module(self) -> Any: ...
@@ -49,9 +49,9 @@ class Countable(Protocol):
 
 
 def count_step(stage: Countable, batch: Mapping[str, Any], step: int) -> StepFlops:
-    """What one micro-batch costs at `step`. The stage is copied to device meta first, and stays as it is.
+    """Count the FLOPs of one micro-batch at `step`. The stage is copied to device meta first, and stays unchanged.
 
-    Call it before an engine shards the stage: of a shard, the shapes do not tell the whole.
+    Call it before an engine shards the stage: a shard's shapes do not tell the whole.
     """
     twin = on_meta(stage)
     with torch.no_grad(), FlopCounter(twin.parts()) as prepared:
@@ -62,7 +62,7 @@ def count_step(stage: Countable, batch: Mapping[str, Any], step: int) -> StepFlo
 
 
 def on_meta(whole: T) -> T:
-    """A deep copy of any object whose tensors have shapes, but no memory: they are on device meta."""
+    """Copy any object deeply to device meta, where tensors have shapes but no memory."""
     with _Emptied():
         return copy.deepcopy(whole)
 
@@ -77,9 +77,9 @@ class _Emptied(TorchFunctionMode):
 
 
 class FlopCounter(TorchFunctionMode):
-    """Counts what is called within it, for the innermost of the named `parts` that is running.
+    """Counts the calls within its context, for the innermost of the named `parts` that is running.
 
-    Raises ValueError where something is called that does matrix products, but has no rule here.
+    Raises ValueError if something is called that does matrix products, but has no rule here.
     """
 
     def __init__(self, parts: Mapping[str, nn.Module]) -> None:
@@ -102,7 +102,7 @@ class FlopCounter(TorchFunctionMode):
 
     @property
     def running(self) -> str:
-        """The part that is running."""
+        """Return the part that is running."""
         return self._running[-1]
 
     def _start(self, name: str, *_: Any) -> None:
@@ -112,7 +112,7 @@ class FlopCounter(TorchFunctionMode):
         self._running.pop()
 
     def backward(self, losses: Iterable[Tensor]) -> Counter[str]:
-        """What the gradient of these losses costs: work that none of them depends on has no backward pass."""
+        """Count the gradient of these losses: work that none of them depends on has no backward pass."""
         reached, total = nodes_behind(losses), Counter[str]()
         for node, part, flops in self._backward:
             total[part] += flops if node in reached else 0
@@ -122,7 +122,7 @@ class FlopCounter(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
-        if func is torch.autograd.grad:  # of a gradient within the step, the backward pass is work of its own
+        if func is torch.autograd.grad:  # a gradient within the step has a backward pass of its own
             self.forward += self.backward([args[0]] if isinstance(args[0], Tensor) else args[0])
         out = func(*args, **kwargs)
         if name in UNKNOWN:

@@ -1,5 +1,7 @@
-"""How much memory the host lets this process have: by the machine, by its control groups (a scheduler's or a
-container's, version 1 or 2), and by `ulimit -v`.
+"""Memory that the host lets this process have.
+
+It is limited by the machine, by its control groups (a scheduler's or a container's, version 1 or 2), and by `ulimit
+-v`.
 """
 
 import resource
@@ -12,7 +14,7 @@ UNLIMITED = 1 << 60  # a control group without a limit says a number like this
 
 
 class Bound(NamedTuple):
-    """`is_shared`: with the other ranks on this host. `total` and `free` in bytes."""
+    """Limit of memory, `total` and `free` in bytes; `is_shared`: with the other ranks on this host."""
 
     total: int
     free: int
@@ -39,38 +41,42 @@ def total_memory() -> int:
 
 
 def free_memory(*, num_sharing: int = 1) -> int:
-    """What one of `num_sharing` ranks on this host may still take."""
+    """Return the bytes that one of `num_sharing` ranks on this host may still take."""
     return min(bound.free // (num_sharing if bound.is_shared else 1) for bound in bounds())
 
 
 def taken_memory() -> int:
-    """Bytes that count against this process's bounds: its addresses under `ulimit -v`, else what is resident."""
+    """Return the bytes that count against this process's bounds: its addresses under `ulimit -v`, else what is
+    resident.
+    """
     return process_memory("VmRSS" if _address_limit() is None else "VmSize")
 
 
 def peak_memory() -> int:
-    """The most of `taken_memory` since `restart_peak`; addresses since the process began, which nothing restarts."""
+    """Return the most of `taken_memory` since `restart_peak`; addresses count since the process began."""
     return process_memory("VmHWM" if _address_limit() is None else "VmPeak")
 
 
 def process_memory(key: str) -> int:
-    """Bytes of this process: `VmRSS` (resident), `VmHWM` (its peak), `VmSize` (addresses), `VmPeak` (their peak)."""
+    """Return bytes of this process: `VmRSS` (resident), `VmHWM` (its peak), `VmSize` (addresses), `VmPeak` (their
+    peak).
+    """
     return _table(Path("/proc/self/status"))[key]
 
 
 def restart_peak() -> None:
-    """`VmHWM` becomes what is resident now."""
+    """Set `VmHWM` to what is resident now."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def status_lines() -> dict[str, str]:
-    """What the kernel says of this process's memory, as it says it."""
+    """Return the kernel's lines about this process's memory."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return {line.split(":")[0]: line.split(":")[1].strip() for line in lines if line.startswith(("Vm", "Rss"))}
 
 
 def _table(path: Path) -> dict[str, int]:
-    """Of lines like `VmRSS:  1024 kB`, in bytes."""
+    """Read lines like `VmRSS:  1024 kB`, in bytes."""
     lines = [line.split() for line in path.read_text().splitlines() if line.endswith(" kB")]
     return {words[0].rstrip(":"): 1024 * int(words[1]) for words in lines}
 
@@ -78,7 +84,7 @@ def _table(path: Path) -> dict[str, int]:
 def control_groups(
     membership: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")
 ) -> Iterator[Bound]:
-    """Of this process's groups and of those around them, each that has a limit."""
+    """Yield the limits of this process's groups and of those around them."""
     for line in membership.read_text().splitlines():
         _, controllers, place = line.split(":", 2)
         if controllers not in ("", "memory"):
@@ -94,7 +100,7 @@ def control_groups(
 
 
 def _reclaimable(folder: Path) -> int:
-    """Cached files, which the kernel drops before a process goes without."""
+    """Return the bytes of cached files, which the kernel drops before a process goes without."""
     words = (folder / "memory.stat").read_text().split()
     counts = dict(zip(words[::2], words[1::2], strict=True))
     return int(counts.get("total_inactive_file", counts.get("inactive_file", 0)))

@@ -1,4 +1,4 @@
-"""A rank's memory: what is there, what each part of a training holds of it, and what is left behind when it is out."""
+"""Memory of a rank: what there is, what each part of a training holds, and a record of running out of it."""
 
 import contextlib
 import json
@@ -29,13 +29,14 @@ GIB = 2**30
 
 @dataclass
 class MemoryConfig:
-    """How much memory a rank may take. What `share` leaves is for fragmentation, for what libraries take beside the
-    allocator, and for loader workers.
+    """Settings of how much memory a rank may take.
+
+    What `share` leaves is for fragmentation, for libraries' memory outside of the allocator, and for loader workers.
     """
 
-    share: float = 0.9  # of the free memory, the part that a rank may take with `micro_batch_size: auto`
+    share: float = 0.9  # part of the free memory that a rank may take with `micro_batch_size: auto`
     history: bool = False
-    """On CUDA, an out-of-memory report holds the stack of every allocation; costs microseconds for each."""
+    """Keep the stack of every allocation on CUDA for an out-of-memory report; it costs microseconds for each."""
 
     def __post_init__(self) -> None:
         check_ranges(self, "memory", share=share("0.9 is usual"))
@@ -50,28 +51,31 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def total_memory(device: torch.device) -> int:
-    """Bytes; on a CPU, of what bounds this process most."""
+    """Return all memory in bytes; on a CPU, the limit that bounds this process most."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return host_memory.total_memory()
 
 
 def free_memory(device: torch.device, *, num_sharing: int) -> int:
-    """Bytes that this rank may still take. `num_sharing`: ranks on this host, which share it if they run on its CPU."""
+    """Return the bytes that this rank may still take.
+
+    `num_sharing`: ranks on this host, which share its memory if they run on its CPU.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return host_memory.free_memory(num_sharing=num_sharing)
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes taken since `restart_peak`: from the device by PyTorch's allocator, or from the host."""
+    """Return the most bytes taken since `restart_peak`, by PyTorch's allocator on the device or from the host."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
     return host_memory.peak_memory()
 
 
 def taken_memory(device: torch.device) -> int:
-    """What `peak_memory` would be if nothing more were taken."""
+    """Return what `peak_memory` would be if nothing more were taken."""
     return torch.cuda.memory_reserved(device) if device.type == "cuda" else host_memory.taken_memory()
 
 
@@ -85,7 +89,7 @@ def restart_peak(device: torch.device) -> None:
 
 @contextlib.contextmanager
 def limited(device: torch.device, limit: int) -> Iterator[None]:
-    """On CUDA: as if PyTorch's allocator could take so many bytes and no more."""
+    """Limit PyTorch's allocator on CUDA to so many bytes within the block."""
     total = total_memory(device)
     torch.cuda.set_per_process_memory_fraction(min(limit / total, 1.0), device)
     try:
@@ -105,7 +109,7 @@ Parts = Mapping[str, Mapping[str, Tensor]]
 
 @dataclass(frozen=True)
 class OutOfMemory:
-    """What was known when an allocation failed. Bytes."""
+    """Facts known when an allocation failed; all sizes are in bytes."""
 
     asked: str
     peak: int
@@ -134,8 +138,9 @@ def _readable(asked: str) -> str:
 
 
 def write_snapshot(stem: Path, parts: Parts, facts: Mapping[str, Any]) -> Path:
-    """On CUDA the allocator's, for pytorch.org/memory_viz; else the tensors of the parts, largest first, as JSON.
-    Returns the file.
+    """Write a snapshot and return its file: on CUDA the allocator's, for pytorch.org/memory_viz.
+
+    On a CPU it lists the tensors of the parts, largest first, as JSON.
     """
     make_folder(stem.parent, within=stem.parent.parent)
     if torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""What a run writes down: metrics.jsonl, events.jsonl, the terminal's line, and wandb."""
+"""Metrics of a run: metrics.jsonl, events.jsonl, the terminal's line, and wandb."""
 
 import json
 import math
@@ -47,7 +47,7 @@ RARE = 1e-4
 
 
 class NonFiniteLossError(ValueError):
-    """A loss became NaN or infinite."""
+    """Error: a loss became NaN or infinite."""
 
 
 class MetricsLogger:
@@ -155,7 +155,7 @@ class MetricsLogger:
             print(_terminal_line(entry, num_steps), flush=True)
 
     def _summed_metrics(self) -> dict[str, Any]:
-        """The window's metrics over all ranks, as a line has them; without those of which nothing was counted."""
+        """Return the window's metrics over all ranks, as a line has them; without those that counted nothing."""
         pairs = {name: value for name, value in self._metrics.items() if value.dim() == 1}
         histograms = {name: value for name, value in self._metrics.items() if value.dim() == 2}
         sums = {name: value.tolist() for name, value in self.ranks.sum_values(pairs).items()}
@@ -165,7 +165,7 @@ class MetricsLogger:
         return entry
 
     def _rates(self, timed: list[Seconds], losses: Mapping[str, Tensor], steps: Sequence[int]) -> dict[str, Any]:
-        """How fast the ranks were in the steps; rank 0's seconds also go into events.jsonl."""
+        """Compute how fast the ranks were in the steps; rank 0's seconds also go into events.jsonl."""
         device = next(iter(losses.values())).device
         own = RankSeconds(host_name(), summed(timed), peak_memory(device))
         ranks = self.ranks.gather(own)
@@ -179,7 +179,7 @@ class MetricsLogger:
         return rates(ranks, len(timed), **facts) | slow
 
     def _totals(self, counters: Mapping[str, int], *, device: torch.device) -> dict[str, int]:
-        """Sums over ranks, without those that are 0."""
+        """Return the sums over ranks, without those that are 0."""
         counts = {name: torch.tensor(float(count), device=device) for name, count in counters.items()}
         return {f"data/{name}": int(total) for name, total in self.ranks.sum_values(counts).items() if total}
 
@@ -192,12 +192,12 @@ class MetricsLogger:
         self._wandb.tell(lambda run: run.log(facts, step=entry["step"]))
 
     def event(self, kind: str, **facts: Any) -> None:
-        """One line of events.jsonl: what happened to the run, and when."""
+        """Write one line of events.jsonl: what happened to the run, and when."""
         if self.ranks.is_main:
             write_event(self.run_dir, kind, stage=self.stage, **facts)
 
     def owes_scores(self, step: int) -> bool:
-        """On the main rank: whether the step was logged, but not what `evaluate` gave after it."""
+        """Tell, on the main rank, whether the step was logged without the scores of `evaluate` after it."""
         path = self.run_dir / "metrics.jsonl"
         if not self.ranks.is_main or not path.exists():
             return False

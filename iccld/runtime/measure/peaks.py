@@ -1,4 +1,4 @@
-"""What a device could do at best: by its name, or measured."""
+"""Best speed of a device: by its name, or measured."""
 
 import re
 import statistics
@@ -22,15 +22,15 @@ BF16_TFLOPS = {
     "RTX A6000": 154.8,
     "RTX 4090": 165.2,
 }
-"""10^12 a second of dense bf16 products, by NVIDIA's data sheets; the first name that fits the device's counts."""
+"""Peaks in 10^12 FLOPs a second of dense bf16, by NVIDIA's data sheets; the first name that fits counts."""
 
 ROUNDS = 5
 
 
 def nominal_flops(device: torch.device, precision: str) -> float:
-    """A second; 0 where the device is not known. `precision`: bf16, or `no` for fp32.
+    """Return FLOPs a second; 0 if the device is not known. `precision`: bf16, or `no` for fp32.
 
-    For fp32 it is half, as TF32 has it: what torch's convolutions use there, unless told otherwise.
+    For fp32 it is half, as for TF32: what torch's convolutions use there, unless told otherwise.
     """
     if device.type != "cuda":
         return 0.0
@@ -40,21 +40,21 @@ def nominal_flops(device: torch.device, precision: str) -> float:
 
 
 def measured_flops(device: torch.device, precision: str) -> float:
-    """A second, of a matrix product large enough to keep the device busy."""
+    """Measure FLOPs a second of a matrix product large enough to keep the device busy."""
     side, dtype = (8192 if device.type == "cuda" else 1024), torch.bfloat16 if precision == "bf16" else torch.float32
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     return 2 * side**3 / _seconds(lambda: a @ b, device)
 
 
 def measured_bandwidth(device: torch.device) -> float:
-    """Bytes a second, read and written, of a copy within the device's memory."""
+    """Measure bytes a second, read and written, of a copy within the device's memory."""
     source = torch.zeros(2**28 if device.type == "cuda" else 2**24, device=device)
     target = torch.empty_like(source)
     return 2 * source.numel() * source.element_size() / _seconds(lambda: target.copy_(source), device)
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    """The median of some rounds after a first."""
+    """Return the median seconds of some rounds after a first."""
     times = []
     for _ in range(ROUNDS + 1):
         start = time.perf_counter()
@@ -65,6 +65,6 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
 
 
 def wait_for(device: torch.device) -> None:
-    """Until all that was asked of the device is done; for measurements, never on the step path."""
+    """Wait until the device has done everything; for measurements, never on the step path."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""Where a step's time goes on this rank: on the host's clock, or, on a GPU, by events that are read when they are over.
+"""Times of a step's phases on this rank: by the host's clock or, on a GPU, by events that are read once over.
 
 Nothing here waits for the device. What a GPU does is timed where it does it: a phase lasts from when the work before
 it is over until its own is, so that `data` is the time for which the device stood idle, not the host.
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 PHASES = ("data", "agree", "prepare", "forward", "backward", "sync", "optimizer", "average", "save", "evaluate")
-"""In their order. `sync`: from the end of this rank's own backward pass until the gradients of all are there."""
+"""Phases in their order. `sync`: from the end of this rank's own backward pass until the gradients of all are there."""
 
 OUTSIDE = ("save", "evaluate")
 """Phases between steps; the others are parts of a step."""
@@ -23,7 +23,7 @@ WAITS = ("agree", "sync")
 """Waiting for other ranks: a rank that waits long is a fast one."""
 
 OVERLAPPED = "copy"
-"""Host to device, beside the step's own work."""
+"""Copies from host to device, beside the step's own work."""
 
 Seconds = dict[str, float]
 
@@ -37,7 +37,7 @@ class Clock(Protocol):
 
 
 class HostClock:
-    """For devices that compute while the host waits."""
+    """Clock of devices that compute while the host waits."""
 
     def mark(self) -> float:
         return time.perf_counter()
@@ -50,7 +50,7 @@ class HostClock:
 
 
 class CudaClock:
-    """Events on the current stream."""
+    """Clock of events on the current stream."""
 
     def mark(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
@@ -89,7 +89,7 @@ class PhaseTimer:
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
-        """A phase, or a part of one, that is not observed."""
+        """Time a phase, or a part of one, that is not observed."""
         start = self._clock.mark()
         try:
             yield
@@ -98,7 +98,7 @@ class PhaseTimer:
 
     @contextmanager
     def backward(self, loss: Tensor) -> Iterator[None]:
-        """The phases `backward` and `sync` of a backward pass from `loss`.
+        """Time the phases `backward` and `sync` of a backward pass from `loss`.
 
         What an engine does when the gradients are there, it does in callbacks of autograd that it queues in the midst
         of the pass. One that is queued at the pass's start comes before them, when this rank's own part is over.
@@ -118,13 +118,13 @@ class PhaseTimer:
         self._observe("agree")
 
     def end_step(self) -> None:
-        """What was timed since the last call is one step."""
+        """End a step: it holds what was timed since the last call."""
         end = self._clock.mark()
         self._ended.append(_Step(self._since, end, self._spans))
         self._since, self._spans = end, []
 
     def take(self) -> list[Seconds]:
-        """Of each step that is over and not yet taken, the seconds of its phases, and of the whole under `total`."""
+        """Return the seconds of each step that is over and not yet taken, by phase, and of the whole under `total`."""
         taken = []
         while self._ended and self._clock.is_over(self._ended[0].end):
             step = self._ended.pop(0)
@@ -132,14 +132,14 @@ class PhaseTimer:
             for name, start, end in step.spans:
                 if self._clock.is_over(end):
                     seconds[name] += self._clock.seconds(start, end)
-                else:  # a copy for a later step
+                else:  # it belongs to a copy for a later step
                     (self._ended[0].spans if self._ended else self._spans).append((name, start, end))
             taken.append(dict(seconds))
         return taken
 
 
 def summed(steps: list[Seconds]) -> Seconds:
-    """The seconds of several steps together."""
+    """Sum the seconds of several steps."""
     total: defaultdict[str, float] = defaultdict(float)
     for step in steps:
         for name, seconds in step.items():
@@ -148,7 +148,7 @@ def summed(steps: list[Seconds]) -> Seconds:
 
 
 class Ranges:
-    """An observer of phases that makes each a named range in the trace of `torch.profiler`."""
+    """Observer of phases that makes each a named range in the trace of `torch.profiler`."""
 
     def __init__(self) -> None:
         self._range: Any = None

@@ -1,4 +1,4 @@
-"""What others may read of a run while it trains: lines of JSON in files, and wandb (which only this file knows).
+"""Telemetry of a run while it trains: lines of JSON in files, and wandb (which only this file knows).
 
 None of it ends a run: what cannot be written or sent is said in one line, and training goes on.
 """
@@ -31,7 +31,7 @@ class WandbMode(Enum):
 
 
 class WandbRun:
-    """A run of wandb, or nothing once it has failed."""
+    """Run of wandb; it does nothing once it has failed."""
 
     def __init__(self) -> None:
         self._run: Any = None
@@ -91,7 +91,7 @@ class WandbRun:
 
 
 def _within(limit_s: float, function: Callable[[], Any]) -> Any:
-    """What the function returns or raises. Raises TimeoutError where that takes longer; it is left behind then."""
+    """Return or raise what the function does. Raises TimeoutError if that takes longer; the function goes on."""
     outcome: dict[str, Any] = {}
 
     def run() -> None:
@@ -152,7 +152,7 @@ def append(path: Path, text: str) -> None:
 
 
 def write_event(run_dir: Path, kind: str, **facts: Any) -> None:
-    """One line of events.jsonl, at two clocks: the one that people set, and that of this boot, which nobody does."""
+    """Write one line of events.jsonl with two times: the clock, and the seconds of this boot, which nobody sets."""
     try:
         append(
             run_dir / "events.jsonl",

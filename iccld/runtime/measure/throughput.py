@@ -1,4 +1,4 @@
-"""What the ranks' seconds amount to: rates, utilisation, and the rank that holds the others up."""
+"""Rates, utilisation and the slow rank, out of the ranks' seconds."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from iccld.runtime.measure.profiling import OUTSIDE, OVERLAPPED, WAITS, Seconds
 
-SLOW = 1.1  # times the median
+SLOW = 1.1  # multiple of the median
 
 
 class RankSeconds(NamedTuple):
@@ -18,28 +18,28 @@ class RankSeconds(NamedTuple):
 
 
 def own_seconds(seconds: Mapping[str, float]) -> float:
-    """Of a rank's steps, without what it waited for others, and without what is between steps."""
+    """Return a rank's seconds of its steps, without its waits for others and without what is between steps."""
     return seconds["total"] - sum(seconds.get(name, 0.0) for name in (*WAITS, *OUTSIDE))
 
 
 def rates(
-    ranks: Sequence[RankSeconds], num_steps: int, *, global_batch_size: int, flops: float, peak_flops: float
+    ranks: Sequence[RankSeconds], num_timed: int, *, global_batch_size: int, flops: float, peak_flops: float
 ) -> dict[str, Any]:
     """A line's facts on speed. `flops`: floating-point operations a sample; `peak_flops`: a rank's a second, or 0."""
     totals = [rank.seconds["total"] - sum(rank.seconds.get(name, 0.0) for name in OUTSIDE) for rank in ranks]
     total = max(*totals, 1e-9)
-    samples_per_s = num_steps * global_batch_size / total
+    samples_per_s = num_timed * global_batch_size / total
     achieved = flops * samples_per_s / len(ranks)
     names = sorted({name for rank in ranks for name in rank.seconds} - {"total"})
     return {
-        "step_s": total / num_steps,
+        "step_s": total / num_timed,
         "samples_per_s": samples_per_s,
         "samples_per_s_per_rank": samples_per_s / len(ranks),
         "data_wait": max(rank.seconds.get("data", 0.0) for rank in ranks) / total,
         "flops_per_s_per_rank": achieved,
         **({"mfu": achieved / peak_flops} if peak_flops else {}),
         "peak_gib": max(rank.peak_bytes for rank in ranks) / 2**30,
-        **{f"time/{name}_s": _mean(ranks, name) / num_steps for name in names},
+        **{f"time/{name}_s": _mean(ranks, name) / num_timed for name in names},
     }
 
 
@@ -47,8 +47,8 @@ def _mean(ranks: Sequence[RankSeconds], name: str) -> float:
     return statistics.fmean(rank.seconds.get(name, 0.0) for rank in ranks)
 
 
-def slowest(ranks: Sequence[RankSeconds], num_steps: int) -> dict[str, Any]:
-    """Of several: which the others wait for, in which phase it is behind, and what each one's own work takes a step."""
+def slowest(ranks: Sequence[RankSeconds], num_timed: int) -> dict[str, Any]:
+    """Describe the rank that the others wait for: in which phase it is behind, and each rank's own work a step."""
     own = [own_seconds(rank.seconds) for rank in ranks]
     slow = own.index(max(own))
     parts = [_own_parts(rank.seconds) for rank in ranks]
@@ -61,18 +61,18 @@ def slowest(ranks: Sequence[RankSeconds], num_steps: int) -> dict[str, Any]:
         "slow_rank_host": ranks[slow].host,
         "slow_rank_phase": max(behind, key=lambda name: behind[name]),
         "slow_rank_over_others": own[slow] / max(statistics.median(own[:slow] + own[slow + 1 :]), 1e-9),
-        "rank_own_s": [round(seconds / num_steps, 6) for seconds in own],
+        "rank_own_s": [round(seconds / num_timed, 6) for seconds in own],
     }
 
 
 def _own_parts(seconds: Mapping[str, float]) -> Seconds:
-    """What `own_seconds` is the sum of; `other` is between the phases."""
+    """Return the parts whose sum is `own_seconds`; `other` is between the phases."""
     parts = {name: value for name, value in seconds.items() if name not in ("total", OVERLAPPED, *WAITS, *OUTSIDE)}
     return {**parts, "other": own_seconds(seconds) - sum(parts.values())}
 
 
 def slow_rank_words(facts: Mapping[str, Any]) -> str:
-    """For the terminal; empty where no rank is much slower than the others."""
+    """Describe the slow rank for the terminal; "" if no rank is much slower than the others."""
     if facts.get("slow_rank_over_others", 0.0) < SLOW:
         return ""
     rank, phase = f"rank {facts['slow_rank']} on {facts['slow_rank_host']}", facts["slow_rank_phase"]

@@ -73,7 +73,7 @@ def test_a_png_begins_with_its_header(read: Callable[[bytes], object]) -> None:
 
 
 def test_the_frames_of_an_animated_png_do_not_count() -> None:
-    """Its pixels fill it; PIL would draw as much of them as the first frame says, and leave the rest black."""
+    """Pixels fill the whole image; PIL would draw only what the first frame covers, and leave the rest black."""
     frame = struct.pack(">IIIIIHHBB", 0, WIDTH, 3, 0, 0, 0, 0, 0, 0)
     chunks = chunk(b"acTL", struct.pack(">II", 2, 0)), chunk(b"fcTL", frame), IMAGES["png"][33:]
     animated = png(struct.pack(">IIBBBBB", WIDTH, HEIGHT, 8, 2, 0, 0, 0), *chunks)

@@ -68,7 +68,7 @@ def test_colours_are_those_of_pil(options: dict[str, object], restart: int) -> N
 
 @pytest.mark.parametrize(("subsampling", "code"), [("4:2:0", 0x22), ("4:2:0", 0x41), ("4:2:0", 0x14), ("4:2:2", 0x12)])
 def test_samplings_with_and_without_a_name_are_read(subsampling: str, code: int) -> None:
-    """As many blocks in another place: the header's word counts, and it is PIL's picture."""
+    """The header's sampling counts, which places the blocks elsewhere; the picture is PIL's."""
     data = bytearray(encode(np.resize(picture(), (64, 64, 3)), "jpeg", subsampling=subsampling))
     data[data.index(b"\xff\xc0") + 11] = code
     expected = np.array(Image.open(io.BytesIO(bytes(data))))

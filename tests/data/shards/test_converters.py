@@ -1,4 +1,4 @@
-"""What holds for any data set: tables, mappings, label ids, splits, and input that is broken or hostile."""
+"""Rules for any data set: tables, mappings, label ids, splits, and input that is broken or hostile."""
 
 import json
 from collections import Counter

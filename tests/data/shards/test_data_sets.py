@@ -88,7 +88,7 @@ def mapillary(version: str) -> Callable[[np.ndarray], bytes]:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a set's first and second image and label lie, and how a label is stored."""
+    """Paths of a set's first and second image and label, and the storage of a label."""
 
     dataset: str
     split: str
@@ -102,7 +102,7 @@ class Layout:
 
 
 def layout(dataset: str, split: str, keys: tuple[str, str], image: str, label: str, store, **more) -> Layout:
-    """Of paths with {0} for the key and {1} for the key's part before its first `_`."""
+    """Make a layout of paths with {0} for the key and {1} for the key's part before its first `_`."""
     images, labels = (tuple(path.format(key, key.split("_")[0]) for key in keys) for path in (image, label))
     return Layout(dataset, split, images, labels, keys, store, **more)
 

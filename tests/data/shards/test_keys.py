@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from iccld.data.config import DatasetConfig
 from iccld.data.storage.index import ShardIndex, sample_dtype, shard_dtype, write_index
-from iccld.data.stream.sets import open_parts
+from iccld.data.stream.sets import open_sets
 from tests.data.factory import config
 
 KEYS = ["a", "a ", " a", "b", "b c", "M\u00fcnster/1", "\u6771\u4eac", "-"]
@@ -29,7 +29,7 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
 
 def positions(index: ShardIndex, path: Path) -> list[int]:
     data = config({"source": index.location}, source=DatasetConfig("s", index.location, keys=str(path)))
-    (part,) = open_parts(data, "source", with_labels=True)
+    (part,) = open_sets(data, "source", with_labels=True)
     return list(part.positions)
 
 

@@ -1,4 +1,4 @@
-"""What is stored fits its label for every reader: upright, with no word of EXIF to the contrary."""
+"""A stored image fits its label for every reader: it is upright, and no EXIF tag says otherwise."""
 
 import io
 from pathlib import Path

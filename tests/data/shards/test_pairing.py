@@ -1,4 +1,4 @@
-"""What lies in an input beside the pairs is paired, named or counted, in folders and in zips."""
+"""Everything in an input is paired, named or counted, in folders and in zips."""
 
 import os
 import unicodedata

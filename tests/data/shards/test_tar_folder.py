@@ -1,4 +1,4 @@
-"""What a folder of tars holds besides tars: read, named, or counted; nothing of it is waited for."""
+"""Other files in a folder of tars are read, named, or counted; none is waited for."""
 
 import gzip
 import os
@@ -154,7 +154,7 @@ def test_verify_names_what_the_index_does_not_know(tmp_path: Path, capsys: pytes
 
 @pytest.mark.parametrize("left_out", [0, 1, None])
 def test_verify_names_samples_that_the_index_lacks(tmp_path: Path, left_out: int | None) -> None:
-    """As an index does that was made before links were read; but not those that it left out knowingly."""
+    """An index made before links were read lacks them; those that it left out knowingly are not named."""
     write_tar(tmp_path / "a.tar", pair_members("x", 0) | pair_members("y", 1) | {"x.json": b"{}"})
     index = opened(build(tmp_path))
     settings = {} if left_out is None else {"left_out": left_out}

@@ -178,7 +178,7 @@ def test_a_bucket_in_use_is_not_waited_for(tmp_path: Path):
 
 
 def put_on_a_full_disk(cache: SampleCache, told: Any) -> None:
-    """As a full disk does, the limit lets a file begin, and not end."""
+    """Put with a limit that lets a file begin, and not end, as a full disk does."""
     messages: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())
@@ -220,7 +220,7 @@ def test_a_cache_of_no_size_is_refused(size: float):
 
 
 def test_keeping_beats_replacing_in_permuted_epochs(tmp_path: Path):
-    """With room for half of a set: keeping hits half of the time, replacing the least recently used 15 %."""
+    """A cache of half a set hits half of the time if it keeps, 15 % if it replaces the least recently used."""
     cache, num_samples, num_epochs = open_cache(tmp_path, num_entries=100), 200, 5
     draw, recent, hits = random.Random(0), OrderedDict[str, None](), 0
     for epoch in range(num_epochs):

@@ -29,7 +29,7 @@ FLIPS_A_FILE = 150
 
 
 def seen(folder: Path) -> object:
-    """What a run sees of a set: the order of samples for classes and by epochs, their bytes, and the fingerprint."""
+    """Return what a run sees of a set: the order by classes and by epochs, the samples' bytes, and the fingerprint."""
     settings = config({"source": str(folder), "target": str(folder)}, rare_class_sampling=True)
     settings.rare_class_min_pixels = 20
     stream = TrainingStream(settings, seed=3, layout=BatchLayout(4, 4))

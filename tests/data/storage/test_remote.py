@@ -1,4 +1,4 @@
-"""What goes wrong between here and the shards: faults of servers, and of those who set them up."""
+"""Faults between here and the shards: those of servers, and of the people who set them up."""
 
 import os
 import random
@@ -41,7 +41,7 @@ def quick_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=["http", "s3"])
 def options(request: pytest.FixtureRequest) -> dict[str, str]:
-    """Of a bucket that anyone may read, for the servers that speak that much of S3."""
+    """Options of a bucket that anyone may read, for the servers that speak that much of S3."""
     return {"anon": "true"} if request.param == "s3" else {}
 
 

@@ -1,4 +1,4 @@
-"""What a sample number means depends on neither ranks nor workers, for any mixture of sets, weights and subsets."""
+"""The meaning of a sample number depends on neither ranks nor workers, for all mixtures, weights and subsets."""
 
 import contextlib
 import itertools
@@ -88,7 +88,7 @@ def test_ranks_and_workers_change_nothing_even_in_mid_run(
 def test_a_stream_that_repeats_reads_the_same_again_under_numbers_and_noise_of_its_own(
     sets: dict[str, str], rare: bool, several: bool
 ) -> None:
-    """From any step on: image, crop, flip, labels and partner of sample n are those of n modulo the period."""
+    """Image, crop, flip, labels and partner of sample n are those of n modulo the period, from any step on."""
     data, period = mixture(sets, rare=rare, several=several), 2 * GLOBAL_BATCH_SIZE
     plain = sequence(data, 1, 1, 0, 2)
     stream = TrainingStream(data, seed=SEED, layout=layout(2, 1), repeat_after=period, noise={"noise": (2,)})
@@ -107,7 +107,7 @@ def test_a_stream_that_repeats_reads_the_same_again_under_numbers_and_noise_of_i
 
 @pytest.mark.parametrize("several", [False, True])
 def test_an_epoch_of_each_set_loses_and_repeats_nothing(sets: dict[str, str], several: bool) -> None:
-    """Of 10,000 numbers each set gets its share; any run of its own numbers that is an epoch long has each once."""
+    """Each set gets its share of 10,000 numbers; as many of its own numbers as an epoch has hold each sample once."""
     domain = TrainingStream(mixture(sets, rare=False, several=several), seed=SEED, layout=layout()).domains["target"]
     draws = [domain.order[n] for n in range(10_000)]
     counts = {0: 13, 1: 4, 2: 3} if several else {0: 13}

@@ -182,7 +182,7 @@ def test_images_of_a_class_are_those_that_a_scan_would_find(data: st.DataObject)
 
 @pytest.mark.parametrize("num_images", [40, 900])
 def test_the_first_images_of_a_long_list_are_drawn_evenly(num_images: int) -> None:
-    """With few of the list in reach, they are listed; with many, drawn until one is in reach."""
+    """Images in reach are listed if they are few; if many, draws are repeated until one is in reach."""
     pixels = np.ones((2000, 1), np.uint32)
     order = rare_order(pixels, min_pixels=0, num_images=num_images)
     counts = np.bincount([order[n].index for n in range(30 * num_images)], minlength=num_images)

@@ -30,7 +30,7 @@ def test_what_is_unpacked_is_what_was_packed(count: int, height: int, width: int
 
 
 def test_what_is_said_to_be_needed_of_shared_memory_is_needed(folders: dict[str, str]) -> None:
-    """For a batch of both domains, which the target's missing labels make a little smaller."""
+    """A batch has both domains; the target's missing labels make it a little smaller."""
     data = config({**folders, "target": folders["source"]}, num_workers=1)
     noise = {"noise": (3, 5, 7)}
     batch = next(TrainingStream(data, seed=0, layout=layout(), target_labels=True, noise=noise).batches(0))

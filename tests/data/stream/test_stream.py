@@ -256,7 +256,7 @@ def test_no_process_is_left_of_a_killed_training(folders: dict[str, str]) -> Non
 
 
 def test_a_worker_is_sent_no_records(folders: dict[str, str]) -> None:
-    """What is mapped is mapped again; a set of a million samples would be copied, and its copy pickled."""
+    """A worker maps the files again; else a set of a million samples would be copied, and its copy pickled."""
     (samples,) = (
         part.index.samples for part in TrainingStream(config(folders), seed=0, layout=layout()).domains["source"].parts
     )

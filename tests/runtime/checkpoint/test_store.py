@@ -1,6 +1,5 @@
 """Checkpoints appear whole or not at all, and a damaged one is named and passed over."""
 
-import json
 import os
 import subprocess
 import time
@@ -15,23 +14,11 @@ from hypothesis import strategies as st
 
 from iccld.durable import file_checksum
 from iccld.models.denoiser import Denoiser, DenoiserConfig
-from iccld.runtime.checkpoint.manifest import CheckpointError, DamagedError, ForeignFormatError, verify, write_manifest
+from iccld.runtime.checkpoint.manifest import CheckpointError, verify
 from iccld.runtime.checkpoint.pieces import whole
 from iccld.runtime.checkpoint.store import ALIGNMENT, PIECE_BYTES, CheckpointConfig, CheckpointStore, in_pieces
 from iccld.runtime.ranks import Ranks
-
-ABOUT = {"stage": "stage1", "layout": {"engine": "ddp", "world_size": 1}}
-
-
-def store(folder: Path, reports: list[str] | None = None, *, asynchronous: bool = False) -> CheckpointStore:
-    reports = reports if reports is not None else []
-    return CheckpointStore(folder, CheckpointConfig(asynchronous=asynchronous), Ranks(), report=reports.append)
-
-
-def save(checkpoints: CheckpointStore, step: int) -> Path:
-    runs = {"module/weight": whole(torch.full((8, 8), float(step))), "exp_avg/weight": whole(torch.ones(8, 8))}
-    checkpoints.save(step, runs, ABOUT)
-    return checkpoints.folder / f"step_{step:08d}"
+from tests.runtime.checkpoint.factory import ABOUT, flip, save, store
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path):
@@ -71,7 +58,7 @@ def test_blocks_lie_apart_in_few_pieces(sizes: list[int]):
 
 
 def test_pinned_memory_is_little_more_than_what_it_holds():
-    """By powers of two, for the weights, moments and teacher of a denoiser."""
+    """Pinned memory comes in powers of two; it holds the weights, moments and teacher of a denoiser."""
     with torch.device("meta"):
         denoiser = Denoiser(config=DenoiserConfig(width=352), latent_channels=4, condition_channels=4)
     sizes = [4 * parameter.numel() for parameter in denoiser.parameters()] * 4
@@ -134,12 +121,6 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
 @pytest.mark.parametrize("damage", [truncate, flip, Path.unlink])
 @pytest.mark.parametrize("name", ["rank_00000.safetensors", "manifest.json"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
@@ -179,17 +160,6 @@ def test_latest_names_the_newest_whole_one_again(tmp_path: Path, said: str | Non
     flip(tmp_path / "step_00000002" / "rank_00000.safetensors")
     assert checkpoints.newest()
     assert latest.read_text() == "step_00000001"
-
-
-def test_no_bit_of_a_manifest_can_be_flipped_unseen(tmp_path: Path):
-    path = save(store(tmp_path), 1) / "manifest.json"
-    content = path.read_bytes()
-    for position in range(len(content)):
-        flipped = bytearray(content)
-        flipped[position] ^= 1 << position % 8
-        path.write_bytes(flipped)
-        with pytest.raises(DamagedError, match=r"damaged: manifest\.json"):
-            verify(path.parent)
 
 
 def test_what_cannot_be_read_now_is_passed_over_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -261,90 +231,6 @@ def test_a_linked_checkpoint_is_read_and_never_deleted(tmp_path: Path):
     assert len(reports) == 1 and "step_00000001 is a link; it is left" in reports[0]
 
 
-def hostile_manifests() -> Iterator[tuple[str, Callable[[Path], object]]]:
-    """What a stranger, or a disk, may leave in place of a manifest."""
-    texts = {
-        "nested": "[" * 100_000,
-        "nested in part": '{"sha256": "", "files": ' + '{"a":' * 100_000 + "1" + "}" * 100_001,
-        "less nested": json.dumps({"a": 1}).replace("1", "[" * 900 + "]" * 900),
-        "not JSON": "{",
-        "a list": "[]",
-        "not text": "\udcff",
-        "a large number": '{"step": 1' + "0" * 5000 + "}",
-    }
-    for name, text in texts.items():
-        yield name, lambda path, text=text: path.write_bytes(text.encode(errors="surrogateescape"))
-    yield "a folder", lambda path: (path.unlink(), path.mkdir())
-    yield "a pipe", lambda path: (path.unlink(), os.mkfifo(path))
-    yield "a link", lambda path: path.rename(path.with_name("other")) and path.symlink_to("other")
-    for key in ("step", "files", "tensors"):
-        for value in (None, [], {}, "x", -1, 1.5, {"a": 1}, {"a": {"size": 1}}, {"a": []}, [[]]):
-            if (key, value) not in (("tensors", {}),):
-                yield f"{key}={value}", lambda path, key=key, value=value: rewrite(path, {key: value})
-    for layout in (None, [], {}, {"engine": "ddp"}, {"engine": 1, "world_size": 1}):
-        yield f"layout={layout}", lambda path, layout=layout: rewrite(path, {"layout": layout})
-    yield "stage=None", lambda path: rewrite(path, {"stage": None})
-    facts = {"size": 8, "sha256": ""}
-    for name in ("/etc/passwd", "../step_00000001/rank_00000.safetensors", "..", "", "a/b", "a\0b"):
-        yield f"file {name!r}", lambda path, name=name: rewrite(path, {"files": {name: facts}, "tensors": {}})
-    entry = {"shape": [1], "dtype": "float32", "pieces": [["rank_00000.safetensors", 0, 1]]}
-    for change in (
-        {"pieces": [["../other.safetensors", 0, 1]]},
-        {"pieces": [[7, 0, 1]]},
-        {"pieces": [["rank_00000.safetensors", -1, 1]]},
-        {"pieces": [0]},
-        {"dtype": "__class__"},
-        {"shape": [True]},
-    ):
-        yield f"{change}", lambda path, change=change: rewrite(path, {"tensors": {"a": entry | change}})
-
-
-def rewrite(path: Path, change: dict[str, Any]) -> None:
-    """As somebody does who knows the checksum."""
-    facts = json.loads(path.read_text())
-    write_manifest(path.parent, {name: value for name, value in (facts | change).items() if name != "sha256"})
-
-
-HOSTILE = dict(hostile_manifests())
-
-
-@pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_manifest_is_named_and_the_older_checkpoint_is_used(tmp_path: Path, name: str):
-    reports: list[str] = []
-    checkpoints = store(tmp_path, reports)
-    for step in (1, 2):
-        save(checkpoints, step)
-    HOSTILE[name](tmp_path / "step_00000002" / "manifest.json")
-    newest = checkpoints.newest()
-    assert newest and newest.step == 1
-    assert len(reports) == 1 and "step_00000002" in reports[0] and "\n" not in reports[0]
-    checkpoints = store(tmp_path, reports)
-    for step in (3, 4):
-        save(checkpoints, step)
-
-
-@pytest.mark.parametrize("form", ["../elsewhere", "{}/elsewhere", "./elsewhere"])
-def test_a_manifest_names_no_file_outside_its_folder(tmp_path: Path, form: str):
-    """Even one that is there, and has the size and the checksum that are given."""
-    folder, name = save(store(tmp_path), 1), form.format(tmp_path)
-    (folder / name).write_bytes(b"elsewhere")
-    facts = {"size": 9, "sha256": file_checksum(folder / name)}
-    rewrite(folder / "manifest.json", {"files": {name: facts}, "tensors": {}})
-    with pytest.raises(DamagedError, match="for a file's name, which would lie elsewhere"):
-        verify(folder)
-
-
-@pytest.mark.parametrize("target", ["same", "other"])
-def test_a_link_in_a_checkpoint_is_damage(tmp_path: Path, target: str):
-    """Even where the bytes are the same: what it leads to may change, or go."""
-    folder = save(store(tmp_path / "a"), 1)
-    file = folder / "rank_00000.safetensors"
-    elsewhere = file.rename(tmp_path / "elsewhere")
-    file.symlink_to(elsewhere if target == "same" else "/dev/null")
-    with pytest.raises(DamagedError, match=r"rank_00000\.safetensors is a link"):
-        verify(folder)
-
-
 def test_when_all_are_damaged_the_run_does_not_start_anew_in_silence(tmp_path: Path):
     checkpoints = store(tmp_path)
     (save(checkpoints, 1) / "rank_00000.safetensors").unlink()
@@ -387,21 +273,6 @@ def test_a_folder_that_cannot_be_written_is_named(small_disk: Path):
         save(checkpoints, 2)
     newest = checkpoints.newest()
     assert newest and newest.step == 1
-
-
-def test_another_format_is_refused_and_kept(tmp_path: Path):
-    """By an older version of iccld, after a newer one: going on from an older step would overwrite good work."""
-    checkpoints = store(tmp_path)
-    save(checkpoints, 1)
-    folder = save(checkpoints, 2)
-    manifest = json.loads((folder / "manifest.json").read_text()) | {"format": 99}
-    del manifest["sha256"]
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(ForeignFormatError, match="has format 99, and this version of iccld reads 2"):
-        verify(folder)
-    with pytest.raises(CheckpointError, match="has format 99"):
-        checkpoints.newest()
-    assert folder.is_dir()
 
 
 def test_keeping_fewer_than_two_is_refused():

@@ -1,4 +1,4 @@
-"""Who holds up the others, from what all ranks say of themselves."""
+"""Heartbeats tell which ranks hold up the others."""
 
 from pathlib import Path
 

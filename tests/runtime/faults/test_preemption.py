@@ -41,7 +41,7 @@ def start(code: str) -> subprocess.Popen[str]:
 
 
 def test_a_request_that_came_while_signals_were_held_back_is_heard() -> None:
-    """As a rank holds them back while it starts."""
+    """A rank holds signals back while it starts."""
     process = start("""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGTERM})
     os.kill(os.getpid(), signal.SIGUSR1)

@@ -1,4 +1,4 @@
-"""What is wrong with a node is found before a run, and said with its name and what to do."""
+"""Faults of a node are found before a run, and named with a remedy."""
 
 import re
 import subprocess

@@ -36,7 +36,7 @@ def grouped_backward(*args: Any, out_shape: Any, **options: Any) -> int:
 
 
 def torch_count(run: Callable[[], Any]) -> tuple[Any, int]:
-    """What `run` returns, and the FLOPs that torch counts in it, where attention is of parts that it can count."""
+    """Return what `run` returns, and the FLOPs that torch counts in it, with attention of parts that it can count."""
     mapping = {torch.ops.aten.convolution_backward: grouped_backward}
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         out = run()

@@ -1,4 +1,4 @@
-"""What is free, by the kernel's own files; and which errors mean that nothing is."""
+"""Free memory, by the kernel's own files; and the errors that mean that there is none."""
 
 import contextlib
 import resource

@@ -1,4 +1,4 @@
-"""What a run writes down."""
+"""Lines that a run writes down."""
 
 import json
 from pathlib import Path
@@ -88,7 +88,7 @@ EARLIER = '{"stage": "stage1", "step": 1, "loss": 0.5}\n{"stage": "stage1", "ste
 
 
 def test_a_run_of_an_earlier_version_goes_on_with_lines_of_one_format(tmp_path: Path):
-    """It wrote step 1 after two steps, and named no format."""
+    """An earlier version wrote step 1 after two steps, and named no format."""
     path = tmp_path / "metrics.jsonl"
     path.write_text(
         EARLIER + '{"stage": "stage1", "step": 3, "loss": 0.5}\n{"stage": "stage0", "step": 9, "loss": 0.5}\n'

@@ -31,7 +31,7 @@ print("trained")
 
 
 def with_wandb(folder: Path, *, timeout_s: float = 150, **environment: str) -> str:
-    """What a process says that asks for wandb online; it must go on and end."""
+    """Return the output of a process that asks for wandb online; it must go on and end."""
     # A test in this process may have left wandb's service behind, which the new process would join.
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     home = {"HOME": str(folder), "NETRC": str(folder / "none")}
@@ -97,7 +97,7 @@ def test_what_fails_or_hangs_in_the_middle_is_said_once(
 
 
 def limited_to(size: int, path: Path, lines: list[str]) -> None:
-    """In a child: adds the lines to a file that may not grow beyond `size`."""
+    """Add the lines, in a child, to a file that may not grow beyond `size`."""
     if not (child := os.fork()):
         import signal
 

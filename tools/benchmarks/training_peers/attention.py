@@ -15,7 +15,7 @@ TOLERANCE = 2e-2  # of bf16 results, relative to the largest
 
 
 def attention_figures(size: Size, device: torch.device) -> dict[str, Any]:
-    """How the two compare, or why they cannot be compared here, under `skipped`."""
+    """Compare the two, or say under `skipped` why they cannot be compared here."""
     try:
         check_backend(AttentionBackend.xformers, device.type)
         return compare_attention(size, device)
@@ -24,7 +24,10 @@ def attention_figures(size: Size, device: torch.device) -> dict[str, Any]:
 
 
 def compare_attention(size: Size, device: torch.device) -> dict[str, Any]:
-    """How much faster xformers is, forward and backward, at each level with attention: the geometric mean is judged."""
+    """Measure how much faster xformers is, forward and backward, at each level with attention.
+
+    The geometric mean of the levels is judged.
+    """
     config = config_of(size).model.denoiser
     levels = {}
     for level in sorted({*config.attention_levels, config.num_levels - 1}):

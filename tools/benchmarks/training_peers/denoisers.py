@@ -71,7 +71,7 @@ def num_blocks(module: nn.Module) -> int:
 
 
 def flops_of(call: Callable[[], object]) -> int:
-    """Of convolutions and matrix products, attention's included: fused kernels of a CPU are not counted."""
+    """Count convolutions and matrix products, attention's included: fused kernels of a CPU are not counted."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops()

@@ -28,7 +28,7 @@ def is_met(name: str, value: float, goal: float) -> bool:
 
 
 def regressions(kept: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """A line for each kept ratio that is worse now. Raises ValueError where the two runs are not of a kind."""
+    """A line for each kept ratio that is worse now. Raises ValueError if the two runs are not of a kind."""
     for key in ("size", "device_type", "threads", "precision"):
         if kept.get(key) != now.get(key):
             found = f"{key} of the kept ratios is {kept.get(key)}, of these {now.get(key)}"

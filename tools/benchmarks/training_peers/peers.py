@@ -1,4 +1,4 @@
-"""What bench_train.py compares a step with: how the same modules are usually trained.
+"""Peers with which bench_train.py compares a step: the usual ways to train the same modules.
 
 Both peers take the stage's modules, its parameter groups and its objective, and keep the order of work of the code that
 they stand for. They draw from torch's global generator on the device.
@@ -24,7 +24,7 @@ from iccld.uda.pseudo_labels import class_probabilities, pseudo_labels
 
 
 def new_accelerator() -> Accelerator:
-    """Its precision is that of the engine made before it in this process."""
+    """Make an accelerator with the precision of the engine made before it in this process."""
     return Accelerator(cpu=not torch.cuda.is_available())
 
 

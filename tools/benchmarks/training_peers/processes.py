@@ -85,7 +85,7 @@ class Processes:
             self.processes.append(subprocess.Popen(command, env=environment, **pipes))
 
     def answers(self) -> list[str]:
-        """A line of each. Raises ValueError where one ends or is silent for too long."""
+        """A line of each. Raises ValueError if one ends or is silent for too long."""
         timer = threading.Timer(TURN_TIMEOUT_S, self.kill)
         timer.start()
         lines = [str(process.stdout and process.stdout.readline()).strip() for process in self.processes]
@@ -159,14 +159,14 @@ def weak_scaling(name: str, size_name: str) -> dict[str, Any]:
 
 
 def _ratios(seconds: dict[str, list[float]], bound: str, group: str) -> list[float]:
-    """At one batch a process, rates go as seconds a step."""
+    """Return the ratios; at one batch a process, rates go as seconds a step."""
     return [one / other for one, other in zip(seconds[bound], seconds[group], strict=True)]
 
 
 def in_own_process(num_threads: int, function: Callable[..., dict[str, Any]], *given: Any, **options: Any) -> Any:
     """The function's result, of a process that begins with no memory of the comparison before it.
 
-    `num_threads`: torch's there; 0 leaves them. Raises ValueError where the process is killed.
+    `num_threads`: torch's there; 0 leaves them. Raises ValueError if the process is killed.
     """
     before = os.environ.copy()
     os.environ.update(KEPT_MEMORY)

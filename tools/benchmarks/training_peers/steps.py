@@ -77,7 +77,7 @@ def compare_cache(size: Size, precision: Precision, *overrides: str) -> dict[str
 
 
 def measure_stage(name: str, size: Size, precision: Precision) -> dict[str, dict[str, Any]]:
-    """On a GPU, eager and compiled: samples a second (of the source; as many of the target), MFU, peak memory."""
+    """Measure on a GPU, eager and compiled: samples a second (of the source), MFU, peak memory."""
     found, flops = {}, 0
     for kind in ("eager", "compiled"):
         gc.collect()
@@ -105,7 +105,7 @@ def measure_stage(name: str, size: Size, precision: Precision) -> dict[str, dict
 
 
 def timing_share(step_s: float, device: torch.device) -> dict[str, Any]:
-    """What the timing of phases costs: of a step that has nothing else in it, over one of `step_s` seconds."""
+    """Measure the cost of timing phases: of a step with nothing else in it, over one of `step_s` seconds."""
     timer, x = PhaseTimer(device, Watchdog().phase), torch.ones(1, device=device, requires_grad=True)
 
     def bare() -> None:

@@ -45,6 +45,6 @@ def spread(ratios: Sequence[float]) -> dict[str, float]:
 
 
 def ratio_of(ours: Sequence[float], theirs: Sequence[float], **facts: Any) -> dict[str, Any]:
-    """How much faster ours is, of seconds round by round; with the medians and what else there is to say."""
+    """Return how much faster ours is, from seconds round by round; with the medians and further facts."""
     own = spread([other / mine for mine, other in zip(ours, theirs, strict=True)])
     return {**own, "ours_s": statistics.median(ours), "theirs_s": statistics.median(theirs), **facts}

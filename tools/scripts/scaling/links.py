@@ -1,4 +1,4 @@
-"""What a collective costs over ranks in nodes: the alpha-beta model of its links, measured and fitted.
+"""Cost of a collective over ranks in nodes: the alpha-beta model of its links, measured and fitted.
 
 A ring over n ranks takes n - 1 turns to scatter a sum or to gather parts, twice that to reduce to all; each turn costs
 `alpha + bytes / n * beta` (Thakur, Rabenseifner and Gropp, "Optimization of collective communication operations in
@@ -43,7 +43,7 @@ class Cost:
 
 
 Link = Mapping[str, Cost]
-"""By collective."""
+"""Costs by collective."""
 
 
 def nominal(*, alpha_us: float, gb_per_s: float) -> Link:
@@ -65,7 +65,7 @@ class Network:
         return -(-num_ranks // self.ranks_per_node)
 
     def took(self, collective: str, num_bytes: float, num_ranks: int) -> Took:
-        """For a tensor that has so many bytes where it is whole."""
+        """Measure for a tensor that has so many bytes where it is whole."""
         local = min(num_ranks, self.ranks_per_node)
         seconds = busy = 0.0
         for link, size, part in (
@@ -79,7 +79,7 @@ class Network:
 
 
 def sent_bytes(collective: str, num_bytes: float, num_ranks: int) -> float:
-    """What a rank sends; the hierarchy does not change it."""
+    """Return the bytes that a rank sends; the hierarchy does not change them."""
     return PASSES[collective] * (num_ranks - 1) / num_ranks * num_bytes
 
 
@@ -102,7 +102,7 @@ def fit(medians: Mapping[int, float], *, collective: str, num_ranks: int) -> tup
 
 
 def time_collectives(*, sizes: Sequence[int] = SIZES, seconds: float = SECONDS) -> dict[str, dict[int, list[Took]]]:
-    """On every rank of the default group: how long each collective takes at each size, some times over.
+    """Measure, on every rank of the default group, the seconds of each collective at each size, several times.
 
     The first of each is not counted. A size of which one takes longer than `seconds` is the collective's last.
     """
@@ -144,7 +144,7 @@ def _timed(run: Callable[[], Any]) -> Took:
 
 
 def summary(found: Mapping[str, Mapping[int, Sequence[Took]]], *, num_ranks: int, on_device: bool) -> dict[str, Any]:
-    """What `link.json` holds. `on_device`: collectives are the device's work; a host that waits loses nothing."""
+    """Return the content of `link.json`. `on_device`: the device does collectives, so a waiting host loses nothing."""
     collectives = {}
     for collective, by_size in found.items():
         medians = {size: statistics.median(took.seconds for took in times) for size, times in by_size.items()}
@@ -157,7 +157,7 @@ def summary(found: Mapping[str, Mapping[int, Sequence[Took]]], *, num_ranks: int
 
 
 def measure_link() -> dict[str, Any]:
-    """As one rank of a launch of several: the fitted costs, the same kind of figures on each rank."""
+    """Measure the fitted costs, as one rank of a launch of several; each rank gets the same kind of figures."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         raise ValueError("--measure-link needs a launch of at least 2 processes, e.g. torchrun --nproc-per-node 2 ...")
     on_device = torch.cuda.is_available()
@@ -171,7 +171,7 @@ def measure_link() -> dict[str, Any]:
 
 
 def read_link(path: Path) -> Link:
-    """What `--measure-link` wrote. Raises ValueError for anything else."""
+    """Read what `--measure-link` wrote. Raises ValueError for anything else."""
     try:
         collectives = json.loads(path.read_text())["collectives"]
         return {

@@ -47,7 +47,7 @@ class Burst(NamedTuple):
 
 
 def buckets(num_bytes: float, size: float, *, first: float = 0.0) -> list[float]:
-    """What `num_bytes` are sent in: one of `first`, then as many of `size` as there are, and the rest."""
+    """Divide `num_bytes` into messages: one of `first`, then as many of `size` as there are, and the rest."""
     found = [min(first, num_bytes)] if first else []
     rest = num_bytes - sum(found)
     found += [size] * int(rest // size)
@@ -55,7 +55,7 @@ def buckets(num_bytes: float, size: float, *, first: float = 0.0) -> list[float]
 
 
 def bursts_of(engine: str, profile: Profile, num_accumulation: int) -> list[Burst]:
-    """What an engine sends in a step; weights and gradients are fp32."""
+    """Return the messages that an engine sends in a step; weights and gradients are fp32."""
     size = profile.gradient_bytes
     agree = Burst("", NUM_SMALL, [[("all_reduce", SMALL)]])
     if engine == "ddp":
@@ -93,7 +93,7 @@ def exposed(window: float, messages: Sequence[tuple[float, Took]]) -> float:
 
 
 def exposed_seconds(bursts: Sequence[Burst], phases: dict[str, float], network: Network, num_ranks: int) -> float:
-    """What of a step's messages is not hidden. `phases`: seconds of one micro-batch."""
+    """Return the seconds of a step's messages that are not hidden. `phases`: seconds of one micro-batch."""
     total = 0.0
     for phase, times, units in bursts:
         sizes = [sum(size for _, size in unit) for unit in units]
@@ -118,7 +118,7 @@ def accumulation(profile: Profile, num_ranks: int, global_batch_size: int | None
 
 
 def own_seconds(profile: Profile, engine: str, num_ranks: int, num_accumulation: int) -> dict[str, float]:
-    """What a rank computes in a step, by phase."""
+    """Return the seconds that a rank computes in a step, by phase."""
     by_sample = ("data", "copy", "prepare", "forward", "backward")
     split = {"ddp": (), "fsdp2": ("optimizer", "average")}.get(engine, ("optimizer",))
     more = num_accumulation / profile.num_accumulation
@@ -152,7 +152,7 @@ class Step:
 
 
 def predict(profile: Profile, engine: str, network: Network, num_ranks: int, global_batch: int | None = None) -> Step:
-    """Raises ValueError where the global batch cannot be divided over the ranks."""
+    """Predict a step. Raises ValueError if the global batch cannot be divided over the ranks."""
     num_accumulation = accumulation(profile, num_ranks, global_batch)
     phases = own_seconds(profile, engine, num_ranks, num_accumulation)
     own_s = sum(phases.values())

@@ -1,4 +1,4 @@
-"""What a plan takes from `profile.json` of `iccld profile`."""
+"""Facts that a plan takes from `profile.json` of `iccld profile`."""
 
 import json
 import math
@@ -39,7 +39,7 @@ class Profile:
 
 
 def read_profile(path: Path) -> Profile:
-    """Raises ValueError where the file is no profile, or one that cannot be taken apart."""
+    """Read a profile. Raises ValueError if the file is none, or one that cannot be taken apart."""
     try:
         profile = _profile(json.loads(path.read_text()))
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -73,7 +73,10 @@ def _profile(figures: Mapping[str, Any]) -> Profile:
 
 
 def log_spread(seconds: Sequence[float]) -> float:
-    """Of log-normal times, from step to step: of a drift that all ranks share, none has to wait.
+    """Return the spread of log-normal times from step to step, without the drift that all ranks share.
+
+    It is estimated by the 90th percentile of the changes of their logarithms, which spread by the square root of 2
+    more.
 
     By the 90th percentile of the changes of their logarithms, which spread by the square root of 2 more.
     """

@@ -1,4 +1,4 @@
-"""From each data set's own layout to pairs of an image and a label of train ids.
+"""Converters from each data set's own layout to pairs of an image and a label of train ids.
 
     a folder, a zip, or a folder of zips ── tree ─┐
     tables/NAME.yaml, or one of the user's own ───┴─ converter ── pairs, train ids

@@ -1,4 +1,4 @@
-"""A data set's table over its files: the pairs, and the train ids of a label."""
+"""A data set's files as its table describes them: the pairs, and the train ids of a label."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ _READERS: Mapping[LabelsAs, Any] = {
 
 @dataclass(frozen=True)
 class Survey:
-    """What an input holds: the pairs, sorted by image; lost images; labels without an image, sorted; and the rest."""
+    """Content of an input: the pairs, sorted by image; lost images; labels without an image, sorted; and the rest."""
 
     pairs: list[Pair]
     problems: list[Problem]
@@ -47,7 +47,7 @@ class Survey:
 
 
 class Converter:
-    """One data set's files by its table. It can be pickled and used from several processes."""
+    """One data set's files, by its table. It can be pickled and used from several processes."""
 
     def __init__(
         self, table: Table, root: Path, *, split: str = "", ids: Ids | None = None, classes: ClassList | None = None
@@ -66,7 +66,7 @@ class Converter:
         self._class_list = table.class_list[chosen] if table.class_list else ""
 
     def survey(self, *, with_labels: bool = True) -> Survey:
-        """Looks at all files where images and labels lie. Raises ValueError if there are no pairs."""
+        """Look at all files in the folders of images and labels. Raises ValueError if there are no pairs."""
         not_seen, labels = NotSeen(), self._labels if with_labels else None
         images = self.tree.files(self._images.folder, not_seen=not_seen)
         found = [(path, self._images.match(path)) for path in images]
@@ -92,15 +92,15 @@ class Converter:
         return Survey(pairs, problems, spare, not_seen.passed_over)
 
     def pairs(self) -> list[Pair]:
-        """All pairs of the split, sorted by the image's path. Raises ValueError if there are none."""
+        """Return all pairs of the split, sorted by the image's path. Raises ValueError if there are none."""
         return self.survey().pairs
 
     def labels_without_image(self) -> list[str]:
-        """The label files of the split that belong to no image, sorted."""
+        """Return the label files of the split that belong to no image, sorted."""
         return self.survey().spare_labels
 
     def _label_files(self, labels: Pattern, images: Sequence[str], not_seen: NotSeen) -> list[str]:
-        """The files where labels lie, which may be among those where images lie."""
+        """Return the files in the folders of labels, which may be those of images too."""
         inside = fold(f"{labels.folder}/") if labels.folder else ""
         if inside.startswith(fold(f"{self._images.folder}/") if self._images.folder else ""):
             return [path for path in images if fold(path).startswith(inside)]
@@ -123,11 +123,11 @@ class Converter:
         return f"--input {where} holds no images of {self.name}, which lie as {self._layout()}{more}."
 
     def train_ids(self, path: str) -> np.ndarray:
-        """The `(H, W)` uint8 train ids of a label file. Raises UnknownIds or one of DECODE_ERRORS."""
+        """Return the `(H, W)` uint8 train ids of a label file. Raises UnknownIds or one of DECODE_ERRORS."""
         return _READERS[self.table.labels_as](self.tree.read(path), self._train_ids)
 
     def describe(self) -> dict[str, Any]:
-        """What the pairs and their labels' meaning depend on, as JSON."""
+        """Return everything that the pairs and the labels' meaning depend on, as JSON."""
         own = {"classes": self.classes.plain["names"]} if self.classes else {}
         return own | {
             "images": self._images.text,
@@ -152,7 +152,7 @@ class Converter:
 
     @cached_property
     def _train_ids(self) -> Ids:
-        """What a label file may hold, to train ids."""
+        """Map what a label file may hold to train ids."""
         if not self._class_list:
             return self.ids
         location = self.tree.location(self._class_list)
@@ -167,9 +167,9 @@ class Converter:
 def open_converter(
     dataset: str, root: Path, *, split: str = "", mapping: Path | None = None, classes: ClassList | None = None
 ) -> Converter:
-    """The converter of a packaged data set, or of the table at the path `dataset`, over the files in `root`.
+    """Open the converter of a packaged data set, or of the table at the path `dataset`, over the files in `root`.
 
-    With `classes`, labels become their indices; else Cityscapes train ids. Raises ValueError where a setting is wrong.
+    With `classes`, labels become their indices; else Cityscapes train ids. Raises ValueError if a setting is wrong.
     """
     if dataset in DATASETS:
         table = read_table(_TABLES / f"{dataset}.yaml", classes=classes)

@@ -1,4 +1,4 @@
-"""Which label belongs to which image."""
+"""Pairing of each image with its label."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from iccld.data.shards.tally import plain
 
 @dataclass(frozen=True)
 class Pair:
-    """An image and where its label belongs, whether that file exists or not; None where the set has no labels.
+    """Image and the path of its label, whether that file exists or not; None if the set has no labels.
 
     Paths are those of the input tree.
     """
@@ -21,9 +21,9 @@ class Pair:
 
 
 def pair_labels(pairs: Sequence[Pair], files: Sequence[str]) -> list[Pair]:
-    """Gives each pair the file of its label: by its very name, or else by letters' case or accents written otherwise.
+    """Give each pair the file of its label: by its exact name, or else ignoring case and the form of accents.
 
-    Raises ValueError where it may be either of two.
+    Raises ValueError if two files fit.
     """
     there = set(files)
     taken = there & {pair.label for pair in pairs}

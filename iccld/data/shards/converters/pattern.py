@@ -50,23 +50,23 @@ def has_image_ending(path: str) -> bool:
 
 @dataclass(frozen=True)
 class Pattern:
-    """A pattern of '/'-separated paths."""
+    """Pattern of '/'-separated paths."""
 
     text: str
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """The placeholders, in order."""
+        """Return the placeholders, in order."""
         return tuple(dict.fromkeys(match[1] for match in _PLACEHOLDER.finditer(self.text)))
 
     @property
     def folder(self) -> str:
-        """The folder under which all matches lie: the components before the first placeholder."""
+        """Return the folder that holds all matches: the components before the first placeholder."""
         return self.text.partition("{")[0].rpartition("/")[0]
 
     @property
     def top(self) -> str:
-        """The first component, or "" where it is not fixed."""
+        """Return the first component, or "" if it is not fixed."""
         first = self.text.split("/")[0]
         return "" if "{" in first else first
 
@@ -76,11 +76,11 @@ class Pattern:
         return all(c and not c.startswith(".") and not set(c) & set("{}\\*") for c in components)
 
     def with_split(self, split: str) -> "Pattern":
-        """`{split}` made fixed; without a split, its component is left out."""
+        """Return the pattern with `{split}` replaced; without a split, that component is left out."""
         return Pattern(self.text.replace("{split}", split) if split else self.text.replace("{split}/", ""))
 
     def match(self, path: str) -> dict[str, str] | None:
-        """What the placeholders stand for in `path`, whose other letters' case makes no difference; or None."""
+        """Return what the placeholders stand for in `path`, or None. The case of all other letters is ignored."""
         found = self._regex.fullmatch(path if path.isascii() else unicodedata.normalize("NFC", path))
         return found and found.groupdict()
 
@@ -93,7 +93,7 @@ class Pattern:
         return Pattern(f"{self.text.rpartition('.')[0]}.{{any_ending}}")
 
     def fill(self, values: Mapping[str, str]) -> str:
-        """The path in which the placeholders stand for `values`."""
+        """Return the path in which the placeholders stand for `values`."""
         return _PLACEHOLDER.sub(lambda placeholder: values[placeholder[1]], self.text)
 
     @cached_property

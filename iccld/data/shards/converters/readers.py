@@ -1,4 +1,4 @@
-"""How labels are stored, and from there to `(H, W)` uint8 train ids."""
+"""Ways in which labels are stored, each read to `(H, W)` uint8 train ids."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -16,7 +16,7 @@ _MAX_NAMED = 8
 
 
 class LabelsAs(Enum):
-    """How a label file says which class a pixel is of."""
+    """Ways in which a label file says which class a pixel is of."""
 
     ids = "ids"
     """Grey values, or the indices of a palettised image."""
@@ -27,16 +27,16 @@ class LabelsAs(Enum):
     polygons = "polygons"
     """JSON: `imgWidth`, `imgHeight` and `objects`, drawn in order, each with `label`, `polygon`, perhaps `deleted`.
 
-    Or as labelme writes it: `imageWidth`, `imageHeight` and `shapes`, each with `label`, `points`, `shape_type`.
+    labelme's form is read too: `imageWidth`, `imageHeight` and `shapes`, each with `label`, `points`, `shape_type`.
     """
 
 
 class UnknownIds(ValueError):
-    """A label file holds ids, colours or names that its data set, or its mapping, does not define."""
+    """Error: a label file holds ids, colours or names that its data set, or its mapping, does not define."""
 
 
 def map_ids(ids: np.ndarray, train_ids: Mapping[int, int], *, spell: Callable[[int], object] = int) -> np.ndarray:
-    """`(H, W)` integer ids to uint8 train ids; an id that `train_ids` does not name is an error."""
+    """Map `(H, W)` integer ids to uint8 train ids. Raises UnknownIds for an id that `train_ids` does not name."""
     table = np.full(max(train_ids) + 1, -1, np.int16)
     table[list(train_ids)] = list(train_ids.values())
     if ids.min(initial=0) >= 0 and ids.max(initial=0) < len(table):
@@ -52,12 +52,12 @@ def _unknown(found: list[Any]) -> UnknownIds:
 
 
 def read_ids(data: bytes, train_ids: Mapping[int, int]) -> np.ndarray:
-    """Grey or palettised images."""
+    """Read grey or palettised images."""
     return map_ids(decode_label(data), train_ids)
 
 
 def read_red16(data: bytes, train_ids: Mapping[int, int]) -> np.ndarray:
-    """PNGs of 16 bits a channel with the class in the red one."""
+    """Read PNGs of 16 bits a channel with the class in the red one."""
     channels = decode_channels(data)
     if channels.dtype != np.uint16 or channels.shape[-1] < 3:
         kind = f"{channels.shape[-1]} channels of {8 * channels.itemsize} bits"
@@ -66,14 +66,14 @@ def read_red16(data: bytes, train_ids: Mapping[int, int]) -> np.ndarray:
 
 
 def read_colors(data: bytes, train_ids: Mapping[int, int]) -> np.ndarray:
-    """Images of colours; `train_ids` names colours by `color_code`."""
+    """Read images of colours; `train_ids` names colours by `color_code`."""
     refuse_lossy(data)
     red, green, blue = np.moveaxis(decode_image(data).astype(np.int32), -1, 0)
     return map_ids(red << 16 | green << 8 | blue, train_ids, spell=color_name)
 
 
 def color_code(name: str) -> int:
-    """The colour "r g b" (0-255 each) as one number. Raises ValueError."""
+    """Return the colour "r g b" (0-255 each) as one number. Raises ValueError."""
     red, green, blue = (int(value) for value in name.split())
     if not {red, green, blue} <= set(range(256)):
         raise ValueError("a colour is three numbers from 0 to 255")
@@ -81,12 +81,12 @@ def color_code(name: str) -> int:
 
 
 def color_name(code: int) -> str:
-    """The inverse of `color_code`."""
+    """Invert `color_code`."""
     return f"{code >> 16} {code >> 8 & 255} {code & 255}"
 
 
 def read_polygons(data: bytes, train_ids: Mapping[str, int | None]) -> np.ndarray:
-    """Polygons over 255. A name whose train id is None is not drawn; an unknown `cargroup` counts as `car`."""
+    """Draw polygons over 255. A name whose train id is None is not drawn; an unknown `cargroup` counts as `car`."""
     (width, height), objects = _parse_polygons(data)
     named = [(name if name in train_ids else name.removesuffix("group"), polygon) for name, polygon in objects]
     unknown = sorted({name for name, _ in named if name not in train_ids})
@@ -102,7 +102,7 @@ def read_polygons(data: bytes, train_ids: Mapping[str, int | None]) -> np.ndarra
 
 
 def _parse_polygons(data: bytes) -> tuple[tuple[int, int], list[tuple[str, list[tuple[float, float]]]]]:
-    """(width, height), and (name, points) of every object that is not deleted."""
+    """Return (width, height), and (name, points) of every object that is not deleted."""
     try:
         content = _as_objects(json.loads(data))
         width, height = int(content["imgWidth"]), int(content["imgHeight"])
@@ -120,7 +120,7 @@ def _parse_polygons(data: bytes) -> tuple[tuple[int, int], list[tuple[str, list[
 
 
 def _as_objects(content: dict[str, Any]) -> dict[str, Any]:
-    """A file of labelme's as one of objects; any other as it is."""
+    """Turn a file of labelme's into one of objects; any other file stays."""
     if "shapes" not in content:
         return content
     objects = [{"label": shape["label"], "polygon": _outline(shape)} for shape in content["shapes"]]
@@ -138,7 +138,7 @@ def _outline(shape: dict[str, Any]) -> list[Any]:
 
 
 def class_list_ids(data: bytes, train_ids: Mapping[str, int | None]) -> dict[int, int | None]:
-    """Ids to train ids by a JSON file whose `labels` name the classes, the first being id 0. Raises ValueError."""
+    """Map ids to train ids by a JSON whose `labels` name the classes; the first is id 0. Raises ValueError."""
     try:
         names = [str(label["name"]) for label in json.loads(data)["labels"]]
     except (KeyError, TypeError, ValueError, RecursionError) as error:

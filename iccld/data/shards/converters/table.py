@@ -41,7 +41,7 @@ Ids = Mapping[Any, int | None]
 
 @dataclass(frozen=True)
 class Table:
-    """What a data set's YAML says; `ids` is None where they are left to --mapping, `splits` None for any or none."""
+    """Content of a data set's YAML. `ids` is None if --mapping gives them; `splits` is None for any split or none."""
 
     name: str
     images: Pattern
@@ -59,9 +59,9 @@ class Table:
 
 
 def read_table(path: Path, *, classes: ClassList | None = None) -> Table:
-    """The table of a YAML file, checked; what it does not say of labels, `classes` do.
+    """Read and check the table of a YAML file; `classes` say what it leaves open about labels.
 
-    Raises ValueError with what is wrong in one line.
+    Raises ValueError that says what is wrong in one line.
     """
     setting = f"--dataset {path}"
     content = _load(path, setting)
@@ -93,12 +93,12 @@ def read_table(path: Path, *, classes: ClassList | None = None) -> Table:
 
 
 def read_mapping(path: Path, table: Table, classes: ClassList | None = None) -> Ids:
-    """The ids of a `--mapping` file, YAML or JSON."""
+    """Read the ids of a `--mapping` file, YAML or JSON."""
     return parse_ids(_load(path, f"--mapping {path}"), table, f"--mapping {path}", classes)
 
 
 def ids_of_classes(classes: ClassList, table: Table) -> Ids:
-    """Map what a label file may hold to class indices, as the file of classes itself says it."""
+    """Map what a label file may hold to class indices, as the file of classes itself says."""
     if classes.without_ids:
         names = ", ".join(classes.without_ids)
         raise ValueError(f"--classes {classes.path}: {names} without `ids`; add those in the labels ([]: none).")
@@ -115,7 +115,7 @@ def parse_ids(content: Any, table: Table, setting: str, classes: ClassList | Non
 
 
 def _parse_ids(content: Any, table: Table, setting: str, *, with_names: bool) -> Mapping[Any, Any]:
-    """The ids as they are written: to train ids, or to the names of classes of one's own."""
+    """Map ids, as they are written, to train ids or to names of one's own classes."""
     if isinstance(content, str):
         if content not in KNOWN_IDS or table.by_name or table.labels_as is LabelsAs.colors:
             raise ValueError(f"{setting}: {content!r} is no known map of such labels; {_RULE}.")

@@ -1,6 +1,6 @@
 """A data set's files as its distributor gives them: a folder, a zip, or a folder of zips, seen as one tree.
 
-Nothing is unpacked to the disk. Hidden files, `__MACOSX` and names that lead out of the tree are not seen, but counted.
+Nothing is unpacked to the disk. Hidden files, `__MACOSX` and names that lead out of the tree are left out and counted.
 """
 
 import os
@@ -27,7 +27,7 @@ _Members = dict[str, ZipInfo]
 
 
 def fold(path: str) -> str:
-    """A path as systems see it to which letters' case, and how accents are composed, make no difference."""
+    """Return a path without differences of case and of composed accents, as some file systems compare it."""
     if path.isascii():
         return path.lower()
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", path).casefold())
@@ -35,14 +35,14 @@ def fold(path: str) -> str:
 
 @dataclass
 class NotSeen:
-    """What is in a tree but not among its files: (location, what it is) of what may be an image; the rest counted."""
+    """Things in a tree that are not among its files: (location, kind) of possible images; the rest is counted."""
 
     lost: list[tuple[str, str]] = field(default_factory=list)
     passed_over: Tally = field(default_factory=Tally)
     zips: set[Path] = field(default_factory=set)
 
     def add(self, location: str, what: str) -> None:
-        """Notes a file by the ending of its name."""
+        """Note a file by the ending of its name."""
         if has_image_ending(location) and what != _HIDDEN:
             self.lost.append((location, what))
         else:
@@ -67,9 +67,10 @@ class InputTree:
             raise ValueError(f"--input {root}: there is no such folder or zip; give the data set's folder, or its zip.")
 
     def files(self, under: str = "", *, not_seen: NotSeen | None = None) -> list[str]:
-        """The paths of all files in the folder `under`, sorted; where several layers have a path, the first is read.
+        """Return the paths of all files in the folder `under`, sorted; if several layers have a path, the first is
+        read.
 
-        The letters' case of `under` makes no difference. What is passed over there is noted in `not_seen`.
+        The case of `under` is ignored. What is passed over there is noted in `not_seen`.
         """
         noted, found = not_seen or NotSeen(), set[str]()
         for layer in self._layers:
@@ -84,14 +85,14 @@ class InputTree:
         return self._layer(path) is not None
 
     def read(self, path: str) -> bytes:
-        """A file's bytes. Raises OSError, or ValueError for what is absurdly large or broken in a zip."""
+        """Return a file's bytes. Raises OSError; ValueError for an absurdly large file, or a broken one in a zip."""
         layer = self._layer(path)
         if layer is None:
             raise FileNotFoundError("it is missing")
         return layer.read(path)
 
     def location(self, path: str) -> str:
-        """Where a file is, for messages: "/data/set/images/x.png" or "/data/a.zip: images/x.png"."""
+        """Name a file for messages: "/data/set/images/x.png" or "/data/a.zip: images/x.png"."""
         return (self._layer(path) or self._layers[0]).location(path)
 
     def _layer(self, path: str) -> "_Folder | _Zip | None":
@@ -124,7 +125,7 @@ class _Folder:
                         not_seen.add(entry.path, f"it is {kind_of(Path(entry.path))}")
 
     def _folders(self, under: str) -> list[str]:
-        """The folders that are `under`, whatever their letters' case."""
+        """Return the folders that are `under`, whatever their case."""
         folders = [""]
         for name in under.split("/") if under else []:
             children = [(parent, path) for parent in folders for path in (self.root / parent).iterdir()]
@@ -185,7 +186,7 @@ class _Zip:
         if info.compress_type not in (ZIP_STORED, ZIP_DEFLATED):
             raise ValueError(f"it is packed by method {info.compress_type}, which cannot be read; unpack the zip first")
         try:
-            with archive.open(info) as file:  # which may hold more than its header says
+            with archive.open(info) as file:  # the member may hold more than its header says
                 data = file.read(MAX_FILE_BYTES + 1)
         except (BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # RuntimeError: it wants a password
             raise ValueError(f"it cannot be unpacked ({error})") from error
@@ -199,14 +200,14 @@ class _Zip:
 
 
 def _members(archive: ZipFile, tops: Collection[str], stem: str) -> _Members:
-    """The files of a zip by their path in the tree."""
+    """Return the files of a zip by their path in the tree."""
     files = {name: info for info in archive.infolist() if not _why_unseen(info, name := _name(info))}
     base, mount = _place([name.split("/") for name in files], tops, stem)
     return {mount + name.removeprefix(base): info for name, info in files.items() if name.startswith(base)}
 
 
 def _name(info: ZipInfo) -> str:
-    """The path of a zip's member: Windows' tools may write backslashes, and others UTF-8 without saying so."""
+    """Return the path of a zip's member. Windows' tools may write backslashes, others UTF-8 without the flag for it."""
     name = info.filename
     if not name.isascii() and not info.flag_bits & 0x800:
         with suppress(UnicodeError):
@@ -215,7 +216,7 @@ def _name(info: ZipInfo) -> str:
 
 
 def _why_unseen(info: ZipInfo, name: str) -> str:
-    """Why a zip's member is no file of the tree; empty if it is one."""
+    """Say why a zip's member is no file of the tree; "" if it is one."""
     if name.endswith("/"):
         return "a folder"
     if stat.S_ISLNK(info.external_attr >> 16):
@@ -226,7 +227,7 @@ def _why_unseen(info: ZipInfo, name: str) -> str:
 
 
 def _unseen(archive: ZipFile) -> Iterator[tuple[str, str]]:
-    """The members of a zip that are no files of the tree, and why."""
+    """Yield the members of a zip that are no files of the tree, and why."""
     names = set[str]()
     for info in archive.infolist():
         name = _name(info)
@@ -237,7 +238,7 @@ def _unseen(archive: ZipFile) -> Iterator[tuple[str, str]]:
 
 
 def _place(names: Iterable[list[str]], tops: Collection[str], stem: str) -> tuple[str, str]:
-    """What to take off the names of a zip, and what to put before them, so that `tops` come first."""
+    """Return the prefix to take off a zip's names, and the one to put before them, so that `tops` come first."""
     names = list(names)
     if not tops or any(fold(name[0]) in tops for name in names):
         return "", ""
