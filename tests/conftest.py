@@ -1,5 +1,6 @@
 """Shared by all tests: one thread, no network, and a tiny embedded data set in shards."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -20,6 +21,12 @@ def scene_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("scenes")
     make_scene_shards(folder)
     return folder
+
+
+def pytest_collection_finish() -> None:
+    """Take the libraries out of what is collected as garbage, which each engine does that is let go."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

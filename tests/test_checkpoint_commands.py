@@ -108,6 +108,11 @@ def test_an_exported_model_is_the_one_of_that_step(run_dir: Path, tmp_path: Path
     assert exported.keys() == final.keys()
     for name, tensor in exported.items():
         assert name.startswith(measured_at_the_end) or torch.equal(tensor, final[name]), name
+
+
+def test_an_exported_model_needs_no_training_packages(run_dir: Path, tmp_path: Path):
+    output = tmp_path / "model"
+    assert main(["checkpoint", "export", str(checkpoint(run_dir, 2, 2)), str(output)]) == 0
     subprocess.run([sys.executable, "-c", NO_TRAINING_PACKAGES, str(output)], check=True)
 
 

@@ -269,13 +269,13 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     scene_shards: Path, tmp_path: Path, num_ranks: int, sent: signal.Signals
 ):
     """A real signal to the real launcher: every rank ends, with a checkpoint and status 0; then it goes on."""
-    settings = ["stage1.trainer.num_steps=40", "stages=[stage1]", "data.validation.shards="]
+    settings = ["stage1.trainer.num_steps=16", "stages=[stage1]", "data.validation.shards="]
     settings += ["stage1.trainer.micro_batch_size=1"]
     command = [*LAUNCH, str(num_ranks), "train", *settings, *scene_overrides(scene_shards, tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
         assert run.stdout is not None
         for line in run.stdout:
-            if "step 3/40" in line:
+            if "step 3/16" in line:
                 run.send_signal(sent)
         assert run.wait(timeout=60) == 0
     events = [json.loads(line)["event"] for line in (tmp_path / "events.jsonl").read_text().splitlines()]

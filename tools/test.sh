@@ -52,7 +52,7 @@ types() {
 }
 
 tests() {
-    python -m pytest -n 2 "$@"
+    python -m pytest -n 4 --dist worksteal "$@"  # also on two cores: many tests wait, those of SLURM above all
 }
 
 case $group in

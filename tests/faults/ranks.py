@@ -16,11 +16,16 @@ from typing import Any, Self
 
 import psutil
 
+from tests.forked import Forked
+
 ROOT = Path(__file__).parents[2]
 
 
 class Ranks:
-    """`iccld train`, or another verb, on nodes n0, n1, ..., one rank each; `fault` is done to it (worker.py)."""
+    """`iccld train`, or another verb, on nodes n0, n1, ..., one rank each; `fault` is done to it (worker.py).
+
+    `forked`: see tests/forked.py.
+    """
 
     def __init__(
         self,
@@ -31,6 +36,7 @@ class Ranks:
         fault: dict[str, Any] | None = None,
         environment: dict[str, str] | None = None,
         verb: str = "train",
+        forked: bool = True,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.logs = [folder / f"log_{rank}" for rank in range(num_ranks)]
@@ -42,13 +48,16 @@ class Ranks:
         common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num_ranks)}
         common |= {"FAULT": json.dumps(fault or {}), "LOCAL_RANK": "0", "PYTHONUNBUFFERED": "1"}
         common |= {"PYTHONFAULTHANDLER": "1", **(environment or {})}
-        self.processes = []
-        for rank, log in enumerate(self.logs):
-            environment = common | {"RANK": str(rank), "SLURMD_NODENAME": f"n{rank}"}
-            command = [sys.executable, "-m", "tests.faults.worker", verb, *overrides]
-            with log.open("w") as file:
-                process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
-            self.processes.append(process)
+        start = Forked if forked else started
+        self.processes = [
+            start(
+                "tests.faults.worker",
+                [verb, *overrides],
+                environment=common | {"RANK": str(rank), "SLURMD_NODENAME": f"n{rank}"},
+                log=log,
+            )
+            for rank, log in enumerate(self.logs)
+        ]
 
     def log(self) -> str:
         return "".join(log.read_text() for log in self.logs)
@@ -94,6 +103,13 @@ class Ranks:
         for process in self.processes:
             process.kill()
             process.wait()
+
+
+def started(module: str, arguments: list[str], *, environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
+    """As `Forked`, by a Python of its own."""
+    command = [sys.executable, "-m", module, *arguments]
+    with log.open("w") as file:
+        return subprocess.Popen(command, env=environment, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
 
 
 def events(run_dir: Path) -> list[dict[str, Any]]:

@@ -35,7 +35,7 @@ def test_one_rank_that_is_out_of_memory_ends_both_with_one_message(scene_shards:
     fault = {"at": "prepare", "rank": 1, "step": 2, "do": "limit", "bytes": 4 * MIB}
     settings = command(scene_shards, run_dir)
     environment = ENVIRONMENT | {"ICCLD_OUTCOME": str(tmp_path / "outcome")}  # as in a job
-    with Ranks(settings, tmp_path / "logs", fault=fault, environment=environment) as ranks:
+    with Ranks(settings, tmp_path / "logs", fault=fault, environment=environment, forked=False) as ranks:
         ranks.until_said("FAULT at prepare of step 2")
         begin = time.monotonic()
         assert ranks.wait() == [REFUSED, REFUSED], ranks.log()[-3000:]
@@ -64,6 +64,6 @@ def test_one_rank_that_is_out_of_memory_ends_both_with_one_message(scene_shards:
 def test_ranks_that_are_out_of_memory_alike_say_it_once(scene_shards: Path, tmp_path: Path) -> None:
     fault = {"at": "forward", "step": 1, "do": "limit", "bytes": 4 * MIB}
     settings = command(scene_shards, tmp_path / "run")
-    with Ranks(settings, tmp_path / "logs", fault=fault, environment=ENVIRONMENT) as ranks:
+    with Ranks(settings, tmp_path / "logs", fault=fault, environment=ENVIRONMENT, forked=False) as ranks:
         assert ranks.wait() == [REFUSED, REFUSED], ranks.log()[-3000:]
         assert len(said(ranks)) == 1

@@ -15,6 +15,7 @@ import pytest
 from iccld.outcome import AGAIN, REFUSED
 from iccld.runtime.checkpoint.manifest import FOLDER, verify
 from tests.factory import scene_overrides
+from tests.forked import Forked
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.distributed
@@ -26,10 +27,13 @@ def command(shards: Path, run_dir: Path, *more: str, steps: int = 4) -> list[str
     return ["train", *settings, *(f"stage1.trainer.{length}" for length in lengths)]
 
 
-def start(words: list[str], log: Path, *, before: str = "", launch: bool = False) -> subprocess.Popen[bytes]:
+def start(words: list[str], log: Path, *, before: str = "", launch: bool = False) -> Forked | subprocess.Popen[bytes]:
+    """Start a verb; by a Python of its own if the shell does something `before`, or the launcher is wanted."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    if not (before or launch):
+        return Forked("iccld", words, environment=environment, log=log)
     program = ["-m", "iccld", *(["launch", "2"] if launch else [])]
     shell = ["bash", "-c", f'{before} exec "$0" "$@"', sys.executable, *program, *words]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with log.open("w") as file:
         return subprocess.Popen(shell, cwd=ROOT, stdout=file, stderr=file, env=environment)
 
@@ -41,7 +45,7 @@ def until(log: Path, words: str, timeout_s: float = 120) -> None:
         time.sleep(0.02)
 
 
-def workers_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+def workers_of(process: Forked | subprocess.Popen[bytes]) -> list[psutil.Process]:
     """Return its loader workers, also if a server has started them."""
     return [
         child

@@ -79,13 +79,13 @@ def test_a_step_daemon_killed_while_its_node_and_its_rank_live(run: PacedRun, un
 
 @pytest.mark.parametrize(
     ("at", "do", "phase"),
-    [("data", "sleep", "data"), ("forward", "sleep", "forward"), ("prepare", "collective", "prepare")],
-    ids=["data", "forward", "collective"],
+    [("data", "sleep", "data"), ("prepare", "collective", "prepare")],
+    ids=["data", "collective"],
 )
 def test_a_rank_that_hangs_is_named_with_its_node(
     cluster: Cluster, scene_shards: Path, undisturbed: Path, tmp_path: Path, at: str, do: str, phase: str
 ):
-    """Rank 1 hangs in the job's first attempt: in a loader worker, in its forward pass, or in a collective alone."""
+    """Rank 1 hangs in the job's first attempt: in a loader worker, or in a collective alone."""
     run = PacedRun(cluster, scene_shards, tmp_path, pace_s=0)
     run.words += ["watchdog.step_s=12", "data.num_workers=1"]
     python = tmp_path / "python"

@@ -11,7 +11,7 @@ from iccld.cli import main
 from iccld.data.shards.making import MakeShardsConfig, make_shards
 from iccld.labels import CITYSCAPES_PALETTE
 
-NUM_STEPS = {"stage1": 250, "stage2": 400}
+NUM_STEPS = {"stage1": 150, "stage2": 200}
 
 
 def draw_blocks(folder: Path) -> None:
@@ -56,7 +56,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "stage1.objective.encoder_learning_rate=2e-3",
         "stage1.objective.decoder_learning_rate=2e-3",
         "stage1.objective.teacher_decay=0.9",
-        "stage2.objective.learning_rate=2e-3",
+        "stage2.objective.learning_rate=4e-3",
         "stage2.objective.teacher_decay=0.9",
     ]
     for stage, num_steps in NUM_STEPS.items():

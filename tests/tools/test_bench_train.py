@@ -159,8 +159,9 @@ def test_an_earlier_run_can_be_checked(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_the_toy_runs_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    command = ["bench_train", "--size", "toy", "--no-compiled", "--parts", "denoiser", "steps", "attention"]
-    monkeypatch.setattr(sys, "argv", [*command, "--json", str(tmp_path / "figures.json")])
+    command = ["bench_train", "--size", "toy", "--rounds", "1", "--no-compiled"]
+    parts = ["--parts", "denoiser", "steps", "attention"]
+    monkeypatch.setattr(sys, "argv", [*command, *parts, "--json", str(tmp_path / "figures.json")])
     assert bench_train.main() == 0
     figures = json.loads((tmp_path / "figures.json").read_text())
     for name in ("denoiser_over_diffusers", "stage2_over_two_optimisers", "stage1_over_daformer_order"):

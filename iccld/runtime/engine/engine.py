@@ -172,7 +172,8 @@ class Engine:
         `replicated`: parts that no engine may shard. `gradient_clip`: the largest norm; 0 is off. `frozen`: what a step
         calls beside the module, without gradient.
         """
-        self.detach()
+        if "backend" in self.__dict__:
+            self.detach()
         self._base_rates = [group["lr"] for group in param_groups]
         raw = module.to(self.device)
         compile_in_place([raw, *frozen], self.compile)
