@@ -105,8 +105,10 @@ class TrainingStep:
     engine: Engine
     timer: PhaseTimer
 
-    def __call__(self, micro_batches: Sequence[Mapping[str, Any]], step: int) -> tuple[Means, Means]:
-        """Train on the step's micro-batches, on this rank's device.
+    def __call__(
+        self, micro_batches: Sequence[Mapping[str, Any]], step: int, *, with_norm: bool = False
+    ) -> tuple[Means, Means]:
+        """Train on the step's micro-batches, on this rank's device; `with_norm` takes the norm of the gradients.
 
         Returns the means of their losses, and the sums of their metrics; nothing waits for the device.
         """
@@ -117,7 +119,7 @@ class TrainingStep:
             inputs = self._share_denominators(inputs)
         losses, metrics = self._accumulate(inputs)
         with timer.phase("optimizer"):
-            self.engine.step()
+            self.engine.step(with_norm=with_norm)
         with timer.phase("average"):
             stage.after_step(step)
         return losses, metrics
@@ -203,7 +205,6 @@ class Trainer:
             self._score(start_step, timer)
         for step in range(start_step, config.num_steps):
             self.watchdog.step(step)
-            engine.set_learning_rate(learning_rate_factor(step, num_steps=config.num_steps, config=config.schedule))
             with timer.phase("data"):
                 micro_batches, failure = self._fetch(batches)
             with timer.span("agree"):
@@ -213,14 +214,16 @@ class Trainer:
                 self.checkpoints.wait()  # raises if a save failed
                 self._stop(step, timer, is_new=step > start_step)
                 return False
-            losses, metrics = train(micro_batches, step)
             done = step + 1
+            is_save = done == config.num_steps or done % config.checkpoint.save_every == 0
+            is_logged = is_save or self.metrics.is_due(done)
+            engine.set_learning_rate(learning_rate_factor(step, num_steps=config.num_steps, config=config.schedule))
+            losses, metrics = train(micro_batches, step, with_norm=is_logged)
             with timer.phase("average"):
                 self.after_step(done)
             timer.end_step()
             self.metrics.record(done, losses, metrics)
-            is_save = done == config.num_steps or done % config.checkpoint.save_every == 0
-            if is_save or self.metrics.is_due(done):
+            if is_logged:
                 self._flush(timer)
             if is_save:
                 with timer.phase("save"):
@@ -270,6 +273,7 @@ class Trainer:
             num_steps=self.config.num_steps,
             take_timings=timer.take,
             counters=self.stream.counters,
+            facts=self.engine.facts_of_step(),
         )
 
     def _save(self, step: int) -> None:

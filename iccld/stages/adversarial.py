@@ -132,11 +132,11 @@ class AdversarialStage(Stage):
 
     def param_groups(self) -> list[dict[str, Any]]:
         config, module = self.config, self.module
+        options = {"learning_rate": config.learning_rate, "weight_decay": config.weight_decay, "name": "denoiser"}
         return [
-            *decayed_groups(
-                module.denoiser.named_parameters(), learning_rate=config.learning_rate, weight_decay=config.weight_decay
-            ),
+            *decayed_groups(module.denoiser.named_parameters(), **options),
             {
+                "name": "discriminator",
                 "params": list(module.discriminator.parameters()),
                 "lr": config.discriminator_learning_rate,
                 "betas": (0.9, 0.99),

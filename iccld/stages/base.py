@@ -70,7 +70,7 @@ class Stage(ABC):
 
     @abstractmethod
     def param_groups(self) -> list[dict[str, Any]]:
-        """Return the optimiser's groups: what trains, at which learning rate."""
+        """Return the optimiser's groups: what trains, at which learning rate; each with a `name` if rates differ."""
 
     @abstractmethod
     def models(self) -> dict[str, ICCLD]:

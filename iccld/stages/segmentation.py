@@ -242,8 +242,10 @@ class SegmentationStage(Stage):
         rest = [(name, p) for name, p in self.module.named_parameters() if not name.startswith("encoder.backbone.")]
         backbone, decay = self.model.encoder.backbone.named_parameters(), self.config.weight_decay
         return [
-            *decayed_groups(backbone, learning_rate=self.config.encoder_learning_rate, weight_decay=decay),
-            *decayed_groups(rest, learning_rate=self.config.decoder_learning_rate, weight_decay=decay),
+            *decayed_groups(
+                backbone, learning_rate=self.config.encoder_learning_rate, weight_decay=decay, name="encoder"
+            ),
+            *decayed_groups(rest, learning_rate=self.config.decoder_learning_rate, weight_decay=decay, name="decoder"),
         ]
 
     def parts(self) -> dict[str, nn.Module]:

@@ -42,6 +42,7 @@ from iccld.programs.run.micro_batch import choose_layout
 from iccld.programs.run.out_of_memory import explained_out_of_memory
 from iccld.programs.run.signs import signs_of_diagnosis, signs_of_training, tell
 from iccld.programs.run.synthetic import flops_per_sample
+from iccld.programs.train.final_scores import log_final_scores
 from iccld.programs.train.fitness import check_fitness, check_room
 from iccld.runtime.checkpoint.store import CheckpointStore
 from iccld.runtime.engine.engine import Engine, EngineKind
@@ -104,6 +105,8 @@ def _run_stages(config: Config, engine: Engine, preemption: Preemption, watchdog
             evaluate_models(finished_models(config), config, engine, give_up=asks(preemption, watchdog))
         except Preempted:
             return stopped(config, ranks, "evaluation")
+    if ranks.is_main:
+        log_final_scores(config, ranks)
     return True
 
 
@@ -192,6 +195,7 @@ def _validate(stage: Stage, config: Config, engine: Engine, give_up: Callable[[]
     predict = kind.predictor(model, inference, seed=config.seed, num_steps=fewest)
     result = evaluate_predictor(predict, config, engine, give_up=give_up)
     values = {"miou": result.miou, "boundary_miou": result.boundary_miou}
+    values |= {f"iou/{name}": iou for name, iou in zip(result.names, result.iou, strict=True)}
     diagnosis = None
     if config.evaluation.diagnostic_images:
         options = {"student": models["student"], "with_bounds": False, "give_up": give_up}

@@ -18,7 +18,7 @@ from iccld.node import host_name
 from iccld.ranges import at_least, check_ranges
 from iccld.redact import redacted
 from iccld.runtime.measure.memory import peak_memory
-from iccld.runtime.measure.metric_entries import FORMAT, entries_of
+from iccld.runtime.measure.metric_entries import FINAL, FORMAT, entries_of
 from iccld.runtime.measure.profiling import Seconds, summed
 from iccld.runtime.measure.telemetry import Lines, WandbMode, WandbRun, write_event
 from iccld.runtime.measure.throughput import RankSeconds, rates, slow_rank_words, slowest
@@ -120,12 +120,14 @@ class MetricsLogger:
         num_steps: int,
         take_timings: Callable[[], list[Seconds]],
         counters: Mapping[str, int] | None = None,
+        facts: Mapping[str, float | Tensor] | None = None,
     ) -> None:
         """Reduce over ranks, check that every loss is finite, write one line. Raises NonFiniteLossError.
 
         `take_timings` gives the seconds of this rank's steps by phase; it is asked when the losses have been read, and
         the device with them.
         `counters` are this rank's sums since the start, of the same names on every rank; their totals are written.
+        `facts` are scalars of the last step that are alike on all ranks; those that are not finite are left out.
         """
         if not self._losses:
             return
@@ -148,6 +150,8 @@ class MetricsLogger:
         entry = {"stage": self.stage, "step": steps[-1], "loss": sum(last.values())}
         entry |= {f"loss/{name}": value for name, value in last.items()}
         entry |= metrics
+        values = {name: float(value) for name, value in (facts or {}).items()}
+        entry |= {name: value for name, value in values.items() if math.isfinite(value)}
         entry |= self._totals(counters or {}, device=next(iter(flat.values())).device)
         entry |= self._rates(take_timings(), flat, steps)
         self.write(entry)
@@ -204,7 +208,9 @@ class MetricsLogger:
         entries = [
             entry for entry in entries_of(path.read_text()) if (entry["stage"], entry["step"]) == (self.stage, step)
         ]
-        return any("loss" in entry for entry in entries) and all("loss" in entry for entry in entries)
+        return any("loss" in entry for entry in entries) and all(
+            "loss" in entry or any(name.startswith(FINAL) for name in entry) for entry in entries
+        )
 
     def close(self) -> None:
         self._wandb.finish()
