@@ -110,6 +110,7 @@ OWNERS = {
     "xformers": {"models/attention.py"},
     "accelerate": {"programs/launch/local.py", "runtime/engine/engine.py"},
     "deepspeed": {"runtime/engine/zero.py"},
+    "tensorboard": {"runtime/measure/tensorboard.py"},
     "wandb": {"runtime/measure/telemetry.py"},
     "transformers": {"models/backbone.py"},
     "hydra": {"config.py"},

@@ -1,11 +1,12 @@
-"""What a run writes down: metrics.jsonl, events.jsonl, the terminal's line, and wandb."""
+"""What a run writes down: metrics.jsonl, events.jsonl, the terminal's line, wandb and TensorBoard."""
 
 import json
 import math
 import secrets
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,18 @@ from iccld.redact import redacted
 from iccld.runtime.measure.memory import peak_memory
 from iccld.runtime.measure.metric_entries import FINAL, FORMAT, entries_of
 from iccld.runtime.measure.profiling import Seconds, summed
-from iccld.runtime.measure.telemetry import Lines, WandbMode, WandbRun, write_event
+from iccld.runtime.measure.telemetry import Lines, Outlet, WandbMode, WandbRun, write_event
+from iccld.runtime.measure.tensorboard import TensorBoardRun
 from iccld.runtime.measure.throughput import RankSeconds, rates, slow_rank_words, slowest
 from iccld.runtime.ranks import Ranks
+
+
+class Logger(Enum):
+    """What gets the metrics."""
+
+    jsonl = "jsonl"
+    wandb = "wandb"
+    tensorboard = "tensorboard"
 
 
 @dataclass
@@ -31,12 +41,25 @@ class MetricsConfig:
 
     log_every: int = 50  # steps between two lines of metrics.jsonl
     peak_tflops: float = 0.0  # 10^12 floating-point operations a second; 0: by the device's name, where it is known
-    wandb: WandbMode = WandbMode.offline  # whether wandb gets the metrics, and when
+    loggers: list[Logger] = field(default_factory=lambda: [Logger.jsonl, Logger.wandb])
+    """What gets the metrics: `jsonl` (metrics.jsonl, always), `wandb`, `tensorboard`."""
+    wandb: WandbMode = WandbMode.offline  # whether wandb, if it is a logger, sends the metrics; disabled: it gets none
     wandb_project: str = "iccld"  # wandb's project
 
     def __post_init__(self) -> None:
         peak_tflops = at_least(0, "0 takes it from the device's name")
         check_ranges(self, "metrics", log_every=at_least(1), peak_tflops=peak_tflops)
+        names = [logger.name for logger in self.loggers]
+        if Logger.jsonl not in self.loggers:
+            raise ValueError(
+                f"metrics.loggers=[{','.join(names)}] must hold jsonl, which resuming, warnings and reports read; use "
+                f"[{','.join(['jsonl', *names])}]."
+            )
+
+    @property
+    def with_wandb(self) -> bool:
+        """Whether wandb gets the metrics."""
+        return Logger.wandb in self.loggers and self.wandb is not WandbMode.disabled
 
 
 LOST = 0.02
@@ -76,7 +99,7 @@ class MetricsLogger:
         self.flops, self.peak_flops, self.names_slow_rank = flops, peak_flops, names_slow_rank
         self._losses: dict[int, dict[str, Tensor]] = {}
         self._metrics: dict[str, Tensor] = {}
-        self._lines, self._wandb = Lines(run_dir / "metrics.jsonl"), WandbRun()
+        self._lines, self._outlets = Lines(run_dir / "metrics.jsonl"), list[Outlet]()
         self.logger_id: str | None = None
 
     def start(self, *, step: int, logger_id: str | None, config: Mapping[str, Any]) -> None:
@@ -94,16 +117,24 @@ class MetricsLogger:
             entries = entries_of(path.read_text(errors="replace"))
             kept = [entry for entry in entries if entry["stage"] != self.stage or entry["step"] <= step]
             write_whole(path, "".join(json.dumps(entry) + "\n" for entry in kept))
-        if self.config.wandb is not WandbMode.disabled:
-            self.logger_id = self.logger_id or secrets.token_hex(4)
-            self._wandb.start(
-                self.config.wandb,
-                project=self.config.wandb_project,
-                id=self.logger_id,
-                name=f"{self.run_dir.name}/{self.stage}",
-                dir=self.run_dir,
-                config=redacted({**config, "data": _without_storage(config.get("data", {}))}),
-            )
+        if self.config.with_wandb:
+            self._outlets.append(self._wandb(config))
+        if Logger.tensorboard in self.config.loggers:
+            self._outlets.append(board := TensorBoardRun())
+            board.start(self.run_dir, self.stage, step=step)
+
+    def _wandb(self, config: Mapping[str, Any]) -> WandbRun:
+        """The stage's run of wandb, which goes on under the id that it has."""
+        self.logger_id, run = self.logger_id or secrets.token_hex(4), WandbRun()
+        run.start(
+            self.config.wandb,
+            project=self.config.wandb_project,
+            id=self.logger_id,
+            name=f"{self.run_dir.name}/{self.stage}",
+            dir=self.run_dir,
+            config=redacted({**config, "data": _without_storage(config.get("data", {}))}),
+        )
+        return run
 
     def record(self, step: int, losses: Mapping[str, Tensor], metrics: Mapping[str, Tensor]) -> None:
         """Keep this rank's mean losses and metrics (`StageOutput`) of a step; nothing is read from the device."""
@@ -188,12 +219,13 @@ class MetricsLogger:
         return {f"data/{name}": int(total) for name, total in self.ranks.sum_values(counts).items() if total}
 
     def write(self, entry: Mapping[str, Any]) -> None:
-        """One line of metrics.jsonl, and the same to wandb on the axis `step`."""
+        """One line of metrics.jsonl, and the same to the other loggers on the axis `step`."""
         if not self.ranks.is_main:
             return
         self._lines.add({"format": FORMAT, **entry})
         facts = {name: value for name, value in entry.items() if name != "stage"}
-        self._wandb.tell(lambda run: run.log(facts, step=entry["step"]))
+        for outlet in self._outlets:
+            outlet.log(facts, step=entry["step"])
 
     def event(self, kind: str, **facts: Any) -> None:
         """One line of events.jsonl: what happened to the run, and when."""
@@ -213,7 +245,8 @@ class MetricsLogger:
         )
 
     def close(self) -> None:
-        self._wandb.finish()
+        for outlet in self._outlets:
+            outlet.finish()
 
 
 def compared(name: str, counts: Sequence[float], reference: Sequence[float]) -> dict[str, Any]:
