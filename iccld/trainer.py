@@ -82,6 +82,22 @@ class Stream(Protocol):
     def batches(self, start_step: int) -> Generator[Mapping[str, Any], None, None]: ...
 
 
+class Pictures(Protocol):
+    """Pictures of what the stage makes of some images, drawn between steps."""
+
+    def is_due(self, step: int) -> bool:
+        """Tell whether there is to be one after `step` steps."""
+        ...
+
+    def is_owed(self, step: int) -> bool:
+        """Tell whether the one after `step` steps is not there, as this rank sees it."""
+        ...
+
+    def draw(self, step: int) -> None:
+        """Draw it. Call on every rank; a failure ends no run."""
+        ...
+
+
 def attach(stage: Stage, engine: Engine, layout: BatchLayout, *, gradient_clip: float = 0.0) -> None:
     """Hand the stage's module to the engine, and its averages where ranks hold shards."""
     engine.attach(
@@ -166,6 +182,7 @@ class Trainer:
     layout: BatchLayout
     about: Mapping[str, Any]  # goes into every checkpoint's manifest
     evaluate: Callable[[], Mapping[str, float]] | None = None
+    pictures: Pictures | None = None
     after_step: Callable[[int], None] = lambda step: None  # on every rank, with the number of steps done
     watchdog: Watchdog = field(default_factory=Watchdog)
 
@@ -201,8 +218,7 @@ class Trainer:
         timer = PhaseTimer(engine.device, self.watchdog.phase)
         train = TrainingStep(self.stage, engine, timer)
         batches = engine.prefetch(batches, copying=lambda: timer.span(OVERLAPPED))
-        if self._is_scored(start_step) and any_rank(self.metrics.owes_scores(start_step)):
-            self._score(start_step, timer)
+        self._show(start_step, timer, only_owed=True)
         for step in range(start_step, config.num_steps):
             self.watchdog.step(step)
             with timer.phase("data"):
@@ -228,9 +244,18 @@ class Trainer:
             if is_save:
                 with timer.phase("save"):
                     self._save(done)
-            if self._is_scored(done):
-                self._score(done, timer)
+            self._show(done, timer)
         return True
+
+    def _show(self, step: int, timer: PhaseTimer, *, only_owed: bool = False) -> None:
+        """Score and draw what is due after `step` steps; `only_owed`: what an earlier attempt has not come to."""
+        any_rank = self.engine.ranks.any
+        if self._is_scored(step) and (not only_owed or any_rank(self.metrics.owes_scores(step))):
+            self._score(step, timer)
+        pictures = self.pictures
+        if pictures and pictures.is_due(step) and (not only_owed or any_rank(pictures.is_owed(step))):
+            with timer.phase("evaluate"):
+                pictures.draw(step)
 
     def _is_scored(self, step: int) -> bool:
         every = self.config.evaluate_every

@@ -19,7 +19,7 @@ MAX_FUNCTION_LINES = 40
 
 LEAVES = {
     *("labels", "rng", "plain_yaml", "settings", "ranges", "texts", "outcome", "reading", "redact", "node", "graph"),
-    *("batch_layout", "eager"),
+    *("batch_layout", "eager", "extras"),
 }
 """Rooms that all others may enter: keyed draws, plain files, what a setting may be, and how a command ends."""
 PROGRAMS = {"__main__", "cli", "programs"}

@@ -88,6 +88,9 @@ class AdversarialStage(Stage):
             denominators |= self._restrict_labels(tensors, given.is_pure)
         return StageInputs(tensors, denominators)
 
+    def pseudo_labels_of(self, batch: Mapping[str, Any]) -> Tensor | None:
+        return self.views.pseudo_labels_of(batch, self.teacher.module)
+
     def _noised(self, batch: Mapping[str, Any], z_0: Tensor) -> Noised:
         numbers, alpha_bar, share = batch["source"]["numbers"], self.model.alpha_bar, self.config.pure_noise_share
         if self.config.deterministic:

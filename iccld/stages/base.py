@@ -79,6 +79,13 @@ class Stage(ABC):
         Each model may be a copy: call this once, not in a loop.
         """
 
+    def pseudo_labels_of(self, batch: Mapping[str, Any]) -> Tensor | None:
+        """Return what the stage takes a batch's target images for now, to be looked at; None if it labels none.
+
+        `(B, H, W)` uint8 class indices, 255 where a pixel is left out. No gradient is asked for.
+        """
+        return None
+
     def parts(self) -> dict[str, nn.Module]:
         """Return, by name, the parts whose work in a step is told apart."""
         return dict(self.module.named_children())

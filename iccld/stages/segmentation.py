@@ -30,7 +30,7 @@ from iccld.uda.corruption import CorruptionConfig, corrupt, draw_corruption
 from iccld.uda.ema_profile import EmaProfileConfig
 from iccld.uda.masking import block_mask
 from iccld.uda.photometric import NUM_DRAWS, PhotometricConfig, strong_augment
-from iccld.uda.pseudo_labels import PseudoLabels, class_probabilities, pseudo_labels
+from iccld.uda.pseudo_labels import PseudoLabels, class_probabilities, kept_labels, pseudo_labels
 from iccld.uda.teacher import Teacher
 
 NOISE = "mask latent noise"
@@ -213,6 +213,13 @@ class SegmentationStage(Stage):
             class_balance=self.config.class_balance,
             valid=target["valid"],
         )
+
+    def pseudo_labels_of(self, batch: Mapping[str, Any]) -> Tensor | None:
+        if not self.config.adapt or self.config.target_labels:
+            return None
+        target = batch["target"]
+        pseudo = self._pseudo_labels(to_float(target["images"]), target)
+        return kept_labels(pseudo, target["valid"], class_thresholds=self.config.class_thresholds)
 
     def _corrupted(self, view: str, images: Tensor, source: Mapping[str, Any], target_images: Tensor) -> Tensor:
         """Labelled images made more like the target's; the stream pairs source i with target i by their number."""

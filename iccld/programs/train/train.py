@@ -44,6 +44,7 @@ from iccld.programs.run.signs import signs_of_diagnosis, signs_of_training, tell
 from iccld.programs.run.synthetic import flops_per_sample
 from iccld.programs.train.final_scores import log_final_scores
 from iccld.programs.train.fitness import check_fitness, check_room
+from iccld.programs.train.pictures import TrainingPictures
 from iccld.runtime.checkpoint.store import CheckpointStore
 from iccld.runtime.engine.engine import Engine, EngineKind
 from iccld.runtime.faults.lock import locked
@@ -136,20 +137,26 @@ def _run_stage(name: str, config: Config, engine: Engine, preemption: Preemption
             config=plan,
             layout=layout,
             about=_about(stage, config, stream),
+            pictures=TrainingPictures(stage, config, engine, metrics=metrics, watchdog=watchdog),
             evaluate=lambda: _validate(stage, config, engine, asks(preemption, watchdog)),
             after_step=lambda step: write_due_snapshot(stage, folder / "ema", engine, step=step),
         ).run()
     if finished:
-        stage = whole_stage(stage, config, engine)
-        if engine.ranks.is_main:
-            measure_latents(stage, config, engine)
-            _warn(stage, config)
-            hand_over(stage, config, step=plan.num_steps)
-        engine.ranks.barrier()
+        _finish(stage, config, engine)
         metrics.event("finished", step=plan.num_steps)
     engine.detach()
     metrics.close()
     return finished
+
+
+def _finish(stage: Stage, config: Config, engine: Engine) -> None:
+    """Leave the models of a stage that was trained to its end. Call on every rank."""
+    stage = whole_stage(stage, config, engine)
+    if engine.ranks.is_main:
+        measure_latents(stage, config, engine)
+        _warn(stage, config)
+        hand_over(stage, config, step=plan_of(stage.name, config).num_steps)
+    engine.ranks.barrier()
 
 
 def measure_latents(stage: Stage, config: Config, engine: Engine) -> None:

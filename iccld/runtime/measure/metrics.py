@@ -10,13 +10,14 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from iccld.batch_layout import BatchLayout
 from iccld.durable import refuse_unless_plain, write_whole
 from iccld.node import host_name
-from iccld.ranges import at_least, check_ranges
+from iccld.ranges import at_least, check_ranges, off_or_above
 from iccld.redact import redacted
 from iccld.runtime.measure.memory import peak_memory
 from iccld.runtime.measure.metric_entries import FINAL, FORMAT, entries_of
@@ -36,6 +37,17 @@ class Logger(Enum):
 
 
 @dataclass
+class PicturesConfig:
+    """Pictures of the same few target crops: the image, its pseudo-label, the student's prediction."""
+
+    every: int = 2000  # steps between two pictures; 0: none
+    count: int = 4  # crops in a picture
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "metrics.pictures", every=off_or_above(), count=at_least(1))
+
+
+@dataclass
 class MetricsConfig:
     """`log_every`: in steps; losses stay on the device in between. `peak_tflops`: what a device could do, for MFU."""
 
@@ -45,6 +57,7 @@ class MetricsConfig:
     """What gets the metrics: `jsonl` (metrics.jsonl, always), `wandb`, `tensorboard`."""
     wandb: WandbMode = WandbMode.offline  # whether wandb, if it is a logger, sends the metrics; disabled: it gets none
     wandb_project: str = "iccld"  # wandb's project
+    pictures: PicturesConfig = field(default_factory=PicturesConfig)
 
     def __post_init__(self) -> None:
         peak_tflops = at_least(0, "0 takes it from the device's name")
@@ -167,16 +180,7 @@ class MetricsLogger:
         metrics = self._summed_metrics()
         steps = sorted(self._losses)
         self._losses, self._metrics = {}, {}
-        for key, value in reduced.items():
-            if not math.isfinite(value):
-                step, name = int(key.split("/", 1)[0]), key.split("/", 1)[1]
-                size = self.layout.global_batch_size
-                first, last = (step - 1) * size, step * size - 1
-                raise NonFiniteLossError(
-                    f"{self.stage}: loss {name!r} is {value} in step {step}, samples {first}-{last} of each stream; "
-                    f"nothing was saved after the last whole checkpoint. Lower the learning rate, or set "
-                    f"trainer.gradient_clip."
-                )
+        self._refuse_unless_finite(reduced)
         last = {key.split("/", 1)[1]: value for key, value in reduced.items() if int(key.split("/", 1)[0]) == steps[-1]}
         entry = {"stage": self.stage, "step": steps[-1], "loss": sum(last.values())}
         entry |= {f"loss/{name}": value for name, value in last.items()}
@@ -188,6 +192,18 @@ class MetricsLogger:
         self.write(entry)
         if self.ranks.is_main:
             print(_terminal_line(entry, num_steps), flush=True)
+
+    def _refuse_unless_finite(self, losses: Mapping[str, float]) -> None:
+        for key, value in losses.items():
+            if not math.isfinite(value):
+                step, name = int(key.split("/", 1)[0]), key.split("/", 1)[1]
+                size = self.layout.global_batch_size
+                first, last = (step - 1) * size, step * size - 1
+                raise NonFiniteLossError(
+                    f"{self.stage}: loss {name!r} is {value} in step {step}, samples {first}-{last} of each stream; "
+                    f"nothing was saved after the last whole checkpoint. Lower the learning rate, or set "
+                    f"trainer.gradient_clip."
+                )
 
     def _summed_metrics(self) -> dict[str, Any]:
         """The window's metrics over all ranks, as a line has them; without those of which nothing was counted."""
@@ -226,6 +242,11 @@ class MetricsLogger:
         facts = {name: value for name, value in entry.items() if name != "stage"}
         for outlet in self._outlets:
             outlet.log(facts, step=entry["step"])
+
+    def picture(self, name: str, image: np.ndarray, *, step: int) -> None:
+        """A picture `(H, W, 3)` uint8 to the loggers that take pictures."""
+        for outlet in self._outlets:
+            outlet.picture(name, image, step=step)
 
     def event(self, kind: str, **facts: Any) -> None:
         """One line of events.jsonl: what happened to the run, and when."""
