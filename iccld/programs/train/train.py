@@ -44,6 +44,7 @@ from iccld.programs.run.signs import signs_of_diagnosis, signs_of_training, tell
 from iccld.programs.run.synthetic import flops_per_sample
 from iccld.programs.train.final_scores import log_final_scores
 from iccld.programs.train.fitness import check_fitness, check_room
+from iccld.programs.train.header import header_of
 from iccld.programs.train.pictures import TrainingPictures
 from iccld.runtime.checkpoint.store import CheckpointStore
 from iccld.runtime.engine.engine import Engine, EngineKind
@@ -55,16 +56,25 @@ from iccld.runtime.measure.memory import restart_peak
 from iccld.runtime.measure.metrics import MetricsLogger
 from iccld.runtime.measure.peaks import nominal_flops
 from iccld.runtime.measure.telemetry import write_event
+from iccld.runtime.measure.terminal import Terminal
 from iccld.stages.base import Stage
 from iccld.stages.table import STAGES
 from iccld.trainer import Trainer
 
 
-def train(config: Config, preemption: Preemption | None = None, *, began: float | None = None) -> bool:
+def train(
+    config: Config,
+    preemption: Preemption | None = None,
+    *,
+    began: float | None = None,
+    terminal: Terminal | None = None,
+) -> bool:
     """Run the configured stages, then score them; False if a signal ended the run early. Call on every rank.
 
     `began`: when this attempt did, in seconds since the epoch; now, if not given.
+    `terminal`: where rank 0 shows what it does.
     """
+    terminal = terminal or Terminal()
     began = began or time.time()
     preemption = preemption or Preemption()
     preemption.config = config.preemption
@@ -77,6 +87,7 @@ def train(config: Config, preemption: Preemption | None = None, *, began: float 
         ranks = engine.ranks
         check_alone(run_dir, holder, ranks)
         with watch(config, ranks) as watchdog, sets_kept_open():
+            terminal.follow(watchdog)
             together(lambda: check_settings(config, engine), ranks)
             check_run_dir(run_dir, config, ranks)
             if ranks.is_main and not all(is_finished(run_dir, stage) for stage in config.stages):
@@ -85,10 +96,10 @@ def train(config: Config, preemption: Preemption | None = None, *, began: float 
             together(lambda: take_first_stage(config, is_main=ranks.is_main), ranks)
             check_fitness(config, engine)
             with blaming_the_world(lambda: watchdog.has_trained):
-                return _run_stages(config, engine, preemption, watchdog)
+                return _run_stages(config, engine, preemption, watchdog, terminal)
 
 
-def _run_stages(config: Config, engine: Engine, preemption: Preemption, watchdog: Watchdog) -> bool:
+def _run_stages(config: Config, engine: Engine, preemption: Preemption, watchdog: Watchdog, terminal: Terminal) -> bool:
     run_dir, ranks = Path(config.run_dir), engine.ranks
     for name in config.stages:
         watchdog.begin(name)
@@ -97,7 +108,7 @@ def _run_stages(config: Config, engine: Engine, preemption: Preemption, watchdog
                 print(f"{name} is finished: {final_folder(run_dir, name)}", flush=True)
         elif ranks.any(preemption.came):
             return stopped(config, ranks, name)
-        elif not _run_stage(name, config, engine, preemption, watchdog):
+        elif not _run_stage(name, config, engine, preemption, watchdog, terminal):
             return False
     if config.data.validation.shards and unscored_stages(config):
         watchdog.begin("evaluation")
@@ -111,14 +122,17 @@ def _run_stages(config: Config, engine: Engine, preemption: Preemption, watchdog
     return True
 
 
-def _run_stage(name: str, config: Config, engine: Engine, preemption: Preemption, watchdog: Watchdog) -> bool:
+def _run_stage(
+    name: str, config: Config, engine: Engine, preemption: Preemption, watchdog: Watchdog, terminal: Terminal
+) -> bool:
     plan, layout = plan_of(name, config), choose_layout(name, trials_of(name, config, engine, watchdog))
     stream = build_stream(name, config, layout)
     stage = build_stage(name, config, engine.device)
     check_room(stage, layout, config, engine.ranks)
     restart_peak(engine.device)
     folder = Path(config.run_dir) / name
-    metrics = _metrics(stage, layout, config, engine)
+    metrics = _metrics(stage, layout, config, engine, terminal)
+    terminal.header(header_of(stage, layout, config, engine))
     checkpoints = CheckpointStore(
         folder / "checkpoints", plan.checkpoint, engine.ranks, announce=lambda step: metrics.event("saved", step=step)
     )
@@ -164,7 +178,7 @@ def measure_latents(stage: Stage, config: Config, engine: Engine) -> None:
     stage.finish(engine.prefetch(first_batches(stage.name, config)))
 
 
-def _metrics(stage: Stage, layout: BatchLayout, config: Config, engine: Engine) -> MetricsLogger:
+def _metrics(stage: Stage, layout: BatchLayout, config: Config, engine: Engine, terminal: Terminal) -> MetricsLogger:
     precision = engine.accelerator.mixed_precision
     return MetricsLogger(
         Path(config.run_dir),
@@ -172,6 +186,7 @@ def _metrics(stage: Stage, layout: BatchLayout, config: Config, engine: Engine) 
         stage=stage.name,
         ranks=engine.ranks,
         layout=layout,
+        terminal=terminal,
         flops=_flops(stage, config, engine),
         names_slow_rank=engine.kind is EngineKind.ddp,  # others exchange in every phase
         peak_flops=1e12 * config.metrics.peak_tflops or nominal_flops(engine.device, precision),

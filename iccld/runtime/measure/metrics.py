@@ -24,7 +24,8 @@ from iccld.runtime.measure.metric_entries import FINAL, FORMAT, entries_of
 from iccld.runtime.measure.profiling import Seconds, summed
 from iccld.runtime.measure.telemetry import Lines, Outlet, WandbMode, WandbRun, write_event
 from iccld.runtime.measure.tensorboard import TensorBoardRun
-from iccld.runtime.measure.throughput import RankSeconds, rates, slow_rank_words, slowest
+from iccld.runtime.measure.terminal import Terminal
+from iccld.runtime.measure.throughput import RankSeconds, rates, slowest
 from iccld.runtime.ranks import Ranks
 
 
@@ -92,7 +93,7 @@ class MetricsLogger:
     Every rank must record and flush the same steps, whose batches have the `layout`. A step's number is the number of
     steps done, 1 after the first. `flops`: floating-point operations of a sample in the step that begins when so many
     are done; `peak_flops`: a rank's a second (0: unknown); `names_slow_rank`: a rank's seconds tell its own work from
-    what it waits for others.
+    what it waits for others; `terminal`: where the lines are shown.
     """
 
     def __init__(
@@ -106,10 +107,12 @@ class MetricsLogger:
         flops: Callable[[int], float] = lambda step: 0.0,
         peak_flops: float = 0.0,
         names_slow_rank: bool = True,
+        terminal: Terminal | None = None,
     ) -> None:
         self.run_dir, self.config, self.stage = run_dir, config, stage
         self.ranks, self.layout = ranks, layout
         self.flops, self.peak_flops, self.names_slow_rank = flops, peak_flops, names_slow_rank
+        self.terminal = terminal or Terminal()
         self._losses: dict[int, dict[str, Tensor]] = {}
         self._metrics: dict[str, Tensor] = {}
         self._lines, self._outlets = Lines(run_dir / "metrics.jsonl"), list[Outlet]()
@@ -191,7 +194,7 @@ class MetricsLogger:
         entry |= self._rates(take_timings(), flat, steps)
         self.write(entry)
         if self.ranks.is_main:
-            print(_terminal_line(entry, num_steps), flush=True)
+            self.terminal.progress(entry, num_steps)
 
     def _refuse_unless_finite(self, losses: Mapping[str, float]) -> None:
         for key, value in losses.items():
@@ -238,6 +241,7 @@ class MetricsLogger:
         """One line of metrics.jsonl, and the same to the other loggers on the axis `step`."""
         if not self.ranks.is_main:
             return
+        self.terminal.scored(entry)
         self._lines.add({"format": FORMAT, **entry})
         facts = {name: value for name, value in entry.items() if name != "stage"}
         for outlet in self._outlets:
@@ -252,6 +256,7 @@ class MetricsLogger:
         """One line of events.jsonl: what happened to the run, and when."""
         if self.ranks.is_main:
             write_event(self.run_dir, kind, stage=self.stage, **facts)
+            self.terminal.event(kind, facts)
 
     def owes_scores(self, step: int) -> bool:
         """On the main rank: whether the step was logged, but not what `evaluate` gave after it."""
@@ -286,13 +291,3 @@ def compared(name: str, counts: Sequence[float], reference: Sequence[float]) -> 
 
 def _without_storage(data: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in data.items() if name != "storage"}
-
-
-def _terminal_line(entry: Mapping[str, Any], num_steps: int) -> str:
-    line = f"{entry['stage']} step {entry['step']}/{num_steps}  loss {entry['loss']:.4f}"
-    if "step_s" not in entry:
-        return line
-    line += f"  {entry['samples_per_s']:.1f} samples/s  data wait {100 * entry['data_wait']:.0f} %"
-    line += f"  MFU {100 * entry['mfu']:.0f} %" if "mfu" in entry else ""
-    minutes, seconds = divmod(round((num_steps - entry["step"]) * entry["step_s"]), 60)
-    return f"{line}  ETA {minutes}:{seconds:02d}{slow_rank_words(entry)}"
