@@ -3,7 +3,7 @@
 import pytest
 
 from iccld.config import load_config, read_config, to_yaml
-from iccld.programs.run.micro_batch import divisors, largest_by_line, largest_by_trial
+from iccld.programs.run.micro_batch import divisors, largest_by_climbing, largest_by_line, largest_by_trial
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 12, 64, 96])
@@ -28,6 +28,29 @@ def test_the_line_ends_at_the_limit_and_never_below_one() -> None:
     assert largest_by_line(sizes, peaks, limit=50) == 1
     assert largest_by_line(sizes, {1: 100.0, 2: float("inf")}, limit=1e9) == 1
     assert largest_by_line(sizes, {1: 100.0, 2: 99.0}, limit=100) == 24, "noise is no gain"
+
+
+@pytest.mark.parametrize("hidden", [0, 3, 200])
+@pytest.mark.parametrize("fails_from", [1000, 12, 2])
+@pytest.mark.parametrize("count", [1, 7, 24, 96])
+def test_climbing_ends_on_a_size_that_was_tried_and_stays_within_the_limit(
+    count: int, fails_from: int, hidden: int
+) -> None:
+    """Also where the peaks of small sizes hide in what libraries took before, and where memory ends below the limit."""
+    sizes, limit = divisors(count), 100.0 + 30
+
+    def peak(size: int) -> float:
+        return float("inf") if size >= fails_from else 100.0 + max(size - hidden, 0)
+
+    def fits(size: int) -> bool:
+        assert size <= 2 * max(peaks) or size == min(s for s in sizes if s > max(peaks))
+        peaks[size] = peak(size)
+        return peaks[size] < float("inf")
+
+    peaks = {1: peak(1)}
+    found = largest_by_climbing(sizes, fits, peaks, reach=lambda: largest_by_line(sizes, peaks, limit=limit))
+    assert found in peaks and peaks[found] <= limit
+    assert found == max(size for size in sizes if peak(size) <= limit)
 
 
 def test_auto_is_a_setting_like_a_number(tmp_path) -> None:

@@ -3,8 +3,9 @@
 A size is tried on a stage that is thrown away, with the run's own first samples, in two steps that need the memory of
 the loop's; the second has the optimiser's moments in place. DDP on GPUs tries by bisection until memory is out, within
 `memory.share` of what was free, and without a collective in which a rank that fails alone would leave the others.
-Elsewhere (a CPU, where failing may mean to be killed; sharded engines, which cannot do without collectives) the peaks
-of 1 and 2 samples give a line. Scores in mid-training are not tried.
+Elsewhere (a CPU, where failing may mean to be killed; sharded engines, which cannot do without collectives) the size is
+doubled while the line through the two largest tried says that the next stays within that memory. Scores in mid-training
+are not tried.
 
 A resumed run keeps the number of its newest checkpoint while engine, precision and number of ranks are the same.
 """
@@ -162,10 +163,13 @@ def _choose(trials: Trials) -> tuple[int, str]:
         tried = [f"{size} {'fits' if peak < float('inf') else 'does not'}" for size, peak in trials.peaks.items()]
         how = f"tried in {said}: {', '.join(tried)}"
     else:
-        trials.fits(2)
-        size = min(ranks.gather(largest_by_line(sizes, trials.peaks, limit=limit)))
-        peaks = ", ".join(f"{memory.gib(peak)} with {size}" for size, peak in trials.peaks.items())
-        how = f"the line through peaks of {peaks} stays below {memory.gib(limit)}, with {said}"
+
+        def reach() -> int:
+            return min(ranks.gather(largest_by_line(sizes, trials.peaks, limit=limit)))
+
+        size = largest_by_climbing(sizes, trials.fits, trials.peaks, reach=reach)
+        tried = [f"{memory.gib(peak)} with {tried}" for tried, peak in trials.peaks.items() if peak < float("inf")]
+        how = f"peaks of {', '.join(tried)}; the limit is {memory.gib(limit)}, with {said}"
     return size, how
 
 
@@ -183,7 +187,31 @@ def largest_by_trial(sizes: Sequence[int], fits: Callable[[int], bool]) -> int:
     return sizes[low - 1] if low else 0
 
 
+def largest_by_climbing(
+    sizes: Sequence[int], fits: Callable[[int], bool], peaks: Mapping[int, float], *, reach: Callable[[], int]
+) -> int:
+    """Try larger and larger ones of ascending sizes; return the largest tried that is within `reach()`, at least 1.
+
+    `fits` adds to `peaks`, which holds that of size 1 and is infinite where memory was out. Small sizes can hide in
+    what libraries took before, so that their line is too flat: no size tried is more than double the largest before
+    it, or the one that follows that in `sizes`.
+    """
+    size = 2  # gives the line its slope, also where it does not divide the batch
+    while size not in peaks:
+        fits(size)
+        largest = max(tried for tried, peak in peaks.items() if peak < float("inf"))
+        bound = max(2 * largest, min((size for size in sizes if size > largest), default=largest))
+        size = max(size for size in sizes if size == 1 or size <= min(reach(), bound))
+    return size
+
+
 def largest_by_line(sizes: Sequence[int], peaks: Mapping[int, float], *, limit: float) -> int:
-    """The largest size whose peak, on the line through those of 1 and 2 samples, is within `limit`; at least 1."""
-    slope = max(peaks[2] - peaks[1], 0.0)
-    return max(size for size in sizes if size == 1 or peaks[1] + (size - 1) * slope <= limit)
+    """The largest size within `limit` on the line through the peaks of the two largest that fit; at least 1.
+
+    `peaks` are bytes by size, infinite for a size that did not fit: it and all above are out.
+    """
+    fitting = sorted(size for size in peaks if peaks[size] < float("inf"))
+    failed = min((size for size in peaks if peaks[size] == float("inf")), default=float("inf"))
+    low, high = fitting[-2:] if len(fitting) > 1 else (fitting[0], fitting[0])
+    slope = max(peaks[high] - peaks[low], 0.0) / max(high - low, 1)
+    return max(size for size in sizes if size == 1 or (size < failed and peaks[high] + (size - high) * slope <= limit))

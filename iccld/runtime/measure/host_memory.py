@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+HEAPS = 4 * 64 * 2**20  # addresses that glibc reserves for the heaps of threads that are yet to start, in bytes
 UNLIMITED = 1 << 60  # a control group without a limit says a number like this
 
 
@@ -21,10 +22,16 @@ class Bound(NamedTuple):
 def bounds() -> list[Bound]:
     machine = _table(Path("/proc/meminfo"))
     found = [Bound(machine["MemTotal"], machine["MemAvailable"], True), *control_groups()]
-    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    if limit != resource.RLIM_INFINITY:
-        found.append(Bound(limit, limit - process_memory("VmSize"), False))
+    limit = _address_limit()
+    if limit is not None:
+        found.append(Bound(limit, max(limit - process_memory("VmSize") - HEAPS, 0), False))
     return found
+
+
+def _address_limit() -> int | None:
+    """The bytes of addresses that `ulimit -v` allows this process; None without a limit."""
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return None if limit == resource.RLIM_INFINITY else limit
 
 
 def total_memory() -> int:
@@ -36,8 +43,18 @@ def free_memory(*, num_sharing: int = 1) -> int:
     return min(bound.free // (num_sharing if bound.is_shared else 1) for bound in bounds())
 
 
+def taken_memory() -> int:
+    """Bytes that count against this process's bounds: its addresses under `ulimit -v`, else what is resident."""
+    return process_memory("VmRSS" if _address_limit() is None else "VmSize")
+
+
+def peak_memory() -> int:
+    """The most of `taken_memory` since `restart_peak`; addresses since the process began, which nothing restarts."""
+    return process_memory("VmHWM" if _address_limit() is None else "VmPeak")
+
+
 def process_memory(key: str) -> int:
-    """Bytes of this process: `VmRSS` (resident), `VmHWM` (its peak), `VmSize` (addresses)."""
+    """Bytes of this process: `VmRSS` (resident), `VmHWM` (its peak), `VmSize` (addresses), `VmPeak` (their peak)."""
     return _table(Path("/proc/self/status"))[key]
 
 

@@ -22,6 +22,7 @@ FAILURE = re.compile(
     r"could not create a memory object",
     re.IGNORECASE,
 )
+UNCLEAR = "could not create a primitive"  # oneDNN, which has no memory for the code of a kernel, or has no such kernel
 ASKED = re.compile(r"tried to allocate ([\d.]+ (?:bytes|[KMGT]iB))", re.IGNORECASE)
 GIB = 2**30
 
@@ -43,7 +44,9 @@ class MemoryConfig:
 def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and bool(FAILURE.search(str(error)))
+    if not isinstance(error, RuntimeError):
+        return False
+    return bool(FAILURE.search(str(error))) or (UNCLEAR in str(error) and not host_memory.free_memory())
 
 
 def total_memory(device: torch.device) -> int:
@@ -61,15 +64,15 @@ def free_memory(device: torch.device, *, num_sharing: int) -> int:
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes taken since `restart_peak`: from the device by PyTorch's allocator, or resident of the process."""
+    """The most bytes taken since `restart_peak`: from the device by PyTorch's allocator, or from the host."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
-    return host_memory.process_memory("VmHWM")
+    return host_memory.peak_memory()
 
 
 def taken_memory(device: torch.device) -> int:
     """What `peak_memory` would be if nothing more were taken."""
-    return torch.cuda.memory_reserved(device) if device.type == "cuda" else host_memory.process_memory("VmRSS")
+    return torch.cuda.memory_reserved(device) if device.type == "cuda" else host_memory.taken_memory()
 
 
 def restart_peak(device: torch.device) -> None:

@@ -1,5 +1,8 @@
 """What is free, by the kernel's own files; and which errors mean that nothing is."""
 
+import contextlib
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -68,6 +71,34 @@ def test_which_errors_are_out_of_memory() -> None:
     with pytest.raises(RuntimeError) as raised:
         torch.ones(2) + torch.ones(3)
     assert not is_out_of_memory(raised.value)
+
+
+@contextlib.contextmanager
+def addresses_left(size: int) -> Iterator[None]:
+    """This process may take so many bytes of addresses more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (host_memory.process_memory("VmSize") + size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def test_a_primitive_without_memory_for_its_code_is_out_of_memory() -> None:
+    """oneDNN says no more; with memory left, there is another reason."""
+    error = RuntimeError("could not create a primitive")
+    assert not is_out_of_memory(error)
+    with addresses_left(100 * MIB):
+        assert is_out_of_memory(error)
+
+
+def test_addresses_count_where_they_are_limited() -> None:
+    """Threads that are yet to start reserve some, which are not free to the batch."""
+    resident = taken_memory(CPU)
+    with addresses_left(1000 * MIB):
+        assert taken_memory(CPU) == host_memory.process_memory("VmSize") > resident
+        assert peak_memory(CPU) >= taken_memory(CPU)
+        assert free_memory(CPU, num_sharing=2) == pytest.approx(744 * MIB, abs=50 * MIB)
 
 
 def test_a_share_must_be_one() -> None:
