@@ -1,5 +1,6 @@
 """A stage's curves for TensorBoard, in `run_dir/tensorboard/STAGE`; only this file knows the package."""
 
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,15 @@ from iccld.durable import refuse_links
 from iccld.extras import remedy
 from iccld.outcome import say
 from iccld.runtime.measure.telemetry import START_S, Outlet, one_line, within
+
+
+_other_threads = threading.excepthook
+
+
+def without_writers(failure: threading.ExceptHookArgs) -> None:
+    """Print what ended a thread, but for TensorBoard's own, whose failure the next call raises, and is said then."""
+    if not type(failure.thread).__module__.startswith("tensorboard."):
+        _other_threads(failure)
 
 
 class TensorBoardRun(Outlet):
@@ -27,6 +37,7 @@ class TensorBoardRun(Outlet):
                 from torch.utils.tensorboard import SummaryWriter  # 1 s; only where it is used
             except ModuleNotFoundError as error:
                 raise RuntimeError(remedy(error)) from error
+            threading.excepthook = without_writers
             return SummaryWriter(str(folder), purge_step=step + 1)
 
         try:
