@@ -15,7 +15,8 @@ from iccld import __version__
 from iccld.extras import remedy
 from iccld.outcome import REFUSED, status_of, words
 from iccld.programs.arguments import Parser, Verb, parse_verb, settings_of
-from iccld.redact import guard_tracebacks, redact
+from iccld.redact import redact
+from iccld.tracebacks import guard_tracebacks, text_of
 
 VERBS = {
     "train": ("train.command", "train a run; the same command resumes"),
@@ -79,12 +80,12 @@ def _outputs() -> list[TextIO]:
 
 def _run(arguments: argparse.Namespace, words_given: Sequence[str]) -> int:
     given = list(words_given)
-    guard_tracebacks(given)
+    guard_tracebacks(given, debug=arguments.debug)
     try:
         if getattr(arguments, "secrets", []):
             arguments.overrides = settings_of(arguments)
             given += arguments.overrides
-            guard_tracebacks(given)
+            guard_tracebacks(given, debug=arguments.debug)
         return arguments.run(arguments) or 0
     except (ValueError, OSError) as error:
         if isinstance(error, BrokenPipeError) and _readers_are_gone():
@@ -92,9 +93,16 @@ def _run(arguments: argparse.Namespace, words_given: Sequence[str]) -> int:
         rank = int(os.environ.get("RANK", "0"))
         if rank > 0:  # ranks that fail alike are ended before they repeat it; one that fails alone speaks
             time.sleep(3)
+        if arguments.debug:
+            print(text_of(error, given), end="", file=sys.stderr, flush=True)
         line = f"iccld {arguments.verb}: {f'rank {rank}: ' if rank else ''}{redact(words(error), given)}"
         print("".join(map(_printable, line)), file=sys.stderr, flush=True)
         return status_of(error)
+    except KeyboardInterrupt as error:  # of a verb that has nothing to save
+        if arguments.debug:
+            print(text_of(error, given), end="", file=sys.stderr, flush=True)
+        print(f"iccld {arguments.verb}: stopped by Ctrl-C", file=sys.stderr, flush=True)
+        return 128 + signal.SIGINT
 
 
 def _printable(character: str) -> str:

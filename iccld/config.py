@@ -1,5 +1,6 @@
 """The configuration: dataclasses beside the classes they configure, composed from packaged YAML by Hydra."""
 
+import contextlib
 import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -157,7 +158,9 @@ def load_config(overrides: Sequence[str], *, config_dir: str = "") -> Config:
         for key in settings.unknown_keys(composed, Config):  # Hydra adds what `+key` names, known or not
             near = suggestions.for_key(key, Config)
             raise ValueError(f"{key}: there is no such setting{near} (`iccld config` shows all settings)")
-        return _built(composed)
+        config = _built(composed)
+        config.inference.refuse_no_denoising()
+        return config
     except (HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError, RecursionError) as error:
         text = _one_line(error)
         where = place_of(text, folder, files) if config_dir else ""
@@ -198,24 +201,50 @@ def _with_path(message: str, path: str, section: Any) -> str:
 
 def _parsed(words: Sequence[str]) -> list[Override]:
     """The overrides as Hydra reads them. Raises ValueError for what it cannot read, or would read as something else."""
-    parser, found = OverridesParser.create(), []
+    found = []
     for word in words:
-        literal = settings.string_setting(word, Config)
-        try:
-            override = parser.parse_override(f"{literal[0]}{literal[1]}={_quoted(literal[2])}" if literal else word)
-        except HydraException as error:
-            raise ValueError(
-                f"{word}: no key=value that can be read ({str(error).splitlines()[0]}); text within [...] or {{...}}, "
-                f"and a group's choice, that holds more than letters, digits and /-.+@%_ is put into quotes."
-            ) from error
+        override = _override(word)
         if override.is_sweep_override():
-            raise ValueError(f"{word} gives several values; give one, or a list, as [a,b].")
+            raise ValueError(
+                f"{word} gives several values; give one, or a list, as [a,b]; `iccld train --multirun` trains a run "
+                f"for each value."
+            )
         given, key = override.value(), override.key_or_group
         if isinstance(given, list | dict):
             for name, value in settings.not_strings(given, settings.type_at(Config, key), key):
                 raise ValueError(f"{word}: {name}={value!r} must be text; put it into quotes, as in '{value}'.")
         found.append(override)
     return found
+
+
+def swept_values(word: str) -> list[str]:
+    """`key=value` for each value of a word that gives several, in Hydra's grammar; none for any other word.
+
+    Raises ValueError for what cannot be read, and for values that are drawn or found, as by `interval` or `glob`.
+    """
+    override = _override(word)
+    if not override.is_sweep_override():
+        return []
+    values: list[str] = []
+    with contextlib.suppress(HydraException):  # `glob` asks for files
+        values = [*override.sweep_string_iterator()] if override.is_discrete_sweep() else []
+    if not values:
+        raise ValueError(f"{word}: its values must be told; use a,b or range(0,3).")
+    return [f"{override.get_key_element()}={value}" for value in values]
+
+
+def _override(word: str) -> Override:
+    """A word as Hydra reads it, a text to the letter. Raises ValueError."""
+    literal = settings.string_setting(word, Config)
+    try:
+        return OverridesParser.create().parse_override(
+            f"{literal[0]}{literal[1]}={_quoted(literal[2])}" if literal else word
+        )
+    except HydraException as error:
+        raise ValueError(
+            f"{word}: no key=value that can be read ({str(error).splitlines()[0]}); text within [...] or {{...}}, "
+            f"and a group's choice, that holds more than letters, digits and /-.+@%_ is put into quotes."
+        ) from error
 
 
 def _quoted(text: str) -> str:

@@ -15,6 +15,7 @@ EXTRA_OF = {
     "wandb": "train",
     "webdataset": "train",
     "xformers": "train",
+    "hydra_plugins": "slurm",
     "s3fs": "s3",
     "onnx": "export",
     "onnxruntime": "export",

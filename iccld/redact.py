@@ -6,10 +6,7 @@ names and lose their values.
 
 import os
 import re
-import sys
-import traceback
 from collections.abc import Iterable, Mapping
-from types import TracebackType
 from typing import Any
 from urllib.parse import unquote
 
@@ -95,17 +92,6 @@ def without_known(text: str, secrets: Iterable[str]) -> str:
         if len(piece) >= MIN_LENGTH and piece not in ("true", "false"):
             text = text.replace(piece, HIDDEN)
     return redact(text)
-
-
-def guard_tracebacks(given: Iterable[str]) -> None:
-    """From now on, a traceback is printed without the secrets of the settings `given`."""
-    words = list(given)
-
-    def print_redacted(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        lines = "".join(traceback.format_exception(kind, error, trace))
-        print(redact(without_known(lines, ()), words), end="", file=sys.stderr, flush=True)
-
-    sys.excepthook = print_redacted
 
 
 def _without_login(found: re.Match[str]) -> str:

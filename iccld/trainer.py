@@ -181,7 +181,7 @@ class Trainer:
     config: TrainerConfig
     layout: BatchLayout
     about: Mapping[str, Any]  # goes into every checkpoint's manifest
-    evaluate: Callable[[], Mapping[str, float]] | None = None
+    evaluate: Callable[[int], Mapping[str, float]] | None = None  # with the number of steps done
     pictures: Pictures | None = None
     after_step: Callable[[int], None] = lambda step: None  # on every rank, with the number of steps done
     watchdog: Watchdog = field(default_factory=Watchdog)
@@ -264,7 +264,7 @@ class Trainer:
     def _score(self, step: int, timer: PhaseTimer) -> None:
         assert self.evaluate is not None
         with timer.phase("evaluate"), contextlib.suppress(Preempted):  # the next attempt begins with it
-            self.metrics.write({"stage": self.stage.name, "step": step, **self.evaluate()})
+            self.metrics.write({"stage": self.stage.name, "step": step, **self.evaluate(step)})
 
     def _fetch(self, batches: Iterator[Mapping[str, Any]]) -> tuple[list[Any], Exception | None]:
         """The step's micro-batches on the device, or why this rank has none."""

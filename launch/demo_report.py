@@ -1,4 +1,4 @@
-"""The demo's end: one table and one results.json of its two runs, and a picture of image, truth and predictions."""
+"""The demo's end: one table and one results.json of its runs, and a picture of image, truth and predictions."""
 
 import json
 import sys
@@ -33,11 +33,12 @@ def main(folder: Path) -> None:
 
 
 def merged(folder: Path) -> Mapping[str, Any]:
-    """`source_only`, then what the adapted run's report holds."""
-    source_only, adapted = (
-        json.loads((folder / run / "report" / "results.json").read_text()) for run in ("source_only", "adapted")
+    """Scores by name: `source_only`, what the adapted run's report holds, and stage 2 of the `twin`."""
+    source_only, adapted, twin = (
+        json.loads((folder / run / "report" / "results.json").read_text()) for run in ("source_only", "adapted", "twin")
     )
-    return {"source_only": source_only["stage1"], **{key: of for key, of in adapted.items() if key != "about"}}
+    del adapted["about"]
+    return {"source_only": source_only["stage1"], **adapted, "twin": twin["stage2"]}
 
 
 def draw(folder: Path, config: Config) -> None:

@@ -189,6 +189,7 @@ def test_help_fits_a_screen(capsys: pytest.CaptureFixture[str]):
         ("stage2.trainer.global_batch_size=3", "global_batch_size=3 must be a multiple of micro_batch_size=2"),
         ("stages=[stage2]", "needs stage 1's model"),
         ("inference.num_steps=[-1]", "inference.num_steps=[-1]"),
+        ("inference.num_steps=[0]", "inference.num_steps=[0] would score stage 2 by the decoder alone"),
         ("statistics_samples=0", "statistics_samples=0 must be at least 1"),
         ("stages=[]", "stages=[] must be"),
         ("evaluation.num_classes=7", "evaluation.num_classes=7 does not fit a model of 19 classes; use 19, 16 or 13"),

@@ -1,6 +1,8 @@
 import pytest
 
 from iccld.config import differences, load_config
+from iccld.models.condition import ConditionKind
+from iccld.models.latent import LatentKind
 from iccld.stages.denoising import DiffusionLoss
 from iccld.stages.objective import AdversaryInput
 
@@ -62,9 +64,12 @@ def test_a_bad_data_setting_is_named_in_one_line(override: str, message: str) ->
     assert "\n" not in str(raised.value)
 
 
-def test_the_papers_objective_is_one_word_whatever_an_experiment_says() -> None:
-    objective = load_config(["experiment=demo", "stage2=paper"]).stage2.objective
+@pytest.mark.parametrize("experiment", ["demo", "carla_to_camvid", "gta5_to_cityscapes"])
+def test_the_papers_objective_is_one_word_whatever_an_experiment_says(experiment: str) -> None:
+    config = load_config([f"experiment={experiment}", "stage2=paper"])
+    objective = config.stage2.objective
+    assert (config.model.latent, config.model.condition) == (LatentKind.image, ConditionKind.latent)
     assert objective.diffusion_loss is DiffusionLoss.noise and objective.adversary_input is AdversaryInput.noise
     assert objective.pure_noise_share == objective.task_weight == 0 and not objective.deterministic
-    assert objective.learning_rate == load_config(["experiment=demo"]).stage2.objective.learning_rate
+    assert objective.learning_rate == load_config([f"experiment={experiment}"]).stage2.objective.learning_rate
     assert load_config(["stage2=paper", "stage2.objective.task_weight=2"]).stage2.objective.task_weight == 2

@@ -13,6 +13,7 @@ import pytest
 from iccld.cli import parse
 from iccld.config import Config, load_config
 from iccld.programs.launch.command import split
+from iccld.programs.train.sweep import jobs_of
 from iccld.settings import fields_of, type_at
 from tools.scripts import write_settings
 
@@ -117,6 +118,9 @@ def wrong_commands(text: str) -> Iterator[str]:
         except SystemExit:
             yield f"{shlex.join(command.words)}: is refused"
             continue
+        if getattr(arguments, "multirun", False):
+            jobs_of(["model=tiny", *arguments.overrides])
+            continue
         for word in getattr(arguments, "overrides", []):
             group, _, name = word.partition("=")
             if group in GROUPS and name != "..." and not arguments.config_dir:
@@ -152,6 +156,8 @@ def wrong_settings(text: str) -> Iterator[str]:
     for span in spans:
         name = span if re.fullmatch(r"[a-z_]\w*(\.\w+)+", span) else ""
         key = found[1] if (found := SETTING.fullmatch(span)) else name
+        if key.startswith("hydra."):  # a launcher's
+            continue
         is_file = not found and key.endswith((".py", ".json", ".png", ".yaml", ".jsonl", ".md", ".txt", ".safetensors"))
         if not key or is_file or span == "key=value" or (not found and key.split(".")[0] not in fields_of(Config)):
             continue

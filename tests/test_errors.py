@@ -5,8 +5,10 @@ The table is made from the schema, so that a new setting is covered by being the
 
 import dataclasses
 import math
+import os
 import re
 import signal
+import subprocess
 import sys
 import typing
 from collections.abc import Callable, Iterator
@@ -16,12 +18,14 @@ from typing import Any
 
 import pytest
 
-from iccld.cli import main
+from iccld.cli import VERBS, main
 from iccld.config import Config, config_from, load_config
+from iccld.programs import configuration
 from iccld.programs.stopped import status_of_stopped
 from iccld.runtime.faults.preemption import Preemption
 from iccld.settings import fields_of
 from iccld.suggestions import did_you_mean, for_key
+from tests.factory import scene_overrides
 
 ANY_NUMBER = {"seed"}
 """The numbers that may have any value."""
@@ -253,3 +257,78 @@ def test_a_library_that_is_missing_is_said_with_its_extra(
     monkeypatch.setitem(sys.modules, "hydra", None)
     monkeypatch.delitem(sys.modules, "iccld.config")
     assert said(["train"], capsys) == "iccld train needs hydra; pip install 'iccld[train]'"
+
+
+MINIMAL = {
+    "train": "sed=1", "launch": "x", "submit": "x", "evaluate": "/nowhere", "predict": "/nowhere tests out",
+    "export": "/nowhere out.pt2", "config": "sed=1", "shards": "verify /nowhere", "checkpoint": "list /nowhere",
+    "profile": "sed=1", "doctor": "--secrets /nowhere", "goodput": "/nowhere", "report": "/nowhere", "runs": "/nowhere",
+    "compare": "/nowhere /there", "ablate": "/nowhere --output out",
+}  # fmt: skip
+"""Words that each verb refuses."""
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_shows_the_traceback_by_debug_alone(verb: str, capsys: pytest.CaptureFixture[str]):
+    words = MINIMAL[verb].split()
+    plain = said([verb, *words], capsys)
+    assert main([verb, "--debug", *words]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("Traceback") and lines[-1] == plain
+
+
+def test_debug_stands_behind_an_action_too(capsys: pytest.CaptureFixture[str]):
+    assert main(["shards", "verify", "/nowhere", "--debug"]) == 2
+    assert capsys.readouterr().err.startswith("Traceback")
+
+
+@pytest.mark.parametrize("options", [[], ["--debug"]])
+def test_ctrl_c_is_one_line_and_130(
+    options: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    def interrupted(arguments: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(configuration, "run", interrupted)
+    assert main(["config", *options]) == 130
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1] == "iccld config: stopped by Ctrl-C" and (len(lines) == 1) == (not options)
+
+
+FAULT = """
+import iccld.cli, iccld.programs.configuration as verb
+verb.run = lambda arguments: {}[str(arguments.overrides)]
+iccld.cli.run()
+"""
+
+
+@pytest.mark.parametrize("options", [[], ["--debug"]])
+def test_a_fault_of_the_program_is_one_line_and_a_file(options: list[str], tmp_path: Path):
+    command = [sys.executable, "-c", FAULT, "config", *options, "seed=1"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=False)
+    kept = list(tmp_path.glob("iccld_traceback_*.txt"))
+    assert done.returncode == 1 and done.stdout == ""
+    if options:
+        assert done.stderr.startswith("Traceback") and not kept
+    else:
+        assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+        assert "a fault of the program" in done.stderr and "KeyError" in done.stderr
+        assert str(kept[0]) in done.stderr and "Traceback" in kept[0].read_text()
+
+
+def test_a_training_ended_by_ctrl_c_ends_with_130(scene_shards: Path, tmp_path: Path):
+    settings = [*scene_overrides(scene_shards, tmp_path), "stages=[stage1]", "stage1.trainer.num_steps=500"]
+    command = [sys.executable, "-m", "iccld", "train", *settings, "data.validation.shards="]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None and run.stderr is not None
+        for line in run.stdout:
+            if "step 2/500" in line:
+                run.send_signal(signal.SIGINT)
+        assert run.wait(timeout=60) == 130 and "Traceback" not in run.stderr.read()
+    assert (tmp_path / "stage1/checkpoints/latest").is_file()
+
+
+def test_the_page_has_every_status():
+    page = (Path(__file__).parents[1] / "docs/hangs.md").read_text().partition("## Exit statuses")[2]
+    assert re.findall(r"^\| (\d+) \|", page, re.MULTILINE) == ["0", "1", "2", "75", "76", "130", "141"]

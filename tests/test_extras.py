@@ -14,7 +14,7 @@ from iccld.models.iccld import ICCLD
 from tests.data.pictures import IMAGES
 
 PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
-IMPORTED_AS = {"hydra-core": "hydra", "zlib-ng": "zlib_ng"}
+IMPORTED_AS = {"hydra-core": "hydra", "zlib-ng": "zlib_ng", "hydra-submitit-launcher": "hydra_plugins"}
 REPLACED = {"zlib_ng", "simplejpeg"}  # by zlib and PIL
 
 

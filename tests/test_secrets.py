@@ -433,7 +433,17 @@ def test_a_redirect_from_https_to_http_is_not_read(tmp_path: Path) -> None:
 
 
 def test_a_traceback_is_printed_without_secrets(tmp_path: Path) -> None:
-    code = "import sys, iccld.redact as r; r.guard_tracebacks(sys.argv); raise KeyError(sys.argv[1:])"
+    code = (
+        "import sys; from iccld.tracebacks import *; guard_tracebacks(sys.argv, debug=sys.argv[1] == 'debug');"
+        "raise KeyError(sys.argv[1:])"
+    )
     words: Any = [f"a=https://u:{PASSWORD}@host/a?sig={SIGNATURE}", f"data.storage.options.secret={OPTION}"]
-    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
-    assert "KeyError" in done.stderr and PLANTED not in done.stderr
+    for debug in ("debug", "plain"):
+        command = [sys.executable, "-c", code, debug, *words]
+        environment = {**os.environ, "TMPDIR": str(tmp_path)}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        assert "KeyError" in done.stderr and PLANTED not in done.stderr
+        assert ("Traceback" in done.stderr) == (debug == "debug")
+    (kept,) = tmp_path.glob("iccld_traceback_*.txt")
+    assert "Traceback" in kept.read_text() and PLANTED not in kept.read_text()
+    assert kept.stat().st_mode & 0o777 == 0o600 and str(kept) in done.stderr

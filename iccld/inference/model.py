@@ -23,6 +23,7 @@ from iccld.inference.scores import scores_of
 from iccld.inference.source import find_model
 from iccld.models import iccld as figure
 from iccld.models.attention import AttentionBackend
+from iccld.models.model_card import without_paths
 from iccld.models.readme import describe
 from iccld.stages.predictor import InferenceConfig, predictor_of
 
@@ -47,8 +48,8 @@ class ICCLD(figure.ICCLD, ModelHubMixin, library_name="iccld", pipeline_tag="ima
         """Load a model folder, a run's last finished stage, or `owner/name` from the hub, in eval mode, on the CPU.
 
         Of the hub two files are fetched, the card and the weights; no code is, and nothing of either runs. weights:
-        `teacher` or `student`, of a run. revision: a branch, tag or commit of the hub. The others, and what is checked
-        before anything is built: see `iccld.models.iccld.ICCLD.from_pretrained`. Raises ValueError.
+        `teacher`, `student` or `best`, of a run. revision: a branch, tag or commit of the hub. The others, and what is
+        checked before anything is built: see `iccld.models.iccld.ICCLD.from_pretrained`. Raises ValueError.
         """
         folder = find_model(source, weights=weights, revision=revision)
         options: dict[str, Any] = {"with_denoiser": with_denoiser, "attention": attention}
@@ -69,6 +70,7 @@ class ICCLD(figure.ICCLD, ModelHubMixin, library_name="iccld", pipeline_tag="ima
     ) -> None:
         """Write model.safetensors, config.json and README.md; names, palette and origin are the card's unless given.
 
+        Paths of this machine in the origin become the names of what they lead to: a copy may go anywhere.
         `push_to_hub` (huggingface_hub's) uploads the same three files. Raises ValueError.
         """
         if wrong := [name for name, value in of_the_hub.items() if value and name != "config"]:
@@ -80,7 +82,7 @@ class ICCLD(figure.ICCLD, ModelHubMixin, library_name="iccld", pipeline_tag="ima
             folder,
             class_names=class_names if card is None or class_names is not None else card.class_names,  # pyright: ignore[reportArgumentType]
             palette=palette if card is None or palette is not None else card.palette,  # pyright: ignore[reportArgumentType]
-            origin=origin if card is None or origin is not None else card.origin,
+            origin=without_paths((origin or {}) if card is None or origin is not None else card.origin),
         )
 
     def generate_model_card(self, *_: Any, **__: Any) -> ModelCard:

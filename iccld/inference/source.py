@@ -7,6 +7,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+from iccld.models.best_model import best_of
 from iccld.models.model_card import CARD_NAME, MAX_BYTES, WEIGHTS_NAME
 
 HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
@@ -20,17 +21,20 @@ def find_model(
 ) -> Path:
     """The folder of a model: `source` itself, the last finished stage's of a run directory, or a copy of the hub's.
 
-    source: a folder, or `owner/name` on the hub where there is no such folder. weights: `teacher` or `student`, of a
-    run. revision: a branch, tag or commit of the hub. stages: a run's, the last one first; else by name.
+    source: a folder, or `owner/name` on the hub where there is no such folder. weights: `teacher`, `student` or `best`
+    (the teacher that scored best in training), of a run. revision: a branch, tag or commit of the hub. stages: a run's,
+    the last one first; else by name.
     Raises ValueError.
     """
-    if weights not in ("teacher", "student"):
-        raise ValueError(f"weights={weights!r} must be teacher or student.")
+    if weights not in ("teacher", "student", "best"):
+        raise ValueError(f"weights={weights!r} must be teacher, student or best.")
     folder = Path(source)
     if not folder.exists() and isinstance(source, str) and HUB_ID.fullmatch(source) and not source.startswith("."):
         return _from_hub(source, revision)
     if revision is not None:
         raise ValueError(f"revision={revision!r} is of a model on the hub, and {source} is a folder; leave it out.")
+    if weights == "best" and not (folder / CARD_NAME).is_file():
+        return _best_of(folder, stages)
     names = stages or sorted((path.parents[1].name for path in folder.glob(f"*/final/{weights}")), reverse=True)
     finals = [folder / name / "final" / weights for name in names]
     found = next((place for place in (folder, *finals) if (place / CARD_NAME).is_file()), None)
@@ -38,6 +42,20 @@ def find_model(
         raise ValueError(
             f"{folder} is neither a model folder ({CARD_NAME}, {WEIGHTS_NAME}) nor a run directory with a finished "
             f"stage; give one, or let the same train command finish."
+        )
+    return found
+
+
+def _best_of(run_dir: Path, stages: Sequence[str]) -> Path:
+    """The best teacher of the last stage that there is, which has to have one."""
+    there = {path.parent.name for part in ("final", "best") for path in run_dir.glob(f"*/{part}")}
+    names = [name for name in stages or sorted(there, reverse=True) if name in there]
+    found = best_of(run_dir / names[0]) if names else None
+    if found is None:
+        stage = names[0] if names else "stageN"
+        raise ValueError(
+            f"{run_dir} holds no best teacher of {stage}, which a training keeps that scores ({stage}.trainer."
+            f"evaluate_every); use weights=teacher."
         )
     return found
 
@@ -54,8 +72,9 @@ def _from_hub(name: str, revision: str | None) -> Path:
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         what = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"{name} is no folder here, and could not be had from the hub {constants.ENDPOINT} ({what}); "
-            f"check the spelling, the network, and for a private model `hf auth login`."
+            f"{name} is no folder here, and could not be had from the hub {constants.ENDPOINT} ({what}); if a folder "
+            f"is meant, check its path from {Path.cwd()}; if a model of the hub, the spelling, the network, and for a "
+            f"private one `hf auth login`."
         ) from error
     if folder.name != info.sha:  # what was fetched is not what was looked at
         raise ValueError(f"{name} has changed on the hub meanwhile; give the same command again.")

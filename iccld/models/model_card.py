@@ -1,11 +1,12 @@
 """config.json of a saved model: what is needed to rebuild and to use it, as plain JSON, read strictly."""
 
+import contextlib
 import dataclasses
 import json
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -15,6 +16,9 @@ from iccld.durable import write_whole
 from iccld.reading import read_limited
 
 T = TypeVar("T")
+
+PATHS = ("run_dir", "checkpoint")
+"""The entries of an origin that are paths."""
 
 FORMAT_VERSION = 2
 READABLE = (1, 2)  # 1: without the weights' checksum
@@ -124,6 +128,21 @@ def check_sizes(value: Any, *, where: str, name: str = "") -> None:
         raise ValueError(f"{where}={str(numbers)[:60]} must be numbers of at most {MAX_NUMBER}; no model has these.")
     if _COUNTS.search(name) and (sum(numbers) > MAX_COUNT or len(numbers) > 64):
         raise ValueError(f"{where}={str(numbers)[:60]} must be at most {MAX_COUNT} in all; this is no card of a model.")
+
+
+def without_paths(origin: Mapping[str, Any]) -> dict[str, Any]:
+    """Return where weights come from without paths of this machine: of each path its last name."""
+    return {key: _without_path(key, value) for key, value in origin.items()}
+
+
+def _without_path(key: str, value: Any) -> Any:
+    if not isinstance(value, str) or not value:
+        return value
+    is_there = False
+    with contextlib.suppress(OSError, ValueError):  # what a stranger wrote need not be a path
+        is_there = Path(value).exists()
+    is_path = key in PATHS or is_there or value.startswith(("/", "~", ".", "file:"))
+    return Path(value).name if is_path else value
 
 
 def write_card(folder: Path, card: ModelCard) -> None:

@@ -49,9 +49,18 @@ def describe(card: ModelCard) -> str:
 
 
 def _classes(card: ModelCard) -> Iterator[str]:
-    yield from ("| index | class | colour |", "|---|---|---|")
+    of_class = card.origin.get("label_ids")
+    of_class = of_class if isinstance(of_class, Mapping) else {}
+    yield "| index | class | colour |" + (" ids in the shards' labels |" if of_class else "")
+    yield "|---|---|---|" + ("---|" if of_class else "")
     for index, (name, colour) in enumerate(zip(card.class_names, card.palette, strict=True)):
-        yield f"| {index} | {_plain(name)} | #{''.join(f'{part:02x}' for part in colour)} |"
+        row = f"| {index} | {_plain(name)} | #{''.join(f'{part:02x}' for part in colour)} |"
+        yield row + (f" {_ids(of_class.get(name))} |" if of_class else "")
+
+
+def _ids(of_class: Any) -> str:
+    """`7 road, 8 sidewalk`: the ids of a class with what they stand for."""
+    return _plain(", ".join(f"{key} {name}" for key, name in of_class.items()) if isinstance(of_class, Mapping) else "")
 
 
 def _data(origin: Mapping[str, Any]) -> Iterator[str]:
@@ -89,6 +98,11 @@ def _training(card: ModelCard) -> Iterator[str]:
         yield "- Its denoiser never saw noise: it takes one step, and has no seeds."
     for key, what in {"weights": "Weights", "step": "Optimiser steps of the last stage", "version": "iccld"}.items():
         yield f"- {what}: {_plain(origin.get(key, 'unknown'))}."
+    if isinstance(score := origin.get("score"), Mapping):
+        yield (
+            f"- Chosen by its score in training, which flatters it: mIoU {_number(score.get('miou'))} on "
+            f"{_number(score.get('num_images'))} images, {_number(score.get('num_steps'))} denoising steps."
+        )
 
 
 def _licences(card: ModelCard) -> Iterator[str]:

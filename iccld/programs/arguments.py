@@ -43,8 +43,11 @@ class Parser(argparse.ArgumentParser):
 def parse_verb(name: str, verb: Verb, words: Sequence[str]) -> argparse.Namespace:
     """Parse the words behind a verb's name. Settings may also stand after an option. Exits with 2 for a wrong word."""
     parser = Parser(f"iccld {name}", description=verb.DESCRIPTION)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error, too")
     verb.add_arguments(parser)
     arguments, left = parser.parse_known_args(words)
+    if "--debug" in left:  # behind an action
+        arguments.debug, left = True, [word for word in left if word != "--debug"]
     if stray := [word for word in left if word.startswith("-") or "=" not in word or "overrides" not in arguments]:
         parser.error(f"unrecognized arguments: {' '.join(stray)}")
     if left:

@@ -32,7 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("output", type=Path, help="the file: .pt2 (torch) or .onnx")
     add("--format", choices=["torch", "onnx"], default="", help="torch.export or ONNX (default: by the file's ending)")
     add("--num-steps", type=int, default=0, help="denoising steps; 0 (default): the decoder alone")
-    add("--weights", choices=["teacher", "student"], default="teacher", help="of a run directory (default teacher)")
+    about = "of a run (default teacher); best: the teacher that scored best in training"
+    add("--weights", choices=["teacher", "student", "best"], default="teacher", help=about)
     add("--images", type=Path, nargs="+", default=[], help="compare on these; default: three made-up pictures")
 
 

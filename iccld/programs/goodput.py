@@ -61,7 +61,7 @@ def attempts(events: list[Event]) -> list[Attempt]:
     for event in events:
         if event["event"] == "launched":
             parts.append([])
-        if parts and event["event"] != "warning":  # one may be told days later, by `iccld evaluate`
+        if parts and not _is_of_scoring(event):
             parts[-1].append(event)
     if not parts:
         raise ValueError("events.jsonl holds no event `launched`: nothing has been started, or by an older version.")
@@ -72,6 +72,11 @@ def attempts(events: list[Event]) -> list[Attempt]:
         if number:
             found[-1].seconds["down"] = found[-1].began - found[-2].ended
     return found
+
+
+def _is_of_scoring(event: Event) -> bool:
+    """Tell whether scoring told of it, perhaps days after the attempt."""
+    return event["event"] == "warning" or (event["event"], event.get("stage")) == ("preempted", "evaluation")
 
 
 def _resumed_at(later: Iterable[Event]) -> dict[str, int]:

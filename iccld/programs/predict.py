@@ -23,7 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--blend", type=float, default=0.0, help="share of the decoder alone in them (default 0)")
     add("--size", default="", metavar="HxW", help="resize images for the model, as in 512x1024")
     add("--sliding-window", action="store_true", help="segment overlapping windows, not the whole image")
-    add("--weights", choices=["teacher", "student"], default="teacher", help="of a run directory (default teacher)")
+    about = "of a run (default teacher); best: the teacher that scored best in training"
+    add("--weights", choices=["teacher", "student", "best"], default="teacher", help=about)
     add("--probabilities", action="store_true", help="write STEM_probabilities.npz, too (float16: K, H, W)")
     add("--device", default="", help="cuda, cuda:1 or cpu (default: cuda where there is one)")
     add("--precision", choices=["fp32", "bf16"], default="fp32", help="of the forward pass (default fp32)")

@@ -253,7 +253,7 @@ class Adversarial(StageKind[AdversarialSection]):
         return {self.name: by_steps, f"{self.name}_mean_latent": mean_latent}
 
     def main_score(self, inference: InferenceConfig) -> str:
-        return f"{self.name} x{self.num_steps(inference)[0]}"
+        return f"{self.name} x{self.shown_steps(inference)}"
 
     def signs(self, recent: Sequence[Mapping[str, Any]], settings: StageSettings[AdversarialSection]) -> list[Sign]:
         objective = settings.own.objective

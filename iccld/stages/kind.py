@@ -101,8 +101,12 @@ class StageKind(ABC, Generic[SectionT]):
         return model
 
     def num_steps(self, inference: InferenceConfig) -> list[int]:
-        """Return the numbers of denoising steps that its models are scored with; the first is that of pictures."""
+        """Return the numbers of denoising steps that its models are scored with."""
         return [0]
+
+    def shown_steps(self, inference: InferenceConfig) -> int:
+        """Return the number of denoising steps of pictures and of its main score: the first that denoises, if any."""
+        return next(filter(None, self.num_steps(inference)), 0)
 
     def predictor(
         self, model: ICCLD, inference: InferenceConfig, *, seed: int, num_steps: int, noise_seed: int = 0

@@ -15,18 +15,21 @@ Predictor = Callable[[Tensor, Tensor], Tensor]
 
 
 class Weights(Enum):
-    """The models that a stage leaves."""
+    """The models that a stage leaves, and the teacher that scored best in training (`evaluate_every`)."""
 
     teacher = "teacher"
     student = "student"
+    best = "best"
 
 
 @dataclass
 class InferenceConfig:
     """Which weights predict, and with how many denoising steps (0: the decoder alone, as after stage 1)."""
 
-    weights: Weights = Weights.teacher  # which model predicts: the teacher or the student
-    num_steps: list[int] = field(default_factory=lambda: [1, 4, 50])  # denoising steps; 0: the decoder alone
+    weights: Weights = Weights.teacher  # which model predicts; best: the teacher that scored best in training
+    num_steps: list[int] = field(
+        default_factory=lambda: [1, 4, 50]
+    )  # denoising steps; 0, beside others: the decoder alone
     noise_seeds: int = 1  # each is scored on its own
     num_averaged: int = 1  # denoised from so many noises, whose class probabilities are averaged
     blend: float = 0.0  # share of D(E(x))'s probabilities, as after stage 1, in the denoised ones
@@ -39,6 +42,17 @@ class InferenceConfig:
                 raise ValueError(f"inference.{name}={getattr(self, name)} must be at least 1.")
         if not 0.0 <= self.blend <= 1.0:
             raise ValueError(f"inference.blend={self.blend} must be between 0 (off) and 1 (stage 1's map alone).")
+
+    def refuse_no_denoising(self) -> None:
+        """Refuse numbers of steps among which none denoises. Raises ValueError.
+
+        Saved settings of earlier versions may hold them: only what is asked for now is refused.
+        """
+        if not any(self.num_steps):
+            raise ValueError(
+                f"inference.num_steps={self.num_steps} would score stage 2 by the decoder alone, as stage 1 is scored; "
+                f"give a number of denoising steps, as [1], or [1,0] to see both."
+            )
 
 
 def predictor_of(

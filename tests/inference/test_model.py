@@ -1,5 +1,6 @@
 """`ICCLD.from_pretrained(source).predict(images)`: sources, images, results, and what is refused."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,8 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8)
 
 
 def save(model, folder: Path) -> Path:
-    model.save_pretrained(folder, class_names=NAMES, palette=PALETTE, origin={"data": {"source": ["renderings"]}})
+    origin = {"data": {"source": ["renderings"]}, "run_dir": "/private/runs/street"}
+    model.save_pretrained(folder, class_names=NAMES, palette=PALETTE, origin=origin)
     return folder
 
 
@@ -154,6 +156,23 @@ def test_a_model_of_stage_1_has_no_steps_and_one_without_card_no_names(tmp_path:
         loaded.predict(PIXELS)
 
 
+def test_a_copy_has_no_path_of_this_machine(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: Model
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights/own").mkdir(parents=True)
+    origin = {"run_dir": "runs/a", "checkpoint": "/x/stage1/checkpoints/step_00000004", "encoder": "weights/own"}
+    for name in ("nvidia/mit-b5", "x" * 5000, ""):
+        given = {**origin, "other": name, "step": 4, "data": {"source": ["a"]}}
+        model.save_pretrained(tmp_path / "copy", origin=given)
+        kept = json.loads((tmp_path / "copy/config.json").read_text())["origin"]
+        assert kept == {
+            "run_dir": "a", "checkpoint": "step_00000004", "encoder": "own", "other": name, "step": 4,
+            "data": {"source": ["a"]},
+        }  # fmt: skip
+    assert "/private/runs/street" in (folder / "config.json").read_text(), "the run's own card says where it is"
+
+
 def test_predicting_leaves_a_training_model_in_training(folder: Path):
     loaded = ICCLD.from_pretrained(folder)
     expected = loaded.predict(PIXELS).probabilities
@@ -167,7 +186,7 @@ def test_a_run_directory_gives_its_last_finished_stage_and_the_weights_asked_for
     assert ICCLD.from_pretrained(tmp_path).denoiser is not None
     (tmp_path / "stage2/final/student/config.json").unlink()
     assert ICCLD.from_pretrained(tmp_path, weights="student").denoiser is None
-    with pytest.raises(ValueError, match="weights='both' must be teacher or student"):
+    with pytest.raises(ValueError, match="weights='both' must be teacher, student or best"):
         ICCLD.from_pretrained(tmp_path, weights="both")
     with pytest.raises(ValueError, match="neither a model folder"):
         ICCLD.from_pretrained(tmp_path / "stage1")

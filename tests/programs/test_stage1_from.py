@@ -2,13 +2,16 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from iccld.config import Config, config_from
 from iccld.durable import file_checksum
-from iccld.programs.run.hand_off import final_folder, handed_over, take_first_stage
+from iccld.models.model_card import ModelCard, ModelStage
+from iccld.models.readme import describe
+from iccld.programs.run.hand_off import final_folder, handed_over, origin_of, take_first_stage
 
 
 def finished_run(run_dir: Path) -> Path:
@@ -107,3 +110,14 @@ def test_what_stage_1_did_not_leave_is_refused(tmp_path: Path, spoil, words: str
 def test_a_run_that_trains_stage_1_takes_none():
     with pytest.raises(ValueError, match=r"stage1_from=x takes stage 1 from another run.*use stages=\[stage2\]"):
         config_from({}, where="test", overrides=["stage1_from=x"])
+
+
+def test_a_card_lists_the_ids_that_count_as_a_class():
+    words = ["data.class_set.names=[way,sky]", "data.class_set.of_train_id={0: 0, 1: 0, 10: 1}"]
+    merged = config_from({}, where="test", overrides=words)
+    origin = origin_of(merged, stage="stage1", weights="teacher", step=4)
+    assert origin["label_ids"] == {"way": {"0": "road", "1": "sidewalk"}, "sky": {"10": "sky"}}
+    facts = {"class_names": ["way", "sky"], "palette": [[1, 2, 3], [4, 5, 6]], "model": {}, "origin": origin}
+    card = ModelCard(format_version=1, stage=ModelStage.segmentation, **facts)
+    assert "| 0 | way | #010203 | 0 road, 1 sidewalk |" in describe(card)
+    assert "| 1 | sky | #040506 |\n" in describe(replace(card, origin={"label_ids": "a stranger's"}))

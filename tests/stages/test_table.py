@@ -1,9 +1,14 @@
 """The table of stages: each line has its section, its place and its models."""
 
+from pathlib import Path
+
 import pytest
 
-from iccld.config import Config, load_config
+from iccld.config import Config, load_config, read_config
 from iccld.models.model_card import ModelStage
+from iccld.programs.evaluate.evaluate import saved_settings
+from iccld.programs.run.saved_scores import SavedResults, SavedScores
+from iccld.stages.predictor import InferenceConfig
 from iccld.stages.table import STAGES, stage_of
 from tests.models.factory import tiny_model, trained_model
 
@@ -23,3 +28,17 @@ def test_a_model_without_an_origin_is_of_the_first_stage_that_saves_such_models(
 def test_stages_are_trained_in_the_order_of_the_table(stages: str):
     with pytest.raises(ValueError, match=r"stages=\[.*\] must be some of \[stage1, stage2\], in this order"):
         load_config([f"stages={stages}"])
+
+
+def test_a_score_of_stage_2_is_never_that_of_the_decoder_alone(tmp_path: Path):
+    """0 steps may stand beside others; saved settings that hold nothing else are read, and not scored by."""
+    inference = InferenceConfig(num_steps=[0, 4, 1])
+    assert STAGES["stage2"].main_score(inference) == "stage2 x4" and STAGES["stage2"].shown_steps(inference) == 4
+    assert STAGES["stage1"].main_score(inference) == "stage1" and STAGES["stage1"].shown_steps(inference) == 0
+    scores = {f"stage2 x{steps}": SavedScores({"miou": float(steps)}, {}, 1) for steps in (0, 4, 1)}
+    assert SavedResults(scores, {}, {}).last == ("stage2 x4", scores["stage2 x4"])
+    (tmp_path / "config.yaml").write_text("inference: {num_steps: [0]}")
+    assert read_config(tmp_path / "config.yaml").inference.num_steps == [0]
+    with pytest.raises(ValueError, match=r"inference\.num_steps=\[0\] would score stage 2 by the decoder alone"):
+        saved_settings(tmp_path, [])
+    assert saved_settings(tmp_path, ["inference.num_steps=[1,0]"]).inference.num_steps == [1, 0]

@@ -80,7 +80,7 @@ def predictor_of_row(config: Config) -> Predict:
     """The model of the last stage, with as many denoising steps as the row is scored with."""
     model = load_model(finished_models(config)[-1], config).to(_device())
     kind = stage_of(model)
-    num_steps = kind.num_steps(config.inference)[0]
+    num_steps = kind.shown_steps(config.inference)
     return kind.predictor(model, config.inference, seed=config.seed, num_steps=num_steps)
 
 

@@ -3,31 +3,27 @@
 A run whose process outlived an earlier command goes on, and is waited for: its lock says so.
 """
 
-import contextlib
 import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 
 from iccld.data.processes import usable_cpus
 from iccld.durable import make_folder, open_to_append
 from iccld.outcome import AGAIN, status_of, words
 from iccld.programs.ablate.rows import LOG_NAME, Ablation, has_finished, prepare, refuse_changes
 from iccld.programs.ablate.tasks import State, Task, blocked_tasks, devices_of, next_task, tasks_of
+from iccld.programs.run.child import POLL_S, signals_noted
 from iccld.reading import read_bytes
 from iccld.runtime.faults.lock import locked
 from iccld.runtime.faults.preemption import FORCED
 
-POLL_S = 0.2
 BUSY_S = 5.0  # between two looks at a run that another process trains
 TAIL_BYTES, TAIL_LINES = 1 << 14, 15
 OF_THE_WORLD = {0, AGAIN, FORCED, -signal.SIGKILL, -signal.SIGTERM}
 """Exit statuses of runs that go on by the same command; 0: stopped, and saved."""
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # USR1: before the end of a job
 
 
 @dataclass
@@ -66,7 +62,7 @@ def states_of(ablation: Ablation) -> dict[Task, State]:
 def train_rows(ablation: Ablation, *, num_processes: int) -> Ending:
     """Train until nothing is left that can be; says what begins, ends and fails."""
     trainings = Trainings(ablation, num_processes=num_processes)
-    with _signals() as came:
+    with signals_noted() as came:
         while not came:
             trainings.collect()
             trainings.begin()
@@ -220,20 +216,3 @@ def _visible_devices() -> list[str]:
         return []
     named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     return named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())]
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Within, the signals that ask for a stop are noted in the list."""
-    came: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        del frame
-        came.append(number)
-
-    before = {number: signal.signal(number, note) for number in SIGNALS}
-    try:
-        yield came
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -1,6 +1,7 @@
 """The figures of a grid: each row's mean over its seeds with its spread, and the paired difference to the baseline.
 
-A row's score is that of its last stage: of stage 2 with the first of `inference.num_steps`, whatever scored best.
+A row's score is that of its last stage, whatever scored best: of stage 2 with the first of `inference.num_steps` that
+denoises.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Where scores are written: a file by model, set and settings, so that no evaluation replaces another one's.
 
     report/results.json                  the teacher's of the finished stages, by the run's own settings
-    report/results_student.json          the student's
+    report/results_student.json          the student's; results_best.json: the teacher's that scored best in training
     report/results_teacher_camvid_val_x4_1f0e2d3c.json      any other: another model, set, or other settings
 
 The same evaluation again replaces its own file.
@@ -19,6 +19,7 @@ from typing import Any
 
 from iccld.config import Config, read_config
 from iccld.durable import file_checksum
+from iccld.models.best_model import best_of
 from iccld.models.model_card import WEIGHTS_NAME
 from iccld.reading import MIB, read_json
 from iccld.redact import without_secrets
@@ -30,8 +31,10 @@ OF_NO_CONSEQUENCE = ("models", "batch_size", "diagnostic_images")
 
 
 def finished_models(config: Config) -> list[Path]:
-    """The model folders of the run's finished stages."""
+    """The model folders of the run's finished stages; of `best`, those of the stages that were scored in training."""
     run_dir, weights = Path(config.run_dir), config.inference.weights.value
+    if config.inference.weights is Weights.best:
+        return [folder for stage in STAGES if (folder := best_of(run_dir / stage))]
     return [folder for stage in STAGES if (folder := run_dir / stage / "final" / weights).is_dir()]
 
 
@@ -131,4 +134,4 @@ def _name(label: str, about: Mapping[str, Any]) -> str:
 def _label(folder: Path) -> str:
     """`stage1_student` of a run's model, else the folder's name."""
     parts = folder.absolute().parts
-    return f"{parts[-3]}_{parts[-1]}" if len(parts) > 2 and parts[-2] == "final" else folder.absolute().name
+    return f"{parts[-3]}_{parts[-1]}" if len(parts) > 2 and parts[-2] in ("final", "best") else folder.absolute().name

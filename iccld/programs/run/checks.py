@@ -5,15 +5,24 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from iccld.config import Config, differences, read_config, stage_settings, to_yaml
+from iccld.config import Config, read_config, stage_settings, to_yaml
 from iccld.data.stream.stream import read_validation
 from iccld.durable import make_folder, refuse_links, refuse_unless_plain, remove_left_overs, write_whole
 from iccld.outcome import plain, status_of
+from iccld.programs.run.extension import (
+    Extension,
+    changes_beside,
+    check_extension,
+    extensions,
+    remedy_of,
+    set_aside,
+)
 from iccld.programs.run.hand_off import is_finished
 from iccld.programs.run.kept_views import open_view_files
 from iccld.runtime.engine.engine import Engine
 from iccld.runtime.faults.watchdog import Watchdog
 from iccld.runtime.ranks import Ranks
+from iccld.stages.predictor import Weights
 from iccld.stages.table import STAGES
 from iccld.trainer import TrainerConfig
 
@@ -26,7 +35,7 @@ def check_links(run_dir: Path, config: Config) -> None:
         f"{stage}/{part}"
         for stage in config.stages
         if not is_finished(run_dir, stage)
-        for part in ("checkpoints", "final", "ema")
+        for part in ("checkpoints", "final", "ema", "best")
     ]
     for name in ("heartbeats", "logs", "pictures", "profile", "report", "tensorboard", "wandb", *parts):
         refuse_links(run_dir / name, within=run_dir)
@@ -66,6 +75,12 @@ def check_settings(config: Config, engine: Engine) -> None:
         raise ValueError(
             "trainer.evaluate_every is set, but data.validation.shards is empty; set it, or evaluate_every=0."
         )
+    for name in config.stages if config.inference.weights is Weights.best else ():
+        if not 0 < plan_of(name, config).evaluate_every <= plan_of(name, config).num_steps:
+            raise ValueError(
+                f"inference.weights=best scores the teacher that scored best in training, and {name}.trainer."
+                f"evaluate_every={plan_of(name, config).evaluate_every} scores none; set it, or weights=teacher."
+            )
     if not config.data.target.shards and any(
         STAGES[name].reads_target(stage_settings(name, config)) for name in config.stages
     ):
@@ -74,22 +89,34 @@ def check_settings(config: Config, engine: Engine) -> None:
         )
 
 
-def check_run_dir(run_dir: Path, config: Config, ranks: Ranks) -> None:
-    """A run directory belongs to one config, but for the settings of a stage that has not begun."""
-    path = run_dir / "config.yaml"
+def check_run_dir(run_dir: Path, config: Config, ranks: Ranks, *, extend: bool = False) -> list[Extension]:
+    """A run directory belongs to one config, but for the settings of a stage that has not begun.
+
+    `extend`: stages that have begun may get more steps; what their earlier end has left is set aside. Returns these.
+    """
+    path, longer = run_dir / "config.yaml", list[Extension]()
     if path.exists() and any((run_dir / stage).exists() for stage in STAGES):
+        saved = read_config(path)
         unbegun = tuple(f"{stage}." for stage in STAGES if not (run_dir / stage).exists())
-        changed = [change for change in differences(read_config(path), config) if not change.startswith(unbegun)]
+        longer = extensions(run_dir, saved, config)
+        allowed = longer if extend else []
+        changed = [change for change in changes_beside(allowed, saved, config) if not change.startswith(unbegun)]
         if changed:
             raise ValueError(
                 f"run_dir={run_dir} holds a run of another config ({'; '.join(changed[:5])}); "
-                f"use another run_dir, or the settings in {path}."
+                f"{remedy_of(longer, changed)} another run_dir, or the settings in {path}."
             )
+        check_extension(run_dir, longer)
     ranks.barrier()  # nobody writes before all have compared
-    if ranks.is_main:
+
+    def write() -> None:
         make_folder(run_dir, within=run_dir)
+        if longer:
+            set_aside(run_dir, longer, config)
         write_whole(path, to_yaml(config))
-    ranks.barrier()
+
+    together(write if ranks.is_main else lambda: None, ranks)
+    return longer
 
 
 def watch(config: Config, ranks: Ranks, *, beats_in: Path | None = None) -> Watchdog:

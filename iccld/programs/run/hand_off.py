@@ -27,6 +27,7 @@ from iccld.durable import (
     walk,
     write_whole,
 )
+from iccld.labels import ClassSet
 from iccld.models.model_card import CARD_NAME, WEIGHTS_NAME, build
 from iccld.models.readme import README_NAME
 from iccld.reading import read_json
@@ -36,9 +37,10 @@ from iccld.stages.predictor import Weights
 from iccld.stages.table import STAGES, first_stage
 
 HAND_OFF_NAME = "hand_off.json"
-_WEIGHTS = "|".join(weights.value for weights in Weights)
+LEFT = (Weights.teacher.value, Weights.student.value)
+"""The models that a finished stage leaves."""
 _FILES = "|".join(map(re.escape, (CARD_NAME, WEIGHTS_NAME, README_NAME)))
-is_ours = holds_only(rf"hand_off\.json|({_WEIGHTS})/({_FILES})")
+is_ours = holds_only(rf"hand_off\.json|({'|'.join(LEFT)})/({_FILES})")
 STATISTICS = ("latent_mean", "latent_std", "condition_mean", "condition_std")
 
 
@@ -86,14 +88,24 @@ def hand_over(stage: Stage, config: Config, *, step: int) -> None:
 
 
 def origin_of(config: Config, *, stage: str, weights: str, step: int) -> dict[str, Any]:
-    """Where a run's weights come from, for their card: the run, the step, and the names of the data sets."""
+    """Where a run's weights come from, for their card: run, step, names of the data sets, and ids of the classes.
+
+    `label_ids` has, by class, the ids in the shards' labels that count as it, with their names.
+    """
     sets = {
         role: [part.name or PurePosixPath(without_secrets(part.shards)).name for part in (data, *data.also.values())]
         for role in ("source", "target")
         if (data := getattr(config.data, role)).shards
     }
     facts = {"run_dir": config.run_dir, "stage": stage, "weights": weights, "version": __version__}
-    return facts | {"step": step, "data": sets}
+    return facts | {"step": step, "data": sets, "label_ids": _label_ids(config.data.class_set.build())}
+
+
+def _label_ids(classes: ClassSet) -> dict[str, dict[str, str]]:
+    of_class: dict[str, dict[str, str]] = {name: {} for name in classes.names}
+    for label_id, index in sorted(classes.of_train_id.items()):
+        of_class[classes.names[index]][str(label_id)] = classes.id_names[label_id]
+    return of_class
 
 
 def take_first_stage(config: Config, *, is_main: bool) -> None:
@@ -154,8 +166,8 @@ def handed_over(name: str, config: Config) -> tuple[Path, HandOff]:
     remedy = f"remove {final}, and the same command with stage=all makes it again from {said}'s last checkpoint"
     try:
         facts = build(HandOff, read_json(path), where=str(path))
-        if facts.weights not in (names := [weights.value for weights in Weights]):  # a path would lead elsewhere
-            raise ValueError(f"weights={facts.weights!r} must be one of {names}")
+        if facts.weights not in LEFT:  # a path would lead elsewhere
+            raise ValueError(f"weights={facts.weights!r} must be one of {[*LEFT]}")
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read ({error}); {remedy}.") from error
     classes = list(config.data.class_set.build().names)

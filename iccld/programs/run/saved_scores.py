@@ -8,7 +8,7 @@ from typing import Any
 from iccld.programs.run.metric_lines import number
 from iccld.reading import MIB, read_json
 
-OWN = ("results.json", "results_student.json")
+OWN = ("results.json", "results_student.json", "results_best.json")
 """The run's own models by its own settings; the first that is there counts."""
 MAX_CLASSES = 255
 MEANS = {
@@ -38,8 +38,8 @@ class SavedResults:
 
     @property
     def last(self) -> tuple[str, SavedScores] | None:
-        """The score of the last stage: of stage 2 with the first number of denoising steps."""
-        of_stage2 = [label for label in self.scores if label.startswith("stage2 x")]
+        """The score of the last stage: of stage 2 with the first number of steps that denoise."""
+        of_stage2 = [label for label in self.scores if label.startswith("stage2 x") and label != "stage2 x0"]
         label = next(iter(of_stage2), "stage1" if "stage1" in self.scores else "")
         return (label, self.scores[label]) if label else None
 
@@ -47,9 +47,14 @@ class SavedResults:
 NOTHING = SavedResults({}, {}, {})
 
 
+def of_own_models(run_dir: Path) -> list[Path]:
+    """The files, as far as they are there, with scores of the run's own models."""
+    return [path for name in OWN if (path := run_dir / "report" / name).is_file()]
+
+
 def read_own(run_dir: Path) -> SavedResults:
     """The run's own results; `NOTHING` where it has none. Raises ValueError, OSError where they cannot be read."""
-    path = next((path for name in OWN if (path := run_dir / "report" / name).is_file()), None)
+    path = next(iter(of_own_models(run_dir)), None)
     if path is None:
         return NOTHING
     found = read_json(path, 64 * MIB)

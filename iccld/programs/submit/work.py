@@ -31,6 +31,11 @@ def run_dir_of(command: Sequence[str]) -> Path:
             f"{(command or [''])[0]!r} cannot be submitted; end with `train key=value ...`, `profile key=value ...` or "
             f"`evaluate RUN_DIR ...`."
         )
+    if command[0] == "train" and _parse(command).multirun:
+        raise ValueError(
+            "train --multirun is not submitted; use --variant or --seeds of submit, or, without submit, "
+            "`iccld train --multirun hydra/launcher=submitit_slurm ...`."
+        )
     if command[0] != "evaluate":
         return Path(_config(command).run_dir).absolute()
     arguments = _parse(command)
@@ -179,6 +184,7 @@ def _with_settings(words: Sequence[str], settings: Sequence[str]) -> list[str]:
     kept = [word for word in arguments.overrides if _name(word) not in names]
     options = [f"--config-dir={arguments.config_dir}"] if arguments.config_dir else []
     options += [f"--secrets={path}" for path in arguments.secrets]
+    options += ["--extend"] if arguments.extend else []
     return ["train", *options, *kept, *settings]
 
 

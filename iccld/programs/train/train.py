@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from iccld.programs.evaluate.evaluate import (
     unscored_stages,
 )
 from iccld.programs.evaluate.results import finished_models
+from iccld.programs.run.best import keep_best
 from iccld.programs.run.building import build_stage, build_stream, first_batches, trials_of, whole_stage
 from iccld.programs.run.checks import check_alone, check_links, check_run_dir, check_settings, plan_of, together, watch
 from iccld.programs.run.hand_off import final_folder, hand_over, handed_over, is_finished, take_first_stage
@@ -59,6 +61,7 @@ from iccld.runtime.measure.telemetry import write_event
 from iccld.runtime.measure.terminal import Terminal
 from iccld.stages.base import Stage
 from iccld.stages.table import STAGES
+from iccld.tracebacks import keep_tracebacks_in
 from iccld.trainer import Trainer
 
 
@@ -67,12 +70,13 @@ def train(
     preemption: Preemption | None = None,
     *,
     began: float | None = None,
+    extend: bool = False,
     terminal: Terminal | None = None,
 ) -> bool:
     """Run the configured stages, then score them; False if a signal ended the run early. Call on every rank.
 
-    `began`: when this attempt did, in seconds since the epoch; now, if not given.
-    `terminal`: where rank 0 shows what it does.
+    `began`: when this attempt did, in seconds since the epoch; now, if not given. `extend`: stages that have begun, or
+    are finished, may be given more steps: see `programs.run.extension`. `terminal`: where rank 0 shows what it does.
     """
     terminal = terminal or Terminal()
     began = began or time.time()
@@ -89,9 +93,13 @@ def train(
         with watch(config, ranks) as watchdog, sets_kept_open():
             terminal.follow(watchdog)
             together(lambda: check_settings(config, engine), ranks)
-            check_run_dir(run_dir, config, ranks)
+            longer = check_run_dir(run_dir, config, ranks, extend=extend)
+            keep_tracebacks_in(run_dir / "logs")
+            check_links(run_dir, config)  # what goes on is no longer finished
             if ranks.is_main and not all(is_finished(run_dir, stage) for stage in config.stages):
                 write_event(run_dir, "launched", since=began)  # a finished run is given no further attempt
+                for each in longer:
+                    write_event(run_dir, "extended", stage=each.stage, before=each.before, num_steps=each.num_steps)
             watchdog.phase("preflight")
             together(lambda: take_first_stage(config, is_main=ranks.is_main), ranks)
             check_fitness(config, engine)
@@ -152,7 +160,7 @@ def _run_stage(
             layout=layout,
             about=_about(stage, config, stream),
             pictures=TrainingPictures(stage, config, engine, metrics=metrics, watchdog=watchdog),
-            evaluate=lambda: _validate(stage, config, engine, asks(preemption, watchdog)),
+            evaluate=lambda step: _validate(stage, config, engine, asks(preemption, watchdog), step=step),
             after_step=lambda step: write_due_snapshot(stage, folder / "ema", engine, step=step),
         ).run()
     if finished:
@@ -205,10 +213,12 @@ def _flops(stage: Stage, config: Config, engine: Engine) -> Callable[[int], floa
     return lambda step: counts[0 if step < begin else begin]
 
 
-def _validate(stage: Stage, config: Config, engine: Engine, give_up: Callable[[], bool]) -> dict[str, float]:
+def _validate(
+    stage: Stage, config: Config, engine: Engine, give_up: Callable[[], bool], *, step: int
+) -> dict[str, float]:
     """The teacher's scores and diagnostics in mid-training: with the fewest denoising steps where there is a denoiser.
 
-    What they, and the lines logged so far, warn of is told now.
+    What they, and the lines logged so far, warn of is told now, and the best teacher is kept.
     """
     models = whole_stage(stage, config, engine).models()
     model = models["teacher"]
@@ -223,6 +233,10 @@ def _validate(stage: Stage, config: Config, engine: Engine, give_up: Callable[[]
         options = {"student": models["student"], "with_bounds": False, "give_up": give_up}
         diagnosis = diagnose_model(model, config, engine, **options)
         values |= diagnosis.to_metrics()
+    if not math.isnan(result.miou):
+        score = {"miou": result.miou, "num_steps": fewest, "num_images": result.num_images}
+        keep = partial(keep_best, model, config, stage=stage.name, step=step, score=score)
+        together(keep if engine.ranks.is_main else lambda: None, engine.ranks)
     if engine.ranks.is_main:
         _warn(stage, config, diagnosis)
     return {name: value for name, value in values.items() if not math.isnan(value)}

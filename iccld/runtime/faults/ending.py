@@ -8,6 +8,7 @@ process ends once all that Python has to do is done, and is not taken down.
 import atexit
 import contextlib
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -46,7 +47,7 @@ def _status_of(program: Callable[[], int | None]) -> int:
     try:
         return program() or 0
     except KeyboardInterrupt:  # before the program handles it
-        raise
+        return 128 + signal.SIGINT
     except SystemExit as ending:
         if isinstance(ending.code, str):
             print(ending.code, file=sys.stderr)

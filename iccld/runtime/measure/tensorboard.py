@@ -12,7 +12,6 @@ from iccld.extras import remedy
 from iccld.outcome import say
 from iccld.runtime.measure.telemetry import START_S, Outlet, one_line, within
 
-
 _other_threads = threading.excepthook
 
 

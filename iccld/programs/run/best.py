@@ -1,0 +1,49 @@
+"""Keeps the teacher that scored best in training: see `iccld.models.best_model`."""
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from iccld.config import Config
+from iccld.durable import holds_only, make_folder, remove_tree, scratch_folder, sync
+from iccld.models.best_model import FOLDER_NAME, STEP, best_of, score_of
+from iccld.models.iccld import ICCLD
+from iccld.models.model_card import CARD_NAME, WEIGHTS_NAME
+from iccld.models.readme import README_NAME
+from iccld.programs.run.hand_off import origin_of
+from iccld.stages.predictor import Weights
+
+OURS = re.compile(STEP.pattern + r"(\.[0-9a-f]{8}|)(\.tmp|)")  # a scratch folder, too
+is_ours = holds_only("|".join(map(re.escape, (CARD_NAME, WEIGHTS_NAME, README_NAME))))
+
+
+def keep_best(teacher: ICCLD, config: Config, *, stage: str, step: int, score: Mapping[str, Any]) -> None:
+    """Keep the teacher if no earlier one scored as high, and remove whatever is not the best. Call on one rank.
+
+    score: `miou` in per cent, and how it was computed. What an earlier attempt has kept counts, too.
+    """
+    run_dir = Path(config.run_dir)
+    folder = run_dir / stage / FOLDER_NAME
+    kept = best_of(folder.parent)
+    if kept is None or (score_of(kept) or 0.0) < score["miou"]:
+        kept = _save(teacher, config, folder, stage=stage, step=step, score=score)
+    for other in folder.glob("step_*"):
+        if other != kept and OURS.fullmatch(other.name) and is_ours(other):
+            remove_tree(other)
+
+
+def _save(teacher: ICCLD, config: Config, folder: Path, *, stage: str, step: int, score: Mapping[str, Any]) -> Path:
+    """Write the model folder, which appears whole, and return it."""
+    make_folder(folder, within=Path(config.run_dir))
+    target, classes = folder / f"step_{step:08d}", config.data.class_set.build()
+    scratch = scratch_folder(target, is_ours=is_ours)
+    origin = origin_of(config, stage=stage, weights=Weights.teacher.value, step=step) | {"score": dict(score)}
+    teacher.save_pretrained(scratch, class_names=classes.names, palette=classes.palette, origin=origin)
+    sync(scratch)
+    if os.path.lexists(target):  # of this step, and with a lower score or a damaged card
+        remove_tree(target)
+    scratch.rename(target)
+    sync(folder)
+    return target

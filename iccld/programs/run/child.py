@@ -1,0 +1,59 @@
+"""A process of our own that trains while this one waits: a signal to this one lets that one save and end."""
+
+import contextlib
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from types import FrameType
+
+POLL_S = 0.2
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # USR1: before the end of a job
+OF_SUBMITIT = signal.SIGUSR2
+"""The signal that submitit has sent to a job before its end, and by which it puts the job into the queue again."""
+
+
+@contextlib.contextmanager
+def signals_noted(numbers: Sequence[signal.Signals] = SIGNALS) -> Iterator[list[int]]:
+    """Within, the signals that ask for a stop are noted in the list."""
+    came: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        del frame
+        came.append(number)
+
+    before = {number: signal.signal(number, note) for number in numbers}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def run_child(command: Sequence[str]) -> tuple[int, int]:
+    """Run a command to its end; return its exit status, and the first signal that came meanwhile, or 0.
+
+    Each signal is passed on as SIGTERM: the first lets a training save and end, the second ends it at once. Within
+    submitit's jobs, submitit hears of its own signal once the command has saved.
+    """
+    again = signal.getsignal(OF_SUBMITIT)
+    passed_on, numbers = 0, [*SIGNALS, *([OF_SUBMITIT] if callable(again) else [])]
+    with signals_noted(numbers) as came:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C reaches us alone
+            preexec_fn=_ignore_submitit,  # a job's signals reach all of its processes
+        )
+        while (status := process.poll()) is None:
+            if passed_on < len(came):
+                passed_on = len(came)
+                process.terminate()
+            time.sleep(POLL_S)
+    if OF_SUBMITIT in came and callable(again):
+        again(OF_SUBMITIT, None)
+    return status, came[0] if came else 0
+
+
+def _ignore_submitit() -> None:
+    signal.signal(OF_SUBMITIT, signal.SIG_IGN)

@@ -1,0 +1,126 @@
+"""Trains the runs of a sweep by a launcher of Hydra: one after the other here, or as jobs of SLURM by submitit.
+
+Hydra counts jobs, and knows no setting of theirs: each job is a process `iccld train` with its words to the letter.
+What Hydra writes lies in RUN_DIR/.hydra, with a file NAME.status for each job that has ended.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from iccld.durable import make_folder, write_whole
+from iccld.outcome import AGAIN, REFUSED, Interrupted
+from iccld.programs.run.child import run_child
+from iccld.programs.train.sweep import Job, unfinished
+
+FOLDER = ".hydra"
+OF_THE_WORLD = {0, AGAIN, 76, -signal.SIGKILL, -signal.SIGTERM}
+"""Exit statuses of jobs that go on by the same command; 0: stopped, and saved."""
+
+
+def train_jobs(jobs: Sequence[Job], options: Sequence[str], *, num_ranks: int, words: Sequence[str]) -> int:
+    """Train all jobs, say how each ended, and return the exit status.
+
+    options: those of `train` for each job, as `--secrets=FILE`. words: Hydra's own, which choose the launcher. Raises
+    ValueError for what Hydra refuses.
+    """
+    top = Path(jobs[0].run_dir).parent
+    folder = make_folder(top / FOLDER, within=top)
+    for job in jobs:
+        _status_file(folder, job).unlink(missing_ok=True)
+    launch = ["launch", str(num_ranks)] if num_ranks > 1 else []
+    python = [sys.executable, "-m", "iccld", *launch, "train", *options]
+    commands = [[*python, *job.words] for job in jobs]
+    came: list[int] = []
+
+    def train_one(config: Any) -> None:
+        """A job, in this process or, sent there by the launcher, in one on another machine."""
+        job = jobs[config.job]
+        if came:
+            return
+        print(f"[{config.job + 1}/{len(jobs)}] {job.name}: begins, in {job.run_dir}", flush=True)
+        status, number = run_child(commands[config.job])
+        write_whole(_status_file(folder, job), f"{status}\n")
+        came.extend([number] if number else [])
+
+    _sweep(train_one, len(jobs), folder, words)
+    status = _report(jobs, folder)
+    if came:
+        print(f"iccld train: stopped by {signal.Signals(came[0]).name}; the same command goes on", flush=True)
+        return 128 + came[0]
+    return status
+
+
+def _status_file(folder: Path, job: Job) -> Path:
+    return folder / f"{job.name}.status"
+
+
+def _sweep(task: Callable[[Any], None], num_jobs: int, folder: Path, words: Sequence[str]) -> None:
+    """Let Hydra launch the task with `config.job` from 0 on. Raises ValueError, and Interrupted if a job was lost."""
+    place = QuotedString(str(folder.absolute()).replace("\\", "\\\\").replace("${", "\\${"), Quote.single)
+    own = [
+        f"+job=range(0,{num_jobs})" if num_jobs > 1 else "+job=0",
+        f"hydra.sweep.dir={place.with_quotes()}",
+        "hydra.sweep.subdir=.",
+        "hydra.output_subdir=null",
+        "hydra/job_logging=disabled",
+        "hydra/hydra_logging=disabled",
+    ]
+    with _command_line(["iccld", "--multirun", *own, *words]):
+        try:
+            hydra.main(config_path=None, version_base="1.3")(task)()
+        except (HydraException, OmegaConfBaseException) as error:
+            said = " ".join(str(error).split())
+            remedy = "; submitit needs pip install 'iccld[slurm]'" if "submitit" in said else ""
+            raise ValueError(f"--multirun: {said[:300]}{remedy}.") from error
+        except Exception as error:
+            if type(error).__module__.partition(".")[0] != "submitit":
+                raise
+            raise Interrupted(f"--multirun: {' '.join(str(error).split())[:300]}") from error
+
+
+@contextmanager
+def _command_line(argv: list[str]) -> Iterator[None]:
+    """Within, Hydra finds this command line, and raises its errors in place of printing them."""
+    before, sys.argv = sys.argv, argv
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    finally:
+        sys.argv = before
+        del os.environ["HYDRA_FULL_ERROR"]
+
+
+def _report(jobs: Sequence[Job], folder: Path) -> int:
+    """Say of each job how it ended; return 0, 75 where the world alone is to blame, else 2."""
+    failed: list[int] = []
+    for job in jobs:
+        path = _status_file(folder, job)
+        text = path.read_text().strip() if path.is_file() else ""
+        left, status = unfinished(job), int(text) if text.lstrip("-").isdigit() else None
+        if status == 0 and not left:
+            print(f"{job.name}: finished", flush=True)
+            continue
+        failed.append(AGAIN if status is None else status)
+        print(f"iccld train: {job.name}: {_why(status, left)}; its run is {job.run_dir}", file=sys.stderr, flush=True)
+    if not failed:
+        return 0
+    print(f"iccld train: {len(failed)} of {len(jobs)} runs are not finished; the same command goes on", file=sys.stderr)
+    return AGAIN if OF_THE_WORLD.issuperset(failed) else REFUSED
+
+
+def _why(status: int | None, left: Sequence[str]) -> str:
+    if status is None:
+        return "did not run to its end"
+    if status < 0:
+        return f"was ended by {signal.Signals(-status).name}"
+    return f"failed with exit status {status}" if status else f"stopped before {' and '.join(left)} was finished"
