@@ -11,6 +11,7 @@ EXTRA_OF = {
     "matplotlib": "train",
     "omegaconf": "train",
     "tenacity": "train",
+    "tensorboard": "tensorboard",
     "wandb": "train",
     "webdataset": "train",
     "xformers": "train",

@@ -49,10 +49,19 @@ def status_of(error: BaseException) -> int:
     return REFUSED if error.errno is None or error.errno in _NAMES_ARE_WRONG else AGAIN
 
 
+_before_line = ""
+
+
+def over_live_line(is_live: bool) -> None:
+    """Let `say` begin by clearing the terminal's line, while one is drawn there again and again."""
+    global _before_line
+    _before_line = "\r\x1b[2K" if is_live and os.isatty(2) else ""
+
+
 def say(line: str) -> None:
     """Write a line to stderr, also while another thread, or nobody, holds Python's stream, and if nobody reads it."""
     with contextlib.suppress(OSError):  # the scheduler's daemon at the other end may be gone
-        os.write(2, f"{line}\n".encode())
+        os.write(2, f"{_before_line}{line}\n".encode())
 
 
 def words(error: BaseException) -> str:

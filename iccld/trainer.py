@@ -85,6 +85,22 @@ class Stream(Protocol):
     def batches(self, start_step: int) -> Generator[Mapping[str, Any], None, None]: ...
 
 
+class Pictures(Protocol):
+    """Pictures of what the stage makes of some images, drawn between steps."""
+
+    def is_due(self, step: int) -> bool:
+        """Tell whether there is to be one after `step` steps."""
+        ...
+
+    def is_owed(self, step: int) -> bool:
+        """Tell whether the one after `step` steps is not there, as this rank sees it."""
+        ...
+
+    def draw(self, step: int) -> None:
+        """Draw it. Call on every rank; a failure ends no run."""
+        ...
+
+
 def attach(stage: Stage, engine: Engine, layout: BatchLayout, *, gradient_clip: float = 0.0) -> None:
     """Hand the stage's module to the engine, and its averages where ranks hold shards."""
     engine.attach(
@@ -108,8 +124,10 @@ class TrainingStep:
     engine: Engine
     timer: PhaseTimer
 
-    def __call__(self, micro_batches: Sequence[Mapping[str, Any]], step: int) -> tuple[Means, Means]:
-        """Train on the step's micro-batches, on this rank's device.
+    def __call__(
+        self, micro_batches: Sequence[Mapping[str, Any]], step: int, *, with_norm: bool = False
+    ) -> tuple[Means, Means]:
+        """Train on the step's micro-batches, on this rank's device; `with_norm` takes the norm of the gradients.
 
         Returns the means of their losses, and the sums of their metrics; nothing waits for the device.
         """
@@ -120,7 +138,7 @@ class TrainingStep:
             inputs = self._share_denominators(inputs)
         losses, metrics = self.accumulate(inputs)
         with timer.phase("optimizer"):
-            self.engine.step()
+            self.engine.step(with_norm=with_norm)
         with timer.phase("average"):
             stage.after_step(step)
         return losses, metrics
@@ -170,6 +188,7 @@ class Trainer:
     layout: BatchLayout
     about: Mapping[str, Any]  # goes into every checkpoint's manifest
     evaluate: Callable[[int], Mapping[str, float]] | None = None  # with the number of steps done
+    pictures: Pictures | None = None
     after_step: Callable[[int], None] = lambda step: None  # on every rank, with the number of steps done
     watchdog: Watchdog = field(default_factory=Watchdog)
 
@@ -205,11 +224,9 @@ class Trainer:
         timer = PhaseTimer(engine.device, self.watchdog.phase)
         train = TrainingStep(self.stage, engine, timer)
         batches = engine.prefetch(batches, copying=lambda: timer.span(OVERLAPPED))
-        if self._is_scored(start_step) and any_rank(self.metrics.owes_scores(start_step)):
-            self._score(start_step, timer)
+        self._show(start_step, timer, only_owed=True)
         for step in range(start_step, config.num_steps):
             self.watchdog.step(step)
-            engine.set_learning_rate(learning_rate_factor(step, num_steps=config.num_steps, config=config.schedule))
             with timer.phase("data"):
                 micro_batches, failure = self._fetch(batches)
             with timer.span("agree"):
@@ -219,21 +236,32 @@ class Trainer:
                 self.checkpoints.wait()  # raises if a save failed
                 self._stop(step, timer, is_new=step > start_step)
                 return False
-            losses, metrics = train(micro_batches, step)
             done = step + 1
+            is_save = done == config.num_steps or done % config.checkpoint.save_every == 0
+            is_logged = is_save or self.metrics.is_due(done)
+            engine.set_learning_rate(learning_rate_factor(step, num_steps=config.num_steps, config=config.schedule))
+            losses, metrics = train(micro_batches, step, with_norm=is_logged)
             with timer.phase("average"):
                 self.after_step(done)
             timer.end_step()
             self.metrics.record(done, losses, metrics)
-            is_save = done == config.num_steps or done % config.checkpoint.save_every == 0
-            if is_save or self.metrics.is_due(done):
+            if is_logged:
                 self._flush(timer)
             if is_save:
                 with timer.phase("save"):
                     self._save(done)
-            if self._is_scored(done):
-                self._score(done, timer)
+            self._show(done, timer)
         return True
+
+    def _show(self, step: int, timer: PhaseTimer, *, only_owed: bool = False) -> None:
+        """Score and draw what is due after `step` steps; `only_owed`: what an earlier attempt has not come to."""
+        any_rank = self.engine.ranks.any
+        if self._is_scored(step) and (not only_owed or any_rank(self.metrics.owes_scores(step))):
+            self._score(step, timer)
+        pictures = self.pictures
+        if pictures and pictures.is_due(step) and (not only_owed or any_rank(pictures.is_owed(step))):
+            with timer.phase("evaluate"):
+                pictures.draw(step)
 
     def _is_scored(self, step: int) -> bool:
         every = self.config.evaluate_every
@@ -276,6 +304,7 @@ class Trainer:
             num_steps=self.config.num_steps,
             take_timings=timer.take,
             counters=self.stream.counters,
+            facts=self.engine.facts_of_step(),
         )
 
     def _save(self, step: int) -> None:

@@ -16,7 +16,7 @@ MAX_FUNCTION_LINES = 40
 
 LEAVES = {
     *("labels", "rng", "plain_yaml", "settings", "ranges", "texts", "outcome", "reading", "redact", "node", "graph"),
-    *("batch_layout", "eager"),
+    *("batch_layout", "eager", "extras"),
 }
 """Rooms that all others may enter: keyed draws, plain files, what a setting may be, and how a command ends."""
 PROGRAMS = {"__main__", "cli", "programs"}
@@ -107,6 +107,7 @@ OWNERS = {
     "xformers": {"models/attention.py"},
     "accelerate": {"programs/launch/local.py", "runtime/engine/engine.py"},
     "deepspeed": {"runtime/engine/zero.py"},
+    "tensorboard": {"runtime/measure/tensorboard.py"},
     "wandb": {"runtime/measure/telemetry.py"},
     "transformers": {"models/backbone.py"},
     "hydra": {"config.py", "programs/train/multirun.py"},

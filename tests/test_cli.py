@@ -59,6 +59,24 @@ def test_train_leaves_the_run_directory_of_the_readme(run_dir: Path):
     entries = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     of_stage1 = {name for entry in entries if entry["stage"] == "stage1" for name in entry}
     assert {"pseudo_classes/distance", "pseudo_classes/lost", "disagreement"} < of_stage1
+    assert {"learning_rate/encoder", "learning_rate/decoder", "gradient_norm"} < of_stage1
+
+
+def test_the_final_scores_are_in_the_metrics_once_also_after_a_kill_before_them(run_dir: Path, scene_shards: Path):
+    path = run_dir / "metrics.jsonl"
+    text, results = path.read_text(), json.loads((run_dir / "report/results.json").read_text())
+    entries = [json.loads(line) for line in text.splitlines()]
+    of_stage1, of_stage2 = [entry for entry in entries if any(name.startswith("final/") for name in entry)]
+    assert (of_stage1["stage"], of_stage1["step"]) == ("stage1", 2)
+    assert (of_stage2["stage"], of_stage2["step"]) == ("stage2", 2)
+    assert of_stage1["final/miou"] == results["stage1"]["miou"]
+    assert of_stage2["final/x2/miou"] == results["stage2"]["2"]["miou"]
+    assert of_stage2["final/mean_latent/miou"] == results["stage2_mean_latent"]["miou"]
+    by_class = dict(zip(results["stage1"]["names"], results["stage1"]["iou"], strict=True))
+    assert {name: of_stage1.get(f"final/iou/{name}") for name in by_class} == by_class
+    path.write_text("".join(line for line in text.splitlines(keepends=True) if "final/" not in line))
+    assert main(["train", *scene_overrides(scene_shards, run_dir), *QUICK]) == 0
+    assert sorted(path.read_text().splitlines()) == sorted(text.splitlines())
 
 
 def test_a_score_in_mid_training_has_diagnostics_without_the_bounds(scene_shards: Path, tmp_path: Path):
@@ -68,7 +86,7 @@ def test_a_score_in_mid_training_has_diagnostics_without_the_bounds(scene_shards
     scores = [entry for entry in entries if "miou" in entry]
     assert [(entry["stage"], entry["step"]) for entry in scores] == [("stage2", 1), ("stage2", 2)]
     for entry in scores:
-        assert {"boundary_miou", "diagnostics/z_0_at_999", "diagnostics/disagreement"} < set(entry)
+        assert {"boundary_miou", "iou/road", "diagnostics/z_0_at_999", "diagnostics/disagreement"} < set(entry)
         assert "diagnostics/fitted_latent" not in entry
     results = json.loads((tmp_path / "report/results.json").read_text())
     assert results["diagnostics"]["stage2"]["num_images"] == 2

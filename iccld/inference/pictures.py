@@ -1,6 +1,6 @@
 """Pictures of label maps: colours, overlays, palettised PNGs, legends, and grids to compare predictions."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -50,17 +50,18 @@ def label_picture(labels: np.ndarray, palette: Palette) -> Image.Image:
     return picture
 
 
-def legend(names: Sequence[str], palette: Palette) -> Image.Image:
-    """Draw the classes' colours, each with its index and name, from top to bottom."""
+def legend(names: Sequence[str], palette: Palette, *, only: Iterable[int] | None = None) -> Image.Image:
+    """The classes' colours, each with its index and name, from top to bottom; `only` some indices, if given."""
     size = 20
     font = ImageFont.load_default(size)
-    lines = [f"{index} {name}" for index, name in enumerate(names)]
-    width = 3 * size + max(int(font.getlength(line)) for line in lines)
+    indices = range(len(names)) if only is None else sorted(only)
+    lines = [f"{index} {names[index]}" for index in indices]
+    width = 3 * size + max((int(font.getlength(line)) for line in lines), default=0)
     sheet = Image.new("RGB", (width, size // 2 + len(lines) * size * 3 // 2), "white")
     draw = ImageDraw.Draw(sheet)
-    for index, (line, colour) in enumerate(zip(lines, palette, strict=True)):
-        top = size // 2 + index * size * 3 // 2
-        draw.rectangle((size // 2, top, size * 3 // 2, top + size), fill=tuple(colour), outline="black")
+    for number, (index, line) in enumerate(zip(indices, lines, strict=True)):
+        top = size // 2 + number * size * 3 // 2
+        draw.rectangle((size // 2, top, size * 3 // 2, top + size), fill=tuple(palette[index]), outline="black")
         draw.text((2 * size, top + size // 2), line, fill="black", font=font, anchor="lm")
     return sheet
 

@@ -88,6 +88,9 @@ class AdversarialStage(Stage):
             denominators |= self._restrict_labels(tensors, given.is_pure)
         return StageInputs(tensors, denominators)
 
+    def pseudo_labels_of(self, batch: Mapping[str, Any]) -> Tensor | None:
+        return self.views.pseudo_labels_of(batch, self.teacher.module)
+
     def _noised(self, batch: Mapping[str, Any], z_0: Tensor) -> Noised:
         numbers, alpha_bar, share = batch["source"]["numbers"], self.model.alpha_bar, self.config.pure_noise_share
         if self.config.deterministic:
@@ -133,11 +136,11 @@ class AdversarialStage(Stage):
 
     def param_groups(self) -> list[dict[str, Any]]:
         config, module = self.config, self.module
+        options = {"learning_rate": config.learning_rate, "weight_decay": config.weight_decay, "name": "denoiser"}
         return [
-            *decayed_groups(
-                module.denoiser.named_parameters(), learning_rate=config.learning_rate, weight_decay=config.weight_decay
-            ),
+            *decayed_groups(module.denoiser.named_parameters(), **options),
             {
+                "name": "discriminator",
                 "params": list(module.discriminator.parameters()),
                 "lr": config.discriminator_learning_rate,
                 "betas": (0.9, 0.99),

@@ -70,7 +70,7 @@ class Stage(ABC):
 
     @abstractmethod
     def param_groups(self) -> list[dict[str, Any]]:
-        """Return the optimiser's groups: what trains, at which learning rate."""
+        """Return the optimiser's groups: what trains, at which learning rate; each with a `name` if rates differ."""
 
     @abstractmethod
     def copy_models(self) -> dict[str, ICCLD]:
@@ -78,6 +78,13 @@ class Stage(ABC):
 
         Each model may be a copy: call this once, not in a loop.
         """
+
+    def pseudo_labels_of(self, batch: Mapping[str, Any]) -> Tensor | None:
+        """Return what the stage takes a batch's target images for now, to be looked at; None if it labels none.
+
+        `(B, H, W)` uint8 class indices, 255 where a pixel is left out. No gradient is asked for.
+        """
+        return None
 
     def parts(self) -> dict[str, nn.Module]:
         """Return, by name, the parts whose work in a step is told apart."""

@@ -30,7 +30,7 @@ from iccld.uda.corruption import CorruptionConfig, corrupt, draw_corruption
 from iccld.uda.ema_profile import EmaProfileConfig
 from iccld.uda.masking import block_mask
 from iccld.uda.photometric import NUM_DRAWS, PhotometricConfig, strong_augment
-from iccld.uda.pseudo_labels import PseudoLabels, class_probabilities, pseudo_labels
+from iccld.uda.pseudo_labels import PseudoLabels, class_probabilities, kept_labels, pseudo_labels
 from iccld.uda.teacher import Teacher
 
 NOISE = "mask latent noise"
@@ -214,6 +214,13 @@ class SegmentationStage(Stage):
             valid=target["valid"],
         )
 
+    def pseudo_labels_of(self, batch: Mapping[str, Any]) -> Tensor | None:
+        if not self.config.adapt or self.config.target_labels:
+            return None
+        target = batch["target"]
+        pseudo = self._pseudo_labels(to_float(target["images"]), target)
+        return kept_labels(pseudo, target["valid"], class_thresholds=self.config.class_thresholds)
+
     def _corrupted(self, view: str, images: Tensor, source: Mapping[str, Any], target_images: Tensor) -> Tensor:
         """Make labelled images more like the target's; the stream pairs source i with target i by their number."""
         config = self.config.corruption
@@ -242,8 +249,10 @@ class SegmentationStage(Stage):
         rest = [(name, p) for name, p in self.module.named_parameters() if not name.startswith("encoder.backbone.")]
         backbone, decay = self.model.encoder.backbone.named_parameters(), self.config.weight_decay
         return [
-            *decayed_groups(backbone, learning_rate=self.config.encoder_learning_rate, weight_decay=decay),
-            *decayed_groups(rest, learning_rate=self.config.decoder_learning_rate, weight_decay=decay),
+            *decayed_groups(
+                backbone, learning_rate=self.config.encoder_learning_rate, weight_decay=decay, name="encoder"
+            ),
+            *decayed_groups(rest, learning_rate=self.config.decoder_learning_rate, weight_decay=decay, name="decoder"),
         ]
 
     def parts(self) -> dict[str, nn.Module]:

@@ -36,7 +36,7 @@ from iccld.stages.objective import AdversarialConfig, PseudoLabelSource
 from iccld.stages.target_labels import target_probabilities, unmirrored
 from iccld.uda.corruption import corrupt, draw_corruption
 from iccld.uda.photometric import NUM_DRAWS, strong_augment
-from iccld.uda.pseudo_labels import pseudo_labels
+from iccld.uda.pseudo_labels import PseudoLabels, kept_labels, pseudo_labels
 
 CORRUPTION_NOISE = "stage2 corruption noise"
 LABEL_NOISE = ("pseudo-label noise", "mirrored pseudo-label noise")
@@ -86,15 +86,30 @@ class Views:
         target = tensors_to_encoded(tensors, "target")
         rest = {name: tensor for name, tensor in tensors.items() if not name.startswith("target_")}
         pasted, clean_latent = rest.pop("pasted"), rest.pop("clean_latent", None)
-        shape = target.latent.shape[1:]
-        if self.config.deterministic:
-            noise = torch.zeros_like(target.latent, dtype=torch.float32)
-        else:
-            purposes = LABEL_NOISE[: 1 + self.config.flip_teacher]
-            noise = torch.cat([keyed_noise(batch["source"], each, shape, seed=self.seed) for each in purposes])
+        noise = self._label_noise(batch, target.latent)
         found = target_probabilities(self.model, target, self._target_images(batch), denoiser=denoiser, noise=noise)
         seen = tensors_to_encoded(rest, "seen")
         return rest | self._targets(batch, pasted, clean_latent, seen, unmirrored(found, len(pasted)))
+
+    def pseudo_labels_of(self, batch: Mapping[str, Any], denoiser: Denoiser) -> Tensor:
+        """Return the pseudo-labels of the target images, `(B, H, W)` uint8, also if no loss takes labels.
+
+        255 marks a pixel that is left out.
+        """
+        images = self._target_images(batch)
+        encoded, of_denoiser = self.model.encoder(images), {}
+        if self.are_labelled_by_denoiser:
+            of_denoiser = {"denoiser": denoiser, "noise": self._label_noise(batch, encoded.latent)}
+        found = target_probabilities(self.model, encoded, images, **of_denoiser)
+        pseudo = self._pseudo_labels(batch, unmirrored(found, len(batch["target"]["images"])))
+        return kept_labels(pseudo, batch["target"]["valid"], class_thresholds=self.config.class_thresholds)
+
+    def _label_noise(self, batch: Mapping[str, Any], latent: Tensor) -> Tensor:
+        """Return the noise from which the denoiser labels the target, shaped as E's latent."""
+        if self.config.deterministic:
+            return torch.zeros_like(latent, dtype=torch.float32)
+        purposes = LABEL_NOISE[: 1 + self.config.flip_teacher]
+        return torch.cat([keyed_noise(batch["source"], each, latent.shape[1:], seed=self.seed) for each in purposes])
 
     def uniform(self, count: int, purpose: str, numbers: Tensor) -> Tensor:
         """Draw `(len(numbers), count)` values in [0, 1), on the host."""
@@ -176,7 +191,10 @@ class Views:
         return tensors
 
     def _labels(self, batch: Mapping[str, Any], probabilities: Tensor, pasted: Tensor) -> Labels:
-        pseudo = pseudo_labels(
+        return mixed_labels(batch["source"]["labels"], self._pseudo_labels(batch, probabilities), pasted)
+
+    def _pseudo_labels(self, batch: Mapping[str, Any], probabilities: Tensor) -> PseudoLabels:
+        return pseudo_labels(
             probabilities,
             threshold=self.config.confidence_threshold,
             class_thresholds=self.config.class_thresholds,
@@ -184,4 +202,3 @@ class Views:
             class_balance=self.config.class_balance,
             valid=batch["target"]["valid"],
         )
-        return mixed_labels(batch["source"]["labels"], pseudo, pasted)

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from iccld.labels import IGNORE_INDEX
+
 MAX_BALANCE = 4.0
 """The balance of classes raises or lowers a pixel's weight at most so many times, before the mean is restored."""
 
@@ -19,6 +21,17 @@ class PseudoLabels(NamedTuple):
     labels: Tensor
     weights: Tensor
     confident: Tensor
+
+
+def kept_labels(pseudo: PseudoLabels, valid: Tensor, *, class_thresholds: float) -> Tensor:
+    """The labels with 255 in the pixels that are left out, `(B, H, W)` uint8.
+
+    An image's weight q leaves out none, even if it is 0. valid and class_thresholds: as in `pseudo_labels`.
+    """
+    kept = valid.expand(pseudo.labels.shape)
+    if class_thresholds:
+        kept = kept & (pseudo.weights > 0)
+    return pseudo.labels.masked_fill(~kept, IGNORE_INDEX)
 
 
 def class_probabilities(segment: Callable[[Tensor], Tensor], images: Tensor, *, flip: bool) -> Tensor:

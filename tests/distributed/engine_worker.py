@@ -35,7 +35,7 @@ def train_step(engine: Engine, stage: Stage, num_accumulation: int, *, first: in
         with engine.micro_batch(is_last=i + 1 == num_accumulation):
             losses = engine.module(inputs).losses
             engine.backward(torch.stack(list(losses.values())).sum())
-    engine.step()
+    engine.step(with_norm=True)
 
 
 def whole_tensors(engine: Engine, prefix: str) -> dict[str, Tensor]:
@@ -61,6 +61,8 @@ def check_gradients(engine: Engine, num_accumulation: int) -> None:
     expected = [mean_gradients(range(first, first + count)) for first in (0, 100)]
     for step, first in enumerate((0, 100)):
         train_step(engine, stage, num_accumulation, first=first)
+        norm = torch.cat([gradient.flatten() for gradient in expected[step].values()]).norm()
+        torch.testing.assert_close(engine.backend.gradient_norm, norm, rtol=1e-4, atol=0, msg="without clipping")
         moments = whole_tensors(engine, "exp_avg/")
         assert moments.keys() == expected[0].keys()
         for name, moment in moments.items():
@@ -83,9 +85,17 @@ def check_clipping(engine: Engine) -> None:
     expected = mean_gradients(range(4))
     norm = torch.cat([gradient.flatten() for gradient in expected.values()]).norm()
     assert norm > 2 * clip, norm
+    check_facts(engine, norm)
     for name, moment in whole_tensors(engine, "exp_avg/").items():
         wanted = 0.1 * expected[name] * clip / norm
         torch.testing.assert_close(moment, wanted, rtol=1e-3, atol=1e-7, msg=name)
+
+
+def check_facts(engine: Engine, norm: Tensor) -> None:
+    """The norm is of the gradients as they were, on each rank, and the groups share a rate."""
+    facts = engine.facts_of_step()
+    torch.testing.assert_close(facts.pop("gradient_norm"), norm, rtol=1e-4, atol=0)
+    assert facts == {"learning_rate": 1e-4}, facts
 
 
 def check_equal_weights(engine: Engine) -> None:

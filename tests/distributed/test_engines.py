@@ -16,7 +16,7 @@ CHECKS: dict[str, list[tuple[str, ...]]] = {
     "zero2": [("engine_worker", "zero2"), ("zero_worker",)],
     "fsdp2": [("engine_worker", "fsdp2")],
 }
-"""By engine, the modules that assert what must hold of a step on two ranks, and their arguments."""
+"""Modules by engine that assert what must hold of a step on two ranks, and their arguments."""
 LOSS_TOLERANCE = {"rel": 2e-3, "abs": 2e-5}
 # Splitting a batch changes the order of sums; AdamW divides by the gradient's size, so that the sign of a gradient near
 # 0 may turn and move a weight by a whole learning rate. So what moved is compared as a whole, not weight by weight.

@@ -106,7 +106,7 @@ class Ranks:
 
 
 def started(module: str, arguments: list[str], *, environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
-    """As `Forked`, by a Python of its own."""
+    """Start a process as `Forked` does, in a Python of its own."""
     command = [sys.executable, "-m", module, *arguments]
     with log.open("w") as file:
         return subprocess.Popen(command, env=environment, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)

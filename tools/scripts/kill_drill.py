@@ -142,7 +142,8 @@ class Drill:
             if finished and kind:  # the run was past that point; the next one begins with it
                 self._put_back(kind)
         found = [f"{run_dir}: {what}" for what in differences(expected, run_dir, num_steps=NUM_STEPS)]
-        counts = Counter((line["stage"], line["step"]) for line in lines(run_dir / "metrics.jsonl"))
+        steps = [line for line in lines(run_dir / "metrics.jsonl") if "loss" in line]
+        counts = Counter((line["stage"], line["step"]) for line in steps)
         self.samples_lost += BATCH * sum(not counts[s, n] for s in STAGES for n in range(1, NUM_STEPS + 1))
         self.samples_repeated += BATCH * sum(count - 1 for count in counts.values())
         self.differences += found

@@ -270,16 +270,27 @@ def shards(config: Any) -> Iterator[Finding]:
 
 def loggers(config: Any) -> Iterator[Finding]:
     """Say which loggers get the metrics beside metrics.jsonl."""
+    names = [logger.name for logger in config.metrics.loggers] if config is not None else ["wandb"]
+    if "tensorboard" in names:
+        yield _tensorboard()
+    mode = config.metrics.wandb.value if config is not None else "offline"
+    if "wandb" not in names:
+        return
     if not find_spec("wandb"):
         yield Finding(NOTE, "loggers", "wandb is not installed; pip install 'iccld[train]', or metrics.wandb=disabled")
         return
-    mode = config.metrics.wandb.value if config is not None else "offline"
     netrc = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
     known = bool(os.environ.get("WANDB_API_KEY")) or (netrc.is_file() and "wandb" in netrc.read_text(errors="replace"))
     if mode == "online" and not known:
         yield Finding(NOTE, "loggers", "wandb has no login and will go on offline; `wandb login`, or WANDB_API_KEY")
     else:
         yield Finding(FINE, "loggers", f"wandb {_version('wandb')}, {mode}")
+
+
+def _tensorboard() -> Finding:
+    if not find_spec("tensorboard"):
+        return Finding(NOTE, "loggers", "tensorboard is not installed; pip install 'iccld[tensorboard]'")
+    return Finding(FINE, "loggers", f"tensorboard {_version('tensorboard')}")
 
 
 def slurm() -> Iterator[Finding]:

@@ -26,13 +26,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Score, and return the exit status."""
     from iccld.runtime.faults.preemption import Preemption
+    from iccld.runtime.measure.terminal import open_terminal
 
-    with Preemption() as preemption:
+    with Preemption() as preemption, open_terminal("starting") as terminal:
         from iccld.programs.evaluate.evaluate import evaluate_run, settings_and_model
 
         config, model = settings_and_model(
             arguments.run_dir, arguments.overrides, shards=arguments.shards, output=arguments.output
         )
-        finished = evaluate_run(config, preemption, model_folder=arguments.model or model)
+        finished = evaluate_run(config, preemption, model_folder=arguments.model or model, terminal=terminal)
     message = "iccld evaluate: stopped by a signal; the same command begins again"
     return 0 if finished else status_of_stopped(config, message, by_hand=preemption.by_hand)

@@ -29,6 +29,7 @@ from iccld.runtime.engine.engine import Engine
 from iccld.runtime.faults.preemption import Preempted, Preemption
 from iccld.runtime.faults.watchdog import Watchdog
 from iccld.runtime.measure.telemetry import write_event
+from iccld.runtime.measure.terminal import Terminal
 from iccld.runtime.ranks import Ranks
 from iccld.stages.table import STAGES, stage_of
 
@@ -84,7 +85,13 @@ def settings_and_model(source: str, overrides: Sequence[str], *, shards: str, ou
     return load_config([*words, f"run_dir={output}"]), str(model)
 
 
-def evaluate_run(config: Config, preemption: Preemption | None = None, *, model_folder: str = "") -> bool:
+def evaluate_run(
+    config: Config,
+    preemption: Preemption | None = None,
+    *,
+    model_folder: str = "",
+    terminal: Terminal | None = None,
+) -> bool:
     """Score the run's finished stages, or one model folder; False if a signal ended it. Call on every rank."""
     preemption = preemption or Preemption()
     preemption.config = config.preemption
@@ -96,6 +103,8 @@ def evaluate_run(config: Config, preemption: Preemption | None = None, *, model_
     beats = Path(config.run_dir) / "heartbeats" / "evaluate"
     refuse_links(Path(config.run_dir) / "report", within=Path(config.run_dir))
     with Engine(config.engine) as engine, watch(config, engine.ranks, beats_in=beats) as watchdog, sets_kept_open():
+        if terminal is not None:
+            terminal.follow(watchdog)
         watchdog.begin("evaluation")
         watchdog.phase("evaluate")
         if engine.ranks.is_main:
@@ -225,7 +234,8 @@ def _numbers(value: Any) -> Any:
 def _report(results: Mapping[str, Any], path: Path) -> None:
     make_folder(path.parent, within=path.parent.parent)
     write_whole(path, json.dumps(redacted(results), indent=1))
-    Console(width=None if sys.stdout.isatty() else 120).print(
-        results_table(named_results(results), title=escape(", ".join(results["about"]["models"])))
-    )
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    with console.capture() as table:  # and printed as all else is, above a line that may be alive
+        console.print(results_table(named_results(results), title=escape(", ".join(results["about"]["models"]))))
+    print(table.get(), end="")
     print(f"written to {path}", flush=True)

@@ -44,6 +44,9 @@ def run(arguments: argparse.Namespace) -> int:
     path = engine_path(engine)
     if num_ranks == 1 and path == FOLDER / "ddp.yaml":  # needs no launcher
         os.execv(sys.executable, [sys.executable, "-m", "iccld", *command])
-    from iccld.programs.launch.local import launch
+    from iccld.runtime.measure.terminal import open_terminal
+
+    with open_terminal(f"starting {num_ranks} ranks"):  # whose rank 0 goes on with a line of its own
+        from iccld.programs.launch.local import launch
 
     return launch(num_ranks, path, command)

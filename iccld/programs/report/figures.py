@@ -14,9 +14,11 @@ CURVES = {
     "loss": "sum of the losses",
     "loss/": "losses",
     "learning_rate": "learning rate",
+    "learning_rate/": "learning rates",
     "gradient_norm": "norm of the gradients",
     "miou": "mIoU in training, %",
     "boundary_miou": "boundary mIoU in training, %",
+    "iou/": "IoU by class in training, %",
     "disagreement": "student and teacher differ: share of pixels",
     "pseudo_classes/distance": "classes of pseudo-labels and source: distance",
     "accuracy/": "accuracy of the discriminator",
@@ -25,7 +27,7 @@ CURVES = {
     "peak_gib": "memory of a rank, GiB",
 }
 """Metrics to draw, with titles. With a slash at the end: all metrics that begin so, in one chart of one run."""
-MAX_CURVES = 12  # in a chart
+MAX_CURVES = 20  # in a chart
 MAX_BARS = 20  # attempts
 
 
@@ -49,8 +51,8 @@ def _of_one(record: Record, stage: str) -> Iterator[Markup]:
 
 def _of_several(records: Sequence[Record], stage: str) -> Iterator[Markup]:
     names = {name for record in records for name in names_of(record.entries, stage=stage)}
-    losses = sorted(name for name in names if name.startswith("loss/"))[:MAX_CURVES]
-    titles = {"loss": CURVES["loss"]} | {key: shown(key) for key in losses}
+    parts = sorted(name for name in names if name.startswith(("loss/", "learning_rate/")))[:MAX_CURVES]
+    titles = {"loss": CURVES["loss"]} | {key: shown(key) for key in parts}
     for key, title in (titles | {key: title for key, title in CURVES.items() if not key.endswith("/")}).items():
         series = [(record.name, curve(record.entries, key, stage=stage)) for record in records]
         if chart := line_chart(title, series, has_legend=True):

@@ -25,6 +25,7 @@ MAX_LISTED = 10_000  # the most files that are looked at below a folder
 MAX_BYTES = 64 << 20
 MAX_WIDTH = 960  # largest width in the page, in pixels
 FEW_COLOURS = 256
+IN_TRAINING = re.compile(r"step_\d+\.png")
 QUALITY = 88
 
 
@@ -39,16 +40,33 @@ class Picture:
 
 
 def pictures_of(record: Record) -> list[Picture]:
-    """Return the newest by name of each folder, at most `MAX_SHOWN`; unreadable ones are noted in the record."""
+    """Some of each folder, at most `MAX_SHOWN` (see `_chosen`); what cannot be read is noted in the record."""
     found: list[Picture] = []
     for folder in FOLDERS:
-        paths = sorted(_files(record.run_dir / folder), key=_natural)[-MAX_SHOWN:]
+        paths = _chosen(sorted(_files(record.run_dir / folder), key=_natural))
         for path in paths[: MAX_SHOWN - len(found)]:
             try:
                 found.append(_embedded(path, record.run_dir))
             except (ValueError, OSError) as error:
                 record.notes.append(shown(f"{path}: no picture that can be shown ({error})"))
     return found
+
+
+def _chosen(paths: list[Path]) -> list[Path]:
+    """The newest by name; of pictures drawn in training, some from the first to the last of each stage."""
+    stages: dict[Path, list[Path]] = {}
+    for path in paths:
+        if IN_TRAINING.fullmatch(path.name):
+            stages.setdefault(path.parent, []).append(path)
+    spread = [path for drawn in stages.values() for path in _spread(drawn, MAX_SHOWN // 2 // len(stages) or 1)]
+    others = [path for path in paths if not IN_TRAINING.fullmatch(path.name)]
+    return spread + others[len(others) - min(len(others), MAX_SHOWN - len(spread)) :]
+
+
+def _spread(paths: list[Path], count: int) -> list[Path]:
+    """Choose at most `count` of them, the last one among them."""
+    count = min(count, len(paths))
+    return [paths[round((i + 1) * len(paths) / count) - 1] for i in range(count)]
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -37,7 +37,7 @@ def check_links(run_dir: Path, config: Config) -> None:
         if not is_finished(run_dir, stage)
         for part in ("checkpoints", "final", "ema", "best")
     ]
-    for name in ("heartbeats", "logs", "profile", "report", "wandb", *parts):
+    for name in ("heartbeats", "logs", "pictures", "profile", "report", "tensorboard", "wandb", *parts):
         refuse_links(run_dir / name, within=run_dir)
     for name in ("lock", "config.yaml", "metrics.jsonl", "events.jsonl"):
         refuse_unless_plain(run_dir / name)

@@ -34,14 +34,15 @@ def run(arguments: argparse.Namespace) -> int:
             f"--ranks {arguments.ranks} is of --multirun; give `iccld launch {arguments.ranks} train ...`."
         )
     from iccld.runtime.faults.preemption import Preemption
+    from iccld.runtime.measure.terminal import open_terminal
 
     began = float(os.environ.get("ICCLD_ATTEMPT_BEGAN") or time.time())  # the job script's word, else now
-    with Preemption() as preemption:  # before the imports, which take seconds
+    with Preemption() as preemption, open_terminal("starting") as terminal:  # before the imports, which take seconds
         from iccld.config import load_config
         from iccld.programs.train.train import train
 
         config = load_config(arguments.overrides, config_dir=arguments.config_dir)
-        finished = train(config, preemption, began=began, extend=arguments.extend)
+        finished = train(config, preemption, began=began, extend=arguments.extend, terminal=terminal)
     message = "iccld train: stopped by a signal; the same command goes on"
     return 0 if finished else status_of_stopped(config, message, by_hand=preemption.by_hand)
 

@@ -38,7 +38,10 @@ from iccld.programs.run.micro_batch import choose_layout
 from iccld.programs.run.out_of_memory import explained_out_of_memory
 from iccld.programs.run.signs import signs_of_diagnosis, signs_of_training, tell
 from iccld.programs.run.synthetic import flops_per_sample
+from iccld.programs.train.final_scores import log_final_scores
 from iccld.programs.train.fitness import check_fitness, check_room
+from iccld.programs.train.header import header_of
+from iccld.programs.train.pictures import TrainingPictures
 from iccld.runtime.checkpoint.store import CheckpointStore
 from iccld.runtime.engine.engine import Engine, EngineKind
 from iccld.runtime.faults.lock import locked
@@ -49,6 +52,7 @@ from iccld.runtime.measure.memory import restart_peak
 from iccld.runtime.measure.metrics import MetricsLogger
 from iccld.runtime.measure.peaks import nominal_flops
 from iccld.runtime.measure.telemetry import write_event
+from iccld.runtime.measure.terminal import Terminal
 from iccld.stages.base import Stage
 from iccld.stages.table import STAGES
 from iccld.tracebacks import keep_tracebacks_in
@@ -56,13 +60,19 @@ from iccld.trainer import Trainer
 
 
 def train(
-    config: Config, preemption: Preemption | None = None, *, began: float | None = None, extend: bool = False
+    config: Config,
+    preemption: Preemption | None = None,
+    *,
+    began: float | None = None,
+    extend: bool = False,
+    terminal: Terminal | None = None,
 ) -> bool:
     """Run the configured stages, then score them; False if a signal ended the run early. Call on every rank.
 
     `began`: when this attempt did, in seconds since the epoch; now, if not given. `extend`: stages that have begun, or
-    are finished, may be given more steps: see `programs.run.extension`.
+    are finished, may be given more steps: see `programs.run.extension`. `terminal`: where rank 0 shows what it does.
     """
+    terminal = terminal or Terminal()
     began = began or time.time()
     preemption = preemption or Preemption()
     preemption.config = config.preemption
@@ -75,6 +85,7 @@ def train(
         ranks = engine.ranks
         check_alone(run_dir, holder, ranks)
         with watch(config, ranks) as watchdog, sets_kept_open():
+            terminal.follow(watchdog)
             together(lambda: check_settings(config, engine), ranks)
             longer = check_run_dir(run_dir, config, ranks, extend=extend)
             keep_tracebacks_in(run_dir / "logs")
@@ -87,10 +98,10 @@ def train(
             together(lambda: take_first_stage(config, is_main=ranks.is_main), ranks)
             check_fitness(config, engine)
             with blaming_the_world(lambda: watchdog.has_trained):
-                return _run_stages(config, engine, preemption, watchdog)
+                return _run_stages(config, engine, preemption, watchdog, terminal)
 
 
-def _run_stages(config: Config, engine: Engine, preemption: Preemption, watchdog: Watchdog) -> bool:
+def _run_stages(config: Config, engine: Engine, preemption: Preemption, watchdog: Watchdog, terminal: Terminal) -> bool:
     run_dir, ranks = Path(config.run_dir), engine.ranks
     for name in config.stages:
         watchdog.begin(name)
@@ -99,7 +110,7 @@ def _run_stages(config: Config, engine: Engine, preemption: Preemption, watchdog
                 print(f"{name} is finished: {final_folder(run_dir, name)}", flush=True)
         elif ranks.any(preemption.came):
             return stopped(config, ranks, name)
-        elif not _run_stage(name, config, engine, preemption, watchdog):
+        elif not _run_stage(name, config, engine, preemption, watchdog, terminal):
             return False
     if config.data.validation.shards and unscored_stages(config):
         watchdog.begin("evaluation")
@@ -108,17 +119,22 @@ def _run_stages(config: Config, engine: Engine, preemption: Preemption, watchdog
             evaluate_models(finished_models(config), config, engine, give_up=asks(preemption, watchdog))
         except Preempted:
             return stopped(config, ranks, "evaluation")
+    if ranks.is_main:
+        log_final_scores(config, ranks)
     return True
 
 
-def _run_stage(name: str, config: Config, engine: Engine, preemption: Preemption, watchdog: Watchdog) -> bool:
+def _run_stage(
+    name: str, config: Config, engine: Engine, preemption: Preemption, watchdog: Watchdog, terminal: Terminal
+) -> bool:
     plan, layout = plan_of(name, config), choose_layout(name, trials_of(name, config, engine, watchdog))
     stream = build_stream(name, config, layout)
     stage = build_stage(name, config, engine.device)
     check_room(stage, layout, config, engine.ranks)
     restart_peak(engine.device)
     folder = Path(config.run_dir) / name
-    metrics = _metrics(stage, layout, config, engine)
+    metrics = _metrics(stage, layout, config, engine, terminal)
+    terminal.header(header_of(stage, layout, config, engine))
     checkpoints = CheckpointStore(
         folder / "checkpoints", plan.checkpoint, engine.ranks, announce=lambda step: metrics.event("saved", step=step)
     )
@@ -137,20 +153,26 @@ def _run_stage(name: str, config: Config, engine: Engine, preemption: Preemption
             config=plan,
             layout=layout,
             about=_about(stage, config, stream),
+            pictures=TrainingPictures(stage, config, engine, metrics=metrics, watchdog=watchdog),
             evaluate=lambda step: _validate(stage, config, engine, asks(preemption, watchdog), step=step),
             after_step=lambda step: write_due_snapshot(stage, folder / "ema", engine, step=step),
         ).run()
     if finished:
-        stage = whole_stage(stage, config, engine)
-        if engine.ranks.is_main:
-            measure_latents(stage, config, engine)
-            _warn(stage, config)
-            hand_over(stage, config, step=plan.num_steps)
-        engine.ranks.barrier()
+        _finish(stage, config, engine)
         metrics.event("finished", step=plan.num_steps)
     engine.detach()
     metrics.close()
     return finished
+
+
+def _finish(stage: Stage, config: Config, engine: Engine) -> None:
+    """Leave the models of a stage that was trained to its end. Call on every rank."""
+    stage = whole_stage(stage, config, engine)
+    if engine.ranks.is_main:
+        measure_latents(stage, config, engine)
+        _warn(stage, config)
+        hand_over(stage, config, step=plan_of(stage.name, config).num_steps)
+    engine.ranks.barrier()
 
 
 def measure_latents(stage: Stage, config: Config, engine: Engine) -> None:
@@ -158,7 +180,7 @@ def measure_latents(stage: Stage, config: Config, engine: Engine) -> None:
     stage.finish(engine.prefetch(first_batches(stage.name, config)))
 
 
-def _metrics(stage: Stage, layout: BatchLayout, config: Config, engine: Engine) -> MetricsLogger:
+def _metrics(stage: Stage, layout: BatchLayout, config: Config, engine: Engine, terminal: Terminal) -> MetricsLogger:
     precision = engine.accelerator.mixed_precision
     return MetricsLogger(
         Path(config.run_dir),
@@ -166,6 +188,7 @@ def _metrics(stage: Stage, layout: BatchLayout, config: Config, engine: Engine) 
         stage=stage.name,
         ranks=engine.ranks,
         layout=layout,
+        terminal=terminal,
         flops=_flops(stage, config, engine),
         names_slow_rank=engine.kind is EngineKind.ddp,  # others exchange in every phase
         peak_flops=1e12 * config.metrics.peak_tflops or nominal_flops(engine.device, precision),
@@ -198,6 +221,7 @@ def _validate(
     predict = kind.predictor(model, inference, seed=config.seed, num_steps=fewest)
     result = evaluate_predictor(predict, config, engine, give_up=give_up)
     values = {"miou": result.miou, "boundary_miou": result.boundary_miou}
+    values |= {f"iou/{name}": iou for name, iou in zip(result.names, result.iou, strict=True)}
     diagnosis = None
     if config.evaluation.diagnostic_images:
         options = {"student": models["student"], "with_bounds": False, "give_up": give_up}

@@ -39,6 +39,9 @@ class Backend(ABC):
     module: Callable[..., Any]
     optimizer: Any
     terms: Terms
+    gradient_norm: Tensor | None = None
+    """The norm of all gradients together in the last step, before they were clipped, on the device; None where that
+    step did not take it."""
 
     def shard(self, module: nn.Module, *, methods: Iterable[str]) -> None:  # noqa: B027, most keep it whole
         """Hold a module that does not train as the trained one is held; `methods` are called like `forward`."""
@@ -52,8 +55,8 @@ class Backend(ABC):
         (loss / self.terms.layout.num_accumulation).backward()
 
     @abstractmethod
-    def step(self) -> None:
-        """Clip, update, and clear the gradients."""
+    def step(self, *, with_norm: bool = False) -> None:
+        """Clip, update, and clear the gradients. Clipping takes `gradient_norm`; `with_norm` does so without it."""
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return the trained parameters by name."""
@@ -124,9 +127,13 @@ class Replicated(Backend):
         with contextlib.nullcontext() if is_last else self._accelerator.no_sync(self.module):
             yield
 
-    def step(self) -> None:
+    def step(self, *, with_norm: bool = False) -> None:
+        self.gradient_norm = None
         if self.terms.gradient_clip:
-            self._accelerator.clip_grad_norm_(self.raw.parameters(), self.terms.gradient_clip)
+            self.gradient_norm = self._accelerator.clip_grad_norm_(self.raw.parameters(), self.terms.gradient_clip)
+        elif with_norm:
+            gradients = [p.grad for p in self.raw.parameters() if p.grad is not None]
+            self.gradient_norm = torch.nn.utils.get_total_norm(gradients)
         self.optimizer.step()
         self.optimizer.zero_grad()
 

@@ -222,6 +222,13 @@ class Engine:
         for group, rate in zip(self.backend.optimizer.param_groups, self._base_rates, strict=True):
             group["lr"] = rate * factor
 
+    def learning_rates(self) -> dict[str, float]:
+        """The rates of the last step: `learning_rate`, or `learning_rate/NAME` by groups that do not share one."""
+        groups = self.backend.optimizer.param_groups
+        if len(set(self._base_rates)) == 1:
+            return {"learning_rate": groups[0]["lr"]}
+        return {f"learning_rate/{group.get('name', i)}": group["lr"] for i, group in enumerate(groups)}
+
     def micro_batch(self, *, is_last: bool) -> contextlib.AbstractContextManager[None]:
         """Surround forward and backward of a micro-batch; ranks exchange gradients only in a step's last one."""
         return self.backend.micro_batch(is_last=is_last)
@@ -230,8 +237,14 @@ class Engine:
         """Add the micro-batch's gradient, scaled so that the step's is the mean over its micro-batches."""
         self.backend.backward(loss)
 
-    def step(self) -> None:
-        self.backend.step()
+    def step(self, *, with_norm: bool = False) -> None:
+        """Make the optimiser's step; `with_norm` takes `gradient_norm` even if nothing is clipped by it."""
+        self.backend.step(with_norm=with_norm)
+
+    def facts_of_step(self) -> dict[str, float | Tensor]:
+        """Learning rates and, if it was taken, the gradients' norm of the last step; alike on all ranks."""
+        norm = self.backend.gradient_norm
+        return self.learning_rates() | ({} if norm is None else {"gradient_norm": norm})
 
     def layout(self) -> dict[str, Any]:
         """Return the facts that decide whether a checkpoint of this engine resumes to the bit."""

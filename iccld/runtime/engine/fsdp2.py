@@ -65,10 +65,11 @@ class FSDP2(Backend):
         self.raw.set_requires_gradient_sync(is_last)  # type: ignore[operator]
         yield
 
-    def step(self) -> None:
+    def step(self, *, with_norm: bool = False) -> None:
         self._average_whole()
-        if self.terms.gradient_clip:
-            self._clip()
+        self.gradient_norm = None
+        if self.terms.gradient_clip or with_norm:
+            self._take_norm()
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -82,17 +83,18 @@ class FSDP2(Backend):
         for gradient, average in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(average.view_as(gradient))
 
-    def _clip(self) -> None:
-        """Clip by the norm as `clip_grad_norm_` does; that one does not mix sharded and whole gradients."""
+    def _take_norm(self) -> None:
+        """Take the norm, and clip as `clip_grad_norm_`, which does not mix sharded and whole gradients."""
         gradients = [p.grad for p in self.parameters().values() if p.grad is not None]
         sharded = [local_tensor(g) for g in gradients if isinstance(g, DTensor)]
         kept = [g for g in gradients if not isinstance(g, DTensor)]
         square = torch.stack([g.square().sum() for g in sharded]).sum() if sharded else torch.zeros(())
         square = square.to(self.terms.device)
         torch.distributed.all_reduce(square)
-        norm = torch.sqrt(square + sum(g.square().sum() for g in kept))
-        factor = (self.terms.gradient_clip / (norm + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_([*sharded, *kept], factor)  # pyright: ignore[reportPrivateImportUsage]
+        self.gradient_norm = norm = torch.sqrt(square + sum(g.square().sum() for g in kept))
+        if self.terms.gradient_clip:
+            factor = (self.terms.gradient_clip / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_([*sharded, *kept], factor)  # pyright: ignore[reportPrivateImportUsage]
 
     def _run_held(self, tensor: Tensor) -> Run:
         if not isinstance(tensor, DTensor):

@@ -31,12 +31,12 @@ class Zero(Backend):
             "train_micro_batch_size_per_gpu": layout.micro_batch_size,
             "gradient_accumulation_steps": layout.num_accumulation,
             "train_batch_size": layout.global_batch_size,
-            "gradient_clipping": 0.0,  # by `_clip`
+            "gradient_clipping": 0.0,  # by `_take_norm`
             "timers": {"throughput": {"enabled": False}},  # it would wait for the device twice a step
             "zero_allow_untested_optimizer": True,
             "zero_optimization": {
                 "stage": stage,
-                "compute_grad_norm": False,  # by `_clip`
+                "compute_grad_norm": False,  # by `_take_norm`
                 "reduce_bucket_size": BUCKET_ELEMENTS,
                 "allgather_bucket_size": BUCKET_ELEMENTS,
             },
@@ -57,13 +57,14 @@ class Zero(Backend):
         if not self.module.is_gradient_accumulation_boundary():
             self.module.step()  # counts the micro-batch
 
-    def step(self) -> None:
-        if self.terms.gradient_clip:
-            self._clip()
+    def step(self, *, with_norm: bool = False) -> None:
+        self.gradient_norm = None
+        if self.terms.gradient_clip or with_norm:
+            self._take_norm()
         self.module.step()
 
-    def _clip(self) -> None:
-        """Scale this rank's part of the gradients by their norm over all ranks, which stays on the device.
+    def _take_norm(self) -> None:
+        """Take the norm over all ranks, which stays on the device, and clip what this rank holds of the gradients.
 
         DeepSpeed's own clipping reads the norm on the host, which would wait there for the device.
         """
@@ -73,8 +74,10 @@ class Zero(Backend):
         if gradients:
             square += torch.stack(torch._foreach_norm(gradients)).square().sum()  # pyright: ignore[reportPrivateImportUsage]
         torch.distributed.all_reduce(square)
-        factor = (self.terms.gradient_clip / (square.sqrt() + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_(gradients, factor)  # pyright: ignore[reportPrivateImportUsage]
+        self.gradient_norm = square.sqrt()
+        if self.terms.gradient_clip:
+            factor = (self.terms.gradient_clip / (self.gradient_norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(gradients, factor)  # pyright: ignore[reportPrivateImportUsage]
 
     def _fragments(self) -> Iterator[tuple[str, tuple[int, ...], int, int, Any]]:
         """Yield name, shape and first element of what this rank's partitions hold of a parameter; which, and where."""

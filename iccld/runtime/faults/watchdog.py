@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 from iccld.durable import create, make_folder
 from iccld.node import host_name
@@ -27,6 +27,7 @@ from iccld.runtime.faults.limits import WATCHED_BEATS, WatchdogConfig
 from iccld.runtime.faults.preemption import STOPPED_BY_WATCHDOG
 from iccld.runtime.faults.refusal import Refusal
 from iccld.runtime.measure.telemetry import write_event
+from iccld.runtime.measure.terminal import Place
 from iccld.runtime.ranks import Ranks, is_failure, num_begun, write_record
 
 LOST_BEATS = 3  # a rank whose beat stands still for so many beats is gone
@@ -40,6 +41,7 @@ class _Position(NamedTuple):
     phase: str = "start"
     moves: int = 0
     since: float = 0.0
+    ticks: int = 0
 
 
 class Watchdog:
@@ -103,12 +105,19 @@ class Watchdog:
             self._place = place._replace(since=time.monotonic())
 
     def tick(self) -> None:
-        """Note that something was done within the phase."""
-        self._place = self._place._replace(since=time.monotonic())
+        """Something was done within the phase."""
+        self._place = self._place._replace(since=time.monotonic(), ticks=self._place.ticks + 1)
+
+    @property
+    def place(self) -> Place:
+        """Place of this rank in its run, to be shown."""
+        place = self._place
+        return Place(place.stage, place.step, place.phase, place.ticks)
 
     def _go(self, **where: str | int) -> None:
         place = self._place
-        self._place = place._replace(moves=place.moves + 1, since=time.monotonic(), **where)  # type: ignore[arg-type]
+        moved: Any = {"moves": place.moves + 1, "since": time.monotonic(), "ticks": 0, **where}
+        self._place = place._replace(**moved)
         limit = self._limit()
         if limit != self._armed and self._thread.is_alive():
             self._arm(limit)  # not at the next beat: there may be none

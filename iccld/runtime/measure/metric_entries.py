@@ -7,6 +7,8 @@ from typing import Any
 FORMAT = 2
 """The format of a line of metrics.jsonl. In format 1, which no line names, `step` was the number of steps done before
 the last one: 0 after the first."""
+FINAL = "final/"
+"""The beginning of the names of a finished stage's scores."""
 
 
 def entries_of(text: str) -> list[dict[str, Any]]:

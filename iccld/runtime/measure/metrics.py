@@ -1,28 +1,51 @@
-"""Metrics of a run: metrics.jsonl, events.jsonl, the terminal's line, and wandb."""
+"""Records of a run: metrics.jsonl, events.jsonl, the terminal's line, wandb and TensorBoard."""
 
 import json
 import math
 import secrets
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from iccld.batch_layout import BatchLayout
 from iccld.durable import refuse_unless_plain, write_whole
 from iccld.node import host_name
-from iccld.ranges import at_least, check_ranges
+from iccld.ranges import at_least, check_ranges, off_or_above
 from iccld.redact import redacted
 from iccld.runtime.measure.memory import peak_memory
-from iccld.runtime.measure.metric_entries import FORMAT, entries_of
+from iccld.runtime.measure.metric_entries import FINAL, FORMAT, entries_of
 from iccld.runtime.measure.profiling import Seconds, summed
-from iccld.runtime.measure.telemetry import Lines, WandbMode, WandbRun, write_event
-from iccld.runtime.measure.throughput import RankSeconds, rates, slow_rank_words, slowest
+from iccld.runtime.measure.telemetry import Lines, Outlet, WandbMode, WandbRun, write_event
+from iccld.runtime.measure.tensorboard import TensorBoardRun
+from iccld.runtime.measure.terminal import Terminal
+from iccld.runtime.measure.throughput import RankSeconds, rates, slowest
 from iccld.runtime.ranks import Ranks
+
+
+class Logger(Enum):
+    """Receivers of the metrics."""
+
+    jsonl = "jsonl"
+    wandb = "wandb"
+    tensorboard = "tensorboard"
+
+
+@dataclass
+class PicturesConfig:
+    """Pictures of the same few target crops: the image, its pseudo-label, the student's prediction."""
+
+    every: int = 2000  # steps between two pictures; 0: none
+    count: int = 4  # crops in a picture
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "metrics.pictures", every=off_or_above(), count=at_least(1))
 
 
 @dataclass
@@ -31,12 +54,26 @@ class MetricsConfig:
 
     log_every: int = 50  # steps between two lines of metrics.jsonl
     peak_tflops: float = 0.0  # 10^12 floating-point operations a second; 0: by the device's name, where it is known
-    wandb: WandbMode = WandbMode.offline  # whether wandb gets the metrics, and when
+    loggers: list[Logger] = field(default_factory=lambda: [Logger.jsonl, Logger.wandb])
+    """Receivers of the metrics: `jsonl` (metrics.jsonl, always), `wandb`, `tensorboard`."""
+    wandb: WandbMode = WandbMode.offline  # whether wandb, if it is a logger, sends the metrics; disabled: it gets none
     wandb_project: str = "iccld"  # wandb's project
+    pictures: PicturesConfig = field(default_factory=PicturesConfig)
 
     def __post_init__(self) -> None:
         peak_tflops = at_least(0, "0 takes it from the device's name")
         check_ranges(self, "metrics", log_every=at_least(1), peak_tflops=peak_tflops)
+        names = [logger.name for logger in self.loggers]
+        if Logger.jsonl not in self.loggers:
+            raise ValueError(
+                f"metrics.loggers=[{','.join(names)}] must hold jsonl, which resuming, warnings and reports read; use "
+                f"[{','.join(['jsonl', *names])}]."
+            )
+
+    @property
+    def with_wandb(self) -> bool:
+        """True if wandb gets the metrics."""
+        return Logger.wandb in self.loggers and self.wandb is not WandbMode.disabled
 
 
 LOST = 0.02
@@ -56,7 +93,7 @@ class MetricsLogger:
     Every rank must record and flush the same steps, whose batches have the `layout`. A step's number is the number of
     steps done, 1 after the first. `flops`: floating-point operations of a sample in the step that begins when so many
     are done; `peak_flops`: a rank's a second (0: unknown); `names_slow_rank`: a rank's seconds tell its own work from
-    what it waits for others.
+    what it waits for others; `terminal`: where the lines are shown.
     """
 
     def __init__(
@@ -70,13 +107,15 @@ class MetricsLogger:
         flops: Callable[[int], float] = lambda step: 0.0,
         peak_flops: float = 0.0,
         names_slow_rank: bool = True,
+        terminal: Terminal | None = None,
     ) -> None:
         self.run_dir, self.config, self.stage = run_dir, config, stage
         self.ranks, self.layout = ranks, layout
         self.flops, self.peak_flops, self.names_slow_rank = flops, peak_flops, names_slow_rank
+        self.terminal = terminal or Terminal()
         self._losses: dict[int, dict[str, Tensor]] = {}
         self._metrics: dict[str, Tensor] = {}
-        self._lines, self._wandb = Lines(run_dir / "metrics.jsonl"), WandbRun()
+        self._lines, self._outlets = Lines(run_dir / "metrics.jsonl"), list[Outlet]()
         self.logger_id: str | None = None
 
     def start(self, *, step: int, logger_id: str | None, config: Mapping[str, Any]) -> None:
@@ -94,16 +133,24 @@ class MetricsLogger:
             entries = entries_of(path.read_text(errors="replace"))
             kept = [entry for entry in entries if entry["stage"] != self.stage or entry["step"] <= step]
             write_whole(path, "".join(json.dumps(entry) + "\n" for entry in kept))
-        if self.config.wandb is not WandbMode.disabled:
-            self.logger_id = self.logger_id or secrets.token_hex(4)
-            self._wandb.start(
-                self.config.wandb,
-                project=self.config.wandb_project,
-                id=self.logger_id,
-                name=f"{self.run_dir.name}/{self.stage}",
-                dir=self.run_dir,
-                config=redacted({**config, "data": _without_storage(config.get("data", {}))}),
-            )
+        if self.config.with_wandb:
+            self._outlets.append(self._wandb(config))
+        if Logger.tensorboard in self.config.loggers:
+            self._outlets.append(board := TensorBoardRun())
+            board.start(self.run_dir, self.stage, step=step)
+
+    def _wandb(self, config: Mapping[str, Any]) -> WandbRun:
+        """The stage's run of wandb, which goes on under the id that it has."""
+        self.logger_id, run = self.logger_id or secrets.token_hex(4), WandbRun()
+        run.start(
+            self.config.wandb,
+            project=self.config.wandb_project,
+            id=self.logger_id,
+            name=f"{self.run_dir.name}/{self.stage}",
+            dir=self.run_dir,
+            config=redacted({**config, "data": _without_storage(config.get("data", {}))}),
+        )
+        return run
 
     def record(self, step: int, losses: Mapping[str, Tensor], metrics: Mapping[str, Tensor]) -> None:
         """Keep this rank's mean losses and metrics (`StageOutput`) of a step; nothing is read from the device."""
@@ -120,12 +167,14 @@ class MetricsLogger:
         num_steps: int,
         take_timings: Callable[[], list[Seconds]],
         counters: Mapping[str, int] | None = None,
+        facts: Mapping[str, float | Tensor] | None = None,
     ) -> None:
         """Reduce over ranks, check that every loss is finite, write one line. Raises NonFiniteLossError.
 
         `take_timings` gives the seconds of this rank's steps by phase; it is asked when the losses have been read, and
         the device with them.
         `counters` are this rank's sums since the start, of the same names on every rank; their totals are written.
+        `facts` are scalars of the last step that are alike on all ranks; those that are not finite are left out.
         """
         if not self._losses:
             return
@@ -134,7 +183,21 @@ class MetricsLogger:
         metrics = self._summed_metrics()
         steps = sorted(self._losses)
         self._losses, self._metrics = {}, {}
-        for key, value in reduced.items():
+        self._refuse_unless_finite(reduced)
+        last = {key.split("/", 1)[1]: value for key, value in reduced.items() if int(key.split("/", 1)[0]) == steps[-1]}
+        entry = {"stage": self.stage, "step": steps[-1], "loss": sum(last.values())}
+        entry |= {f"loss/{name}": value for name, value in last.items()}
+        entry |= metrics
+        values = {name: float(value) for name, value in (facts or {}).items()}
+        entry |= {name: value for name, value in values.items() if math.isfinite(value)}
+        entry |= self._totals(counters or {}, device=next(iter(flat.values())).device)
+        entry |= self._rates(take_timings(), flat, steps)
+        self.write(entry)
+        if self.ranks.is_main:
+            self.terminal.progress(entry, num_steps)
+
+    def _refuse_unless_finite(self, losses: Mapping[str, float]) -> None:
+        for key, value in losses.items():
             if not math.isfinite(value):
                 step, name = int(key.split("/", 1)[0]), key.split("/", 1)[1]
                 size = self.layout.global_batch_size
@@ -144,15 +207,6 @@ class MetricsLogger:
                     f"nothing was saved after the last whole checkpoint. Lower the learning rate, or set "
                     f"trainer.gradient_clip."
                 )
-        last = {key.split("/", 1)[1]: value for key, value in reduced.items() if int(key.split("/", 1)[0]) == steps[-1]}
-        entry = {"stage": self.stage, "step": steps[-1], "loss": sum(last.values())}
-        entry |= {f"loss/{name}": value for name, value in last.items()}
-        entry |= metrics
-        entry |= self._totals(counters or {}, device=next(iter(flat.values())).device)
-        entry |= self._rates(take_timings(), flat, steps)
-        self.write(entry)
-        if self.ranks.is_main:
-            print(_terminal_line(entry, num_steps), flush=True)
 
     def _summed_metrics(self) -> dict[str, Any]:
         """Return the window's metrics over all ranks, as a line has them; without those that counted nothing."""
@@ -184,17 +238,25 @@ class MetricsLogger:
         return {f"data/{name}": int(total) for name, total in self.ranks.sum_values(counts).items() if total}
 
     def write(self, entry: Mapping[str, Any]) -> None:
-        """One line of metrics.jsonl, and the same to wandb on the axis `step`."""
+        """One line of metrics.jsonl, and the same to the other loggers on the axis `step`."""
         if not self.ranks.is_main:
             return
+        self.terminal.scored(entry)
         self._lines.add({"format": FORMAT, **entry})
         facts = {name: value for name, value in entry.items() if name != "stage"}
-        self._wandb.tell(lambda run: run.log(facts, step=entry["step"]))
+        for outlet in self._outlets:
+            outlet.log(facts, step=entry["step"])
+
+    def picture(self, name: str, image: np.ndarray, *, step: int) -> None:
+        """A picture `(H, W, 3)` uint8 to the loggers that take pictures."""
+        for outlet in self._outlets:
+            outlet.picture(name, image, step=step)
 
     def event(self, kind: str, **facts: Any) -> None:
         """Write one line of events.jsonl: what happened to the run, and when."""
         if self.ranks.is_main:
             write_event(self.run_dir, kind, stage=self.stage, **facts)
+            self.terminal.event(kind, facts)
 
     def owes_scores(self, step: int) -> bool:
         """Tell, on the main rank, whether the step was logged without the scores of `evaluate` after it."""
@@ -204,10 +266,13 @@ class MetricsLogger:
         entries = [
             entry for entry in entries_of(path.read_text()) if (entry["stage"], entry["step"]) == (self.stage, step)
         ]
-        return any("loss" in entry for entry in entries) and all("loss" in entry for entry in entries)
+        return any("loss" in entry for entry in entries) and all(
+            "loss" in entry or any(name.startswith(FINAL) for name in entry) for entry in entries
+        )
 
     def close(self) -> None:
-        self._wandb.finish()
+        for outlet in self._outlets:
+            outlet.finish()
 
 
 def compared(name: str, counts: Sequence[float], reference: Sequence[float]) -> dict[str, Any]:
@@ -226,13 +291,3 @@ def compared(name: str, counts: Sequence[float], reference: Sequence[float]) -> 
 
 def _without_storage(data: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in data.items() if name != "storage"}
-
-
-def _terminal_line(entry: Mapping[str, Any], num_steps: int) -> str:
-    line = f"{entry['stage']} step {entry['step']}/{num_steps}  loss {entry['loss']:.4f}"
-    if "step_s" not in entry:
-        return line
-    line += f"  {entry['samples_per_s']:.1f} samples/s  data wait {100 * entry['data_wait']:.0f} %"
-    line += f"  MFU {100 * entry['mfu']:.0f} %" if "mfu" in entry else ""
-    minutes, seconds = divmod(round((num_steps - entry["step"]) * entry["step_s"]), 60)
-    return f"{line}  ETA {minutes}:{seconds:02d}{slow_rank_words(entry)}"

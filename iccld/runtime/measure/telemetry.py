@@ -12,7 +12,10 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from iccld.durable import NotOursError, open_to_append, refuse_links
+from iccld.extras import remedy
 from iccld.node import uptime
 from iccld.outcome import naming, say, words
 from iccld.redact import redact, redacted
@@ -30,11 +33,41 @@ class WandbMode(Enum):
     online = "online"
 
 
-class WandbRun:
-    """Run of wandb; it does nothing once it has failed."""
+class Outlet:
+    """A logger beside the run's own files, or nothing once it has failed."""
+
+    name: str
 
     def __init__(self) -> None:
         self._run: Any = None
+
+    def log(self, facts: Mapping[str, Any], *, step: int) -> None:
+        """Log the facts of a step."""
+        raise NotImplementedError
+
+    def picture(self, name: str, image: np.ndarray, *, step: int) -> None:
+        """Log a picture `(H, W, 3)` uint8 of a step."""
+        raise NotImplementedError
+
+    def finish(self) -> None:
+        """End it in order."""
+        raise NotImplementedError
+
+    def tell(self, tell: Callable[[Any], None]) -> None:
+        """Call it with the run. A scheduler may end wandb's own process by the SIGTERM that asks for a save."""
+        if (run := self._run) is None:
+            return
+        try:
+            within(CALL_S, lambda: tell(run))
+        except Exception as error:
+            self._run = None
+            say(f"{self.name}: it ended ({one_line(error)}); metrics.jsonl and training go on")
+
+
+class WandbRun(Outlet):
+    """A run of wandb, or nothing once it has failed."""
+
+    name = "wandb"
 
     def start(self, mode: WandbMode, **facts: Any) -> None:
         """Begin, or go on; `facts` as `wandb.init` takes them. Without network or login, online becomes offline."""
@@ -59,8 +92,10 @@ class WandbRun:
         """Start it; why it did not, if so."""
 
         def start() -> Any:
-            import wandb  # 1.6 s; only where it is used
-
+            try:
+                import wandb  # 1.6 s; only where it is used
+            except ModuleNotFoundError as error:
+                raise RuntimeError(remedy(error)) from error
             # Its own notes on the process would hold the command line, and the URL of a git remote.
             quiet: dict[str, Any] = {"x_disable_meta": True, "disable_git": True, "save_code": False}
             settings = wandb.Settings(silent=True, console="off", init_timeout=START_S / 2, **quiet)
@@ -71,26 +106,31 @@ class WandbRun:
                 raise
 
         try:
-            self._run = _within(START_S, start)
+            self._run = within(START_S, start)
         except Exception as error:  # whatever it is, it is no reason not to train
-            return _one_line(error)
+            return one_line(error)
         return ""
 
-    def tell(self, tell: Callable[[Any], None]) -> None:
-        """Call it with the run. A scheduler may end wandb's own process by the SIGTERM that asks for a save."""
-        if (run := self._run) is None:
-            return
-        try:
-            _within(CALL_S, lambda: tell(run))
-        except Exception as error:
-            self._run = None
-            say(f"wandb: it ended ({_one_line(error)}); metrics.jsonl and training go on")
+    def log(self, facts: Mapping[str, Any], *, step: int) -> None:
+        """Log the facts on the axis `step`."""
+        self.tell(lambda run: run.log(dict(facts), step=step))
+
+    def picture(self, name: str, image: np.ndarray, *, step: int) -> None:
+        """Log a picture `(H, W, 3)` uint8 on the axis `step`."""
+
+        def add(run: Any) -> None:
+            import wandb
+
+            run.log({name: wandb.Image(image)}, step=step)
+
+        self.tell(add)
 
     def finish(self) -> None:
+        """Send what is left, and end the run."""
         self.tell(lambda run: run.finish())
 
 
-def _within(limit_s: float, function: Callable[[], Any]) -> Any:
+def within(limit_s: float, function: Callable[[], Any]) -> Any:
     """Return or raise what the function does. Raises TimeoutError if that takes longer; the function goes on."""
     outcome: dict[str, Any] = {}
 
@@ -106,11 +146,11 @@ def _within(limit_s: float, function: Callable[[], Any]) -> Any:
     if thread.is_alive():
         raise TimeoutError(f"no answer within {limit_s:g} s")
     if "error" in outcome:
-        raise RuntimeError(_one_line(outcome["error"])) from outcome["error"]
+        raise RuntimeError(one_line(outcome["error"])) from outcome["error"]
     return outcome["value"]
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     return redact(" ".join(str(error).split()) or repr(error))[:300]
 
 

@@ -17,8 +17,8 @@ def logger(folder: Path, *, wandb: WandbMode = WandbMode.disabled) -> MetricsLog
     return MetricsLogger(folder, config, stage="stage1", ranks=Ranks(), layout=BatchLayout(4, 4))
 
 
-def flush(metrics: MetricsLogger) -> None:
-    metrics.flush(num_steps=10, take_timings=lambda: [{"total": 1.0, "data": 0.25}] * 2)
+def flush(metrics: MetricsLogger, facts: dict[str, float | torch.Tensor] | None = None) -> None:
+    metrics.flush(num_steps=10, take_timings=lambda: [{"total": 1.0, "data": 0.25}] * 2, facts=facts)
 
 
 def entries(folder: Path) -> list[dict]:
@@ -32,8 +32,10 @@ def test_losses_metrics_and_rates_of_a_window(tmp_path: Path, capsys: pytest.Cap
         losses = {"source": torch.tensor(float(step)), "mixed": torch.tensor(0.5)}
         metrics.record(step, losses, {"accuracy": torch.tensor([1.0, 4.0]), "empty": torch.tensor([0.0, 0.0])})
     assert metrics.is_due(2) and not metrics.is_due(1)
-    flush(metrics)
+    facts = {"learning_rate": 0.5, "gradient_norm": torch.tensor(3.0), "other_norm": torch.tensor(torch.inf)}
+    flush(metrics, facts=facts)
     (entry,) = entries(tmp_path)
+    assert entry["learning_rate"] == 0.5 and entry["gradient_norm"] == 3.0 and "other_norm" not in entry
     assert entry["step"] == 2 and entry["loss"] == 2.5 and entry["loss/source"] == 2.0
     assert entry["accuracy"] == 0.25 and "empty" not in entry
     assert entry["samples_per_s"] == 4.0 and entry["data_wait"] == 0.25
@@ -105,7 +107,10 @@ def test_a_run_of_an_earlier_version_goes_on_with_lines_of_one_format(tmp_path: 
     assert all(entry["format"] == FORMAT for entry in entries(tmp_path))
 
 
-@pytest.mark.parametrize(("text", "owes"), [(EARLIER, False), (EARLIER.splitlines()[0], True)])
+WITH_FINAL = EARLIER.splitlines()[0] + '\n{"stage": "stage1", "step": 1, "final/miou": 9.0}\n'
+
+
+@pytest.mark.parametrize(("text", "owes"), [(EARLIER, False), (EARLIER.splitlines()[0], True), (WITH_FINAL, True)])
 def test_a_score_is_owed_for_a_step_that_was_logged_alone(tmp_path: Path, text: str, owes: bool):
     (tmp_path / "metrics.jsonl").write_text(text)
     metrics = logger(tmp_path)

@@ -1,0 +1,129 @@
+"""A run on a terminal shows a header and a live line, and is never silent; elsewhere it prints plain lines."""
+
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from iccld import outcome
+from iccld.runtime.measure import terminal
+from iccld.runtime.measure.terminal import LiveTerminal, Place, Terminal, is_watched, open_terminal, plain_line
+from tests.factory import scene_overrides
+
+SILENT_S = 5.0
+ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+ENTRY = {"stage": "stage1", "step": 50, "loss": 0.5, "step_s": 2.0, "samples_per_s": 8.0, "data_wait": 0.02}
+RATES = {"learning_rate/encoder": 6e-5, "learning_rate/decoder": 6e-4}
+
+
+def command(shards: Path, run_dir: Path) -> list[str]:
+    short = ["stages=[stage1]", "stage1.trainer.num_steps=4", "evaluation.max_images=1", "metrics.log_every=2"]
+    short += ["stage1.trainer.evaluate_every=2", "evaluation.diagnostic_images=0", "metrics.pictures.every=2"]
+    return [sys.executable, "-m", "iccld", "train", *scene_overrides(shards, run_dir), *short]
+
+
+def chunks(given: list[str]) -> Iterator[tuple[float, str]]:
+    """Yield what a command writes to a terminal of its own, with the seconds before each piece."""
+    ours, its = pty.openpty()
+    environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "200", "LINES": "40"}
+    with subprocess.Popen(given, stdin=its, stdout=its, stderr=its, env=environment) as process:
+        os.close(its)
+        last = time.monotonic()
+        while select.select([ours], [], [], 60.0)[0]:
+            try:
+                text = os.read(ours, 1 << 16).decode(errors="replace")
+            except OSError:  # its other end is closed
+                break
+            now = time.monotonic()
+            yield now - last, text
+            last = now
+        os.close(ours)
+    assert process.returncode == 0
+
+
+def test_a_run_on_a_terminal_is_never_silent(scene_shards: Path, tmp_path: Path):
+    pieces = [*chunks(command(scene_shards, tmp_path / "run"))]
+    assert max(seconds for seconds, _ in pieces) < SILENT_S
+    text = ESCAPES.sub("", "".join(piece for _, piece in pieces))
+    facts = ("device", "ranks", "engine", "precision", "parameters", "steps", "run directory")
+    assert all(re.search(rf"^{fact} +\S", text, re.MULTILINE) for fact in facts), "the header"
+    for part in ("starting", "stage1  getting ready", "scoring", "leaving the models"):
+        assert part in text, part
+    live = re.compile(r"stage1 \d/4  .*loss \d.*samples/s.*data wait.*lr \S+.*mIoU [\d.]+ \(step 2\).*saved \d.*ETA \d")
+    assert live.search(text), text
+    assert "stage1 step 4/4  loss" in text and "written to" in text, "what stays"
+    assert "\x1b[?25h" in "".join(piece for _, piece in pieces), "the cursor is shown"
+
+
+def test_a_pipe_gets_plain_lines(scene_shards: Path, tmp_path: Path):
+    environment = os.environ | {"TERM": "xterm-256color"}
+    run = {"env": environment, "capture_output": True, "text": True, "timeout": 200}
+    done = subprocess.run(command(scene_shards, tmp_path / "run"), **run, check=True)
+    assert "\x1b" not in done.stdout + done.stderr and "\r" not in done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split("  loss")[0] for line in lines if " step " in line] == ["stage1 step 2/4", "stage1 step 4/4"]
+    assert not any(line.startswith(("device", "starting")) for line in lines)
+
+
+class Fixed:
+    """A watchdog that stands where it is told."""
+
+    def __init__(self, *place: str | int) -> None:
+        self.place = Place(*place)  # type: ignore[arg-type]
+
+
+def live(*place: str | int) -> LiveTerminal:
+    shown = LiveTerminal("starting")
+    shown.header({"stage": "stage1"})
+    shown.follow(Fixed(*place))
+    return shown
+
+
+def test_the_live_line_has_what_is_known_and_no_figures_of_another_stage():
+    shown = live("stage1", 60, "forward", 0)
+    shown.event("started", {"step": 40})
+    assert shown.line(0.0) == "|  stage1 60  first steps, 0:00  saved 40"
+    shown.progress(ENTRY | RATES, 1000)
+    shown.scored({"step": 50, "miou": 43.214})
+    shown.event("saved", {"step": 50})
+    expected = "stage1 60/1000  loss 0.5000  8.0 samples/s  data wait 2 %  lr 6.0e-05 6.0e-04  "
+    assert shown.line(0.25) == f"/  {expected}mIoU 43.21 (step 50)  saved 50  ETA 31:20"
+    shown.follow(Fixed("stage1", 60, "evaluate", 7))
+    assert "stage1 60/1000  scoring 7 images, 0:00  loss" in shown.line(100.0)
+    assert "scoring 7 images, 1:01  loss" in shown.line(161.0)
+    shown.follow(Fixed("stage2", 0, "start", 0))
+    assert shown.line(162.0) == "|  stage2  getting ready, 0:00"
+
+
+def test_only_rank_0_on_a_terminal_that_can_redraw_has_a_live_line(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("RANK", raising=False)
+    assert is_watched() and isinstance(open_terminal("starting"), LiveTerminal)
+    for name, value in (("TERM", "dumb"), ("RANK", "1")):
+        with monkeypatch.context() as changed:
+            changed.setenv(name, value)
+            assert not is_watched() and type(open_terminal("starting")) is Terminal
+
+
+def test_what_is_said_directly_clears_the_live_line_first(monkeypatch: pytest.MonkeyPatch):
+    written: list[bytes] = []
+    monkeypatch.setattr(outcome.os, "write", lambda _, data: written.append(data))
+    monkeypatch.setattr(outcome.os, "isatty", lambda _: True)
+    for is_live in (True, False):
+        outcome.over_live_line(is_live)
+        outcome.say("a word")
+    assert written == [b"\r\x1b[2Ka word\n", b"a word\n"]
+
+
+def test_importing_it_is_cheap():
+    code = f"import sys, {terminal.__name__}; sys.exit('torch' in sys.modules or 'rich' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert plain_line(ENTRY, 100).endswith("ETA 1:40")
