@@ -159,7 +159,7 @@ def load_config(overrides: Sequence[str], *, config_dir: str = "") -> Config:
             near = suggestions.for_key(key, Config)
             raise ValueError(f"{key}: there is no such setting{near} (`iccld config` shows all settings)")
         config = _built(composed)
-        config.inference.refuse_no_denoising()
+        config.inference.refuse_no_denoising(config.stages)
         return config
     except (HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError, RecursionError) as error:
         text = _one_line(error)

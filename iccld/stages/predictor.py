@@ -1,6 +1,6 @@
 """Predict functions, from a model and `inference` to logits: scores, pictures and label maps all use them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -43,12 +43,12 @@ class InferenceConfig:
         if not 0.0 <= self.blend <= 1.0:
             raise ValueError(f"inference.blend={self.blend} must be between 0 (off) and 1 (stage 1's map alone).")
 
-    def refuse_no_denoising(self) -> None:
-        """Refuse numbers of steps among which none denoises. Raises ValueError.
+    def refuse_no_denoising(self, stages: Sequence[str]) -> None:
+        """Refuse numbers of steps among which none denoises, if stage 2 is among the stages. Raises ValueError.
 
         Saved settings of earlier versions may hold them: only what is asked for now is refused.
         """
-        if not any(self.num_steps):
+        if "stage2" in stages and not any(self.num_steps):
             raise ValueError(
                 f"inference.num_steps={self.num_steps} would score stage 2 by the decoder alone, as stage 1 is scored; "
                 f"give a number of denoising steps, as [1], or [1,0] to see both."

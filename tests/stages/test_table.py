@@ -42,3 +42,5 @@ def test_a_score_of_stage_2_is_never_that_of_the_decoder_alone(tmp_path: Path):
     with pytest.raises(ValueError, match=r"inference\.num_steps=\[0\] would score stage 2 by the decoder alone"):
         saved_settings(tmp_path, [])
     assert saved_settings(tmp_path, ["inference.num_steps=[1,0]"]).inference.num_steps == [1, 0]
+    assert saved_settings(tmp_path, ["stages=[stage1]"]).inference.num_steps == [0], "stage 1 denoises in no case"
+    assert load_config(["stage=source_only", "inference.num_steps=[0]"]).stages == ["stage1"]

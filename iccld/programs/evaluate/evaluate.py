@@ -61,7 +61,7 @@ def saved_settings(run_dir: Path, overrides: Sequence[str]) -> Config:
     roles = ["validation"]
     config = read_config(path, [*overrides, f"run_dir={run_dir}"], keep=partial(of_saved_run, roles=roles))
     refuse_unasked(config.data, roles=roles, where=str(path))
-    config.inference.refuse_no_denoising()
+    config.inference.refuse_no_denoising(config.stages)
     return config
 
 
