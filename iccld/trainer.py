@@ -197,8 +197,6 @@ class Trainer:
         engine, config = self.engine, self.config
         attach(self.stage, engine, self.layout, gradient_clip=config.gradient_clip)
         start_step = self._resume()
-        if start_step == config.num_steps:
-            return True
         try:
             with contextlib.closing(self.stream.batches(start_step)) as batches:
                 finished = self._run_steps(start_step, batches)
@@ -224,7 +222,7 @@ class Trainer:
         timer = PhaseTimer(engine.device, self.watchdog.phase)
         train = TrainingStep(self.stage, engine, timer)
         batches = engine.prefetch(batches, copying=lambda: timer.span(OVERLAPPED))
-        self._show(start_step, timer, only_owed=True)
+        is_shown = self._show(start_step, timer, only_owed=True)
         for step in range(start_step, config.num_steps):
             self.watchdog.step(step)
             with timer.phase("data"):
@@ -250,27 +248,42 @@ class Trainer:
             if is_save:
                 with timer.phase("save"):
                     self._save(done)
-            self._show(done, timer)
-        return True
+            is_shown = self._show(done, timer)
+        if not is_shown:
+            self.checkpoints.wait()
+            self._stop(config.num_steps, timer, is_new=False)
+        return is_shown
 
-    def _show(self, step: int, timer: PhaseTimer, *, only_owed: bool = False) -> None:
-        """Score and draw what is due after `step` steps; `only_owed`: what an earlier attempt has not come to."""
+    def _show(self, step: int, timer: PhaseTimer, *, only_owed: bool = False) -> bool:
+        """Score and draw what is due after `step` steps; `only_owed`: what an earlier attempt has not come to.
+
+        Returns False if a signal has left some of it to the next attempt.
+        """
         any_rank = self.engine.ranks.any
-        if self._is_scored(step) and (not only_owed or any_rank(self.metrics.owes_scores(step))):
-            self._score(step, timer)
+        is_scored = self._is_scored(step) and (not only_owed or any_rank(self.metrics.owes_scores(step)))
+        if is_scored and not self._score(step, timer):
+            return False
         pictures = self.pictures
         if pictures and pictures.is_due(step) and (not only_owed or any_rank(pictures.is_owed(step))):
+            if any_rank(self.preemption.came):
+                return False
             with timer.phase("evaluate"):
                 pictures.draw(step)
+        return True
 
     def _is_scored(self, step: int) -> bool:
         every = self.config.evaluate_every
         return bool(self.evaluate and every and step and step % every == 0)
 
-    def _score(self, step: int, timer: PhaseTimer) -> None:
+    def _score(self, step: int, timer: PhaseTimer) -> bool:
+        """Score after `step` steps; False if a signal has ended it, and the next attempt begins with it."""
         assert self.evaluate is not None
-        with timer.phase("evaluate"), contextlib.suppress(Preempted):  # the next attempt begins with it
-            self.metrics.write({"stage": self.stage.name, "step": step, **self.evaluate(step)})
+        try:
+            with timer.phase("evaluate"):
+                self.metrics.write({"stage": self.stage.name, "step": step, **self.evaluate(step)})
+        except Preempted:
+            return False
+        return True
 
     def _fetch(self, batches: Iterator[Mapping[str, Any]]) -> tuple[list[Any], Exception | None]:
         """Return the step's micro-batches on the device, or the reason why this rank has none."""
