@@ -84,6 +84,21 @@ def test_a_damaged_one_makes_way_and_what_is_not_ours_stays(model: ICCLD, config
     assert ICCLD.from_pretrained(tmp_path / "run/stage1/best/step_00000001").card
 
 
+@pytest.mark.parametrize("is_link", [False, True])
+def test_in_the_place_of_what_is_not_ours_none_is_kept(
+    model: ICCLD, config: Config, tmp_path: Path, capfd: pytest.CaptureFixture[str], is_link: bool
+):
+    keep(model, config, step=1, miou=1.0)
+    mine, place = tmp_path / "mine", tmp_path / "run/stage1/best/step_00000002"
+    mine.mkdir()
+    (mine / "notes.txt").write_text("mine")
+    _ = place.symlink_to(mine) if is_link else shutil.copytree(mine, place)
+    assert keep(model, config, step=2, miou=2.0) == ["step_00000001", "step_00000002"]
+    assert (place / "notes.txt").read_text() == "mine" and (mine / "notes.txt").read_text() == "mine"
+    (said,) = capfd.readouterr().err.splitlines()
+    assert "step_00000002 is not a model of this run, so the best teacher is not kept; move it away." in said
+
+
 @pytest.fixture(scope="module")
 def trained(scene_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("best") / "run"

@@ -12,6 +12,7 @@ from iccld.models.best_model import FOLDER_NAME, STEP, best_of, score_of
 from iccld.models.iccld import ICCLD
 from iccld.models.model_card import CARD_NAME, WEIGHTS_NAME
 from iccld.models.readme import README_NAME
+from iccld.outcome import say
 from iccld.programs.run.hand_off import origin_of
 from iccld.stages.predictor import Weights
 
@@ -26,18 +27,21 @@ def keep_best(teacher: ICCLD, config: Config, *, stage: str, step: int, score: M
     """
     run_dir = Path(config.run_dir)
     folder = run_dir / stage / FOLDER_NAME
-    kept = best_of(folder.parent)
+    kept, target = best_of(folder.parent), folder / f"step_{step:08d}"
     if kept is None or (score_of(kept) or 0.0) < score["miou"]:
-        kept = _save(teacher, config, folder, stage=stage, step=step, score=score)
+        if os.path.lexists(target) and not is_ours(target):
+            say(f"{target} is not a model of this run, so the best teacher is not kept; move it away.")
+            return
+        kept = _save(teacher, config, target, stage=stage, step=step, score=score)
     for other in folder.glob("step_*"):
         if other != kept and OURS.fullmatch(other.name) and is_ours(other):
             remove_tree(other)
 
 
-def _save(teacher: ICCLD, config: Config, folder: Path, *, stage: str, step: int, score: Mapping[str, Any]) -> Path:
+def _save(teacher: ICCLD, config: Config, target: Path, *, stage: str, step: int, score: Mapping[str, Any]) -> Path:
     """Write the model folder, which appears whole, and return it."""
-    make_folder(folder, within=Path(config.run_dir))
-    target, classes = folder / f"step_{step:08d}", config.data.class_set.build()
+    make_folder(target.parent, within=Path(config.run_dir))
+    classes = config.data.class_set.build()
     scratch = scratch_folder(target, is_ours=is_ours)
     origin = origin_of(config, stage=stage, weights=Weights.teacher.value, step=step) | {"score": dict(score)}
     teacher.save_pretrained(scratch, class_names=classes.names, palette=classes.palette, origin=origin)
@@ -45,5 +49,5 @@ def _save(teacher: ICCLD, config: Config, folder: Path, *, stage: str, step: int
     if os.path.lexists(target):  # of this step, and with a lower score or a damaged card
         remove_tree(target)
     scratch.rename(target)
-    sync(folder)
+    sync(target.parent)
     return target
