@@ -8,6 +8,7 @@ A new best one appears by a rename before the one before it goes: killed in betw
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 from iccld.models.model_card import CARD_NAME, MAX_BYTES
 from iccld.reading import read_json
@@ -25,8 +26,18 @@ def best_of(stage_folder: Path) -> Path | None:
 
 def score_of(folder: Path) -> float | None:
     """Read the mIoU in per cent of a model that was kept for it; None where the card has none, or cannot be read."""
+    miou = _entry(folder, "miou")
+    return float(miou) if isinstance(miou, int | float) and math.isfinite(miou) else None
+
+
+def settings_of(folder: Path) -> str | None:
+    """Read the checksum of the settings that the model was scored by; None where the card has none."""
+    checksum = _entry(folder, "settings")
+    return checksum if isinstance(checksum, str) else None
+
+
+def _entry(folder: Path, name: str) -> Any:
     try:
-        score = read_json(folder / CARD_NAME, MAX_BYTES)["origin"]["score"]["miou"]
+        return read_json(folder / CARD_NAME, MAX_BYTES)["origin"]["score"][name]
     except (OSError, ValueError, LookupError, TypeError):
         return None
-    return float(score) if isinstance(score, int | float) and math.isfinite(score) else None

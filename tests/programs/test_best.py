@@ -39,8 +39,8 @@ def names(run_dir: Path) -> list[str]:
     return sorted(path.name for path in (run_dir / "stage1/best").iterdir())
 
 
-def keep(model: ICCLD, config: Config, *, step: int, miou: float) -> list[str]:
-    keep_best(model, config, stage="stage1", step=step, score={"miou": miou, "num_steps": 0})
+def keep(model: ICCLD, config: Config, *, step: int, miou: float, settings: str = "a") -> list[str]:
+    keep_best(model, config, stage="stage1", step=step, score={"miou": miou, "num_steps": 0, "settings": settings})
     return names(Path(config.run_dir))
 
 
@@ -52,6 +52,15 @@ def test_one_folder_of_the_highest_score_the_first_of_equal_ones(model: ICCLD, c
     assert folder and score_of(folder) == 4.0
     readme = (folder / "README.md").read_text()
     assert "flatters it: mIoU 4.00" in readme
+
+
+def test_a_score_by_other_settings_makes_way(model: ICCLD, config: Config):
+    settings = ["a", "a", "b", "b", "b"]
+    kept = [
+        keep(model, config, step=step, miou=miou, settings=settings[step - 1])
+        for step, miou in enumerate([9.0, 1.0, 2.0, 3.0, 1.0], 1)
+    ]
+    assert kept == [[f"step_{step:08d}"] for step in (1, 1, 3, 4, 4)]
 
 
 def test_what_a_kill_leaves_is_both_and_then_one(
@@ -155,6 +164,22 @@ def test_a_score_from_before_the_kill_counts(trained: Path, scene_shards: Path, 
     assert main(["train", *scene_overrides(scene_shards, run_dir), *SETTINGS]) == 0
     assert names(run_dir) == ["step_00000001"]
     assert (run_dir / "stage1/best/step_00000001/README.md").read_text() == "as it was"
+
+
+def test_after_a_change_of_the_validation_a_score_from_before_does_not_count(
+    trained: Path, scene_shards: Path, tmp_path: Path
+):
+    run_dir = shutil.copytree(trained, tmp_path / "run")
+    shutil.rmtree(run_dir / "stage1/final")
+    shutil.rmtree(run_dir / "stage1/checkpoints/step_00000003")
+    found = best_of(run_dir / "stage1")
+    assert found
+    card = json.loads((found / "config.json").read_text())
+    card["origin"]["score"]["miou"] = 99.0
+    (found / "config.json").write_text(json.dumps(card))
+    assert main(["train", *scene_overrides(scene_shards, run_dir), *SETTINGS, "evaluation.max_images=1"]) == 0
+    found = best_of(run_dir / "stage1")
+    assert found and score_of(found) == mious(run_dir)[-1], "that of the only step since"
 
 
 def test_it_is_found_by_its_name(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

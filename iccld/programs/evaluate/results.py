@@ -69,6 +69,11 @@ def _settings(config: Config) -> dict[str, Any]:
     }
 
 
+def settings_checksum(config: Config) -> str:
+    """Compute a checksum of all settings that scores depend on."""
+    return hashlib.sha256(_identity(_settings(config)).encode()).hexdigest()[:16]
+
+
 def own_results(config: Config) -> Path:
     """Return the file of the run's own models and settings."""
     weights = config.inference.weights

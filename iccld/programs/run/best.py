@@ -8,7 +8,7 @@ from typing import Any
 
 from iccld.config import Config
 from iccld.durable import holds_only, make_folder, remove_tree, scratch_folder, sync
-from iccld.models.best_model import FOLDER_NAME, STEP, best_of, score_of
+from iccld.models.best_model import FOLDER_NAME, STEP, best_of, score_of, settings_of
 from iccld.models.iccld import ICCLD
 from iccld.models.model_card import CARD_NAME, WEIGHTS_NAME
 from iccld.models.readme import README_NAME
@@ -23,12 +23,13 @@ is_ours = holds_only("|".join(map(re.escape, (CARD_NAME, WEIGHTS_NAME, README_NA
 def keep_best(teacher: ICCLD, config: Config, *, stage: str, step: int, score: Mapping[str, Any]) -> None:
     """Keep the teacher if no earlier one scored as high, and remove whatever is not the best. Call on one rank.
 
-    score: `miou` in per cent, and how it was computed. What an earlier attempt has kept counts, too.
+    score: `miou` in per cent, and how it was computed: `settings` is a checksum. What an earlier attempt has kept
+    counts, too, if it was scored by the same settings; otherwise it makes way.
     """
     run_dir = Path(config.run_dir)
     folder = run_dir / stage / FOLDER_NAME
     kept, target = best_of(folder.parent), folder / f"step_{step:08d}"
-    if kept is None or (score_of(kept) or 0.0) < score["miou"]:
+    if kept is None or settings_of(kept) != score.get("settings") or (score_of(kept) or 0.0) < score["miou"]:
         if os.path.lexists(target) and not is_ours(target):
             say(f"{target} is not a model of this run, so the best teacher is not kept; move it away.")
             return

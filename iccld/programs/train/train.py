@@ -26,7 +26,7 @@ from iccld.models.iccld import ModelConfig
 from iccld.outcome import blaming_the_world
 from iccld.programs.evaluate.averaging import write_due_snapshot
 from iccld.programs.evaluate.evaluate import asks, evaluate_models, stopped, unscored_stages
-from iccld.programs.evaluate.results import finished_models
+from iccld.programs.evaluate.results import finished_models, settings_checksum
 from iccld.programs.evaluate.scoring import diagnose_model, evaluate_predictor
 from iccld.programs.run.best import keep_best
 from iccld.programs.run.building import build_stage, build_stream, first_batches, trials_of, whole_stage
@@ -229,6 +229,7 @@ def _validate(
         values |= diagnosis.to_metrics()
     if not math.isnan(result.miou):
         score = {"miou": result.miou, "num_steps": fewest, "num_images": result.num_images}
+        score |= {"settings": settings_checksum(config)}
         keep = partial(keep_best, model, config, stage=stage.name, step=step, score=score)
         together(keep if engine.ranks.is_main else lambda: None, engine.ranks)
     if engine.ranks.is_main:
