@@ -12,9 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from iccld.config import Config, config_from, to_yaml
-from iccld.programs.evaluate.evaluate import evaluate_models
+from iccld.programs.evaluate.evaluate import evaluate_models, unscored_stages
 from iccld.programs.evaluate.results import about_of, finished_models, own_results, place_for, read_results
 from iccld.runtime.ranks import Ranks
+from iccld.stages.predictor import Weights
 
 OVERRIDES = [
     "inference.num_steps=[1]", "inference.noise_seeds=2", "evaluation.image_size=[64,128]",
@@ -86,6 +87,20 @@ def test_a_stage_that_is_finished_later_goes_into_the_same_file(tmp_path: Path):
     (tmp_path / "other/stage2").rename(tmp_path / "stage2")
     assert write(config) == first == own_results(config)
     assert [path.name for path in first.parent.iterdir()] == ["results.json"]
+
+
+def test_the_best_model_of_a_stage_that_is_in_training_is_not_scored(tmp_path: Path):
+    """It may yet change, and the end of the training would take it for scored."""
+    config = make_run(tmp_path, stages=1)
+    config.inference.weights = Weights.best
+    for stage in ("stage1", "stage2"):
+        folder = tmp_path / stage / "best/step_00000002"
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text('{"origin": {"score": {"miou": 1.0}}}')
+    assert finished_models(config) == [tmp_path / "stage1/best/step_00000002"]
+    assert unscored_stages(config) == ["stage1"]
+    (tmp_path / "stage2/final").mkdir()
+    assert unscored_stages(config) == ["stage1", "stage2"]
 
 
 def test_a_run_whose_settings_of_scoring_have_changed_keeps_the_old_scores(tmp_path: Path):

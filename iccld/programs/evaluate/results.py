@@ -21,6 +21,7 @@ from iccld.config import Config, read_config
 from iccld.durable import file_checksum
 from iccld.models.best_model import best_of
 from iccld.models.model_card import WEIGHTS_NAME
+from iccld.programs.run.hand_off import is_finished
 from iccld.reading import MIB, read_json
 from iccld.redact import without_secrets
 from iccld.stages.predictor import InferenceConfig, Weights
@@ -33,8 +34,8 @@ OF_NO_CONSEQUENCE = ("models", "batch_size", "diagnostic_images")
 def finished_models(config: Config) -> list[Path]:
     """The model folders of the run's finished stages; of `best`, those of the stages that were scored in training."""
     run_dir, weights = Path(config.run_dir), config.inference.weights.value
-    if config.inference.weights is Weights.best:
-        return [folder for stage in STAGES if (folder := best_of(run_dir / stage))]
+    if config.inference.weights is Weights.best:  # while a stage trains, its best may yet change
+        return [folder for name in STAGES if is_finished(run_dir, name) and (folder := best_of(run_dir / name))]
     return [folder for stage in STAGES if (folder := run_dir / stage / "final" / weights).is_dir()]
 
 
