@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from iccld.config import Config, config_from, to_yaml
-from iccld.programs.evaluate.evaluate import evaluate_models, unscored_stages
+from iccld.programs.evaluate.evaluate import evaluate_models, evaluate_run, unscored_stages
 from iccld.programs.evaluate.results import about_of, finished_models, own_results, place_for, read_results
 from iccld.runtime.ranks import Ranks
 from iccld.stages.predictor import Weights
@@ -101,6 +101,15 @@ def test_the_best_model_of_a_stage_that_is_in_training_is_not_scored(tmp_path: P
     assert unscored_stages(config) == ["stage1"]
     (tmp_path / "stage2/final").mkdir()
     assert unscored_stages(config) == ["stage1", "stage2"]
+
+
+def test_a_finished_run_that_has_kept_no_best_model_is_told_so(tmp_path: Path):
+    config = make_run(tmp_path)
+    config.inference.weights = Weights.best
+    with pytest.raises(ValueError, match=r"holds no best teacher of stage2, .* \(stage2\.trainer\.evaluate_every\)"):
+        evaluate_run(config)
+    with pytest.raises(ValueError, match="holds no finished stage"):
+        evaluate_run(replace(config, run_dir=str(tmp_path / "other")))
 
 
 def test_a_run_whose_settings_of_scoring_have_changed_keeps_the_old_scores(tmp_path: Path):

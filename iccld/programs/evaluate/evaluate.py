@@ -23,6 +23,7 @@ from iccld.models.model_card import CARD_NAME
 from iccld.programs.evaluate.results import about_of, finished_models, own_results, place_for, read_results
 from iccld.programs.evaluate.scoring import GiveUp, diagnose_model, evaluate_predictor, student_beside
 from iccld.programs.run.checks import together, watch
+from iccld.programs.run.hand_off import is_finished
 from iccld.programs.run.signs import signs_of_diagnosis, tell
 from iccld.redact import redacted, without_secrets
 from iccld.runtime.engine.engine import Engine
@@ -31,6 +32,7 @@ from iccld.runtime.faults.watchdog import Watchdog
 from iccld.runtime.measure.telemetry import write_event
 from iccld.runtime.measure.terminal import Terminal
 from iccld.runtime.ranks import Ranks
+from iccld.stages.predictor import Weights
 from iccld.stages.table import STAGES, stage_of
 
 DIAGNOSTICS = "diagnostics"
@@ -97,6 +99,9 @@ def evaluate_run(
     preemption.config = config.preemption
     folders = [Path(model_folder)] if model_folder else finished_models(config)
     if not folders:
+        finished = [name for name in reversed(STAGES) if is_finished(Path(config.run_dir), name)]
+        if finished and config.inference.weights is Weights.best:
+            find_model(Path(config.run_dir), weights="best", stages=finished)  # raises: none of them has one
         finals = ", ".join(f"{name}/final" for name in STAGES)
         raise ValueError(f"run_dir={config.run_dir} holds no finished stage ({finals}); train first.")
     # The run may be training meanwhile, with heartbeats of its own.
