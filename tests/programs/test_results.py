@@ -90,7 +90,7 @@ def test_a_stage_that_is_finished_later_goes_into_the_same_file(tmp_path: Path):
 
 
 def test_the_best_model_of_a_stage_that_is_in_training_is_not_scored(tmp_path: Path):
-    """It may yet change, and the end of the training would take it for scored."""
+    """A score would be of a model that may yet change, and the end of the training would take it for done."""
     config = make_run(tmp_path, stages=1)
     config.inference.weights = Weights.best
     for stage in ("stage1", "stage2"):
