@@ -115,3 +115,15 @@ def test_a_run_without_its_checkpoints_is_not_extended(run_dir: Path, train: Any
     assert train(*steps(2, 3), "--extend") == 2
     assert "stage2/checkpoints holds no checkpoint to go on from" in capsys.readouterr().err
     assert (run_dir / "stage2/final").is_dir() and (run_dir / "report/results.json").is_file()
+
+
+def test_only_a_stage_that_is_trained_is_extended(run_dir: Path, train: Any, capsys: pytest.CaptureFixture[str]):
+    before = kept(run_dir)
+    assert train(*steps(3, 1), "stages=[stage2]", "--extend") == 2
+    assert "stage1.trainer.num_steps=3 asks for more steps than 2 of a stage that stages=[stage2] does not train" in (
+        capsys.readouterr().err
+    )
+    assert kept(run_dir) == before and not (run_dir / "before_extension").exists()
+    assert train(*steps(3, 1), "stages=[stage1]", "--extend") == 0
+    said = capsys.readouterr().out
+    assert "it is set aside\n" in said and "trained again" not in said

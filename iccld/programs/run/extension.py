@@ -59,9 +59,17 @@ def changes_beside(found: list[Extension], saved: Config, config: Config) -> lis
     return [change for change in differences(saved, config) if not change.startswith(settings)]
 
 
-def check_extension(run_dir: Path, found: list[Extension]) -> None:
-    """Refuse a finished stage that holds no checkpoint to go on from. Raises ValueError."""
+def check_extension(run_dir: Path, found: list[Extension], stages: list[str]) -> None:
+    """Refuse a stage that is not among the `stages` to train, or is finished without a checkpoint to go on from.
+
+    Raises ValueError.
+    """
     for each in found:
+        if each.stage not in stages:
+            raise ValueError(
+                f"{each.setting}={each.num_steps} asks for more steps than {each.before} of a stage that "
+                f"stages=[{','.join(stages)}] does not train; use stage=all, or leave it at {each.before}."
+            )
         checkpoints = run_dir / each.stage / "checkpoints"
         if is_finished(run_dir, each.stage) and not any(FOLDER.fullmatch(path.name) for path in checkpoints.glob("*")):
             raise ValueError(
@@ -87,7 +95,8 @@ def set_aside(run_dir: Path, found: list[Extension], config: Config) -> None:
         if each.stage not in later:
             print(_said(each, _plan(each.stage, config)), flush=True)
     for name in later:
-        print(f"{name} rested on {first} after {found[0].before} steps: it is set aside, and trained again", flush=True)
+        again = ", and trained again" if name in config.stages else ""
+        print(f"{name} rested on {first} after {found[0].before} steps: it is set aside{again}", flush=True)
     if aside.exists():
         print(f"what the run had is in {aside}", flush=True)
 
