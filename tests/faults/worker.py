@@ -17,7 +17,7 @@ import torch
 
 from iccld.cli import main
 from iccld.data.stream.domain import DomainStream
-from iccld.programs.evaluate import evaluate
+from iccld.programs.evaluate import scoring
 from iccld.programs.profile import profile
 from iccld.programs.train import fitness, train
 from iccld.runtime.checkpoint import store as checkpoint
@@ -101,7 +101,7 @@ def inject() -> None:
     batch_size = int(os.environ.get("FAULT_GLOBAL_BATCH", "4"))
     wrap(DomainStream, "batch", "data", lambda self, numbers: int(numbers[0]) // batch_size)
     wrap(checkpoint, "write_runs", "save", lambda path, runs: int(path.parent.name[5:13]))
-    wrap(evaluate, "evaluate", "evaluate", lambda *_: 0)
+    wrap(scoring, "evaluate", "evaluate", lambda *_: 0)
     wrap(fitness, "read_shards", "shards", lambda *_: 0)
     wrap(train, "hand_over", "hand_over", lambda *_: 0)
 

@@ -97,13 +97,13 @@ def test_neither_loads_torch(root: Path, verb: str):
 def test_the_commands_of_the_documentation_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    for name in ("a", "b"):
+    for name in ("a", "b", "sweep/0"):
         make_run(tmp_path / "runs" / name, gain=len(name))
     monkeypatch.chdir(tmp_path)
-    text = (ROOT / "docs/comparing-runs.md").read_text()
+    text = (ROOT / "docs/comparing-runs.md").read_text().replace("\\\n", "")
     commands = [shlex.split(line, comments=True) for line in re.findall(r"^iccld .*$", text, re.MULTILINE)]
     ours = [words[1:] for words in commands if words[1] in ("report", "runs", "compare")]
-    assert len(ours) == 4
+    assert len(ours) == 5
     for words in ours:
         assert main(words) == 0, words
     assert (tmp_path / "runs/a/report/report.html").is_file() and (tmp_path / "runs/report.html").is_file()
