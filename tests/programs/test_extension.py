@@ -16,6 +16,9 @@ from tests.factory import scene_overrides
 
 QUICK = ["inference.num_steps=[1]", "evaluation.diagnostic_images=0", "evaluation.max_images=2"]
 
+METRICS = "metrics.jsonl"
+BESIDE = ("pictures/stage2/step_00000001.png", "tensorboard/stage2/events.out.tfevents.1")
+
 
 def steps(stage1: int, stage2: int) -> list[str]:
     return [f"stage1.trainer.num_steps={stage1}", f"stage2.trainer.num_steps={stage2}"]
@@ -84,15 +87,21 @@ def test_stage_2_goes_on(run_dir: Path, train: Any, capsys: pytest.CaptureFixtur
 
 
 def test_stage_2_does_not_stay_on_an_earlier_stage_1(run_dir: Path, train: Any, capsys: pytest.CaptureFixture[str]):
-    old = (run_dir / "stage2/final/teacher/model.safetensors").read_bytes()
+    old, metrics = [(run_dir / path).read_bytes() for path in ("stage2/final/teacher/model.safetensors", METRICS)]
+    for path in BESIDE:
+        (run_dir / path).parent.mkdir(parents=True)
+        (run_dir / path).write_text("old")
     assert train(*steps(3, 1), "--extend") == 0
     assert "stage2 rested on stage1 after 2 steps: it is set aside, and trained again" in capsys.readouterr().out
     assert trained(run_dir) == [("stage1", 1), ("stage1", 2), ("stage1", 3), ("stage2", 1)]
     assert (run_dir / "stage2/final/teacher/model.safetensors").read_bytes() != old
     aside = run_dir / "before_extension/stage1_step_00000002"
     assert {str(path.relative_to(aside)) for path in aside.glob("*/*")} == {
-        *("stage1/final", "stage2/checkpoints", "stage2/final", "report/results.json")
+        *("stage1/final", "stage2/checkpoints", "stage2/final", "report/results.json"),
+        *("pictures/stage2", "tensorboard/stage2"),
     }
+    assert (aside / METRICS).read_bytes() == metrics and b"final/" in metrics
+    assert not any((run_dir / path).exists() for path in BESIDE)
     assert find_model(aside) == aside / "stage2/final/teacher", "the model that was is one still"
     before = (run_dir / "events.jsonl").read_bytes()
     for again in ((*steps(3, 1), "--extend"), steps(3, 1)):
@@ -104,10 +113,12 @@ def test_one_that_was_killed_between_the_moves_goes_on(run_dir: Path, train: Any
     aside = run_dir / "before_extension/stage1_step_00000002"
     (aside / "report").mkdir(parents=True)
     (run_dir / "stage2").rename(aside / "stage2")
+    (aside / METRICS).write_text("of the first try")
     (run_dir / "report/results.json").rename(aside / "report/results.json")
     assert train(*steps(3, 2), "--extend") == 0
     assert trained(run_dir) == [*(("stage1", step) for step in (1, 2, 3)), ("stage2", 1), ("stage2", 2)]
     assert read_config(run_dir / "config.yaml").stage1.trainer.num_steps == 3
+    assert (aside / METRICS).read_text() == "of the first try"
 
 
 def test_a_run_without_its_checkpoints_is_not_extended(run_dir: Path, train: Any, capsys: pytest.CaptureFixture[str]):
@@ -115,3 +126,15 @@ def test_a_run_without_its_checkpoints_is_not_extended(run_dir: Path, train: Any
     assert train(*steps(2, 3), "--extend") == 2
     assert "stage2/checkpoints holds no checkpoint to go on from" in capsys.readouterr().err
     assert (run_dir / "stage2/final").is_dir() and (run_dir / "report/results.json").is_file()
+
+
+def test_only_a_stage_that_is_trained_is_extended(run_dir: Path, train: Any, capsys: pytest.CaptureFixture[str]):
+    before = kept(run_dir)
+    assert train(*steps(3, 1), "stages=[stage2]", "--extend") == 2
+    assert "stage1.trainer.num_steps=3 asks for more steps than 2 of a stage that stages=[stage2] does not train" in (
+        capsys.readouterr().err
+    )
+    assert kept(run_dir) == before and not (run_dir / "before_extension").exists()
+    assert train(*steps(3, 1), "stages=[stage1]", "--extend") == 0
+    said = capsys.readouterr().out
+    assert "it is set aside\n" in said and "trained again" not in said

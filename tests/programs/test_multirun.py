@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from iccld.cli import main
-from iccld.config import load_config
+from iccld.config import load_config, to_yaml
 from iccld.programs.run.child import run_child
 from iccld.programs.train import multirun
 from iccld.programs.train.sweep import jobs_of, name_of
@@ -122,6 +122,25 @@ def test_a_run_that_fails_names_itself_and_the_others_go_on(
     assert f"seed_1: {'stopped before stage1 was finished' if end[0] == 0 else ''}" in said.err
     assert "seed_0: finished" in said.out and f"its run is {tmp_path}/a,b c/seed_1" in said.err
     assert ("seed_2: did not run to its end" in said.err) == bool(end[1])
+
+
+def test_a_run_that_was_stopped_in_its_scoring_is_not_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    for seed in (0, 1, 2):
+        run_dir = tmp_path / f"a,b c/seed_{seed}"
+        validation = "" if seed == 2 else "/validation"
+        (run_dir / "stage1/final/teacher").mkdir(parents=True)
+        config = load_config([*PLAIN[:2], f"data.validation.shards={validation}"])
+        (run_dir / "config.yaml").write_text(to_yaml(config))
+    scores = tmp_path / "a,b c/seed_0/report/results.json"
+    scores.parent.mkdir()
+    scores.write_text('{"about": {}, "stage1": {}}')
+    monkeypatch.setattr(Trainings, "__call__", lambda *_: (0, 0))
+    assert sweep(tmp_path, monkeypatch, [])[0] == 75
+    said = capsys.readouterr()
+    assert "seed_1: stopped before the final scoring was finished; its run is" in said.err
+    assert "seed_0: finished" in said.out and "seed_2: finished" in said.out and "1 of 3 runs" in said.err
 
 
 def test_a_launcher_that_is_not_installed_is_one_line(

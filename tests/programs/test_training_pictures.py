@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from iccld.cli import main
+from iccld.config import load_config
 from iccld.labels import CITYSCAPES_PALETTE, IGNORE_INDEX
 from iccld.programs.report.pictures import pictures_of
 from iccld.programs.run.record import read_record
@@ -75,12 +77,27 @@ def test_what_fails_is_one_line_and_training_goes_on(
     scene_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
     def fail(*_: object) -> None:
-        raise RuntimeError("no room\non the device")
+        raise RuntimeError("no room\non the device at https://user:hunter22@host/x")
 
     monkeypatch.setattr(pictures, "drawn", fail)
     train(scene_shards, tmp_path, "stages=[stage1]", "metrics.pictures.every=1")
     said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("pictures: ")]
-    assert said == ["pictures: no room on the device; training goes on without them"]
+    assert len(said) == 1 and said[0].startswith("pictures: no room on the device at https://")
+    assert said[0].endswith("; training goes on without them") and "hunter22" not in said[0]
+
+
+def test_after_a_failure_on_the_main_rank_no_rank_gathers_the_weights_again(
+    scene_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    gathered = list[object]()
+    monkeypatch.setattr(pictures, "whole_stage", lambda *of: gathered.append(of))
+    config, stage = load_config(scene_overrides(scene_shards, tmp_path)), Mock()
+    stage.name = "stage1"
+    engine = Mock(ranks=Mock(is_main=False, any=Mock(side_effect=[False, True])))
+    drawing = pictures.TrainingPictures(stage, config, engine, metrics=Mock(), watchdog=Mock())
+    for step in range(1, 5):
+        drawing.draw(step)
+    assert len(gathered) == 2 and engine.ranks.any.call_count == 2
 
 
 def test_one_that_a_kill_prevented_is_drawn_when_the_run_goes_on(scene_shards: Path, tmp_path: Path):

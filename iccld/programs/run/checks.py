@@ -106,7 +106,7 @@ def check_run_dir(run_dir: Path, config: Config, ranks: Ranks, *, extend: bool =
                 f"run_dir={run_dir} holds a run of another config ({'; '.join(changed[:5])}); "
                 f"{remedy_of(longer, changed)} another run_dir, or the settings in {path}."
             )
-        check_extension(run_dir, longer)
+        check_extension(run_dir, longer, config.stages)
     ranks.barrier()  # nobody writes before all have compared
 
     def write() -> None:

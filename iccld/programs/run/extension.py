@@ -2,7 +2,8 @@
 
 What the earlier end has left is set aside, so that nothing that rests on it stays in its place:
 
-    RUN_DIR/before_extension/stage1_step_00040000/      stage1/final, the stages after it, report/results.json
+    RUN_DIR/before_extension/stage1_step_00040000/      stage1/final, report/results.json, metrics.jsonl (a copy), and
+                                                        of the stages after it the folder, pictures and TensorBoard's
 
 Each move is a rename, and the new settings are written after the last one: killed in between, the same command goes on.
 """
@@ -12,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from iccld.config import Config, differences
-from iccld.durable import make_folder, refuse_links, sync
+from iccld.durable import make_folder, refuse_links, refuse_unless_plain, sync, write_whole
 from iccld.programs.run.hand_off import final_folder, is_finished
 from iccld.programs.run.saved_scores import of_own_models
 from iccld.runtime.checkpoint.manifest import FOLDER
+from iccld.runtime.measure.tensorboard import TensorBoardRun
 from iccld.stages.table import STAGES
 from iccld.trainer import TrainerConfig, learning_rate_factor
 
@@ -59,9 +61,17 @@ def changes_beside(found: list[Extension], saved: Config, config: Config) -> lis
     return [change for change in differences(saved, config) if not change.startswith(settings)]
 
 
-def check_extension(run_dir: Path, found: list[Extension]) -> None:
-    """Refuse a finished stage that holds no checkpoint to go on from. Raises ValueError."""
+def check_extension(run_dir: Path, found: list[Extension], stages: list[str]) -> None:
+    """Refuse a stage that is not among the `stages` to train, or is finished without a checkpoint to go on from.
+
+    Raises ValueError.
+    """
     for each in found:
+        if each.stage not in stages:
+            raise ValueError(
+                f"{each.setting}={each.num_steps} asks for more steps than {each.before} of a stage that "
+                f"stages=[{','.join(stages)}] does not train; use stage=all, or leave it at {each.before}."
+            )
         checkpoints = run_dir / each.stage / "checkpoints"
         if is_finished(run_dir, each.stage) and not any(FOLDER.fullmatch(path.name) for path in checkpoints.glob("*")):
             raise ValueError(
@@ -81,15 +91,28 @@ def set_aside(run_dir: Path, found: list[Extension], config: Config) -> None:
     aside = run_dir / FOLDER_NAME / f"{first}_step_{found[0].before:08d}"
     final = final_folder(run_dir, first).relative_to(run_dir)
     results = [path.relative_to(run_dir) for path in of_own_models(run_dir)]
-    for path in (*map(Path, later), *results, final):
+    if later:
+        _copy_metrics(run_dir, aside)  # those stages begin again at step 0, and their lines are dropped
+    beside = [Path(folder) / name for name in later for folder in ("pictures", TensorBoardRun.name)]
+    for path in (*beside, *map(Path, later), *results, final):
         _move(run_dir, path, aside)
     for each in found:
         if each.stage not in later:
             print(_said(each, _plan(each.stage, config)), flush=True)
     for name in later:
-        print(f"{name} rested on {first} after {found[0].before} steps: it is set aside, and trained again", flush=True)
+        again = ", and trained again" if name in config.stages else ""
+        print(f"{name} rested on {first} after {found[0].before} steps: it is set aside{again}", flush=True)
     if aside.exists():
         print(f"what the run had is in {aside}", flush=True)
+
+
+def _copy_metrics(run_dir: Path, aside: Path) -> None:
+    """Keep the lines of the earlier end, unless an earlier try has done so. Raises ValueError for links."""
+    source, target = run_dir / "metrics.jsonl", aside / "metrics.jsonl"
+    refuse_unless_plain(source)
+    if source.exists() and not os.path.lexists(target):
+        make_folder(aside, within=run_dir)
+        write_whole(target, source.read_bytes())
 
 
 def _move(run_dir: Path, path: Path, aside: Path) -> None:

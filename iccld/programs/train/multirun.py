@@ -106,7 +106,8 @@ def _report(jobs: Sequence[Job], folder: Path) -> int:
     for job in jobs:
         path = _status_file(folder, job)
         text = path.read_text().strip() if path.is_file() else ""
-        left, status = unfinished(job), int(text) if text.lstrip("-").isdigit() else None
+        status = int(text) if text.lstrip("-").isdigit() else None
+        left = unfinished(job) if status == 0 else []
         if status == 0 and not left:
             print(f"{job.name}: finished", flush=True)
             continue

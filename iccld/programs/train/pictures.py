@@ -2,7 +2,8 @@
 
     run_dir/pictures/stage1/step_00002000.png
 
-The crops are the stream's first samples. Rank 0 draws. What fails is said once, and ends no training.
+The crops are the stream's first samples. Rank 0 draws. What fails there is said once, and ends no training; a failure
+to gather the weights that ranks hold in shards ends it, since the other ranks cannot know of it.
 """
 
 from collections.abc import Iterator, Mapping
@@ -25,11 +26,12 @@ from iccld.eager import without_compiled_code
 from iccld.evaluation import Predict, whole_image
 from iccld.inference.pictures import colourise, comparison_picture, legend, save_picture
 from iccld.labels import ClassSet
-from iccld.outcome import say, words
+from iccld.outcome import say
 from iccld.programs.run.building import build_stream, whole_stage
 from iccld.runtime.engine.engine import Engine
 from iccld.runtime.faults.watchdog import Watchdog
 from iccld.runtime.measure.metrics import MetricsLogger
+from iccld.runtime.measure.telemetry import one_line
 from iccld.stages.base import Stage, to_float
 from iccld.stages.table import STAGES
 
@@ -60,15 +62,17 @@ class TrainingPictures:
         return self.engine.ranks.is_main and not self._file(step).exists()
 
     def draw(self, step: int) -> None:
-        """Draw and log one on the main rank, while the others wait. Call on every rank."""
+        """Draw and log one on the main rank, while the others wait; none after a failure. Call on every rank."""
+        if self._has_failed:
+            return
         stage = whole_stage(self.stage, self.config, self.engine)
-        if self.engine.ranks.is_main and not self._has_failed:
+        if self.engine.ranks.is_main:
             try:
                 self._draw(stage, step)
             except Exception as error:  # a picture is no reason not to train
                 self._has_failed = True
-                say(f"pictures: {' '.join(words(error).split())}; training goes on without them")
-        self.engine.ranks.barrier()
+                say(f"pictures: {one_line(error)}; training goes on without them")
+        self._has_failed = self.engine.ranks.any(self._has_failed)
 
     def _file(self, step: int) -> Path:
         return self._folder / f"step_{step:08d}.png"

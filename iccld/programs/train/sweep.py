@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from iccld.config import load_config, swept_values
+from iccld.config import load_config, read_config, swept_values
+from iccld.programs.evaluate.evaluate import unscored_stages
 from iccld.redact import holds_secret
 
 MAX_JOBS = 1000
@@ -96,5 +97,10 @@ def _key(word: str) -> str:
 
 
 def unfinished(job: Job) -> list[str]:
-    """The stages of a job that are not trained to their end."""
-    return [stage for stage in job.stages if not (Path(job.run_dir) / stage / "final").is_dir()]
+    """The stages of a job that are not trained to their end; if all are, the final scoring, if it is owed."""
+    run_dir = Path(job.run_dir)
+    left = [stage for stage in job.stages if not (run_dir / stage / "final").is_dir()]
+    if left or not (run_dir / "config.yaml").is_file():
+        return left
+    config = read_config(run_dir / "config.yaml", [f"run_dir={run_dir}"])
+    return ["the final scoring"] if config.data.validation.shards and unscored_stages(config) else []

@@ -19,6 +19,7 @@ from iccld.extras import remedy
 from iccld.node import uptime
 from iccld.outcome import naming, say, words
 from iccld.redact import redact, redacted
+from iccld.runtime.measure.metric_entries import FINAL
 
 START_S = 45.0  # for wandb to find its server
 CALL_S = 60.0  # for whatever else is asked of it; it goes on in the background where that is not enough
@@ -112,8 +113,12 @@ class WandbRun(Outlet):
         return ""
 
     def log(self, facts: Mapping[str, Any], *, step: int) -> None:
-        """Log the facts on the axis `step`."""
-        self.tell(lambda run: run.log(dict(facts), step=step))
+        """Log the facts on the axis `step`; final scores go into the summary.
+
+        A run that is opened again for them has passed their step, and wandb drops what is logged at an earlier one.
+        """
+        final = {name: value for name, value in facts.items() if name.startswith(FINAL)}
+        self.tell(lambda run: run.summary.update(final) if final else run.log(dict(facts), step=step))
 
     def picture(self, name: str, image: np.ndarray, *, step: int) -> None:
         """Log a picture `(H, W, 3)` uint8 on the axis `step`."""

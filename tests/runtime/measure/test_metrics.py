@@ -135,3 +135,14 @@ def test_wandb_offline_keeps_its_run_id(tmp_path: Path):
     metrics.close()
     assert metrics.logger_id == "abc123"
     assert list(tmp_path.glob("wandb/offline-run-*-abc123"))
+
+
+def test_final_scores_are_in_the_summary_of_a_run_of_wandb_that_has_passed_their_step(tmp_path: Path):
+    metrics, scores = logger(tmp_path, wandb=WandbMode.offline), {"final/miou": 0.5, "final/iou/road": 0.75}
+    metrics.start(step=0, logger_id="abc124", config={"seed": 0})
+    metrics.write({"stage": "stage1", "step": 3, "loss": 1.0})
+    metrics.write({"stage": "stage1", "step": 2, **scores})
+    (outlet,) = metrics._outlets
+    summary = dict(outlet._run.summary)
+    metrics.close()
+    assert {name: summary.get(name) for name in ("final/miou", "final/iou/road")} == scores
