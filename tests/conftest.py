@@ -1,7 +1,11 @@
 """Shared by all tests: one thread, no network, and a tiny embedded data set in shards."""
 
 import gc
+import logging
 import os
+import signal
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -11,6 +15,40 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+HEARD = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+
+
+def _of_the_process() -> dict[str, object]:
+    """What later tests of this process would inherit from one that forgets to put it back."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    loggers = [one for one in logging.Logger.manager.loggerDict.values() if isinstance(one, logging.Logger)]
+    return {
+        "environment": {key: value for key, value in os.environ.items() if key != "PYTEST_CURRENT_TEST"},
+        "folder": Path.cwd(),
+        "command line": list(sys.argv),
+        "umask": mask,
+        "signal handlers": [signal.getsignal(number) for number in HEARD],
+        "silent loggers": sorted(one.name for one in loggers if one.disabled and one.name.startswith("iccld")),
+        "root logger": (logging.root.level, logging.root.manager.disable),
+        "torch": (
+            torch.get_default_dtype(),
+            torch.get_num_threads(),
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_grad_enabled(),
+            torch.get_float32_matmul_precision(),
+        ),
+    }
+
+
+@pytest.fixture(autouse=True)
+def _leaves_the_process_as_it_was() -> Iterator[None]:
+    before = _of_the_process()
+    yield
+    after = _of_the_process()
+    changed = {what: (before[what], after[what]) for what in before if before[what] != after[what]}
+    assert not changed, f"the test changed its process: {changed}"
 
 
 @pytest.fixture(scope="session")

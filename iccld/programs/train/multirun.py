@@ -72,8 +72,8 @@ def _sweep(task: Callable[[Any], None], num_jobs: int, folder: Path, words: Sequ
         f"hydra.sweep.dir={place.with_quotes()}",
         "hydra.sweep.subdir=.",
         "hydra.output_subdir=null",
-        "hydra/job_logging=disabled",
-        "hydra/hydra_logging=disabled",
+        "hydra/job_logging=none",  # `disabled` would silence each logger that this process has
+        "hydra/hydra_logging=none",
     ]
     with _command_line(["iccld", "--multirun", *own, *words]):
         try:
@@ -91,13 +91,16 @@ def _sweep(task: Callable[[Any], None], num_jobs: int, folder: Path, words: Sequ
 @contextmanager
 def _command_line(argv: list[str]) -> Iterator[None]:
     """Show Hydra this command line within the block, and have it raise its errors in place of printing them."""
-    before, sys.argv = sys.argv, argv
-    os.environ["HYDRA_FULL_ERROR"] = "1"
+    full = "HYDRA_FULL_ERROR"
+    before, sys.argv, chosen = sys.argv, argv, os.environ.get(full)
+    os.environ[full] = "1"
     try:
         yield
     finally:
         sys.argv = before
-        del os.environ["HYDRA_FULL_ERROR"]
+        os.environ.pop(full)
+        if chosen is not None:
+            os.environ[full] = chosen
 
 
 def _report(jobs: Sequence[Job], folder: Path) -> int:
