@@ -3,27 +3,27 @@
     python tools/gpu.py FOLDER [--only PART ...]
 
 Each part runs in a process of its own within its limit of seconds; its figures go into FOLDER/gpu.json as soon as it
-ends, beside those of parts that an earlier call left there. A part that fails or takes too long leaves the others their
-turn. Without a GPU each part runs at toy size, or says that it needs one.
+ends, beside those that an earlier call left there. A part that fails or takes too long leaves the others their turn,
+and nothing that it started goes on. Without a GPU each part runs at toy size, or says that it needs one.
 """
 
 import argparse
 import json
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import matplotlib as mpl
 import torch
+from gpu_parts.family import MARK, end_marked, new_mark, run_within
 from matplotlib import pyplot
 from rich import box
 from rich.console import Console
@@ -48,19 +48,25 @@ class Part(NamedTuple):
 PARTS = {
     "compile1": Part("speed", "compile1", 180, alone=False),
     "compile2": Part("speed", "compile2", 180, alone=False),
+    "compile_denoiser": Part("speed", "compile_denoiser", 180, alone=False),
     "tests": Part("suite", "suite", 150, alone=False),
     "correctness": Part("correctness", "correctness", 200, alone=False),
     "limits": Part("machine", "limits", 40),
-    "stage2": Part("speed", "stage2", 100),
-    "stage1": Part("speed", "stage1", 100),
+    "stage1_blocks": Part("speed", "stage1_blocks", 90),
+    "stage2_blocks": Part("speed", "stage2_blocks", 90),
+    "stage1": Part("speed", "stage1", 90),
+    "stage2": Part("speed", "stage2", 90),
     "denoiser": Part("speed", "denoiser", 100),
     "attention": Part("speed", "attention", 45),
     "evidence": Part("evidence", "evidence", 300),
 }
-"""Those that are not `alone` begin together, the others follow in turn."""
+"""Those that are not `alone` begin together, the others follow in turn, the missing figures first. What is compiled
+has a part of its own, since compilation cannot be stopped within a process, and eager figures must not wait for it."""
 ON_A_CPU = 4  # times the limit, for a few cores
 WITHIN = ("tests", "evidence")  # which end in time by themselves
 START_S = 20  # until a part's process has begun its work
+LEAST_S = 30  # a part is not begun for less
+OVER = ("failed", "skipped")  # figures that say why there are no others
 
 
 def main() -> int:
@@ -69,30 +75,47 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--limit-s", type=int, default=3600, help="of a part, where its own is longer")
+    parser.add_argument("--total-s", type=int, default=3600, help="of all parts: what is then left is not begun")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # in the part's own process
     chosen = parser.parse_args()
     chosen.folder.mkdir(parents=True, exist_ok=True)
     if chosen.part:
         return run_here(chosen.part, chosen.folder, chosen.limit_s)
-    path, lock = chosen.folder / "gpu.json", Lock()
-    figures = json.loads(path.read_text()) if path.exists() else {}
-
-    def run(name: str) -> None:
-        print(f"== {name}", flush=True)
-        own = run_apart(name, chosen.folder, min(limit_of(name), chosen.limit_s))
-        with lock:
-            figures[name], figures["date"] = own, datetime.now(UTC).strftime("%Y-%m-%d")
-            write_whole(path, json.dumps(figures, indent=1) + "\n")
-
-    together = [name for name in chosen.only if not PARTS[name].alone]
-    with ThreadPoolExecutor(len(together) if torch.cuda.is_available() and together else 1) as pool:
-        list(pool.map(run, together))
-    for name in chosen.only:
-        if PARTS[name].alone:
-            run(name)
+    os.environ[MARK] = new_mark()
+    signal.signal(signal.SIGTERM, end_with_all)
+    figures = run_all(chosen.only, chosen.folder, limit_s=chosen.limit_s, total_s=chosen.total_s)
     draw(figures, chosen.folder / "gpu.png")
     Console(width=120).print(summary(figures))
     return int(any(has_failed(figures[name]) for name in chosen.only))
+
+
+def end_with_all(*_: object) -> NoReturn:
+    """Handle a signal: end what runs, and this process; figures of parts that had ended are kept."""
+    end_marked(os.environ[MARK])
+    os._exit(128 + signal.SIGTERM)
+
+
+def run_all(names: Sequence[str], folder: Path, *, limit_s: float, total_s: float) -> dict[str, Any]:
+    """Run the parts, each at most `limit_s`, all at most `total_s`; return what is then in FOLDER/gpu.json."""
+    path, lock, end = folder / "gpu.json", Lock(), time.monotonic() + total_s
+    figures: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+
+    def run(name: str) -> None:
+        print(f"== {name}", flush=True)
+        left = int(min(limit_of(name), limit_s, end - time.monotonic()))
+        own = run_apart(name, folder, left) if left >= min(limit_s, LEAST_S) else {"failed": "no time was left for it"}
+        with lock:
+            earlier = {key: value for key, value in figures.get(name, {}).items() if key not in OVER}
+            figures[name], figures["date"] = {**earlier, **own}, datetime.now(UTC).strftime("%Y-%m-%d")
+            write_whole(path, json.dumps(figures, indent=1) + "\n")
+
+    together = [name for name in names if not PARTS[name].alone]
+    with ThreadPoolExecutor(len(together) if torch.cuda.is_available() and together else 1) as pool:
+        list(pool.map(run, together))
+    for name in names:
+        if PARTS[name].alone:
+            run(name)
+    return figures
 
 
 def has_failed(figures: Mapping[str, Any]) -> bool:
@@ -124,25 +147,23 @@ def run_here(name: str, folder: Path, limit_s: int) -> int:
 
 def run_apart(name: str, folder: Path, limit_s: int) -> dict[str, Any]:
     """The part's figures with its seconds, or under `failed` what went wrong."""
-    result, started = folder / f".{name}.json", time.monotonic()
+    result, log, started = folder / f".{name}.json", folder / f".{name}.log", time.monotonic()
     command = [sys.executable, __file__, str(folder), "--part", name, "--limit-s", str(limit_s)]
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    process = subprocess.Popen(command, start_new_session=True, **pipes)
-    try:
-        said, _ = process.communicate(timeout=limit_s)
-        failed = {"failed": said[-1500:]} if process.returncode else {}
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # with the ranks that it started
-        said, _ = process.communicate()
-        failed = {"failed": f"not over within {limit_s} s: {said[-1000:]}"}
+    status = run_within(limit_s, command, log=log, cwd=Path.cwd())
+    said = log.read_text(errors="replace")[-1500:]
+    failed = {"failed": f"not over within {limit_s} s: {said}" if status is None else said} if status != 0 else {}
     figures = json.loads(result.read_text()) if result.exists() else {}
-    result.unlink(missing_ok=True)
+    for path in (result, log):
+        path.unlink(missing_ok=True)
     return {**figures, **failed, "seconds": round(time.monotonic() - started, 1)}
 
 
 def draw(figures: Mapping[str, Any], path: Path) -> None:
     """The stages' samples a second in each variant, as bars that are labelled with MFU and memory."""
-    stages = {name: dict(_measured(figures.get(name, {}))) for name in ("stage1", "stage2")}
+    stages = {
+        name: {**dict(_measured(figures.get(f"{name}_blocks", {}))), **dict(_measured(figures.get(name, {})))}
+        for name in ("stage1", "stage2")
+    }
     chart, axes = pyplot.subplots(len(stages), layout="constrained", figsize=(9, 6))
     for axis, (name, variants) in zip(axes, stages.items(), strict=True):
         bars = axis.barh(list(variants), [own["samples_per_s"] for own in variants.values()])

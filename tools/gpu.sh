@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can show, on a machine without a network, in about 10 minutes (20 at most):
 #     bash tools/gpu.sh FOLDER                             all parts; at most 8 files in FOLDER, gpu.json after each part
+#     TOTAL=530 bash tools/gpu.sh FOLDER                   ends within so many seconds: the last parts may not be begun
 #     ONLY="tests stage1" bash tools/gpu.sh FOLDER         some of them, again
 #     LIMIT=100 VARIANTS="eager blocks" ONLY=...           at most so many seconds a part; of the stages, these variants
 #     EVIDENCE=data ONLY=evidence bash tools/gpu.sh FOLDER    the grid data/grid.yaml, on shards that lie in data
@@ -28,4 +29,5 @@ export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 WANDB_MODE=disabled PYTHONDONTWRITEBY
 export TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-$scratch/inductor}"
 export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$scratch/triton}"
 # shellcheck disable=SC2086  # ONLY is a list of words
-"$python" tools/gpu.py "$folder" ${ONLY:+--only $ONLY} ${LIMIT:+--limit-s "$LIMIT"}
+"$python" tools/gpu.py "$folder" ${ONLY:+--only $ONLY} ${LIMIT:+--limit-s "$LIMIT"} \
+    ${TOTAL:+--total-s "$TOTAL"}

@@ -227,7 +227,7 @@ def test_what_is_read_is_sent_ahead_in_one_copy() -> None:
 
 @pytest.mark.gpu
 def test_on_a_gpu_nothing_waits_and_the_bits_are_the_same() -> None:
-    with Engine(EngineConfig(compile=Compile.none, deterministic=True)) as engine:
+    with Engine(EngineConfig(compile=Compile.none, cudnn_benchmark=False)) as engine:  # equal kernels in each step
         stage = cached_stage(store := Memory(), **SETTINGS["rich"])
         for module in (stage.model, stage.module, stage.teacher.module):
             module.to(engine.device)

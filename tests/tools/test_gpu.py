@@ -3,10 +3,16 @@
 import json
 import os
 import subprocess
+import sys
+import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import gpu
+import psutil
 import pytest
+from gpu_parts.family import run_within
 
 from tests.factory import scene_overrides
 
@@ -14,15 +20,22 @@ ROOT = Path(__file__).parents[2]
 MEASURED = {"samples_per_s": 30.0, "mfu": 0.5, "peak_gib": 40.0}
 
 
-def run(folder: Path, *, only: str = "", timeout_s: float) -> subprocess.CompletedProcess[str]:
-    command = ["bash", "tools/gpu.sh", str(folder)]
-    environment = os.environ | {"ONLY": only}
+def run(folder: Path, *, timeout_s: float, **variables: str) -> subprocess.CompletedProcess[str]:
+    command, environment = ["bash", "tools/gpu.sh", str(folder)], os.environ | variables
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout_s)
+
+
+def still_runs(log: Path) -> bool:
+    """Tell whether the process whose number is in the log runs; one that was killed may wait for init to read it."""
+    try:
+        return psutil.Process(int(log.read_text())).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_chosen_parts_are_added_to_those_of_an_earlier_call(tmp_path: Path) -> None:
     (tmp_path / "gpu.json").write_text(json.dumps({"stage1": {"eager": MEASURED}}))
-    done = run(tmp_path, only="limits attention", timeout_s=200)
+    done = run(tmp_path, timeout_s=200, ONLY="limits attention")
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "gpu.json").read_text())
     assert figures["limits"]["versions"]["torch"] and "CUDA" in json.dumps(figures["attention"])
@@ -35,13 +48,71 @@ def test_a_part_that_takes_too_long_is_said_so(tmp_path: Path) -> None:
     assert "not over within" in figures["failed"] and not list(tmp_path.iterdir())
 
 
-def test_a_grid_that_is_given_is_evidence(scene_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+SLEEPER = "import subprocess; print(subprocess.Popen(['sleep', '600'], start_new_session=True).pid, flush=True)"
+IN_ITS_PART = """
+import os, signal, sys
+from pathlib import Path
+import gpu
+os.environ[gpu.MARK] = gpu.new_mark()
+signal.signal(signal.SIGTERM, gpu.end_with_all)
+gpu.run_within(600, [sys.executable, "-c", sys.argv[1]], log=Path(sys.argv[2]), cwd=Path.cwd())
+"""
+
+
+@pytest.mark.parametrize("until", ["it ends", "its limit"])
+def test_a_process_with_a_session_of_its_own_does_not_outlive_its_part(until: str, tmp_path: Path) -> None:
+    waits = "; import time; time.sleep(600)" if until == "its limit" else ""
+    status = run_within(8, [sys.executable, "-c", SLEEPER + waits], log=tmp_path / "log", cwd=tmp_path)
+    assert status == (None if waits else 0)
+    assert not still_runs(tmp_path / "log")
+
+
+def test_a_programme_that_is_stopped_leaves_no_part_behind(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    command = [sys.executable, "-c", IN_ITS_PART, f"{SLEEPER}; import time; time.sleep(600)", str(log)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tools")])}
+    with subprocess.Popen(command, env=environment) as process:
+        end = time.monotonic() + 120
+        while not (log.exists() and log.read_text().endswith("\n")):
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(0.1)
+        process.terminate()
+        assert process.wait(30) == 128 + 15
+    assert not still_runs(log)
+
+
+def test_no_part_is_begun_without_time_for_it_and_earlier_figures_stay(tmp_path: Path) -> None:
+    (tmp_path / "gpu.json").write_text(json.dumps({"limits": {"device": "a GPU"}}))
+    figures = gpu.run_all(["limits", "stage1"], tmp_path, limit_s=100, total_s=20)
+    assert figures["limits"] == {"device": "a GPU", "failed": "no time was left for it"}
+    assert gpu.has_failed(figures["stage1"])
+    assert json.loads((tmp_path / "gpu.json").read_text()) == figures
+
+
+def test_a_part_that_is_repeated_keeps_its_other_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def repeated(name: str, folder: Path, limit_s: int) -> Mapping[str, Any]:
+        return {"fp32": MEASURED, "seconds": 3}
+
+    (tmp_path / "gpu.json").write_text(json.dumps({"stage1": {"eager": MEASURED, "failed": "why", "seconds": 2}}))
+    monkeypatch.setattr(gpu, "run_apart", repeated)
+    figures = gpu.run_all(["stage1"], tmp_path, limit_s=100, total_s=100)
+    assert figures["stage1"] == {"eager": MEASURED, "fp32": MEASURED, "seconds": 3}
+
+
+@pytest.fixture
+def given(scene_shards: Path, tmp_path: Path) -> Path:
+    """A folder with the grid of one run of two steps."""
     common = [word for word in scene_overrides(scene_shards, tmp_path) if not word.startswith("run_dir=")]
     common += ["stage1.trainer.num_steps=2", "evaluation.max_images=2"]
     grid = {"baseline": "stage1", "seeds": [0], "common": common, "runs": {"stage1": {"settings": ["stages=[stage1]"]}}}
-    (tmp_path / "given").mkdir()
-    (tmp_path / "given/grid.yaml").write_text(json.dumps(grid))
-    monkeypatch.setenv("EVIDENCE", str(tmp_path / "given"))
+    folder = tmp_path / "given"
+    folder.mkdir()
+    (folder / "grid.yaml").write_text(json.dumps(grid))
+    return folder
+
+
+def test_a_grid_that_is_given_is_evidence(given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EVIDENCE", str(given))
     (tmp_path / "out").mkdir()
     figures = gpu.run_apart("evidence", tmp_path / "out", 600)
     assert not gpu.has_failed(figures) and figures["runs"]["stage1"]["seeds"] == [0], figures
@@ -51,12 +122,14 @@ def test_a_grid_that_is_given_is_evidence(scene_shards: Path, tmp_path: Path, mo
 
 
 @pytest.mark.slow
-def test_all_of_it_runs_at_toy_size(tmp_path: Path) -> None:
-    done = run(tmp_path, timeout_s=1800)
-    figures = json.loads((tmp_path / "gpu.json").read_text())
+def test_all_of_it_runs_at_toy_size(given: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    done = run(folder, timeout_s=1800, EVIDENCE=str(given))
+    figures = json.loads((folder / "gpu.json").read_text())
     failed = {name: figures[name] for name in gpu.PARTS if gpu.has_failed(figures[name])}
     assert done.returncode == 0 and not failed, (failed, done.stderr[-2000:])
-    assert len(list(tmp_path.iterdir())) <= 8
+    assert len(list(folder.iterdir())) <= 8
+    assert figures["evidence"]["runs"]["stage1"]["seeds"] == [0]
     correctness = figures["correctness"]
     assert all(correctness[name]["same_bits"] for name in correctness if "_as_" in name)
     assert all(correctness[name]["within"] for name in correctness if name.endswith("_losses"))

@@ -7,7 +7,6 @@ that share the device. All start at once: each needs little of a GPU, and most o
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -18,6 +17,8 @@ from typing import Any
 
 import torch
 from compare_runs import differences, lines
+
+from gpu_parts.family import run_within
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_STEPS, SAVE_EVERY = 4, 2
@@ -121,19 +122,15 @@ def end_of(run: Run, shards: Path, run_dir: Path, *, timeout_s: float = TIMEOUT_
     run_dir.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", *run.launcher, "iccld", "train", *settings_of(shards, run_dir), *run.settings]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **run.environment}
+    environment = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", **run.environment}
     if not torch.cuda.is_available():
         environment["ACCELERATE_USE_CPU"] = "true"
-    with (run_dir.parent / f"{run_dir.name}.log").open("w+") as log:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
-        try:
-            status = process.wait(timeout_s)
-            ended = f"status {status}" if status else ""
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # with the ranks of a launcher
-            ended = f"not over within {timeout_s:g} s"
-        log.seek(0)
-        return f"{ended}: {log.read()[-800:]}" if ended else ""
+    log = run_dir.parent / f"{run_dir.name}.log"
+    status = run_within(timeout_s, command, log=log, cwd=ROOT, environment=environment)
+    if status == 0:
+        return ""
+    ended = f"not over within {timeout_s:g} s" if status is None else f"status {status}"
+    return f"{ended}: {log.read_text(errors='replace')[-800:]}"
 
 
 def _resume(runs: Path, shards: Path) -> str:

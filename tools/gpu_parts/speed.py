@@ -1,4 +1,4 @@
-"""Parts attention, denoiser, stage1 and stage2: how fast the device is made to work, and what each means gains."""
+"""Parts of stages, denoiser and attention: how fast the device is made to work, and what each means gains."""
 
 import contextlib
 import os
@@ -45,7 +45,7 @@ def attention(folder: Path) -> dict[str, Any]:
 
 
 def denoiser(folder: Path) -> Figures:
-    """The denoiser against diffusers' UNet of as many parameters, eager and compiled."""
+    """Compare the denoiser with diffusers' UNet of as many parameters, eager and compiled."""
     from training_peers.denoisers import compare_denoisers  # the other parts need no diffusers
 
     del folder
@@ -67,25 +67,31 @@ def _variants() -> dict[str, Variant]:
     blocks = replace(eager, compile=Compile.blocks)
     return {
         "blocks": Variant(blocks),
+        "blocks_deterministic": Variant(replace(blocks, deterministic=True)),
         "eager": Variant(eager),
         "eager_fp32_norms": Variant(eager, fp32_norms=True),
         "eager_no_cudnn_benchmark": Variant(replace(eager, cudnn_benchmark=False)),
         "tf32": Variant(replace(eager, precision=Precision.fp32, matmul_precision=MatmulPrecision.high)),
         "fp32": Variant(replace(eager, precision=Precision.fp32)),
-        "blocks_deterministic": Variant(replace(blocks, deterministic=True)),
     }
 
 
-def stage(name: str, folder: Path) -> Figures:
+def stage(name: str, folder: Path, *, compiled: bool = False) -> Figures:
     """Samples a second, MFU, peak memory and longest kernels of a stage's step, in each variant, in turn and alone."""
     del folder
+    # cuBLAS reads that when it starts, for a deterministic variant too; on Hopper it is the size that it has anyway.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    variants = {key: one for key, one in _variants().items() if (one.config.compile is Compile.blocks) == compiled}
+    chosen = os.environ.get("VARIANTS", "").split()
+    if not chosen and not torch.cuda.is_available():
+        if compiled:
+            yield "skipped", "needs CUDA"
+            return
+        chosen = ["eager"]
     size = size_here()
-    every = _variants()
-    chosen = os.environ.get("VARIANTS", "").split() or (every if torch.cuda.is_available() else ["eager"])
-    for variant_name in chosen:
-        variant = every[variant_name]
+    for variant_name in [key for key in variants if not chosen or key in chosen]:
         try:
-            yield variant_name, _measure(name, size, variant)
+            yield variant_name, _measure(name, size, variants[variant_name])
         except (RuntimeError, NotImplementedError) as error:  # one that cannot run leaves the others their turn
             yield variant_name, {"failed": " ".join(str(error).split())[:300]}
         torch.compiler.reset()
@@ -102,6 +108,18 @@ def compile_stage(name: str, folder: Path) -> Figures:
         stage, batch = _made(name, engine)
         yield "blocks", {"first_step_s": seconds_of(Ours(stage, engine, batch), engine.device)}
         engine.detach()
+
+
+def compile_denoiser(folder: Path) -> Figures:
+    """Seconds of the first pass of each compiled denoiser from cold: what it leaves in the caches, `denoiser` finds."""
+    from training_peers.denoisers import contenders
+
+    del folder
+    if not torch.cuda.is_available():
+        yield "skipped", "needs CUDA"
+        return
+    for name, one in contenders(size_here(), device_here(), compiled=True).items():
+        yield name, {"first_pass_s": seconds_of(one, device_here())}
 
 
 def _made(name: str, engine: Engine) -> tuple[Stage, dict[str, Any]]:
@@ -158,5 +176,7 @@ def _norms(in_fp32: bool) -> Iterator[None]:
 
 stage1: Callable[[Path], Figures] = partial(stage, "stage1")
 stage2: Callable[[Path], Figures] = partial(stage, "stage2")
+stage1_blocks: Callable[[Path], Figures] = partial(stage, "stage1", compiled=True)
+stage2_blocks: Callable[[Path], Figures] = partial(stage, "stage2", compiled=True)
 compile1: Callable[[Path], Figures] = partial(compile_stage, "stage1")
 compile2: Callable[[Path], Figures] = partial(compile_stage, "stage2")
