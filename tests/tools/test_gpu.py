@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -46,6 +47,23 @@ def test_chosen_parts_are_added_to_those_of_an_earlier_call(tmp_path: Path) -> N
 def test_a_part_that_takes_too_long_is_said_so(tmp_path: Path) -> None:
     figures = gpu.run_apart("correctness", tmp_path, 1)
     assert "not over within" in figures["failed"] and not list(tmp_path.iterdir())
+
+
+def test_the_group_of_tests_names_its_files_and_installs_nothing(tmp_path: Path) -> None:
+    for path, text in {
+        "tools/setup.sh": "echo installs; exit 1",
+        "tests/test_one.py": "@pytest.mark.gpu",
+        "tests/test_other.py": "import moto",
+        "bin/python3": "#!/bin/sh\necho python3 $*",
+    }.items():
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text(text)
+    (tmp_path / "bin/python3").chmod(0o755)
+    shutil.copy(ROOT / "tools/test.sh", tmp_path / "tools")
+    environment = os.environ | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+    command = ["bash", "tools/test.sh", "gpu", "-v"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "python3 -m pytest -m gpu tests/test_one.py -v\n"), done.stderr
 
 
 SLEEPER = "import subprocess; print(subprocess.Popen(['sleep', '600'], start_new_session=True).pid, flush=True)"
