@@ -3,7 +3,7 @@
 #     bash tools/gpu.sh FOLDER                             all parts; at most 8 files in FOLDER, gpu.json after each part
 #     TOTAL=530 bash tools/gpu.sh FOLDER                   ends within so many seconds: the last parts may not be begun
 #     ONLY="tests stage1" bash tools/gpu.sh FOLDER         some of them, again
-#     LIMIT=100 VARIANTS="eager blocks" ONLY=...           at most so many seconds a part; of the stages, these variants
+#     LIMIT=100 VARIANTS="eager fp32" ONLY=stage1 ...      at most so many seconds a part; of the stages, these variants
 #     EVIDENCE=data ONLY=evidence bash tools/gpu.sh FOLDER    the grid data/grid.yaml, on shards that lie in data
 # The machine brings its own torch, accelerate and transformers. What else is needed lies in .wheels/, where
 # `bash tools/gpu_wheels.sh` has put it on a machine with a package index; with a .venv or without that folder, what is
@@ -26,7 +26,7 @@ if [ "$python" = python3 ] && compgen -G ".wheels/*.whl" >/dev/null; then
 fi
 export PYTHONPATH="$PWD:$PWD/tools${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 WANDB_MODE=disabled PYTHONDONTWRITEBYTECODE=1
-export TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-$scratch/inductor}"
+export TMPDIR="$scratch" TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-$scratch/inductor}"
 export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$scratch/triton}"
 # shellcheck disable=SC2086  # ONLY is a list of words
 "$python" tools/gpu.py "$folder" ${ONLY:+--only $ONLY} ${LIMIT:+--limit-s "$LIMIT"} \

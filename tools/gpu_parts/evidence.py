@@ -26,7 +26,7 @@ def evidence(folder: Path, *, limit_s: float) -> dict[str, Any]:
     output, at_once = folder / "runs", 4 if torch.cuda.is_available() else 1
     command = [sys.executable, "-m", "iccld", "ablate", "grid.yaml", "--output", str(output), "--no-pictures"]
     log = folder / "evidence.log"
-    status = _until(limit_s - STOP_S, [*command, "--processes", str(at_once)], given, log)
+    status = _until(limit_s - 1.5 * STOP_S, [*command, "--processes", str(at_once)], given, log)
     if status:  # else it has reported
         _until(STOP_S, [*command, "--report-only"], given, log)
     for name in KEPT:
