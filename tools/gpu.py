@@ -149,6 +149,8 @@ def run_apart(name: str, folder: Path, limit_s: int) -> dict[str, Any]:
     """The part's figures with its seconds, or under `failed` what went wrong."""
     result, log, started = folder / f".{name}.json", folder / f".{name}.log", time.monotonic()
     command = [sys.executable, __file__, str(folder), "--part", name, "--limit-s", str(limit_s)]
+    for path in (result, log):  # of a call that was stopped
+        path.unlink(missing_ok=True)
     status = run_within(limit_s, command, log=log, cwd=Path.cwd())
     said = log.read_text(errors="replace")[-1500:]
     failed = {"failed": f"not over within {limit_s} s: {said}" if status is None else said} if status != 0 else {}
