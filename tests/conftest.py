@@ -16,6 +16,7 @@ import torch
 
 torch.set_num_threads(1)
 
+SET_ONCE = {"ACCELERATE_BYPASS_DEVICE_MAP", "TORCHINDUCTOR_CACHE_DIR"}  # by the first engine of a process
 HEARD = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -25,7 +26,9 @@ def _of_the_process() -> dict[str, object]:
     os.umask(mask)
     loggers = [one for one in logging.Logger.manager.loggerDict.values() if isinstance(one, logging.Logger)]
     return {
-        "environment": {key: value for key, value in os.environ.items() if key != "PYTEST_CURRENT_TEST"},
+        "environment": {
+            key: value for key, value in os.environ.items() if key not in {"PYTEST_CURRENT_TEST", *SET_ONCE}
+        },
         "folder": Path.cwd(),
         "command line": list(sys.argv),
         "umask": mask,

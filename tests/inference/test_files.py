@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from iccld.data.images.decode import decode_image
+from iccld.inference import progress
 from iccld.inference.files import predict_files, read_image
 from iccld.inference.pictures import colourise, comparison_picture, overlay
 from iccld.inference.prediction import segment
@@ -144,6 +145,16 @@ def test_the_noise_key_is_the_same_alone_and_among_others(tmp_path):
     predict_folder(tmp_path / "b.png", tmp_path / "alone", predict)
     assert len(set(numbers[:3])) == 3
     assert numbers[3] == numbers[1]
+
+
+def test_a_pipe_hears_every_while_how_many_are_done(tmp_path, monkeypatch, capsys):
+    for number in range(3):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.png")
+    monkeypatch.setattr(progress, "QUIET_S", 0.0)
+    predict_folder(tmp_path, tmp_path / "out")
+    told = capsys.readouterr()
+    assert [line for line in told.err.splitlines() if " of " in line] == [f"segmenting {i} of 3" for i in range(3)]
+    assert not told.out
 
 
 def test_unreadable_images_are_passed_over_and_listed(tmp_path):
