@@ -8,7 +8,7 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import track
 
-QUIET_S = 4.0
+QUIET_S = 3.0
 T = TypeVar("T")
 
 

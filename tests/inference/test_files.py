@@ -370,6 +370,14 @@ def test_wrong_paths_are_named(tmp_path):
         predict_folder(tmp_path, tmp_path / "a.png")
 
 
+@pytest.mark.parametrize("name", ["out.jpg", "out.TIFF"])
+def test_an_output_that_is_a_picture_of_another_kind_makes_no_folder(tmp_path, name):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"label pictures are PNGs: end it in \.png"):
+        predict_folder(tmp_path / "a.png", tmp_path / name)
+    assert not (tmp_path / name).exists()
+
+
 def test_an_input_is_never_overwritten(tmp_path):
     inputs = tmp_path / "in"
     (inputs / "in").mkdir(parents=True)

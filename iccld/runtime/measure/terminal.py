@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol, Self
 from iccld import outcome
 
 REFRESHES_PER_S = 4
-QUIET_S = 4.0  # after which a plain line says what is done
+QUIET_S = 3.0  # after which a plain line says what is done
 FRAMES = "|/-\\"
 BETWEEN_STEPS = {
     "start": "getting ready",
@@ -29,13 +29,14 @@ BETWEEN_STEPS = {
 
 
 class Place(NamedTuple):
-    """Place of this rank: the steps done, the phase, and how many of its images are scored (0 of 0: none are)."""
+    """Place of this rank: the steps done, the phase, how many images are scored of how many (0: none), and which time."""
 
     stage: str
     step: int
     phase: str
     done: int = 0
     total: int = 0
+    passes: int = 0
 
 
 class Placed(Protocol):
@@ -118,7 +119,8 @@ class Follower(Terminal):
             return self._doing
         if place.phase not in BETWEEN_STEPS:
             return "" if entry else "first steps"
-        return BETWEEN_STEPS[place.phase] + (f" {place.done} of {place.total} images" if place.total else "")
+        again = f", pass {place.passes}" if place.passes > 1 else ""
+        return BETWEEN_STEPS[place.phase] + (f" {place.done} of {place.total} images{again}" if place.total else "")
 
 
 class PlainTerminal(Follower):

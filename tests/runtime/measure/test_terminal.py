@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from iccld import outcome
+from iccld.runtime.faults.limits import WatchdogConfig
+from iccld.runtime.faults.watchdog import Watchdog
 from iccld.runtime.measure import terminal
 from iccld.runtime.measure.terminal import (
     LiveTerminal,
@@ -106,6 +108,21 @@ def test_plain_lines_say_what_lasts_between_steps(monkeypatch: pytest.MonkeyPatc
     assert len(lines) > 1 and set(lines) <= {"stage1 60/1000  saving, 0:00"}
     time.sleep(0.1)
     assert not capsys.readouterr().out
+
+
+def test_passes_over_the_same_images_are_told_apart(tmp_path: Path):
+    watchdog, shown = Watchdog(tmp_path, WatchdogConfig(enabled=False)), PlainTerminal("starting")
+    shown.follow(watchdog)
+    watchdog.begin("evaluation")
+    watchdog.phase("evaluate")
+    lines = []
+    for _ in range(2):
+        for done in range(2):
+            watchdog.tick(done, 2)
+            lines.append(shown.line(shown._since).partition("scoring ")[2])
+    assert lines == [f"{done} of 2 images{again}, 0:00" for again in ("", ", pass 2") for done in range(2)]
+    watchdog.tick()
+    assert "images" not in shown.line(shown._since), "what is done aside is not counted"
 
 
 def test_plain_lines_begin_with_what_starts_and_count_images(
