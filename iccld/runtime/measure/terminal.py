@@ -29,7 +29,7 @@ BETWEEN_STEPS = {
 
 
 class Place(NamedTuple):
-    """Place of this rank: the steps done, the phase, how many images are scored of how many (0: none), and which time."""
+    """Place of this rank: the steps done and the phase; in it, images that are scored of how many, and which pass."""
 
     stage: str
     step: int
