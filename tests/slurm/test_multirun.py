@@ -40,23 +40,22 @@ def test_each_run_is_a_job_and_one_that_fails_is_named(cluster: Cluster, scene_s
 @pytest.mark.slow
 def test_a_job_whose_time_is_over_goes_on_on_another_node(cluster: Cluster, scene_shards: Path, tmp_path: Path):
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
-    run_dir = tmp_path / "sweep/seed_0"
-    words = command(
-        scene_shards, tmp_path / "sweep", "stage1.trainer.num_steps=400", "data.validation.shards=", "seed=0"
-    )
-    events = run_dir / "events.jsonl"
+    words = command(scene_shards, tmp_path, "data.validation.shards=", "stage1.trainer.num_steps=150,1")
+    events = tmp_path / "num_steps_150/events.jsonl"
     with subprocess.Popen(words, env=environment(cluster), stdout=-1, stderr=subprocess.STDOUT, text=True) as sweep:
         try:
             wait_until(lambda: events.is_file() and '"progress"' in events.read_text(), 200, "a step", cluster.tail)
+            wait_until(lambda: len(cluster.run("squeue", "-h").splitlines()) == 1, 100, "one job", cluster.tail)
             job, node = cluster.run("squeue", "-h", "-o", "%A %N").split()
             cluster.run("scontrol", "update", f"nodename={node}", "state=drain", "reason=test")
             cluster.run("scancel", "--signal=USR2", job)  # as submitit has it sent before the end of the time
             wait_until(lambda: cluster.fact(job, "Restarts") == "1", 100, "the queueing again", cluster.tail)
-            said = sweep.communicate(timeout=280)[0]
+            said = sweep.communicate(timeout=250)[0]
+            other = cluster.fact(job, "NodeList")
+            cluster.run("scontrol", "update", f"nodename={node}", "state=resume")
         finally:
             sweep.kill()
-            cluster.run("scontrol", "update", f"nodename={node}", "state=resume", check=False)
-    assert sweep.returncode == 0 and "seed_0: finished" in said, said
-    assert cluster.fact(job, "NodeList") != node
+    assert sweep.returncode == 0 and "num_steps_150: finished" in said, said
+    assert other != node
     kinds = [json.loads(line)["event"] for line in events.read_text().splitlines()]
     assert kinds.count("launched") == 2 and kinds.count("preempted") == 1 and kinds[-1] == "finished"
