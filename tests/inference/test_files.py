@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 
 from iccld.data.images.decode import decode_image
-from iccld.inference import progress
 from iccld.inference.files import predict_files, read_image
 from iccld.inference.pictures import colourise, comparison_picture, overlay
 from iccld.inference.prediction import segment
@@ -145,16 +144,6 @@ def test_the_noise_key_is_the_same_alone_and_among_others(tmp_path):
     predict_folder(tmp_path / "b.png", tmp_path / "alone", predict)
     assert len(set(numbers[:3])) == 3
     assert numbers[3] == numbers[1]
-
-
-def test_a_pipe_hears_every_while_how_many_are_done(tmp_path, monkeypatch, capsys):
-    for number in range(3):
-        Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.png")
-    monkeypatch.setattr(progress, "QUIET_S", 0.0)
-    predict_folder(tmp_path, tmp_path / "out")
-    told = capsys.readouterr()
-    assert [line for line in told.err.splitlines() if " of " in line] == [f"segmenting {i} of 3" for i in range(3)]
-    assert not told.out
 
 
 def test_unreadable_images_are_passed_over_and_listed(tmp_path):
@@ -368,14 +357,6 @@ def test_wrong_paths_are_named(tmp_path):
         predict_folder(tmp_path, tmp_path / "sub" / "..")
     with pytest.raises(ValueError, match=r"a.png is one picture, and takes one image"):
         predict_folder(tmp_path, tmp_path / "a.png")
-
-
-@pytest.mark.parametrize("name", ["out.jpg", "out.TIFF"])
-def test_an_output_that_is_a_picture_of_another_kind_makes_no_folder(tmp_path, name):
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    with pytest.raises(ValueError, match=r"label pictures are PNGs: end it in \.png"):
-        predict_folder(tmp_path / "a.png", tmp_path / name)
-    assert not (tmp_path / name).exists()
 
 
 def test_an_input_is_never_overwritten(tmp_path):

@@ -1,4 +1,4 @@
-"""What scoring tells, before each image, of how far it is."""
+"""Scoring tells, before each image, how far it is."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -145,7 +145,7 @@ class PlainTerminal(Follower):
         Terminal.progress(self, entry, num_steps)
 
     def line(self, now: float) -> str:
-        """What is done between steps; nothing among steps whose figures are shown."""
+        """Name what is done between steps; empty among steps whose figures are shown."""
         place, entry = self._now_at(now)
         return "  ".join(filter(None, self._at(place, entry, now))) if self._activity(place, entry) else ""
 
