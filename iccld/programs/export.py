@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import logging
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -163,12 +164,14 @@ def _write_onnx(module: "nn.Module", inputs: tuple["Tensor", ...], file: Path) -
 
 @contextlib.contextmanager
 def _quiet(logger: str) -> Iterator[None]:
-    """Drop warnings of a logger, such as those about packages that the model does not use."""
+    """Drop warnings of a logger, such as those about packages that the model does not use, and of torch's future."""
     found = logging.getLogger(logger)
     level = found.level
     found.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
         found.setLevel(level)
 
