@@ -21,8 +21,9 @@ def failing(function: Any, on_rank: int) -> Any:
 
 
 def main(done: str, *overrides: str) -> None:
+    train._flops = lambda *_: lambda step: 0.0  # counting takes as long as ten steps
     whole = pictures.room_for_whole
-    for name, on_rank in (("drawn", -1), ("one", 1), ("main", 0)):
+    for name, on_rank in (("drawn", -1), ("one", 1)):
         pictures.room_for_whole = failing(whole, on_rank)
         assert train.train(load_config([*overrides, f"run_dir={done}/{name}"]))
     pictures.room_for_whole = whole
