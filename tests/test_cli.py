@@ -324,4 +324,4 @@ def test_what_one_rank_alone_cannot_read_is_said_in_one_line(scene_shards: Path,
     assert run.returncode == 2
     (line,) = [line for line in run.stderr.splitlines() if "rank 1" in line]
     assert index.key(number) in line and "shard-" in line
-    assert "Traceback" not in run.stderr
+    assert "Traceback" not in run.stderr and "master_addr" not in run.stderr, "a warning of torch about the launcher"
