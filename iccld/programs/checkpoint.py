@@ -46,7 +46,7 @@ def export_model(checkpoint: Checkpoint, output: Path, *, weights: Weights) -> N
     manifest = checkpoint.manifest
     config = config_from(manifest["config"], where=str(checkpoint.folder / MANIFEST))
     stage = _filled_stage(checkpoint, config)
-    model, classes = stage.copy_models()[weights.value], config.data.class_set.build()
+    model, classes = stage.assemble_models()[weights.value], config.data.class_set.build()
     origin = origin_of(config, stage=manifest["stage"], weights=weights.value, step=checkpoint.step)
     origin |= {"checkpoint": str(checkpoint.folder)}
     model.save_pretrained(output, class_names=classes.names, palette=classes.palette, origin=origin)

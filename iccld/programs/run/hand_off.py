@@ -72,7 +72,7 @@ def hand_over(stage: Stage, config: Config, *, step: int) -> None:
     make_folder(folder.parent, within=Path(config.run_dir))
     scratch = scratch_folder(folder, is_ours=is_ours)
     classes = config.data.class_set.build()
-    models = stage.copy_models()
+    models = stage.assemble_models()
     for weights, model in models.items():
         origin = origin_of(config, stage=stage.name, weights=weights, step=step)
         model.save_pretrained(scratch / weights, class_names=classes.names, palette=classes.palette, origin=origin)
