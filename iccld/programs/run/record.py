@@ -26,7 +26,7 @@ T = TypeVar("T")
 STAGES = ("stage1", "stage2")
 BEAT_S = 60.0
 """A lock that was written more recently than this is held by a run that lives."""
-MARKS = ("config.yaml", "events.jsonl", "metrics.jsonl")
+RUN_FILES = ("config.yaml", "events.jsonl", "metrics.jsonl")
 """The files of which a run directory has at least one."""
 
 
@@ -109,7 +109,7 @@ class Record:
 
 def is_run(folder: Path) -> bool:
     """Tell whether a folder looks like a run directory, also of a run that is torn."""
-    return sum((folder / mark).is_file() for mark in MARKS) >= (2 if not (folder / "events.jsonl").is_file() else 1)
+    return sum((folder / mark).is_file() for mark in RUN_FILES) >= (2 if not (folder / "events.jsonl").is_file() else 1)
 
 
 def read_record(run_dir: Path, name: str = "") -> Record:

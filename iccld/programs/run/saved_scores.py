@@ -8,7 +8,7 @@ from typing import Any
 from iccld.programs.run.metric_lines import number
 from iccld.reading import MIB, read_json
 
-OWN = ("results.json", "results_student.json", "results_best.json")
+OWN_RESULTS = ("results.json", "results_student.json", "results_best.json")
 """The run's own models by its own settings; the first that is there counts."""
 MAX_CLASSES = 255
 MEANS = {
@@ -49,7 +49,7 @@ NOTHING = SavedResults({}, {}, {})
 
 def of_own_models(run_dir: Path) -> list[Path]:
     """The files, as far as they are there, with scores of the run's own models."""
-    return [path for name in OWN if (path := run_dir / "report" / name).is_file()]
+    return [path for name in OWN_RESULTS if (path := run_dir / "report" / name).is_file()]
 
 
 def read_own(run_dir: Path) -> SavedResults:
