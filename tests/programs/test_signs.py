@@ -18,7 +18,7 @@ from iccld.programs.run.signs import (
     tell,
 )
 from iccld.runtime.measure.telemetry import write_event
-from iccld.stages.signs import BLIND, TOO_STRONG, Sign
+from iccld.stages.signs import BLIND_ABOVE_CHANCE, TOO_STRONG, Sign
 
 RAMP = Config().stage2.objective.adversarial_ramp_steps
 DOMAINS = ("source", "target", "mixed")
@@ -42,8 +42,8 @@ def names(entries: list[dict[str, Any]], stage: str = "stage2") -> list[str]:
         (1.0, ["strong_discriminator"]),
         (TOO_STRONG + 0.001, ["strong_discriminator"]),
         (TOO_STRONG - 0.001, []),
-        (1 / 3 + BLIND + 0.001, []),
-        (1 / 3 + BLIND - 0.001, ["blind_discriminator"]),
+        (1 / 3 + BLIND_ABOVE_CHANCE + 0.001, []),
+        (1 / 3 + BLIND_ABOVE_CHANCE - 0.001, ["blind_discriminator"]),
         (0.1, ["blind_discriminator"]),
     ],
 )
