@@ -1,15 +1,24 @@
-"""Diffusion's arithmetic: schedule, noising and deterministic DDIM sampling. Tensors in, tensors out.
+"""Diffusion's arithmetic: schedule, noising and deterministic sampling. Tensors in, tensors out.
 
 `B` samples, `C h w` latent, `T` diffusion steps. `z_0`, `z_t` and `noise` are `(B, C, h, w)` floats, `t` is `(B,)`
 int64 in [0, T-1], `alpha_bar` is `(T,)` float32 in (0, 1) and falls with t.
 """
 
 from collections.abc import Callable
+from enum import Enum
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 NUM_TRAIN_STEPS = 1000
+
+
+class Solver(Enum):
+    """Ways from noise to z_0: DDIM, of first order, or DPM-Solver++(2M), of second; one step is the same in both."""
+
+    ddim = "ddim"
+    dpm = "dpm"
 
 
 def scaled_linear_alpha_bar(
@@ -92,11 +101,41 @@ def ddim_step(z_t: Tensor, z_0_pred: Tensor, t: Tensor, t_next: Tensor | None, a
     return add_noise(z_0_pred, predict_noise(z_t, z_0_pred, t, alpha_bar), t_next, alpha_bar)
 
 
-def sample(denoise: Callable[[Tensor, Tensor], Tensor], noise: Tensor, alpha_bar: Tensor, num_steps: int) -> Tensor:
-    """Follow `denoise(z_t, t) -> z_0_pred` from `noise` `(B, C, h, w)` in `num_steps` DDIM steps; return z_0."""
-    steps = trailing_timesteps(num_steps, num_train_steps=len(alpha_bar))
+def sample(
+    denoise: Callable[[Tensor, Tensor], Tensor],
+    noise: Tensor,
+    alpha_bar: Tensor,
+    num_steps: int,
+    *,
+    solver: Solver = Solver.ddim,
+    guess: Tensor | None = None,
+    start: float = 1.0,
+) -> Tensor:
+    """Follow `denoise(z_t, t) -> z_0_pred` from `noise` `(B, C, h, w)` in `num_steps` steps; return z_0.
+
+    guess: of z_0, `(B, C, h, w)`: sampling begins from it with noise, at the share `start` of the diffusion's steps;
+    None: from the noise alone. A start that has fewer steps of the diffusion than `num_steps` is moved back.
+    """
+    last = len(alpha_bar) if guess is None else max(num_steps, round(start * len(alpha_bar)))
+    steps = trailing_timesteps(num_steps, num_train_steps=last)
     timesteps = [noise.new_full((noise.shape[0],), t, dtype=torch.int64) for t in steps]
-    z_t = noise
-    for t, t_next in zip(timesteps, [*timesteps[1:], None], strict=True):
-        z_t = ddim_step(z_t, denoise(z_t, t), t, t_next, alpha_bar)
+    z_t = noise if guess is None else add_noise(guess, noise, timesteps[0], alpha_bar)
+    predictions: list[Tensor] = []
+    for i, t in enumerate(timesteps):
+        t_next = timesteps[i + 1] if i + 1 < len(timesteps) else None
+        predictions = [*predictions[-1:], denoise(z_t, t)]
+        z_0_pred = predictions[-1]
+        if solver is Solver.dpm and len(predictions) == 2 and t_next is not None:
+            z_0_pred = _extrapolated(predictions, (timesteps[i - 1], t, t_next), alpha_bar)
+        z_t = ddim_step(z_t, z_0_pred, t, t_next, alpha_bar)
     return z_t
+
+
+def _extrapolated(predictions: list[Tensor], timesteps: tuple[Tensor, Tensor, Tensor], alpha_bar: Tensor) -> Tensor:
+    """Return the z_0 with which a DDIM step is one of DPM-Solver++(2M) (Lu et al. 2022, algorithm 2).
+
+    predictions: of z_0 at the first two of the timesteps, the one before and the present; the third is the next.
+    """
+    half_log_ratios = [torch.log(signal / noise) for signal, noise in (_scales(t, alpha_bar) for t in timesteps)]
+    before, ahead = (b - a for a, b in pairwise(half_log_ratios))
+    return predictions[1] + ahead / (2 * before) * (predictions[1] - predictions[0])

@@ -16,29 +16,30 @@ import torch
 
 torch.set_num_threads(1)
 
+VARIABLES = ("ICCLD", "HYDRA", "ACCELERATE", "OMP", "CUBLAS", "RANK", "LOCAL_", "WORLD_", "MASTER_", "SLURM", "HF_")
+"""Beginnings of the variables that matter; libraries set others at their first use, for good."""
 HEARD = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def _of_the_process() -> dict[str, object]:
-    """What later tests of this process would inherit from one that forgets to put it back."""
+    """Return all that later tests of this process would inherit from one that forgets to put it back."""
     mask = os.umask(0o022)
     os.umask(mask)
     loggers = [one for one in logging.Logger.manager.loggerDict.values() if isinstance(one, logging.Logger)]
+    variables = {f"environment {key}": value for key, value in os.environ.items() if key.startswith(VARIABLES)}
     return {
-        "environment": {key: value for key, value in os.environ.items() if key != "PYTEST_CURRENT_TEST"},
+        **variables,
         "folder": Path.cwd(),
         "command line": list(sys.argv),
         "umask": mask,
         "signal handlers": [signal.getsignal(number) for number in HEARD],
         "silent loggers": sorted(one.name for one in loggers if one.disabled and one.name.startswith("iccld")),
         "root logger": (logging.root.level, logging.root.manager.disable),
-        "torch": (
-            torch.get_default_dtype(),
-            torch.get_num_threads(),
-            torch.are_deterministic_algorithms_enabled(),
-            torch.is_grad_enabled(),
-            torch.get_float32_matmul_precision(),
-        ),
+        "dtype": torch.get_default_dtype(),
+        "threads": torch.get_num_threads(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "gradients": torch.is_grad_enabled(),
+        "matmul precision": torch.get_float32_matmul_precision(),
     }
 
 
@@ -47,8 +48,10 @@ def _leaves_the_process_as_it_was() -> Iterator[None]:
     before = _of_the_process()
     yield
     after = _of_the_process()
-    changed = {what: (before[what], after[what]) for what in before if before[what] != after[what]}
-    assert not changed, f"the test changed its process: {changed}"
+    changed = {
+        key: (before.get(key), after.get(key)) for key in {**before, **after} if before.get(key) != after.get(key)
+    }
+    assert not changed, f"the test changed its process, before and after: {changed}"
 
 
 @pytest.fixture(scope="session")

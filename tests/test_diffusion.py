@@ -4,11 +4,12 @@ from itertools import pairwise
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from iccld.diffusion import (
+    Solver,
     add_noise,
     ddim_step,
     noise_from_velocity,
@@ -60,6 +61,43 @@ def test_sampling_equals_diffusers(num_steps: int):
         z_t = reference.step(denoise(z_t, t.expand(len(z_t))), int(t), z_t, eta=0.0).prev_sample
     got = sample(lambda z_t, t: predict_z_0(z_t, denoise(z_t, t), t, ALPHA_BAR), noise, ALPHA_BAR, num_steps)
     torch.testing.assert_close(got, z_t, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 4, 10, 50])
+def test_sampling_of_second_order_equals_diffusers(num_steps: int):
+    reference, noise = (
+        DPMSolverMultistepScheduler.from_config(scheduler().config, final_sigmas_type="zero"),
+        random_latents(0),
+    )
+    reference.set_timesteps(num_steps)
+    z_t = noise
+    for t in reference.timesteps:
+        z_t = reference.step(denoise(z_t, t.expand(len(z_t))), int(t), z_t).prev_sample
+
+    def z_0_pred(z_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return predict_z_0(z_t, denoise(z_t, t), t, ALPHA_BAR)
+
+    assert reference.timesteps.tolist() == trailing_timesteps(num_steps)
+    got = sample(z_0_pred, noise, ALPHA_BAR, num_steps, solver=Solver.dpm)
+    torch.testing.assert_close(got, z_t, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("start", "num_steps", "seen"), [(0.5, 2, [499, 249]), (0.001, 2, [1, 0]), (1.0, 2, [999, 499])]
+)
+def test_a_later_start_noises_the_guess_of_its_timestep(start: float, num_steps: int, seen: list[int]):
+    z_0, noise, timesteps, first = random_latents(2), random_latents(3), list[int](), list[torch.Tensor]()
+
+    def perfect(z_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        timesteps.append(int(t[0]))
+        first.append(z_t)
+        return z_0
+
+    guess = None if start == 1.0 else z_0
+    assert torch.equal(sample(perfect, noise, ALPHA_BAR, num_steps, guess=guess, start=start), z_0)
+    assert timesteps == seen
+    expected = noise if guess is None else add_noise(z_0, noise, torch.tensor(seen[:1] * 2), ALPHA_BAR)
+    assert torch.equal(first[0], expected)
 
 
 @given(num_steps=st.integers(1, 1000))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from iccld.diffusion import sample, scaled_linear_alpha_bar
+from iccld.diffusion import Solver, sample, scaled_linear_alpha_bar
 from iccld.durable import file_checksum, make_folder, replacing_by_name, write_whole
 from iccld.models.attention import AttentionBackend
 from iccld.models.blocks import LATENT_STRIDE
@@ -41,7 +41,7 @@ from iccld.models.model_card import (
 )
 from iccld.models.readme import README_NAME, describe
 from iccld.models.residual import fitted_residual, residual_scale
-from iccld.models.saved_model import check_described, described_by, shapes_in
+from iccld.models.saved_model import check_described, check_weights, described_by, without_denoiser
 from iccld.ranges import above, at_least, check_ranges
 
 logger = logging.getLogger(__name__)
@@ -128,10 +128,13 @@ class ICCLD(nn.Module):
         """Decode E's output with D: logits `(B, K, *size)`; `size` is the images'."""
         return _to_image_size(self.decoder(encoded.latent, encoded.features), size)
 
-    def denoise_segment(self, images: Tensor, *, noise: Tensor, num_steps: int) -> Tensor:
+    def denoise_segment(
+        self, images: Tensor, *, noise: Tensor, num_steps: int, solver: Solver = Solver.ddim, start: float = 1.0
+    ) -> Tensor:
         """Encode, denoise from `noise` (`latent_shape` per image) in `num_steps`, decode: logits `(B, K, H, W)`.
 
-        A `deterministic` model takes one step without noise, whatever is given.
+        start: below 1, from that share of the diffusion's steps on, E's latent being the guess. A `deterministic` model
+        takes one step without noise, whatever is given.
         """
         denoiser = self._trained_denoiser()
         encoded = self.encoder(images)
@@ -142,8 +145,13 @@ class ICCLD(nn.Module):
             )
         condition = self.condition_of(encoded, images)
         if self.deterministic:
-            noise, num_steps = torch.zeros_like(noise), 1
-        z_0 = sample(lambda z_t, t: denoiser(z_t, t, condition).z_0_pred, noise, self.alpha_bar, num_steps)
+            noise, num_steps, start = torch.zeros_like(noise), 1, 1.0
+        guess = None if start == 1.0 else self._guess_of(encoded, images.shape[-2:])
+
+        def denoise(z_t: Tensor, t: Tensor) -> Tensor:
+            return denoiser(z_t, t, condition).z_0_pred
+
+        z_0 = sample(denoise, noise, self.alpha_bar, num_steps, solver=solver, guess=guess, start=start)
         return self.decode(EncoderOutput(self.decodable(z_0, encoded.latent), encoded.features), images.shape[-2:])
 
     def condition_of(self, encoded: EncoderOutput, images: Tensor) -> Tensor | Condition:
@@ -189,6 +197,14 @@ class ICCLD(nn.Module):
         if self.config.latent.is_a_move:
             return encoded_latent.float() + residual_scale(self.latent_std, **self._residual_options()) * z_0
         return denormalise(z_0, mean=self.latent_mean, std=self.latent_std)
+
+    def _guess_of(self, encoded: EncoderOutput, image_size: torch.Size) -> Tensor:
+        """Return z_0 as stage 1 would have it, `(B, C, h, w)`: of E's latent, or of the labels that D reads from it."""
+        if self.config.latent.is_a_move:
+            return torch.zeros_like(encoded.latent)
+        labels = None if self.mask_encoder is None else self.decode(encoded, image_size).argmax(dim=1)
+        z_0 = self._encoded_z_0(encoded.latent, labels)
+        return normalise(z_0, mean=self.latent_mean, std=self.latent_std)
 
     def _encoded_z_0(self, clean: Tensor | None, labels: Tensor | None) -> Tensor:
         if self.mask_encoder is not None:
@@ -239,9 +255,8 @@ class ICCLD(nn.Module):
         folder = make_folder(Path(folder), within=Path(folder))
         (folder / CARD_NAME).unlink(missing_ok=True)
         trained = self.stage.has_denoiser
-        tensors = {
-            k: v.detach().cpu() for k, v in self.state_dict().items() if trained or not k.startswith("denoiser.")
-        }
+        weights = self.state_dict() if trained else without_denoiser(self.state_dict())
+        tensors = {name: weight.detach().cpu() for name, weight in weights.items()}
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         with replacing_by_name(folder / WEIGHTS_NAME) as path:
             save_file(contiguous, path)
@@ -282,9 +297,11 @@ class ICCLD(nn.Module):
         wanted = trained if with_denoiser is None else with_denoiser
         with described_by(folder / CARD_NAME), torch.device("meta"):  # the shapes alone
             shape = cls(config=config, num_classes=len(card.class_names), with_denoiser=wanted)
-        shape._check_weights(folder / WEIGHTS_NAME, card, trained=trained)
+        weights = shape.state_dict() if trained else without_denoiser(shape.state_dict())
+        check_weights(folder / WEIGHTS_NAME, card, weights, with_denoiser=wanted)
         model = cls(config=config, num_classes=len(card.class_names), with_denoiser=wanted)
-        model._load_weights(folder / WEIGHTS_NAME)
+        tensors = load_file(folder / WEIGHTS_NAME)
+        model.load_state_dict(tensors if wanted else without_denoiser(tensors), strict=False)
         model.card, model.stage = card, card.stage if wanted else ModelStage.segmentation
         model.deterministic = wanted and card.deterministic
         return model.eval()
@@ -357,32 +374,6 @@ class ICCLD(nn.Module):
             weights_sha256=checksum,
             deterministic=self.deterministic,
         )
-
-    def _check_weights(self, path: Path, card: ModelCard, *, trained: bool) -> None:
-        """Raise ValueError unless a file holds this model's weights, by names, shapes and the card's checksum."""
-        shapes = shapes_in(path)
-        if self.denoiser is None:
-            shapes = {name: shape for name, shape in shapes.items() if not name.startswith("denoiser.")}
-        own = {k: tuple(v.shape) for k, v in self.state_dict().items() if trained or not k.startswith("denoiser.")}
-        wrong = [name for name in sorted(own.keys() | shapes.keys()) if shapes.get(name) != own.get(name)]
-        if wrong:
-            version = self.config.encoder.backbone_config.get("transformers_version", "unknown")
-            raise ValueError(
-                f"{path} does not fit its {CARD_NAME}: {len(wrong)} weights are missing, unknown or of another shape "
-                f"({', '.join(wrong[:3])}). Export the model again, or use the transformers of its backbone, {version}."
-            )
-        if not card.weights_sha256:
-            logger.warning("%s: written by an earlier iccld, without a checksum of its weights", path)
-        elif file_checksum(path) != card.weights_sha256:
-            raise ValueError(
-                f"{path} is not what its {CARD_NAME} was written for (its checksum differs); copy both files again."
-            )
-
-    def _load_weights(self, path: Path) -> None:
-        tensors = load_file(path)
-        if self.denoiser is None:
-            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("denoiser.")}
-        self.load_state_dict(tensors, strict=False)
 
 
 def _to_image_size(logits: Tensor, size: Sequence[int]) -> Tensor:

@@ -1,13 +1,20 @@
 """Checks of a saved model, which a stranger may have made: its card's description and its file of weights."""
 
 import contextlib
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
+from iccld.durable import file_checksum
 from iccld.models.encoder import EncoderConfig
+from iccld.models.model_card import CARD_NAME, ModelCard
 
+logger = logging.getLogger(__name__)
+Value = TypeVar("Value")
 MAX_HEADER = 16 << 20
 """The most bytes of a header; a model of a thousand tensors has a hundredth of it."""
 
@@ -43,3 +50,31 @@ def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} cannot be read ({error}); copy or export the model again.") from error
+
+
+def without_denoiser(named: Mapping[str, Value]) -> dict[str, Value]:
+    """Return what belongs to the weights of E, D and M, by their names."""
+    return {name: value for name, value in named.items() if not name.startswith("denoiser.")}
+
+
+def check_weights(path: Path, card: ModelCard, weights: Mapping[str, Tensor], *, with_denoiser: bool) -> None:
+    """Raise ValueError unless a file holds these weights, by names, shapes and the card's checksum.
+
+    weights: of the model that the card describes; their values do not count. with_denoiser: False if the file's is left
+    out.
+    """
+    shapes = shapes_in(path) if with_denoiser else without_denoiser(shapes_in(path))
+    own = {name: tuple(weight.shape) for name, weight in weights.items()}
+    wrong = [name for name in sorted(own.keys() | shapes.keys()) if shapes.get(name) != own.get(name)]
+    if wrong:
+        version = card.model.get("encoder", {}).get("backbone_config", {}).get("transformers_version", "unknown")
+        raise ValueError(
+            f"{path} does not fit its {CARD_NAME}: {len(wrong)} weights are missing, unknown or of another shape "
+            f"({', '.join(wrong[:3])}). Export the model again, or use the transformers of its backbone, {version}."
+        )
+    if not card.weights_sha256:
+        logger.warning("%s: written by an earlier iccld, without a checksum of its weights", path)
+    elif file_checksum(path) != card.weights_sha256:
+        raise ValueError(
+            f"{path} is not what its {CARD_NAME} was written for (its checksum differs); copy both files again."
+        )

@@ -197,7 +197,7 @@ class Adversarial(StageKind[AdversarialSection]):
     free_settings = ("cache.folder", "cache.max_gib")
     settings_of_it_alone = (
         "model.denoiser.", "model.discriminator.", "model.condition", "model.residual_", "num_steps:", "noise_seeds:",
-        "num_averaged:", "blend:",
+        "num_averaged:", "blend:", "solver:", "start:",
     )  # fmt: skip
     settings_of_no_view = (
         "stage1_from", "initial_model", "statistics_samples", "stage2.trainer.", "stage2.cache.",

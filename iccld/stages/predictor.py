@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from iccld import rng
+from iccld.diffusion import Solver
 from iccld.models.iccld import ICCLD
 
 Predictor = Callable[[Tensor, Tensor], Tensor]
@@ -30,6 +31,8 @@ class InferenceConfig:
     num_steps: list[int] = field(
         default_factory=lambda: [1, 4, 50]
     )  # denoising steps; 0, beside others: the decoder alone
+    solver: Solver = Solver.ddim  # how the steps follow the denoiser
+    start: float = 1.0  # share of the diffusion's steps that denoising begins at; below 1, from E's latent with noise
     noise_seeds: int = 1  # each is scored on its own
     num_averaged: int = 1  # denoised from so many noises, whose class probabilities are averaged
     blend: float = 0.0  # share of D(E(x))'s probabilities, as after stage 1, in the denoised ones
@@ -42,6 +45,9 @@ class InferenceConfig:
                 raise ValueError(f"inference.{name}={getattr(self, name)} must be at least 1.")
         if not 0.0 <= self.blend <= 1.0:
             raise ValueError(f"inference.blend={self.blend} must be between 0 (off) and 1 (stage 1's map alone).")
+
+        if not 0.0 < self.start <= 1.0:
+            raise ValueError(f"inference.start={self.start} must be above 0, and at most 1 (pure noise).")
 
     def refuse_no_denoising(self, stages: Sequence[str]) -> None:
         """Refuse numbers of steps among which none denoises, if stage 2 is among the stages. Raises ValueError.
@@ -68,7 +74,9 @@ def predictor_of(
     def denoised(images: Tensor, numbers: Tensor, draw: int) -> Tensor:
         shape, purpose = model.latent_shape(*images.shape[2:]), f"evaluation noise {draw}"
         noise = rng.normal(shape, seed=seed, purpose=purpose, numbers=numbers, device=images.device)
-        return model.denoise_segment(images, noise=noise, num_steps=num_steps)
+        return model.denoise_segment(
+            images, noise=noise, num_steps=num_steps, solver=inference.solver, start=inference.start
+        )
 
     def predict(images: Tensor, numbers: Tensor) -> Tensor:
         if num_steps == 0:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -12,6 +12,9 @@ from PIL import Image
 
 from iccld.cli import main
 from iccld.config import load_config
+from iccld.diffusion import Solver
+from iccld.models.encoder import EncoderOutput
+from iccld.models.latent import LatentKind
 from iccld.programs.ablate import pictures
 from iccld.programs.evaluate import averaging
 from iccld.programs.evaluate.evaluate import score_model
@@ -46,10 +49,32 @@ def test_the_map_of_stage_1_has_its_share(blend: float):
     torch.testing.assert_close(logits_of(model, blend=blend).exp(), expected)
 
 
-def test_a_deterministic_model_has_nothing_to_average():
+def test_a_deterministic_model_has_nothing_to_average_and_no_path_to_choose():
     model = trained_model()
     model.deterministic = True
     assert torch.equal(logits_of(model, num_averaged=4, noise_seed=2), logits_of(model))
+    assert torch.equal(logits_of(model, solver=Solver.dpm, start=0.5), logits_of(model))
+
+
+@pytest.mark.parametrize("latent", LatentKind)
+def test_a_start_near_the_end_is_stage_1s_latent(latent: LatentKind):
+    """A denoiser that returns what it is given then decodes the guess: at timestep 1, z_t is all but that."""
+    model = trained_model(latent=latent)
+    model.denoiser = cast("Any", GivesBack())
+    encoded = model.encoder(IMAGES)
+    guess = encoded.latent
+    if model.mask_encoder is not None:
+        guess = model.mask_encoder(model.segment(IMAGES).argmax(1))
+    expected = model.decode(EncoderOutput(guess, encoded.features), IMAGES.shape[-2:])
+    torch.testing.assert_close(logits_of(model, start=0.001), expected, rtol=0.1, atol=0.1)
+    assert not torch.allclose(logits_of(model, start=1.0), expected, rtol=0.1, atol=0.1)
+
+
+class GivesBack(torch.nn.Module):
+    """Stands in for the denoiser: predicts z_0 to be z_t."""
+
+    def forward(self, z_t: torch.Tensor, *_: Any) -> SimpleNamespace:
+        return SimpleNamespace(z_0_pred=z_t)
 
 
 def test_a_deterministic_models_scores_are_those_of_its_one_step_and_not_of_the_decoder_alone():
@@ -69,9 +94,13 @@ def test_a_deterministic_models_scores_are_those_of_its_one_step_and_not_of_the_
 def test_what_is_averaged_is_told_with_the_scores_and_only_then():
     usual, averaged = (
         about_of([], load_config(["model=tiny", "dataset=scenes", *words]))
-        for words in ([], ["inference.num_averaged=4", "inference.blend=0.5"])
+        for words in (
+            [],
+            ["inference.num_averaged=4", "inference.blend=0.5", "inference.solver=dpm", "inference.start=0.5"],
+        )
     )
-    assert averaged == {**usual, "num_averaged": 4, "blend": 0.5} and not {"num_averaged", "blend"} & usual.keys()
+    own = {"num_averaged": 4, "blend": 0.5, "solver": "dpm", "start": 0.5}
+    assert averaged == {**usual, **own} and not own.keys() & usual.keys()
 
 
 @pytest.mark.parametrize(
@@ -79,6 +108,7 @@ def test_what_is_averaged_is_told_with_the_scores_and_only_then():
     [
         ("inference.num_averaged=0", r"inference.num_averaged=0 must be at least 1"),
         ("inference.blend=1.5", r"inference.blend=1.5 must be between 0"),
+        ("inference.start=0", r"inference.start=0.0 must be above 0, and at most 1"),
     ],
 )
 def test_settings_out_of_range_are_refused(word: str, message: str):

@@ -14,6 +14,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from enum import Enum
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -48,10 +49,11 @@ def about_of(folders: Sequence[Path], config: Config) -> dict[str, Any]:
     }
 
 
-def _averaging(inference: InferenceConfig) -> dict[str, Any]:
-    """Name what is averaged, if anything is: results that averaged nothing keep the names that they had."""
-    usual, names = InferenceConfig(), ("num_averaged", "blend")
-    return {name: own for name in names if (own := getattr(inference, name)) != getattr(usual, name)}
+def _unusual(inference: InferenceConfig) -> dict[str, Any]:
+    """Name how denoising differs from the default, if it does: results of the default keep the names that they had."""
+    usual, names = InferenceConfig(), ("solver", "start", "num_averaged", "blend")
+    unusual = {name: own for name in names if (own := getattr(inference, name)) != getattr(usual, name)}
+    return {name: own.value if isinstance(own, Enum) else own for name, own in unusual.items()}
 
 
 def _settings(config: Config) -> dict[str, Any]:
@@ -65,7 +67,7 @@ def _settings(config: Config) -> dict[str, Any]:
         "noise_seeds": inference.noise_seeds,
         "seed": config.seed,
         "precision": config.engine.precision.name,
-        **_averaging(inference),
+        **_unusual(inference),
         **dataclasses.asdict(config.evaluation),
     }
 
