@@ -16,7 +16,20 @@ import torch
 
 torch.set_num_threads(1)
 
-VARIABLES = ("ICCLD", "HYDRA", "ACCELERATE", "OMP", "CUBLAS", "RANK", "LOCAL_", "WORLD_", "MASTER_", "SLURM", "HF_")
+VARIABLES = (
+    "ICCLD",
+    "HYDRA",
+    "ACCELERATE_USE",
+    "ACCELERATE_MIXED",
+    "OMP",
+    "CUBLAS",
+    "RANK",
+    "LOCAL_",
+    "WORLD_",
+    "MASTER_",
+    "SLURM",
+    "HF_",
+)
 """Beginnings of the variables that matter; libraries set others at their first use, for good."""
 HEARD = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
