@@ -282,14 +282,17 @@ LAUNCH = [sys.executable, "-m", "iccld", "launch"]
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("num_ranks", "sent"), [(1, signal.SIGTERM), (2, signal.SIGTERM), (2, signal.SIGUSR1)])
+@pytest.mark.parametrize(("num_ranks", "sent"), [(1, signal.SIGTERM), (2, signal.SIGUSR1)])
 def test_a_signal_saves_and_the_same_command_goes_on(
     scene_shards: Path, tmp_path: Path, num_ranks: int, sent: signal.Signals
 ):
-    """A real signal to the real launcher: every rank ends, with a checkpoint and status 0; then it goes on."""
+    """A real signal to the real launcher: every rank ends, with a checkpoint and status 0; then it goes on.
+
+    The launcher of several ranks makes SIGTERM of SIGUSR1.
+    """
     settings = ["stage1.trainer.num_steps=16", "stages=[stage1]", "data.validation.shards="]
-    settings += ["stage1.trainer.micro_batch_size=1"]
-    command = [*LAUNCH, str(num_ranks), "train", *settings, *scene_overrides(scene_shards, tmp_path)]
+    train = ["train", *settings, "stage1.trainer.micro_batch_size=1", *scene_overrides(scene_shards, tmp_path)]
+    command = [*LAUNCH, str(num_ranks), *train]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
         assert run.stdout is not None
         for line in run.stdout:
@@ -298,7 +301,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(
         assert run.wait(timeout=60) == 0
     events = [json.loads(line)["event"] for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     assert events[-1] == "preempted" and not (tmp_path / "stage1/final").exists()
-    assert subprocess.run(command, check=False, timeout=200).returncode == 0
+    assert main(train) == 0
     assert (tmp_path / "stage1/final/teacher/model.safetensors").is_file()
 
 
