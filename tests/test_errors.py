@@ -23,7 +23,7 @@ from iccld.cli import VERBS, main
 from iccld.config import Config, config_from, load_config
 from iccld.programs import configuration
 from iccld.programs.stopped import status_of_stopped
-from iccld.runtime.faults.preemption import Preemption
+from iccld.runtime.faults.preemption import SIGNALS, Preemption
 from iccld.settings import fields_of
 from iccld.suggestions import did_you_mean, for_key
 from tests.factory import scene_overrides
@@ -247,10 +247,13 @@ def test_the_status_of_a_run_that_was_stopped(
 
 
 def test_ctrl_c_is_told_from_other_signals():
+    before = {number: signal.getsignal(number) for number in SIGNALS}
     for sent, by_hand in ((signal.SIGINT, True), (signal.SIGTERM, False)):
         with Preemption() as preemption:
             signal.raise_signal(sent)
             assert preemption.came and preemption.by_hand is by_hand
+    for number, handler in before.items():  # a process that was asked to end ignores further signals
+        signal.signal(number, handler)
 
 
 def test_a_library_that_is_missing_is_said_with_its_extra(

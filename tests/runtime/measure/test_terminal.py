@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from iccld import outcome
-from iccld.cli import main
 from iccld.runtime.measure import terminal
 from iccld.runtime.measure.terminal import LiveTerminal, Place, Terminal, is_watched, open_terminal, plain_line
 from tests.factory import scene_overrides
@@ -27,7 +26,7 @@ RATES = {"learning_rate/encoder": 6e-5, "learning_rate/decoder": 6e-4}
 def command(shards: Path, run_dir: Path) -> list[str]:
     short = ["stages=[stage1]", "stage1.trainer.num_steps=4", "evaluation.max_images=1", "metrics.log_every=2"]
     short += ["stage1.trainer.evaluate_every=2", "evaluation.diagnostic_images=0", "metrics.pictures.every=2"]
-    return ["train", *scene_overrides(shards, run_dir), *short]
+    return [sys.executable, "-m", "iccld", "train", *scene_overrides(shards, run_dir), *short]
 
 
 def chunks(given: list[str]) -> Iterator[tuple[float, str]]:
@@ -50,7 +49,7 @@ def chunks(given: list[str]) -> Iterator[tuple[float, str]]:
 
 
 def test_a_run_on_a_terminal_is_never_silent(scene_shards: Path, tmp_path: Path):
-    pieces = [*chunks([sys.executable, "-m", "iccld", *command(scene_shards, tmp_path / "run")])]
+    pieces = [*chunks(command(scene_shards, tmp_path / "run"))]
     assert max(seconds for seconds, _ in pieces) < SILENT_S
     text = ESCAPES.sub("", "".join(piece for _, piece in pieces))
     facts = ("device", "ranks", "engine", "precision", "parameters", "steps", "run directory")
@@ -63,14 +62,12 @@ def test_a_run_on_a_terminal_is_never_silent(scene_shards: Path, tmp_path: Path)
     assert "\x1b[?25h" in "".join(piece for _, piece in pieces), "the cursor is shown"
 
 
-def test_a_file_gets_plain_lines(
-    scene_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-):
-    monkeypatch.setenv("TERM", "xterm-256color")
-    assert main(command(scene_shards, tmp_path / "run")) == 0
-    said = capfd.readouterr()
-    assert "\x1b" not in said.out + said.err and "\r" not in said.out + said.err
-    lines = said.out.splitlines()
+def test_a_pipe_gets_plain_lines(scene_shards: Path, tmp_path: Path):
+    environment = os.environ | {"TERM": "xterm-256color"}
+    run = {"env": environment, "capture_output": True, "text": True, "timeout": 200}
+    done = subprocess.run(command(scene_shards, tmp_path / "run"), **run, check=True)
+    assert "\x1b" not in done.stdout + done.stderr and "\r" not in done.stdout + done.stderr
+    lines = done.stdout.splitlines()
     assert [line.split("  loss")[0] for line in lines if " step " in line] == ["stage1 step 2/4", "stage1 step 4/4"]
     assert not any(line.startswith(("device", "starting")) for line in lines)
 
