@@ -7,7 +7,8 @@ properties of `LatentKind`; `ICCLD.diffused_latent` and `ICCLD.decodable` comput
 - `residual`: z_0 = a move of E(strong view) towards the labels (`iccld.models.residual`), condition = E(strong view).
   Stage 1 is that of `image`. What is decoded is E's latent plus the move; an untrained denoiser moves nothing.
 
-In all, inference conditions on E(image), decodes z_0 by D, and diffuses latents of unit variance. `C h w` latent.
+In all, inference conditions on E(image) and decodes z_0 by D. What is diffused has unit variance by channel; a move has
+at most that. `C h w` latent.
 """
 
 from enum import Enum
