@@ -8,7 +8,7 @@ from typing import Any
 from iccld.durable import is_real_folder
 from iccld.programs.report.markup import Markup, joined, section, swatch, table, tag
 from iccld.programs.run.metric_lines import number
-from iccld.programs.run.record import ABSENT, STAGES, Record, differing, shown, words_of
+from iccld.programs.run.record import ABSENT, Record, differing, shown, words_of
 from iccld.programs.run.saved_scores import MEANS, SavedScores
 from iccld.redact import redact
 
@@ -182,7 +182,7 @@ def checkpoints(records: Sequence[Record]) -> Markup:
     """List the checkpoints that are there, and the finished models."""
     parts: list[Markup] = []
     for record in records:
-        rows = [row for stage in STAGES for row in _checkpoints(record.run_dir / stage, stage)]
+        rows = [row for stage in record.all_stages for row in _checkpoints(record.run_dir / stage, stage)]
         parts += [_titled(record, records), table(["stage", "step", "GiB", ""], rows)] if rows else []
     return section("Checkpoints", *parts)
 
