@@ -39,12 +39,19 @@ def test_a_run_may_have_any_stage_but_none_that_leads_out_of_it(tmp_path: Path):
     (run / "stage1").rename(run / "stage3")
     for name in ("..", "/etc", "a/b", 7, ["x"]):
         with (run / "events.jsonl").open("a") as file:
-            file.write(json.dumps({"event": "progress", "time": 1.8e9, "stage": name, "step": 9}) + "\n")
+            file.write(json.dumps({"event": "finished", "time": 1.8e9, "stage": name, "step": 9}) + "\n")
     record = read_record(run)
     assert record.all_stages == record.stages == ["stage3"] and record.position == ("stage3", 200)
     assert record.score == record.best_score == ("stage3", 64.57)
     (run / "stage3/final").rename(run / "stage3/gone")
-    assert (read_record(run).state == "finished") is False
+    assert read_record(run).state != "finished"
+
+
+def test_a_run_of_which_no_stage_is_known_is_not_finished(tmp_path: Path):
+    run = make_run(tmp_path / "run")
+    for name in ("config.yaml", "events.jsonl", "metrics.jsonl"):
+        (run / name).write_text("")
+    assert read_record(run).all_stages == [] and read_record(run).state == "not started"
 
 
 def test_the_last_stage_is_scored_with_the_first_number_of_steps_that_denoise():

@@ -40,9 +40,7 @@ class SavedResults:
     @property
     def last(self) -> tuple[str, SavedScores] | None:
         """The score of the last stage, with the first number of steps that denoise if it denoises."""
-        own = [
-            label for label in self.scores if re.fullmatch(r"\S+( x[1-9]\d*)?", label)
-        ]  # controls: more words
+        own = [label for label in self.scores if re.fullmatch(r"\S+( x[1-9]\d*)?", label)]  # controls: more words
         stages = [label.partition(" ")[0] for label in own]
         return (label := own[stages.index(stages[-1])], self.scores[label]) if own else None
 
