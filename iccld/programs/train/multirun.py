@@ -22,7 +22,7 @@ from iccld.outcome import AGAIN, REFUSED, Interrupted
 from iccld.programs.run.child import run_child
 from iccld.programs.train.sweep import Job, unfinished
 
-HYDRA_FOLDER = ".hydra"
+FOLDER = ".hydra"
 OF_THE_WORLD = {0, AGAIN, 76, -signal.SIGKILL, -signal.SIGTERM}
 """Exit statuses of jobs that go on by the same command; 0: stopped, and saved."""
 
@@ -34,7 +34,7 @@ def train_jobs(jobs: Sequence[Job], options: Sequence[str], *, num_ranks: int, w
     ValueError for what Hydra refuses.
     """
     top = Path(jobs[0].run_dir).parent
-    folder = make_folder(top / HYDRA_FOLDER, within=top)
+    folder = make_folder(top / FOLDER, within=top)
     for job in jobs:
         _status_file(folder, job).unlink(missing_ok=True)
     launch = ["launch", str(num_ranks)] if num_ranks > 1 else []
