@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole path on the embedded data set, with two ranks: draw, pack, train source-only, stage 1, stage 2 and its
 # deterministic twin, score.
-# Ends with a table, runs/demo/results.json and runs/demo/comparison.png. Interrupted and started again, it goes on.
+# Ends with a table, runs/demo/results.json, runs/demo/comparison.png and runs/demo/report.html. Interrupted and started again, it goes on.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source tools/setup.sh
@@ -35,4 +35,5 @@ echo "== the twin of stage 2: the same network, inputs, losses and steps without
 run iccld launch 2 train experiment=demo stage2=residual stage=adversarial stage1_from=$demo/adapted \
     stage2.objective.deterministic=true inference.num_steps=[1] run_dir=$demo/twin
 run python launch/demo_report.py $demo
+run iccld report $demo/source_only $demo/adapted $demo/twin --output $demo/report.html
 echo "this attempt took $((SECONDS - started)) s"

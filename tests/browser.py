@@ -51,5 +51,23 @@ def started() -> Iterator[Any]:
             browser.close()
 
 
+@contextmanager
+def whole_page(browser: Any, path: Path, photograph: Path, *, width: int, scheme: str = "light") -> Iterator[Any]:
+    """Open and photograph a file; it fetches nothing, complains of nothing, and nothing of it is cut off."""
+    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    page, said, asked = context.new_page(), [], []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(path.as_uri())
+    page.screenshot(path=str(photograph), full_page=True)
+    assert not said
+    assert [url for url in asked if not url.startswith("data:image/")] == [path.as_uri()]
+    assert page.locator("img").evaluate_all("images => images.every(i => i.complete && i.naturalWidth > 0)")
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "nothing is cut off"
+    yield page
+    context.close()
+
+
 def _found() -> str:
     return next((path for name in NAMES if (path := shutil.which(name))), "")

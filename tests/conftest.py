@@ -18,7 +18,7 @@ torch.set_num_threads(1)
 
 VARIABLES = ("ICCLD", "HYDRA", "ACCELERATE", "OMP", "CUBLAS", "RANK", "LOCAL_", "WORLD_", "MASTER_", "SLURM", "HF_")
 """Beginnings of the variables that matter; libraries set others at their first use, for good."""
-FOR_GOOD = ("ACCELERATE_BYPASS_DEVICE_MAP",)  # the first engine of a process sets it
+SET_ONCE = {"ACCELERATE_BYPASS_DEVICE_MAP"}  # by the first engine of a process
 HEARD = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -27,8 +27,8 @@ def _of_the_process() -> dict[str, object]:
     mask = os.umask(0o022)
     os.umask(mask)
     loggers = [one for one in logging.Logger.manager.loggerDict.values() if isinstance(one, logging.Logger)]
-    matter = [key for key in os.environ if key.startswith(VARIABLES) and key not in FOR_GOOD]
-    variables = {f"environment {key}": os.environ[key] for key in matter}
+    kept = {key: value for key, value in os.environ.items() if key.startswith(VARIABLES) and key not in SET_ONCE}
+    variables = {f"environment {key}": value for key, value in kept.items()}
     return {
         **variables,
         "folder": Path.cwd(),

@@ -202,6 +202,14 @@ def test_the_page_of_settings_is_what_the_source_says():
     assert write_settings.PAGE.read_text() == write_settings.page(), "run `python tools/scripts/write_settings.py`"
 
 
+def test_the_table_of_events_is_what_the_source_writes():
+    source = "".join(path.read_text() for path in sorted((ROOT / "iccld").rglob("*.py")))
+    written = set(re.findall(r'(?:\bwrite_event\([^,"]+,|\bmetrics\.event\(|\bself\.event\()\s*"(\w+)"', source))
+    table = (ROOT / "docs/training.md").read_text().split("| event | written |")[1].split("\n\n")[0]
+    told = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
+    assert len(written) > 10 and sorted(told) == sorted(written)
+
+
 def test_each_setting_has_a_line_with_its_default_and_its_explanation():
     page = write_settings.page()
     assert "| `seed` | int | `0` |" in page

@@ -37,6 +37,21 @@ def test_the_python_of_the_page_runs(desk: Path):
     assert (desk / "models/copy/README.md").is_file()
 
 
+def test_the_three_lines_of_a_segformer_run_too(desk: Path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.SegformerConfig(
+        depths=[1] * 4, hidden_sizes=[8] * 4, num_attention_heads=[1] * 4, decoder_hidden_size=8, num_labels=3
+    )
+    transformers.SegformerForSemanticSegmentation(config).save_pretrained("segformer")
+    transformers.SegformerImageProcessor().save_pretrained("segformer")
+    (block,) = re.findall(r"```text\n(processor.*?)```", PAGE, re.DOTALL)
+    assert len(block.splitlines()) == 3
+    names = {name: getattr(transformers, name) for name in re.findall(r"\b(?:Auto|Segformer)\w+", block)}
+    given = {**names, "Image": Image, "NAME": "segformer"}
+    exec(block, given)
+    assert tuple(given["labels"].shape) == (48, 80)
+
+
 def test_the_commands_of_the_page_write_what_it_says(desk: Path):
     commands = [line for line in PAGE.splitlines() if line.startswith("iccld predict ")]
     assert len(commands) == 4

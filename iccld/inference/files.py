@@ -14,13 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import track
 
 from iccld.data.images.decode import LOOSE, MAX_BYTES, decode_image, find_format
 from iccld.durable import NotOursError, make_folder
 from iccld.inference.pictures import legend, save_picture
 from iccld.inference.prediction import Prediction
+from iccld.inference.progress import counted
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 """The usual endings of images; the content decides."""
@@ -29,6 +28,7 @@ _NAME_ERRORS = {getattr(errno, name) for name in ("ENAMETOOLONG", "EILSEQ", "EIN
 """The errors of writing that are about one name; all others are about the disk."""
 
 LEGEND = "legend.png"
+PICTURES = (".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".ppm", ".tif", ".tiff")
 
 Segment = Callable[[np.ndarray, int], Prediction]
 """Function of an image `(H, W, 3)` uint8, and of the number that keys its noise, to the model's prediction."""
@@ -56,10 +56,11 @@ def predict_files(
     """
     if output.suffix.lower() == ".png" and not output.is_dir():
         return [_predict_one(inputs, output, segment, with_probabilities=with_probabilities)]
+    if output.suffix.lower() in PICTURES and not output.is_dir():
+        raise ValueError(f"predict: the output {output} would be a folder; label pictures are PNGs: end it in .png.")
     jobs, failures = _jobs(inputs, output, with_probabilities=with_probabilities)
     written: list[Path] = []
-    # Progress goes to stderr, so that stdout stays the result's.
-    for source, target in track(jobs.items(), "segmenting", total=len(jobs), console=Console(stderr=True)):
+    for source, target in counted(jobs.items(), len(jobs)):
         try:
             image = read_image(source)
             with _enough_memory(source, image):

@@ -16,7 +16,7 @@ from iccld.evaluation import Predict
 from iccld.inference.pictures import label_picture, overlay, save_picture
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Prediction:
     """Labels, probabilities and uncertainty of an image, with the names and colours of the model's classes."""
 
@@ -32,6 +32,10 @@ class Prediction:
     """The name of each class."""
     colours: Sequence[tuple[int, int, int]]
     """The colour of each class, RGB."""
+
+    def __repr__(self) -> str:
+        height, width = self.labels.shape
+        return f"Prediction({height}x{width} pixels; classes: {', '.join(self.names)})"
 
     @cached_property
     def probabilities(self) -> np.ndarray:

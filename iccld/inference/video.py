@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import track
 
 from iccld.durable import make_folder, replacing
 from iccld.inference.files import LEGEND, Segment, UnusableFile
 from iccld.inference.pictures import legend, save_picture
 from iccld.inference.prediction import Prediction
+from iccld.inference.progress import counted
 
 if TYPE_CHECKING:
     import av.container
@@ -56,7 +55,7 @@ def _write_frames(
 ) -> Prediction:
     """Encode the overlay of each frame; return the last prediction."""
     stream, out, prediction = video.streams.video[0], None, None
-    frames = track(_frames(video), "segmenting", total=stream.frames or None, console=Console(stderr=True))
+    frames = counted(_frames(video), stream.frames or None)
     for number, image in enumerate(frames):
         prediction = segment(image, number)
         picture = np.asarray(prediction.overlay())

@@ -1,8 +1,11 @@
 """`iccld export`: a model as a program of torch.export or as ONNX, compared with the model before it is kept."""
 
 import argparse
+import contextlib
+import logging
 import tempfile
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -145,7 +148,7 @@ def _write_torch(module: "nn.Module", inputs: tuple["Tensor", ...], file: Path) 
 def _write_onnx(module: "nn.Module", inputs: tuple["Tensor", ...], file: Path) -> None:
     import torch
 
-    with torch.no_grad():
+    with _quiet("torch.onnx._internal.exporter._registration"), torch.no_grad():
         torch.onnx.export(
             module,
             inputs,
@@ -157,6 +160,20 @@ def _write_onnx(module: "nn.Module", inputs: tuple["Tensor", ...], file: Path) -
             dynamic_shapes=_shapes(inputs),
             verbose=False,
         )
+
+
+@contextlib.contextmanager
+def _quiet(logger: str) -> Iterator[None]:
+    """Drop warnings of a logger, such as those about packages that the model does not use, and of torch's future."""
+    found = logging.getLogger(logger)
+    level = found.level
+    found.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        found.setLevel(level)
 
 
 def _shapes(inputs: Sequence["Tensor"]) -> dict[str, Any]:

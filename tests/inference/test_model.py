@@ -78,6 +78,11 @@ def test_the_result_is_what_it_says(model: Model):
     assert np.abs(np.asarray(result.overlay()) - mean).max() <= 0.5
 
 
+def test_a_result_is_shown_in_a_line(model: Model):
+    shown = repr(model.predict(np.zeros((32, 48, 3), np.uint8)))
+    assert shown.startswith("Prediction(32x48 pixels; classes: ") and "\n" not in shown and len(shown) < 300
+
+
 def test_forward_gives_the_logits_that_predict_reads(model: Model):
     images = torch.from_numpy(PIXELS).permute(2, 0, 1)[None] / 255
     with torch.no_grad():

@@ -20,12 +20,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("num_steps", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_onnx_runs_on_another_batch_and_size(folder: Path, tmp_path: Path, num_steps: int):
+def test_onnx_runs_on_another_batch_and_size(
+    folder: Path, tmp_path: Path, num_steps: int, caplog: pytest.LogCaptureFixture
+):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     write_gta5(tmp_path / "scenes", count=2, seed=0, height=64, width=128)
     words = ["export", str(folder), str(tmp_path / "model.onnx"), "--num-steps", str(num_steps), "--images"]
     assert main([*words, *map(str, sorted((tmp_path / "scenes/images").glob("*.png")))]) == 0
+    assert not [record for record in caplog.records if "torchvision" in record.getMessage()]
     session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
     images, noise = torch.rand(3, 3, 64, 128), torch.randn(3, 4, 8, 16)
     given = {"images": images.numpy()} | ({"noise": noise.numpy()} if num_steps else {})

@@ -182,6 +182,16 @@ def test_submitit_requeues_a_job_once_its_training_has_saved(tmp_path: Path):
     assert heard == [True]
 
 
+def test_a_job_of_slurm_is_queued_again_as_often_as_the_user_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    lines: list[list[str]] = []
+    monkeypatch.setattr(multirun.hydra, "main", lambda **_: lambda task: lambda: lines.append(list(sys.argv)))
+    of_user = "hydra.launcher.max_num_timeout=2"
+    for words in ([], [multirun.OF_SLURM], [multirun.OF_SLURM, of_user]):
+        multirun._sweep(lambda config: None, 2, tmp_path, words)
+    found = [[word for word in line if "max_num_timeout" in word] for line in lines]
+    assert found == [[], ["hydra.launcher.max_num_timeout=100"], ["hydra.launcher.max_num_timeout=100", of_user]]
+
+
 def quick(shards: Path, run_dir: Path) -> list[str]:
     more = ["stages=[stage1]", "stage1.trainer.num_steps=2", "evaluation.diagnostic_images=0", "seed=0,1"]
     return [*scene_overrides(shards, run_dir), *more]

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from iccld.cli import main
-from tests.browser import Unavailable, started
+from tests.browser import Unavailable, started, whole_page
 from tests.programs.recorded_runs import make_run
 
 SIZES = "elements => elements.map(e => { const box = e.getBoundingClientRect(); return [box.width, box.height]; })"
@@ -45,26 +45,15 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_the_page_is_whole_quiet_and_alone(
     browser: Any, pages: dict[str, Path], tmp_path: Path, name: str, width: int, scheme: str
 ):
-    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
-    page, said, asked = context.new_page(), [], []
-    page.on("console", lambda message: said.append(message.text))
-    page.on("pageerror", lambda error: said.append(str(error)))
-    page.on("request", lambda request: asked.append(request.url))
-    page.goto(pages[name].as_uri())
     photograph = Path(os.environ.get("ICCLD_PHOTOGRAPHS", tmp_path)) / f"report_{name}_{width}_{scheme}.png"
-    page.screenshot(path=str(photograph), full_page=True)
-    assert not said
-    assert [url for url in asked if not url.startswith("data:image/")] == [pages[name].as_uri()]
-    for kind, count in (("svg.chart", 8), ("img", 3), ("polyline", 8), (".parts span", 5), (".swatch", 4)):
-        sizes = page.locator(kind).evaluate_all(SIZES)
-        assert len(sizes) >= count and all(w > 0 or h > 0 for w, h in sizes), kind
-        assert kind in ("polyline", ".parts span") or all(w > 8 and h > 8 for w, h in sizes), kind
-    assert page.locator("img").evaluate_all("images => images.every(i => i.complete && i.naturalWidth > 0)")
-    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "nothing is cut off"
-    assert page.locator("text").evaluate_all(
-        "texts => texts.every(t => { const b = t.getBBox(), v = t.ownerSVGElement.viewBox.baseVal;"
-        " return b.x >= 0 && b.y >= 0 && b.x + b.width <= v.width && b.y + b.height <= v.height; })"
-    ), "no tick is cut off"
+    with whole_page(browser, pages[name], photograph, width=width, scheme=scheme) as page:
+        for kind, count in (("svg.chart", 8), ("img", 3), ("polyline", 8), (".parts span", 5), (".swatch", 4)):
+            sizes = page.locator(kind).evaluate_all(SIZES)
+            assert len(sizes) >= count and all(w > 0 or h > 0 for w, h in sizes), kind
+            assert kind in ("polyline", ".parts span") or all(w > 8 and h > 8 for w, h in sizes), kind
+        assert page.locator("text").evaluate_all(
+            "texts => texts.every(t => { const b = t.getBBox(), v = t.ownerSVGElement.viewBox.baseVal;"
+            " return b.x >= 0 && b.y >= 0 && b.x + b.width <= v.width && b.y + b.height <= v.height; })"
+        ), "no tick is cut off"
     brightness = float(np.asarray(Image.open(photograph).convert("L")).mean())
     assert brightness > 200 if scheme == "light" else brightness < 70
-    context.close()

@@ -18,6 +18,7 @@ from iccld.programs.report.pictures import pictures_of
 from iccld.programs.run.record import read_record
 from iccld.programs.train import pictures
 from iccld.uda.pseudo_labels import PseudoLabels, kept_labels
+from tests.distributed.launch import run_jobs
 from tests.factory import random_batch, scene_overrides
 from tests.stages.test_adversarial import make_stage
 
@@ -86,18 +87,51 @@ def test_what_fails_is_one_line_and_training_goes_on(
     assert said[0].endswith("; training goes on without them") and "hunter22" not in said[0]
 
 
-def test_after_a_failure_on_the_main_rank_no_rank_gathers_the_weights_again(
-    scene_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_after_a_failure_on_any_rank_no_rank_gathers_the_weights_again(
+    scene_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
-    gathered = list[object]()
-    monkeypatch.setattr(pictures, "whole_stage", lambda *of: gathered.append(of))
-    config, stage = load_config(scene_overrides(scene_shards, tmp_path)), Mock()
-    stage.name = "stage1"
-    engine = Mock(ranks=Mock(is_main=False, any=Mock(side_effect=[False, True])))
-    drawing = pictures.TrainingPictures(stage, config, engine, metrics=Mock(), watchdog=Mock())
+    filled = list[object]()
+    monkeypatch.setattr(pictures, "room_for_whole", lambda *of: of[0])
+    monkeypatch.setattr(pictures, "gathered", lambda *of: filled.append(of) or of[0])
+    said = [["", ""], ["", ""], ["", ""], ["", "no room"]]
+    ranks = Mock(is_main=False, gather=Mock(side_effect=said))
+    drawing = mocked_pictures(scene_shards, tmp_path, ranks)
     for step in range(1, 5):
         drawing.draw(step)
-    assert len(gathered) == 2 and engine.ranks.any.call_count == 2
+    assert len(filled) == 1 and ranks.gather.call_count == 4
+    assert not capfd.readouterr().err, "the main rank says it"
+
+
+def test_what_the_end_of_another_rank_causes_is_no_failure_of_a_picture(
+    scene_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(pictures, "room_for_whole", lambda *_: Mock())
+    drawing = mocked_pictures(scene_shards, tmp_path, Mock(is_main=True, gather=lambda value: [value]))
+    monkeypatch.setattr(pictures, "gathered", Mock(side_effect=RuntimeError("Gloo: connection closed by peer")))
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        drawing.draw(1)
+
+
+def mocked_pictures(shards: Path, folder: Path, ranks: Mock) -> pictures.TrainingPictures:
+    stage = Mock()
+    stage.name = "stage1"
+    config, engine = load_config(scene_overrides(shards, folder)), Mock(ranks=ranks)
+    return pictures.TrainingPictures(stage, config, engine, metrics=Mock(), watchdog=Mock())
+
+
+@pytest.mark.distributed
+def test_a_rank_without_room_for_whole_weights_ends_no_training(scene_shards: Path, tmp_path: Path):
+    settings = [*scene_overrides(scene_shards, tmp_path), *SHORT, "stages=[stage1]", "stage1.trainer.num_steps=2"]
+    settings += ["data.validation.shards="]
+    settings += ["metrics.pictures.every=1", "metrics.pictures.count=1"]
+    job = {"checks": "tests.distributed.pictures_worker", "arguments": [str(tmp_path), *settings]}
+    run_jobs([job], num_processes=2, engine="fsdp2", timeout_s=120)
+    assert (tmp_path / "done").is_file()
+    assert [path.name for path in sorted((tmp_path / "drawn/pictures/stage1").iterdir())] == [
+        "step_00000001.png", "step_00000002.png"
+    ]  # fmt: skip
+    assert not (tmp_path / "one/pictures").exists()
+    assert losses(tmp_path / "one") == losses(tmp_path / "drawn")
 
 
 def test_one_that_a_kill_prevented_is_drawn_when_the_run_goes_on(scene_shards: Path, tmp_path: Path):

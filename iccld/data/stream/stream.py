@@ -215,6 +215,11 @@ def _summed(counters: Iterable[Mapping[str, int]]) -> dict[str, int]:
     return total
 
 
+def num_validation_samples(config: DataConfig) -> int:
+    """Count the samples of the validation sets."""
+    return sum(len(part.positions) for part in open_sets(config, "validation", with_labels=True))
+
+
 def read_validation(config: DataConfig, *, rank: int = 0, world_size: int = 1) -> Iterator[dict[str, Any]]:
     """Read this rank's part of the validation sets, as whole images: samples rank, rank + world_size, ...
 

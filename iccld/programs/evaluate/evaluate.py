@@ -21,7 +21,7 @@ from iccld.inference.source import find_model
 from iccld.models.iccld import ICCLD
 from iccld.models.model_card import CARD_NAME
 from iccld.programs.evaluate.results import about_of, finished_models, own_results, place_for, read_results
-from iccld.programs.evaluate.scoring import GiveUp, diagnose_model, evaluate_predictor, student_beside
+from iccld.programs.evaluate.scoring import GiveUp, diagnose_model, evaluate_predictor, never, student_beside
 from iccld.programs.run.checks import together, watch
 from iccld.programs.run.hand_off import is_finished
 from iccld.programs.run.signs import signs_of_diagnosis, tell
@@ -40,7 +40,7 @@ DIAGNOSTICS = "diagnostics"
 
 def asks(preemption: Preemption, watchdog: Watchdog) -> GiveUp:
     """Return the function that is asked before each image whether to give up; it also ticks the watchdog."""
-    return lambda: watchdog.tick() or preemption.came
+    return lambda done, total: watchdog.tick(done, total) or preemption.came
 
 
 def stopped(config: Config, ranks: Ranks, stage: str) -> bool:
@@ -123,7 +123,7 @@ def evaluate_run(
 
 
 def evaluate_models(
-    folders: Sequence[Path], config: Config, engine: Engine, *, give_up: GiveUp = lambda: False
+    folders: Sequence[Path], config: Config, engine: Engine, *, give_up: GiveUp = never
 ) -> dict[str, Any]:
     """Score model folders and write `report/results.json`, or a file of their own: see `results.py`.
 

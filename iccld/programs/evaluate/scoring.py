@@ -1,7 +1,6 @@
 """Scores and diagnostics of one model on the validation set, its images divided over the ranks."""
 
-from collections.abc import Callable, Iterable
-from itertools import takewhile
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 
 from iccld.config import Config
-from iccld.data.stream.stream import read_validation, read_validation_pairs
+from iccld.data.stream.stream import num_validation_samples, read_validation, read_validation_pairs
 from iccld.diagnostics import Diagnosis, diagnose
 from iccld.evaluation import EvaluationResult, Predict, evaluate
 from iccld.models.iccld import ICCLD
@@ -18,17 +17,25 @@ from iccld.runtime.faults.preemption import Preempted
 from iccld.stages.predictor import Weights
 
 T = TypeVar("T")
-GiveUp = Callable[[], bool]
-"""Function that is asked on each rank before each image; if one rank says yes, all raise Preempted."""
+GiveUp = Callable[[int, int], bool]
+"""Function that is asked on each rank before each image, with the number of images done and of all, over the ranks; if
+one rank says yes, all raise Preempted."""
+
+
+def never(done: int, total: int) -> bool:
+    """Do not give up."""
+    return False
 
 
 def evaluate_predictor(
-    predict: Predict, config: Config, engine: Engine, *, give_up: GiveUp = lambda: False
+    predict: Predict, config: Config, engine: Engine, *, give_up: GiveUp = never
 ) -> EvaluationResult:
     """Score `predict` on the validation set. Call on every rank."""
     samples = read_validation(config.data, rank=engine.ranks.rank, world_size=engine.ranks.world_size)
+    total = _num_scored(config)
     with torch.no_grad(), engine.autocast():
-        return evaluate(_until(give_up, samples), predict, **_of_all_ranks(config, engine, give_up))
+        counted = _until(give_up, samples, total=total, every=engine.ranks.world_size)
+        return evaluate(counted, predict, **_of_all_ranks(config, engine, give_up, total=total))
 
 
 def diagnose_model(
@@ -38,16 +45,18 @@ def diagnose_model(
     *,
     student: ICCLD | None = None,
     with_bounds: bool = True,
-    give_up: GiveUp = lambda: False,
+    give_up: GiveUp = never,
 ) -> Diagnosis:
     """Compare latents on `evaluation.diagnostic_images` images: see `iccld.diagnostics`. Call on every rank."""
     most, below = config.evaluation.diagnostic_images, config.evaluation.max_images
     pairs = read_validation_pairs(
         config.data, most=most, below=below, rank=engine.ranks.rank, world_size=engine.ranks.world_size
     )
-    options = {"student": student, "seed": config.seed, "with_bounds": with_bounds}
+    options: dict[str, Any] = {"student": student, "seed": config.seed, "with_bounds": with_bounds}
+    total = min(most, _num_scored(config))
+    options |= _of_all_ranks(config, engine, give_up, total=total)
     with engine.autocast():
-        return diagnose(_until(give_up, pairs), model, **options, **_of_all_ranks(config, engine, give_up))
+        return diagnose(_until(give_up, pairs, total=total, every=engine.ranks.world_size), model, **options)
 
 
 def student_beside(folder: Path) -> Path | None:
@@ -56,15 +65,24 @@ def student_beside(folder: Path) -> Path | None:
     return other if folder.name == Weights.teacher.value and other.is_dir() else None
 
 
-def _until(give_up: GiveUp, samples: Iterable[T]) -> Iterable[T]:
-    return takewhile(lambda _: not give_up(), samples)
+def _num_scored(config: Config) -> int:
+    total = num_validation_samples(config.data)
+    return min(total, config.evaluation.max_images or total)
 
 
-def _of_all_ranks(config: Config, engine: Engine, give_up: GiveUp) -> dict[str, Any]:
+def _until(give_up: GiveUp, samples: Iterable[T], *, total: int, every: int) -> Iterator[T]:
+    """Yield this rank's samples, one in `every`, until it is to give up."""
+    for number, sample in enumerate(samples):
+        if give_up(min(number * every, total), total):
+            return
+        yield sample
+
+
+def _of_all_ranks(config: Config, engine: Engine, give_up: GiveUp, *, total: int) -> dict[str, Any]:
     """Build the arguments that scores and diagnostics share: classes, settings, device and the sum over ranks."""
 
     def all_reduce(counts: Tensor) -> Tensor:
-        if engine.ranks.any(give_up()):
+        if engine.ranks.any(give_up(total, total)):
             raise Preempted("scoring was given up")
         return engine.ranks.sum(counts)
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.distributed.run  # sets the level of its logger, which `launch` raises
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.elastic.multiprocessing.api import SignalException

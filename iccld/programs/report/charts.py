@@ -1,7 +1,7 @@
 """Line charts and stacked bars as inline SVG. Colours are the page's, so that they follow its light or dark scheme."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from iccld.programs.report.markup import Markup, joined, tag
@@ -40,21 +40,22 @@ class Axis:
 def line_chart(title: str, curves: Sequence[tuple[str, Points]], *, has_legend: bool = False) -> Markup:
     """Draw a figure with one line for each curve over the steps done; nothing if no curve has a point.
 
-    A legend names several curves; `has_legend`: also one.
+    A curve's colour is that of its place among all, also of those without points. A legend names several curves;
+    `has_legend`: also one.
     """
-    curves = [(name, _thinned(points)) for name, points in curves if points]
-    if not curves:
+    lines = {i: (name, _thinned(points)) for i, (name, points) in enumerate(curves) if points}
+    if not lines:
         return Markup("")
-    xs = [x for _, points in curves for x, _ in points]
-    ys = [y for _, points in curves for _, y in points]
+    xs = [x for _, points in lines.values() for x, _ in points]
+    ys = [y for _, points in lines.values() for _, y in points]
     x_axis, y_axis = _axis(xs, LEFT, WIDTH - RIGHT), _y_axis(ys)
-    drawn = [_curve(name, points, i, x_axis, y_axis) for i, (name, points) in enumerate(curves)]
+    drawn = [_curve(name, points, i, x_axis, y_axis) for i, (name, points) in lines.items()]
     note = " (logarithmic)" if y_axis.is_log else ""
     svg = tag(
         "svg", _grid(x_axis, y_axis), *drawn, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img",
         aria_label=title, class_="chart",
     )  # fmt: skip
-    legend = _legend([name for name, _ in curves]) if has_legend or len(curves) > 1 else ""
+    legend = _legend({i: name for i, (name, _) in lines.items()}) if has_legend or len(lines) > 1 else ""
     return tag("figure", tag("figcaption", title + note), svg, legend)
 
 
@@ -69,8 +70,8 @@ def stacked_bars(rows: Sequence[tuple[str, Sequence[float]]], colours: Sequence[
     return tag("div", *bars, class_="bars")
 
 
-def _legend(names: Sequence[str]) -> Markup:
-    keys = [tag("li", tag("span", class_=f"key k{_colour(i)}"), name) for i, name in enumerate(names)]
+def _legend(names: Mapping[int, str]) -> Markup:
+    keys = [tag("li", tag("span", class_=f"key k{_colour(i)}"), name) for i, name in names.items()]
     return tag("ul", *keys, class_="legend")
 
 

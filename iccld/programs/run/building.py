@@ -67,13 +67,22 @@ def _build(name: str, settings: StageSettings[Any], config: Config, device: torc
 
 def whole_stage(stage: Stage, config: Config, engine: Engine) -> Stage:
     """Return the stage or, if ranks hold shards, one like it with the whole weights. Call on every rank."""
-    if not engine.is_sharded:
+    return gathered(stage, room_for_whole(stage, config, engine), engine)
+
+
+def room_for_whole(stage: Stage, config: Config, engine: Engine) -> Stage:
+    """Return the stage or, if ranks hold shards, one like it, to be filled by `gathered`; it exchanges nothing."""
+    return build_stage(stage.name, config, engine.device) if engine.is_sharded else stage
+
+
+def gathered(stage: Stage, room: Stage, engine: Engine) -> Stage:
+    """Fill `room` with the stage's whole weights, one after another, unless it is the stage. Call on every rank."""
+    if room is stage:
         return stage
-    copy_, state = build_stage(stage.name, config, engine.device), stage.state_dict()
-    copy_.module.load_state_dict(engine.backend.full(stage.module.state_dict()))
-    for name, tensor in copy_.state_dict().items():  # one after another; without the averages of an EMA profile
-        tensor.copy_(engine.backend.full({name: state[name]})[name])
-    return copy_
+    for whole, held in ((room.module.state_dict(), stage.module.state_dict()), (room.state_dict(), stage.state_dict())):
+        for name, tensor in whole.items():  # without the averages of an EMA profile
+            tensor.copy_(engine.backend.full({name: held[name]})[name])
+    return room
 
 
 def first_batches(name: str, config: Config) -> Iterator[Mapping[str, Any]]:

@@ -23,6 +23,10 @@ from iccld.programs.run.child import run_child
 from iccld.programs.train.sweep import Job, unfinished
 
 FOLDER = ".hydra"
+OF_SLURM = "hydra/launcher=submitit_slurm"
+MAX_NUM_TIMEOUT = 100
+"""Number of times that a job whose time is over is put into the queue again; `hydra.launcher.max_num_timeout` sets it.
+"""
 OF_THE_WORLD = {0, AGAIN, 76, -signal.SIGKILL, -signal.SIGTERM}
 """Exit statuses of jobs that go on by the same command; 0: stopped, and saved."""
 
@@ -75,6 +79,8 @@ def _sweep(task: Callable[[Any], None], num_jobs: int, folder: Path, words: Sequ
         "hydra/job_logging=none",  # `disabled` would silence each logger that this process has
         "hydra/hydra_logging=none",
     ]
+    if OF_SLURM in words:  # by default, submitit gives up a job at the first end of its time
+        own.append(f"hydra.launcher.max_num_timeout={MAX_NUM_TIMEOUT}")
     with _command_line(["iccld", "--multirun", *own, *words]):
         try:
             hydra.main(config_path=None, version_base="1.3")(task)()

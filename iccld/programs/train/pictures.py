@@ -2,11 +2,11 @@
 
     run_dir/pictures/stage1/step_00002000.png
 
-The crops are the stream's first samples. Rank 0 draws. What fails there is said once, and ends no training; a failure
-to gather the weights that ranks hold in shards ends it, since the other ranks cannot know of it.
+The crops are the stream's first samples. Rank 0 draws. What fails on any rank is said once, and ends no training: the
+ranks agree on it before they exchange weights, and after.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -27,11 +27,12 @@ from iccld.evaluation import Predict, whole_image
 from iccld.inference.pictures import colourise, comparison_picture, legend, save_picture
 from iccld.labels import ClassSet
 from iccld.outcome import say
-from iccld.programs.run.building import build_stream, whole_stage
+from iccld.programs.run.building import build_stream, gathered, room_for_whole
 from iccld.runtime.engine.engine import Engine
 from iccld.runtime.faults.watchdog import Watchdog
 from iccld.runtime.measure.metrics import MetricsLogger
 from iccld.runtime.measure.telemetry import one_line
+from iccld.runtime.ranks import is_failure
 from iccld.stages.base import Stage, to_float
 from iccld.stages.table import STAGES
 
@@ -63,16 +64,29 @@ class TrainingPictures:
 
     def draw(self, step: int) -> None:
         """Draw and log one on the main rank, while the others wait; none after a failure. Call on every rank."""
+        room = self._tried(lambda: room_for_whole(self.stage, self.config, self.engine))
+        stage = self._tried(lambda: gathered(self.stage, room, self.engine)) if room else None
+        self._tried(lambda: self._draw(stage, step) if self.engine.ranks.is_main and stage else None)
+
+    def _tried(self, action: Callable[[], Stage | None]) -> Stage | None:
+        """Return what the action does; None after it, or one before it, has failed on any rank.
+
+        Raises what another rank's end causes.
+        """
         if self._has_failed:
-            return
-        stage = whole_stage(self.stage, self.config, self.engine)
-        if self.engine.ranks.is_main:
-            try:
-                self._draw(stage, step)
-            except Exception as error:  # a picture is no reason not to train
-                self._has_failed = True
-                say(f"pictures: {one_line(error)}; training goes on without them")
-        self._has_failed = self.engine.ranks.any(self._has_failed)
+            return None
+        done, failure = None, ""
+        try:
+            done = action()
+        except Exception as error:  # a picture is no reason not to train
+            if is_failure(error):
+                raise
+            failure = one_line(error)
+        failures = [said for said in self.engine.ranks.gather(failure) if said]
+        self._has_failed = bool(failures)
+        if failures and self.engine.ranks.is_main:
+            say(f"pictures: {failures[0]}; training goes on without them")
+        return None if failures else done
 
     def _file(self, step: int) -> Path:
         return self._folder / f"step_{step:08d}.png"

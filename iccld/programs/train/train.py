@@ -27,7 +27,7 @@ from iccld.outcome import blaming_the_world
 from iccld.programs.evaluate.averaging import write_due_snapshot
 from iccld.programs.evaluate.evaluate import asks, evaluate_models, stopped, unscored_stages
 from iccld.programs.evaluate.results import finished_models, settings_checksum
-from iccld.programs.evaluate.scoring import diagnose_model, evaluate_predictor
+from iccld.programs.evaluate.scoring import GiveUp, diagnose_model, evaluate_predictor
 from iccld.programs.run.best import keep_best
 from iccld.programs.run.building import build_stage, build_stream, first_batches, trials_of, whole_stage
 from iccld.programs.run.checks import check_alone, check_links, check_run_dir, check_settings, plan_of, together, watch
@@ -207,9 +207,7 @@ def _flops(stage: Stage, config: Config, engine: Engine) -> Callable[[int], floa
     return lambda step: counts[0 if step < begin else begin]
 
 
-def _validate(
-    stage: Stage, config: Config, engine: Engine, give_up: Callable[[], bool], *, step: int
-) -> dict[str, float]:
+def _validate(stage: Stage, config: Config, engine: Engine, give_up: GiveUp, *, step: int) -> dict[str, float]:
     """The teacher's scores and diagnostics in mid-training: with the fewest denoising steps where there is a denoiser.
 
     What they, and the lines logged so far, warn of is told now, and the best teacher is kept.

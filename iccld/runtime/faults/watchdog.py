@@ -41,7 +41,9 @@ class _Position(NamedTuple):
     phase: str = "start"
     moves: int = 0
     since: float = 0.0
-    ticks: int = 0
+    done: int = 0
+    total: int = 0
+    passes: int = 0
 
 
 class Watchdog:
@@ -104,19 +106,20 @@ class Watchdog:
         finally:
             self._place = place._replace(since=time.monotonic())
 
-    def tick(self) -> None:
-        """Something was done within the phase."""
-        self._place = self._place._replace(since=time.monotonic(), ticks=self._place.ticks + 1)
+    def tick(self, done: int = 0, total: int = 0) -> None:
+        """Something was done within the phase: `done` of `total` images, or what is not counted."""
+        passes = self._place.passes + (total > 0 and done == 0)
+        self._place = self._place._replace(since=time.monotonic(), done=done, total=total, passes=passes)
 
     @property
     def place(self) -> Place:
         """Place of this rank in its run, to be shown."""
         place = self._place
-        return Place(place.stage, place.step, place.phase, place.ticks)
+        return Place(place.stage, place.step, place.phase, place.done, place.total, place.passes)
 
     def _move(self, **where: str | int) -> None:
         place = self._place
-        moved: Any = {"moves": place.moves + 1, "since": time.monotonic(), "ticks": 0, **where}
+        moved: Any = {"moves": place.moves + 1, "since": time.monotonic(), "done": 0, "total": 0, "passes": 0, **where}
         self._place = place._replace(**moved)
         limit = self._limit()
         if limit != self._armed and self._thread.is_alive():

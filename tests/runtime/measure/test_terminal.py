@@ -1,5 +1,6 @@
 """A run on a terminal shows a header and a live line, and is never silent; elsewhere it prints plain lines."""
 
+import itertools
 import os
 import pty
 import re
@@ -13,8 +14,18 @@ from pathlib import Path
 import pytest
 
 from iccld import outcome
+from iccld.runtime.faults.limits import WatchdogConfig
+from iccld.runtime.faults.watchdog import Watchdog
 from iccld.runtime.measure import terminal
-from iccld.runtime.measure.terminal import LiveTerminal, Place, Terminal, is_watched, open_terminal, plain_line
+from iccld.runtime.measure.terminal import (
+    LiveTerminal,
+    Place,
+    PlainTerminal,
+    Terminal,
+    is_watched,
+    open_terminal,
+    plain_line,
+)
 from tests.factory import scene_overrides
 
 SILENT_S = 5.0
@@ -63,13 +74,67 @@ def test_a_run_on_a_terminal_is_never_silent(scene_shards: Path, tmp_path: Path)
 
 
 def test_a_pipe_gets_plain_lines(scene_shards: Path, tmp_path: Path):
-    environment = os.environ | {"TERM": "xterm-256color"}
-    run = {"env": environment, "capture_output": True, "text": True, "timeout": 200}
-    done = subprocess.run(command(scene_shards, tmp_path / "run"), **run, check=True)
-    assert "\x1b" not in done.stdout + done.stderr and "\r" not in done.stdout + done.stderr
-    lines = done.stdout.splitlines()
-    assert [line.split("  loss")[0] for line in lines if " step " in line] == ["stage1 step 2/4", "stage1 step 4/4"]
-    assert not any(line.startswith(("device", "starting")) for line in lines)
+    environment = os.environ | {"TERM": "xterm-256color", "PYTHONUNBUFFERED": "1"}
+    given, began = command(scene_shards, tmp_path / "run"), time.monotonic()
+    with subprocess.Popen(given, env=environment, stdout=-1, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout
+        said = [(time.monotonic(), line) for line in process.stdout]
+    assert process.returncode == 0
+    times = [began, *(at for at, _ in said)]
+    assert max(after - before for before, after in itertools.pairwise(times)) < SILENT_S
+    text = "".join(line for _, line in said)
+    assert "\x1b" not in text and "\r" not in text
+    figures = re.findall(r"^(stage1 step \d/4)  loss", text, re.MULTILINE)
+    assert figures == ["stage1 step 2/4", "stage1 step 4/4"]
+    assert not re.search(r"^(device|engine)", text, re.MULTILINE)
+
+
+def test_plain_lines_say_what_lasts_between_steps(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(terminal, "QUIET_S", 0.05)
+    with PlainTerminal("starting") as shown:
+        time.sleep(0.2)
+        shown.header({"stage": "stage1"})
+        shown.follow(Fixed("stage1", 2, "evaluate", 24, 60))
+        time.sleep(0.2)
+        shown.progress(ENTRY, 1000)
+        shown.follow(Fixed("stage1", 51, "forward"))
+        time.sleep(0.02)  # a line that has begun
+        capsys.readouterr()
+        time.sleep(0.2)
+        assert not capsys.readouterr().out, "figures come every metrics.log_every steps"
+        shown.follow(Fixed("stage1", 60, "save"))
+        time.sleep(0.2)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 1 and set(lines) <= {"stage1 60/1000  saving, 0:00"}
+    time.sleep(0.1)
+    assert not capsys.readouterr().out
+
+
+def test_passes_over_the_same_images_are_told_apart(tmp_path: Path):
+    watchdog, shown = Watchdog(tmp_path, WatchdogConfig(enabled=False)), PlainTerminal("starting")
+    shown.follow(watchdog)
+    watchdog.begin("evaluation")
+    watchdog.phase("evaluate")
+    lines = []
+    for _ in range(2):
+        for done in range(2):
+            watchdog.tick(done, 2)
+            lines.append(shown.line(shown._since).partition("scoring ")[2])
+    assert lines == [f"{done} of 2 images{again}, 0:00" for again in ("", ", pass 2") for done in range(2)]
+    watchdog.tick()
+    assert "images" not in shown.line(shown._since), "what is done aside is not counted"
+
+
+def test_plain_lines_begin_with_what_starts_and_count_images(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(terminal, "QUIET_S", 0.05)
+    with PlainTerminal("starting") as shown:
+        time.sleep(0.2)
+        shown.follow(Fixed("evaluation", 0, "evaluate", 24, 60))
+        time.sleep(0.2)
+    lines = list(dict.fromkeys(capsys.readouterr().out.splitlines()))
+    assert lines == ["starting, 0:00", "evaluation  scoring 24 of 60 images, 0:00"]
 
 
 class Fixed:
@@ -87,7 +152,7 @@ def live(*place: str | int) -> LiveTerminal:
 
 
 def test_the_live_line_has_what_is_known_and_no_figures_of_another_stage():
-    shown = live("stage1", 60, "forward", 0)
+    shown = live("stage1", 60, "forward")
     shown.event("started", {"step": 40})
     assert shown.line(0.0) == "|  stage1 60  first steps, 0:00  saved 40"
     shown.progress(ENTRY | RATES, 1000)
@@ -95,10 +160,10 @@ def test_the_live_line_has_what_is_known_and_no_figures_of_another_stage():
     shown.event("saved", {"step": 50})
     expected = "stage1 60/1000  loss 0.5000  8.0 samples/s  data wait 2 %  lr 6.0e-05 6.0e-04  "
     assert shown.line(0.25) == f"/  {expected}mIoU 43.21 (step 50)  saved 50  ETA 31:20"
-    shown.follow(Fixed("stage1", 60, "evaluate", 7))
-    assert "stage1 60/1000  scoring 7 images, 0:00  loss" in shown.line(100.0)
-    assert "scoring 7 images, 1:01  loss" in shown.line(161.0)
-    shown.follow(Fixed("stage2", 0, "start", 0))
+    shown.follow(Fixed("stage1", 60, "evaluate", 7, 60))
+    assert "stage1 60/1000  scoring 7 of 60 images, 0:00  loss" in shown.line(100.0)
+    assert "scoring 7 of 60 images, 1:01  loss" in shown.line(161.0)
+    shown.follow(Fixed("stage2", 0, "start"))
     assert shown.line(162.0) == "|  stage2  getting ready, 0:00"
 
 
@@ -107,10 +172,10 @@ def test_only_rank_0_on_a_terminal_that_can_redraw_has_a_live_line(monkeypatch: 
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("RANK", raising=False)
     assert is_watched() and isinstance(open_terminal("starting"), LiveTerminal)
-    for name, value in (("TERM", "dumb"), ("RANK", "1")):
+    for name, value, kind in (("TERM", "dumb", PlainTerminal), ("RANK", "1", Terminal)):
         with monkeypatch.context() as changed:
             changed.setenv(name, value)
-            assert not is_watched() and type(open_terminal("starting")) is Terminal
+            assert not is_watched() and type(open_terminal("starting")) is kind
 
 
 def test_what_is_said_directly_clears_the_live_line_first(monkeypatch: pytest.MonkeyPatch):
