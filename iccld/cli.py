@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         try:
             arguments = parse(argv)
-            return _run(arguments, sys.argv[1:] if argv is None else argv)
+            return _run_verb(arguments, sys.argv[1:] if argv is None else argv)
         except ModuleNotFoundError as missing:
             verb = (sys.argv[1:] if argv is None else argv)[0]
             print(f"iccld {verb} {remedy(missing)}", file=sys.stderr, flush=True)
@@ -78,7 +78,7 @@ def _outputs() -> list[TextIO]:
     return [stream for stream in (sys.stdout, sys.stderr) if stream is not None]  # None: the parent process closed it
 
 
-def _run(arguments: argparse.Namespace, words_given: Sequence[str]) -> int:
+def _run_verb(arguments: argparse.Namespace, words_given: Sequence[str]) -> int:
     given = list(words_given)
     guard_tracebacks(given, debug=arguments.debug)
     try:

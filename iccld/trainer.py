@@ -222,7 +222,7 @@ class Trainer:
         timer = PhaseTimer(engine.device, self.watchdog.phase)
         train = TrainingStep(self.stage, engine, timer)
         batches = engine.prefetch(batches, copying=lambda: timer.span(OVERLAPPED))
-        is_shown = self._show(start_step, timer, only_owed=True)
+        is_shown = self._score_and_draw(start_step, timer, only_owed=True)
         for step in range(start_step, config.num_steps):
             self.watchdog.step(step)
             with timer.phase("data"):
@@ -248,13 +248,13 @@ class Trainer:
             if is_save:
                 with timer.phase("save"):
                     self._save(done)
-            is_shown = self._show(done, timer)
+            is_shown = self._score_and_draw(done, timer)
         if not is_shown:
             self.checkpoints.wait()
             self._stop(config.num_steps, timer, is_new=False)
         return is_shown
 
-    def _show(self, step: int, timer: PhaseTimer, *, only_owed: bool = False) -> bool:
+    def _score_and_draw(self, step: int, timer: PhaseTimer, *, only_owed: bool = False) -> bool:
         """Score and draw what is due after `step` steps; `only_owed`: what an earlier attempt has not come to.
 
         Returns False if a signal has left some of it to the next attempt.

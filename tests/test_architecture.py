@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,13 @@ import pytest
 from tests.house_rules import RULES, Finding, Source, docstrings_begin_with_a_verb_or_a_noun, files_are_short
 
 ROOT = Path(__file__).parent.parent
+
+
+@cache
+def sources_in(folder: str) -> list[Source]:
+    """Read the folder's files once for all rules: a parsed file is kept."""
+    files = sorted((ROOT / folder).rglob("*.py"))
+    return [Source(p.relative_to(ROOT).as_posix(), p.read_text()) for p in files]
 
 
 def imported_modules(sources: Sequence[Source]) -> dict[str, set[str]]:
@@ -49,16 +57,14 @@ def broken_header(text: str) -> str:
 def test_house_rule(rule: Callable[[Source], Iterator[Finding]]):
     of_tests = rule in (files_are_short, docstrings_begin_with_a_verb_or_a_noun)
     folders = ["iccld", "launch", "tools", *(["tests"] if of_tests else [])]
-    files = sorted(p for folder in folders for p in (ROOT / folder).rglob("*.py"))
-    assert len(files) > 5, "the checks must see the package"
-    sources = [Source(p.relative_to(ROOT).as_posix(), p.read_text()) for p in files]
+    sources = [source for folder in folders for source in sources_in(folder)]
+    assert len(sources) > 5, "the checks must see the package"
     findings = [f"{source.path}:{line}: {message}" for source in sources for line, message in rule(source)]
     assert not findings, "\n" + "\n".join(findings)
 
 
 def test_no_imports_go_in_a_circle():
-    sources = [Source(p.relative_to(ROOT).as_posix(), p.read_text()) for p in (ROOT / "iccld").rglob("*.py")]
-    graph = imported_modules(sources)
+    graph = imported_modules(sources_in("iccld"))
     assert "iccld.models.blocks" in graph["iccld.models.iccld"], "the test must see imports"
     found = in_circles(graph)
     assert not found, f"{sorted(found)} import each other in a circle"

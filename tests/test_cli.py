@@ -4,8 +4,7 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,8 +14,8 @@ from iccld.data.storage.index import ShardIndex
 from iccld.data.stream.order import EpochOrder
 from iccld.runtime.faults.lock import locked
 from tests.factory import scene_overrides
+from tests.forked import Forked
 
-ROOT = Path(__file__).parents[1]
 QUICK = ["stage1.trainer.num_steps=2", "stage2.trainer.num_steps=2", "inference.num_steps=[1,2]"]
 
 
@@ -121,7 +120,8 @@ def test_evaluate_scores_the_student_or_another_model_beside_the_teacher(
 
 
 def test_a_stage_that_is_trained_later_is_scored_too(scene_shards: Path, tmp_path: Path):
-    overrides = [*scene_overrides(scene_shards, tmp_path), *QUICK]
+    few = ["inference.num_steps=[1]", "evaluation.max_images=1", "evaluation.diagnostic_images=1"]
+    overrides = [*scene_overrides(scene_shards, tmp_path), *QUICK, *few]
     assert main(["train", *overrides, "stages=[stage1]"]) == 0
     assert set(json.loads((tmp_path / "report/results.json").read_text())) == {"about", "stage1", "diagnostics"}
     assert main(["train", *overrides]) == 0
@@ -278,27 +278,31 @@ def test_evaluating_what_is_not_there(tmp_path: Path, run_dir: Path, capsys: pyt
     assert "neither a model folder" in refused(words, capsys)
 
 
-LAUNCH = [sys.executable, "-m", "iccld", "launch"]
+def launch(num_ranks: int, verb: list[str], log: Path) -> Forked:
+    """`iccld launch`, whose launcher is forked; the ranks of several are processes of their own."""
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    return Forked("iccld", ["launch", str(num_ranks), *verb], environment=environment, log=log)
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("num_ranks", "sent"), [(1, signal.SIGTERM), (2, signal.SIGTERM), (2, signal.SIGUSR1)])
+@pytest.mark.parametrize(("num_ranks", "sent"), [(1, signal.SIGTERM), (2, signal.SIGUSR1)])
 def test_a_signal_saves_and_the_same_command_goes_on(
     scene_shards: Path, tmp_path: Path, num_ranks: int, sent: signal.Signals
 ):
-    """A real signal to the real launcher: every rank ends, with a checkpoint and status 0; then it goes on."""
+    """A real signal to the real launcher: every rank ends, with a checkpoint and status 0; then it goes on.
+
+    The launcher of several ranks makes SIGTERM of SIGUSR1.
+    """
     settings = ["stage1.trainer.num_steps=16", "stages=[stage1]", "data.validation.shards="]
-    settings += ["stage1.trainer.micro_batch_size=1"]
-    command = [*LAUNCH, str(num_ranks), "train", *settings, *scene_overrides(scene_shards, tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
-        assert run.stdout is not None
-        for line in run.stdout:
-            if "step 3/16" in line:
-                run.send_signal(sent)
-        assert run.wait(timeout=60) == 0
+    train = ["train", *settings, "stage1.trainer.micro_batch_size=1", *scene_overrides(scene_shards, tmp_path)]
+    run = launch(num_ranks, train, log := tmp_path / "log")
+    while run.poll() is None and "step 3/16" not in log.read_text():
+        time.sleep(0.02)
+    run.send_signal(sent)
+    assert run.wait(timeout=60) == 0, log.read_text()
     events = [json.loads(line)["event"] for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     assert events[-1] == "preempted" and not (tmp_path / "stage1/final").exists()
-    assert subprocess.run(command, check=False, timeout=200).returncode == 0
+    assert main(train) == 0
     assert (tmp_path / "stage1/final/teacher/model.safetensors").is_file()
 
 
@@ -319,9 +323,9 @@ def test_what_one_rank_alone_cannot_read_is_said_in_one_line(scene_shards: Path,
         "stage1.trainer.micro_batch_size=1",
     ]
     overrides = [*scene_overrides(scene_shards, tmp_path / "run"), f"data.source.shards={shards}", *settings]
-    command = [*LAUNCH, "2", "train", "stages=[stage1]", *overrides]
-    run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
-    assert run.returncode == 2
-    (line,) = [line for line in run.stderr.splitlines() if "rank 1" in line]
+    log = tmp_path / "log"
+    assert launch(2, ["train", "stages=[stage1]", *overrides], log).wait(timeout=200) == 2
+    (line,) = [line for line in log.read_text().splitlines() if "rank 1" in line]
     assert index.key(number) in line and "shard-" in line
-    assert "Traceback" not in run.stderr and "master_addr" not in run.stderr, "a warning of torch about the launcher"
+    said = log.read_text()
+    assert "Traceback" not in said and "master_addr" not in said, "a warning of torch about the launcher"

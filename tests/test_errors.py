@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 import typing
 from collections.abc import Callable, Iterator
 from enum import Enum
@@ -26,6 +27,7 @@ from iccld.runtime.faults.preemption import SIGNALS, Preemption
 from iccld.settings import fields_of
 from iccld.suggestions import did_you_mean, for_key
 from tests.factory import scene_overrides
+from tests.forked import Forked
 
 ANY_NUMBER = {"seed"}
 """The numbers that may have any value."""
@@ -322,13 +324,12 @@ def test_a_fault_of_the_program_is_one_line_and_a_file(options: list[str], tmp_p
 
 def test_a_training_ended_by_ctrl_c_ends_with_130(scene_shards: Path, tmp_path: Path):
     settings = [*scene_overrides(scene_shards, tmp_path), "stages=[stage1]", "stage1.trainer.num_steps=500"]
-    command = [sys.executable, "-m", "iccld", "train", *settings, "data.validation.shards="]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
-        assert run.stdout is not None and run.stderr is not None
-        for line in run.stdout:
-            if "step 2/500" in line:
-                run.send_signal(signal.SIGINT)
-        assert run.wait(timeout=60) == 130 and "Traceback" not in run.stderr.read()
+    log, command = tmp_path / "log", ["train", *settings, "data.validation.shards="]
+    run = Forked("iccld", command, environment=dict(os.environ), log=log)
+    while run.poll() is None and "step 2/500" not in log.read_text():
+        time.sleep(0.02)
+    run.send_signal(signal.SIGINT)
+    assert run.wait(timeout=60) == 130 and "Traceback" not in log.read_text()
     assert (tmp_path / "stage1/checkpoints/latest").is_file()
 
 

@@ -11,7 +11,7 @@ from iccld.models.best_model import best_of
 from iccld.models.model_card import CARD_NAME, MAX_BYTES, WEIGHTS_NAME
 
 HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
-FILES = (CARD_NAME, WEIGHTS_NAME)
+MODEL_FILES = (CARD_NAME, WEIGHTS_NAME)
 MAX_WEIGHTS = 64 << 30
 """The most bytes of weights that are fetched: more than any model of this kind has."""
 
@@ -67,11 +67,13 @@ def _from_hub(name: str, revision: str | None) -> Path:
     """
     try:
         if constants.is_offline_mode():
-            return Path(snapshot_download(name, revision=revision, allow_patterns=[*FILES], local_files_only=True))
+            return Path(
+                snapshot_download(name, revision=revision, allow_patterns=[*MODEL_FILES], local_files_only=True)
+            )
         info = HfApi().model_info(name, revision=revision, files_metadata=True)
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
         _check_sizes(name, sizes)
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*FILES]))
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*MODEL_FILES]))
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         what = " ".join(str(error).split())[:200]
         raise ValueError(
@@ -85,8 +87,8 @@ def _from_hub(name: str, revision: str | None) -> Path:
 
 
 def _check_sizes(name: str, sizes: dict[str, int]) -> None:
-    if missing := [file for file in FILES if file not in sizes]:
+    if missing := [file for file in MODEL_FILES if file not in sizes]:
         raise ValueError(f"{name} on the hub has no {' and no '.join(missing)}; it is no model of iccld's.")
-    for file, limit in zip(FILES, (MAX_BYTES, MAX_WEIGHTS), strict=True):
+    for file, limit in zip(MODEL_FILES, (MAX_BYTES, MAX_WEIGHTS), strict=True):
         if sizes[file] > limit:
             raise ValueError(f"{name} on the hub: {file} has {sizes[file]:,} bytes, and at most {limit:,} are fetched.")

@@ -146,7 +146,7 @@ class Denoiser(nn.Module):
             if level < len(self.shrink):
                 x = self.shrink[level](x)
         for block in self.middle:
-            x = self._run(block, x, time, self.config.num_levels)
+            x = self._run_part(block, x, time, self.config.num_levels)
         middle = x
         for i, blocks in enumerate(self.up):
             outputs = skips.pop()
@@ -188,7 +188,7 @@ class Denoiser(nn.Module):
         outputs = []
         for parts in blocks.children():
             for part in parts.children():
-                x = self._run(part, x, time, level)
+                x = self._run_part(part, x, time, level)
             outputs.append(x)
         return x, outputs
 
@@ -196,10 +196,10 @@ class Denoiser(nn.Module):
         for parts, skip in zip(blocks.children(), reversed(skips), strict=True):
             x = torch.cat([x, skip], dim=1)
             for part in parts.children():
-                x = self._run(part, x, time, level)
+                x = self._run_part(part, x, time, level)
         return x
 
-    def _run(self, part: nn.Module, x: Tensor, time: Tensor, level: int) -> Tensor:
+    def _run_part(self, part: nn.Module, x: Tensor, time: Tensor, level: int) -> Tensor:
         if level < self.config.num_recomputed_levels and torch.is_grad_enabled():
             # No layer draws random numbers, so there is no generator state to save.
             return checkpoint(part, x, time, use_reentrant=False, preserve_rng_state=False)

@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Export or convert, and return 0. Raises ValueError if the user erred."""
     if os.path.lexists(arguments.output):
         raise ValueError(f"{arguments.output} exists; give a folder that does not.")
-    checkpoint = verify(_one(arguments.folder))
+    checkpoint = verify(_checked_folder(arguments.folder))
     if arguments.action == "export":
         export_model(checkpoint, arguments.output, weights=Weights(arguments.weights))
     else:
@@ -46,7 +46,7 @@ def export_model(checkpoint: Checkpoint, output: Path, *, weights: Weights) -> N
     manifest = checkpoint.manifest
     config = config_from(manifest["config"], where=str(checkpoint.folder / MANIFEST))
     stage = _filled_stage(checkpoint, config)
-    model, classes = stage.copy_models()[weights.value], config.data.class_set.build()
+    model, classes = stage.assemble_models()[weights.value], config.data.class_set.build()
     origin = origin_of(config, stage=manifest["stage"], weights=weights.value, step=checkpoint.step)
     origin |= {"checkpoint": str(checkpoint.folder)}
     model.save_pretrained(output, class_names=classes.names, palette=classes.palette, origin=origin)
@@ -98,7 +98,7 @@ def convert_checkpoint(checkpoint: Checkpoint, output: Path, *, num_files: int) 
     print(f"{output}: {num_files} files")
 
 
-def _one(folder: Path) -> Path:
+def _checked_folder(folder: Path) -> Path:
     if not (folder / MANIFEST).is_file():
         raise ValueError(
             f"{folder} is no checkpoint (no {MANIFEST}); give a folder like RUN_DIR/stage1/checkpoints/step_..."

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from iccld.runtime.checkpoint.manifest import FOLDER, CheckpointError, pointed_at, read_manifest, verify
+from iccld.runtime.checkpoint.manifest import STEP_FOLDER, CheckpointError, pointed_at, read_manifest, verify
 
 GIB = 1 << 30
 
@@ -88,8 +88,10 @@ def verify_checkpoints(folder: Path) -> int:
 
 def _checkpoints(folder: Path) -> Iterator[Path]:
     places = ("", "checkpoints/", "*/checkpoints/")  # a folder with copies, a stage's folder, or a run directory
-    found = [path for place in places for path in sorted(folder.glob(f"{place}step_*")) if FOLDER.fullmatch(path.name)]
-    found = [folder] if FOLDER.fullmatch(folder.name) else found
+    found = [
+        path for place in places for path in sorted(folder.glob(f"{place}step_*")) if STEP_FOLDER.fullmatch(path.name)
+    ]
+    found = [folder] if STEP_FOLDER.fullmatch(folder.name) else found
     if not found or not found[0].is_dir():
         raise ValueError(f"there are no checkpoints in {folder}; give a run directory that train wrote.")
     yield from (path.resolve() for path in found)

@@ -7,7 +7,7 @@ from typing import Any
 
 from iccld import plain_yaml
 
-FOLDER = Path(__file__).resolve().parents[1] / "accelerate_configs"
+ENGINE_FILES = Path(__file__).resolve().parents[1] / "accelerate_configs"
 """The files, as a checkout links them into the package and a wheel holds them."""
 
 KINDS = ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP", "DEEPSPEED")
@@ -16,9 +16,9 @@ PRECISIONS = ("no", "fp16", "bf16", "fp8")
 
 def engine_path(engine: str) -> Path:
     """Return the file of an engine: `zero2` is accelerate_configs/zero2.yaml; a path is itself. Raises ValueError."""
-    path = Path(engine) if engine.endswith((".yaml", ".yml")) else FOLDER / f"{engine}.yaml"
+    path = Path(engine) if engine.endswith((".yaml", ".yml")) else ENGINE_FILES / f"{engine}.yaml"
     if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in FOLDER.glob("*.yaml"))) or "none is installed"
+        known = ", ".join(sorted(file.stem for file in ENGINE_FILES.glob("*.yaml"))) or "none is installed"
         raise ValueError(f"engine={engine}: there is no {path}; use one of {known}, or the path of a YAML file.")
     return path
 

@@ -6,7 +6,7 @@ import struct
 from collections.abc import Mapping
 
 FIRST_PORT, NUM_PORTS = 10_000, 20_000  # below the range from which systems hand out ports themselves
-STRIDE = 7919
+PORT_STRIDE = 7919
 _SIOCGIFADDR = 0x8915
 
 
@@ -52,7 +52,7 @@ def master_port(job: int, *, restart: int = 0) -> int:
     Jobs that share a node have other ports, and so have attempts of one job: left-overs of an earlier one may hold its
     port.
     """
-    return FIRST_PORT + (job + STRIDE * restart) % NUM_PORTS
+    return FIRST_PORT + (job + PORT_STRIDE * restart) % NUM_PORTS
 
 
 def interface_towards(address: str) -> str:

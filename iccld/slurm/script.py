@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Iterator
 
 from iccld.slurm.config import Container, Launcher, SubmitConfig, Work
-from iccld.slurm.ranks import FIRST_PORT, NUM_PORTS, STRIDE
+from iccld.slurm.ranks import FIRST_PORT, NUM_PORTS, PORT_STRIDE
 
 NCCL = """\
 # NCCL chooses its network itself; where it chooses wrongly, say:
@@ -125,7 +125,7 @@ def _mounts(work: Work) -> list[str]:
 
 def _agent(config: SubmitConfig, work: Work) -> str:
     """Write the text for `bash -c` on each node. The agent would die of USR1, which is meant for the ranks."""
-    job = f"(SLURM_JOB_ID + {STRIDE} * ${{SLURM_RESTART_COUNT:-0}})"
+    job = f"(SLURM_JOB_ID + {PORT_STRIDE} * ${{SLURM_RESTART_COUNT:-0}})"
     options = [
         f"--config_file {shlex.quote(work.engine_file)}",
         f"--num_machines {config.nodes} --num_processes {config.num_ranks}",

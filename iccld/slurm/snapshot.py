@@ -22,7 +22,7 @@ from iccld.durable import (
 )
 
 PACKAGE = Path(__file__).resolve().parents[1]
-LINKED = "accelerate_configs"  # a folder of the package that is a link in a checkout, which rglob does not follow
+LINK = "accelerate_configs"  # a folder of the package that is a link in a checkout, which rglob does not follow
 
 COMPILED = "__pycache__"
 
@@ -34,7 +34,7 @@ LEFT_OVER_AFTER_S = 86_400.0
 
 def code_files() -> Iterator[tuple[str, Path]]:
     """Yield the path of each file in the copy, and its present path."""
-    found = {*PACKAGE.rglob("*"), *(PACKAGE / LINKED).rglob("*")}
+    found = {*PACKAGE.rglob("*"), *(PACKAGE / LINK).rglob("*")}
     for path in sorted(found):
         if path.is_file() and COMPILED not in path.parts:
             yield path.relative_to(PACKAGE.parent).as_posix(), path
@@ -119,7 +119,7 @@ def code_version(version: str) -> str:
 
 def code_facts(version: str) -> dict[str, str]:
     """Return what `code_version` tells, by name."""
-    changed = _git("status", "--porcelain", "--", "iccld", LINKED).splitlines()
+    changed = _git("status", "--porcelain", "--", "iccld", LINK).splitlines()
     return {
         "iccld": version,
         "code": code_hash(),

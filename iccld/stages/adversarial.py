@@ -152,7 +152,7 @@ class AdversarialStage(Stage):
         own = {"denoiser's average": self.teacher.module} if self.views.are_labelled_by_denoiser else {}
         return dict(self.model.named_children()) | super().parts() | own
 
-    def copy_models(self) -> dict[str, ICCLD]:
+    def assemble_models(self) -> dict[str, ICCLD]:
         teacher = copy.deepcopy(self.model)
         teacher.denoiser = self.teacher.module
         return {"teacher": teacher, "student": self.model}

@@ -73,10 +73,10 @@ class Stage(ABC):
         """Return the optimiser's groups: what trains, at which learning rate; each with a `name` if rates differ."""
 
     @abstractmethod
-    def copy_models(self) -> dict[str, ICCLD]:
-        """Return the models as they are now: `teacher`, which the next stage starts from, and `student`.
+    def assemble_models(self) -> dict[str, ICCLD]:
+        """Assemble the models as they are now: `teacher`, which the next stage starts from, and `student`.
 
-        Each model may be a copy: call this once, not in a loop.
+        They share parts with the stage, which trains on; other parts may be copies: call this once, not in a loop.
         """
 
     def pseudo_labels_of(self, batch: Mapping[str, Any]) -> Tensor | None:

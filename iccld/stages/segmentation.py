@@ -259,7 +259,7 @@ class SegmentationStage(Stage):
         teacher = {f"teacher {name}": part for name, part in self.teacher.module.named_children()}
         return super().parts() | teacher | ({"reference": self.reference} if self.reference is not None else {})
 
-    def copy_models(self) -> dict[str, ICCLD]:
+    def assemble_models(self) -> dict[str, ICCLD]:
         return {"teacher": self.teacher.module, "student": self.model}
 
     @torch.no_grad()
@@ -267,7 +267,7 @@ class SegmentationStage(Stage):
     def finish(self, batches: Iterable[Mapping[str, Any]]) -> None:
         """Measure the latent's mean and std per channel: stage 2 diffuses a latent of unit variance (as in LDM)."""
         domains = [domain for batch in batches for domain in batch.values()]
-        for model in self.copy_models().values():
+        for model in self.assemble_models().values():
             moments = [self._moments(model, domain) for domain in domains]
             z_0, condition = (torch.stack(of_batches).sum(dim=0) for of_batches in zip(*moments, strict=True))
             model.set_latent_statistics(z_0=z_0, condition=condition)

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 TOO_STRONG = 0.9
 """Accuracy of the discriminator: so sure of nine samples in ten that its loss, and its gradient, is nearly 0."""
-BLIND = 0.05
+BLIND_ABOVE_CHANCE = 0.05
 """Accuracy above chance: over three lines of 50 steps of 4 + 4 images, two standard errors of guessing are 0.02."""
 LONGER_WARM_START = "a longer stage1.objective.warm_start_steps"
 
@@ -53,7 +53,7 @@ def signs_of_discriminator(recent: Sequence[Mapping[str, Any]], *, is_ramped: bo
             f"stage2.objective.adversary_input, or a lower stage2.objective.discriminator_learning_rate."
         )
         return [Sign("strong_discriminator", words)]
-    if is_ramped and accuracy <= chance + BLIND:
+    if is_ramped and accuracy <= chance + BLIND_ABOVE_CHANCE:
         words = (
             f"{seen}: it sees no difference, and teaches the denoiser nothing; try another "
             f"stage2.objective.adversary_input, a higher stage2.objective.discriminator_learning_rate, or none of it, "

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-WIDEST = 1 / math.sqrt(12)
+MAX_WIDTH = 1 / math.sqrt(12)
 """The width of exponent 0, the plain mean of all steps."""
 
 
@@ -55,7 +55,7 @@ def exponent(width: float, *, setting: str = "") -> float:
 
     Raises ValueError, which names `setting`, outside of (0, 0.2886].
     """
-    if not 0 < width <= WIDEST:
+    if not 0 < width <= MAX_WIDTH:
         raise ValueError(
             f"{setting or f'width={width}'} must be between 0 and 0.2886 (the plain mean of all steps); "
             f"0.05 and 0.10 are usual."

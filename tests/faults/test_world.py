@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from iccld.outcome import AGAIN, REFUSED
-from iccld.runtime.checkpoint.manifest import FOLDER, verify
+from iccld.runtime.checkpoint.manifest import STEP_FOLDER, verify
 from tests.factory import scene_overrides
 from tests.forked import Forked
 
@@ -95,7 +95,7 @@ def test_a_disk_that_fills_up_is_named_and_what_was_saved_stays(
     assert all("No space left" in line and str(run_dir) in line and "ake room" in line for line in said), said
     checkpoints = run_dir / "stage1" / "checkpoints"
     newest = checkpoints / (checkpoints / "latest").read_text().strip()
-    assert FOLDER.fullmatch(newest.name) and verify(newest).step % 2 == 0
+    assert STEP_FOLDER.fullmatch(newest.name) and verify(newest).step % 2 == 0
     filler.unlink()
     again = start(command(scene_shards, run_dir, steps=400), log)
     until(log, f"step {verify(newest).step + 1}/")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from iccld.inference.source import FILES
+from iccld.inference.source import MODEL_FILES
 from tests.inference.hub import Hub, serving
 from tests.inference.test_model import save
 from tests.models.factory import trained_model
@@ -61,7 +61,7 @@ def test_a_model_goes_to_the_hub_with_its_card_and_comes_back_checked(folder: Pa
     readme = hub.files["me/model/README.md"]
     assert b"renderings" in readme and b"license: unknown" in readme and b"| 2 | cart |" in readme
     assert local == fetched == "kerb"
-    assert {name for name in hub.asked if "changed" not in name} == {f"me/model/{name}" for name in FILES}
+    assert {name for name in hub.asked if "changed" not in name} == {f"me/model/{name}" for name in MODEL_FILES}
     assert "has no model.safetensors; it is no model" in bare
     assert "config.json has 1,099,511,627,776 bytes" in large
     assert "its checksum differs" in changed

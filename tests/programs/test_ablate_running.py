@@ -48,7 +48,7 @@ finish()
 class StandIn(Ablation):
     """Rows are called after what their process does."""
 
-    def process(self, task: Task) -> list[str]:
+    def process_words(self, task: Task) -> list[str]:
         kind, settings = task.name.partition("-")[0], to_yaml(self.config(task))
         return [sys.executable, "-c", STAND_IN, str(self.run_dir(task)), kind, settings]
 

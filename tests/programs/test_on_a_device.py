@@ -20,7 +20,7 @@ def test_a_finished_stage_measures_its_latent_on_its_device(scene_shards: Path, 
     config = load_config(scene_overrides(scene_shards, tmp_path))
     stage = on_meta(build_stage("stage1", config, torch.device("cpu")))
     measured: list[Any] = []
-    for model in stage.copy_models().values():
+    for model in stage.assemble_models().values():
         model.set_latent_statistics = lambda **statistics: measured.append(SimpleNamespace(**statistics))
     with Engine(EngineConfig()) as engine:
         engine.device = META

@@ -14,7 +14,7 @@ from iccld.config import load_config
 from iccld.programs.profile import profile
 from iccld.programs.run.building import build_stage, build_stream
 from iccld.programs.run.synthetic import flops_per_sample, synthetic_batch, synthetic_batches
-from iccld.runtime.measure.profiling import OUTSIDE, PHASES
+from iccld.runtime.measure.profiling import BETWEEN_STEPS, PHASES
 from tests.factory import scene_overrides
 from tests.faults.ranks import Ranks
 
@@ -30,7 +30,7 @@ def check(figures: dict[str, Any], world_size: int) -> None:
     assert figures["world_size"] == len(figures["ranks"]) == world_size
     for rank in figures["ranks"]:
         assert len(rank["step_s"]) == 4 and rank["peak_bytes"] > 1e6
-        assert set(rank["phases"]) == {*PHASES, "copy"} - set(OUTSIDE)
+        assert set(rank["phases"]) == {*PHASES, "copy"} - set(BETWEEN_STEPS)
         assert 0 < sum(rank["phases"].values()) < 1.5 * max(rank["step_s"])
     flops = figures["flops_per_sample"]
     by_part = figures["flops_by_part"].values()

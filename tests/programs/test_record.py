@@ -9,6 +9,7 @@ import pytest
 
 from iccld.programs.run.metric_lines import curve, number, read_entries
 from iccld.programs.run.record import BEAT_S, differing, read_record, read_records, shown
+from iccld.programs.run.saved_scores import SavedResults, SavedScores
 from tests.programs.recorded_runs import make_run
 
 
@@ -28,6 +29,36 @@ def test_an_unfinished_run_has_the_newest_and_the_best_score_of_its_training(tmp
         file.write(json.dumps({"stage": "stage1", "step": 199, "miou": 1.0}) + "\n")
     record = read_record(run)
     assert record.score == ("stage1", 1.0) and record.best_score == ("stage1", 20 + 149 / 8)
+
+
+def test_a_run_may_have_any_stage_but_none_that_leads_out_of_it(tmp_path: Path):
+    run = make_run(tmp_path / "run", stages=["stage3"])
+    for file in filter(Path.is_file, run.rglob("*")):
+        if file.suffix in (".yaml", ".json", ".jsonl"):
+            file.write_text(file.read_text().replace("stage1", "stage3"))
+    (run / "stage1").rename(run / "stage3")
+    for name in ("..", "/etc", "a/b", 7, ["x"]):
+        with (run / "events.jsonl").open("a") as file:
+            file.write(json.dumps({"event": "finished", "time": 1.8e9, "stage": name, "step": 9}) + "\n")
+    record = read_record(run)
+    assert record.all_stages == record.stages == ["stage3"] and record.position == ("stage3", 200)
+    assert record.score == record.best_score == ("stage3", 64.57)
+    (run / "stage3/final").rename(run / "stage3/gone")
+    assert read_record(run).state != "finished"
+
+
+def test_a_run_of_which_no_stage_is_known_is_not_finished(tmp_path: Path):
+    run = make_run(tmp_path / "run")
+    for name in ("config.yaml", "events.jsonl", "metrics.jsonl"):
+        (run / name).write_text("")
+    assert read_record(run).all_stages == [] and read_record(run).state == "not started"
+
+
+def test_the_last_stage_is_scored_with_the_first_number_of_steps_that_denoise():
+    scores = [SavedScores({}, {}, number) for number in range(6)]
+    names = ["stage1", "stage2 x0", "stage2 x4", "stage2 x1", "mean latent"]
+    last = [SavedResults(dict(zip(names[:count], scores, strict=False)), {}, {}).last for count in range(6)]
+    assert [found and found[0] for found in last] == [None, "stage1", "stage1", *["stage2 x4"] * 3]
 
 
 def test_a_run_is_running_while_its_lock_beats_and_ends_as_its_last_event_says(tmp_path: Path):

@@ -10,21 +10,21 @@ from iccld.config import Config
 from iccld.diagnostics import YARDSTICK, Diagnosis, Figure
 from iccld.programs.run.metric_lines import read_entries
 from iccld.programs.run.signs import (
-    APART,
-    RECENT,
+    NUM_LINES,
+    TOO_FAR_APART,
     VIEWS_APART,
     signs_of_diagnosis,
     signs_of_training,
     tell,
 )
 from iccld.runtime.measure.telemetry import write_event
-from iccld.stages.signs import BLIND, TOO_STRONG, Sign
+from iccld.stages.signs import BLIND_ABOVE_CHANCE, TOO_STRONG, Sign
 
 RAMP = Config().stage2.objective.adversarial_ramp_steps
 DOMAINS = ("source", "target", "mixed")
 
 
-def lines(stage: str = "stage2", *, first: int = RAMP, count: int = RECENT, **values: Any) -> list[dict[str, Any]]:
+def lines(stage: str = "stage2", *, first: int = RAMP, count: int = NUM_LINES, **values: Any) -> list[dict[str, Any]]:
     return [{"format": 2, "stage": stage, "step": first + 50 * i, "loss": 1.0, **values} for i in range(count)]
 
 
@@ -42,8 +42,8 @@ def names(entries: list[dict[str, Any]], stage: str = "stage2") -> list[str]:
         (1.0, ["strong_discriminator"]),
         (TOO_STRONG + 0.001, ["strong_discriminator"]),
         (TOO_STRONG - 0.001, []),
-        (1 / 3 + BLIND + 0.001, []),
-        (1 / 3 + BLIND - 0.001, ["blind_discriminator"]),
+        (1 / 3 + BLIND_ABOVE_CHANCE + 0.001, []),
+        (1 / 3 + BLIND_ABOVE_CHANCE - 0.001, ["blind_discriminator"]),
         (0.1, ["blind_discriminator"]),
     ],
 )
@@ -78,10 +78,10 @@ def test_before_the_end_of_the_ramp_a_discriminator_may_be_blind_but_not_strong(
 
 def test_a_sign_lasts_over_recent_lines_of_its_own_stage():
     strong, fair = accuracy(1.0), accuracy(0.6)
-    assert names(lines(count=RECENT - 1, **strong)) == []
+    assert names(lines(count=NUM_LINES - 1, **strong)) == []
     assert names([*lines(count=5, **strong), *lines(first=5000, **fair)]) == []
     assert names([*lines(count=5, **fair), *lines(first=5000, **strong)]) == ["strong_discriminator"]
-    scores = [{"stage": "stage2", "step": 9000 + i, "miou": 1.0} for i in range(RECENT)]
+    scores = [{"stage": "stage2", "step": 9000 + i, "miou": 1.0} for i in range(NUM_LINES)]
     others = lines("stage1", first=9000, **fair)
     assert names([*lines(**strong), *scores, *others]) == ["strong_discriminator"]
 
@@ -91,7 +91,7 @@ def test_student_and_teacher_apart_are_told_of(more: float):
     expected = ["apart"] if more > 0 else []
     assert names(lines("stage1", disagreement=VIEWS_APART + more), "stage1") == expected
     figures = {name: Figure(50.0, 25.0, 0.0) for name in ("stage1", YARDSTICK)}
-    figures["student"] = Figure(50.0, 25.0, 100 * (APART + more))
+    figures["student"] = Figure(50.0, 25.0, 100 * (TOO_FAR_APART + more))
     assert [sign.name for sign in signs_of_diagnosis(Diagnosis(figures, 8))] == expected
 
 

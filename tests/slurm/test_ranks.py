@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from iccld.slurm.engine_file import FOLDER, engine_path, engine_variables
+from iccld.slurm.engine_file import ENGINE_FILES, engine_path, engine_variables
 from iccld.slurm.ranks import FIRST_PORT, NUM_PORTS, interface_towards, master_port, rank_environment, tasks_per_node
 
 STEP = {
@@ -74,7 +74,7 @@ def test_ranks_see_what_accelerate_s_launcher_would_have_set(engine: str):
         "env = prepare_deepspeed_cmd_env(a)[1] if a.use_deepspeed else prepare_multi_gpu_env(a)\n"
         "print(json.dumps({k: str(v) for k, v in env.items()}))\n"
     )
-    command = [sys.executable, "-c", code, str(FOLDER / f"{engine}.yaml")]
+    command = [sys.executable, "-c", code, str(ENGINE_FILES / f"{engine}.yaml")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True, env={**os.environ})
     theirs = json.loads(done.stdout.splitlines()[-1])
     assert {name: theirs.get(name) for name in said} == said

@@ -88,7 +88,7 @@ def train(
 def score(stage: Stage, step: int) -> None:
     """Segment an image of another size, as scoring between steps does."""
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        logits = stage.copy_models()["teacher"].segment(torch.rand(1, 3, 40 + 8 * step, 72))
+        logits = stage.assemble_models()["teacher"].segment(torch.rand(1, 3, 40 + 8 * step, 72))
     assert logits.shape[-2:] == (40 + 8 * step, 72)
 
 

@@ -148,7 +148,7 @@ def test_a_waiting_copy_a_literal_and_a_read_are_found() -> None:
 def test_a_step_does_not_wait_on_a_gpu(name: str) -> None:
     with Engine(EngineConfig(compile=Compile.none)) as engine:
         stage = STAGES[name][0]()
-        for module in (stage.module, stage.copy_models()["student"], stage.teacher.module):
+        for module in (stage.module, stage.assemble_models()["student"], stage.teacher.module):
             module.to(engine.device)
         engine.attach(stage.module, stage.param_groups(), layout=layout_for(engine, 1), gradient_clip=1.0)
         stage.start()

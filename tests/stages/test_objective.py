@@ -220,7 +220,7 @@ def test_the_twins_model_is_asked_once_and_without_noise():
     stage = make_stage(deterministic=True)
     images, asked = torch.rand(2, 3, 32, 64), []
     noises = [torch.randn(2, 4, 4, 8) for _ in range(2)]
-    for model in stage.copy_models().values():
+    for model in stage.assemble_models().values():
         model.denoiser.register_forward_hook(lambda _, inputs, output: asked.append((inputs, output)))
         with torch.no_grad():
             first, second = (

@@ -50,7 +50,7 @@ def spread(model: ICCLD) -> ICCLD:
 
 @pytest.mark.parametrize("condition", ConditionKind)
 def test_an_untrained_residual_gives_stage_1_exactly(condition: ConditionKind):
-    for model in make_stage(latent=RESIDUAL, condition=condition).copy_models().values():
+    for model in make_stage(latent=RESIDUAL, condition=condition).assemble_models().values():
         with torch.no_grad():
             expected = spread(model).segment(IMAGES)
             assert torch.equal(model.denoise_segment(IMAGES, noise=torch.randn(2, 4, 4, 8), num_steps=1), expected)

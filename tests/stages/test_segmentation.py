@@ -182,7 +182,7 @@ def test_the_latents_statistics_make_it_of_zero_mean_and_unit_variance():
     stage = make_stage()
     batches = [random_batch(num_classes=5, numbers=range(4 * i, 4 * i + 4)) for i in range(2)]
     stage.finish(batches)
-    for model in stage.copy_models().values():
+    for model in stage.assemble_models().values():
         images = torch.cat([batch[d]["images"].float() / 255 for batch in batches for d in ("source", "target")])
         with torch.no_grad():
             latent = (model.encoder(images).latent - model.latent_mean.view(1, -1, 1, 1)) / model.latent_std.view(

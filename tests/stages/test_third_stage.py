@@ -95,7 +95,7 @@ class ToyStage(Stage):
     def parts(self) -> dict[str, nn.Module]:
         return super().parts() | {"encoder": self.model.encoder}
 
-    def copy_models(self) -> dict[str, ICCLD]:
+    def assemble_models(self) -> dict[str, ICCLD]:
         teacher = copy.deepcopy(self.model)
         teacher.decoder = self.teacher.module
         return {"teacher": teacher, "student": self.model}

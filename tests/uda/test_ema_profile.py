@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from iccld.uda.ema_profile import (
-    WIDEST,
+    MAX_WIDTH,
     EmaProfileConfig,
     PowerAverages,
     Profile,
@@ -20,7 +20,7 @@ from iccld.uda.ema_profile import (
     snapshot_weights,
 )
 
-WIDTHS = st.floats(0.005, WIDEST)
+WIDTHS = st.floats(0.005, MAX_WIDTH)
 STEPS = st.integers(1, 100_000)
 PROFILES = st.builds(Profile, STEPS, WIDTHS)
 NODES, SHARES = np.polynomial.legendre.leggauss(300)  # exact to degree 599; a product has 2 * 198 at the width 0.005

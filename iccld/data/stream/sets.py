@@ -79,7 +79,11 @@ def open_sets(config: DataConfig, role: str, *, with_labels: bool) -> list[OpenS
 
 @contextmanager
 def sets_kept_open() -> Iterator[None]:
-    """Open each set once within the block, and keep it open: index and shards stay those that were checked."""
+    """Open each set once within the block, and keep it open: index and shards stay those that were checked.
+
+    A verb opens the block for its process, since its checks, streams, scoring and pictures open the same sets and know
+    nothing of each other.
+    """
     _kept.append({})
     try:
         yield

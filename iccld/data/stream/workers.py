@@ -24,7 +24,7 @@ SHARED_MEMORY = "/dev/shm"
 PRELOADED = ["iccld.data.stream.stream", "iccld.data.storage.remote"]  # importing these starts no thread
 ORPHANED_S = 2.0  # between two checks that the parent still lives
 DYING_S = 2.0  # from a broken connection until the worker's end is known
-LOST = (EOFError, ConnectionError, FileNotFoundError)  # what a fetch raises when its worker is gone
+WORKER_GONE = (EOFError, ConnectionError, FileNotFoundError)  # what a fetch raises when its worker is gone
 SERVER_GONE = 255  # multiprocessing's status for a worker whose server is gone
 MAX_TEMPORARY = 107 - len("/pymp-01234567/listener-01234567")  # a socket's path has at most 107 bytes
 SWITCH_S = 1e-3  # the training process waits for a worker's thread that hands tensors over, Python's 5 ms for each
@@ -149,7 +149,7 @@ def _hearing_deaths_within(deliveries: Iterator[T]) -> Iterator[T]:
             return
         except Exception as error:
             _look_after(workers, for_s=DYING_S, error=error)
-            if workers and (isinstance(error, LOST) or str(error).startswith("DataLoader worker")):
+            if workers and (isinstance(error, WORKER_GONE) or str(error).startswith("DataLoader worker")):
                 raise WorkerDied(_last_words("ended")) from error
             raise
         yield delivery

@@ -46,13 +46,13 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.slurm:
         return _submit(ablation, arguments)
     if arguments.dry_run:
-        return _show(ablation)
+        return _print_states(ablation)
     if arguments.report_only:
         return _report(ablation, arguments)
     return _train(ablation, arguments)
 
 
-def _show(ablation: "Ablation") -> int:
+def _print_states(ablation: "Ablation") -> int:
     from iccld.programs.ablate.running import states_of
     from iccld.programs.ablate.tasks import tasks_of
 

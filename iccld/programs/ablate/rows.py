@@ -59,7 +59,7 @@ class Ablation:
         other = Task(self.grid.rows[task.name].initial, task.seed)
         return final_folder(self.run_dir(other), first_stage()) / "teacher"
 
-    def process(self, task: Task) -> list[str]:
+    def process_words(self, task: Task) -> list[str]:
         """Return the command of the process that trains it."""
         return [sys.executable, "-m", "iccld", *self._launch(), *self.words(task)]
 

@@ -127,7 +127,7 @@ class Trainings:
         slot = min(set(range(self.num_processes)) - {each.slot for each in self._running.values()})
         with open_to_append(self.ablation.run_dir(task) / LOG_NAME) as log:
             process = subprocess.Popen(
-                self.ablation.process(task),
+                self.ablation.process_words(task),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

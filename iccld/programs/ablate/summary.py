@@ -120,7 +120,7 @@ def figures_of(ablation: Ablation) -> dict[str, RowFigures]:
         for seed in ablation.grid.seeds:
             task = Task(name, seed)
             if has_finished(ablation, task):
-                row.runs[seed] = _run(ablation, task)
+                row.runs[seed] = _summarised(ablation, task)
             else:
                 row.missing.append(seed)
     return rows
@@ -131,7 +131,7 @@ def scored_as(config: Config) -> str:
     return STAGES[config.stages[-1]].main_score(config.inference)
 
 
-def _run(ablation: Ablation, task: Task) -> Run:
+def _summarised(ablation: Ablation, task: Task) -> Run:
     run_dir, config = ablation.run_dir(task), ablation.config(task)
     saved = read_results(own_results(config))
     results, scored = named_results(saved), scored_as(config)

@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 
-from iccld.slurm.engine_file import FOLDER, engine_path
+from iccld.slurm.engine_file import ENGINE_FILES, engine_path
 
 DESCRIPTION = """\
 Run a verb with several ranks on this machine: one a GPU or, without GPUs, on its cores.
@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Launch, and return the exit status of the first rank that failed, or 0. Raises ValueError."""
     num_ranks, engine, command = split(arguments)
     path = engine_path(engine)
-    if num_ranks == 1 and path == FOLDER / "ddp.yaml":  # needs no launcher
+    if num_ranks == 1 and path == ENGINE_FILES / "ddp.yaml":  # needs no launcher
         os.execv(sys.executable, [sys.executable, "-m", "iccld", *command])
     from iccld.runtime.measure.terminal import open_terminal
 

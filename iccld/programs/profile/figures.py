@@ -13,7 +13,7 @@ from iccld.runtime.engine.engine import Engine
 from iccld.runtime.measure import memory
 from iccld.runtime.measure.flops import StepFlops
 from iccld.runtime.measure.peaks import measured_flops, nominal_flops, wait_for
-from iccld.runtime.measure.profiling import OUTSIDE, OVERLAPPED, PHASES, PhaseTimer, Seconds
+from iccld.runtime.measure.profiling import BETWEEN_STEPS, OVERLAPPED, PHASES, PhaseTimer, Seconds
 from iccld.runtime.tensors import bytes_of
 from iccld.stages.base import Stage
 
@@ -24,8 +24,8 @@ def of_this_rank(steps: list[Seconds], stage: Stage, engine: Engine) -> dict[str
         "host": host_name(),
         "peak_bytes": memory.peak_memory(engine.device),
         "held_bytes": {part: sum(map(bytes_of, of.values())) for part, of in parts_held(stage, engine).items()},
-        "step_s": [step["total"] - sum(step.get(phase, 0.0) for phase in OUTSIDE) for step in steps],
-        "phases": {phase: _median(steps, phase) for phase in (*PHASES, OVERLAPPED) if phase not in OUTSIDE},
+        "step_s": [step["total"] - sum(step.get(phase, 0.0) for phase in BETWEEN_STEPS) for step in steps],
+        "phases": {phase: _median(steps, phase) for phase in (*PHASES, OVERLAPPED) if phase not in BETWEEN_STEPS},
     }
 
 

@@ -106,7 +106,7 @@ def profile_stage(
     memory.restart_peak(engine.device)
     with explained_out_of_memory(stage, layout, own, engine, watchdog=watchdog):
         attach(stage, engine, layout, gradient_clip=plan.gradient_clip)
-        of_this_rank = _run(stage, layout, plan.num_steps, config, engine, options, watchdog, folder)
+        of_this_rank = _measured(stage, layout, plan.num_steps, config, engine, options, watchdog, folder)
     watchdog.phase("finish")
     ranks = engine.ranks.gather(of_this_rank)
     return {
@@ -131,7 +131,7 @@ def _version(package: str) -> str:
         return "unknown"
 
 
-def _run(
+def _measured(
     stage: Stage,
     layout: BatchLayout,
     end: int,

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from iccld.durable import replacing, write_whole
 from iccld.outcome import naming
-from iccld.runtime.measure.profiling import OUTSIDE, OVERLAPPED, PHASES, WAITS
+from iccld.runtime.measure.profiling import BETWEEN_STEPS, OVERLAPPED, PHASES, WAITING
 
 COLOURS = {
     "data": "#e0a526",
@@ -71,14 +71,14 @@ def rates_of(figures: Figures) -> str:
 
 def phases_of(rank: Figures) -> dict[str, float]:
     """Return the seconds a step; `other` is what is between the phases. What is overlapped is left out."""
-    known = {name: rank["phases"][name] for name in PHASES if name not in OUTSIDE}
+    known = {name: rank["phases"][name] for name in PHASES if name not in BETWEEN_STEPS}
     median = sorted(rank["step_s"])[len(rank["step_s"]) // 2]
     return {**known, "other": max(median - sum(known.values()), 0.0)}
 
 
 def slow_rank(figures: Figures) -> int:
     """Return the rank whose own work takes longest, waiting left out."""
-    own = [sum(s for name, s in phases_of(rank).items() if name not in WAITS) for rank in figures["ranks"]]
+    own = [sum(s for name, s in phases_of(rank).items() if name not in WAITING) for rank in figures["ranks"]]
     return own.index(max(own))
 
 

@@ -10,7 +10,7 @@ WIDTH, HEIGHT = 430, 230
 LEFT, RIGHT, TOP, BOTTOM = 52, 16, 10, 38
 MAX_POINTS = 400
 """The most points of a curve; longer curves are thinned evenly, and keep the last point."""
-FEW = 40
+MAX_MARKED_POINTS = 40
 """The most points that are marked one by one."""
 NUM_COLOURS = 8
 LOG_FROM = 50.0
@@ -84,7 +84,7 @@ def _curve(name: str, points: Points, number: int, x_axis: Axis, y_axis: Axis) -
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
     dashed = " dashed" if number // NUM_COLOURS % 2 else ""
     parts = [tag("polyline", points=path, class_=f"line l{_colour(number)}{dashed}")]
-    if len(points) <= FEW:
+    if len(points) <= MAX_MARKED_POINTS:
         for (x, y), (step, value) in zip(places, points, strict=True):
             says = tag("title", f"{name}, {step:,.0f}: {value:.5g}")
             parts.append(tag("circle", says, cx=f"{x:.1f}", cy=f"{y:.1f}", r=2.5, class_=f"dot d{_colour(number)}"))

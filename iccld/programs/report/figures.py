@@ -8,7 +8,7 @@ from iccld.programs.report.markup import Markup, section, swatch, tag
 from iccld.programs.report.pictures import Picture, pictures_of
 from iccld.programs.run.ledger import CATEGORIES
 from iccld.programs.run.metric_lines import curve, names_of
-from iccld.programs.run.record import STAGES, Record, shown
+from iccld.programs.run.record import Record, shown
 
 CURVES = {
     "loss": "sum of the losses",
@@ -34,7 +34,7 @@ MAX_BARS = 20  # attempts
 def curves(records: Sequence[Record]) -> Markup:
     """Charts of each stage: of one run its losses and rates, of several each metric side by side."""
     parts: list[Markup] = []
-    for stage in STAGES:
+    for stage in dict.fromkeys(stage for record in records for stage in record.all_stages):
         charts = list(_of_one(records[0], stage) if len(records) == 1 else _of_several(records, stage))
         parts += [tag("h3", stage), tag("div", *charts, class_="charts")] if charts else []
     return section("Curves", *parts)

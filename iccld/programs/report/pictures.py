@@ -19,7 +19,7 @@ from iccld.durable import is_real_folder
 from iccld.programs.run.record import Record, shown
 from iccld.reading import read_limited
 
-FOLDERS = ("pictures", "predictions", "report")
+PICTURE_FOLDERS = ("pictures", "predictions", "report")
 MAX_SHOWN = 12  # the most pictures of a run
 MAX_LISTED = 10_000  # the most files that are looked at below a folder
 MAX_BYTES = 64 << 20
@@ -42,7 +42,7 @@ class Picture:
 def pictures_of(record: Record) -> list[Picture]:
     """Some of each folder, at most `MAX_SHOWN` (see `_chosen`); what cannot be read is noted in the record."""
     found: list[Picture] = []
-    for folder in FOLDERS:
+    for folder in PICTURE_FOLDERS:
         paths = _chosen(sorted(_files(record.run_dir / folder), key=_natural))
         for path in paths[: MAX_SHOWN - len(found)]:
             try:

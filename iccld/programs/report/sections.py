@@ -8,11 +8,11 @@ from typing import Any
 from iccld.durable import is_real_folder
 from iccld.programs.report.markup import Markup, joined, section, swatch, table, tag
 from iccld.programs.run.metric_lines import number
-from iccld.programs.run.record import ABSENT, STAGES, Record, differing, shown, words_of
+from iccld.programs.run.record import ABSENT, Record, differing, shown, words_of
 from iccld.programs.run.saved_scores import MEANS, SavedScores
 from iccld.redact import redact
 
-NONE = Markup("&ndash;")
+NO_VALUE = Markup("&ndash;")
 MAX_CHECKPOINTS = 200  # that are listed, of a stage
 MAX_ROWS = 400  # of a table of settings
 
@@ -34,20 +34,20 @@ def _standing(record: Record) -> dict[str, str]:
     ranks = [shown(str(layout[name])) for name in ("engine", "world_size", "precision") if name in layout]
     return {
         "state": tag("span", record.state, class_=f"state {record.state.split()[0]}"),
-        "stage and step": f"{stage}, {step:,}" + (f" of {planned:,.0f}" if planned else "") if stage else NONE,
+        "stage and step": f"{stage}, {step:,}" + (f" of {planned:,.0f}" if planned else "") if stage else NO_VALUE,
         "last mIoU": _score(record.score),
         "best mIoU": _score(record.best_score),
-        "goodput": NONE if record.goodput is None else f"{100 * record.goodput:.1f} %",
-        "wall time": hours(sum(record.seconds.values())) if record.attempts else NONE,
+        "goodput": NO_VALUE if record.goodput is None else f"{100 * record.goodput:.1f} %",
+        "wall time": hours(sum(record.seconds.values())) if record.attempts else NO_VALUE,
         "attempts": str(len(record.attempts)),
-        "samples per second": NONE if speed is None else f"{speed:.3g}",
-        "memory of a rank": NONE if memory is None else f"{memory:.2f} GiB",
-        "engine, ranks, precision": ", ".join(ranks) or NONE,
+        "samples per second": NO_VALUE if speed is None else f"{speed:.3g}",
+        "memory of a rank": NO_VALUE if memory is None else f"{memory:.2f} GiB",
+        "engine, ranks, precision": ", ".join(ranks) or NO_VALUE,
     }
 
 
 def _score(score: tuple[str, float] | None) -> str:
-    return NONE if score is None else f"{score[1]:.2f} % ({score[0]})"
+    return NO_VALUE if score is None else f"{score[1]:.2f} % ({score[0]})"
 
 
 def hours(seconds: float) -> str:
@@ -105,7 +105,7 @@ def _cells(values: Sequence[float | None], colour: str | None, *, with_gain: boo
     first = values[0]
     for i, value in enumerate(values):
         if value is None:
-            yield NONE
+            yield NO_VALUE
             continue
         fill = f"width:{min(max(value, 0.0), 100.0):.1f}%" + (f";background:{colour}" if colour else "")
         meter = tag("div", tag("i", style=fill), class_="meter")
@@ -134,7 +134,7 @@ def diagnostics(records: Sequence[Record]) -> Markup:
 
 
 def _number(value: float | None) -> str:
-    return NONE if value is None else f"{value:.2f}"
+    return NO_VALUE if value is None else f"{value:.2f}"
 
 
 def warnings(records: Sequence[Record]) -> Markup:
@@ -182,7 +182,7 @@ def checkpoints(records: Sequence[Record]) -> Markup:
     """List the checkpoints that are there, and the finished models."""
     parts: list[Markup] = []
     for record in records:
-        rows = [row for stage in STAGES for row in _checkpoints(record.run_dir / stage, stage)]
+        rows = [row for stage in record.all_stages for row in _checkpoints(record.run_dir / stage, stage)]
         parts += [_titled(record, records), table(["stage", "step", "GiB", ""], rows)] if rows else []
     return section("Checkpoints", *parts)
 
@@ -213,7 +213,7 @@ def changed_settings(records: Sequence[Record], defaults: Mapping[str, Any]) -> 
     for key in keys:
         values = [record.settings.get(key, ABSENT) for record in records]
         if any(value not in (ABSENT, defaults.get(key)) for value in values):
-            usual = words_of(defaults[key]) if key in defaults else NONE
+            usual = words_of(defaults[key]) if key in defaults else NO_VALUE
             rows.append((key, *map(words_of, values), usual))
     head = ["setting", *(record.name if len(records) > 1 else "value" for record in records), "default"]
     parts = [table(head, rows[:MAX_ROWS], class_="settings")] if rows else []

@@ -16,7 +16,7 @@ from iccld.config import Config, differences
 from iccld.durable import make_folder, refuse_links, refuse_unless_plain, sync, write_whole
 from iccld.programs.run.hand_off import final_folder, is_finished
 from iccld.programs.run.saved_scores import of_own_models
-from iccld.runtime.checkpoint.manifest import FOLDER
+from iccld.runtime.checkpoint.manifest import STEP_FOLDER
 from iccld.runtime.measure.tensorboard import TensorBoardRun
 from iccld.stages.table import STAGES
 from iccld.trainer import TrainerConfig, learning_rate_factor
@@ -73,7 +73,9 @@ def check_extension(run_dir: Path, found: list[Extension], stages: list[str]) ->
                 f"stages=[{','.join(stages)}] does not train; use stage=all, or leave it at {each.before}."
             )
         checkpoints = run_dir / each.stage / "checkpoints"
-        if is_finished(run_dir, each.stage) and not any(FOLDER.fullmatch(path.name) for path in checkpoints.glob("*")):
+        if is_finished(run_dir, each.stage) and not any(
+            STEP_FOLDER.fullmatch(path.name) for path in checkpoints.glob("*")
+        ):
             raise ValueError(
                 f"{each.setting}={each.num_steps} cannot be reached from {each.before}: {checkpoints} holds no "
                 f"checkpoint to go on from (stage1_from copies none); extend the run that has them, or use another "

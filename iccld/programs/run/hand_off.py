@@ -37,10 +37,10 @@ from iccld.stages.predictor import Weights
 from iccld.stages.table import STAGES, first_stage
 
 HAND_OFF_NAME = "hand_off.json"
-LEFT = (Weights.teacher.value, Weights.student.value)
+MODELS_LEFT = (Weights.teacher.value, Weights.student.value)
 """The models that a finished stage leaves."""
 _FILES = "|".join(map(re.escape, (CARD_NAME, WEIGHTS_NAME, README_NAME)))
-is_ours = holds_only(rf"hand_off\.json|({'|'.join(LEFT)})/({_FILES})")
+is_ours = holds_only(rf"hand_off\.json|({'|'.join(MODELS_LEFT)})/({_FILES})")
 STATISTICS = ("latent_mean", "latent_std", "condition_mean", "condition_std")
 
 
@@ -72,7 +72,7 @@ def hand_over(stage: Stage, config: Config, *, step: int) -> None:
     make_folder(folder.parent, within=Path(config.run_dir))
     scratch = scratch_folder(folder, is_ours=is_ours)
     classes = config.data.class_set.build()
-    models = stage.copy_models()
+    models = stage.assemble_models()
     for weights, model in models.items():
         origin = origin_of(config, stage=stage.name, weights=weights, step=step)
         model.save_pretrained(scratch / weights, class_names=classes.names, palette=classes.palette, origin=origin)
@@ -166,8 +166,8 @@ def handed_over(name: str, config: Config) -> tuple[Path, HandOff]:
     remedy = f"remove {final}, and the same command with stage=all makes it again from {said}'s last checkpoint"
     try:
         facts = build(HandOff, read_json(path), where=str(path))
-        if facts.weights not in LEFT:  # a path would lead elsewhere
-            raise ValueError(f"weights={facts.weights!r} must be one of {[*LEFT]}")
+        if facts.weights not in MODELS_LEFT:  # a path would lead elsewhere
+            raise ValueError(f"weights={facts.weights!r} must be one of {[*MODELS_LEFT]}")
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read ({error}); {remedy}.") from error
     classes = list(config.data.class_set.build().names)

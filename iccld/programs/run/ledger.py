@@ -23,7 +23,7 @@ CATEGORIES = {
 }
 """Categories of wall time; their sum is the whole. The first is productive."""
 
-REST = {"launched": "start", "started": "start", "preempted": "save", "finished": "other", "stopped": "other"}
+BEFORE = {"launched": "start", "started": "start", "preempted": "save", "finished": "other", "stopped": "other"}
 """Category of the time before each of these events, since the event before it."""
 
 
@@ -87,8 +87,8 @@ def _attempt(events: list[Event], resumed: Mapping[str, int], *, after: float) -
             for name, share in _steps(event, resumed.get(event["stage"])).items():
                 attempt.seconds[name] += share
             attempt.num_steps += event["num_steps"]
-        elif kind in REST:
-            attempt.seconds[REST[kind]] += seconds
+        elif kind in BEFORE:
+            attempt.seconds[BEFORE[kind]] += seconds
         else:  # the background writes `saved` in the midst of a step
             continue
         cursor = max(event["time"], cursor)

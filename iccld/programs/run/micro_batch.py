@@ -25,7 +25,7 @@ from iccld.config import Config
 from iccld.eager import without_compiled_code
 from iccld.node import host_name
 from iccld.programs.run.out_of_memory import explained_out_of_memory
-from iccld.runtime.checkpoint.manifest import FOLDER, pointed_at, read_manifest
+from iccld.runtime.checkpoint.manifest import STEP_FOLDER, pointed_at, read_manifest
 from iccld.runtime.engine.engine import Engine, EngineKind
 from iccld.runtime.faults.watchdog import Watchdog
 from iccld.runtime.measure import memory
@@ -133,7 +133,7 @@ def _number_before(folder: Path, plan: TrainerConfig, trials: Trials) -> int:
     engine, model = trials.engine, trials.config.model
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         name = pointed_at(folder / "checkpoints")
-        manifest = read_manifest(folder / "checkpoints" / name) if FOLDER.fullmatch(name) else {}
+        manifest = read_manifest(folder / "checkpoints" / name) if STEP_FOLDER.fullmatch(name) else {}
         layout, parts = manifest["layout"], manifest["config"]["model"]
         kept = [parts[part].get("activation_checkpointing", False) for part in ("encoder", "denoiser")]
         now = [model.encoder.activation_checkpointing, model.denoiser.activation_checkpointing]

@@ -4,6 +4,7 @@ What cannot be read is left out, and a note says so. Secrets that an earlier ver
 """
 
 import os
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,10 +24,16 @@ from iccld.settings import flat
 
 T = TypeVar("T")
 
-STAGES = ("stage1", "stage2")
+STAGE_NAME = re.compile(r"[a-z][a-z0-9_]{0,40}")
+"""The name of a stage, and so of a folder; a run directory may be a stranger's."""
+MAX_STAGES = 20
 BEAT_S = 60.0
 """A lock that was written more recently than this is held by a run that lives."""
-MARKS = ("config.yaml", "events.jsonl", "metrics.jsonl")
+SECTION = ".trainer.num_steps"
+"""End of a setting that each stage's section has."""
+PLACED = ("progress", "started", "finished")
+"""Events that say how far a stage is."""
+RUN_FILES = ("config.yaml", "events.jsonl", "metrics.jsonl")
 """The files of which a run directory has at least one."""
 
 
@@ -58,17 +65,30 @@ class Record:
         wall = sum(self.seconds.values())
         return self.seconds["training"] / wall if wall else None
 
+    @cached_property
+    def all_stages(self) -> list[str]:
+        """Return the stages that the settings, events or lines name, those of the settings in the order of training."""
+        sections = [key.removesuffix(SECTION) for key in self.settings if key.endswith(SECTION)]
+        lines = (*(event for event in self.events if event["event"] in PLACED), *self.entries)
+        found = [*sections, *(self._chosen() or []), *(line.get("stage") for line in lines)]
+        names = dict.fromkeys(name for name in found if isinstance(name, str) and STAGE_NAME.fullmatch(name))
+        return [*names][:MAX_STAGES]
+
     @property
     def stages(self) -> list[str]:
         """Return the stages that the run trains."""
+        chosen = self._chosen()
+        return [stage for stage in self.all_stages if chosen is None or stage in chosen]
+
+    def _chosen(self) -> list[Any] | None:
         given = self.settings.get("stages")
-        return [stage for stage in STAGES if not isinstance(given, list) or stage in given]
+        return given if isinstance(given, list) else None
 
     @property
     def position(self) -> tuple[str, int]:
         """Return the stage that was trained last, and its steps done; ("", 0) before the first."""
         for event in reversed(self.events):
-            if event["event"] in ("progress", "started", "finished") and event.get("stage") in STAGES:
+            if event["event"] in PLACED and event.get("stage") in self.all_stages:
                 step = event.get("step")
                 return event["stage"], step if isinstance(step, int) else 0
         return "", 0
@@ -78,16 +98,16 @@ class Record:
         """Return name and mIoU in per cent of the newest score: of the results, else of the newest training line."""
         if (last := self.results.last) and (miou := last[1].means["miou"]) is not None:
             return last[0], miou
-        lines = [(stage, values) for stage in reversed(STAGES) if (values := self.mious(stage))]
+        lines = [(stage, values) for stage in reversed(self.all_stages) if (values := self.mious(stage))]
         return (lines[0][0], lines[0][1][-1][1]) if lines else None
 
     @property
     def best_score(self) -> tuple[str, float] | None:
         """Return the name and mIoU in per cent of the best score, also in training; the mean latent is no model."""
-        found = [(stage, miou) for stage in STAGES for _, miou in self.mious(stage)]
+        found = [(stage, miou) for stage in self.all_stages for _, miou in self.mious(stage)]
         for label, scores in self.results.scores.items():
             miou = scores.means["miou"]
-            found += [(label, miou)] if label.startswith(STAGES) and miou is not None else []
+            found += [(label, miou)] if label.startswith(tuple(self.all_stages)) and miou is not None else []
         return max(found, key=lambda pair: pair[1], default=None)
 
     def mious(self, stage: str) -> list[tuple[int, float]]:
@@ -99,7 +119,7 @@ class Record:
         """Return `running`, `finished`, `stopped` (by a signal), `failed` (by an error or a kill), or `not started`."""
         if _is_held(self.run_dir):
             return "running"
-        if all(is_real_folder(self.run_dir / stage / "final") for stage in self.stages):
+        if self.stages and all(is_real_folder(self.run_dir / stage / "final") for stage in self.stages):
             return "finished"
         kinds = [event["event"] for event in self.events if event["event"] not in ("saved", "warning")]
         if not kinds:
@@ -109,7 +129,7 @@ class Record:
 
 def is_run(folder: Path) -> bool:
     """Tell whether a folder looks like a run directory, also of a run that is torn."""
-    return sum((folder / mark).is_file() for mark in MARKS) >= (2 if not (folder / "events.jsonl").is_file() else 1)
+    return sum((folder / mark).is_file() for mark in RUN_FILES) >= (2 if not (folder / "events.jsonl").is_file() else 1)
 
 
 def read_record(run_dir: Path, name: str = "") -> Record:

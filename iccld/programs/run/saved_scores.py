@@ -1,5 +1,6 @@
 """Reading of the scores of a run's `report/`, without torch; the files may be a stranger's, and are checked."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 from iccld.programs.run.metric_lines import number
 from iccld.reading import MIB, read_json
 
-OWN = ("results.json", "results_student.json", "results_best.json")
+OWN_RESULTS = ("results.json", "results_student.json", "results_best.json")
 """The run's own models by its own settings; the first that is there counts."""
 MAX_CLASSES = 255
 MEANS = {
@@ -38,10 +39,10 @@ class SavedResults:
 
     @property
     def last(self) -> tuple[str, SavedScores] | None:
-        """The score of the last stage: of stage 2 with the first number of steps that denoise."""
-        of_stage2 = [label for label in self.scores if label.startswith("stage2 x") and label != "stage2 x0"]
-        label = next(iter(of_stage2), "stage1" if "stage1" in self.scores else "")
-        return (label, self.scores[label]) if label else None
+        """The score of the last stage, with the first number of steps that denoise if it denoises."""
+        own = [label for label in self.scores if re.fullmatch(r"\S+( x[1-9]\d*)?", label)]  # controls: more words
+        stages = [label.partition(" ")[0] for label in own]
+        return (label := own[stages.index(stages[-1])], self.scores[label]) if own else None
 
 
 NOTHING = SavedResults({}, {}, {})
@@ -49,7 +50,7 @@ NOTHING = SavedResults({}, {}, {})
 
 def of_own_models(run_dir: Path) -> list[Path]:
     """The files, as far as they are there, with scores of the run's own models."""
-    return [path for name in OWN if (path := run_dir / "report" / name).is_file()]
+    return [path for name in OWN_RESULTS if (path := run_dir / "report" / name).is_file()]
 
 
 def read_own(run_dir: Path) -> SavedResults:

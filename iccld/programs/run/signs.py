@@ -17,9 +17,9 @@ from iccld.stages import diagnostics
 from iccld.stages.signs import Sign, mean_of
 from iccld.stages.table import STAGES
 
-RECENT = 3
+NUM_LINES = 3
 """The last logged lines that a sign is looked for in, together: one line may hold few samples."""
-APART = 0.25
+TOO_FAR_APART = 0.25
 """Share of the validation images' pixels that student and teacher give different classes; sound runs have 0.02 to 0.2
 (the more, the shorter they are)."""
 VIEWS_APART = 0.6
@@ -28,10 +28,10 @@ with half of it pasted over. That alone sets them apart, by 0.4 in a short run t
 
 
 def signs_of_training(entries: Sequence[Mapping[str, Any]], config: Config, stage: str) -> list[Sign]:
-    """Find signs in the last `RECENT` logged lines of a stage; none if there are fewer lines."""
+    """Find signs in the last `NUM_LINES` logged lines of a stage; none if there are fewer lines."""
     lines = [entry for entry in entries if entry["stage"] == stage and "loss" in entry]
-    recent = lines[-RECENT:]
-    if len(recent) < RECENT:
+    recent = lines[-NUM_LINES:]
+    if len(recent) < NUM_LINES:
         return []
     found = STAGES[stage].signs(recent, stage_settings(stage, config))
     share = mean_of(recent, diagnostics.DISAGREEMENT)
@@ -44,7 +44,7 @@ def signs_of_diagnosis(diagnosis: Diagnosis) -> list[Sign]:
     figures = diagnosis.figures
     found = _of_blur(figures["denoised" if "denoised" in figures else "stage1"], figures[YARDSTICK])
     if "student" in figures:
-        found += _of_disagreement(figures["student"].changed / 100, "of validation images", most=APART)
+        found += _of_disagreement(figures["student"].changed / 100, "of validation images", most=TOO_FAR_APART)
     return found
 
 

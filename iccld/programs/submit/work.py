@@ -17,7 +17,7 @@ from iccld.programs.profile import command as profile
 from iccld.programs.train import command as train
 from iccld.redact import holds_secret
 from iccld.slurm.config import Variant, Work
-from iccld.slurm.engine_file import FOLDER, engine_path, engine_variables
+from iccld.slurm.engine_file import ENGINE_FILES, engine_path, engine_variables
 from iccld.slurm.snapshot import PACKAGE, code_hash
 
 VERBS: dict[str, Any] = {"train": train, "profile": profile, "evaluate": evaluate}
@@ -76,7 +76,9 @@ def jobs_of(
         code=str(code),
         folder=str(Path.cwd()),
         variables=engine_variables(path),
-        engine_file=str(code / PACKAGE.name / FOLDER.name / path.name if path.parent == FOLDER else path.absolute()),
+        engine_file=str(
+            code / PACKAGE.name / ENGINE_FILES.name / path.name if path.parent == ENGINE_FILES else path.absolute()
+        ),
     )
     elements = list(_elements(seeds, variants))
     if command[0] != "train" and (chain or elements):

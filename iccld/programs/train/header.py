@@ -13,7 +13,7 @@ from iccld.stages.base import Stage
 
 def header_of(stage: Stage, layout: BatchLayout, config: Config, engine: Engine) -> dict[str, str]:
     """Return the facts by name; `stage` is not yet the engine's, so that each rank holds all of it."""
-    total = sum(p.numel() for p in stage.copy_models()["student"].parameters()) if engine.ranks.is_main else 0
+    total = sum(p.numel() for p in stage.assemble_models()["student"].parameters()) if engine.ranks.is_main else 0
     trained = sum(p.numel() for group in stage.param_groups() for p in group["params"])
     accumulated = f", {layout.num_accumulation} micro-batches a rank" if layout.num_accumulation > 1 else ""
     return {

@@ -212,7 +212,7 @@ def _validate(stage: Stage, config: Config, engine: Engine, give_up: GiveUp, *, 
 
     What they, and the lines logged so far, warn of is told now, and the best teacher is kept.
     """
-    models = whole_stage(stage, config, engine).copy_models()
+    models = whole_stage(stage, config, engine).assemble_models()
     model = models["teacher"]
     kind, inference = STAGES[stage.name], config.inference
     fewest = min(filter(None, kind.num_steps(inference)), default=0)
@@ -259,7 +259,7 @@ def _about(stage: Stage, config: Config, stream: TrainingStream) -> Mapping[str,
         "model": model,
         "data": stream.fingerprints(),
         "origin": handed_over(previous, config)[1].model_sha256 if previous else config.initial_model,
-        "rebuilding_config": stage.copy_models()["student"].rebuilding_config(),
+        "rebuilding_config": stage.assemble_models()["student"].rebuilding_config(),
         "config": resolved,
     }
     return json.loads(json.dumps(about))  # as a resume reads it: keys are strings

@@ -1,6 +1,6 @@
 """Dtypes that a checkpoint may hold, by name: reading a manifest alone needs no torch."""
 
-STORED = {
+SAFETENSORS_CODES = {
     "float64": "F64",
     "float32": "F32",
     "float16": "F16",

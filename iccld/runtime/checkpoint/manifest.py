@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from iccld.durable import NotOursError, file_checksum, is_plain_name, refuse_unless_plain, write_whole
 from iccld.reading import read_json, read_limited
-from iccld.runtime.checkpoint.dtypes import STORED
+from iccld.runtime.checkpoint.dtypes import SAFETENSORS_CODES
 
 if TYPE_CHECKING:
     from iccld.runtime.checkpoint.pieces import TensorReader
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
-FOLDER = re.compile(r"step_\d{8}")
+STEP_FOLDER = re.compile(r"step_\d{8}")
 """The name of a checkpoint's folder."""
 MAX_BYTES = 1 << 28
 
@@ -141,7 +141,7 @@ def _is_entry(entry: Any, files: Mapping[str, Any]) -> bool:
             rows = [[piece[0], *piece[1:]] for piece in pieces if isinstance(piece, list) and len(piece) == 3]
             is_whole = len(rows) == len(pieces) and all(isinstance(row[0], str) and row[0] in files for row in rows)
             counts = [*shape, *(number for row in rows for number in row[1:])]
-            return is_whole and dtype in STORED and all(map(_is_count, counts))
+            return is_whole and dtype in SAFETENSORS_CODES and all(map(_is_count, counts))
     return False
 
 

@@ -19,10 +19,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from iccld.durable import create
-from iccld.runtime.checkpoint.dtypes import STORED
+from iccld.runtime.checkpoint.dtypes import SAFETENSORS_CODES
 
 # The names of safetensors' header; https://github.com/huggingface/safetensors#format
-SAFETENSORS_DTYPES = {getattr(torch, name): code for name, code in STORED.items()}
+SAFETENSORS_DTYPES = {getattr(torch, name): code for name, code in SAFETENSORS_CODES.items()}
 
 
 class Run(NamedTuple):

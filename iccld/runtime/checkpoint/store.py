@@ -26,7 +26,7 @@ from iccld.durable import is_real_folder, make_folder, remove_tree, scratch_fold
 from iccld.outcome import Interrupted
 from iccld.ranges import at_least, check_ranges
 from iccld.runtime.checkpoint.manifest import (
-    FOLDER,
+    STEP_FOLDER,
     Checkpoint,
     CheckpointError,
     DamagedError,
@@ -42,7 +42,7 @@ from iccld.runtime.ranks import Ranks
 ALIGNMENT = 64  # bytes
 PIECE_BYTES = 1 << 28
 SCRATCH = re.compile(r"step_\d{8}(\.[0-9a-f]{8})?\.tmp")
-FILE = re.compile(r"rank_\d{5}\.safetensors|\.?manifest\.json(\..*tmp)?")
+CHECKPOINT_FILE = re.compile(r"rank_\d{5}\.safetensors|\.?manifest\.json(\..*tmp)?")
 
 
 class UnsavedError(CheckpointError, Interrupted):
@@ -191,7 +191,7 @@ class CheckpointStore:
 
     def folders(self) -> list[Path]:
         """Return the committed checkpoints' folders, oldest first."""
-        return sorted(p for p in self.folder.glob("step_*") if p.is_dir() and FOLDER.fullmatch(p.name))
+        return sorted(p for p in self.folder.glob("step_*") if p.is_dir() and STEP_FOLDER.fullmatch(p.name))
 
     def newest(self) -> Checkpoint | None:
         """Return the newest whole checkpoint; rank 0 looks for it, so that all ranks go on from the same one.
@@ -255,7 +255,7 @@ def is_torn(scratch: Path) -> bool:
         found = list(scratch.iterdir())
     except OSError:  # what cannot be listed may hold anything
         return False
-    return is_real_folder(scratch) and all(FILE.fullmatch(path.name) and not path.is_dir() for path in found)
+    return is_real_folder(scratch) and all(CHECKPOINT_FILE.fullmatch(path.name) and not path.is_dir() for path in found)
 
 
 def _together(

@@ -5,7 +5,7 @@ Too few are reported before anything has begun: a library that meets the limit m
 
 import resource
 
-ENOUGH = 65_536
+ENOUGH_FILES = 65_536
 
 
 def check_open_files(*, num_workers: int, world_size: int) -> None:
@@ -13,7 +13,7 @@ def check_open_files(*, num_workers: int, world_size: int) -> None:
     # Gloo connects each rank with all others, on whichever machine: in three groups, and rank 0 holds the store.
     needed = 32 + 8 * num_workers + 4 * (world_size - 1)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    allowed = ENOUGH if hard == resource.RLIM_INFINITY else min(hard, ENOUGH)
+    allowed = ENOUGH_FILES if hard == resource.RLIM_INFINITY else min(hard, ENOUGH_FILES)
     if soft != resource.RLIM_INFINITY and soft < allowed:
         resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
     if allowed < needed:

@@ -31,7 +31,7 @@ from iccld.runtime.measure.terminal import Place
 from iccld.runtime.ranks import Ranks, is_failure, num_begun, write_record
 
 LOST_BEATS = 3  # a rank whose beat stands still for so many beats is gone
-SAID = 4  # the most ranks that one line names
+MAX_NAMED = 4  # the most ranks that one line names
 END_S = 30.0  # limit of exit handlers that may hang
 
 
@@ -72,20 +72,20 @@ class Watchdog:
         self._beat, self._started_by, self._stop = 0, os.getppid(), threading.Event()
         self._peers, self._ending = self._new_peers(), threading.Lock()
         self.refusal = Refusal(self.beats_in / "heartbeats", attempt)
-        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def begin(self, stage: str) -> None:
         """Begin a stage, or the work after the last one."""
         self._steps_begun = 0
-        self._go(stage=stage, step=0, phase="start")
+        self._move(stage=stage, step=0, phase="start")
 
     def step(self, step: int) -> None:
         self._steps_begun += 1
         self.has_trained |= self._steps_begun > 1
-        self._go(step=step)
+        self._move(step=step)
 
     def phase(self, name: str) -> None:
-        self._go(phase=name)
+        self._move(phase=name)
 
     def __str__(self) -> str:
         return f"rank {self.rank} on {host_name()} in {self._heartbeat().place}"
@@ -117,7 +117,7 @@ class Watchdog:
         place = self._place
         return Place(place.stage, place.step, place.phase, place.done, place.total, place.passes)
 
-    def _go(self, **where: str | int) -> None:
+    def _move(self, **where: str | int) -> None:
         place = self._place
         moved: Any = {"moves": place.moves + 1, "since": time.monotonic(), "done": 0, "total": 0, "passes": 0, **where}
         self._place = place._replace(**moved)
@@ -139,7 +139,7 @@ class Watchdog:
         faulthandler.dump_traceback_later(limit + WATCHED_BEATS * self.config.beat_s, exit=True, file=2)
 
     def __enter__(self) -> Self:
-        self._go()
+        self._move()
         if self.config.enabled:
             make_folder(self.beats_in / "heartbeats", within=self.run_dir)
             self._write()
@@ -159,7 +159,7 @@ class Watchdog:
         if error is not None and self.world_size > 1:
             faulthandler.dump_traceback_later(END_S, exit=True, file=2)  # others wait for its end
 
-    def _run(self) -> None:
+    def _watch(self) -> None:
         while not self._stop.wait(self.config.beat_s):
             place, now, limit = self._place, time.monotonic(), self._limit()
             self._arm(limit)
@@ -228,8 +228,10 @@ class Watchdog:
         own = self._heartbeat()
         waiting = [rank for rank in sorted(seen) if rank not in causes]
         speaks = waiting[0] if waiting else min(causes)
-        if self.rank == speaks or self.rank in list(causes)[:SAID]:
-            words = list(causes.values())[:SAID] + [f"and {len(causes) - SAID} more"] * (len(causes) > SAID)
+        if self.rank == speaks or self.rank in list(causes)[:MAX_NAMED]:
+            words = list(causes.values())[:MAX_NAMED] + [f"and {len(causes) - MAX_NAMED} more"] * (
+                len(causes) > MAX_NAMED
+            )
             words += [f"{own} {why or 'waits'} in {own.place} since {own.in_phase_s:.0f} s"] * (self.rank not in causes)
             words += ["no rank is behind; a device or the network stands still"] * (not causes)
             say("watchdog: " + "; ".join([*words, f"stacks in {self._logs()}"]))
@@ -245,7 +247,7 @@ class Watchdog:
         os._exit(STOPPED_BY_WATCHDOG)
 
     def _note(self, causes: Mapping[int, str], seen: Mapping[int, Heartbeat]) -> None:
-        for rank, what in list(causes.items())[:SAID]:
+        for rank, what in list(causes.items())[:MAX_NAMED]:
             known = seen.get(rank)
             where = {"host": known.host, "phase": known.phase, "step": known.step} if known else {}
             sure = len(causes) < self.world_size or self.world_size == 1  # else no rank could be told from the others

@@ -76,10 +76,10 @@ class MetricsConfig:
         return Logger.wandb in self.loggers and self.wandb is not WandbMode.disabled
 
 
-LOST = 0.02
+LOST_SHARE = 0.02
 """A bin with less than a fiftieth of its share is as good as gone. Rare-class sampling shows some classes ten times as
 often as they are: a bin must not seem lost for that."""
-RARE = 1e-4
+RARE_SHARE = 1e-4
 """A share below which the reference itself has next to nothing of a bin, so that it cannot be lost."""
 
 
@@ -278,14 +278,14 @@ class MetricsLogger:
 def compared(name: str, counts: Sequence[float], reference: Sequence[float]) -> dict[str, Any]:
     """Two histograms as a line has them: half the L1 distance of their shares, in [0, 1], and the bins that are lost.
 
-    A bin is lost whose share is below `LOST` of its share in the reference, unless that has next to none of it either.
-    Nothing where either counts nothing.
+    A bin is lost whose share is below `LOST_SHARE` of its share in the reference, unless that has next to none of it
+    either. Nothing where either counts nothing.
     """
     if not sum(counts) or not sum(reference):
         return {}
     shares = [(count / sum(counts), other / sum(reference)) for count, other in zip(counts, reference, strict=True)]
     distance = sum(abs(share - other) for share, other in shares) / 2
-    lost = [i for i, (share, other) in enumerate(shares) if other >= RARE and share < LOST * other]
+    lost = [i for i, (share, other) in enumerate(shares) if other >= RARE_SHARE and share < LOST_SHARE * other]
     return {f"{name}/distance": distance, f"{name}/lost": lost}
 
 

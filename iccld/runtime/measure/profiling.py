@@ -16,10 +16,10 @@ from torch import Tensor
 PHASES = ("data", "agree", "prepare", "forward", "backward", "sync", "optimizer", "average", "save", "evaluate")
 """Phases in their order. `sync`: from the end of this rank's own backward pass until the gradients of all are there."""
 
-OUTSIDE = ("save", "evaluate")
+BETWEEN_STEPS = ("save", "evaluate")
 """Phases between steps; the others are parts of a step."""
 
-WAITS = ("agree", "sync")
+WAITING = ("agree", "sync")
 """Waiting for other ranks: a rank that waits long is a fast one."""
 
 OVERLAPPED = "copy"

@@ -4,9 +4,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from iccld.runtime.measure.profiling import OUTSIDE, OVERLAPPED, WAITS, Seconds
+from iccld.runtime.measure.profiling import BETWEEN_STEPS, OVERLAPPED, WAITING, Seconds
 
-SLOW = 1.1  # multiple of the median
+SLOW_RATIO = 1.1  # multiple of the median
 
 
 class RankSeconds(NamedTuple):
@@ -19,14 +19,14 @@ class RankSeconds(NamedTuple):
 
 def own_seconds(seconds: Mapping[str, float]) -> float:
     """Return a rank's seconds of its steps, without its waits for others and without what is between steps."""
-    return seconds["total"] - sum(seconds.get(name, 0.0) for name in (*WAITS, *OUTSIDE))
+    return seconds["total"] - sum(seconds.get(name, 0.0) for name in (*WAITING, *BETWEEN_STEPS))
 
 
 def rates(
     ranks: Sequence[RankSeconds], num_timed: int, *, global_batch_size: int, flops: float, peak_flops: float
 ) -> dict[str, Any]:
     """A line's facts on speed. `flops`: floating-point operations a sample; `peak_flops`: a rank's a second, or 0."""
-    totals = [rank.seconds["total"] - sum(rank.seconds.get(name, 0.0) for name in OUTSIDE) for rank in ranks]
+    totals = [rank.seconds["total"] - sum(rank.seconds.get(name, 0.0) for name in BETWEEN_STEPS) for rank in ranks]
     total = max(*totals, 1e-9)
     samples_per_s = num_timed * global_batch_size / total
     achieved = flops * samples_per_s / len(ranks)
@@ -67,13 +67,15 @@ def slowest(ranks: Sequence[RankSeconds], num_timed: int) -> dict[str, Any]:
 
 def _own_parts(seconds: Mapping[str, float]) -> Seconds:
     """Return the parts whose sum is `own_seconds`; `other` is between the phases."""
-    parts = {name: value for name, value in seconds.items() if name not in ("total", OVERLAPPED, *WAITS, *OUTSIDE)}
+    parts = {
+        name: value for name, value in seconds.items() if name not in ("total", OVERLAPPED, *WAITING, *BETWEEN_STEPS)
+    }
     return {**parts, "other": own_seconds(seconds) - sum(parts.values())}
 
 
 def slow_rank_words(facts: Mapping[str, Any]) -> str:
     """Describe the slow rank for the terminal; "" if no rank is much slower than the others."""
-    if facts.get("slow_rank_over_others", 0.0) < SLOW:
+    if facts.get("slow_rank_over_others", 0.0) < SLOW_RATIO:
         return ""
     rank, phase = f"rank {facts['slow_rank']} on {facts['slow_rank_host']}", facts["slow_rank_phase"]
     return f"  slow: {rank}, {facts['slow_rank_over_others']:.2f}x in {phase}"
