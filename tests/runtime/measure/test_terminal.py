@@ -91,7 +91,7 @@ def test_a_pipe_gets_plain_lines(scene_shards: Path, tmp_path: Path):
 
 def test_plain_lines_say_what_lasts_between_steps():
     shown, now = PlainTerminal("starting"), time.monotonic()
-    assert [shown.due(now + s) for s in (1, 3.5, 4, 6.4)] == ["", "starting, 0:03", "", ""]
+    assert [shown.due(now + s) for s in (1, 3.2, 4, 6.1)] == ["", "starting, 0:03", "", ""]
     shown.header({"stage": "stage1"})
     shown.follow(Fixed("stage1", 2, "evaluate", 24, 60))
     scoring = "stage1 2  scoring 24 of 60 images"
