@@ -114,7 +114,7 @@ def sample(
     """Follow `denoise(z_t, t) -> z_0_pred` from `noise` `(B, C, h, w)` in `num_steps` steps; return z_0.
 
     guess: of z_0, `(B, C, h, w)`: sampling begins from it with noise, at the share `start` of the diffusion's steps;
-    None: from the noise alone. A start that has fewer steps of the diffusion than `num_steps` is moved back.
+    None: from the noise alone. With more steps than are left there, it begins earlier.
     """
     last = len(alpha_bar) if guess is None else max(num_steps, round(start * len(alpha_bar)))
     steps = trailing_timesteps(num_steps, num_train_steps=last)

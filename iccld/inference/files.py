@@ -28,7 +28,6 @@ _NAME_ERRORS = {getattr(errno, name) for name in ("ENAMETOOLONG", "EILSEQ", "EIN
 """The errors of writing that are about one name; all others are about the disk."""
 
 LEGEND = "legend.png"
-PICTURES = (".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".ppm", ".tif", ".tiff")
 
 Segment = Callable[[np.ndarray, int], Prediction]
 """Function of an image `(H, W, 3)` uint8, and of the number that keys its noise, to the model's prediction."""
@@ -56,7 +55,7 @@ def predict_files(
     """
     if output.suffix.lower() == ".png" and not output.is_dir():
         return [_predict_one(inputs, output, segment, with_probabilities=with_probabilities)]
-    if output.suffix.lower() in PICTURES and not output.is_dir():
+    if output.suffix.lower() in IMAGE_SUFFIXES and not output.is_dir():
         raise ValueError(f"predict: the output {output} would be a folder; label pictures are PNGs: end it in .png.")
     jobs, failures = _jobs(inputs, output, with_probabilities=with_probabilities)
     written: list[Path] = []

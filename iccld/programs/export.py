@@ -164,7 +164,7 @@ def _write_onnx(module: "nn.Module", inputs: tuple["Tensor", ...], file: Path) -
 
 @contextlib.contextmanager
 def _quiet(logger: str) -> Iterator[None]:
-    """Drop warnings of a logger, such as those about packages that the model does not use, and of torch's future."""
+    """Drop warnings of a logger, such as those about packages that the model does not use, and FutureWarnings."""
     found = logging.getLogger(logger)
     level = found.level
     found.setLevel(logging.ERROR)

@@ -19,6 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("input", type=Path, nargs="+", help="images, folders of images, patterns in quotes, or one video")
     add("output", type=Path, help="a folder, or a file for one image (.png) or a video (.mp4)")
     add("--num-steps", type=int, default=0, help="denoising steps; 0 (default): the decoder alone")
+    add("--solver", choices=["ddim", "dpm"], default="ddim", help="how the steps follow the denoiser (default ddim)")
+    add("--start", type=float, default=1.0, help="where denoising begins: 1 (default) is pure noise, 0.5 half-way")
     add("--num-averaged", type=int, default=1, help="average so many denoised maps (default 1)")
     add("--blend", type=float, default=0.0, help="share of the decoder alone in them (default 0)")
     add("--size", default="", metavar="HxW", help="resize images for the model, as in 512x1024")
@@ -36,6 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     size = _size(arguments.size)
     import torch
 
+    from iccld.diffusion import Solver
     from iccld.inference.files import expanded, predict_files
     from iccld.inference.model import ICCLD
     from iccld.inference.source import find_model
@@ -56,7 +59,12 @@ def run(arguments: argparse.Namespace) -> int:
         size=size,
         sliding_window=arguments.sliding_window,
         precision=arguments.precision,
-        inference=InferenceConfig(num_averaged=arguments.num_averaged, blend=arguments.blend),
+        inference=InferenceConfig(
+            solver=Solver[arguments.solver],
+            start=arguments.start,
+            num_averaged=arguments.num_averaged,
+            blend=arguments.blend,
+        ),
         predictor=stage_of(model).predictor,
     )
     if videos:

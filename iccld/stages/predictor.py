@@ -32,7 +32,7 @@ class InferenceConfig:
         default_factory=lambda: [1, 4, 50]
     )  # denoising steps; 0, beside others: the decoder alone
     solver: Solver = Solver.ddim  # how the steps follow the denoiser
-    start: float = 1.0  # share of the diffusion's steps that denoising begins at; below 1, from E's latent with noise
+    start: float = 1.0  # where denoising begins: 1 is pure noise, 0.5 half-way, from E's latent with noise
     noise_seeds: int = 1  # each is scored on its own
     num_averaged: int = 1  # denoised from so many noises, whose class probabilities are averaged
     blend: float = 0.0  # share of D(E(x))'s probabilities, as after stage 1, in the denoised ones

@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -45,6 +46,12 @@ def until(log: Path, words: str, timeout_s: float = 120) -> None:
         time.sleep(0.02)
 
 
+def said_besides_progress(log: Path) -> list[str]:
+    """Return the lines of a log without figures of steps and without what is done between steps."""
+    progress = re.compile(r"stage1 step .*|(starting|stage1).*, \d+:\d\d")
+    return [line for line in log.read_text().splitlines() if not progress.fullmatch(line)]
+
+
 def workers_of(process: Forked | subprocess.Popen[bytes]) -> list[psutil.Process]:
     """Return its loader workers, also if a server has started them."""
     return [
@@ -66,7 +73,7 @@ def test_a_killed_worker_is_one_line_at_any_moment(scene_shards: Path, tmp_path:
     finally:
         process.kill()
         process.wait()
-    said = [line for line in log.read_text().splitlines() if not line.startswith("stage1 step ")]
+    said = said_besides_progress(log)
     assert len(said) == 1 and "a loader worker" in said[0], said
 
 
@@ -110,7 +117,7 @@ def test_too_few_open_files_are_said_with_what_is_needed(scene_shards: Path, tmp
         command(scene_shards, tmp_path / "run", "data.num_workers=4"), log, before=f"ulimit -n {few};", launch=launch
     )
     assert process.wait(60) == REFUSED
-    (line,) = log.read_text().splitlines()
+    (line,) = said_besides_progress(log)
     assert f"the limit of open files is {few}" in line and "need " in line and "ulimit -n" in line
 
 

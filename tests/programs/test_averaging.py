@@ -128,8 +128,9 @@ def test_predict_averages_as_the_scores_do(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(StageKind, "predictor", predictor)
     paths = [str(tmp_path / name) for name in ("model", "image.png", "out")]
-    assert not main(["predict", *paths, "--num-steps", "1", "--num-averaged", "3", "--blend", "0.5"])
-    assert asked == [InferenceConfig(num_averaged=3, blend=0.5)]
+    words = ["--num-averaged", "3", "--blend", "0.5", "--solver", "dpm", "--start", "0.5"]
+    assert not main(["predict", *paths, "--num-steps", "1", *words])
+    assert asked == [InferenceConfig(num_averaged=3, blend=0.5, solver=Solver.dpm, start=0.5)]
 
 
 def test_pictures_and_averages_of_other_widths_are_averaged_as_the_scores_are(monkeypatch: pytest.MonkeyPatch):

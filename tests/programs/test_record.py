@@ -4,12 +4,13 @@ import json
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from iccld.programs.run.metric_lines import curve, number, read_entries
 from iccld.programs.run.record import BEAT_S, differing, read_record, read_records, shown
-from iccld.programs.run.saved_scores import SavedResults, SavedScores
+from iccld.programs.run.saved_scores import read_own
 from tests.programs.recorded_runs import make_run
 
 
@@ -54,11 +55,29 @@ def test_a_run_of_which_no_stage_is_known_is_not_finished(tmp_path: Path):
     assert read_record(run).all_stages == [] and read_record(run).state == "not started"
 
 
-def test_the_last_stage_is_scored_with_the_first_number_of_steps_that_denoise():
-    scores = [SavedScores({}, {}, number) for number in range(6)]
-    names = ["stage1", "stage2 x0", "stage2 x4", "stage2 x1", "mean latent"]
-    last = [SavedResults(dict(zip(names[:count], scores, strict=False)), {}, {}).last for count in range(6)]
-    assert [found and found[0] for found in last] == [None, "stage1", "stage1", *["stage2 x4"] * 3]
+SCORES = {"names": [], "iou": [], "miou": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("results", "last"),
+    [
+        ({}, None),
+        ({"stage1": SCORES}, "stage1"),
+        ({"stage1": SCORES, "stage2": {"0": SCORES}}, "stage1"),
+        ({"stage1": SCORES, "stage2": {"0": SCORES, "4": SCORES, "1": SCORES}}, "stage2 x4"),
+        ({"stage1": SCORES, "stage2": {"4": SCORES}, "stage2_mean_latent": SCORES}, "stage2 x4"),
+        ({"stage1": SCORES, "stage2": {"4": SCORES}, "stage2_oracle": SCORES}, "stage2 x4"),
+        ({"stage1": SCORES, "stage_3": {"4": SCORES}, "about": {}, "diagnostics": {}}, "stage_3 x4"),
+    ],
+)
+def test_the_last_stage_is_scored_with_the_first_number_of_steps_that_denoise(
+    tmp_path: Path, results: dict[str, Any], last: str | None
+):
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report/results.json").write_text(json.dumps(results))
+    found = read_own(tmp_path)
+    assert (found.last and found.last[0]) == last
+    assert "mean latent" in found.scores or "stage2_mean_latent" not in results
 
 
 def test_a_run_is_running_while_its_lock_beats_and_ends_as_its_last_event_says(tmp_path: Path):

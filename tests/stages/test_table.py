@@ -7,7 +7,6 @@ import pytest
 from iccld.config import Config, load_config, read_config
 from iccld.models.model_card import ModelStage
 from iccld.programs.evaluate.evaluate import saved_settings
-from iccld.programs.run.saved_scores import SavedResults, SavedScores
 from iccld.stages.predictor import InferenceConfig
 from iccld.stages.table import STAGES, stage_of
 from tests.models.factory import tiny_model, trained_model
@@ -35,8 +34,6 @@ def test_a_score_of_stage_2_is_never_that_of_the_decoder_alone(tmp_path: Path):
     inference = InferenceConfig(num_steps=[0, 4, 1])
     assert STAGES["stage2"].main_score(inference) == "stage2 x4" and STAGES["stage2"].shown_steps(inference) == 4
     assert STAGES["stage1"].main_score(inference) == "stage1" and STAGES["stage1"].shown_steps(inference) == 0
-    scores = {f"stage2 x{steps}": SavedScores({"miou": float(steps)}, {}, 1) for steps in (0, 4, 1)}
-    assert SavedResults(scores, {}, {}).last == ("stage2 x4", scores["stage2 x4"])
     (tmp_path / "config.yaml").write_text("inference: {num_steps: [0]}")
     assert read_config(tmp_path / "config.yaml").inference.num_steps == [0]
     with pytest.raises(ValueError, match=r"inference\.num_steps=\[0\] would score stage 2 by the decoder alone"):

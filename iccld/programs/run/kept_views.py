@@ -4,15 +4,14 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
-import iccld
 from iccld.config import Config, bound_settings, stage_settings
 from iccld.data.processes import say
 from iccld.data.storage.cache import CacheConfig, SampleCache
 from iccld.data.stream.stream import TrainingStream
 from iccld.programs.run.hand_off import handed_over
 from iccld.runtime.engine.engine import Engine
+from iccld.slurm.snapshot import code_hash
 from iccld.stages.base import Stage
 from iccld.stages.table import STAGES
 from iccld.stages.view_cache import FORMAT, ViewCache
@@ -61,7 +60,7 @@ def identity_of_views(name: str, config: Config, engine: Engine, stream: Trainin
     settings = {key: value for key, value in bound_settings(config).items() if not key.startswith(without)}
     what = {
         "format": FORMAT,
-        "code": _checksum_of_the_package(),
+        "code": code_hash(),
         "weights": handed_over(kind.previous, config)[1].model_sha256 if kind.previous else config.initial_model,
         "data": stream.fingerprints(),
         "settings": settings,
@@ -70,11 +69,3 @@ def identity_of_views(name: str, config: Config, engine: Engine, stream: Trainin
         "compile": config.engine.compile.on(engine.device).name,
     }
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _checksum_of_the_package() -> str:
-    """Hash all source files: a version stays the same while its code is worked on."""
-    checksum, top = hashlib.sha256(), Path(iccld.__file__).parent
-    for path in sorted(top.rglob("*.py")):
-        checksum.update(f"{path.relative_to(top)}\0".encode() + path.read_bytes())
-    return checksum.hexdigest()

@@ -1,7 +1,6 @@
 """Reading of the scores of a run's `report/`, without torch; the files may be a stranger's, and are checked."""
 
-import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,16 +35,17 @@ class SavedResults:
     scores: Mapping[str, SavedScores]
     diagnostics: Mapping[str, Mapping[str, Mapping[str, float | None]]]
     about: Mapping[str, Any]
+    of_stages: Mapping[str, str]
+    """The stage of each score, as far as it is no control's, and has at least one step where there are steps."""
 
     @property
     def last(self) -> tuple[str, SavedScores] | None:
         """The score of the last stage, with the first number of steps that denoise if it denoises."""
-        own = [label for label in self.scores if re.fullmatch(r"\S+( x[1-9]\d*)?", label)]  # controls: more words
-        stages = [label.partition(" ")[0] for label in own]
-        return (label := own[stages.index(stages[-1])], self.scores[label]) if own else None
+        stages = [*self.of_stages.values()]
+        return (label := [*self.of_stages][stages.index(stages[-1])], self.scores[label]) if stages else None
 
 
-NOTHING = SavedResults({}, {}, {})
+NOTHING = SavedResults({}, {}, {}, {})
 
 
 def of_own_models(run_dir: Path) -> list[Path]:
@@ -61,21 +61,31 @@ def read_own(run_dir: Path) -> SavedResults:
     found = read_json(path, 64 * MIB)
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds no scores.")
-    scores = {label: saved for label, values in _labelled(found) if (saved := _scores(values)) is not None}
+    labelled = [(label, stage, saved) for label, stage, values in _labelled(found) if (saved := _scores(values))]
     about = found.get("about")
-    return SavedResults(scores, _diagnostics(found.get("diagnostics")), about if isinstance(about, dict) else {})
+    return SavedResults(
+        {label: saved for label, _, saved in labelled},
+        _diagnostics(found.get("diagnostics")),
+        about if isinstance(about, dict) else {},
+        {label: stage for label, stage, _ in labelled if stage},
+    )
 
 
-def _labelled(results: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Label the evaluations as tables do: `stage1`, `stage2 x1`, `mean latent`."""
-    found: list[tuple[str, Any]] = []
-    for name, values in results.items():
-        if name in ("about", "diagnostics") or not isinstance(values, dict):
+def _labelled(results: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
+    """Yield each evaluation's label, as tables have it (`stage1`, `stage2 x1`, `mean latent`), and its stage.
+
+    A control is named after its stage (`stage2_mean_latent`); it and 0 steps have the stage "".
+    """
+    named = {name: values for name, values in results.items() if isinstance(values, dict)}
+    for name, values in named.items():
+        if name in ("about", "diagnostics"):
             continue
-        label = name.removeprefix("stage2_").replace("_", " ")
-        parts = {label: values} if "miou" in values else {f"{label} x{steps}": part for steps, part in values.items()}
-        found += parts.items()
-    return found
+        of = next((other for other in named if name.startswith(f"{other}_")), "")
+        label, stage = (name.removeprefix(f"{of}_").replace("_", " "), "") if of else (name, name)
+        if "miou" in values:
+            yield label, stage, values
+        else:
+            yield from ((f"{label} x{steps}", stage if steps != "0" else "", part) for steps, part in values.items())
 
 
 def _scores(values: Any) -> SavedScores | None:

@@ -2,8 +2,9 @@
 
     run_dir/pictures/stage1/step_00002000.png
 
-The crops are the stream's first samples. Rank 0 draws. What fails on any rank is said once, and ends no training: the
-ranks agree on it before they exchange weights, and after.
+The crops are the stream's first samples. Rank 0 draws. What fails on any rank is said once, and ends no training. One
+thing does: a rank that fails while it exchanges weights, since the others wait for it there; so each rank makes the
+room for them first.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -65,7 +66,7 @@ class TrainingPictures:
     def draw(self, step: int) -> None:
         """Draw and log one on the main rank, while the others wait; none after a failure. Call on every rank."""
         room = self._tried(lambda: room_for_whole(self.stage, self.config, self.engine))
-        stage = self._tried(lambda: gathered(self.stage, room, self.engine)) if room else None
+        stage = gathered(self.stage, room, self.engine) if room else None
         self._tried(lambda: self._draw(stage, step) if self.engine.ranks.is_main and stage else None)
 
     def _tried(self, action: Callable[[], Stage | None]) -> Stage | None:

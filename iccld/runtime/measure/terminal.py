@@ -149,12 +149,17 @@ class PlainTerminal(Follower):
         place, entry = self._now_at(now)
         return "  ".join(filter(None, self._at(place, entry, now))) if self._activity(place, entry) else ""
 
+    def due(self, now: float) -> str:
+        """The line to be said `now`, if it has been quiet for `QUIET_S`."""
+        line = self.line(now)
+        if not line or now - self._said_at < QUIET_S:
+            return ""
+        self._said_at = now
+        return line
+
     def _speak(self) -> None:
         while not self._end.wait(QUIET_S / 8):
-            now = time.monotonic()
-            line = self.line(now)
-            if line and now - self._said_at >= QUIET_S:
-                self._said_at = now
+            if line := self.due(time.monotonic()):
                 with contextlib.suppress(OSError, ValueError):  # nobody may read on; the main thread meets it, too
                     sys.stdout.write(f"{line}\n")
                     sys.stdout.flush()

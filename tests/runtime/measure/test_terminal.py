@@ -80,7 +80,7 @@ def test_a_pipe_gets_plain_lines(scene_shards: Path, tmp_path: Path):
         assert process.stdout
         said = [(time.monotonic(), line) for line in process.stdout]
     assert process.returncode == 0
-    times = [began, *(at for at, _ in said)]
+    times = [began, *(at for at, _ in said), time.monotonic()]
     assert max(after - before for before, after in itertools.pairwise(times)) < SILENT_S
     text = "".join(line for _, line in said)
     assert "\x1b" not in text and "\r" not in text
@@ -89,25 +89,18 @@ def test_a_pipe_gets_plain_lines(scene_shards: Path, tmp_path: Path):
     assert not re.search(r"^(device|engine)", text, re.MULTILINE)
 
 
-def test_plain_lines_say_what_lasts_between_steps(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    monkeypatch.setattr(terminal, "QUIET_S", 0.05)
-    with PlainTerminal("starting") as shown:
-        time.sleep(0.2)
-        shown.header({"stage": "stage1"})
-        shown.follow(Fixed("stage1", 2, "evaluate", 24, 60))
-        time.sleep(0.2)
-        shown.progress(ENTRY, 1000)
-        shown.follow(Fixed("stage1", 51, "forward"))
-        time.sleep(0.02)  # a line that has begun
-        capsys.readouterr()
-        time.sleep(0.2)
-        assert not capsys.readouterr().out, "figures come every metrics.log_every steps"
-        shown.follow(Fixed("stage1", 60, "save"))
-        time.sleep(0.2)
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) > 1 and set(lines) <= {"stage1 60/1000  saving, 0:00"}
-    time.sleep(0.1)
-    assert not capsys.readouterr().out
+def test_plain_lines_say_what_lasts_between_steps():
+    shown, now = PlainTerminal("starting"), time.monotonic()
+    assert [shown.due(now + s) for s in (1, 3.2, 4, 6.1)] == ["", "starting, 0:03", "", ""]
+    shown.header({"stage": "stage1"})
+    shown.follow(Fixed("stage1", 2, "evaluate", 24, 60))
+    scoring = "stage1 2  scoring 24 of 60 images"
+    assert [shown.due(now + s) for s in (6.6, 9.7)] == [f"{scoring}, 0:00", f"{scoring}, 0:03"]
+    shown.progress(ENTRY, 1000)
+    shown.follow(Fixed("stage1", 51, "forward"))
+    assert not shown.due(now + 100), "figures come every metrics.log_every steps"
+    shown.follow(Fixed("stage1", 60, "save"))
+    assert shown.due(now + 101) == "stage1 60/1000  saving, 0:00"
 
 
 def test_passes_over_the_same_images_are_told_apart(tmp_path: Path):
@@ -125,16 +118,14 @@ def test_passes_over_the_same_images_are_told_apart(tmp_path: Path):
     assert "images" not in shown.line(shown._since), "what is done aside is not counted"
 
 
-def test_plain_lines_begin_with_what_starts_and_count_images(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    monkeypatch.setattr(terminal, "QUIET_S", 0.05)
+def test_plain_lines_come_from_a_thread_that_ends(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(terminal, "QUIET_S", 0.01)
+    said, limit = "", time.monotonic() + 60
     with PlainTerminal("starting") as shown:
-        time.sleep(0.2)
-        shown.follow(Fixed("evaluation", 0, "evaluate", 24, 60))
-        time.sleep(0.2)
-    lines = list(dict.fromkeys(capsys.readouterr().out.splitlines()))
-    assert lines == ["starting, 0:00", "evaluation  scoring 24 of 60 images, 0:00"]
+        while not said and time.monotonic() < limit:
+            time.sleep(0.01)
+            said = capsys.readouterr().out
+    assert said.splitlines()[0] == "starting, 0:00" and not shown._thread.is_alive()
 
 
 class Fixed:
