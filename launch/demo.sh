@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The whole path on the embedded data set, with two ranks: draw, pack, train source-only, stage 1, stage 2 and its
 # deterministic twin, score.
-# Ends with a table, runs/demo/results.json, runs/demo/comparison.png and runs/demo/report.html. Interrupted and started again, it goes on.
+# Ends with a table, runs/demo/results.json, runs/demo/comparison.png and runs/demo/report.html. Interrupted and started
+# again, it goes on.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source tools/setup.sh

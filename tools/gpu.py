@@ -9,6 +9,7 @@ and nothing that it started goes on. Without a GPU each part runs at toy size, o
 
 import argparse
 import json
+import math
 import os
 import signal
 import sys
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
-from threading import Lock
+from threading import Event, Lock
 from typing import Any, NamedTuple, NoReturn
 
 import matplotlib as mpl
@@ -66,7 +67,11 @@ ON_A_CPU = 4  # times the limit, for a few cores
 WITHIN = ("tests", "evidence")  # which end in time by themselves
 START_S = 20  # until a part's process has begun its work
 LEAST_S = 30  # a part is not begun for less
+KEPT_BACK_S = 15  # of the time of all parts: for processes that are slow to end, the chart and the summary
+STAGES = ("stage1_blocks", "stage2_blocks", "stage1", "stage2")  # VARIANTS chooses among their figures
 OVER = ("failed", "skipped")  # figures that say why there are no others
+NO_TIME = {"failed": "no time was left for it"}
+STOPPED = Event()  # the programme ends: no part begins, and one that was killed has not failed
 
 
 def main() -> int:
@@ -75,7 +80,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--limit-s", type=int, default=3600, help="of a part, where its own is longer")
-    parser.add_argument("--total-s", type=int, default=3600, help="of all parts: what is then left is not begun")
+    parser.add_argument("--end", type=float, default=math.inf, help="time by which all ends, in seconds since 1970")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # in the part's own process
     chosen = parser.parse_args()
     chosen.folder.mkdir(parents=True, exist_ok=True)
@@ -83,39 +88,59 @@ def main() -> int:
         return run_here(chosen.part, chosen.folder, chosen.limit_s)
     os.environ[MARK] = new_mark()
     signal.signal(signal.SIGTERM, end_with_all)
-    figures = run_all(chosen.only, chosen.folder, limit_s=chosen.limit_s, total_s=chosen.total_s)
+    total_s = chosen.end - time.time() - KEPT_BACK_S
+    figures, failed = run_all(chosen.only, chosen.folder, limit_s=chosen.limit_s, total_s=total_s)
     draw(figures, chosen.folder / "gpu.png")
     Console(width=120).print(summary(figures))
-    return int(any(has_failed(figures[name]) for name in chosen.only))
+    return int(failed)
 
 
 def end_with_all(*_: object) -> NoReturn:
     """Handle a signal: end what runs, and this process; figures of parts that had ended are kept."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    STOPPED.set()
     end_marked(os.environ[MARK])
     os._exit(128 + signal.SIGTERM)
 
 
-def run_all(names: Sequence[str], folder: Path, *, limit_s: float, total_s: float) -> dict[str, Any]:
-    """Run the parts, each at most `limit_s`, all at most `total_s`; return what is then in FOLDER/gpu.json."""
+def run_all(names: Sequence[str], folder: Path, *, limit_s: float, total_s: float) -> tuple[dict[str, Any], bool]:
+    """Run the parts, each at most `limit_s`, all at most `total_s`.
+
+    Return what is then in FOLDER/gpu.json, and whether anything failed in this call.
+    """
     path, lock, end = folder / "gpu.json", Lock(), time.monotonic() + total_s
     figures: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
 
-    def run(name: str) -> None:
+    def run(name: str) -> bool:
+        if STOPPED.is_set():
+            return True
         print(f"== {name}", flush=True)
         left = int(min(limit_of(name), limit_s, end - time.monotonic()))
-        own = run_apart(name, folder, left) if left >= min(limit_s, LEAST_S) else {"failed": "no time was left for it"}
+        own = run_apart(name, folder, left) if left >= min(limit_s, LEAST_S) else NO_TIME
         with lock:
-            earlier = {key: value for key, value in figures.get(name, {}).items() if key not in OVER}
-            figures[name], figures["date"] = {**earlier, **own}, datetime.now(UTC).strftime("%Y-%m-%d")
+            if STOPPED.is_set():
+                return True
+            figures[name] = with_earlier(name, figures.get(name, {}), own)
+            figures["date"] = datetime.now(UTC).strftime("%Y-%m-%d")
             write_whole(path, json.dumps(figures, indent=1) + "\n")
+        return has_failed(own)
 
     together = [name for name in names if not PARTS[name].alone]
     with ThreadPoolExecutor(len(together) if torch.cuda.is_available() and together else 1) as pool:
-        list(pool.map(run, together))
-    for name in names:
-        if PARTS[name].alone:
-            run(name)
-    return figures
+        failed = list(pool.map(run, together))
+    failed += [run(name) for name in names if PARTS[name].alone]
+    return figures, any(failed)
+
+
+def with_earlier(name: str, earlier: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Put a call's figures of a part in place of earlier ones.
+
+    Earlier figures stay if the part did not run. In a stage, those of other variants stay too.
+    """
+    if own == NO_TIME or isinstance(own.get("skipped"), str):
+        return {**earlier, **own}
+    kept = earlier if name in STAGES else {}
+    return {**{key: value for key, value in kept.items() if key not in OVER}, **own}
 
 
 def has_failed(figures: Mapping[str, Any]) -> bool:

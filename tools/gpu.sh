@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can show, on a machine without a network, in about 10 minutes (20 at most):
+# Everything that only a GPU can show, on a machine without a network, in at most 20 minutes:
 #     bash tools/gpu.sh FOLDER                             all parts; at most 8 files in FOLDER, gpu.json after each part
 #     TOTAL=530 bash tools/gpu.sh FOLDER                   ends within so many seconds: the last parts may not be begun
 #     ONLY="tests stage1" bash tools/gpu.sh FOLDER         some of them, again
@@ -11,11 +11,15 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 folder=${1:?usage: bash tools/gpu.sh FOLDER}
+end=$(($(date +%s) + ${TOTAL:-0})) # what follows counts: to install, to import, to end and to draw
 
 python=python3
 [ -x .venv/bin/python ] && python=.venv/bin/python
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
+# A signal to this script alone reaches the parts before their scratch folder goes.
+child=
+trap 'trap "" TERM INT; [ -z "$child" ] || { kill -TERM "$child" 2>/dev/null; wait "$child"; }; exit 143' TERM INT
 if [ "$python" = python3 ] && compgen -G ".wheels/*.whl" >/dev/null; then
     "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$scratch/site" .wheels/*.whl
     export PYTHONPATH="$scratch/site${PYTHONPATH:+:$PYTHONPATH}"
@@ -30,4 +34,6 @@ export TMPDIR="$scratch" TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-$sc
 export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$scratch/triton}"
 # shellcheck disable=SC2086  # ONLY is a list of words
 "$python" tools/gpu.py "$folder" ${ONLY:+--only $ONLY} ${LIMIT:+--limit-s "$LIMIT"} \
-    ${TOTAL:+--total-s "$TOTAL"}
+    ${TOTAL:+--end "$end"} &
+child=$!
+wait "$child"

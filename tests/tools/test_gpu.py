@@ -8,11 +8,13 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import gpu
 import psutil
 import pytest
+from gpu_parts import evidence, family
 from gpu_parts.family import run_within
 
 from tests.factory import scene_overrides
@@ -71,9 +73,14 @@ IN_ITS_PART = """
 import os, signal, sys
 from pathlib import Path
 import gpu
+folder = Path(sys.argv[2])
+def begin(name, *_):
+    return {"status": gpu.run_within(600, [sys.executable, "-c", sys.argv[1]], log=folder / "log", cwd=folder)}
+gpu.run_apart = begin
+gpu.torch.cuda.is_available = lambda: False  # one part at a time
 os.environ[gpu.MARK] = gpu.new_mark()
 signal.signal(signal.SIGTERM, gpu.end_with_all)
-gpu.run_within(600, [sys.executable, "-c", sys.argv[1]], log=Path(sys.argv[2]), cwd=Path.cwd())
+gpu.run_all(["tests", "correctness"], folder, limit_s=600, total_s=600)
 """
 
 
@@ -87,7 +94,7 @@ def test_a_process_with_a_session_of_its_own_does_not_outlive_its_part(until: st
 
 def test_a_programme_that_is_stopped_leaves_no_part_behind(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    command = [sys.executable, "-c", IN_ITS_PART, f"{SLEEPER}; import time; time.sleep(600)", str(log)]
+    command = [sys.executable, "-c", IN_ITS_PART, f"{SLEEPER}; import time; time.sleep(600)", str(tmp_path)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tools")])}
     with subprocess.Popen(command, env=environment) as process:
         end = time.monotonic() + 120
@@ -97,24 +104,93 @@ def test_a_programme_that_is_stopped_leaves_no_part_behind(tmp_path: Path) -> No
         process.terminate()
         assert process.wait(30) == 128 + 15
     assert not still_runs(log)
+    assert not (tmp_path / "gpu.json").exists(), "a part that was killed has not failed"
+
+
+def test_no_part_begins_while_the_programme_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, stopped = [], Event()
+
+    def stops(name: str, *_: object) -> Mapping[str, Any]:
+        begun.append(name)
+        stopped.set()
+        return {"failed": "killed"}
+
+    monkeypatch.setattr(gpu, "STOPPED", stopped)
+    monkeypatch.setattr(gpu, "run_apart", stops)
+    assert gpu.run_all(["limits", "stage1"], tmp_path, limit_s=100, total_s=100) == ({}, True)
+    assert begun == ["limits"] and not list(tmp_path.iterdir())
+
+
+def test_a_process_that_cannot_be_killed_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(family, "end_marked", lambda mark: None)
+    log, started = tmp_path / "log", time.monotonic()
+    status = run_within(0.5, ["bash", "-c", "echo $$; exec sleep 60"], log=log, cwd=tmp_path)
+    psutil.Process(int(log.read_text())).kill()
+    assert status is None and time.monotonic() - started < 30
+
+
+PYTHON = """#!/bin/bash
+[ "$2" = pip ] && exec sleep 1.1
+trap 'test -d "$TMPDIR" && echo in time >>log; exit 143' TERM
+echo "$TMPDIR $*" >log
+for _ in {1..400}; do sleep 0.1; done
+"""
+
+
+def test_a_signal_to_the_script_reaches_the_parts_first_and_its_total_counts_what_it_installs(tmp_path: Path) -> None:
+    for path, text in {"bin/python3": PYTHON, ".wheels/one.whl": "", "tools/gpu.sh": ""}.items():
+        (tmp_path / path).parent.mkdir()
+        (tmp_path / path).write_text(text)
+    (tmp_path / "bin/python3").chmod(0o755)
+    shutil.copy(ROOT / "tools/gpu.sh", tmp_path / "tools")
+    environment = os.environ | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "TOTAL": "530"}
+    log, started = tmp_path / "log", int(time.time())
+    with subprocess.Popen(["bash", "tools/gpu.sh", "out"], cwd=tmp_path, env=environment) as process:
+        end = time.monotonic() + 60
+        while not (log.exists() and log.read_text().endswith("\n")):
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(0.1)
+        asked = time.time()
+        process.terminate()
+        assert process.wait(30) == 143
+    called, heard = log.read_text().splitlines()
+    scratch, *words = called.split()
+    assert heard == "in time" and not Path(scratch).exists()
+    assert words[:3] == ["tools/gpu.py", "out", "--end"] and started + 530 <= int(words[3]) < asked - 1 + 530
+
+
+def test_all_parts_are_over_within_the_20_minutes_that_the_page_names() -> None:
+    alone = [part.limit_s for part in gpu.PARTS.values() if part.alone]
+    together = [part.limit_s for part in gpu.PARTS.values() if not part.alone]
+    to_end_s = (1 + len(alone)) * (family.NUM_TRIES + family.HUNG_S)
+    assert max(together) + sum(alone) + to_end_s + gpu.KEPT_BACK_S <= 20 * 60
 
 
 def test_no_part_is_begun_without_time_for_it_and_earlier_figures_stay(tmp_path: Path) -> None:
     (tmp_path / "gpu.json").write_text(json.dumps({"limits": {"device": "a GPU"}}))
-    figures = gpu.run_all(["limits", "stage1"], tmp_path, limit_s=100, total_s=20)
+    figures, failed = gpu.run_all(["limits", "stage1"], tmp_path, limit_s=100, total_s=20)
+    assert failed
     assert figures["limits"] == {"device": "a GPU", "failed": "no time was left for it"}
     assert gpu.has_failed(figures["stage1"])
     assert json.loads((tmp_path / "gpu.json").read_text()) == figures
 
 
-def test_a_part_that_is_repeated_keeps_its_other_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def repeated(name: str, folder: Path, limit_s: int) -> Mapping[str, Any]:
-        return {"fp32": MEASURED, "seconds": 3}
+def test_a_stage_that_is_repeated_keeps_its_other_variants_and_their_failures_are_not_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    earlier = {"eager": MEASURED, "tf32": {"failed": "why"}, "failed": "why", "seconds": 2}
+    (tmp_path / "gpu.json").write_text(json.dumps({"stage1": earlier}))
+    monkeypatch.setattr(gpu, "run_apart", lambda *_: {"fp32": MEASURED, "seconds": 3})
+    figures, failed = gpu.run_all(["stage1"], tmp_path, limit_s=100, total_s=100)
+    assert figures["stage1"] == {"eager": MEASURED, "tf32": {"failed": "why"}, "fp32": MEASURED, "seconds": 3}
+    assert not failed
 
-    (tmp_path / "gpu.json").write_text(json.dumps({"stage1": {"eager": MEASURED, "failed": "why", "seconds": 2}}))
-    monkeypatch.setattr(gpu, "run_apart", repeated)
-    figures = gpu.run_all(["stage1"], tmp_path, limit_s=100, total_s=100)
-    assert figures["stage1"] == {"eager": MEASURED, "fp32": MEASURED, "seconds": 3}
+
+def test_figures_of_two_calls_are_not_mixed_in_a_part() -> None:
+    over, earlier = {"failed": ["not over within 130 s"], "seconds": 150.0}, {"passed": 120, "skipped": 3}
+    assert gpu.with_earlier("tests", earlier, over) == over
+    for not_run in (gpu.NO_TIME, {"skipped": "needs CUDA"}):
+        assert gpu.with_earlier("tests", earlier, not_run) == {**earlier, **not_run}
 
 
 @pytest.fixture
@@ -137,6 +213,12 @@ def test_a_grid_that_is_given_is_evidence(given: Path, tmp_path: Path, monkeypat
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "evidence_summary.json", "evidence_report.md", "evidence.log"
     }  # fmt: skip
+
+
+def test_a_grid_does_not_begin_without_time_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EVIDENCE", str(tmp_path))
+    assert evidence.evidence(tmp_path, limit_s=110) == {"skipped": "at least 120 s are needed, 110 s are left"}
+    assert not (tmp_path / "evidence.log").exists()
 
 
 @pytest.mark.slow

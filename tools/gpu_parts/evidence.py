@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 STOP_S = 60.0  # for the runs to save, and for the report
+LEAST_S = 2 * STOP_S  # else no run would come to its first checkpoint
 KEPT = ("summary.json", "report.md")
 
 
@@ -23,6 +24,8 @@ def evidence(folder: Path, *, limit_s: float) -> dict[str, Any]:
     given = os.environ.get("EVIDENCE", "")
     if not given:
         return {"skipped": "EVIDENCE names no folder with a grid.yaml"}
+    if limit_s < LEAST_S:
+        return {"skipped": f"at least {LEAST_S:g} s are needed, {limit_s:g} s are left"}
     output, at_once = folder / "runs", 4 if torch.cuda.is_available() else 1
     command = [sys.executable, "-m", "iccld", "ablate", "grid.yaml", "--output", str(output), "--no-pictures"]
     log = folder / "evidence.log"

@@ -15,6 +15,7 @@ import psutil
 
 MARK = "ICCLD_GPU_PART"
 NUM_TRIES = 10  # a second each: a process ends when its call into the driver does
+HUNG_S = 1.0  # then it is left behind
 
 
 def run_within(
@@ -31,7 +32,8 @@ def run_within(
         return None
     finally:
         end_marked(mark)
-        process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(HUNG_S)
 
 
 def new_mark() -> str:
