@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from iccld import plain_yaml, settings, suggestions
+from iccld import plain_yaml, schema, suggestions
 from iccld.data.config import DataConfig
 from iccld.evaluation import EvaluationConfig
 from iccld.group_files import check_group_file, own_files, place_of, remedy_of
@@ -155,7 +155,7 @@ def load_config(overrides: Sequence[str], *, config_dir: str = "") -> Config:
     try:
         with initialize_config_module("iccld.configs", version_base="1.3"):
             composed: Any = compose("config", overrides=words)  # type: ignore[arg-type]
-        for key in settings.unknown_keys(composed, Config):  # Hydra adds what `+key` names, known or not
+        for key in schema.unknown_keys(composed, Config):  # Hydra adds what `+key` names, known or not
             near = suggestions.for_key(key, Config)
             raise ValueError(f"{key}: there is no such setting{near} (`iccld config` shows all settings)")
         config = _built(composed)
@@ -211,7 +211,7 @@ def _parsed(words: Sequence[str]) -> list[Override]:
             )
         given, key = override.value(), override.key_or_group
         if isinstance(given, list | dict):
-            for name, value in settings.not_strings(given, settings.type_at(Config, key), key):
+            for name, value in schema.not_strings(given, schema.type_at(Config, key), key):
                 raise ValueError(f"{word}: {name}={value!r} must be text; put it into quotes, as in '{value}'.")
         found.append(override)
     return found
@@ -235,7 +235,7 @@ def swept_values(word: str) -> list[str]:
 
 def _override(word: str) -> Override:
     """A word as Hydra reads it, a text to the letter. Raises ValueError."""
-    literal = settings.string_setting(word, Config)
+    literal = schema.string_setting(word, Config)
     try:
         return OverridesParser.create().parse_override(
             f"{literal[0]}{literal[1]}={_quoted(literal[2])}" if literal else word
@@ -255,7 +255,7 @@ def _quoted(text: str) -> str:
 def _as_it_is(value: Any) -> Any:
     """Protect plain values from OmegaConf, which would interpret `${...}`."""
     if isinstance(value, str):
-        settings.check_text(value, where="a setting")
+        schema.check_text(value, where="a setting")
         return re.sub(r"(\\*)\$\{", lambda found: 2 * found[1] + "\\${", value)
     if isinstance(value, Mapping):
         return {key: _as_it_is(item) for key, item in value.items()}
@@ -312,13 +312,13 @@ def config_from(values: Any, *, where: str, overrides: Sequence[str] = ()) -> Co
     """
     if not isinstance(values, Mapping):
         raise ValueError(f"{where}: not the settings of a run (no `key: value` lines).")
-    for key, value in settings.misplaced(values, Config):
+    for key, value in schema.misplaced(values, Config):
         raise ValueError(f"{where}: not the settings of a run ({key} cannot be {str(value)[:80]!r}).")
     if unknown := [name for name in values.get("stages", ()) if name not in STAGES]:
         raise ValueError(f"{where}: not the settings of a run (stages={unknown} must be some of {[*STAGES]}).")
     parsed = _parsed(overrides)
     try:
-        plain = _as_it_is(settings.with_typed_keys(_of_this_version(values), Config))
+        plain = _as_it_is(schema.with_typed_keys(_of_this_version(values), Config))
         config = OmegaConf.merge(_schema(Config), plain)
         for override in parsed:
             if override.is_delete() or not re.fullmatch(r"[\w.$-]+", override.get_key_element().lstrip("+")):
@@ -358,6 +358,6 @@ def bound_settings(config: Config) -> dict[str, Any]:
     free = (*FREE_SETTINGS, *of_stages)
     return {
         key: value
-        for key, value in settings.flat(to_dict(config)).items()
+        for key, value in schema.flat(to_dict(config)).items()
         if not re.sub(r"\.also\.[^.]+\.shards$", ".shards", key).startswith(free)
     }

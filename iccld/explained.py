@@ -16,7 +16,7 @@ from enum import Enum
 from types import UnionType
 from typing import Any, NamedTuple
 
-from iccld.settings import fields_of
+from iccld.schema import fields_of
 
 
 class Setting(NamedTuple):

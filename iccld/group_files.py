@@ -5,8 +5,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from iccld import plain_yaml, settings
+from iccld import plain_yaml
 from iccld.reading import read_limited
+from iccld.schema import not_strings, type_at
 
 
 def own_files(folder: Path, choices: Iterable[tuple[str, Any]]) -> list[Path]:
@@ -27,8 +28,8 @@ def check_group_file(path: Path, schema: type) -> None:
     if text.startswith("\ufeff"):
         raise ValueError(f"{path}:1: begins with a byte-order mark, which hides its first line; save it without.")
     package = re.search(r"^#\s*@package\s+(\S+)", text, re.MULTILINE)
-    part = schema if package and package[1] == "_global_" else settings.type_at(schema, package[1] if package else "")
-    for key, value in settings.not_strings(values, part, package[1] if package else ""):
+    part = schema if package and package[1] == "_global_" else type_at(schema, package[1] if package else "")
+    for key, value in not_strings(values, part, package[1] if package else ""):
         line = plain_yaml.line_of(path, key)
         raise ValueError(f"{path}:{line}: {key.rpartition('.')[2]}: {value} must be text; put it into quotes.")
 

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from iccld import settings
+from iccld.schema import fields_of, type_at
 
 _CHOICES = (
     re.compile(r"Invalid value '(?P<word>[^']*)', expected one of \[(?P<known>[^\]]*)\]"),  # OmegaConf's, of an Enum
@@ -37,8 +37,8 @@ def for_key(key: str, schema: Any) -> str:
     parts = key.split(".")
     for number, part in enumerate(parts):
         above = ".".join(parts[:number])
-        of_above = settings.type_at(schema, above) if above else schema
-        names = settings.fields_of(of_above) if hasattr(of_above, "__dataclass_fields__") else {}
+        of_above = type_at(schema, above) if above else schema
+        names = fields_of(of_above) if hasattr(of_above, "__dataclass_fields__") else {}
         if names and part not in names:
             return did_you_mean(part, names, f"{above}." if above else "")
     return ""

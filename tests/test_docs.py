@@ -14,7 +14,7 @@ from iccld.cli import parse
 from iccld.config import Config, load_config
 from iccld.programs.launch.command import split
 from iccld.programs.train.sweep import jobs_of
-from iccld.settings import fields_of, type_at
+from iccld.schema import fields_of, type_at
 from tools.scripts import write_settings
 
 ROOT = Path(__file__).parent.parent

@@ -24,7 +24,7 @@ from iccld.config import Config, config_from, load_config
 from iccld.programs import configuration
 from iccld.programs.stopped import status_of_stopped
 from iccld.runtime.faults.preemption import SIGNALS, Preemption
-from iccld.settings import fields_of
+from iccld.schema import fields_of
 from iccld.suggestions import did_you_mean, for_key
 from tests.factory import scene_overrides
 from tests.forked import Forked

@@ -6,7 +6,7 @@ from pathlib import Path
 from iccld.durable import make_folder, write_whole
 from iccld.programs.report.page import page
 from iccld.programs.run.record import read_records
-from iccld.settings import flat
+from iccld.schema import flat
 
 DESCRIPTION = """\
 Write one HTML page of a run: curves, scores by class, time, warnings, pictures, settings, checkpoints, restarts.

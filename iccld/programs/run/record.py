@@ -20,7 +20,7 @@ from iccld.programs.run.metric_lines import curve, read_entries
 from iccld.programs.run.saved_scores import NOTHING, SavedResults, read_own
 from iccld.reading import read_limited
 from iccld.redact import redact, redacted
-from iccld.settings import flat
+from iccld.schema import flat
 
 T = TypeVar("T")
 

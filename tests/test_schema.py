@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from iccld.config import Config, config_from, load_config, read_config, to_dict, to_yaml
 from iccld.programs.submit.work import jobs_of
-from iccld.settings import type_at
+from iccld.schema import type_at
 from iccld.slurm.config import SubmitConfig
 from iccld.slurm.script import sbatch_text
 
