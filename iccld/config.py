@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
@@ -21,23 +21,19 @@ from yaml import YAMLError
 
 from iccld import plain_yaml, schema, suggestions
 from iccld.data.config import DataConfig
-from iccld.evaluation import EvaluationConfig
 from iccld.group_files import check_group_file, own_files, place_of, remedy_of
-from iccld.models.iccld import ModelConfig
+from iccld.models.settings import ModelConfig
 from iccld.ranges import at_least, check_ranges
 from iccld.redact import redacted
-from iccld.runtime.engine.engine import EngineConfig
 from iccld.runtime.faults.limits import WatchdogConfig
 from iccld.runtime.faults.preemption import PreemptionConfig
-from iccld.runtime.measure.memory import MemoryConfig
-from iccld.runtime.measure.metrics import MetricsConfig
-from iccld.stages.adversarial import AdversarialConfig
-from iccld.stages.kind import StageSettings
-from iccld.stages.predictor import InferenceConfig
-from iccld.stages.segmentation import SegmentationConfig
+from iccld.runtime.settings import EngineConfig, MemoryConfig, MetricsConfig
+from iccld.settings import EvaluationConfig, TrainerConfig
+from iccld.stages.settings import AdversarialConfig, InferenceConfig, SegmentationConfig, ViewCacheConfig
 from iccld.stages.table import STAGES, first_stage
-from iccld.stages.view_cache import ViewCacheConfig
-from iccld.trainer import TrainerConfig
+
+if TYPE_CHECKING:
+    from iccld.stages.kind import StageSettings
 
 
 @dataclass
@@ -122,8 +118,10 @@ FREE_OF_A_STAGE = ("trainer.micro_batch_size", "trainer.checkpoint.", "trainer.e
 """Such settings of each stage's section; a stage adds its own (`StageKind.free_settings`)."""
 
 
-def stage_settings(name: str, config: Config) -> StageSettings[Any]:
+def stage_settings(name: str, config: Config) -> "StageSettings[Any]":
     """Return what the stage of this name sees of the settings."""
+    from iccld.stages.kind import StageSettings  # needs torch, as stages do
+
     return StageSettings(
         own=getattr(config, name),
         model=config.model,

@@ -28,12 +28,12 @@ from torch import Tensor
 from iccld import rng
 from iccld.diffusion import add_noise, trailing_timesteps
 from iccld.eager import without_compiled_code
-from iccld.evaluation import STRIDE, EvaluationConfig
 from iccld.labels import IGNORE_INDEX, ClassSet
 from iccld.losses import weighted_cross_entropy
 from iccld.models.encoder import EncoderOutput
 from iccld.models.iccld import ICCLD
 from iccld.scores import Scores
+from iccld.settings import STRIDE, EvaluationConfig
 
 FIT_STEPS = 20
 FIT_RATE = 0.1

@@ -5,20 +5,14 @@ int64 in [0, T-1], `alpha_bar` is `(T,)` float32 in (0, 1) and falls with t.
 """
 
 from collections.abc import Callable
-from enum import Enum
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from iccld.settings import Solver
+
 NUM_TRAIN_STEPS = 1000
-
-
-class Solver(Enum):
-    """Ways from noise to z_0: DDIM, of first order, or DPM-Solver++(2M), of second; one step is the same in both."""
-
-    ddim = "ddim"
-    dpm = "dpm"
 
 
 def scaled_linear_alpha_bar(

@@ -8,7 +8,6 @@ Shape letters: `B C H W` image, `K` classes.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import takewhile
 from typing import Any
@@ -22,58 +21,12 @@ from torch import Tensor
 
 from iccld.eager import without_compiled_code
 from iccld.labels import IGNORE_INDEX, ClassSet
-from iccld.ranges import at_least, check_ranges
 from iccld.scores import EvaluationResult, Scores
+from iccld.settings import STRIDE, EvaluationConfig
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 """Images `(B, 3, H, W)` float32 in [0, 1] and sample numbers `(B,)` int64, which key the noise, to logits
 `(B, K, h, w)`; logits of another size than the images' are resized to it."""
-
-STRIDE = 8
-"""The latent's stride: predict functions are given sides that are multiples of it."""
-
-
-@dataclass
-class EvaluationConfig:
-    """Settings of how images are segmented and scored; lists are [height, width] in pixels."""
-
-    image_size: list[int] = field(default_factory=list)
-    """Images are resized to it for the model, and the logits back to the labels' size; empty: they keep their size."""
-    sliding_window: bool = False  # segment overlapping windows, not the whole image
-    window: list[int] = field(default_factory=lambda: [512, 512])  # height and width of a window
-    stride: list[int] = field(default_factory=lambda: [384, 384])  # rows and columns from one window to the next
-    num_classes: int = 0
-    """The classes that the means run over: 0 for all of the model's; 19, 16 or 13 of the 19 Cityscapes classes."""
-    boundary_width: int = 2
-    """Width in pixels of the band that the boundary IoU looks at."""
-    batch_size: int = 1
-    """Images a pass, or windows a pass with `sliding_window`."""
-    max_images: int = 0
-    """Only samples numbered below this are scored; 0 for all."""
-    diagnostic_images: int = 8
-    """Images, evenly spread over those that are scored, on which latents are compared (`iccld.diagnostics`); 0: none.
-    """
-
-    def __post_init__(self) -> None:
-        check_ranges(
-            self,
-            "evaluation",
-            **dict.fromkeys(("boundary_width", "batch_size"), at_least(1)),
-            **dict.fromkeys(("num_classes", "max_images", "diagnostic_images"), at_least(0)),
-        )
-        if self.image_size and (len(self.image_size) != 2 or min(self.image_size) < STRIDE):
-            raise ValueError(f"evaluation.image_size={self.image_size} must be [height, width] in pixels, or empty.")
-        for name in ("window", "stride"):
-            sides = getattr(self, name)
-            if len(sides) != 2 or min(sides) < STRIDE or any(side % STRIDE for side in sides):
-                raise ValueError(
-                    f"evaluation.{name}={sides} must be [height, width] in multiples of {STRIDE}; use [512, 512]."
-                )
-        if any(step > side for step, side in zip(self.stride, self.window, strict=True)):
-            raise ValueError(
-                f"evaluation.stride={self.stride} must not exceed evaluation.window={self.window}, or pixels between "
-                f"windows are never seen; use a stride of at most {self.window}."
-            )
 
 
 def whole_image(predict: Predict, images: Tensor, numbers: Tensor) -> Tensor:

@@ -2,8 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 IGNORE_INDEX = 255
 
@@ -33,8 +35,10 @@ MAX_CLASSES = 254
 """Class indices are 0-253: 255 is ignored, and 254 stays free."""
 
 
-def lookup_table(mapping: Mapping[int, int], *, size: int = 256) -> np.ndarray:
+def lookup_table(mapping: Mapping[int, int], *, size: int = 256) -> "np.ndarray":
     """Return a table from old to new ids, `(size,)` uint8; ids that `mapping` does not name become 255."""
+    import numpy as np  # the settings, which build class sets, are shown without it
+
     table = np.full(size, IGNORE_INDEX, np.uint8)
     for old, new in mapping.items():
         table[old] = new
@@ -71,7 +75,7 @@ class ClassSet:
     def num_classes(self) -> int:
         return len(self.names)
 
-    def table(self) -> np.ndarray:
+    def table(self) -> "np.ndarray":
         """Return the class index of each train id, `(256,)` uint8; 255 is ignored."""
         return lookup_table(self.of_train_id)
 

@@ -9,32 +9,19 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from iccld.batch_layout import AUTO, BatchLayout
+from iccld.batch_layout import BatchLayout
 from iccld.outcome import AGAIN, Interrupted, plain, say, status_of, words
-from iccld.ranges import at_least, between, check_ranges, off_or_above
 from iccld.runtime.checkpoint.manifest import Checkpoint, CheckpointError
-from iccld.runtime.checkpoint.store import CheckpointConfig, CheckpointStore
+from iccld.runtime.checkpoint.store import CheckpointStore
 from iccld.runtime.engine.engine import Engine
 from iccld.runtime.faults.preemption import Preempted, Preemption
 from iccld.runtime.faults.watchdog import Watchdog
 from iccld.runtime.measure.metrics import MetricsLogger
 from iccld.runtime.measure.profiling import OVERLAPPED, PhaseTimer
+from iccld.settings import ScheduleConfig, TrainerConfig
 from iccld.stages.base import Stage, StageInputs
 
 Means = dict[str, Tensor]
-
-
-@dataclass
-class ScheduleConfig:
-    """Settings of DAFormer's schedule: linear warm-up from `warmup_ratio`, times a linear decay to `final_ratio`."""
-
-    warmup_steps: int = 1500  # steps until the full learning rate; 0: no warm-up
-    warmup_ratio: float = 1e-6  # the share of the learning rate that the warm-up begins with
-    final_ratio: float = 0.0  # the share of it that is left after the last step
-
-    def __post_init__(self) -> None:
-        ratios = dict.fromkeys(("warmup_ratio", "final_ratio"), between(0, 1))
-        check_ranges(self, "trainer.schedule", warmup_steps=off_or_above(), **ratios)
 
 
 def learning_rate_factor(step: int, *, num_steps: int, config: ScheduleConfig) -> float:
@@ -43,39 +30,6 @@ def learning_rate_factor(step: int, *, num_steps: int, config: ScheduleConfig) -
     if step < config.warmup_steps:
         factor *= 1.0 - (1.0 - step / config.warmup_steps) * (1.0 - config.warmup_ratio)
     return factor
-
-
-@dataclass
-class TrainerConfig:
-    """Settings of one stage's length, batch and cadences.
-
-    Micro-batch, accumulation and world size only divide the global batch.
-    """
-
-    num_steps: int = 40_000  # optimiser steps of the stage
-    global_batch_size: int = 4  # samples of each domain in a step, over all ranks; it belongs to the experiment
-    micro_batch_size: int | str = 2
-    """Samples that a rank computes at once; `auto`: the largest number that fits in memory."""
-    gradient_clip: float = 0.0  # the largest norm of all gradients together; 0 is off
-    evaluate_every: int = 0  # score after every so many steps; 0: never while training
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-
-    def __post_init__(self) -> None:
-        size = self.micro_batch_size
-        if size != AUTO and not (isinstance(size, int) and size >= 1):
-            raise ValueError(f"trainer.micro_batch_size={size} must be a number of samples, at least 1, or auto.")
-        counts = dict.fromkeys(("num_steps", "global_batch_size"), at_least(1))
-        off = dict.fromkeys(("gradient_clip", "evaluate_every"), off_or_above())
-        check_ranges(self, "trainer", **counts, **off)
-
-    def layout(self, *, world_size: int = 1, rank: int = 0) -> BatchLayout:
-        """Divide the batch among ranks, in micro-batches of 1 while their size is left to be chosen.
-
-        Raises ValueError if the global batch cannot be divided so.
-        """
-        size = self.micro_batch_size if isinstance(self.micro_batch_size, int) else 1
-        return BatchLayout(self.global_batch_size, size, world_size=world_size, rank=rank)
 
 
 class Stream(Protocol):

@@ -8,8 +8,7 @@ import torch
 
 from iccld.batch_layout import BatchLayout
 from iccld.config import load_config
-from iccld.models.iccld import ModelConfig
-from iccld.models.latent import LatentKind
+from iccld.models.settings import LatentKind, ModelConfig
 from iccld.runtime.engine.engine import Engine
 
 

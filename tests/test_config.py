@@ -1,10 +1,8 @@
 import pytest
 
 from iccld.config import differences, load_config
-from iccld.models.condition import ConditionKind
-from iccld.models.latent import LatentKind
-from iccld.stages.denoising import DiffusionLoss
-from iccld.stages.objective import AdversaryInput
+from iccld.models.settings import ConditionKind, LatentKind
+from iccld.stages.settings import AdversaryInput, DiffusionLoss
 
 TWO_SETS = "+data.source.also={synthia:{shards:b,weight:2}}"
 

@@ -24,10 +24,11 @@ from iccld.diagnostics import (
     label_maps,
     make_example,
 )
-from iccld.evaluation import EvaluationConfig
 from iccld.labels import IGNORE_INDEX, merged_class_set
 from iccld.models.encoder import EncoderOutput
-from iccld.models.latent import LatentKind, denormalise, normalise
+from iccld.models.latent import denormalise, normalise
+from iccld.models.settings import LatentKind
+from iccld.settings import EvaluationConfig
 from tests.models.factory import trained_model
 
 CLASS_SET = merged_class_set(["road", "person", "car"], {0: 0, 1: 0, 11: 1, 13: 2})

@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from iccld.diffusion import (
-    Solver,
     add_noise,
     ddim_step,
     noise_from_velocity,
@@ -21,6 +20,7 @@ from iccld.diffusion import (
     velocity_of,
     z_0_from_velocity,
 )
+from iccld.settings import Solver
 
 ALPHA_BAR = scaled_linear_alpha_bar()
 

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from iccld.evaluation import EvaluationConfig, evaluate, results_table, sliding_window, whole_image, windowed
+from iccld.evaluation import evaluate, results_table, sliding_window, whole_image, windowed
 from iccld.labels import CITYSCAPES_19, merged_class_set
 from iccld.scores import Scores
+from iccld.settings import EvaluationConfig
 
 CLASS_SET = merged_class_set(["road", "person", "car"], {0: 0, 1: 0, 11: 1, 13: 2})
 K = CLASS_SET.num_classes

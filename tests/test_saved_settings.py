@@ -15,18 +15,14 @@ from hypothesis import strategies as st
 from iccld.config import Config, config_from, differences, read_config, to_dict, to_yaml
 from iccld.data.config import ClassSetConfig, DataConfig, DatasetConfig, OnError, SetConfig
 from iccld.data.storage.base import StorageConfig
-from iccld.models.decoder import DecoderConfig
-from iccld.models.encoder import EncoderConfig
-from iccld.models.iccld import ModelConfig
-from iccld.models.latent import LatentKind
+from iccld.models.settings import DecoderConfig, EncoderConfig, LatentKind, ModelConfig
 from iccld.runtime.faults.preemption import PreemptionConfig
-from iccld.runtime.measure.metrics import MetricsConfig, WandbMode
-from iccld.stages.adversarial import AdversarialConfig, AdversaryInput
-from iccld.stages.predictor import Weights
-from iccld.stages.segmentation import SegmentationConfig
+from iccld.runtime.measure.metrics import WandbMode
+from iccld.runtime.settings import MetricsConfig
+from iccld.settings import TrainerConfig
+from iccld.stages.settings import AdversarialConfig, AdversaryInput, SegmentationConfig, Weights
 from iccld.stages.table import STAGES
-from iccld.trainer import TrainerConfig
-from iccld.uda.ema_profile import EmaProfileConfig
+from iccld.uda.settings import EmaProfileConfig
 
 TEXT = st.one_of(
     st.text(st.characters(exclude_categories=["Cs"]), max_size=12),

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from iccld.trainer import ScheduleConfig, learning_rate_factor
+from iccld.settings import ScheduleConfig
+from iccld.trainer import learning_rate_factor
 
 
 def test_the_published_schedule():

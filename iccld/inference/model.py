@@ -16,16 +16,18 @@ from huggingface_hub import ModelCard, ModelHubMixin
 from PIL import Image
 from torch import Tensor
 
-from iccld.evaluation import STRIDE, EvaluationConfig, Predict, windowed
+from iccld.evaluation import Predict, windowed
 from iccld.inference.images import Images, is_one, read_images
 from iccld.inference.prediction import Prediction, segment
 from iccld.inference.scores import scores_of
 from iccld.inference.source import find_model
 from iccld.models import iccld as figure
-from iccld.models.attention import AttentionBackend
 from iccld.models.model_card import without_paths
 from iccld.models.readme import describe
-from iccld.stages.predictor import InferenceConfig, predictor_of
+from iccld.models.settings import AttentionBackend
+from iccld.settings import STRIDE, EvaluationConfig
+from iccld.stages.predictor import predictor_of
+from iccld.stages.settings import InferenceConfig
 
 PRECISIONS = ("fp32", "bf16")
 SEED = 0

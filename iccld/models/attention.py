@@ -3,21 +3,11 @@
 `B` batch, `N` tokens, `M` heads, `D` channels of a head.
 """
 
-from enum import Enum
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-class AttentionBackend(Enum):
-    """Implementations of softmax(q k^T / sqrt(D)) v: torch's, or xformers' memory-efficient kernels (CUDA only).
-
-    Members have the names that a config file uses.
-    """
-
-    sdpa = "sdpa"
-    xformers = "xformers"
+from iccld.models.settings import AttentionBackend
 
 
 def default_device_type() -> str:

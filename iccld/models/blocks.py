@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from iccld.models.attention import AttentionBackend, attention
+from iccld.models.attention import attention
+from iccld.models.settings import AttentionBackend
 
 FEATURE_STRIDES = (4, 8, 16, 32)
 LATENT_STRIDE = 8

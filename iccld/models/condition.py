@@ -1,7 +1,6 @@
 """The denoiser's condition: what it sees of the image. `B C h w` latent (stride 8), `H W` image, `K` classes."""
 
 from collections.abc import Sequence
-from enum import Enum
 from typing import NamedTuple
 
 import torch
@@ -10,16 +9,6 @@ from torch import Tensor, nn
 from iccld.models.blocks import FEATURE_STRIDES, LATENT_STRIDE, conv_block, resample
 
 RICH_STRIDES = tuple(stride for stride in FEATURE_STRIDES if stride >= LATENT_STRIDE)
-
-
-class ConditionKind(Enum):
-    """Kinds of condition. `latent`: E's latent alone (the paper); `rich`: also features, probabilities, image, place.
-
-    Of a rich condition, the features are E's, and the probabilities are D's for E's latent.
-    """
-
-    latent = "latent"
-    rich = "rich"
 
 
 class Condition(NamedTuple):

@@ -1,30 +1,13 @@
 """D: latent to logits, with the inter-coder connection to the encoder's features. `B C h w` latent, `K` classes."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from iccld.models.blocks import LATENT_STRIDE, FeatureFusion, ResidualBlock, conv_block, group_norm
-from iccld.ranges import at_least, check_ranges
-
-
-@dataclass
-class DecoderConfig:
-    """Settings of D, which has a level at stride 8 and one at stride 4."""
-
-    width: int = 256  # channels at stride 8; half as many at stride 4
-    inter_coder: bool = True  # the connection to the encoder's features
-    num_blocks: int = 2  # residual blocks at each of the two strides
-
-    def __post_init__(self) -> None:
-        if self.width < 8 or self.width % 8:
-            raise ValueError(
-                f"model.decoder.width={self.width} must be a positive multiple of 8 (four features share half of it)."
-            )
-        check_ranges(self, "model.decoder", num_blocks=at_least(1))
+from iccld.models.settings import DecoderConfig
 
 
 class DecoderLevel(nn.Module):

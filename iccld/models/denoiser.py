@@ -1,6 +1,5 @@
 """The denoiser: a UNet with attention that predicts the noise in z_t, given the condition. `B C h w` latent."""
 
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -9,63 +8,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from iccld.diffusion import noise_from_velocity, scaled_linear_alpha_bar, z_0_from_velocity
-from iccld.models.attention import AttentionBackend, check_backend, default_device_type
+from iccld.models.attention import check_backend, default_device_type
 from iccld.models.blocks import ResidualBlock, SelfAttention, TimeEmbedding, group_norm
 from iccld.models.condition import Condition, RichCondition
-from iccld.ranges import at_least, check_ranges
-
-
-@dataclass
-class DenoiserConfig:
-    """Settings of the UNet. Level i has `width * channel_multipliers[i]` channels at 1 / 2^i of the latent's size."""
-
-    width: int = 128  # channels of the finest level
-    channel_multipliers: list[int] = field(default_factory=lambda: [1, 2, 4])
-    """Channels of each level, as multiples of `width`; the finest first."""
-    num_blocks: int = 2  # residual blocks a level
-    attention_levels: list[int] = field(default_factory=lambda: [1, 2])  # the middle always has attention
-    head_dim: int = 64  # channels of an attention head
-    attention: AttentionBackend = AttentionBackend.sdpa
-    activation_checkpointing: bool | int = field(default=False, metadata={"of_training": True})
-    """Recompute blocks in the backward pass: all of them, or those of so many of the finest levels."""
-
-    def __post_init__(self) -> None:
-        if not self.channel_multipliers or min(self.channel_multipliers) < 1:
-            raise ValueError(
-                f"model.denoiser.channel_multipliers={self.channel_multipliers} must be positive integers, one a level."
-            )
-        check_ranges(self, "model.denoiser", width=at_least(4), num_blocks=at_least(1), head_dim=at_least(1))
-        if self.num_recomputed_levels < 0 or self.activation_checkpointing > self.num_levels:
-            raise ValueError(
-                f"model.denoiser.activation_checkpointing={self.activation_checkpointing} must be true, false, or a "
-                f"number of levels, 0 to {self.num_levels}."
-            )
-        outside = [level for level in self.attention_levels if not 0 <= level < self.num_levels]
-        if outside:
-            raise ValueError(
-                f"model.denoiser.attention_levels={self.attention_levels} must be between 0 and {self.num_levels - 1} "
-                f"(one less than the number of channel_multipliers)."
-            )
-        for level in {*self.attention_levels, self.num_levels - 1}:
-            if self.channels[level] % self.head_dim:
-                raise ValueError(
-                    f"model.denoiser.head_dim={self.head_dim} must divide the {self.channels[level]} channels "
-                    f"of level {level}; change head_dim or width."
-                )
-
-    @property
-    def num_levels(self) -> int:
-        return len(self.channel_multipliers)
-
-    @property
-    def num_recomputed_levels(self) -> int:
-        """Return how many levels are recomputed, from the finest on; the middle counts as the last."""
-        every = self.activation_checkpointing is True
-        return self.num_levels + 1 if every else int(self.activation_checkpointing)
-
-    @property
-    def channels(self) -> list[int]:
-        return [self.width * multiplier for multiplier in self.channel_multipliers]
+from iccld.models.settings import DenoiserConfig
 
 
 class DenoiserOutput(NamedTuple):

@@ -3,26 +3,13 @@
 `B C h w` input, `D` domains: source, target and mostly mixed.
 """
 
-from dataclasses import dataclass
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from iccld.models.blocks import TimeEmbedding
-from iccld.ranges import at_least, check_ranges
+from iccld.models.settings import DiscriminatorConfig
 
 NUM_DOMAINS = 3
-
-
-@dataclass
-class DiscriminatorConfig:
-    """Settings: `num_layers` stride-2 convolutions; the first has `width` channels, each further one twice as many."""
-
-    width: int = 64  # channels of the first layer; each further one has twice as many
-    num_layers: int = 3  # convolutions of stride 2
-
-    def __post_init__(self) -> None:
-        check_ranges(self, "model.discriminator", width=at_least(2), num_layers=at_least(1))
 
 
 class Discriminator(nn.Module):

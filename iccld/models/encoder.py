@@ -4,8 +4,7 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +20,7 @@ from iccld.models.backbone import (
     refuse_missing,
 )
 from iccld.models.blocks import FEATURE_STRIDES, LATENT_STRIDE, FeatureFusion, conv_block
+from iccld.models.settings import EncoderConfig
 
 COARSEST = FEATURE_STRIDES[-1]
 FORWARD_OPTIONS = {
@@ -28,32 +28,6 @@ FORWARD_OPTIONS = {
     # windows for good, so that later outputs depend on earlier inputs.
     "swin": {"always_partition": True, "output_hidden_states_before_downsampling": True},
 }
-
-
-@dataclass
-class EncoderConfig:
-    """Settings of E: a published backbone, or one that is built without weights."""
-
-    pretrained: str = ""  # hub id or folder of a published backbone
-    backbone_config: dict[str, Any] = field(default_factory=dict)
-    """A transformers config with its `model_type`, for a backbone without weights."""
-    image_mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
-    """Mean of RGB in [0, 1]; belongs to the backbone (ImageNet's here)."""
-    image_std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
-    """Standard deviation of RGB in [0, 1]; MobileNetV2 wants 0.5 for both."""
-    width: int = 256  # channels of the latent head
-    activation_checkpointing: bool = field(default=False, metadata={"of_training": True})
-    """Recompute the backbone's layers in the backward pass."""
-
-    def __post_init__(self) -> None:
-        for name in ("image_mean", "image_std"):
-            values = getattr(self, name)
-            if len(values) != 3 or (name == "image_std" and min(values) <= 0):
-                raise ValueError(f"model.encoder.{name}={values} must be three numbers (R, G, B), the std above 0.")
-        if self.width < 8 or self.width % 8:
-            raise ValueError(
-                f"model.encoder.width={self.width} must be a positive multiple of 8 (four features share it)."
-            )
 
 
 class EncoderOutput(NamedTuple):

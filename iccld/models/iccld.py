@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,23 +11,14 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from iccld.diffusion import Solver, sample, scaled_linear_alpha_bar
+from iccld.diffusion import sample, scaled_linear_alpha_bar
 from iccld.durable import file_checksum, make_folder, replacing_by_name, write_whole
-from iccld.models.attention import AttentionBackend
 from iccld.models.blocks import LATENT_STRIDE
-from iccld.models.condition import Condition, ConditionKind, RichCondition
-from iccld.models.decoder import Decoder, DecoderConfig
-from iccld.models.denoiser import Denoiser, DenoiserConfig
-from iccld.models.discriminator import DiscriminatorConfig
-from iccld.models.encoder import Encoder, EncoderConfig, EncoderOutput
-from iccld.models.latent import (
-    LatentKind,
-    LatentPair,
-    denormalise,
-    make_mask_encoder,
-    moments_to_statistics,
-    normalise,
-)
+from iccld.models.condition import Condition, RichCondition
+from iccld.models.decoder import Decoder
+from iccld.models.denoiser import Denoiser
+from iccld.models.encoder import Encoder, EncoderOutput
+from iccld.models.latent import LatentPair, denormalise, make_mask_encoder, moments_to_statistics, normalise
 from iccld.models.model_card import (
     CARD_NAME,
     FORMAT_VERSION,
@@ -42,36 +33,15 @@ from iccld.models.model_card import (
 from iccld.models.readme import README_NAME, describe
 from iccld.models.residual import fitted_residual, residual_scale
 from iccld.models.saved_model import check_described, check_weights, described_by, without_denoiser
-from iccld.ranges import above, at_least, check_ranges
+from iccld.models.settings import (
+    AttentionBackend,
+    ConditionKind,
+    ModelConfig,
+)
+from iccld.settings import Solver
 
 logger = logging.getLogger(__name__)
 LOGITS_STRIDE = LATENT_STRIDE // 2
-
-
-@dataclass
-class ModelConfig:
-    """Settings of all boxes of the figure, of the reading of z_0, and of the latent's channels."""
-
-    encoder: EncoderConfig = field(default_factory=EncoderConfig)
-    decoder: DecoderConfig = field(default_factory=DecoderConfig)
-    denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
-    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
-    latent: LatentKind = LatentKind.image
-    latent_channels: int = 16  # channels of the latent; 16 for images, 4 will do for masks
-    condition: ConditionKind = field(default=ConditionKind.latent, metadata={"optional": True})
-    residual_steps: int = field(default=4, metadata={"optional": True})
-    """Gradient steps towards the labels, if the latent is `residual`."""
-    residual_step: float = field(default=0.1, metadata={"optional": True})
-    """Length of each of these steps, in standard deviations of the latent."""
-
-    def __post_init__(self) -> None:
-        check_ranges(
-            self,
-            "model",
-            residual_steps=at_least(1, "use 4"),
-            residual_step=above(0, "use 0.1"),
-            latent_channels=at_least(1, "use 16, or 4 for masks"),
-        )
 
 
 class ICCLD(nn.Module):

@@ -1,5 +1,5 @@
-"""The readings of what is diffused (method §3, "What is z_0?"). This file says what each reading means, in the
-properties of `LatentKind`; `ICCLD.diffused_latent` and `ICCLD.decodable` compute it. All others ask these.
+"""The readings of what is diffused (method §3, "What is z_0?"). The properties of `LatentKind`, a setting, say what
+each reading means; `ICCLD.diffused_latent` and `ICCLD.decodable` compute it. All others ask these.
 
 - `image`: z_0 = E(clean view), condition = E(strongly augmented view). Were the condition z_0 itself, copying it would
   solve the task and diffusion would be decoration.
@@ -11,46 +11,13 @@ In all, inference conditions on E(image) and decodes z_0 by D. What is diffused 
 at most that. `C h w` latent.
 """
 
-from enum import Enum
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from iccld.models.mask_encoder import MaskEncoder
-
-
-class LatentKind(Enum):
-    """Readings of z_0: what it is the latent of."""
-
-    image = "image"
-    mask = "mask"
-    residual = "residual"
-
-    @property
-    def sees_strong_view(self) -> bool:
-        """Tell whether the condition comes from the strongly augmented view, not from the clean one."""
-        return self is not LatentKind.mask
-
-    @property
-    def is_of_labels(self) -> bool:
-        """Tell whether z_0, and so z_t wherever it is not pure noise, gives the labels away."""
-        return self is not LatentKind.image
-
-    @property
-    def needs_clean_view(self) -> bool:
-        """Tell whether z_0 is E's latent of the clean view."""
-        return self is LatentKind.image
-
-    @property
-    def has_mask_encoder(self) -> bool:
-        """Tell whether M makes z_0 of labels."""
-        return self is LatentKind.mask
-
-    @property
-    def is_a_move(self) -> bool:
-        """Tell whether z_0 is a move of E's latent, which the decoder sees added to it."""
-        return self is LatentKind.residual
+from iccld.models.settings import LatentKind
 
 
 class LatentPair(NamedTuple):

@@ -10,8 +10,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from iccld.durable import file_checksum
-from iccld.models.encoder import EncoderConfig
 from iccld.models.model_card import CARD_NAME, ModelCard
+from iccld.models.settings import EncoderConfig
 
 logger = logging.getLogger(__name__)
 Value = TypeVar("Value")

@@ -12,8 +12,8 @@ import torch
 
 from iccld.config import Config, config_from
 from iccld.durable import scratch_folder, sync
-from iccld.models.iccld import ModelConfig
 from iccld.models.model_card import build, check_sizes
+from iccld.models.settings import ModelConfig
 from iccld.programs.run.building import filled_stage
 from iccld.programs.run.hand_off import origin_of
 from iccld.runtime.checkpoint.manifest import (
@@ -25,7 +25,7 @@ from iccld.runtime.checkpoint.manifest import (
 from iccld.runtime.checkpoint.pieces import Run, join_tables, share_out, write_runs
 from iccld.runtime.checkpoint.store import is_torn
 from iccld.stages.base import Stage
-from iccld.stages.predictor import Weights
+from iccld.stages.settings import Weights
 from iccld.stages.table import STAGES
 
 

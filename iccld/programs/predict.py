@@ -38,13 +38,13 @@ def run(arguments: argparse.Namespace) -> int:
     size = _size(arguments.size)
     import torch
 
-    from iccld.diffusion import Solver
     from iccld.inference.files import expanded, predict_files
     from iccld.inference.model import ICCLD
     from iccld.inference.source import find_model
     from iccld.inference.video import is_video, predict_video
-    from iccld.models.attention import AttentionBackend
-    from iccld.stages.predictor import InferenceConfig
+    from iccld.models.settings import AttentionBackend
+    from iccld.settings import Solver
+    from iccld.stages.settings import InferenceConfig
     from iccld.stages.table import STAGES, stage_of
 
     inputs = expanded(arguments.input)
@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     if videos and (len(inputs) > 1 or arguments.probabilities):
         raise ValueError(f"predict: {videos[0]} is a video, which is predicted alone, and without --probabilities.")
     attention = AttentionBackend[arguments.attention]
-    folder = find_model(arguments.model, weights=arguments.weights, stages=[*reversed(STAGES)])
+    folder = find_model(arguments.model, weights=arguments.weights, stages=[*STAGES][::-1])
     model = ICCLD.from_pretrained(folder, attention=attention)
     segment = model.to(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")).segmenter(
         num_steps=arguments.num_steps,

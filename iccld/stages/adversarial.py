@@ -13,23 +13,28 @@ from torch import Tensor, nn
 
 from iccld.labels import IGNORE_INDEX
 from iccld.models.attention import check_backend
-from iccld.models.discriminator import Discriminator, DiscriminatorConfig
+from iccld.models.discriminator import Discriminator
 from iccld.models.iccld import ICCLD
 from iccld.models.model_card import ModelStage
+from iccld.models.settings import DiscriminatorConfig
 from iccld.stages.adversarial_module import AdversarialModule
 from iccld.stages.base import Stage, StageInputs, decayed_groups, keyed_noise
 from iccld.stages.denoising import Noised, draw_timesteps, noised, without_noise
-from iccld.stages.domains import DOMAINS, LABELLED, of_domains
+from iccld.stages.domains import LABELLED, of_domains
 from iccld.stages.kind import Score, StageKind, StageSettings
 from iccld.stages.named import Tensors
-from iccld.stages.objective import AdversarialConfig, AdversaryInput, PseudoLabelSource
-from iccld.stages.predictor import InferenceConfig
+from iccld.stages.settings import (
+    DOMAINS,
+    AdversarialConfig,
+    AdversaryInput,
+    InferenceConfig,
+    PseudoLabelSource,
+    ViewCacheConfig,
+)
 from iccld.stages.signs import Sign, remedies_of_lost_classes, signs_of_discriminator
-from iccld.stages.view_cache import ViewCacheConfig
 from iccld.stages.views import CORRUPTION_NOISE, LABEL_NOISE, Views
 from iccld.uda.teacher import Teacher
 
-__all__ = ["AdversarialConfig", "AdversarialModule", "AdversarialStage", "AdversaryInput"]
 NOISE = tuple(f"noise {domain}" for domain in DOMAINS)
 """The purposes of its noise; that of all three is keyed by the source's numbers."""
 

@@ -15,9 +15,9 @@ from iccld.models.iccld import ICCLD
 from iccld.stages.base import StageInputs, StageOutput, pair
 from iccld.stages.denoising import Noised, denoising_errors
 from iccld.stages.diagnostics import CLASSES
-from iccld.stages.domains import DOMAINS, LABELLED, encoded_of, of_domains
+from iccld.stages.domains import LABELLED, encoded_of, of_domains
 from iccld.stages.named import Tensors, tensors_to_condition, tensors_to_encoded
-from iccld.stages.objective import AdversarialConfig, AdversaryInput
+from iccld.stages.settings import DOMAINS, AdversarialConfig, AdversaryInput
 from iccld.stages.view_cache import hit_metric
 
 NUM_TIMESTEP_BINS = 4

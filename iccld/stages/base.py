@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from iccld import rng
 from iccld.models.iccld import ICCLD
-from iccld.uda.ema_profile import EmaProfileConfig, PowerAverages
+from iccld.uda.ema_profile import PowerAverages
+from iccld.uda.settings import EmaProfileConfig
 from iccld.uda.teacher import Teacher
 
 

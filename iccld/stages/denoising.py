@@ -1,6 +1,5 @@
 """Input of the denoiser of stage 2, and the error by which it learns. `C h w` latent, `T` diffusion steps."""
 
-from enum import Enum
 from typing import NamedTuple
 
 import torch
@@ -10,17 +9,7 @@ from iccld import rng
 from iccld.diffusion import add_noise, velocity_of
 from iccld.losses import latent_mse
 from iccld.models.denoiser import DenoiserOutput
-
-
-class DiffusionLoss(Enum):
-    """Errors to minimise, squared: the noise's (the paper), or the velocity's, which weighs noisy timesteps more.
-
-    The noise's error is alpha_bar_t times the velocity's: timesteps above 800 have 1 % of its weight, while sampling in
-    one step asks for timestep T-1 alone.
-    """
-
-    noise = "noise"
-    velocity = "velocity"
+from iccld.stages.settings import DiffusionLoss
 
 
 class Noised(NamedTuple):

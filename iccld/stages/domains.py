@@ -11,10 +11,10 @@ from torch import Tensor
 
 from iccld.models.encoder import EncoderOutput
 from iccld.stages.base import to_float
+from iccld.stages.settings import DOMAINS
 from iccld.uda.classmix import class_mask, paste
 from iccld.uda.pseudo_labels import PseudoLabels
 
-DOMAINS: tuple[str, ...] = ("source", "target", "mixed")
 LABELLED: tuple[str, ...] = ("source", "mixed")
 
 

@@ -12,12 +12,13 @@ import torch
 from torch import nn
 
 from iccld.models.blocks import LATENT_STRIDE
-from iccld.models.iccld import ICCLD, ModelConfig
+from iccld.models.iccld import ICCLD
 from iccld.models.model_card import ModelStage
+from iccld.models.settings import ModelConfig
 from iccld.stages.base import Stage
-from iccld.stages.predictor import InferenceConfig, Predictor, predictor_of
+from iccld.stages.predictor import Predictor, predictor_of
+from iccld.stages.settings import InferenceConfig, ViewCacheConfig
 from iccld.stages.signs import LONGER_WARM_START, Sign
-from iccld.stages.view_cache import ViewCacheConfig
 
 SectionT = TypeVar("SectionT", covariant=True)
 Score = Callable[[Sequence[Predictor]], Any]

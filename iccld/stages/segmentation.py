@@ -5,7 +5,7 @@ Method: L1 = CE(D(E(x_src)), y_src) + CE_w(D(E(x_mix)), y_mix). `B C H W` images
 
 import copy
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,16 +20,15 @@ from iccld.models.encoder import Encoder
 from iccld.models.iccld import ICCLD
 from iccld.models.latent import channel_moments
 from iccld.models.model_card import ModelStage
-from iccld.ranges import above, between, check_ranges, off_or_above
 from iccld.stages import diagnostics
 from iccld.stages.base import Stage, StageInputs, StageOutput, decayed_groups, keyed_noise, pair, to_float
 from iccld.stages.kind import StageKind, StageSettings
+from iccld.stages.settings import SegmentationConfig
 from iccld.stages.signs import remedies_of_lost_classes
 from iccld.uda.classmix import class_mask, paste
-from iccld.uda.corruption import CorruptionConfig, corrupt, draw_corruption
-from iccld.uda.ema_profile import EmaProfileConfig
+from iccld.uda.corruption import corrupt, draw_corruption
 from iccld.uda.masking import block_mask
-from iccld.uda.photometric import NUM_DRAWS, PhotometricConfig, strong_augment
+from iccld.uda.photometric import NUM_DRAWS, strong_augment
 from iccld.uda.pseudo_labels import PseudoLabels, class_probabilities, kept_labels, pseudo_labels
 from iccld.uda.teacher import Teacher
 
@@ -37,50 +36,6 @@ NOISE = "mask latent noise"
 """The purpose of the noise on the mask's latent."""
 CORRUPTION_NOISE = "corruption noise"
 """The purpose of the corruption's noise `(3, H, W)`; a sample's source and mixed images share it."""
-
-
-@dataclass
-class SegmentationConfig:
-    """Settings of stage 1's objective, by default the constants of DAFormer and MIC; an option of weight 0 is off."""
-
-    adapt: bool = True  # False: source only
-    encoder_learning_rate: float = 6e-5  # the backbone's
-    decoder_learning_rate: float = 6e-4  # that of all other trained weights
-    weight_decay: float = 0.01  # AdamW's
-    teacher_decay: float = 0.999  # decay of the teacher's moving average, once it is warm
-    use_teacher: bool = True  # False: the student's own pseudo-labels (an ablation of the paper)
-    flip_teacher: bool = False  # pseudo-labels from the mean of the image's prediction and the mirrored image's
-    confidence_threshold: float = 0.968  # pixels above it count for the image weight q
-    class_thresholds: float = 0.0  # share of a class's mean confidence that a pixel must reach; 0: all weigh q; 0.95
-    image_weight: bool = False  # class-wise thresholds: confident pixels weigh q, not 1
-    class_balance: float = 0.0  # exponent of the balance of classes in the pseudo-labels' weights; 0.5: square root
-    warm_start_steps: int = 0  # source only for so many steps, so that the first pseudo-labels are worth something
-    target_weight: float = 1.0  # weight of the loss on mixed images
-    target_labels: bool = False  # an upper bound: the target's true labels in place of pseudo-labels
-    masked_weight: float = 0.0  # weight of the loss on masked target images; 0: off
-    masked_block: int = 64  # side of a masked block, in pixels
-    masked_ratio: float = 0.7  # share of the blocks that is masked
-    feature_distance_weight: float = 0.0  # weight of the distance to the pretrained features; 0: off
-    feature_distance_classes: list[int] = field(default_factory=lambda: [6, 7, 11, 12, 13, 14, 15, 16, 17, 18])
-    """Indices of the classes that the distance is taken over; with `data.classes`, the default is its things."""
-    mask_latent_weight: float = 1.0  # weight of the labels' reconstruction, if the latent is the mask's
-    mask_latent_drop: float = 0.5  # share of samples whose inter-coder connection is dropped in the reconstruction
-    mask_latent_noise: float = 0.5  # standard deviation of the noise on the latent in the reconstruction
-    photometric: PhotometricConfig = field(default_factory=PhotometricConfig)
-    corruption: CorruptionConfig = field(default_factory=CorruptionConfig)  # of source and mixed images
-    corruption_start: int = 0  # corruption begins at this step: it slows down a network that has learnt little yet
-    ema_profile: EmaProfileConfig = field(default_factory=EmaProfileConfig)
-
-    def __post_init__(self) -> None:
-        shares = ("teacher_decay", "confidence_threshold", "class_thresholds", "class_balance", "masked_ratio")
-        weights = ("weight_decay", "target_weight", "masked_weight", "feature_distance_weight", "mask_latent_weight")
-        check_ranges(
-            self,
-            "stage1.objective",
-            **dict.fromkeys((*shares, "mask_latent_drop"), between(0, 1)),
-            **dict.fromkeys(("encoder_learning_rate", "decoder_learning_rate", "masked_block"), above(0)),
-            **dict.fromkeys(("corruption_start", "warm_start_steps", "mask_latent_noise", *weights), off_or_above()),
-        )
 
 
 class SegmentationModule(nn.Module):

@@ -19,14 +19,12 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from iccld import rng
-from iccld.ranges import above, check_ranges, off_or_above
 from iccld.stages.base import pair
 from iccld.stages.named import Tensors
 
@@ -38,24 +36,6 @@ _MAX_PENDING = 4
 _ALIGNMENT = 16
 _NUMBER = struct.Struct("<I")
 _START = 2 * _NUMBER.size
-
-
-@dataclass
-class ViewCacheConfig:
-    """Settings of the cache of stage 2's views. FLOPs and MFU count E and D as if they ran in every step."""
-
-    num_samples: int = 0  # samples of each domain, seen again and again; 0: no cache, every sample is new
-    folder: str = ""  # on the node's disk or in its memory, shared by its ranks and by runs of equal views
-    max_gib: float = 20.0  # the most that the folder may take; what does not fit is computed each time
-
-    def __post_init__(self) -> None:
-        off = "num_samples=0 turns the cache off"
-        check_ranges(self, "stage2.cache", num_samples=off_or_above(), max_gib=above(0, off))
-        if self.num_samples and not self.folder:
-            raise ValueError(
-                f"stage2.cache.num_samples={self.num_samples} needs stage2.cache.folder, a folder of this node's disk "
-                f"or memory (/dev/shm/...); set it, or num_samples=0 for no cache."
-            )
 
 
 class Store(Protocol):

@@ -20,19 +20,9 @@ from iccld.models.encoder import EncoderOutput
 from iccld.models.iccld import ICCLD
 from iccld.stages.base import keyed_noise, to_float
 from iccld.stages.diagnostics import CLASSES, class_counts
-from iccld.stages.domains import (
-    DOMAINS,
-    LABELLED,
-    Images,
-    Labels,
-    encoded_of,
-    joined,
-    mixed_images,
-    mixed_labels,
-    of_domains,
-)
+from iccld.stages.domains import LABELLED, Images, Labels, encoded_of, joined, mixed_images, mixed_labels, of_domains
 from iccld.stages.named import Tensors, condition_to_tensors, encoded_to_tensors, tensors_to_encoded
-from iccld.stages.objective import AdversarialConfig, PseudoLabelSource
+from iccld.stages.settings import DOMAINS, AdversarialConfig, PseudoLabelSource
 from iccld.stages.target_labels import target_probabilities, unmirrored
 from iccld.uda.corruption import corrupt, draw_corruption
 from iccld.uda.photometric import NUM_DRAWS, strong_augment

@@ -5,53 +5,19 @@ colour jitter and blur, sensor noise, grey blocks.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from iccld import rng
-from iccld.ranges import at_least, between, check_ranges, off_or_above
 from iccld.uda.masking import block_mask
-from iccld.uda.photometric import NUM_DRAWS, PhotometricConfig, strong_augment
+from iccld.uda.photometric import NUM_DRAWS, strong_augment
+from iccld.uda.settings import CorruptionConfig
 
 NUM_SHARES = 3
 """Draws of a sample beside those of the photometric part and the blocks: amplitude, band, noise."""
 GREY = 0.5
-
-
-@dataclass
-class CorruptionConfig:
-    """Settings of the corruption of labelled images towards the target.
-
-    A sample draws how much it gets of each part, from nothing to the largest; blocks have a fixed share.
-    """
-
-    strength: float = 0.0  # in [0, 1], scales every part; 0 is off
-    fourier_band: float = 0.1  # largest half width of the band that is the target's, as a share of the shorter side
-    jitter: float = 0.4  # largest change of brightness, contrast, saturation and hue
-    blur_sigma: float = 1.5  # largest standard deviation of the blur, in pixels
-    noise: float = 0.1  # largest standard deviation of the sensor noise, in units of [0, 1]
-    block: int = 16  # side of a grey block, in pixels
-    block_ratio: float = 0.15  # share of the blocks that turns grey
-
-    def __post_init__(self) -> None:
-        off = "0 is off"
-        check_ranges(
-            self,
-            "corruption",
-            **dict.fromkeys(("strength", "jitter", "block_ratio"), between(0, 1, off)),
-            fourier_band=between(0, 0.5, off),
-            **dict.fromkeys(("blur_sigma", "noise"), off_or_above()),
-            block=at_least(1, "16 pixels are usual"),
-        )
-
-    def photometric(self) -> PhotometricConfig:
-        """Return the jitter and blur of this strength."""
-        jitter, sigma = self.strength * self.jitter, self.strength * self.blur_sigma
-        least = PhotometricConfig.blur_sigma_min
-        return PhotometricConfig(jitter_probability=1.0, jitter=jitter, blur_sigma_max=least + sigma)
 
 
 class CorruptionDraws(NamedTuple):

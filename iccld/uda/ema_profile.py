@@ -7,35 +7,13 @@ weights of time tau <= t by (gamma + 1) tau^gamma / t^(gamma + 1); its standard 
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-MAX_WIDTH = 1 / math.sqrt(12)
-"""The width of exponent 0, the plain mean of all steps."""
-
-
-@dataclass
-class EmaProfileConfig:
-    """Settings of the averages that are kept beside the teacher, and of their snapshots. No widths: no averages."""
-
-    widths: list[float] = field(default_factory=list)  # two, as [0.05, 0.10], span all others
-    snapshot_every: int = 0  # steps between the snapshots that are written; 0: none
-
-    def __post_init__(self) -> None:
-        setting = f"ema_profile.widths={self.widths}"
-        for width in self.widths:
-            exponent(width, setting=setting)
-        if len({label(width) for width in self.widths}) < len(self.widths):
-            raise ValueError(f"{setting} must differ in their first three decimals; use [0.05, 0.10].")
-        if self.snapshot_every < 0 or (self.snapshot_every > 0) != bool(self.widths):
-            raise ValueError(
-                f"ema_profile.snapshot_every={self.snapshot_every} with {setting} must be a positive number of steps "
-                f"if there are widths, else 0; set both, or neither."
-            )
+from iccld.uda.settings import check_width, label
 
 
 class Profile(NamedTuple):
@@ -45,21 +23,12 @@ class Profile(NamedTuple):
     width: float
 
 
-def label(width: float) -> str:
-    """Return the prefix of the names of an average's tensors, such as `ema_0.050`."""
-    return f"ema_{width:.3f}"
-
-
-def exponent(width: float, *, setting: str = "") -> float:
+def exponent(width: float) -> float:
     """Return the exponent gamma >= 0 of a relative width: (gamma + 2)^2 (gamma + 3) = (gamma + 1) / width^2.
 
-    Raises ValueError, which names `setting`, outside of (0, 0.2886].
+    Raises ValueError outside of (0, 0.2886].
     """
-    if not 0 < width <= MAX_WIDTH:
-        raise ValueError(
-            f"{setting or f'width={width}'} must be between 0 and 0.2886 (the plain mean of all steps); "
-            f"0.05 and 0.10 are usual."
-        )
+    check_width(width, setting=f"width={width}")
     inverse = width**-2
     roots = np.roots([1.0, 7.0, 16.0 - inverse, 12.0 - inverse])
     return max(0.0, float(roots.real.max()))

@@ -1,37 +1,15 @@
 """Strong photometric augmentation, in batch on the device, with keyed draws a sample. `B C H W` images in [0, 1]."""
 
 from contextlib import nullcontext
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from iccld import rng
-from iccld.ranges import between, check_ranges
+from iccld.uda.settings import PhotometricConfig
 
 NUM_DRAWS = 7
 _BLUR_KERNEL = 9  # 3.5 sigma of the strongest blur
-
-
-@dataclass
-class PhotometricConfig:
-    """Settings of colour jitter and blur; the defaults are DAFormer's."""
-
-    jitter_probability: float = 0.8  # chance that an image's colours are jittered
-    jitter: float = 0.2
-    """The largest change of brightness, contrast and saturation, as a factor, and of hue, as a share of the circle."""
-    blur_probability: float = 0.5  # chance that an image is blurred
-    blur_sigma_min: float = 0.15  # smallest standard deviation of the blur, in pixels
-    blur_sigma_max: float = 1.15  # largest standard deviation of the blur, in pixels
-
-    def __post_init__(self) -> None:
-        names = ("jitter_probability", "jitter", "blur_probability")
-        check_ranges(self, "photometric", **dict.fromkeys(names, between(0, 1)))
-        if not 0.0 < self.blur_sigma_min <= self.blur_sigma_max:
-            raise ValueError(
-                f"photometric.blur_sigma_min={self.blur_sigma_min} must be above 0 and at most "
-                f"blur_sigma_max={self.blur_sigma_max}."
-            )
 
 
 def strong_augment(images: Tensor, draws: Tensor, config: PhotometricConfig) -> Tensor:

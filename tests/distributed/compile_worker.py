@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from iccld.runtime.engine import compilation
-from iccld.runtime.engine.compilation import Compile
+from iccld.runtime.settings import Compile
 from tests.stages.test_compile import STAGES, WARM_START, train
 
 

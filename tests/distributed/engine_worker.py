@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from iccld.runtime.engine.engine import Engine, EngineConfig, Precision
+from iccld.runtime.engine.engine import Engine
+from iccld.runtime.settings import EngineConfig, Precision
 from iccld.stages.base import Stage, StageInputs
 from iccld.uda.teacher import Teacher
 from tests.factory import layout_for, random_batch

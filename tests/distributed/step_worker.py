@@ -7,9 +7,11 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from iccld.diagnostics import diagnose
-from iccld.evaluation import EvaluationConfig, evaluate
+from iccld.evaluation import evaluate
 from iccld.labels import CITYSCAPES_19
-from iccld.runtime.engine.engine import Engine, EngineConfig
+from iccld.runtime.engine.engine import Engine
+from iccld.runtime.settings import EngineConfig
+from iccld.settings import EvaluationConfig
 from iccld.stages.base import StageInputs
 from tests.factory import layout_for, random_batch
 from tests.models.factory import trained_model

@@ -9,7 +9,8 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 
-from iccld.runtime.engine.engine import Engine, EngineConfig
+from iccld.runtime.engine.engine import Engine
+from iccld.runtime.settings import EngineConfig
 from tests.factory import layout_for
 
 CLIP = 0.01

@@ -3,14 +3,18 @@
 import torch
 from torch import Tensor, nn
 
-from iccld.models.condition import ConditionKind
-from iccld.models.decoder import DecoderConfig
-from iccld.models.denoiser import DenoiserConfig
-from iccld.models.discriminator import DiscriminatorConfig
-from iccld.models.encoder import Encoder, EncoderConfig
-from iccld.models.iccld import ICCLD, ModelConfig
-from iccld.models.latent import LatentKind
+from iccld.models.encoder import Encoder
+from iccld.models.iccld import ICCLD
 from iccld.models.model_card import ModelStage
+from iccld.models.settings import (
+    ConditionKind,
+    DecoderConfig,
+    DenoiserConfig,
+    DiscriminatorConfig,
+    EncoderConfig,
+    LatentKind,
+    ModelConfig,
+)
 
 PYRAMID = {"depths": [1, 1, 1, 1], "hidden_sizes": [8, 16, 24, 32], "drop_path_rate": 0.3}
 VIT = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "drop_path_rate": 0.3}

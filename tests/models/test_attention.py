@@ -6,8 +6,9 @@ import math
 import pytest
 import torch
 
-from iccld.models.attention import AttentionBackend, _try_xformers, attention, check_backend
-from iccld.models.denoiser import Denoiser, DenoiserConfig
+from iccld.models.attention import _try_xformers, attention, check_backend
+from iccld.models.denoiser import Denoiser
+from iccld.models.settings import AttentionBackend, DenoiserConfig
 
 
 def loop_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

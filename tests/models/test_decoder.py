@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from iccld.models.blocks import FeatureFusion, group_norm, resample
-from iccld.models.decoder import Decoder, DecoderConfig
+from iccld.models.decoder import Decoder
+from iccld.models.settings import DecoderConfig
 from tests.models.factory import random_images, without_gradient
 
 CHANNELS = (8, 16, 24, 32)

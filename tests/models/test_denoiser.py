@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from iccld.diffusion import noise_from_velocity
-from iccld.models.attention import AttentionBackend
 from iccld.models.blocks import SelfAttention, TimeEmbedding
-from iccld.models.denoiser import Denoiser, DenoiserConfig
+from iccld.models.denoiser import Denoiser
+from iccld.models.settings import AttentionBackend, DenoiserConfig
 from tests.models.factory import random_images, without_gradient
 
 CONFIG = DenoiserConfig(width=16, channel_multipliers=[1, 2, 4], num_blocks=2, attention_levels=[1], head_dim=16)

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.func import functional_call
 
-from iccld.models.discriminator import Discriminator, DiscriminatorConfig
+from iccld.models.discriminator import Discriminator
 from iccld.models.mask_encoder import MaskEncoder
+from iccld.models.settings import DiscriminatorConfig
 from tests.models.factory import random_images, without_gradient
 
 T = torch.tensor([0, 999])

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from iccld.models.decoder import Decoder, DecoderConfig
+from iccld.models.decoder import Decoder
 from iccld.models.encoder import Encoder
+from iccld.models.settings import DecoderConfig
 from tests.models.factory import BACKBONES, encoder_config, make_encoder, random_images, without_gradient
 
 every_backbone = pytest.mark.parametrize("backbone", BACKBONES)

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel
 
-from iccld.models.encoder import Encoder, EncoderConfig
+from iccld.models.encoder import Encoder
+from iccld.models.settings import EncoderConfig
 from tests.models.factory import BACKBONES, make_encoder, random_images
 
 every_backbone = pytest.mark.parametrize("backbone", BACKBONES)

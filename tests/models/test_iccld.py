@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from iccld.models.iccld import ICCLD, ModelConfig
+from iccld.models.iccld import ICCLD
+from iccld.models.settings import ModelConfig
 from tests.models.factory import model_config, random_images, random_noise, tiny_model, trained_model
 
 IMAGES = random_images(2, 3, 40, 72)

@@ -5,13 +5,8 @@ import torch
 
 from iccld.models.encoder import EncoderOutput
 from iccld.models.iccld import ICCLD
-from iccld.models.latent import (
-    LatentKind,
-    channel_moments,
-    denormalise,
-    moments_to_statistics,
-    normalise,
-)
+from iccld.models.latent import channel_moments, denormalise, moments_to_statistics, normalise
+from iccld.models.settings import LatentKind
 from tests.models.factory import random_images, tiny_model
 
 CLEAN, STRONG = random_images(2, 3, 32, 64, seed=0), random_images(2, 3, 32, 64, seed=1)

@@ -10,10 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from iccld.models.attention import AttentionBackend
 from iccld.models.iccld import ICCLD
-from iccld.models.latent import LatentKind
 from iccld.models.model_card import ModelStage
+from iccld.models.settings import AttentionBackend, LatentKind
 from tests.models.factory import BACKBONES, model_config, random_images, random_noise, tiny_model, trained_model
 
 NAMES = ["road", "sky", "car", "pole", "person"]

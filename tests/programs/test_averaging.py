@@ -12,15 +12,16 @@ from PIL import Image
 
 from iccld.cli import main
 from iccld.config import load_config
-from iccld.diffusion import Solver
 from iccld.models.encoder import EncoderOutput
-from iccld.models.latent import LatentKind
+from iccld.models.settings import LatentKind
 from iccld.programs.ablate import pictures
 from iccld.programs.evaluate import averaging
 from iccld.programs.evaluate.evaluate import score_model
 from iccld.programs.evaluate.results import about_of
+from iccld.settings import Solver
 from iccld.stages.kind import StageKind
-from iccld.stages.predictor import InferenceConfig, predictor_of
+from iccld.stages.predictor import predictor_of
+from iccld.stages.settings import InferenceConfig
 from tests.models.factory import trained_model
 
 IMAGES, NUMBERS = torch.rand(2, 3, 32, 64, generator=torch.Generator().manual_seed(0)), torch.tensor([3, 5])

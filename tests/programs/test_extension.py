@@ -11,7 +11,8 @@ import pytest
 from iccld.cli import main
 from iccld.config import read_config
 from iccld.inference.source import find_model
-from iccld.trainer import ScheduleConfig, learning_rate_factor
+from iccld.settings import ScheduleConfig
+from iccld.trainer import learning_rate_factor
 from tests.factory import scene_overrides
 
 QUICK = ["inference.num_steps=[1]", "evaluation.diagnostic_images=0", "evaluation.max_images=2"]

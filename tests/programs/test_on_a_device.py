@@ -9,8 +9,9 @@ import torch
 from iccld.config import load_config
 from iccld.programs.run.building import build_stage
 from iccld.programs.train.train import measure_latents
-from iccld.runtime.engine.engine import Engine, EngineConfig
+from iccld.runtime.engine.engine import Engine
 from iccld.runtime.measure.flops import on_meta
+from iccld.runtime.settings import EngineConfig
 from tests.factory import scene_overrides
 
 META = torch.device("meta")

@@ -9,7 +9,8 @@ from iccld.config import load_config
 from iccld.programs.run.building import fresh_stage
 from iccld.programs.run.checks import plan_of
 from iccld.programs.run.out_of_memory import remedies
-from iccld.runtime.engine.engine import Engine, EngineConfig
+from iccld.runtime.engine.engine import Engine
+from iccld.runtime.settings import EngineConfig
 
 CONVNEXT = (
     "model.encoder.pretrained=",

@@ -15,7 +15,7 @@ from iccld.config import Config, config_from, to_yaml
 from iccld.programs.evaluate.evaluate import evaluate_models, evaluate_run, unscored_stages
 from iccld.programs.evaluate.results import about_of, finished_models, own_results, place_for, read_results
 from iccld.runtime.ranks import Ranks
-from iccld.stages.predictor import Weights
+from iccld.stages.settings import Weights
 
 OVERRIDES = [
     "inference.num_steps=[1]", "inference.noise_seeds=2", "evaluation.image_size=[64,128]",

@@ -10,12 +10,12 @@ from torch.func import functional_call
 
 from iccld.labels import IGNORE_INDEX
 from iccld.losses import domain_confusion, domain_cross_entropy, noise_mse
-from iccld.models.condition import ConditionKind
 from iccld.models.iccld import ICCLD
-from iccld.models.latent import LatentKind
-from iccld.stages.adversarial import AdversarialConfig, AdversarialStage, AdversaryInput, new_discriminator
+from iccld.models.settings import ConditionKind, LatentKind
+from iccld.stages.adversarial import AdversarialStage, new_discriminator
 from iccld.stages.domains import mixed_images
-from iccld.uda.photometric import PhotometricConfig
+from iccld.stages.settings import AdversarialConfig, AdversaryInput
+from iccld.uda.settings import PhotometricConfig
 from tests.factory import random_batch, tiny_model_config
 
 INPUTS = list(AdversaryInput)

@@ -10,14 +10,17 @@ import torch._dynamo
 from torch._dynamo.utils import counters
 
 from iccld.models.blocks import ResidualBlock, SelfAttention
-from iccld.models.denoiser import Denoiser, DenoiserConfig
+from iccld.models.denoiser import Denoiser
 from iccld.models.iccld import ICCLD
+from iccld.models.settings import DenoiserConfig
 from iccld.runtime.engine import compilation
-from iccld.runtime.engine.compilation import Compile, compile_in_place, repeated_blocks
-from iccld.runtime.engine.engine import Engine, EngineConfig, Precision
+from iccld.runtime.engine.compilation import compile_in_place, repeated_blocks
+from iccld.runtime.engine.engine import Engine
+from iccld.runtime.settings import Compile, EngineConfig, Precision
 from iccld.stages.base import Stage
-from iccld.stages.segmentation import SegmentationConfig, SegmentationStage
-from iccld.uda.corruption import CorruptionConfig
+from iccld.stages.segmentation import SegmentationStage
+from iccld.stages.settings import SegmentationConfig
+from iccld.uda.settings import CorruptionConfig
 from tests.factory import layout_for, random_batch, tiny_model_config
 from tests.stages.test_adversarial import make_stage as make_adversarial
 
@@ -161,8 +164,8 @@ def test_inductor_is_told_to_be_deterministic(deterministic: bool):
 
 @pytest.mark.parametrize(("device", "how"), [("cpu", Compile.none), ("cuda", Compile.blocks)])
 def test_auto_compiles_blocks_on_a_gpu(device: str, how: Compile):
-    assert Compile.auto.on(torch.device(device)) is how
-    assert Compile.whole.on(torch.device(device)) is Compile.whole
+    assert Compile.auto.on(device) is how
+    assert Compile.whole.on(device) is Compile.whole
 
 
 def test_a_copy_of_compiled_blocks_has_weights_of_its_own(monkeypatch: pytest.MonkeyPatch):

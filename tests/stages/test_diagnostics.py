@@ -6,7 +6,7 @@ import torch
 from iccld.labels import IGNORE_INDEX
 from iccld.stages.base import to_float
 from iccld.stages.diagnostics import CLASSES, DISAGREEMENT, class_counts, disagreement, thinned
-from iccld.stages.objective import PseudoLabelSource
+from iccld.stages.settings import PseudoLabelSource
 from tests.factory import random_batch
 from tests.stages.test_adversarial import make_stage as make_second_stage
 from tests.stages.test_segmentation import make_stage, prepared

@@ -9,18 +9,22 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from iccld.models.condition import ConditionKind
-from iccld.models.latent import LatentKind
-from iccld.runtime.engine.compilation import Compile
-from iccld.runtime.engine.engine import Engine, EngineConfig
+from iccld.models.settings import ConditionKind, LatentKind
+from iccld.runtime.engine.engine import Engine
 from iccld.runtime.measure.flops import on_meta
+from iccld.runtime.settings import Compile, EngineConfig
 from iccld.runtime.tensors import map_tensors
-from iccld.stages.adversarial import AdversarialConfig, AdversarialStage, AdversaryInput, new_discriminator
+from iccld.stages.adversarial import AdversarialStage, new_discriminator
 from iccld.stages.base import Stage
-from iccld.stages.denoising import DiffusionLoss
-from iccld.stages.objective import PseudoLabelSource
-from iccld.stages.segmentation import SegmentationConfig, SegmentationStage
-from iccld.uda.corruption import CorruptionConfig
+from iccld.stages.segmentation import SegmentationStage
+from iccld.stages.settings import (
+    AdversarialConfig,
+    AdversaryInput,
+    DiffusionLoss,
+    PseudoLabelSource,
+    SegmentationConfig,
+)
+from iccld.uda.settings import CorruptionConfig
 from tests.factory import layout_for, random_batch
 from tests.models.factory import BACKBONES, tiny_model
 

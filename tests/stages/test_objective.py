@@ -10,13 +10,12 @@ from torch import Tensor
 from iccld.diffusion import add_noise
 from iccld.labels import IGNORE_INDEX
 from iccld.losses import latent_mse, weighted_cross_entropy
-from iccld.models.condition import ConditionKind
-from iccld.models.latent import LatentKind
-from iccld.stages.adversarial import AdversarialConfig, AdversarialStage, AdversaryInput
+from iccld.models.settings import ConditionKind, LatentKind
+from iccld.stages.adversarial import AdversarialStage
 from iccld.stages.base import StageInputs
-from iccld.stages.denoising import DiffusionLoss, Noised, denoising_errors, draw_timesteps, noised
-from iccld.stages.objective import PseudoLabelSource
-from iccld.uda.corruption import CorruptionConfig
+from iccld.stages.denoising import Noised, denoising_errors, draw_timesteps, noised
+from iccld.stages.settings import AdversarialConfig, AdversaryInput, DiffusionLoss, PseudoLabelSource
+from iccld.uda.settings import CorruptionConfig
 from tests.factory import random_batch
 from tests.models.factory import without_gradient
 from tests.stages.test_adversarial import make_stage

@@ -9,15 +9,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from iccld.models.condition import Condition, ConditionKind
+from iccld.models.condition import Condition
 from iccld.models.encoder import EncoderOutput
 from iccld.models.iccld import ICCLD
-from iccld.models.latent import LatentKind
-from iccld.stages.adversarial import AdversarialStage, AdversaryInput, noise_shapes
+from iccld.models.settings import ConditionKind, LatentKind
+from iccld.stages.adversarial import AdversarialStage, noise_shapes
 from iccld.stages.base import to_float
 from iccld.stages.named import tensors_to_condition
-from iccld.stages.objective import AdversarialConfig, PseudoLabelSource
-from iccld.uda.corruption import CorruptionConfig
+from iccld.stages.settings import AdversarialConfig, AdversaryInput, PseudoLabelSource
+from iccld.uda.settings import CorruptionConfig
 from tests.factory import random_batch, tiny_model_config
 from tests.stages.test_adversarial import make_stage
 

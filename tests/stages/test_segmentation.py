@@ -6,11 +6,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from iccld.models.iccld import ICCLD
-from iccld.models.latent import LatentKind
+from iccld.models.settings import LatentKind
 from iccld.stages.base import StageInputs
-from iccld.stages.segmentation import SegmentationConfig, SegmentationStage
-from iccld.uda.corruption import CorruptionConfig
-from iccld.uda.photometric import PhotometricConfig
+from iccld.stages.segmentation import SegmentationStage
+from iccld.stages.settings import SegmentationConfig
+from iccld.uda.settings import CorruptionConfig, PhotometricConfig
 from tests.factory import random_batch, tiny_model_config
 
 OPTIONS = {

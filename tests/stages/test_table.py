@@ -7,7 +7,7 @@ import pytest
 from iccld.config import Config, load_config, read_config
 from iccld.models.model_card import ModelStage
 from iccld.programs.evaluate.evaluate import saved_settings
-from iccld.stages.predictor import InferenceConfig
+from iccld.stages.settings import InferenceConfig
 from iccld.stages.table import STAGES, stage_of
 from tests.models.factory import tiny_model, trained_model
 

@@ -25,13 +25,14 @@ from iccld.models.model_card import ModelStage
 from iccld.programs.evaluate.evaluate import evaluate_run, named_results
 from iccld.programs.train.train import train
 from iccld.runtime.checkpoint.manifest import verify
+from iccld.settings import TrainerConfig
 from iccld.stages.base import Stage, StageInputs, StageOutput, decayed_groups, keyed_noise, to_float
 from iccld.stages.kind import StageKind, StageSettings
 from iccld.stages.named import encoded_to_tensors, tensors_to_encoded
-from iccld.stages.predictor import InferenceConfig, Predictor
-from iccld.stages.table import STAGES, stage_of
-from iccld.trainer import TrainerConfig
-from iccld.uda.ema_profile import EmaProfileConfig
+from iccld.stages.predictor import Predictor
+from iccld.stages.settings import InferenceConfig
+from iccld.stages.table import LINES, stage_of
+from iccld.uda.settings import EmaProfileConfig
 from iccld.uda.teacher import Teacher
 from tests.distributed.worker import StopAt
 from tests.factory import scene_overrides
@@ -138,7 +139,7 @@ def words(scene_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     """The settings of a run of stages 1 and 3 that was stopped within stage 3, and went on."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(config_module, "Config", ConfigWithToy)
-        patch.setitem(STAGES, "stage3", Toy())
+        patch.setitem(LINES, "stage3", f"{__name__}:Toy")
         run_dir = tmp_path_factory.mktemp("third") / "run"
         given = [*scene_overrides(scene_shards, run_dir), "stages=[stage1,stage3]", "stage1.trainer.num_steps=1"]
         given += [f"stage3.trainer.num_steps={STEPS}", "stage3.trainer.evaluate_every=2", "evaluation.max_images=2"]

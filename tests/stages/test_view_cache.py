@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from iccld.models.latent import LatentKind
-from iccld.runtime.engine.compilation import Compile
-from iccld.runtime.engine.engine import Engine, EngineConfig
+from iccld.models.settings import LatentKind
+from iccld.runtime.engine.engine import Engine
 from iccld.runtime.measure.flops import on_meta
+from iccld.runtime.settings import Compile, EngineConfig
 from iccld.runtime.tensors import map_tensors
 from iccld.stages.adversarial import AdversarialStage
-from iccld.stages.view_cache import _MAX_PENDING, IS_KEPT, ViewCache, ViewCacheConfig
+from iccld.stages.settings import ViewCacheConfig
+from iccld.stages.view_cache import _MAX_PENDING, IS_KEPT, ViewCache
 from iccld.stages.views import CORRUPTION_NOISE
 from tests.factory import random_batch
 from tests.stages.test_adversarial import make_stage

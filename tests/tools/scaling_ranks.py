@@ -17,7 +17,8 @@ from scaling.links import time_collectives
 from iccld.batch_layout import BatchLayout
 from iccld.config import load_config
 from iccld.programs.run.synthetic import synthetic_batch
-from iccld.runtime.engine.engine import Engine, EngineConfig
+from iccld.runtime.engine.engine import Engine
+from iccld.runtime.settings import EngineConfig
 from iccld.stages.adversarial import AdversarialStage
 from iccld.trainer import attach
 

@@ -19,7 +19,8 @@ from training_peers.steps import compare_cache
 from training_peers.turns import ratio_of, take_turns
 
 from iccld import rng
-from iccld.runtime.engine.engine import Engine, EngineConfig, Precision
+from iccld.runtime.engine.engine import Engine
+from iccld.runtime.settings import EngineConfig, Precision
 from iccld.stages.adversarial import DOMAINS
 from iccld.stages.base import Stage
 from iccld.uda.photometric import NUM_DRAWS

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from iccld import rng
-from iccld.uda.corruption import CorruptionConfig, CorruptionDraws, corrupt, draw_corruption, mix_amplitude
+from iccld.uda.corruption import CorruptionDraws, corrupt, draw_corruption, mix_amplitude
+from iccld.uda.settings import CorruptionConfig
 
 SIZE = (32, 48)
 NOTHING = {"fourier_band": 0.0, "jitter": 0.0, "blur_sigma": 0.0, "noise": 0.0, "block_ratio": 0.0}

@@ -7,18 +7,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from iccld.uda.ema_profile import (
-    MAX_WIDTH,
-    EmaProfileConfig,
     PowerAverages,
     Profile,
     decay,
     exponent,
     inner_products,
-    label,
     profile_error,
     relative_width,
     snapshot_weights,
 )
+from iccld.uda.settings import MAX_WIDTH, EmaProfileConfig, label
 
 WIDTHS = st.floats(0.005, MAX_WIDTH)
 STEPS = st.integers(1, 100_000)

@@ -11,7 +11,8 @@ from torch import nn
 from iccld.labels import IGNORE_INDEX
 from iccld.uda.classmix import class_mask, paste
 from iccld.uda.masking import block_mask
-from iccld.uda.photometric import NUM_DRAWS, PhotometricConfig, strong_augment
+from iccld.uda.photometric import NUM_DRAWS, strong_augment
+from iccld.uda.settings import PhotometricConfig
 from iccld.uda.teacher import Teacher, ema_decay
 
 

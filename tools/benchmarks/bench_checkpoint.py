@@ -26,9 +26,11 @@ from torch import nn
 
 from iccld.batch_layout import BatchLayout
 from iccld.durable import sync
-from iccld.models.denoiser import Denoiser, DenoiserConfig
-from iccld.runtime.checkpoint.store import CheckpointConfig, CheckpointStore
-from iccld.runtime.engine.engine import Engine, EngineConfig
+from iccld.models.denoiser import Denoiser
+from iccld.models.settings import DenoiserConfig
+from iccld.runtime.checkpoint.store import CheckpointStore
+from iccld.runtime.engine.engine import Engine
+from iccld.runtime.settings import CheckpointConfig, EngineConfig
 
 MODES = ("asynchronous", "synchronous", "save_state")
 TIMES = ("stall_s", "total_s", "durable_s", "restore_s")

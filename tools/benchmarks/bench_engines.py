@@ -31,10 +31,12 @@ from iccld.config import load_config
 from iccld.models.discriminator import Discriminator
 from iccld.models.iccld import ICCLD
 from iccld.programs.run.synthetic import synthetic_batch
-from iccld.runtime.engine.engine import Engine, EngineConfig, EngineKind
+from iccld.runtime.engine.engine import Engine, EngineKind
 from iccld.runtime.measure.peaks import wait_for
 from iccld.runtime.measure.profiling import PhaseTimer
-from iccld.stages.adversarial import AdversarialConfig, AdversarialStage
+from iccld.runtime.settings import EngineConfig
+from iccld.stages.adversarial import AdversarialStage
+from iccld.stages.settings import AdversarialConfig
 from iccld.trainer import TrainingStep, attach
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -28,12 +28,13 @@ from rich.console import Console
 from torch import Tensor
 
 from iccld.config import load_config
-from iccld.models.encoder import EncoderConfig
-from iccld.models.iccld import ICCLD, ModelConfig
+from iccld.models.iccld import ICCLD
+from iccld.models.settings import EncoderConfig, ModelConfig
 from iccld.runtime.measure.flops import FlopCounter, on_meta
 from iccld.runtime.measure.peaks import wait_for
 from iccld.stages.base import StageInputs
-from iccld.stages.segmentation import SegmentationConfig, SegmentationModule
+from iccld.stages.segmentation import SegmentationModule
+from iccld.stages.settings import SegmentationConfig
 
 BACKBONES: dict[str, dict[str, Any]] = {  # of models whose configuration names published weights
     "mobilenet_v2": {"model_type": "mobilenet_v2"},

@@ -42,7 +42,7 @@ from training_peers.processes import data_wait, in_own_process, weak_scaling
 from training_peers.sizes import SIZES, STAGES, Size
 from training_peers.steps import bf16_where_fast, compare_cache, compare_steps, measure_stage, timing_share
 
-from iccld.runtime.engine.engine import Precision
+from iccld.runtime.settings import Precision
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = ("denoiser", "steps", "cache", "scaling", "data", "attention", "device")

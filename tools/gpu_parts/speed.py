@@ -16,11 +16,11 @@ from training_peers.sizes import SIZES, Ours, Size, config_of, make_stage, rando
 from training_peers.turns import NUM_WARMUP, seconds_of
 
 from iccld.models.blocks import GroupNorm
-from iccld.runtime.engine.compilation import Compile
-from iccld.runtime.engine.engine import Engine, EngineConfig, MatmulPrecision, Precision
+from iccld.runtime.engine.engine import Engine
 from iccld.runtime.measure import memory
 from iccld.runtime.measure.flops import count_step
 from iccld.runtime.measure.peaks import nominal_flops
+from iccld.runtime.settings import Compile, EngineConfig, MatmulPrecision, Precision
 from iccld.stages.base import Stage
 
 GIB = 2**30

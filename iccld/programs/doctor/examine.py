@@ -27,7 +27,8 @@ from packaging.requirements import Requirement
 from iccld import __version__
 from iccld.durable import open_lock, write_whole
 from iccld.extras import remedy
-from iccld.models.attention import AttentionBackend, check_backend, default_device_type
+from iccld.models.attention import check_backend, default_device_type
+from iccld.models.settings import AttentionBackend
 from iccld.outcome import AGAIN, REFUSED, status_of, words
 from iccld.redact import redact, without_known
 from iccld.runtime.faults.preflight import check_device, check_shared_memory
@@ -195,7 +196,7 @@ def compiler(config: Any, device_type: str) -> Iterator[Finding]:
     if not lacks:
         yield Finding(FINE, "compiler", f"{name} is there for torch.compile")
         return
-    chosen = config is not None and config.engine.compile.on(torch.device(device_type)).value != "none"
+    chosen = config is not None and config.engine.compile.on(device_type).value != "none"
     what = f"torch.compile cannot work: {' and '.join(lacks)}; or set engine.compile=none"
     yield Finding(WRONG if chosen else NOTE, "compiler", what, REFUSED)
 

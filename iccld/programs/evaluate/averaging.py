@@ -26,7 +26,8 @@ from iccld.programs.evaluate.scoring import evaluate_predictor
 from iccld.runtime.engine.engine import Engine
 from iccld.stages.base import Stage
 from iccld.stages.table import stage_of
-from iccld.uda.ema_profile import Profile, label, profile_error, snapshot_weights
+from iccld.uda.ema_profile import Profile, profile_error, snapshot_weights
+from iccld.uda.settings import label
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from iccld.runtime.faults.watchdog import Watchdog
 from iccld.runtime.measure.telemetry import write_event
 from iccld.runtime.measure.terminal import Terminal
 from iccld.runtime.ranks import Ranks
-from iccld.stages.predictor import Weights
+from iccld.stages.settings import Weights
 from iccld.stages.table import STAGES, stage_of
 
 DIAGNOSTICS = "diagnostics"
@@ -99,7 +99,7 @@ def evaluate_run(
     preemption.config = config.preemption
     folders = [Path(model_folder)] if model_folder else finished_models(config)
     if not folders:
-        finished = [name for name in reversed(STAGES) if is_finished(Path(config.run_dir), name)]
+        finished = [name for name in reversed([*STAGES]) if is_finished(Path(config.run_dir), name)]
         if finished and config.inference.weights is Weights.best:
             find_model(Path(config.run_dir), weights="best", stages=finished)  # raises: none of them has one
         finals = ", ".join(f"{name}/final" for name in STAGES)

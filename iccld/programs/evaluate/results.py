@@ -25,7 +25,7 @@ from iccld.models.model_card import WEIGHTS_NAME
 from iccld.programs.run.hand_off import is_finished
 from iccld.reading import MIB, read_json
 from iccld.redact import without_secrets
-from iccld.stages.predictor import InferenceConfig, Weights
+from iccld.stages.settings import InferenceConfig, Weights
 from iccld.stages.table import STAGES
 
 OF_NO_CONSEQUENCE = ("models", "batch_size", "diagnostic_images")

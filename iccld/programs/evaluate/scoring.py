@@ -14,7 +14,7 @@ from iccld.evaluation import EvaluationResult, Predict, evaluate
 from iccld.models.iccld import ICCLD
 from iccld.runtime.engine.engine import Engine
 from iccld.runtime.faults.preemption import Preempted
-from iccld.stages.predictor import Weights
+from iccld.stages.settings import Weights
 
 T = TypeVar("T")
 GiveUp = Callable[[int, int], bool]

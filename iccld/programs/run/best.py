@@ -14,7 +14,7 @@ from iccld.models.model_card import CARD_NAME, WEIGHTS_NAME
 from iccld.models.readme import README_NAME
 from iccld.outcome import say
 from iccld.programs.run.hand_off import origin_of
-from iccld.stages.predictor import Weights
+from iccld.stages.settings import Weights
 
 OURS = re.compile(STEP.pattern + r"(\.[0-9a-f]{8}|)(\.tmp|)")  # a scratch folder, too
 is_ours = holds_only("|".join(map(re.escape, (CARD_NAME, WEIGHTS_NAME, README_NAME))))

@@ -22,9 +22,9 @@ from iccld.programs.run.kept_views import open_view_files
 from iccld.runtime.engine.engine import Engine
 from iccld.runtime.faults.watchdog import Watchdog
 from iccld.runtime.ranks import Ranks
-from iccld.stages.predictor import Weights
+from iccld.settings import TrainerConfig
+from iccld.stages.settings import Weights
 from iccld.stages.table import STAGES
-from iccld.trainer import TrainerConfig
 
 LEFT_OVER_AFTER_S = 86_400.0  # the process that wrote them has ended
 

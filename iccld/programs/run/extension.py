@@ -18,8 +18,9 @@ from iccld.programs.run.hand_off import final_folder, is_finished
 from iccld.programs.run.saved_scores import of_own_models
 from iccld.runtime.checkpoint.manifest import STEP_FOLDER
 from iccld.runtime.measure.tensorboard import TensorBoardRun
+from iccld.settings import TrainerConfig
 from iccld.stages.table import STAGES
-from iccld.trainer import TrainerConfig, learning_rate_factor
+from iccld.trainer import learning_rate_factor
 
 FOLDER_NAME = "before_extension"
 

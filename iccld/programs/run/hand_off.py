@@ -33,7 +33,7 @@ from iccld.models.readme import README_NAME
 from iccld.reading import read_json
 from iccld.redact import without_secrets
 from iccld.stages.base import Stage
-from iccld.stages.predictor import Weights
+from iccld.stages.settings import Weights
 from iccld.stages.table import STAGES, first_stage
 
 HAND_OFF_NAME = "hand_off.json"

@@ -66,6 +66,6 @@ def identity_of_views(name: str, config: Config, engine: Engine, stream: Trainin
         "settings": settings,
         "device": engine.device.type,
         "precision": engine.accelerator.mixed_precision,
-        "compile": config.engine.compile.on(engine.device).name,
+        "compile": config.engine.compile.on(engine.device.type).name,
     }
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()

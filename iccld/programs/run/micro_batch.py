@@ -32,8 +32,9 @@ from iccld.runtime.measure import memory
 from iccld.runtime.measure.profiling import PhaseTimer
 from iccld.runtime.measure.telemetry import write_event
 from iccld.runtime.tensors import map_tensors
+from iccld.settings import TrainerConfig
 from iccld.stages.base import Stage
-from iccld.trainer import TrainerConfig, TrainingStep, attach
+from iccld.trainer import TrainingStep, attach
 
 NUM_COMPUTED = 2  # micro-batches of a trial's step; the others only take their memory
 

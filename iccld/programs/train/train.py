@@ -22,7 +22,7 @@ from iccld.data.stream.sets import sets_kept_open
 from iccld.data.stream.stream import TrainingStream
 from iccld.data.stream.workers import prepare_workers
 from iccld.diagnostics import Diagnosis
-from iccld.models.iccld import ModelConfig
+from iccld.models.settings import ModelConfig
 from iccld.outcome import blaming_the_world
 from iccld.programs.evaluate.averaging import write_due_snapshot
 from iccld.programs.evaluate.evaluate import asks, evaluate_models, stopped, unscored_stages

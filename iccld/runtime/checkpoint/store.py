@@ -14,7 +14,6 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from torch import Tensor
 
 from iccld.durable import is_real_folder, make_folder, remove_tree, scratch_folder, sync, write_whole
 from iccld.outcome import Interrupted
-from iccld.ranges import at_least, check_ranges
 from iccld.runtime.checkpoint.manifest import (
     STEP_FOLDER,
     Checkpoint,
@@ -38,6 +36,7 @@ from iccld.runtime.checkpoint.manifest import (
 from iccld.runtime.checkpoint.pieces import Run, join_tables, write_runs
 from iccld.runtime.faults.ending import await_at_the_end
 from iccld.runtime.ranks import Ranks
+from iccld.runtime.settings import CheckpointConfig
 
 ALIGNMENT = 64  # bytes
 PIECE_BYTES = 1 << 28
@@ -47,19 +46,6 @@ CHECKPOINT_FILE = re.compile(r"rank_\d{5}\.safetensors|\.?manifest\.json(\..*tmp
 
 class UnsavedError(CheckpointError, Interrupted):
     """Error: a checkpoint could not be written; the one before it is whole."""
-
-
-@dataclass
-class CheckpointConfig:
-    """Settings of how often to save, how many whole checkpoints stay, and whether training goes on meanwhile."""
-
-    save_every: int = 1000  # steps between two checkpoints
-    keep: int = 2  # how many whole checkpoints stay
-    asynchronous: bool = True  # training goes on while files are written
-
-    def __post_init__(self) -> None:
-        keep = at_least(2, "one may be damaged")
-        check_ranges(self, "trainer.checkpoint", save_every=at_least(1), keep=keep)
 
 
 class CheckpointStore:

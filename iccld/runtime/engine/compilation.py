@@ -1,35 +1,16 @@
 """Compilation by torch.compile of what a step calls: one graph a shape, and none after warm-up."""
 
 from collections.abc import Iterable
-from enum import Enum
 from types import MethodType
 from typing import Any
 
-import torch
 from torch import nn
+
+from iccld.runtime.settings import Compile
 
 # All blocks share one function's cache, and what does not fit into it silently runs uncompiled.
 GRAPHS_PER_FUNCTION = 64
 BACKEND = "inductor"
-
-
-class Compile(Enum):
-    """Choices of what torch.compile gets: nothing, the blocks that a network repeats, or each network as a whole.
-
-    A block is compiled once for all of its repetitions of one shape: `blocks` pays for a network that repeats one
-    often. `auto` is `blocks` on CUDA and `none` on a CPU.
-    """
-
-    auto = "auto"
-    none = "none"
-    blocks = "blocks"
-    whole = "whole"
-
-    def on(self, device: torch.device) -> "Compile":
-        """Return the choice for a device, which is never `auto`."""
-        if self is not Compile.auto:
-            return self
-        return Compile.blocks if device.type == "cuda" else Compile.none
 
 
 def compile_in_place(networks: Iterable[nn.Module], how: Compile) -> None:

@@ -9,7 +9,6 @@ import gc
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from datetime import timedelta
 from enum import Enum
 from typing import Any, Self
@@ -24,10 +23,11 @@ from iccld.batch_layout import BatchLayout
 from iccld.node import host_name
 from iccld.runtime.checkpoint.pieces import Run, TensorReader
 from iccld.runtime.engine.backend import Backend, Replicated, Terms
-from iccld.runtime.engine.compilation import Compile, compile_in_place
+from iccld.runtime.engine.compilation import compile_in_place
 from iccld.runtime.engine.device import check_own, choose_kernels, identity, may_share, with_index
 from iccld.runtime.engine.prefetch import prefetch
 from iccld.runtime.ranks import Ranks, keep_record
+from iccld.runtime.settings import EngineConfig
 
 # A dimension of size 1 has any stride: DDP warns of 1x1 and depthwise kernels, in vain.
 warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
@@ -81,40 +81,6 @@ def join_alone(device: torch.device) -> None:
     torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)  # pyright: ignore[reportPrivateImportUsage]
 
 
-class Precision(Enum):
-    """Precision of the forward and backward pass; weights, moments and averages are fp32."""
-
-    fp32 = "no"
-    bf16 = "bf16"
-    fp16 = "fp16"  # named to be refused with a reason
-
-
-class MatmulPrecision(Enum):
-    """Precision of fp32 matrix products on a GPU: fp32, TF32, or pairs of bf16 (torch.set_float32_matmul_precision)."""
-
-    highest = "highest"
-    high = "high"
-    medium = "medium"
-
-
-@dataclass
-class EngineConfig:
-    """Settings of precision, compilation and kernels; accelerate's YAML says how ranks are formed."""
-
-    precision: Precision = Precision.fp32
-    compile: Compile = Compile.auto
-    deterministic: bool = False  # the same bits in each run, also on a GPU, where it is slower
-    matmul_precision: MatmulPrecision = MatmulPrecision.highest
-    cudnn_benchmark: bool = True  # try convolution kernels at each new shape; off if deterministic
-
-    def __post_init__(self) -> None:
-        if Precision.fp16 in (self.precision, Precision(os.environ.get("ACCELERATE_MIXED_PRECISION") or "no")):
-            raise ValueError(
-                "engine.precision=fp16 is refused: the discriminator's small gradients vanish in it, and loss scaling "
-                "skips steps, so that the position would no longer be the number of updates; use bf16 or fp32."
-            )
-
-
 class Engine:
     """The device and the `ranks` of this process; after `attach`, also the module's backend."""
 
@@ -146,7 +112,7 @@ class Engine:
                 f"launch with one of accelerate_configs/."
             )
         self.device = with_index(self.accelerator.device)
-        self.compile = config.compile.on(self.device)
+        self.compile = config.compile.on(self.device.type)
         if self.kind is not EngineKind.ddp and not torch.distributed.is_initialized():
             join_alone(self.device)
         self.ranks = Ranks.joined(self.accelerator.process_index, self.accelerator.num_processes)

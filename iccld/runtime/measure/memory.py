@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from iccld.durable import make_folder, replacing_by_name, write_whole
-from iccld.ranges import check_ranges, share
 from iccld.runtime.measure import host_memory
+from iccld.runtime.settings import MemoryConfig
 from iccld.runtime.tensors import bytes_of, local_tensor
 
 # What PyTorch and the libraries under it say in a RuntimeError: CUDA, cuBLAS, cuDNN, the CPU's allocator, C++, oneDNN.
@@ -25,21 +25,6 @@ FAILURE = re.compile(
 UNCLEAR = "could not create a primitive"  # oneDNN, which has no memory for the code of a kernel, or has no such kernel
 ASKED = re.compile(r"tried to allocate ([\d.]+ (?:bytes|[KMGT]iB))", re.IGNORECASE)
 GIB = 2**30
-
-
-@dataclass
-class MemoryConfig:
-    """Settings of how much memory a rank may take.
-
-    What `share` leaves is for fragmentation, for libraries' memory outside of the allocator, and for loader workers.
-    """
-
-    share: float = 0.9  # part of the free memory that a rank may take with `micro_batch_size: auto`
-    history: bool = False
-    """Keep the stack of every allocation on CUDA for an out-of-memory report; it costs microseconds for each."""
-
-    def __post_init__(self) -> None:
-        check_ranges(self, "memory", share=share("0.9 is usual"))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -5,8 +5,6 @@ import math
 import secrets
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -17,64 +15,16 @@ from torch import Tensor
 from iccld.batch_layout import BatchLayout
 from iccld.durable import refuse_unless_plain, write_whole
 from iccld.node import host_name
-from iccld.ranges import at_least, check_ranges, off_or_above
 from iccld.redact import redacted
 from iccld.runtime.measure.memory import peak_memory
 from iccld.runtime.measure.metric_entries import FINAL, FORMAT, entries_of
 from iccld.runtime.measure.profiling import Seconds, summed
-from iccld.runtime.measure.telemetry import Lines, Outlet, WandbMode, WandbRun, write_event
+from iccld.runtime.measure.telemetry import Lines, Outlet, WandbRun, write_event
 from iccld.runtime.measure.tensorboard import TensorBoardRun
 from iccld.runtime.measure.terminal import Terminal
 from iccld.runtime.measure.throughput import RankSeconds, rates, slowest
 from iccld.runtime.ranks import Ranks
-
-
-class Logger(Enum):
-    """Receivers of the metrics."""
-
-    jsonl = "jsonl"
-    wandb = "wandb"
-    tensorboard = "tensorboard"
-
-
-@dataclass
-class PicturesConfig:
-    """Pictures of the same few target crops: the image, its pseudo-label, the student's prediction."""
-
-    every: int = 2000  # steps between two pictures; 0: none
-    count: int = 4  # crops in a picture
-
-    def __post_init__(self) -> None:
-        check_ranges(self, "metrics.pictures", every=off_or_above(), count=at_least(1))
-
-
-@dataclass
-class MetricsConfig:
-    """`log_every`: in steps; losses stay on the device in between. `peak_tflops`: what a device could do, for MFU."""
-
-    log_every: int = 50  # steps between two lines of metrics.jsonl
-    peak_tflops: float = 0.0  # 10^12 floating-point operations a second; 0: by the device's name, where it is known
-    loggers: list[Logger] = field(default_factory=lambda: [Logger.jsonl, Logger.wandb])
-    """Receivers of the metrics: `jsonl` (metrics.jsonl, always), `wandb`, `tensorboard`."""
-    wandb: WandbMode = WandbMode.offline  # whether wandb, if it is a logger, sends the metrics; disabled: it gets none
-    wandb_project: str = "iccld"  # wandb's project
-    pictures: PicturesConfig = field(default_factory=PicturesConfig)
-
-    def __post_init__(self) -> None:
-        peak_tflops = at_least(0, "0 takes it from the device's name")
-        check_ranges(self, "metrics", log_every=at_least(1), peak_tflops=peak_tflops)
-        names = [logger.name for logger in self.loggers]
-        if Logger.jsonl not in self.loggers:
-            raise ValueError(
-                f"metrics.loggers=[{','.join(names)}] must hold jsonl, which resuming, warnings and reports read; use "
-                f"[{','.join(['jsonl', *names])}]."
-            )
-
-    @property
-    def with_wandb(self) -> bool:
-        """True if wandb gets the metrics."""
-        return Logger.wandb in self.loggers and self.wandb is not WandbMode.disabled
-
+from iccld.runtime.settings import Logger, MetricsConfig
 
 LOST_SHARE = 0.02
 """A bin with less than a fiftieth of its share is as good as gone. Rare-class sampling shows some classes ten times as

@@ -8,7 +8,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +19,13 @@ from iccld.node import uptime
 from iccld.outcome import naming, say, words
 from iccld.redact import redact, redacted
 from iccld.runtime.measure.metric_entries import FINAL
+from iccld.runtime.settings import WandbMode
 
 START_S = 45.0  # for wandb to find its server
 CALL_S = 60.0  # for whatever else is asked of it; it goes on in the background where that is not enough
 
 
 _refused: set[Path] = set()  # run directories whose events have no file; said once
-
-
-class WandbMode(Enum):
-    disabled = "disabled"
-    offline = "offline"
-    online = "online"
 
 
 class Outlet:

@@ -5,8 +5,9 @@ from pathlib import Path
 import torch
 
 from iccld.runtime.checkpoint.pieces import whole
-from iccld.runtime.checkpoint.store import CheckpointConfig, CheckpointStore
+from iccld.runtime.checkpoint.store import CheckpointStore
 from iccld.runtime.ranks import Ranks
+from iccld.runtime.settings import CheckpointConfig
 
 ABOUT = {"stage": "stage1", "layout": {"engine": "ddp", "world_size": 1}}
 

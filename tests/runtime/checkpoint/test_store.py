@@ -13,11 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from iccld.durable import file_checksum
-from iccld.models.denoiser import Denoiser, DenoiserConfig
+from iccld.models.denoiser import Denoiser
+from iccld.models.settings import DenoiserConfig
 from iccld.runtime.checkpoint.manifest import CheckpointError, verify
 from iccld.runtime.checkpoint.pieces import whole
-from iccld.runtime.checkpoint.store import ALIGNMENT, PIECE_BYTES, CheckpointConfig, CheckpointStore, in_pieces
+from iccld.runtime.checkpoint.store import ALIGNMENT, PIECE_BYTES, CheckpointStore, in_pieces
 from iccld.runtime.ranks import Ranks
+from iccld.runtime.settings import CheckpointConfig
 from tests.runtime.checkpoint.factory import ABOUT, flip, save, store
 
 

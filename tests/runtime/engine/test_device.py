@@ -9,7 +9,8 @@ import torch
 
 from iccld.runtime.engine import engine as engine_module
 from iccld.runtime.engine.device import SHARED_GPU, check_own, choose_kernels, with_index
-from iccld.runtime.engine.engine import Engine, EngineConfig
+from iccld.runtime.engine.engine import Engine
+from iccld.runtime.settings import EngineConfig
 
 
 def test_a_gpu_without_a_number_gets_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from iccld.config import load_config
 from iccld.programs.evaluate.scoring import evaluate_predictor
-from iccld.runtime.engine.engine import Engine, EngineConfig, Precision
+from iccld.runtime.engine.engine import Engine
 from iccld.runtime.measure.profiling import PhaseTimer
+from iccld.runtime.settings import EngineConfig, Precision
 from iccld.stages.base import StageInputs
 from iccld.trainer import TrainingStep
 from tests.factory import scene_overrides

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from iccld.runtime.engine.engine import Engine, EngineConfig
+from iccld.runtime.engine.engine import Engine
 from iccld.runtime.faults.preflight import (
     SHARED_MEMORY,
     check_collective,
@@ -20,6 +20,7 @@ from iccld.runtime.faults.preflight import (
     preflight,
 )
 from iccld.runtime.ranks import Ranks
+from iccld.runtime.settings import EngineConfig
 
 CPU = torch.device("cpu")
 

@@ -10,19 +10,17 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, conv_backward_flop
 
-from iccld.models.attention import AttentionBackend
 from iccld.models.blocks import SelfAttention
-from iccld.models.condition import ConditionKind
-from iccld.models.denoiser import Denoiser, DenoiserConfig
-from iccld.models.discriminator import Discriminator, DiscriminatorConfig
+from iccld.models.denoiser import Denoiser
+from iccld.models.discriminator import Discriminator
 from iccld.models.encoder import Encoder
-from iccld.models.latent import LatentKind
+from iccld.models.settings import AttentionBackend, ConditionKind, DenoiserConfig, DiscriminatorConfig, LatentKind
 from iccld.runtime.measure.flops import FlopCounter, StepFlops, count_step, on_meta
-from iccld.stages.adversarial import AdversarialConfig, AdversarialStage, AdversaryInput, new_discriminator
+from iccld.stages.adversarial import AdversarialStage, new_discriminator
 from iccld.stages.base import Stage
-from iccld.stages.objective import PseudoLabelSource
-from iccld.stages.segmentation import SegmentationConfig, SegmentationStage
-from iccld.uda.corruption import CorruptionConfig
+from iccld.stages.segmentation import SegmentationStage
+from iccld.stages.settings import AdversarialConfig, AdversaryInput, PseudoLabelSource, SegmentationConfig
+from iccld.uda.settings import CorruptionConfig
 from tests.factory import random_batch
 from tests.models.factory import BACKBONES, make_encoder, random_images, tiny_model
 

@@ -11,7 +11,6 @@ import torch
 from iccld.runtime.measure import host_memory
 from iccld.runtime.measure.host_memory import Bound, control_groups
 from iccld.runtime.measure.memory import (
-    MemoryConfig,
     OutOfMemory,
     free_memory,
     is_out_of_memory,
@@ -21,6 +20,7 @@ from iccld.runtime.measure.memory import (
     taken_memory,
     write_snapshot,
 )
+from iccld.runtime.settings import MemoryConfig
 
 CPU, MIB = torch.device("cpu"), 2**20
 

@@ -15,7 +15,8 @@ import pytest
 
 from iccld.node import uptime
 from iccld.runtime.measure import telemetry
-from iccld.runtime.measure.telemetry import Lines, WandbMode, WandbRun, append, write_event
+from iccld.runtime.measure.telemetry import Lines, WandbRun, append, write_event
+from iccld.runtime.settings import WandbMode
 
 RUN = """
 import sys

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from iccld.batch_layout import BatchLayout
-from iccld.runtime.measure.metrics import Logger, MetricsConfig, MetricsLogger
+from iccld.runtime.measure.metrics import MetricsLogger
 from iccld.runtime.measure.tensorboard import TensorBoardRun
 from iccld.runtime.ranks import Ranks
+from iccld.runtime.settings import Logger, MetricsConfig
 
 FULL = """
 import resource, signal, sys

@@ -28,8 +28,9 @@ import torch
 from training_peers.sizes import SIZES, STAGES, Ours, Size, config_of, make_stage, random_batch
 from training_peers.turns import NUM_WARMUP, spread
 
-from iccld.runtime.engine.engine import Engine, EngineConfig
+from iccld.runtime.engine.engine import Engine
 from iccld.runtime.measure.peaks import wait_for
+from iccld.runtime.settings import EngineConfig
 
 # Freed memory is kept, as on a GPU. By default glibc gives back what lies at its end, and the page faults when it is
 # taken again were 8 to 17 % of a step, more or less by luck: quartiles of a process were close, processes differed.

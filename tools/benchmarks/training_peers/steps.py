@@ -15,12 +15,12 @@ from training_peers.turns import NUM_WARMUP, ratio_of, seconds_of, take_turns
 from iccld.data.storage.cache import CacheConfig
 from iccld.programs.run.kept_views import ViewFiles
 from iccld.programs.run.synthetic import synthetic_batch
-from iccld.runtime.engine.compilation import Compile
-from iccld.runtime.engine.engine import Engine, EngineConfig, Precision
+from iccld.runtime.engine.engine import Engine
 from iccld.runtime.faults.watchdog import Watchdog
 from iccld.runtime.measure.flops import count_step
 from iccld.runtime.measure.peaks import nominal_flops
 from iccld.runtime.measure.profiling import PhaseTimer
+from iccld.runtime.settings import Compile, EngineConfig, Precision
 from iccld.stages.view_cache import ViewCache
 
 NUM_TIMED = 500  # empty steps
