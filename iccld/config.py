@@ -1,4 +1,7 @@
-"""The configuration: dataclasses beside the classes they configure, composed from packaged YAML by Hydra."""
+"""The configuration: dataclasses of all wings, composed from packaged YAML by Hydra.
+
+They stand in the `settings.py` of a wing, or beside a class that needs no torch: settings are composed without it.
+"""
 
 import contextlib
 import dataclasses
@@ -28,33 +31,12 @@ from iccld.redact import redacted
 from iccld.runtime.faults.limits import WatchdogConfig
 from iccld.runtime.faults.preemption import PreemptionConfig
 from iccld.runtime.settings import EngineConfig, MemoryConfig, MetricsConfig
-from iccld.settings import EvaluationConfig, TrainerConfig
-from iccld.stages.settings import AdversarialConfig, InferenceConfig, SegmentationConfig, ViewCacheConfig
+from iccld.settings import EvaluationConfig
+from iccld.stages.settings import InferenceConfig, SegmentationConfig, Stage1Config, Stage2Config
 from iccld.stages.table import STAGES, first_stage
 
 if TYPE_CHECKING:
     from iccld.stages.kind import StageSettings
-
-
-@dataclass
-class Stage1Config:
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    objective: SegmentationConfig = field(default_factory=SegmentationConfig)
-
-
-@dataclass
-class Stage2Config:
-    trainer: TrainerConfig = field(default_factory=lambda: TrainerConfig(gradient_clip=1.0))
-    objective: AdversarialConfig = field(default_factory=AdversarialConfig)
-    cache: ViewCacheConfig = field(default_factory=ViewCacheConfig)
-
-    def __post_init__(self) -> None:
-        num_samples, batch = self.cache.num_samples, self.trainer.global_batch_size
-        if num_samples % batch:
-            raise ValueError(
-                f"stage2.cache.num_samples={num_samples} must be a multiple of stage2.trainer.global_batch_size="
-                f"{batch}; use {-(-num_samples // batch) * batch}."
-            )
 
 
 @dataclass

@@ -15,8 +15,8 @@ MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 40
 
 LEAVES = {
-    *("labels", "rng", "plain_yaml", "settings", "ranges", "texts", "outcome", "reading", "redact", "node", "graph"),
-    *("batch_layout", "eager", "extras"),
+    *("labels", "rng", "plain_yaml", "schema", "ranges", "texts", "outcome", "reading", "redact", "node", "graph"),
+    *("batch_layout", "eager", "extras", "settings"),
 }
 """Rooms that all others may enter: keyed draws, plain files, what a setting may be, and how a command ends."""
 PROGRAMS = {"__main__", "cli", "programs"}
@@ -35,7 +35,8 @@ MAY_IMPORT = {
     "rng": set(),
     "durable": set(),
     "plain_yaml": set(),
-    "settings": set(),
+    "schema": set(),
+    "settings": {"runtime.settings"},
     "group_files": set(),
     "texts": set(),
     "outcome": set(),
@@ -56,7 +57,7 @@ MAY_IMPORT = {
     "scores": {"labels"},
     "evaluation": {"labels", "scores"},
     "diagnostics": {"labels", "scores", "evaluation", "diffusion", "losses", "models"},
-    "inference": {"durable", "data.images", "evaluation", "models", "stages.predictor"},
+    "inference": {"durable", "data.images", "evaluation", "models", "stages.predictor", "stages.settings"},
     "config": EVERYTHING,
     "programs": EVERYTHING,
     "__main__": EVERYTHING,
@@ -77,12 +78,13 @@ WINGS: dict[str, dict[str, set[str]]] = {
         "stream": {"images", "storage", "sample", "processes", "config"},
     },
     "runtime": {
+        "settings": set(),
         "ranks": set(),
         "tensors": set(),
-        "measure": {"ranks", "tensors"},
+        "measure": {"settings", "ranks", "tensors"},
         "faults": {"ranks", "measure"},
-        "checkpoint": {"ranks", "faults"},
-        "engine": {"ranks", "tensors", "checkpoint"},
+        "checkpoint": {"settings", "ranks", "faults"},
+        "engine": {"settings", "ranks", "tensors", "checkpoint"},
     },
     "programs": {
         "arguments": set(),
@@ -174,7 +176,7 @@ class Source:
         return (node for node in ast.walk(self.tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
 
     def imports(self) -> Iterator[tuple[int, str]]:
-        """Line and dotted name of everything imported, at any depth; `from a import b` gives `a.b`."""
+        """Line and dotted name of everything imported, at any depth; `from a import b` and "a:b" give `a.b`."""
         for node in ast.walk(self.tree):
             if isinstance(node, ast.Import):
                 yield from ((node.lineno, alias.name) for alias in node.names)
@@ -184,6 +186,8 @@ class Source:
                 yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
             elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
                 yield from ((node.lineno, arg.value) for arg in node.args[:1] if isinstance(arg, ast.Constant))
+            elif isinstance(node, ast.Constant) and re.fullmatch(r"iccld(\.\w+)+:\w+", str(node.value)):
+                yield node.lineno, str(node.value).replace(":", ".")  # as `pkgutil.resolve_name` takes it
 
 
 def imports_only_what_the_table_allows(source: Source) -> Iterator[Finding]:

@@ -17,8 +17,7 @@ from iccld.data.config import ClassSetConfig, DataConfig, DatasetConfig, OnError
 from iccld.data.storage.base import StorageConfig
 from iccld.models.settings import DecoderConfig, EncoderConfig, LatentKind, ModelConfig
 from iccld.runtime.faults.preemption import PreemptionConfig
-from iccld.runtime.measure.metrics import WandbMode
-from iccld.runtime.settings import MetricsConfig
+from iccld.runtime.settings import MetricsConfig, WandbMode
 from iccld.settings import TrainerConfig
 from iccld.stages.settings import AdversarialConfig, AdversaryInput, SegmentationConfig, Weights
 from iccld.stages.table import STAGES

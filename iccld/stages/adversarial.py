@@ -6,7 +6,7 @@ Method: L2 = ||noise_pred - noise||^2 + lambda_adv * L_adv(discriminator(noise_p
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from iccld.stages.settings import (
     AdversaryInput,
     InferenceConfig,
     PseudoLabelSource,
+    Stage2Config,
     ViewCacheConfig,
 )
 from iccld.stages.signs import Sign, remedies_of_lost_classes, signs_of_discriminator
@@ -187,14 +188,7 @@ def _check_labels(model: ICCLD, config: AdversarialConfig) -> None:
         )
 
 
-class AdversarialSection(Protocol):
-    """Part of the settings' section `stage2` that the stage reads."""
-
-    objective: AdversarialConfig
-    cache: ViewCacheConfig
-
-
-class Adversarial(StageKind[AdversarialSection]):
+class Adversarial(StageKind[Stage2Config]):
     """Stage 2 as the programs see it."""
 
     name, previous = "stage2", "stage1"
@@ -217,7 +211,7 @@ class Adversarial(StageKind[AdversarialSection]):
     )  # fmt: skip
 
     def build(
-        self, settings: StageSettings[AdversarialSection], previous: ICCLD | None, *, device: torch.device
+        self, settings: StageSettings[Stage2Config], previous: ICCLD | None, *, device: torch.device
     ) -> AdversarialStage:
         model = settings.new_model(with_denoiser=False) if previous is None else previous
         objective = settings.own.objective
@@ -225,16 +219,16 @@ class Adversarial(StageKind[AdversarialSection]):
         discriminator = new_discriminator(model, objective, settings.model.discriminator)
         return AdversarialStage(model.to(device), discriminator.to(device), objective, seed=settings.seed)
 
-    def check(self, settings: StageSettings[AdversarialSection], *, device: torch.device, is_sharded: bool) -> None:
+    def check(self, settings: StageSettings[Stage2Config], *, device: torch.device, is_sharded: bool) -> None:
         check_backend(settings.model.denoiser.attention, device.type)
 
-    def noise(self, settings: StageSettings[AdversarialSection]) -> dict[str, tuple[int, ...]]:
+    def noise(self, settings: StageSettings[Stage2Config]) -> dict[str, tuple[int, ...]]:
         drawn = noise_shapes(settings.own.objective, latent=settings.latent_shape, crop_size=settings.crop_size)
         if settings.own.cache.num_samples:  # a view that repeats has the noise of another number
             drawn.pop(CORRUPTION_NOISE, None)
         return drawn
 
-    def cache(self, settings: StageSettings[AdversarialSection]) -> ViewCacheConfig:
+    def cache(self, settings: StageSettings[Stage2Config]) -> ViewCacheConfig:
         return settings.own.cache
 
     def averaged(self, model: ICCLD) -> nn.Module:
@@ -261,11 +255,11 @@ class Adversarial(StageKind[AdversarialSection]):
     def main_score(self, inference: InferenceConfig) -> str:
         return f"{self.name} x{self.shown_steps(inference)}"
 
-    def signs(self, recent: Sequence[Mapping[str, Any]], settings: StageSettings[AdversarialSection]) -> list[Sign]:
+    def signs(self, recent: Sequence[Mapping[str, Any]], settings: StageSettings[Stage2Config]) -> list[Sign]:
         objective = settings.own.objective
         if not objective.adversarial_weight:
             return []
         return signs_of_discriminator(recent, is_ramped=recent[0]["step"] >= objective.adversarial_ramp_steps)
 
-    def class_remedies(self, settings: StageSettings[AdversarialSection]) -> list[str]:
+    def class_remedies(self, settings: StageSettings[Stage2Config]) -> list[str]:
         return remedies_of_lost_classes(self.name, settings.own.objective)

@@ -7,7 +7,7 @@ import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from iccld.models.model_card import ModelStage
 from iccld.stages import diagnostics
 from iccld.stages.base import Stage, StageInputs, StageOutput, decayed_groups, keyed_noise, pair, to_float
 from iccld.stages.kind import StageKind, StageSettings
-from iccld.stages.settings import SegmentationConfig
+from iccld.stages.settings import SegmentationConfig, Stage1Config
 from iccld.stages.signs import remedies_of_lost_classes
 from iccld.uda.classmix import class_mask, paste
 from iccld.uda.corruption import corrupt, draw_corruption
@@ -270,20 +270,14 @@ def _check_feature_distance(model: ICCLD, config: SegmentationConfig, reference:
         raise ValueError(f"stage1.objective.feature_distance_classes={classes} {rule}; mark classes as `thing: true`.")
 
 
-class SegmentationSection(Protocol):
-    """Part of the settings' section `stage1` that the stage reads."""
-
-    objective: SegmentationConfig
-
-
-class Segmentation(StageKind[SegmentationSection]):
+class Segmentation(StageKind[Stage1Config]):
     """Stage 1 as the programs see it."""
 
     name = "stage1"
     saved_as = ModelStage.segmentation
 
     def build(
-        self, settings: StageSettings[SegmentationSection], previous: ICCLD | None, *, device: torch.device
+        self, settings: StageSettings[Stage1Config], previous: ICCLD | None, *, device: torch.device
     ) -> SegmentationStage:
         model, objective, reference = settings.new_model(with_denoiser=False), settings.own.objective, None
         if settings.is_filled:
@@ -294,20 +288,20 @@ class Segmentation(StageKind[SegmentationSection]):
             _load_initial(model, Path(settings.initial_model))
         return SegmentationStage(model.to(device), objective, seed=settings.seed, reference=reference)
 
-    def check(self, settings: StageSettings[SegmentationSection], *, device: torch.device, is_sharded: bool) -> None:
+    def check(self, settings: StageSettings[Stage1Config], *, device: torch.device, is_sharded: bool) -> None:
         if is_sharded and not settings.own.objective.use_teacher:
             raise ValueError(
                 "stage1.objective.use_teacher=false asks the student for pseudo-labels, which FSDP2 holds in shards; "
                 "launch with ddp, zero1 or zero2."
             )
 
-    def reads_target(self, settings: StageSettings[SegmentationSection]) -> bool:
+    def reads_target(self, settings: StageSettings[Stage1Config]) -> bool:
         return settings.own.objective.adapt
 
-    def reads_target_labels(self, settings: StageSettings[SegmentationSection]) -> bool:
+    def reads_target_labels(self, settings: StageSettings[Stage1Config]) -> bool:
         return settings.own.objective.target_labels
 
-    def noise(self, settings: StageSettings[SegmentationSection]) -> dict[str, tuple[int, ...]]:
+    def noise(self, settings: StageSettings[Stage1Config]) -> dict[str, tuple[int, ...]]:
         objective = settings.own.objective
         noise: dict[str, tuple[int, ...]] = {}
         if settings.model.latent.has_mask_encoder:
@@ -316,7 +310,7 @@ class Segmentation(StageKind[SegmentationSection]):
             noise[CORRUPTION_NOISE] = (3, *settings.crop_size)
         return noise
 
-    def class_remedies(self, settings: StageSettings[SegmentationSection]) -> list[str]:
+    def class_remedies(self, settings: StageSettings[Stage1Config]) -> list[str]:
         return remedies_of_lost_classes(self.name, settings.own.objective)
 
 

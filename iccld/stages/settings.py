@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from iccld.ranges import above, between, check_ranges, off_or_above
-from iccld.settings import Solver
+from iccld.settings import Solver, TrainerConfig
 from iccld.uda.settings import CorruptionConfig, EmaProfileConfig, PhotometricConfig
 
 
@@ -55,6 +55,7 @@ class SegmentationConfig:
 
 
 DOMAINS: tuple[str, ...] = ("source", "target", "mixed")
+"""The domains of stage 2, in their order along the batch."""
 
 
 class DiffusionLoss(Enum):
@@ -164,6 +165,27 @@ class ViewCacheConfig:
             raise ValueError(
                 f"stage2.cache.num_samples={self.num_samples} needs stage2.cache.folder, a folder of this node's disk "
                 f"or memory (/dev/shm/...); set it, or num_samples=0 for no cache."
+            )
+
+
+@dataclass
+class Stage1Config:
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    objective: SegmentationConfig = field(default_factory=SegmentationConfig)
+
+
+@dataclass
+class Stage2Config:
+    trainer: TrainerConfig = field(default_factory=lambda: TrainerConfig(gradient_clip=1.0))
+    objective: AdversarialConfig = field(default_factory=AdversarialConfig)
+    cache: ViewCacheConfig = field(default_factory=ViewCacheConfig)
+
+    def __post_init__(self) -> None:
+        num_samples, batch = self.cache.num_samples, self.trainer.global_batch_size
+        if num_samples % batch:
+            raise ValueError(
+                f"stage2.cache.num_samples={num_samples} must be a multiple of stage2.trainer.global_batch_size="
+                f"{batch}; use {-(-num_samples // batch) * batch}."
             )
 
 

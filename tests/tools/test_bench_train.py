@@ -21,8 +21,8 @@ from training_peers.turns import ratio_of, take_turns
 from iccld import rng
 from iccld.runtime.engine.engine import Engine
 from iccld.runtime.settings import EngineConfig, Precision
-from iccld.stages.adversarial import DOMAINS
 from iccld.stages.base import Stage
+from iccld.stages.settings import DOMAINS
 from iccld.uda.photometric import NUM_DRAWS
 
 ROOT = Path(__file__).parents[2]

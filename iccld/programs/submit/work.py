@@ -12,7 +12,6 @@ from typing import Any
 from iccld.config import Config, config_from, load_config
 from iccld.programs.arguments import parse_verb, settings_of
 from iccld.programs.evaluate import command as evaluate
-from iccld.programs.evaluate.evaluate import saved_settings
 from iccld.programs.profile import command as profile
 from iccld.programs.train import command as train
 from iccld.redact import holds_secret
@@ -44,6 +43,8 @@ def run_dir_of(command: Sequence[str]) -> Path:
     words = settings_of(arguments)
     run_dir = Path(arguments.run_dir)
     if (run_dir / "config.yaml").exists():
+        from iccld.programs.evaluate.evaluate import saved_settings  # needs torch, which the other verbs do without
+
         saved_settings(run_dir, words)
     else:  # missing so far: an earlier job of the chain makes it
         config_from({}, where="evaluate", overrides=words)

@@ -8,9 +8,9 @@ import torch
 
 from iccld.batch_layout import BatchLayout
 from iccld.runtime.measure.metric_entries import FORMAT
-from iccld.runtime.measure.metrics import MetricsLogger, NonFiniteLossError, WandbMode, compared
+from iccld.runtime.measure.metrics import MetricsLogger, NonFiniteLossError, compared
 from iccld.runtime.ranks import Ranks
-from iccld.runtime.settings import MetricsConfig
+from iccld.runtime.settings import MetricsConfig, WandbMode
 
 
 def logger(folder: Path, *, wandb: WandbMode = WandbMode.disabled) -> MetricsLogger:

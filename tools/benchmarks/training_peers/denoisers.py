@@ -24,7 +24,7 @@ from iccld.models.denoiser import Denoiser
 from iccld.models.settings import DenoiserConfig
 from iccld.runtime.engine.compilation import compile_in_place
 from iccld.runtime.settings import Compile
-from iccld.stages.adversarial import DOMAINS
+from iccld.stages.settings import DOMAINS
 
 TOLERANCE = 0.02  # of the numbers of parameters
 

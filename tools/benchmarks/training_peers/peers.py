@@ -16,8 +16,9 @@ from iccld.labels import IGNORE_INDEX
 from iccld.losses import domain_confusion, domain_cross_entropy, noise_mse, weighted_cross_entropy
 from iccld.models.blocks import LATENT_STRIDE
 from iccld.runtime.tensors import map_tensors
-from iccld.stages.adversarial import DOMAINS, AdversarialStage
+from iccld.stages.adversarial import AdversarialStage
 from iccld.stages.segmentation import SegmentationStage
+from iccld.stages.settings import DOMAINS
 from iccld.uda.classmix import class_mask, paste
 from iccld.uda.photometric import NUM_DRAWS, strong_augment
 from iccld.uda.pseudo_labels import class_probabilities, pseudo_labels
