@@ -1,6 +1,6 @@
 """The configuration: dataclasses of all wings, composed from packaged YAML by Hydra.
 
-They stand in the `settings.py` of a wing, or beside a class that needs no torch: settings are composed without it.
+They stand in the `settings.py` of their wing, or in data/. None imports torch, so that `iccld config` starts at once.
 """
 
 import contextlib
@@ -28,9 +28,7 @@ from iccld.group_files import check_group_file, own_files, place_of, remedy_of
 from iccld.models.settings import ModelConfig
 from iccld.ranges import at_least, check_ranges
 from iccld.redact import redacted
-from iccld.runtime.faults.limits import WatchdogConfig
-from iccld.runtime.faults.preemption import PreemptionConfig
-from iccld.runtime.settings import EngineConfig, MemoryConfig, MetricsConfig
+from iccld.runtime.settings import EngineConfig, MemoryConfig, MetricsConfig, PreemptionConfig, WatchdogConfig
 from iccld.settings import EvaluationConfig
 from iccld.stages.settings import InferenceConfig, SegmentationConfig, Stage1Config, Stage2Config
 from iccld.stages.table import STAGES, first_stage

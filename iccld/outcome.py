@@ -2,6 +2,7 @@
 
     2     REFUSED: what the user must mend: a setting, a missing file, a loss that is not finite
     75    AGAIN: what the world did: a full disk, a lost connection, a killed worker, a node; give the command again
+    76    FORCED: a stop was asked for, and the command could not end in time (`iccld.runtime.faults.preemption`)
 
 The job script starts a run again after the second. An error of the system (OSError) is the user's only where it says
 that a name is wrong, and only before the run's first step: what was good for a step is not wrong since.
@@ -16,6 +17,7 @@ from pathlib import Path
 
 REFUSED = 2
 AGAIN = 75  # EX_TEMPFAIL of sysexits.h
+FORCED = 76
 
 _NAMES_ARE_WRONG = {
     *(errno.ENOENT, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),

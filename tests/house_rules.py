@@ -82,7 +82,7 @@ WINGS: dict[str, dict[str, set[str]]] = {
         "ranks": set(),
         "tensors": set(),
         "measure": {"settings", "ranks", "tensors"},
-        "faults": {"ranks", "measure"},
+        "faults": {"settings", "ranks", "measure"},
         "checkpoint": {"settings", "ranks", "faults"},
         "engine": {"settings", "ranks", "tensors", "checkpoint"},
     },

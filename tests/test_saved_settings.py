@@ -16,8 +16,7 @@ from iccld.config import Config, config_from, differences, read_config, to_dict,
 from iccld.data.config import ClassSetConfig, DataConfig, DatasetConfig, OnError, SetConfig
 from iccld.data.storage.base import StorageConfig
 from iccld.models.settings import DecoderConfig, EncoderConfig, LatentKind, ModelConfig
-from iccld.runtime.faults.preemption import PreemptionConfig
-from iccld.runtime.settings import MetricsConfig, WandbMode
+from iccld.runtime.settings import MetricsConfig, PreemptionConfig, WandbMode
 from iccld.settings import TrainerConfig
 from iccld.stages.settings import AdversarialConfig, AdversaryInput, SegmentationConfig, Weights
 from iccld.stages.table import STAGES

@@ -1,10 +1,11 @@
-"""The settings of the engine, of checkpoints and of what a run writes down. Nothing here needs torch."""
+"""The settings of the engine, of checkpoints, of faults and of what a run writes down. Nothing here needs torch."""
 
 import os
 from dataclasses import dataclass, field
 from enum import Enum
 
-from iccld.ranges import at_least, check_ranges, off_or_above, share
+from iccld.outcome import AGAIN, FORCED, REFUSED
+from iccld.ranges import above, at_least, between, check_ranges, off_or_above, share
 
 
 class Compile(Enum):
@@ -86,6 +87,76 @@ class MemoryConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self, "memory", share=share("0.9 is usual"))
+
+
+@dataclass
+class PreemptionConfig:
+    """Settings of what follows a signal that asks for a stop."""
+
+    grace_s: float = 600.0
+    """Seconds from the signal until the process exits at once; more than a save takes; 0: no limit."""
+    debounce_s: float = 3.0
+    """Seconds in which further signals are the same request: schedulers and launchers send it several times."""
+    exit_status: int = 0  # the status of a run that was asked to stop and has saved
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "preemption", debounce_s=between(0, 60, "3 seconds is usual"))
+        if self.grace_s and not self.grace_s > self.debounce_s:
+            raise ValueError(
+                f"preemption.grace_s={self.grace_s} must be above debounce_s={self.debounce_s}, or 0 for no limit; "
+                f"use several times what a save takes."
+            )
+        taken = (1, REFUSED, AGAIN, FORCED)
+        if not 0 <= self.exit_status < 128 or self.exit_status in taken:
+            raise ValueError(
+                f"preemption.exit_status={self.exit_status} must be 0 to 127 and none of {taken}, which mean "
+                f"something else; 85 is usual."
+            )
+
+
+WATCHED_BEATS = 5  # before its limit, a rank begins to read the others' heartbeats
+
+
+@dataclass
+class WatchdogConfig:
+    """Settings: seconds without progress after which a rank is ended, by its phase.
+
+    The limits of collectives are longer than those of the phases, so that the watchdog speaks first.
+    """
+
+    enabled: bool = True  # false: nothing ends a rank that hangs
+    beat_s: float = 5.0  # between two signs of life that a rank writes
+    preflight_s: float = 180.0  # limit of the checks before a run
+    start_s: float = 1800.0
+    """Limit until the first step of a stage is done (weights are fetched, code compiled), and after its last."""
+    step_s: float = 600.0  # limit of every phase of later steps
+    save_s: float = 1800.0  # limit of a save
+    evaluate_s: float = 1800.0  # limit of scoring one image
+    collective_s: float = 3600.0  # limit of a collective outside of the later steps
+    collective_step_s: float = 900.0  # limit of a collective in a later step
+
+    def __post_init__(self) -> None:
+        seconds = [name for name in vars(self) if name.endswith("_s")]
+        check_ranges(self, "watchdog", **dict.fromkeys(seconds, above(0, "enabled=false switches it off")))
+        longest = max(self.start_s, self.save_s, self.evaluate_s)
+        for name, limit in (("collective_step_s", self.step_s), ("collective_s", max(longest, self.step_s))):
+            if getattr(self, name) <= limit:
+                raise ValueError(
+                    f"watchdog.{name}={getattr(self, name)} must be above {limit}, the limit of what it is for, so "
+                    f"that the watchdog, which can name the rank, is first; use {1.5 * limit:g}."
+                )
+        least = (WATCHED_BEATS + 1) * self.beat_s
+        if min(self.step_s, self.start_s, self.save_s, self.evaluate_s) < least:
+            raise ValueError(
+                f"watchdog.beat_s={self.beat_s} leaves too few beats within the shortest limit; use limits of at "
+                f"least {least:g} s, or a shorter beat."
+            )
+
+    def limit(self, phase: str, *, is_first: bool) -> float:
+        """Return the limit of a phase; `is_first`: the first step of a stage is not done."""
+        own = {"preflight": self.preflight_s, "save": self.save_s, "evaluate": self.evaluate_s}
+        own |= {"start": self.start_s, "finish": self.start_s}
+        return own.get(phase, self.start_s if is_first else self.step_s)
 
 
 class WandbMode(Enum):

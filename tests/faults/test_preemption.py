@@ -9,8 +9,8 @@ from typing import Any
 import psutil
 import pytest
 
+from iccld.outcome import FORCED
 from iccld.runtime.checkpoint.manifest import verify
-from iccld.runtime.faults.preemption import FORCED
 from tests.factory import scene_overrides
 from tests.faults.ranks import Ranks, events
 

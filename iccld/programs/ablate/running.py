@@ -12,13 +12,12 @@ from pathlib import Path
 
 from iccld.data.processes import usable_cpus
 from iccld.durable import make_folder, open_to_append
-from iccld.outcome import AGAIN, status_of, words
+from iccld.outcome import AGAIN, FORCED, status_of, words
 from iccld.programs.ablate.rows import LOG_NAME, Ablation, has_finished, prepare, refuse_changes
 from iccld.programs.ablate.tasks import State, Task, blocked_tasks, devices_of, next_task, tasks_of
 from iccld.programs.run.child import POLL_S, signals_noted
 from iccld.reading import read_bytes
 from iccld.runtime.faults.lock import locked
-from iccld.runtime.faults.preemption import FORCED
 
 BUSY_S = 5.0  # between two looks at a run that another process trains
 TAIL_BYTES, TAIL_LINES = 1 << 14, 15

@@ -22,42 +22,15 @@ import select
 import signal
 import threading
 import time
-from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Self
 
 from iccld.node import host_name
-from iccld.outcome import AGAIN, REFUSED, say
-from iccld.ranges import between, check_ranges
+from iccld.outcome import AGAIN, FORCED, say
+from iccld.runtime.settings import PreemptionConfig
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 STOPPED_BY_WATCHDOG = AGAIN
-FORCED = 76
-
-
-@dataclass
-class PreemptionConfig:
-    """Settings of what follows a signal that asks for a stop."""
-
-    grace_s: float = 600.0
-    """Seconds from the signal until the process exits at once; more than a save takes; 0: no limit."""
-    debounce_s: float = 3.0
-    """Seconds in which further signals are the same request: schedulers and launchers send it several times."""
-    exit_status: int = 0  # the status of a run that was asked to stop and has saved
-
-    def __post_init__(self) -> None:
-        check_ranges(self, "preemption", debounce_s=between(0, 60, "3 seconds is usual"))
-        if self.grace_s and not self.grace_s > self.debounce_s:
-            raise ValueError(
-                f"preemption.grace_s={self.grace_s} must be above debounce_s={self.debounce_s}, or 0 for no limit; "
-                f"use several times what a save takes."
-            )
-        taken = (1, REFUSED, STOPPED_BY_WATCHDOG, FORCED)
-        if not 0 <= self.exit_status < 128 or self.exit_status in taken:
-            raise ValueError(
-                f"preemption.exit_status={self.exit_status} must be 0 to 127 and none of {taken}, which mean "
-                f"something else; 85 is usual."
-            )
 
 
 class Preempted(Exception):

@@ -23,12 +23,12 @@ from iccld.durable import create, make_folder
 from iccld.node import host_name
 from iccld.outcome import REFUSED, say
 from iccld.runtime.faults.heartbeat import Heartbeat, Peers, held_up_by, write_heartbeat
-from iccld.runtime.faults.limits import WATCHED_BEATS, WatchdogConfig
 from iccld.runtime.faults.preemption import STOPPED_BY_WATCHDOG
 from iccld.runtime.faults.refusal import Refusal
 from iccld.runtime.measure.telemetry import write_event
 from iccld.runtime.measure.terminal import Place
 from iccld.runtime.ranks import Ranks, is_failure, num_begun, write_record
+from iccld.runtime.settings import WATCHED_BEATS, WatchdogConfig
 
 LOST_BEATS = 3  # a rank whose beat stands still for so many beats is gone
 MAX_NAMED = 4  # the most ranks that one line names

@@ -10,13 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from iccld.runtime.faults.preemption import FORCED, Preemption, PreemptionConfig
+from iccld.outcome import FORCED
+from iccld.runtime.faults.preemption import Preemption
+from iccld.runtime.settings import PreemptionConfig
 
 ROOT = Path(__file__).parents[3]
 
 HEAD = """
 import os, signal, sys, threading, time
-from iccld.runtime.faults.preemption import Preemption, PreemptionConfig
+from iccld.runtime.faults.preemption import Preemption
+from iccld.runtime.settings import PreemptionConfig
 
 def asked(preemption):
     limit = time.monotonic() + 20

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from iccld import outcome
-from iccld.runtime.faults.limits import WatchdogConfig
 from iccld.runtime.faults.watchdog import Watchdog
 from iccld.runtime.measure import terminal
 from iccld.runtime.measure.terminal import (
@@ -26,6 +25,7 @@ from iccld.runtime.measure.terminal import (
     open_terminal,
     plain_line,
 )
+from iccld.runtime.settings import WatchdogConfig
 from tests.factory import scene_overrides
 
 SILENT_S = 5.0

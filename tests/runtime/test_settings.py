@@ -2,7 +2,7 @@
 
 import pytest
 
-from iccld.runtime.faults.limits import WatchdogConfig
+from iccld.runtime.settings import WatchdogConfig
 
 
 def test_limits_by_phase() -> None:
