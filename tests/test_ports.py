@@ -1,0 +1,28 @@
+"""A port that a test has been given is not given to another."""
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.ports import RANGE, free_port, free_ports
+
+
+def test_a_port_is_given_once_and_not_while_somebody_listens():
+    [first, second] = free_ports(2)
+    assert len({first, second, free_port()}) == 3 and first in RANGE
+    with socket.create_server(("127.0.0.1", second + 2)):
+        assert free_port() != second + 2
+
+
+def test_another_process_gets_other_ports():
+    own = free_ports(3)
+    command = [sys.executable, "-c", "from tests.ports import free_ports; print(*free_ports(3))"]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    assert not {int(word) for word in done.stdout.split()} & set(own)
+
+
+def test_the_system_gives_none_of_them_away():
+    text = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text()
+    assert int(text.split()[0]) >= RANGE.stop, "where a program asks for any port, it is another"
