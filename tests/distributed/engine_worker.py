@@ -1,4 +1,4 @@
-"""What must hold of gradients and weights after a step: called on two ranks of any engine, in part also on one."""
+"""Called on two ranks of any engine, in part on one; asserts what must hold of gradients and weights after a step."""
 
 import os
 from collections.abc import Iterable
