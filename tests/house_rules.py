@@ -79,10 +79,11 @@ WINGS: dict[str, dict[str, set[str]]] = {
     "runtime": {
         "ranks": set(),
         "tensors": set(),
-        "measure": {"ranks", "tensors"},
+        "batches": set(),
+        "measure": {"ranks", "tensors", "batches"},
         "faults": {"ranks", "measure"},
         "checkpoint": {"ranks", "faults"},
-        "engine": {"ranks", "tensors", "checkpoint"},
+        "engine": {"ranks", "tensors", "batches", "checkpoint"},
     },
     "programs": {
         "arguments": set(),

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Self
 
+from tests.ports import free_ports
 from tests.slurm.install import PATH
 
 START_S = 30.0
@@ -211,10 +212,3 @@ def wait_until(condition: Callable[[], bool], timeout_s: float, what: str, tail:
         if time.monotonic() > limit:
             raise AssertionError(f"waited {timeout_s:.0f} s in vain for {what}\n{tail()}")
         time.sleep(0.1)
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on, all different."""
-    with contextlib.ExitStack() as stack:
-        servers = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [server.getsockname()[1] for server in servers]

@@ -11,10 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from iccld.models.condition import ConditionKind
 from iccld.models.latent import LatentKind
+from iccld.runtime.batches import map_tensors
 from iccld.runtime.engine.compilation import Compile
 from iccld.runtime.engine.engine import Engine, EngineConfig
 from iccld.runtime.measure.flops import on_meta
-from iccld.runtime.tensors import map_tensors
 from iccld.stages.adversarial import AdversarialConfig, AdversarialStage, AdversaryInput, new_discriminator
 from iccld.stages.base import Stage
 from iccld.stages.denoising import DiffusionLoss

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from iccld.models.latent import LatentKind
+from iccld.runtime.batches import map_tensors
 from iccld.runtime.engine.compilation import Compile
 from iccld.runtime.engine.engine import Engine, EngineConfig
 from iccld.runtime.measure.flops import on_meta
-from iccld.runtime.tensors import map_tensors
 from iccld.stages.adversarial import AdversarialStage
 from iccld.stages.view_cache import _MAX_PENDING, IS_KEPT, ViewCache, ViewCacheConfig
 from iccld.stages.views import CORRUPTION_NOISE

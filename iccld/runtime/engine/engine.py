@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from iccld.batch_layout import BatchLayout
 from iccld.node import host_name
+from iccld.runtime.batches import prefetch
 from iccld.runtime.checkpoint.pieces import Run, TensorReader
 from iccld.runtime.engine.backend import Backend, Replicated, Terms
 from iccld.runtime.engine.compilation import Compile, compile_in_place
 from iccld.runtime.engine.device import check_own, choose_kernels, identity, may_share, with_index
-from iccld.runtime.engine.prefetch import prefetch
 from iccld.runtime.ranks import Ranks, keep_record
 
 # A dimension of size 1 has any stride: DDP warns of 1x1 and depthwise kernels, in vain.
