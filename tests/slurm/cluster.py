@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Self
 
-from tests.ports import free_ports
+from tests.ports import claimed, free_ports
 from tests.slurm.install import PATH
 
 START_S = 30.0
@@ -202,7 +202,7 @@ class Cluster:
 
 def config_text(home: Path, controller: str, port: int, nodes: str) -> str:
     """slurm.conf; the shortest of SLURM's waits, since tests wait for them."""
-    first_job = 1 + os.getpid() % 30 * 500  # clusters on one machine have jobs, and so ports, of their own
+    first_job = 1 + 500 * next(claimed("slurm_jobs", range(30)))  # jobs, and so ports, of its own
     return _CONFIG.format(home=home, controller=controller, controller_port=port, nodes=nodes, first_job=first_job)
 
 
