@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests import ports
-from tests.ports import RANGE, free_port, free_ports
+from tests.ports import free_port, free_ports
 
 
 def test_a_port_is_given_once_and_not_while_somebody_listens(monkeypatch: pytest.MonkeyPatch):
