@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from iccld.config import Config
-from iccld.data.stream.stream import read_validation
+from iccld.data.stream.validation import read_validation
 from iccld.durable import replacing, write_whole
 from iccld.evaluation import results_table
 from iccld.inference.pictures import colourise, comparison_picture

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 PACKAGES = "chromium fonts-dejavu-core"
 
@@ -49,6 +51,16 @@ def started() -> Iterator[Any]:
             yield browser
         finally:
             browser.close()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A browser for a module's tests, which are skipped without one."""
+    try:
+        with started() as browser:
+            yield browser
+    except Unavailable as why:
+        pytest.skip(str(why))
 
 
 @contextmanager

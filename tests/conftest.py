@@ -14,6 +14,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+from tests.browser import browser as browser  # a fixture for all
+
 torch.set_num_threads(1)
 
 VARIABLES = ("ICCLD", "HYDRA", "ACCELERATE", "OMP", "CUBLAS", "RANK", "LOCAL_", "WORLD_", "MASTER_", "SLURM", "HF_")

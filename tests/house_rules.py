@@ -81,10 +81,11 @@ WINGS: dict[str, dict[str, set[str]]] = {
         "settings": set(),
         "ranks": set(),
         "tensors": set(),
-        "measure": {"settings", "ranks", "tensors"},
+        "batches": set(),
+        "measure": {"settings", "ranks", "tensors", "batches"},
         "faults": {"settings", "ranks", "measure"},
         "checkpoint": {"settings", "ranks", "faults"},
-        "engine": {"settings", "ranks", "tensors", "checkpoint"},
+        "engine": {"settings", "ranks", "tensors", "batches", "checkpoint"},
     },
     "programs": {
         "arguments": set(),

@@ -21,6 +21,8 @@ from typing import Any
 
 import fsspec
 
+from tests.ports import free_port
+
 START_S, HANG_S = 30.0, 60.0
 _NGINX = """
 daemon off; worker_processes 1; pid {home}/nginx.pid; error_log {home}/error.log;
@@ -66,7 +68,7 @@ def nginx(folder: Path, home: Path) -> Iterator[str]:
 
     Also: /denied/ answers 403, /signed/ wants ?token=a%2Fb%3Dc as it is, /whole/ ignores ranges, /moved/ redirects.
     """
-    program, port = install_nginx(), _free_port()
+    program, port = install_nginx(), free_port()
     home.mkdir(parents=True, exist_ok=True)
     settings = _NGINX.format(home=home, folder=folder, port=port)
     if os.geteuid() == 0:  # its workers read what root's tests wrote
@@ -81,7 +83,7 @@ def nginx(folder: Path, home: Path) -> Iterator[str]:
 def s3_server(home: Path) -> Iterator[str]:
     """An S3-compatible server (moto) without any bucket; its endpoint URL. Credentials are not looked at."""
     home.mkdir(parents=True, exist_ok=True)
-    port, log = _free_port(), home / "s3.log"
+    port, log = free_port(), home / "s3.log"
     with _process([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], port, log):
         yield f"http://127.0.0.1:{port}"
 
@@ -116,12 +118,6 @@ def _process(command: list[str], port: int, log: Path) -> Iterator[None]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _answers(port: int) -> bool:

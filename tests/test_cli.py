@@ -13,6 +13,9 @@ from iccld.cli import main
 from iccld.data.storage.index import ShardIndex
 from iccld.data.stream.order import EpochOrder
 from iccld.runtime.faults.lock import locked
+from iccld.settings import ScheduleConfig
+from iccld.stages.settings import SegmentationConfig
+from iccld.trainer import learning_rate_factor
 from tests.factory import scene_overrides
 from tests.forked import Forked
 
@@ -59,6 +62,14 @@ def test_train_leaves_the_run_directory_of_the_readme(run_dir: Path):
     of_stage1 = {name for entry in entries if entry["stage"] == "stage1" for name in entry}
     assert {"pseudo_classes/distance", "pseudo_classes/lost", "disagreement"} < of_stage1
     assert {"learning_rate/encoder", "learning_rate/decoder", "gradient_norm"} < of_stage1
+
+
+def test_each_step_is_made_at_the_rate_of_the_schedule(run_dir: Path):
+    entries = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    logged = [(e["step"], e["learning_rate/decoder"]) for e in entries if "learning_rate/decoder" in e]
+    schedule, full = ScheduleConfig(warmup_steps=2), SegmentationConfig().decoder_learning_rate
+    factors = [learning_rate_factor(step, num_steps=2, config=schedule) for step in range(2)]
+    assert logged == [(1, pytest.approx(full * factors[0])), (2, pytest.approx(full * factors[1]))]
 
 
 def test_the_final_scores_are_in_the_metrics_once_also_after_a_kill_before_them(run_dir: Path, scene_shards: Path):

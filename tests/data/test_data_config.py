@@ -5,7 +5,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from iccld.data.config import ClassSetConfig, DataConfig, DatasetConfig
-from iccld.data.stream.stream import TrainingStream, read_validation
+from iccld.data.stream.stream import TrainingStream
+from iccld.data.stream.validation import read_validation
 from tests.data.factory import config, layout
 
 

@@ -11,7 +11,8 @@ import pytest
 from iccld.data.sample import count_classes, decode_train_ids, examine
 from iccld.data.shards.indexing import build_index
 from iccld.data.shards.verifying import verify_shards
-from iccld.data.stream.stream import TrainingStream, read_validation
+from iccld.data.stream.stream import TrainingStream
+from iccld.data.stream.validation import read_validation
 from tests.data.factory import config, layout, png, seal
 from tests.data.pictures import chunk, encode
 from tests.data.png_writer import KINDS, NUM_CHANNELS, exif, jpeg_with_exif, write_png

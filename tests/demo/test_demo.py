@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from iccld.cli import main
 from iccld.config import load_config
 from iccld.labels import CITYSCAPES_19, CITYSCAPES_PALETTE
 from launch import demo_report
-from tests.browser import Unavailable, started, whole_page
+from tests.browser import whole_page
 from tests.demo.runs import commands, train_runs
 
 KEYS = "items => items.map(i => [i.querySelector('.key').className, i.innerText])"
@@ -69,15 +68,6 @@ def test_the_twin_is_the_same_run_without_noise(demo: Path):
     assert other.stage2.objective.deterministic and not config.stage2.objective.deterministic
     other.stage2.objective.deterministic = False
     assert config.stage2 == other.stage2 and other.stages == ["stage2"]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    try:
-        with started() as browser:
-            yield browser
-    except Unavailable as why:
-        pytest.skip(str(why))
 
 
 def test_the_page_of_the_runs_shows_them_side_by_side(page: Path, browser: Any, tmp_path: Path):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -13,6 +12,7 @@ from typing import Any
 
 from iccld.slurm.engine_file import engine_path, engine_variables
 from tests.forked import Forked
+from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {
@@ -50,7 +50,7 @@ def _environments(num_processes: int, engine: str) -> Iterator[dict[str, str]]:
     common = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")} | ENVIRONMENT
     if num_processes > 1:
         common |= engine_variables(engine_path(engine)) | {"FSDP_MIN_NUM_PARAMS": MIN_NUM_PARAMS}
-        common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     for rank in range(num_processes):
         numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_processes, "LOCAL_WORLD_SIZE": num_processes}
         yield common | ({name: str(number) for name, number in numbers.items()} if num_processes > 1 else {})
@@ -64,11 +64,6 @@ def _statuses(ranks: list[Forked], timeout_s: int) -> list[int | None]:
         time.sleep(0.02)
         statuses = [rank.poll() for rank in ranks]
     return statuses
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
 
 
 def run_module(module: str, *arguments: str, num_processes: int, engine: str = "ddp", timeout_s: int = 300) -> None:
@@ -88,7 +83,7 @@ def run_module(module: str, *arguments: str, num_processes: int, engine: str = "
 
 def run_on_two_nodes(module: str, *arguments: str, engine: str, timeout_s: int = 300) -> None:
     """A launcher for each of two nodes, as on a cluster without a scheduler, both on this machine."""
-    port, environment = _free_port(), os.environ | ENVIRONMENT
+    port, environment = free_port(), os.environ | ENVIRONMENT
     launch = [sys.executable, "-m", "accelerate.commands.launch"]
     launch += ["--config_file", str(ROOT / "accelerate_configs" / f"{engine}.yaml"), "--num_machines", "2"]
     launch += ["--num_processes", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", str(port)]

@@ -4,7 +4,6 @@
 """
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +12,10 @@ import pytest
 from PIL import Image
 
 from iccld.cli import main
-from tests.browser import Unavailable, started, whole_page
+from tests.browser import whole_page
 from tests.programs.recorded_runs import make_run
 
 SIZES = "elements => elements.map(e => { const box = e.getBoundingClientRect(); return [box.width, box.height]; })"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    try:
-        with started() as browser:
-            yield browser
-    except Unavailable as why:
-        pytest.skip(str(why))
 
 
 @pytest.fixture(scope="module")

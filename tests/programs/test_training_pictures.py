@@ -83,7 +83,7 @@ def test_what_fails_is_one_line_and_training_goes_on(
     monkeypatch.setattr(pictures, "drawn", fail)
     train(scene_shards, tmp_path, "stages=[stage1]", "metrics.pictures.every=1")
     said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("pictures: ")]
-    assert len(said) == 1 and said[0].startswith("pictures: no room on the device at https://")
+    assert len(said) == 1 and said[0].startswith("pictures: rank 0: no room on the device at https://")
     assert said[0].endswith("; training goes on without them") and "hunter22" not in said[0]
 
 
@@ -110,6 +110,16 @@ def test_what_the_end_of_another_rank_causes_is_no_failure_of_a_picture(
     monkeypatch.setattr(pictures, "gathered", Mock(side_effect=RuntimeError("Gloo: connection closed by peer")))
     with pytest.raises(RuntimeError, match="closed by peer"):
         drawing.draw(1)
+
+
+def test_a_failure_names_its_rank(
+    scene_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(pictures, "room_for_whole", lambda *_: Mock())
+    ranks = Mock(is_main=True, gather=lambda value: [value, "no room"])
+    drawing = mocked_pictures(scene_shards, tmp_path, ranks)
+    drawing.draw(1)
+    assert capfd.readouterr().err == "pictures: rank 1: no room; training goes on without them\n"
 
 
 def mocked_pictures(shards: Path, folder: Path, ranks: Mock) -> pictures.TrainingPictures:

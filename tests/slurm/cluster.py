@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Self
 
+from tests.ports import claimed, free_ports
 from tests.slurm.install import PATH
 
 START_S = 30.0
@@ -201,7 +202,7 @@ class Cluster:
 
 def config_text(home: Path, controller: str, port: int, nodes: str) -> str:
     """slurm.conf; the shortest of SLURM's waits, since tests wait for them."""
-    first_job = 1 + os.getpid() % 30 * 500  # clusters on one machine have jobs, and so ports, of their own
+    first_job = 1 + 500 * next(claimed("slurm_jobs", range(30)))  # jobs, and so ports, of its own
     return _CONFIG.format(home=home, controller=controller, controller_port=port, nodes=nodes, first_job=first_job)
 
 
@@ -211,10 +212,3 @@ def wait_until(condition: Callable[[], bool], timeout_s: float, what: str, tail:
         if time.monotonic() > limit:
             raise AssertionError(f"waited {timeout_s:.0f} s in vain for {what}\n{tail()}")
         time.sleep(0.1)
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on, all different."""
-    with contextlib.ExitStack() as stack:
-        servers = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [server.getsockname()[1] for server in servers]

@@ -9,7 +9,8 @@ from pathlib import Path
 from iccld.cli import main
 from iccld.runtime.faults.preemption import STOPPED_BY_WATCHDOG
 from tests.factory import scene_overrides
-from tests.slurm.cluster import free_ports, wait_until
+from tests.ports import free_port
+from tests.slurm.cluster import wait_until
 from tests.slurm.jobs import events
 
 
@@ -17,12 +18,11 @@ def start(run_dir: Path, *words: str, num_ranks: int = 1, **variables: str) -> s
     """Rank 0 on node gpu01, which has given its first sign of life."""
     job = run_dir / "slurm" / "job_7"
     (alive := job / "alive").mkdir(parents=True)
-    [port] = free_ports(1)
     formed = {"RANK": "0", "WORLD_SIZE": str(num_ranks), "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     told = {"ICCLD_OUTCOME": f"{job}/outcome", "ICCLD_ALIVE": str(alive), "SLURMD_NODENAME": "gpu01"}
     process = subprocess.Popen(
         [sys.executable, "-m", "iccld.programs.rank", *words],
-        env=os.environ | formed | {"MASTER_PORT": str(port)} | told | variables,
+        env=os.environ | formed | {"MASTER_PORT": str(free_port())} | told | variables,
         stderr=subprocess.PIPE,
         text=True,
     )

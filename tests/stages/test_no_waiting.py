@@ -10,10 +10,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from iccld.models.settings import ConditionKind, LatentKind
+from iccld.runtime.batches import map_tensors
 from iccld.runtime.engine.engine import Engine
 from iccld.runtime.measure.flops import on_meta
 from iccld.runtime.settings import Compile, EngineConfig
-from iccld.runtime.tensors import map_tensors
 from iccld.stages.adversarial import AdversarialStage, new_discriminator
 from iccld.stages.base import Stage
 from iccld.stages.segmentation import SegmentationStage

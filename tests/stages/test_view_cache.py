@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from iccld.models.settings import LatentKind
+from iccld.runtime.batches import map_tensors
 from iccld.runtime.engine.engine import Engine
 from iccld.runtime.measure.flops import on_meta
 from iccld.runtime.settings import Compile, EngineConfig
-from iccld.runtime.tensors import map_tensors
 from iccld.stages.adversarial import AdversarialStage
 from iccld.stages.settings import ViewCacheConfig
 from iccld.stages.view_cache import _MAX_PENDING, IS_KEPT, ViewCache

@@ -10,14 +10,14 @@ the header, before memory is spent on pixels, and nothing but the formats asked 
 import io
 import struct
 from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
-from iccld.data.images.bounds import MAX_PIXELS, as_value_errors, check_size
 from iccld.data.images.grey_png import decode_grey_png
 from iccld.data.images.jpeg import JpegHeader, count_scans, only_pixels, read_jpeg_header, without_padding
 from iccld.data.images.orientation import UPRIGHT, is_turned, read_orientation, upright
@@ -28,10 +28,10 @@ try:
 except ImportError:
     simplejpeg = None
 
-__all__ = ["MAX_PIXELS", "Format", "Window", "decode_image", "decode_label", "find_format", "image_size", "is_upright"]
-
 LABEL_EXTENSION = "label.png"
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+MAX_PIXELS = 2**26
+"""The most pixels of an image: 8192 x 8192. PIL warns from 89 million on."""
 MAX_BYTES = 2**28
 """The most bytes of an encoded image."""
 MAX_SCANS = 100
@@ -154,7 +154,7 @@ def decode_channels(data: bytes) -> np.ndarray:
     """
     header = _read_header(data, PACKED)
     refuse_lossy(data)
-    channels = read_samples(data) if header.format is Format.PNG else _decode_by_pil(data, header.format)
+    channels = _png_samples(data) if header.format is Format.PNG else _decode_by_pil(data, header.format)
     return upright(channels, header.orientation)
 
 
@@ -199,8 +199,30 @@ def _read_header(data: bytes, formats: tuple[Format, ...]) -> _Header:
         orientation = _webp_orientation(data) if found is Format.WEBP else UPRIGHT  # PIL turns TIFFs itself
         with as_value_errors("PIL"), Image.open(io.BytesIO(data), formats=(found.value,)) as image:
             header = _Header(found, image.height, image.width, orientation)
-    check_size(header.height, header.width)
+    _check_size(header.height, header.width)
     return header
+
+
+def _check_size(height: int, width: int) -> None:
+    """Refuse an image that is empty or too large."""
+    if not 0 < height * width <= MAX_PIXELS:
+        raise ValueError(f"it has {height}x{width} pixels; an image may have 1 to {MAX_PIXELS}")
+
+
+@contextmanager
+def as_value_errors(library: str) -> Iterator[None]:
+    """Turn everything that a library raises on a damaged file into ValueError, failed assertions too.
+
+    MemoryError stays: within the limits, a lack of memory is the machine's fault and not the file's.
+    """
+    try:
+        yield
+    except (ValueError, MemoryError):
+        raise
+    except UnidentifiedImageError:  # its message names a buffer
+        raise ValueError("its header is damaged") from None
+    except Exception as error:
+        raise ValueError(f"{library} cannot read it ({type(error).__name__}: {error})") from error
 
 
 def _not_one_of(formats: tuple[Format, ...], data: bytes, found: Format | None) -> str:
@@ -259,7 +281,7 @@ def _decode_by_simplejpeg(data: bytes, header: JpegHeader) -> np.ndarray:
 def _decode_by_pil(data: bytes, format_: Format) -> np.ndarray:
     """Decode the first frame or page with PIL to `(H, W, 3)` uint8. PIL turns TIFFs upright itself."""
     with as_value_errors("PIL"), Image.open(io.BytesIO(data), formats=(format_.value,)) as image:
-        check_size(image.height, image.width)
+        _check_size(image.height, image.width)
         if image.mode == "F" or (image.mode == "I" and format_ is Format.TIFF):
             raise ValueError("pixels of 32 bits have no known range; save it with 8 or 16 bits")
         if image.mode.startswith("I"):  # 16 bits, which PIL would clip to 255
@@ -270,12 +292,17 @@ def _decode_by_pil(data: bytes, format_: Format) -> np.ndarray:
 
 
 def _png_colors(data: bytes, *, box: tuple[int, int, int, int] | None = None) -> np.ndarray:
-    header, samples = read_png_header(data), read_samples(data, box=box)
+    header, samples = read_png_header(data), _png_samples(data, box=box)
     if header.color == PALETTE:
         return read_palette(data)[samples[..., 0]]
     if header.depth < 8:
         samples = samples * np.uint8(255 // (2**header.depth - 1))
     return _to_colors(samples)
+
+
+def _png_samples(data: bytes, *, box: tuple[int, int, int, int] | None = None) -> np.ndarray:
+    with as_value_errors("PIL"):
+        return read_samples(data, box=box)
 
 
 def _to_colors(samples: np.ndarray) -> np.ndarray:

@@ -21,7 +21,6 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageFile
 
-from iccld.data.images.bounds import as_value_errors, check_size
 from iccld.data.images.orientation import UPRIGHT, read_orientation
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -94,7 +93,8 @@ def read_palette(data: bytes) -> np.ndarray:
 def read_samples(data: bytes, *, box: Box | None = None) -> np.ndarray:
     """Decode the samples as they were written, `(H, W, C)`: uint16 for 16 bits, uint8 for fewer.
 
-    `box` (left, top, right, bottom) selects a part; no rows below it are decoded. Raises ValueError.
+    `box` (left, top, right, bottom) selects a part; no rows below it are decoded. Raises ValueError, and whatever PIL
+    raises on damaged bytes.
     """
     header, pixels = read_png_header(data), _only_pixels(data)
     if header.depth == 16 and header.color == GREY_ALPHA:  # which PIL would cut to the high bytes
@@ -125,8 +125,7 @@ def _decode(data: bytes, box: Box | None, *, byte_order: str = "") -> np.ndarray
 @contextmanager
 def _open(data: bytes) -> Iterator[ImageFile.ImageFile]:
     header = read_png_header(data)
-    check_size(header.height, header.width)
-    with as_value_errors("PIL"), Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+    with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
         assert (image.height, image.width) == header[:2], "there is one header"
         yield image
 

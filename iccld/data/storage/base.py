@@ -1,22 +1,30 @@
 """Storage: files side by side, in a folder, on a web server or in an object store; bytes by (name, offset, size).
 
-Several threads may use a storage, also in processes that were forked after its first use. It may be pickled.
+`LocalStorage` is a folder; `remote.py` has the others. Several threads may use a storage, also in processes that were
+forked after its first use. It may be pickled.
 """
 
 import copy
+import os
 import sys
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import ClassVar, Self
 from urllib.parse import unquote, urlsplit
 
-from iccld.data.storage.counters import Counters
 from iccld.ranges import above, at_least, check_ranges
 from iccld.redact import is_url, without_secrets
 
 MAX_NAME_BYTES = 255
+MAX_OPEN_SHARDS = 64
+_LOCK = threading.Lock()
+# A child that is forked while another thread holds the lock would wait for it for ever.
+os.register_at_fork(before=_LOCK.acquire, after_in_parent=_LOCK.release, after_in_child=_LOCK.release)
 
 
 @dataclass
@@ -58,6 +66,16 @@ class MissingShard(StorageError, FileNotFoundError):
 
 class ShortRead(StorageError):
     """Error: the file ends before the bytes that were asked for."""
+
+
+class Counters(dict[str, int]):
+    """Sums by name, of one process."""
+
+    def add(self, **amounts: int) -> None:
+        """Add the amounts to the sums of these names."""
+        with _LOCK:
+            for name, amount in amounts.items():
+                self[name] += amount
 
 
 class Storage(ABC):
@@ -127,6 +145,64 @@ class Storage(ABC):
     def _pieces(self, offset: int, size: int) -> Iterator[tuple[int, int]]:
         for start in range(offset, offset + size, self.piece_bytes):
             yield start, min(self.piece_bytes, offset + size - start)
+
+
+class _OpenFile:
+    """Descriptor that closes with its last reference, since another thread may still read the file."""
+
+    def __init__(self, path: str) -> None:
+        self.descriptor = -1
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # opening a pipe would wait
+
+    def __del__(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+
+
+class LocalStorage(Storage):
+    """Storage in a folder, with at most 64 files open.
+
+    Forked processes may share them, since `pread` moves no file position.
+    """
+
+    is_local = True
+    piece_bytes = 1 << 30
+
+    def __init__(self, location: str) -> None:
+        super().__init__(location)
+        self._open = lru_cache(MAX_OPEN_SHARDS)(_OpenFile)
+
+    def __reduce__(self) -> tuple[type[Self], tuple[str]]:
+        return type(self), (self.location,)
+
+    def _address(self, name: str) -> str:
+        return f"{self.location}/{name}"
+
+    def _read(self, name: str, offset: int, size: int) -> bytes:
+        with _errors_of(self._address(name)):
+            file = self._open(self._address(name))
+            self.counters.add(requests=1)
+            data = os.pread(file.descriptor, size, offset)
+            if len(data) == size:
+                return data
+            total = os.fstat(file.descriptor).st_size
+        raise short_read(self.describe(name), offset, size, total)
+
+    def _size(self, name: str) -> int:
+        with _errors_of(self._address(name)):
+            return Path(self._address(name)).stat().st_size
+
+
+@contextmanager
+def _errors_of(path: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise MissingShard(f"{path} does not exist") from error
+    except OSError as error:
+        raise StorageError(
+            f"{path} cannot be read ({error.strerror}); is its disk mounted and yours to read?"
+        ) from error
 
 
 def short_read(place: str, offset: int, size: int, total: int) -> ShortRead:

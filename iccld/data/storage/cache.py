@@ -25,7 +25,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from iccld.data.storage.counters import Counters
+from iccld.data.storage.base import Counters
 from iccld.durable import NotOursError, create, is_plain, make_folder, open_lock, open_to_read, refuse_links
 
 logger = logging.getLogger(__name__)

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from iccld.data.storage.base import Storage, StorageConfig, is_remote, local_folder
+from iccld.data.storage.base import LocalStorage, Storage, StorageConfig, is_remote, local_folder
 from iccld.redact import without_secrets
 
 SCHEMES = ("http", "https", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")
@@ -18,8 +18,6 @@ def open_storage(location: str | Path, config: StorageConfig | None = None) -> S
     config = config or StorageConfig()
     _check_scheme(str(location), config.allow_schemes)
     if not is_remote(location):
-        from iccld.data.storage.local import LocalStorage
-
         return LocalStorage(str(local_folder(location)))
     from iccld.data.storage.remote import open_remote
 

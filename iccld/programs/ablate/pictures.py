@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from iccld.config import Config
-from iccld.data.stream.stream import read_validation
+from iccld.data.stream.validation import read_validation
 from iccld.durable import replacing
 from iccld.evaluation import Predict, evaluate, windowed
 from iccld.inference.pictures import colourise, comparison_picture

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from iccld.config import Config
-from iccld.data.stream.stream import num_validation_samples, read_validation, read_validation_pairs
+from iccld.data.stream.validation import num_validation_samples, read_validation, read_validation_pairs
 from iccld.diagnostics import Diagnosis, diagnose
 from iccld.evaluation import EvaluationResult, Predict, evaluate
 from iccld.models.iccld import ICCLD

@@ -18,11 +18,11 @@ from iccld.config import Config
 from iccld.eager import without_compiled_code
 from iccld.programs.run.checks import plan_of
 from iccld.programs.run.synthetic import synthetic_batch
+from iccld.runtime.batches import map_tensors
 from iccld.runtime.engine.engine import Engine
 from iccld.runtime.measure.flops import FlopCounter, on_meta
 from iccld.runtime.measure.peaks import measured_bandwidth, measured_flops, wait_for
 from iccld.runtime.measure.profiling import PhaseTimer
-from iccld.runtime.tensors import map_tensors
 from iccld.stages.base import Stage
 
 Work = dict[str, tuple[int, int]]

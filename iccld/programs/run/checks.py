@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from iccld.config import Config, read_config, stage_settings, to_yaml
-from iccld.data.stream.stream import read_validation
+from iccld.data.stream.validation import read_validation
 from iccld.durable import make_folder, refuse_links, refuse_unless_plain, remove_left_overs, write_whole
 from iccld.outcome import plain, status_of
 from iccld.programs.run.extension import (

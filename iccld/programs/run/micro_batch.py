@@ -25,13 +25,13 @@ from iccld.config import Config
 from iccld.eager import without_compiled_code
 from iccld.node import host_name
 from iccld.programs.run.out_of_memory import explained_out_of_memory
+from iccld.runtime.batches import map_tensors
 from iccld.runtime.checkpoint.manifest import STEP_FOLDER, pointed_at, read_manifest
 from iccld.runtime.engine.engine import Engine, EngineKind
 from iccld.runtime.faults.watchdog import Watchdog
 from iccld.runtime.measure import memory
 from iccld.runtime.measure.profiling import PhaseTimer
 from iccld.runtime.measure.telemetry import write_event
-from iccld.runtime.tensors import map_tensors
 from iccld.settings import TrainerConfig
 from iccld.stages.base import Stage
 from iccld.trainer import TrainingStep, attach

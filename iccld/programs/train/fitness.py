@@ -11,7 +11,7 @@ from iccld.batch_layout import BatchLayout
 from iccld.config import Config, stage_settings
 from iccld.data.config import OnError
 from iccld.data.stream.sets import open_sets
-from iccld.data.stream.shared_batch import shared_bytes
+from iccld.data.stream.workers import shared_bytes
 from iccld.programs.run.building import noise_of
 from iccld.programs.run.checks import plan_of
 from iccld.runtime.engine.engine import Engine

@@ -83,7 +83,8 @@ class TrainingPictures:
             if is_failure(error):
                 raise
             failure = one_line(error)
-        failures = [said for said in self.engine.ranks.gather(failure) if said]
+        said = self.engine.ranks.gather(failure)
+        failures = [f"rank {rank}: {why}" for rank, why in enumerate(said) if why]
         self._has_failed = bool(failures)
         if failures and self.engine.ranks.is_main:
             say(f"pictures: {failures[0]}; training goes on without them")

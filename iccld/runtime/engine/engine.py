@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from iccld.batch_layout import BatchLayout
 from iccld.node import host_name
+from iccld.runtime.batches import prefetch
 from iccld.runtime.checkpoint.pieces import Run, TensorReader
 from iccld.runtime.engine.backend import Backend, Replicated, Terms
 from iccld.runtime.engine.compilation import compile_in_place
 from iccld.runtime.engine.device import check_own, choose_kernels, identity, may_share, with_index
-from iccld.runtime.engine.prefetch import prefetch
 from iccld.runtime.ranks import Ranks, keep_record
 from iccld.runtime.settings import EngineConfig
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from iccld.graph import nodes_behind
-from iccld.runtime.tensors import map_tensors
+from iccld.runtime.batches import map_tensors
 
 T = TypeVar("T")
 

@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from iccld.data.images import decode
-from iccld.data.images.bounds import as_value_errors
-from iccld.data.images.decode import MAX_PIXELS, Window, decode_image, decode_label, image_size
+from iccld.data.images.decode import MAX_PIXELS, Window, as_value_errors, decode_image, decode_label, image_size
 from iccld.data.images.grey_png import encode_grey_png
 from iccld.data.shards.converters.readers import read_red16
 from tests.data.pictures import HEIGHT, IMAGES, WIDTH, chunk, encode, ids, picture, png

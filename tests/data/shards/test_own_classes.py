@@ -17,7 +17,7 @@ from iccld.data.shards.making import MakeShardsConfig, make_shards
 from iccld.data.shards.verifying import verify_shards
 from iccld.data.storage.index import ShardIndex
 from iccld.data.stream.order import RareClassOrder
-from iccld.data.stream.stream import read_validation
+from iccld.data.stream.validation import read_validation
 from tests.data.factory import make_set, members, opened, save, write_cityscapes
 
 YAML = """\

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from iccld.data.storage.base import (
+    MAX_OPEN_SHARDS,
     MissingShard,
     ShortRead,
     Storage,
@@ -22,7 +23,6 @@ from iccld.data.storage.base import (
     is_remote,
     local_folder,
 )
-from iccld.data.storage.local import MAX_OPEN_SHARDS
 from iccld.data.storage.open import open_storage
 from tests import services
 from tests.data.conftest import Site

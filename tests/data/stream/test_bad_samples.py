@@ -15,7 +15,8 @@ import pytest
 from iccld.data.config import DataConfig, OnError
 from iccld.data.storage.index import ShardIndex
 from iccld.data.stream.order import Draw
-from iccld.data.stream.stream import TrainingStream, read_validation
+from iccld.data.stream.stream import TrainingStream
+from iccld.data.stream.validation import read_validation
 from tests.data.factory import config, layout, make_set, seal
 
 REPLACE = OnError["replace"]

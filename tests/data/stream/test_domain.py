@@ -6,9 +6,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from iccld.data.config import ClassSetConfig, DataConfig, SetConfig
-from iccld.data.stream.domain import DomainStream, relabel
-from iccld.data.stream.stream import TrainingStream, read_validation, read_validation_pairs
+from iccld.data.config import ClassSetConfig, DataConfig
+from iccld.data.stream.domain import (
+    CROP_TRIES,
+    Crop,
+    DomainStream,
+    apply_crop,
+    draw_crop,
+    relabel,
+    source_merit,
+    valid_rows,
+)
+from iccld.data.stream.stream import TrainingStream
+from iccld.data.stream.validation import read_validation
 from tests.data.factory import CROP, HEIGHT, config, layout, make_set, random_pair
 
 
@@ -86,46 +96,61 @@ def test_merged_classes(folders: dict[str, str]) -> None:
         np.testing.assert_array_equal(sample["labels"], expected)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 20])
-def test_validation_is_read_once_by_all_ranks_together(folders: dict[str, str], world_size: int) -> None:
-    parts = [list(read_validation(config(folders), rank=rank, world_size=world_size)) for rank in range(world_size)]
-    found = sorted((sample for part in parts for sample in part), key=lambda sample: sample["number"])
-    assert [sample["key"] for sample in found] == [f"frame_{i:03d}" for i in range(13)]
-    for i, sample in enumerate(found):
-        np.testing.assert_array_equal(sample["image"], random_pair(i)[0])
-        np.testing.assert_array_equal(sample["labels"], random_pair(i)[1])
-        assert sample["image"].flags.writeable and sample["labels"].flags.writeable, "torch.from_numpy wants that"
+def generator(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 5])
-@pytest.mark.parametrize(
-    ("most", "below", "expected"),
-    [
-        (4, 0, [(0, 6), (3, 9), (6, 0), (9, 3)]),
-        (3, 6, [(0, 2), (2, 4), (4, 0)]),
-        (99, 5, [(0, 2), (1, 3), (2, 4), (3, 0), (4, 1)]),
-        (1, 0, [(0, None)]),
-    ],
-)
-def test_pairs_are_spread_over_the_set_and_far_apart_on_any_number_of_ranks(
-    folders: dict[str, str], world_size: int, most: int, below: int, expected: list[tuple[int, int | None]]
-) -> None:
-    ranks = [
-        list(read_validation_pairs(config(folders), most=most, below=below, rank=rank, world_size=world_size))
-        for rank in range(world_size)
-    ]
-    pairs = sorted((pair for rank in ranks for pair in rank), key=lambda pair: pair[0]["number"])
-    assert [(one["number"], other and other["number"]) for one, other in pairs] == expected
-    for sample in (sample for pair in pairs for sample in pair if sample):
-        assert sample["key"] == f"frame_{sample['number']:03d}"
-        np.testing.assert_array_equal(sample["labels"], random_pair(sample["number"])[1])
+@given(height=st.integers(8, 40), width=st.integers(8, 40), seed=st.integers(0, 10**6))
+def test_crops_lie_inside_and_flips_mirror(height: int, width: int, seed: int) -> None:
+    crop = draw_crop((height, width), (8, 8), flip=0.5, generator=generator(seed))
+    image = np.arange(height * width).reshape(height, width)
+    window = apply_crop(image, crop, (8, 8))
+    assert window.shape == (8, 8)
+    upright = window[:, ::-1] if crop.flip else window
+    np.testing.assert_array_equal(upright, image[crop.top : crop.top + 8, crop.left : crop.left + 8])
 
 
-def test_samples_of_several_validation_sets_are_found_by_their_numbers(folders: dict[str, str]) -> None:
-    data = config(folders)
-    data.validation.also = {"more": SetConfig(shards=data.validation.shards, first_percent=30)}
-    whole = [(sample["number"], sample["key"]) for sample in read_validation(data)]
-    assert len(whole) == 13 + 4
-    pairs = list(read_validation_pairs(data, most=17))
-    assert [(one["number"], one["key"]) for one, _ in pairs] == whole
-    assert [other and other["number"] for _, other in pairs] == [(i + 8) % 17 for i in range(17)]
+def test_every_position_and_half_of_the_flips_occur() -> None:
+    crops = [draw_crop((10, 9), (8, 8), flip=0.5, generator=generator(i)) for i in range(600)]
+    positions, counts = np.unique([(crop.top, crop.left) for crop in crops], axis=0, return_counts=True)
+    assert len(positions) == 6 and counts.min() > 60
+    assert 0.4 < np.mean([crop.flip for crop in crops]) < 0.6
+
+
+@pytest.mark.parametrize(("chance", "expected"), [(0.0, False), (1.0, True)])
+def test_flip_is_a_probability(chance: float, expected: bool) -> None:
+    assert all(draw_crop((8, 8), (8, 8), flip=chance, generator=generator(i)).flip is expected for i in range(50))
+
+
+def test_merit_counts_the_wanted_class_and_the_largest_share() -> None:
+    window = np.full((4, 4), 255, np.uint8)
+    assert source_merit(window, max_class_share=0.75) == 2, "nothing labelled is not varied"
+    window[:2] = 0
+    assert source_merit(window, max_class_share=0.75) == 2, "one class is all that is labelled"
+    window[1, :2] = 1
+    assert source_merit(window, max_class_share=0.75) == 3, "6 of 8 are not above 75 %"
+    assert source_merit(window, max_class_share=0.7) == 2
+    assert source_merit(window, max_class_share=0.75, wanted_class=1, wanted_pixels=2) == 3
+    assert source_merit(window, max_class_share=0.75, wanted_class=1, wanted_pixels=3) == 1
+
+
+def test_crops_are_drawn_again_until_they_are_good_and_at_most_ten_times() -> None:
+    tried: list[Crop] = []
+
+    def never(crop: Crop) -> int:
+        tried.append(crop)
+        return 2 if len(tried) == 4 else 1
+
+    best = draw_crop((64, 64), (8, 8), flip=0.5, generator=generator(), merit=never)
+    assert len(tried) == CROP_TRIES and best == tried[3], "the best of ten bad ones"
+    tried.clear()
+    found = draw_crop((64, 64), (8, 8), flip=0.5, generator=generator(), merit=lambda crop: 3 * (crop.left > 40))
+    assert found.left > 40
+
+
+def test_margins_stay_with_the_image() -> None:
+    rows = np.concatenate(
+        [valid_rows(64, Crop(top, 0, False), 16, margin_top=0.1, margin_bottom=0.25) for top in (0, 16, 32, 48)]
+    )
+    np.testing.assert_array_equal(rows, (np.arange(64) >= 6) & (np.arange(64) < 48))
+    assert valid_rows(64, Crop(3, 0, True), 61, margin_top=0.0, margin_bottom=0.0).all()

@@ -12,7 +12,8 @@ import pytest
 from iccld.data.config import DataConfig
 from iccld.data.storage.base import StorageConfig
 from iccld.data.storage.cache import CacheConfig
-from iccld.data.stream.stream import TrainingStream, read_validation
+from iccld.data.stream.stream import TrainingStream
+from iccld.data.stream.validation import read_validation
 from tests import services
 from tests.data.conftest import Site
 from tests.data.factory import config, layout

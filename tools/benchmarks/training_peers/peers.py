@@ -15,7 +15,7 @@ from iccld.diffusion import add_noise
 from iccld.labels import IGNORE_INDEX
 from iccld.losses import domain_confusion, domain_cross_entropy, noise_mse, weighted_cross_entropy
 from iccld.models.blocks import LATENT_STRIDE
-from iccld.runtime.tensors import map_tensors
+from iccld.runtime.batches import map_tensors
 from iccld.stages.adversarial import AdversarialStage
 from iccld.stages.segmentation import SegmentationStage
 from iccld.stages.settings import DOMAINS

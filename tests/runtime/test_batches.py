@@ -6,8 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from iccld.runtime.engine.prefetch import one_ahead, prefetch
-from iccld.runtime.tensors import map_tensors
+from iccld.runtime.batches import map_tensors, one_ahead, prefetch
 
 
 def batch_of(number: int) -> dict[str, Any]:

@@ -1,13 +1,23 @@
-"""Copying of batches to the device: while a step computes on one, the next is being copied."""
+"""Nested batches of tensors, copied to the device: while a step computes on one, the next is being copied."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from iccld.runtime.tensors import map_tensors
+ON_HOST = ("numbers",)
+"""Names of tensors that stay on the host: the samples' numbers, by which it keys draws in every step."""
+
+
+def map_tensors(batch: Any, function: Callable[[Tensor], Any]) -> Any:
+    """Apply `function` to every tensor of a nested batch of dictionaries, except those of `ON_HOST`."""
+    if isinstance(batch, Tensor):
+        return function(batch)
+    if isinstance(batch, Mapping):
+        return {key: value if key in ON_HOST else map_tensors(value, function) for key, value in batch.items()}
+    return batch
 
 
 def prefetch(

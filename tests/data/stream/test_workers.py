@@ -4,8 +4,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from iccld.data.stream.shared_batch import pack, shared_bytes, unpack
 from iccld.data.stream.stream import TrainingStream
+from iccld.data.stream.workers import pack, shared_bytes, unpack
 from tests.data.factory import config, layout
 
 
