@@ -1,6 +1,7 @@
 """The configuration: dataclasses of all wings, composed from packaged YAML by Hydra.
 
-They stand in the `settings.py` of their wing, or in data/. None imports torch, so that `iccld config` starts at once.
+They stand in the `settings.py` of their wing, in iccld/settings.py or in data/. None imports torch, so that `iccld
+config` starts at once.
 """
 
 import contextlib

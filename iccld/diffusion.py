@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from iccld.settings import Solver
+from iccld.solver import Solver
 
 NUM_TRAIN_STEPS = 1000
 

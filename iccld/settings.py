@@ -1,19 +1,10 @@
-"""The settings of what has a file of its own here: sampling, scoring and the loop. Nothing here needs torch."""
+"""The settings of what has a file of its own here: scoring and the loop. Nothing here needs torch."""
 
 from dataclasses import dataclass, field
-from enum import Enum
 
 from iccld.batch_layout import AUTO, BatchLayout
 from iccld.ranges import at_least, between, check_ranges, off_or_above
 from iccld.runtime.settings import CheckpointConfig
-
-
-class Solver(Enum):
-    """Ways from noise to z_0: DDIM, of first order, or DPM-Solver++(2M), of second; one step is the same in both."""
-
-    ddim = "ddim"
-    dpm = "dpm"
-
 
 STRIDE = 8
 """The latent's stride: predict functions are given sides that are multiples of it."""

@@ -16,7 +16,7 @@ MAX_FUNCTION_LINES = 40
 
 LEAVES = {
     *("labels", "rng", "plain_yaml", "schema", "ranges", "texts", "outcome", "reading", "redact", "node", "graph"),
-    *("batch_layout", "eager", "extras", "settings"),
+    *("batch_layout", "eager", "extras", "solver"),
 }
 """Rooms that all others may enter: keyed draws, plain files, what a setting may be, and how a command ends."""
 PROGRAMS = {"__main__", "cli", "programs"}
@@ -37,6 +37,7 @@ MAY_IMPORT = {
     "plain_yaml": set(),
     "schema": set(),
     "settings": {"runtime.settings"},
+    "solver": set(),
     "group_files": set(),
     "texts": set(),
     "outcome": set(),
@@ -52,12 +53,12 @@ MAY_IMPORT = {
     "runtime": {"durable"},
     "slurm": {"durable"},
     "demo": {"labels", "durable", "data"},
-    "stages": {"models", "diffusion", "losses", "uda"},
-    "trainer": {"runtime", "stages.base"},
+    "stages": {"models", "diffusion", "losses", "uda", "settings"},
+    "trainer": {"runtime", "stages.base", "settings"},
     "scores": {"labels"},
-    "evaluation": {"labels", "scores"},
-    "diagnostics": {"labels", "scores", "evaluation", "diffusion", "losses", "models"},
-    "inference": {"durable", "data.images", "evaluation", "models", "stages.predictor", "stages.settings"},
+    "evaluation": {"labels", "scores", "settings"},
+    "diagnostics": {"labels", "scores", "settings", "evaluation", "diffusion", "losses", "models"},
+    "inference": {"durable", "data.images", "evaluation", "models", "settings", "stages.predictor", "stages.settings"},
     "config": EVERYTHING,
     "programs": EVERYTHING,
     "__main__": EVERYTHING,
@@ -177,7 +178,7 @@ class Source:
         return (node for node in ast.walk(self.tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
 
     def imports(self) -> Iterator[tuple[int, str]]:
-        """Line and dotted name of everything imported, at any depth; `from a import b` and "a:b" give `a.b`."""
+        """Line and dotted name of everything imported, at any depth; `from a import b` gives `a.b`."""
         for node in ast.walk(self.tree):
             if isinstance(node, ast.Import):
                 yield from ((node.lineno, alias.name) for alias in node.names)
@@ -187,8 +188,6 @@ class Source:
                 yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
             elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
                 yield from ((node.lineno, arg.value) for arg in node.args[:1] if isinstance(arg, ast.Constant))
-            elif isinstance(node, ast.Constant) and re.fullmatch(r"iccld(\.\w+)+:\w+", str(node.value)):
-                yield node.lineno, str(node.value).replace(":", ".")  # as `pkgutil.resolve_name` takes it
 
 
 def imports_only_what_the_table_allows(source: Source) -> Iterator[Finding]:

@@ -20,7 +20,7 @@ from iccld.diffusion import (
     velocity_of,
     z_0_from_velocity,
 )
-from iccld.settings import Solver
+from iccld.solver import Solver
 
 ALPHA_BAR = scaled_linear_alpha_bar()
 

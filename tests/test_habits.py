@@ -29,6 +29,15 @@ def test_the_version_has_one_place():
     assert f"\n## {iccld.__version__} " in (ROOT / "CHANGELOG.md").read_text()
 
 
+def test_the_quick_tests_exist():
+    """Check the list in tools/test.sh, of which a file that is renamed would stop all."""
+    script = (ROOT / "tools/test.sh").read_text()
+    found = script[script.index("quick=(") : script.index(")\n\nlint")] + ")"
+    command = ["bash", "-c", f'{found}; for path in "${{quick[@]}}"; do [ -e "$path" ] || echo "$path"; done']
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not done.stdout
+
+
 def test_what_is_not_released_comes_first():
     titles = [line for line in (ROOT / "CHANGELOG.md").read_text().splitlines() if line.startswith("## ")]
     assert titles[0] == "## Unreleased"

@@ -36,6 +36,14 @@ def test_a_verb_does_not_import_what_it_does_not_need(words: list[str], also: tu
     assert done.stdout.splitlines()[-1] == str([*also]), done.stderr
 
 
+def test_settings_are_read_without_torch():
+    """Check what reads a saved run's settings: its stages are names."""
+    code = "import sys\nfrom iccld.config import config_from\nconfig_from({'stages': ['stage1']}, where='run')\n"
+    code += "print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False"]
+
+
 def test_training_does_not_import_what_a_step_may_not_need():
     code = "import sys, iccld.programs.train.train\n"
     code += "print([name for name in ('torch._dynamo', *sys.argv[1:]) if name in sys.modules])"

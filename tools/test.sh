@@ -36,9 +36,9 @@ source tools/setup.sh
 export OMP_NUM_THREADS=1 # test processes share the cores
 
 quick=(
-    tests/models tests/uda tests/data/images tests/data/stream/test_{domain,order}.py
+    tests/models tests/uda tests/data/images tests/data/stream/test_{domain,order,validation}.py
     tests/stages/test_{adversarial,objective,remedies,segmentation,table}.py
-    tests/test_{architecture,batch_layout,config,diffusion,evaluation,labels,losses,ranges,rng,scores,settings}.py
+    tests/test_{architecture,batch_layout,config,diffusion,evaluation,labels,losses,ranges,rng,schema,scores}.py
 )
 
 lint() {

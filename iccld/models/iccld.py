@@ -33,12 +33,8 @@ from iccld.models.model_card import (
 from iccld.models.readme import README_NAME, describe
 from iccld.models.residual import fitted_residual, residual_scale
 from iccld.models.saved_model import check_described, check_weights, described_by, without_denoiser
-from iccld.models.settings import (
-    AttentionBackend,
-    ConditionKind,
-    ModelConfig,
-)
-from iccld.settings import Solver
+from iccld.models.settings import AttentionBackend, ConditionKind, ModelConfig
+from iccld.solver import Solver
 
 logger = logging.getLogger(__name__)
 LOGITS_STRIDE = LATENT_STRIDE // 2

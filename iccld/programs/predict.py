@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     from iccld.inference.source import find_model
     from iccld.inference.video import is_video, predict_video
     from iccld.models.settings import AttentionBackend
-    from iccld.settings import Solver
+    from iccld.solver import Solver
     from iccld.stages.settings import InferenceConfig
     from iccld.stages.table import STAGES, stage_of
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from iccld.ranges import above, between, check_ranges, off_or_above
-from iccld.settings import Solver, TrainerConfig
+from iccld.settings import TrainerConfig
+from iccld.solver import Solver
 from iccld.uda.settings import CorruptionConfig, EmaProfileConfig, PhotometricConfig
 
 
@@ -55,7 +56,7 @@ class SegmentationConfig:
 
 
 DOMAINS: tuple[str, ...] = ("source", "target", "mixed")
-"""The domains of stage 2, in their order along the batch."""
+"""The domains of stage 2, in their order along the batch; here, because settings name them and need no torch."""
 
 
 class DiffusionLoss(Enum):

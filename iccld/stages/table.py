@@ -1,36 +1,42 @@
 """Table of the stages, in the order in which a run trains them. Code that depends on the stage asks its line here."""
 
-import pkgutil
-from collections.abc import Iterator, Mapping
-from functools import cache
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from iccld.models.iccld import ICCLD
     from iccld.stages.kind import StageKind
 
-LINES = {
-    "stage1": "iccld.stages.segmentation:Segmentation",
-    "stage2": "iccld.stages.adversarial:Adversarial",
-}
+
+def _stage1() -> "StageKind[Any]":
+    from iccld.stages.segmentation import Segmentation
+
+    return Segmentation()
+
+
+def _stage2() -> "StageKind[Any]":
+    from iccld.stages.adversarial import Adversarial
+
+    return Adversarial()
+
+
+LINES: dict[str, Callable[[], "StageKind[Any]"]] = {"stage1": _stage1, "stage2": _stage2}
 
 
 class Table(Mapping[str, "StageKind[Any]"]):
     """Stages by name. A stage's file, which needs torch, is imported when its line is read; its name needs none."""
 
     def __getitem__(self, name: str) -> "StageKind[Any]":
-        return _kind(LINES[name])
+        return LINES[name]()
+
+    def __contains__(self, name: object) -> bool:
+        return name in LINES
 
     def __iter__(self) -> Iterator[str]:
         return iter(LINES)
 
     def __len__(self) -> int:
         return len(LINES)
-
-
-@cache
-def _kind(line: str) -> "StageKind[Any]":
-    return pkgutil.resolve_name(line)()
 
 
 STAGES = Table()

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iccld.uda.settings import check_width, label
+from iccld.uda.settings import average_name, check_width
 
 
 class Profile(NamedTuple):
@@ -87,7 +87,7 @@ class PowerAverages:
     """One fp32 average per width of named tensors. DTensors are averaged shard by shard, without communication."""
 
     def __init__(self, parameters: Mapping[str, Tensor], widths: Sequence[float]) -> None:
-        self.gammas = {label(width): exponent(width) for width in widths}
+        self.gammas = {average_name(width): exponent(width) for width in widths}
         self.averages: dict[str, dict[str, Tensor]] = {
             prefix: {name: tensor.detach().to(torch.float32, copy=True) for name, tensor in parameters.items()}
             for prefix in self.gammas

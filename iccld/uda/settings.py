@@ -71,7 +71,7 @@ class EmaProfileConfig:
         setting = f"ema_profile.widths={self.widths}"
         for width in self.widths:
             check_width(width, setting=setting)
-        if len({label(width) for width in self.widths}) < len(self.widths):
+        if len({average_name(width) for width in self.widths}) < len(self.widths):
             raise ValueError(f"{setting} must differ in their first three decimals; use [0.05, 0.10].")
         if self.snapshot_every < 0 or (self.snapshot_every > 0) != bool(self.widths):
             raise ValueError(
@@ -92,6 +92,6 @@ def check_width(width: float, *, setting: str) -> None:
         )
 
 
-def label(width: float) -> str:
+def average_name(width: float) -> str:
     """Return the prefix of the names of an average's tensors, such as `ema_0.050`."""
     return f"ema_{width:.3f}"

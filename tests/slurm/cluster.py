@@ -202,7 +202,7 @@ class Cluster:
 
 def config_text(home: Path, controller: str, port: int, nodes: str) -> str:
     """slurm.conf; the shortest of SLURM's waits, since tests wait for them."""
-    first_job = 1 + 500 * next(claimed("slurm_jobs", range(30)))  # jobs, and so ports, of its own
+    first_job = 1 + 500 * next(claimed("slurm_jobs", range(39)))  # jobs, and so ports, of its own
     return _CONFIG.format(home=home, controller=controller, controller_port=port, nodes=nodes, first_job=first_job)
 
 

@@ -139,7 +139,7 @@ def words(scene_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     """The settings of a run of stages 1 and 3 that was stopped within stage 3, and went on."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(config_module, "Config", ConfigWithToy)
-        patch.setitem(LINES, "stage3", f"{__name__}:Toy")
+        patch.setitem(LINES, "stage3", Toy)
         run_dir = tmp_path_factory.mktemp("third") / "run"
         given = [*scene_overrides(scene_shards, run_dir), "stages=[stage1,stage3]", "stage1.trainer.num_steps=1"]
         given += [f"stage3.trainer.num_steps={STEPS}", "stage3.trainer.evaluate_every=2", "evaluation.max_images=2"]

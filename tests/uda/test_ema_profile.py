@@ -16,7 +16,7 @@ from iccld.uda.ema_profile import (
     relative_width,
     snapshot_weights,
 )
-from iccld.uda.settings import MAX_WIDTH, EmaProfileConfig, label
+from iccld.uda.settings import MAX_WIDTH, EmaProfileConfig, average_name
 
 WIDTHS = st.floats(0.005, MAX_WIDTH)
 STEPS = st.integers(1, 100_000)
@@ -90,9 +90,9 @@ def test_updates_equal_the_slow_weighted_sum(width: float, num_steps: int, seed:
     averages = PowerAverages({"w": torch.zeros(3, 2)}, [width])
     for step, student in enumerate(students):
         averages.update({"w": student}, step)
-        assert step or torch.equal(averages.state_dict()[f"{label(width)}/w"], student)
+        assert step or torch.equal(averages.state_dict()[f"{average_name(width)}/w"], student)
     slow = (torch.from_numpy(step_weights(num_steps, width)).view(-1, 1, 1) * students.double()).sum(dim=0)
-    torch.testing.assert_close(averages.state_dict()[f"{label(width)}/w"].double(), slow, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(averages.state_dict()[f"{average_name(width)}/w"].double(), slow, rtol=1e-5, atol=1e-5)
 
 
 def test_averages_are_fp32_and_do_not_share_memory_with_a_student_of_any_dtype():
@@ -205,7 +205,7 @@ def test_an_untracked_width_agrees_with_an_average_of_that_width(width: float):
     assert distance < 0.02
     rebuilt = (torch.from_numpy(weights)[:, None] * torch.stack(snapshots).double()).sum(dim=0)
     spread = walk.double().std(dim=0)
-    error = (rebuilt - direct.state_dict()[f"{label(width)}/w"].double()).abs() / spread
+    error = (rebuilt - direct.state_dict()[f"{average_name(width)}/w"].double()).abs() / spread
     assert error.max() < distance / 10
 
 

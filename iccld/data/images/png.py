@@ -93,8 +93,8 @@ def read_palette(data: bytes) -> np.ndarray:
 def read_samples(data: bytes, *, box: Box | None = None) -> np.ndarray:
     """Decode the samples as they were written, `(H, W, C)`: uint16 for 16 bits, uint8 for fewer.
 
-    `box` (left, top, right, bottom) selects a part; no rows below it are decoded. Raises ValueError, and whatever PIL
-    raises on damaged bytes.
+    `box` (left, top, right, bottom) selects a part; no rows below it are decoded. The caller has checked the size.
+    Raises ValueError, and whatever PIL raises on damaged bytes.
     """
     header, pixels = read_png_header(data), _only_pixels(data)
     if header.depth == 16 and header.color == GREY_ALPHA:  # which PIL would cut to the high bytes

@@ -27,7 +27,7 @@ from iccld.runtime.engine.engine import Engine
 from iccld.stages.base import Stage
 from iccld.stages.table import stage_of
 from iccld.uda.ema_profile import Profile, profile_error, snapshot_weights
-from iccld.uda.settings import label
+from iccld.uda.settings import average_name
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Reconstruction:
             if any(weight for _, weight in used):
                 with safe_open(snapshot.path, framework="pt") as file:
                     total = total + sum(
-                        w * file.get_tensor(f"{label(width)}/{name}").double() for width, w in used if w
+                        w * file.get_tensor(f"{average_name(width)}/{name}").double() for width, w in used if w
                     )
         return total.float()
 
@@ -128,7 +128,9 @@ def _read_header(path: Path) -> Snapshot:
         step, widths = int(metadata["step"]), tuple(map(float, json.loads(metadata["widths"])))
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
         raise ValueError(f"{path} is not a whole snapshot ({error!r}); remove it: the others will do.") from error
-    missing = [label(width) for width in widths if not any(name.startswith(f"{label(width)}/") for name in names)]
+    missing = [
+        average_name(width) for width in widths if not any(name.startswith(f"{average_name(width)}/") for name in names)
+    ]
     if missing or path.name != snapshot_name(step):
         raise ValueError(
             f"{path} does not hold what it says, step {step} and widths {list(widths)}; remove it: the others will do."
@@ -162,7 +164,7 @@ def put_weights(module: nn.Module, reconstruction: Reconstruction) -> None:
     for snapshot in reconstruction.snapshots:
         with safe_open(snapshot.path, framework="pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        own = {f"{label(w)}/{name}": tuple(p.shape) for w in snapshot.widths for name, p in parameters.items()}
+        own = {f"{average_name(w)}/{name}": tuple(p.shape) for w in snapshot.widths for name, p in parameters.items()}
         wrong = sorted(name for name in own.keys() | shapes.keys() if own.get(name) != shapes.get(name))
         if wrong:
             raise ValueError(
@@ -228,7 +230,7 @@ def sweep(config: Config, stage: str, *, widths: Sequence[float], step: int = 0)
         for reconstruction in reconstructions:
             put_weights(averaged_part(model), reconstruction)
             rows.append(
-                _row(label(reconstruction.wanted.width), reconstruction, scores_by_steps(model, config, engine))
+                _row(average_name(reconstruction.wanted.width), reconstruction, scores_by_steps(model, config, engine))
             )
     return rows
 
