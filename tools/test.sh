@@ -52,7 +52,7 @@ types() {
 }
 
 tests() {
-    python -m pytest -n 6 --dist worksteal "$@"  # also on two cores: many tests wait, those of SLURM above all
+    python -m pytest -n 4 --dist worksteal "$@"  # also on two cores: many tests wait, those of SLURM above all
 }
 
 case $group in
