@@ -109,11 +109,10 @@ def type_name(kind: Any) -> str:
 
 def shown(value: Any) -> str:
     """Write a default as the command line takes it; nothing for an empty text."""
-    if isinstance(value, Enum):
-        return f"`{value.name}`"
     if isinstance(value, str):
         return f"`{value}`" if value else ""
-    plain = (
-        [item.name if isinstance(item, Enum) else item for item in value] if isinstance(value, list | tuple) else value
-    )
-    return f"`{json.dumps(plain).replace(chr(34), '').replace(', ', ',')}`"
+    return f"`{json.dumps(value, default=_plain).replace(chr(34), '').replace(', ', ',')}`"
+
+
+def _plain(value: Any) -> Any:
+    return value.name if isinstance(value, Enum) else dataclasses.asdict(value)

@@ -11,8 +11,9 @@ from iccld.programs.launch.command import split
 STRANGE = ["model=tiny", "run_dir=a # b: 'c'"]
 
 
-def test_comments_change_no_value():
-    config = load_config(STRANGE)
+@pytest.mark.parametrize("more", ["seed=0", "+data.source.also={other: {shards: somewhere}}"])
+def test_comments_change_no_value(more: str):
+    config = load_config([*STRANGE, more])
     assert parse_yaml(commented(config), where="the settings") == to_dict(config)
 
 
