@@ -36,7 +36,7 @@ def run_jobs(jobs: list[dict[str, Any]], *, num_processes: int, engine: str = "d
         logs = [Path(folder, f"log_{rank}") for rank in range(num_processes)]
         ranks = [
             Forked("tests.distributed.worker", [str(file)], environment=environment, log=log)
-            for environment, log in zip(_environments(num_processes, engine), logs, strict=True)
+            for environment, log in zip(rank_environments(num_processes, engine), logs, strict=True)
         ]
         try:
             statuses = _statuses(ranks, timeout_s)
@@ -46,7 +46,7 @@ def run_jobs(jobs: list[dict[str, Any]], *, num_processes: int, engine: str = "d
         assert statuses == [0] * num_processes, "".join(f"{statuses}\n{log.read_text()[-6000:]}" for log in logs)
 
 
-def _environments(num_processes: int, engine: str) -> Iterator[dict[str, str]]:
+def rank_environments(num_processes: int, engine: str) -> Iterator[dict[str, str]]:
     common = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")} | ENVIRONMENT
     if num_processes > 1:
         common |= engine_variables(engine_path(engine)) | {"FSDP_MIN_NUM_PARAMS": MIN_NUM_PARAMS}
