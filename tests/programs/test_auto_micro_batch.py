@@ -5,7 +5,6 @@ import resource
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from tests.distributed.launch import run_jobs
