@@ -130,16 +130,22 @@ def change_a_bit(path: Path) -> None:
     ],
 )
 def test_the_comparison_sees(
-    tmp_path: Path, compare_runs: ModuleType, change: Callable[[Path], None], message: str
+    tmp_path: Path,
+    compare_runs: ModuleType,
+    change: Callable[[Path], None],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     for name in ("one", "two"):
         write_run(tmp_path / name)
     change(tmp_path / "two")
     found = list(compare_runs.differences(tmp_path / "one", tmp_path / "two", num_steps=2))
     assert len(found) == bool(message) and all(what.startswith(message) for what in found)
-    command = [sys.executable, str(TOOLS / "compare_runs.py"), str(tmp_path / "one"), str(tmp_path / "two")]
-    done = subprocess.run([*command, "--num-steps", "2"], capture_output=True, text=True, timeout=120, check=False)
-    assert (done.returncode, done.stdout.splitlines()) == (bool(message), found)
+    monkeypatch.setattr(
+        sys, "argv", ["compare_runs", *(str(tmp_path / name) for name in ("one", "two")), "--num-steps", "2"]
+    )
+    assert compare_runs.main() == bool(message) and capsys.readouterr().out.splitlines() == found
 
 
 @pytest.mark.parametrize(

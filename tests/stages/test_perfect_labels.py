@@ -11,6 +11,8 @@ from iccld.cli import main
 from iccld.data.shards.making import MakeShardsConfig, make_shards
 from iccld.labels import CITYSCAPES_PALETTE
 
+pytestmark = pytest.mark.usefixtures("uncounted")
+
 NUM_STEPS = {"stage1": 80, "stage2": 200}
 
 
