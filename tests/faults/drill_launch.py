@@ -24,22 +24,23 @@ def become_rank(environment: dict[str, str]) -> NoReturn:
 def launch() -> int:
     """Start the ranks; when one of them fails, end the other as accelerate's launcher does."""
     os.setsid()
-    living = set()
-    for environment in rank_environments(2, "ddp"):
-        living.add(os.fork() or become_rank(environment))
-    limit = float("inf")
+    living = {os.fork() or become_rank(environment) for environment in rank_environments(2, "ddp")}
+    first, limit = 0, float("inf")  # status of the rank that failed first
     while living:
         pid, status = os.waitpid(-1, os.WNOHANG)
         living.discard(pid)
-        if pid and status and limit == float("inf"):
-            first, limit = os.waitstatus_to_exitcode(status), time.monotonic() + PATIENCE_S
-            for other in living:
-                os.kill(other, signal.SIGTERM)
+        if pid and status and not first:
+            first, limit = abs(os.waitstatus_to_exitcode(status)), time.monotonic() + PATIENCE_S
+            end(living, signal.SIGTERM)
         if time.monotonic() > limit:
-            for other in living:
-                os.kill(other, signal.SIGKILL)
+            end(living, signal.SIGKILL)
         time.sleep(0.0 if pid else 0.02)
-    return 0 if limit == float("inf") else abs(first)
+    return first
+
+
+def end(ranks: set[int], number: signal.Signals) -> None:
+    for rank in ranks:
+        os.kill(rank, number)
 
 
 if __name__ == "__main__":
