@@ -47,23 +47,27 @@ def kill_drill(compare_runs: ModuleType) -> ModuleType:
 def test_a_killed_run_ends_as_an_undisturbed_one(
     kill_drill: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The undisturbed run is accelerate's launcher's; those that are killed are forked, to start at once."""
+    """Until the first kill, accelerate's launcher starts the ranks; then they are forked, to start at once."""
 
     class ForkedDrill(kill_drill.Drill):
         launch: Forked | None = None
 
         def start(self, verb: list[str], environment: dict[str, str]) -> Any:
-            if not self.runs:
+            if not self.kinds.total():
                 return super().start(verb, environment)
             log = self.folder / "output"
             self.launch = Forked("tests.faults.drill_launch", verb, environment=environment, log=log)
             return self.launch
 
         def processes(self) -> list[psutil.Process]:
-            return [process for process in psutil.process_iter() if self.launch and is_of(self.launch.pid, process.pid)]
+            if not self.launch:
+                return super().processes()
+            return [process for process in psutil.process_iter() if is_of(self.launch.pid, process.pid)]
 
         def ranks(self) -> list[psutil.Process]:
-            return [process for process in self.processes() if self.launch and process.pid != self.launch.pid]
+            if not self.launch:
+                return super().ranks()
+            return [process for process in self.processes() if process.pid != self.launch.pid]
 
     monkeypatch.setattr(kill_drill, "Drill", ForkedDrill)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
