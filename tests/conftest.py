@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -66,6 +67,15 @@ def scene_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("scenes")
     make_scene_shards(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def uncounted() -> Iterator[None]:
+    """Let no training of the module in this process count its FLOPs, which takes as long as ten steps."""
+    from iccld.programs.train import train
+
+    with patch.object(train, "_flops", lambda *_: lambda step: 0.0):
+        yield
 
 
 def pytest_collection_finish() -> None:

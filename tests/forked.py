@@ -34,10 +34,13 @@ PRELOADED = (
 class Forked:
     """`python -m module arguments`, with the methods of `subprocess.Popen` that tests use."""
 
-    def __init__(self, module: str, arguments: list[str], *, environment: dict[str, str], log: Path) -> None:
+    def __init__(
+        self, module: str, arguments: list[str], *, environment: dict[str, str], log: Path, folder: Path = ROOT
+    ) -> None:
         log.write_bytes(b"")
         self.returncode: int | None = None
-        self.pid: int = _ask({"start": [module, *arguments], "environment": environment, "log": str(log)})
+        request = {"environment": environment, "log": str(log), "folder": str(folder)}
+        self.pid: int = _ask({"start": [module, *arguments], **request})
 
     def poll(self) -> int | None:
         """Return the exit status, negative for a signal; None while it runs."""
@@ -109,6 +112,7 @@ def _become(request: dict[str, Any]) -> NoReturn:
         os.dup2(source, target)
     sys.stdin = open(0, closefd=False)  # noqa: SIM115
     sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]
+    os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])
     if os.environ.get("PYTHONFAULTHANDLER"):

@@ -61,7 +61,7 @@ CONFIGS = st.builds(
 )  # fmt: skip
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(config=CONFIGS)
 def test_every_kind_of_settings_comes_back(tmp_path: Path, config: Config):
     path = tmp_path / "config.yaml"

@@ -27,7 +27,8 @@ NAMES = [
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\n\r"), max_size=30)
 HARD = st.text(st.sampled_from("\\${}'\"=,:#[]()% ~@a0_.-"), max_size=12)
 ANY = st.one_of(TEXT, HARD).filter(lambda text: text != "???")
-SLOW = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+SLOW = settings(deadline=None, max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+PLACES = ["run_dir", "data.source.shards", "data.target.name", "data.source.keys", "initial_model"]
 
 
 def with_all(names: list[str], check: Any) -> Any:
@@ -67,13 +68,14 @@ def at(config: Any, key: str) -> Any:
 
 
 @SLOW
-@given(ANY)
-def test_any_text_is_its_own_value_in_a_composed_config(text: str):
-    assert load_config([f"run_dir={text}"]).run_dir == text
+@given(st.lists(ANY, min_size=len(PLACES), max_size=len(PLACES)))
+def test_any_text_is_its_own_value_in_a_composed_config(texts: list[str]):
+    config = load_config([f"{key}={text}" for key, text in zip(PLACES, texts, strict=True)])
+    assert [at(config, key) for key in PLACES] == texts
 
 
 @SLOW
-@given(st.lists(ANY.filter(str.isprintable), min_size=1, max_size=6))
+@given(st.lists(ANY.filter(str.isprintable), min_size=6, max_size=16))
 @example(["$(touch canary)", "'; touch canary; '", '"; touch canary; "', "`touch canary`", "${x:=y}", "a' b \" c"])
 def test_what_is_submitted_arrives_to_the_letter(tmp_path: Path, texts: list[str]):
     """The words pass `iccld submit`, the script and its shell, and reach the rank with their meaning."""

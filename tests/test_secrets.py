@@ -23,6 +23,7 @@ from iccld.reading import read_secrets, write_secrets
 from iccld.redact import HIDDEN, redacted
 from iccld.slurm.config import Work
 from tests.factory import make_scene_shards, scene_overrides
+from tests.forked import Forked
 from tests.planted import ENVIRONMENT, OF_REDIRECT, OPTION, PASSWORD, PLANTED, SIGNATURE, TOKEN
 
 
@@ -170,16 +171,34 @@ class World(NamedTuple):
     leading: Server
     other: Server
 
-    def python(self, *words: str) -> subprocess.CompletedProcess[str]:
-        """A process of that user, what it says kept in the home, too."""
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "XDG"))}
-        environment |= {"HOME": str(self.home), "AWS_SECRET_ACCESS_KEY": ENVIRONMENT, "ACCELERATE_USE_CPU": "true"}
+    def python(self, *words: str) -> tuple[int, str]:
+        """Run Python as that user, and return its status and words, which are kept in the home, too."""
         done = subprocess.run(
-            [sys.executable, *words], cwd=self.home, env=environment, capture_output=True, text=True, timeout=300
+            [sys.executable, *words],
+            cwd=self.home,
+            env=self._environment(),
+            capture_output=True,
+            text=True,
+            timeout=300,
         )
+        return self._kept(done.returncode, f"{done.stdout}\n{done.stderr}\n")
+
+    def iccld(self, *words: str) -> tuple[int, str]:
+        """Run a command as that user, forked."""
+        log = self.home / "log.txt"
+        status = Forked("iccld", [*words], environment=self._environment(), log=log, folder=self.home).wait(300)
+        return self._kept(status, log.read_text())
+
+    def _environment(self) -> dict[str, str]:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "XDG"))}
+        return environment | {
+            "HOME": str(self.home), "AWS_SECRET_ACCESS_KEY": ENVIRONMENT, "ACCELERATE_USE_CPU": "true"
+        }  # fmt: skip
+
+    def _kept(self, status: int, said: str) -> tuple[int, str]:
         with (self.home / "said.txt").open("a") as file:
-            file.write(f"{done.stdout}\n{done.stderr}\n")
-        return done
+            file.write(said)
+        return status, said
 
 
 @pytest.fixture(scope="module")
@@ -248,9 +267,8 @@ def test_no_secret_of_a_run_is_written_or_said_or_sent_elsewhere(
         "stage1.trainer.num_steps=2", "stage1.trainer.evaluate_every=1", "stage1.trainer.checkpoint.save_every=1",
         "evaluation.max_images=1", "preemption.exit_status=0",
     ]  # fmt: skip
-    done = world.python("-c", TRAIN, *words, *world.settings, OPTION)
-    assert done.returncode == 0, done.stderr
-    cli = ["-m", "iccld"]
+    status, said = world.python("-c", TRAIN, *words, *world.settings, OPTION)
+    assert status == 0, said
     simple = [word.partition("?")[0] + f"?{TOKEN}" for word in world.settings]  # that every parser takes
     secret_option = f"+data.storage.options.secret={OPTION}"
     commands: list[tuple[int, list[str]]] = [
@@ -261,9 +279,9 @@ def test_no_secret_of_a_run_is_written_or_said_or_sent_elsewhere(
         (0, ["config", *words, *simple, secret_option]),
         (0, ["checkpoint", "export", "run/stage1/checkpoints/step_00000002", "model"]),
     ]
-    for status, command in commands:
-        done = world.python(*cli, *command)
-        assert done.returncode == status, f"{command}: {done.stdout[-2000:]} {done.stderr[-2000:]}"
+    for expected, command in commands:
+        status, said = world.iccld(*command)
+        assert status == expected, f"{command}: {said[-4000:]}"
     refuse_here(world, [*words, *simple], monkeypatch, capsys)
     files = [path for path in world.home.rglob("*") if path.is_file()]
     assert {"config.yaml", "manifest.json", "results.json", "events.jsonl", "profile.json", "said.txt"} <= {

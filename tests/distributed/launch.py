@@ -36,7 +36,7 @@ def run_jobs(jobs: list[dict[str, Any]], *, num_processes: int, engine: str = "d
         logs = [Path(folder, f"log_{rank}") for rank in range(num_processes)]
         ranks = [
             Forked("tests.distributed.worker", [str(file)], environment=environment, log=log)
-            for environment, log in zip(_environments(num_processes, engine), logs, strict=True)
+            for environment, log in zip(rank_environments(num_processes, engine), logs, strict=True)
         ]
         try:
             statuses = _statuses(ranks, timeout_s)
@@ -46,7 +46,7 @@ def run_jobs(jobs: list[dict[str, Any]], *, num_processes: int, engine: str = "d
         assert statuses == [0] * num_processes, "".join(f"{statuses}\n{log.read_text()[-6000:]}" for log in logs)
 
 
-def _environments(num_processes: int, engine: str) -> Iterator[dict[str, str]]:
+def rank_environments(num_processes: int, engine: str) -> Iterator[dict[str, str]]:
     common = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")} | ENVIRONMENT
     if num_processes > 1:
         common |= engine_variables(engine_path(engine)) | {"FSDP_MIN_NUM_PARAMS": MIN_NUM_PARAMS}
@@ -82,22 +82,24 @@ def run_module(module: str, *arguments: str, num_processes: int, engine: str = "
 
 
 def run_on_two_nodes(module: str, *arguments: str, engine: str, timeout_s: int = 300) -> None:
-    """A launcher for each of two nodes, as on a cluster without a scheduler, both on this machine."""
+    """A launcher for each of two nodes, as on a cluster without a scheduler, both on this machine and forked."""
     port, environment = free_port(), os.environ | ENVIRONMENT
-    launch = [sys.executable, "-m", "accelerate.commands.launch"]
-    launch += ["--config_file", str(ROOT / "accelerate_configs" / f"{engine}.yaml"), "--num_machines", "2"]
+    launch = ["--config_file", str(ROOT / "accelerate_configs" / f"{engine}.yaml"), "--num_machines", "2"]
     launch += ["--num_processes", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", str(port)]
-    nodes = [
-        subprocess.Popen(
-            [*launch, "--machine_rank", str(rank), "--module", module, *arguments],
-            env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        for node in nodes:
-            output, _ = node.communicate(timeout=timeout_s)
-            assert node.returncode == 0, output[-6000:]
-    finally:
-        for node in nodes:
-            node.kill()
+    with tempfile.TemporaryDirectory() as folder:
+        logs = [Path(folder, f"log_{rank}") for rank in range(2)]
+        nodes = [
+            Forked(
+                "accelerate.commands.launch",
+                [*launch, "--machine_rank", str(rank), "--module", module, *arguments],
+                environment=environment,
+                log=log,
+            )
+            for rank, log in enumerate(logs)
+        ]
+        try:
+            for node, log in zip(nodes, logs, strict=True):
+                assert node.wait(timeout_s) == 0, log.read_text()[-6000:]
+        finally:
+            for node in nodes:
+                node.kill()

@@ -7,24 +7,72 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
+from tests.forked import Forked
 
 TOOLS = Path(__file__).parents[2] / "tools" / "scripts"
 DIRECTED = {"save", "rename", "latest", "retention", "export", "hand_off", "stage2"}
 
 
+def module_of(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def compare_runs() -> ModuleType:
+    return module_of("compare_runs")
+
+
+@pytest.fixture(scope="module")
+def kill_drill(compare_runs: ModuleType) -> ModuleType:
+    return module_of("kill_drill")
+
+
 @pytest.mark.distributed
-def test_a_killed_run_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
-    command = [sys.executable, str(TOOLS / "kill_drill.py"), "--kills", "8", "--json", "kills.json"]
-    environment = {**os.environ, "TMPDIR": str(tmp_path)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
-    assert not done.returncode, done.stdout + done.stderr
+def test_a_killed_run_ends_as_an_undisturbed_one(
+    kill_drill: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until the first kill, accelerate's launcher starts the ranks; then they are forked, to start at once."""
+
+    class ForkedDrill(kill_drill.Drill):
+        launch: Forked | None = None
+
+        def start(self, verb: list[str], environment: dict[str, str]) -> Any:
+            if not self.kinds.total():
+                return super().start(verb, environment)
+            log = self.folder / "output"
+            self.launch = Forked("tests.faults.drill_launch", verb, environment=environment, log=log)
+            return self.launch
+
+        def processes(self) -> list[psutil.Process]:
+            if not self.launch:
+                return super().processes()
+            return [process for process in psutil.process_iter() if is_of(self.launch.pid, process.pid)]
+
+        def ranks(self) -> list[psutil.Process]:
+            if not self.launch:
+                return super().ranks()
+            return [process for process in self.processes() if process.pid != self.launch.pid]
+
+    monkeypatch.setattr(kill_drill, "Drill", ForkedDrill)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["kill_drill", "--kills", "8", "--json", str(tmp_path / "kills.json")])
+    assert kill_drill.main() == 0
     figures = json.loads((tmp_path / "kills.json").read_text())
     kinds = figures["kinds"]
     assert figures["kills"] == sum(kinds.values()) == 8 and figures["runs"] >= 1
@@ -34,16 +82,14 @@ def test_a_killed_run_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [tmp_path / "kills.json"]
 
 
+def is_of(session: int, pid: int) -> bool:
+    try:
+        return os.getsid(pid) == session
+    except ProcessLookupError:
+        return False
+
+
 # What the drill itself would miss, or see:
-
-
-@pytest.fixture(scope="module")
-def compare_runs() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("compare_runs", TOOLS / "compare_runs.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def write_run(folder: Path) -> None:
@@ -88,16 +134,22 @@ def change_a_bit(path: Path) -> None:
     ],
 )
 def test_the_comparison_sees(
-    tmp_path: Path, compare_runs: ModuleType, change: Callable[[Path], None], message: str
+    tmp_path: Path,
+    compare_runs: ModuleType,
+    change: Callable[[Path], None],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     for name in ("one", "two"):
         write_run(tmp_path / name)
     change(tmp_path / "two")
     found = list(compare_runs.differences(tmp_path / "one", tmp_path / "two", num_steps=2))
     assert len(found) == bool(message) and all(what.startswith(message) for what in found)
-    command = [sys.executable, str(TOOLS / "compare_runs.py"), str(tmp_path / "one"), str(tmp_path / "two")]
-    done = subprocess.run([*command, "--num-steps", "2"], capture_output=True, text=True, timeout=120, check=False)
-    assert (done.returncode, done.stdout.splitlines()) == (bool(message), found)
+    monkeypatch.setattr(
+        sys, "argv", ["compare_runs", *(str(tmp_path / name) for name in ("one", "two")), "--num-steps", "2"]
+    )
+    assert compare_runs.main() == bool(message) and capsys.readouterr().out.splitlines() == found
 
 
 @pytest.mark.parametrize(

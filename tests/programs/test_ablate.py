@@ -15,6 +15,7 @@ import pytest
 from iccld.cli import main
 from iccld.plain_yaml import to_yaml
 from tests.factory import scene_overrides
+from tests.forked import Forked
 
 LIMIT_S = 240
 SECOND_STAGES = ["stage2 x1", "stage1", "stage2 x2", "mean latent"]
@@ -126,15 +127,17 @@ def test_ctrl_c_saves_the_row_and_a_changed_grid_is_refused(
     settings = ["stage1.trainer.num_steps=400", "metrics.log_every=1"]
     grid = write_grid(tmp_path / "grid.yaml", scene_shards, first=settings)
     folder, seed_0 = tmp_path / "out", tmp_path / "out/first/seed_0"
-    process, limit = begin(grid, folder), time.monotonic() + LIMIT_S
+    log, words = tmp_path / "log", [str(grid), "--output", str(folder), "--processes", "1"]
+    process = Forked("iccld", ["ablate", *words], environment=dict(os.environ), log=log)
+    limit = time.monotonic() + LIMIT_S
     while not ((seed_0 / "metrics.jsonl").is_file() and (seed_0 / "metrics.jsonl").read_text().count("\n") > 2):
         assert process.poll() is None and time.monotonic() < limit
         time.sleep(0.05)
     assert main(["ablate", str(grid), "--output", str(folder)]) == 2
     assert f"{folder} is in use by process {process.pid}" in capsys.readouterr().err
     process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=LIMIT_S)
-    assert process.returncode == 128 + signal.SIGINT and "the same command goes on" in said, said
+    status, said = process.wait(LIMIT_S), log.read_text()
+    assert status == 128 + signal.SIGINT and "the same command goes on" in said, said
     assert events(seed_0, "preempted") and (seed_0 / "stage1/checkpoints/latest").exists()
     assert main(["ablate", str(grid), "--output", str(folder), "--report-only"]) == 0
     assert "`first` (seed 0, 1), `second` (seed 0, 1)" in (folder / "report.md").read_text()

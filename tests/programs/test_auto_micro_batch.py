@@ -1,17 +1,17 @@
 """`micro_batch_size: auto` in real runs: it fits, leaves no trace, and stays what it was when a run goes on."""
 
 import os
-import subprocess
-import sys
+import resource
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.distributed.launch import ROOT, run_jobs
+from tests.distributed.launch import run_jobs
 from tests.distributed.test_resume import STOP, assert_equal_weights, losses, overrides
 from tests.factory import scene_overrides
 from tests.faults.ranks import events
+from tests.forked import Forked
 
 pytestmark = pytest.mark.distributed
 
@@ -61,22 +61,27 @@ def test_other_activation_checkpointing_chooses_again(scene_shards: Path, tmp_pa
 def test_a_smaller_limit_gives_a_smaller_number_that_trains(scene_shards: Path, tmp_path: Path) -> None:
     """The limit is of the process's addresses, which end before its memory does; the largest number meets it."""
 
-    def train(size: str, *, limit_mib: int) -> subprocess.CompletedProcess[str]:
-        settings = [*scene_overrides(scene_shards, tmp_path / f"{size}_{limit_mib}"), "stages=[stage1]"]
-        settings += [f"stage1.trainer.{s}" for s in ("num_steps=2", "global_batch_size=64", f"micro_batch_size={size}")]
+    def train(size: str, *, limit: int) -> tuple[int, list[str]]:
+        run_dir, log = tmp_path / f"{size}_{limit}", tmp_path / f"log_{size}_{limit}"
+        settings = [*scene_overrides(scene_shards, run_dir), "stages=[stage1]"]
+        settings += [f"stage1.trainer.{s}" for s in ("num_steps=2", "global_batch_size=32", f"micro_batch_size={size}")]
         settings += ["data.crop_size=[64,128]", "data.validation.shards="]
-        command = ["prlimit", f"--as={limit_mib * 2**20}", sys.executable, "-m", "iccld", "train", *settings]
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        process = Forked("iccld", ["train", *settings], environment=dict(os.environ), log=log)
+        resource.prlimit(process.pid, resource.RLIMIT_AS, (limit, limit))
+        return process.wait(300), log.read_text().splitlines()
 
-    found = []
-    for limit_mib in (8000, 1800):
-        done = train("auto", limit_mib=limit_mib)
-        assert done.returncode == 0, done.stdout + done.stderr
-        (choice,) = choices(tmp_path / f"auto_{limit_mib}")
-        assert f"stage1.trainer.micro_batch_size: auto -> {choice['chosen']} (" in done.stdout
-        found.append(choice["chosen"])
-    assert found[0] == 64 > found[1] >= 1 and 64 % found[1] == 0
-    refused = train("64", limit_mib=1500)
-    assert refused.returncode == 2
-    assert refused.stderr.startswith("iccld train: out of memory: rank 0") and refused.stderr.count("\n") == 1
+    def chosen(limit: int) -> dict[str, Any]:
+        status, said = train("auto", limit=limit)
+        assert status == 0, said
+        (choice,) = choices(tmp_path / f"auto_{limit}")
+        assert any(f"stage1.trainer.micro_batch_size: auto -> {choice['chosen']} (" in line for line in said)
+        return choice
+
+    largest = chosen(8 << 30)
+    assert largest["chosen"] == 32
+    alone, all_at_once = (int(largest["peak_bytes"][size]) for size in ("1", "32"))
+    size = chosen(all_at_once)["chosen"]  # some of the limit is kept for heaps
+    assert 32 > size > 1 and 32 % size == 0
+    status, said = train("32", limit=(alone + all_at_once) // 2)
+    assert status == 2 and said[-1].startswith("iccld train: out of memory: rank 0"), said
+    assert not [line for line in said[:-1] if not line.startswith(("starting", "stage1"))], said

@@ -11,7 +11,9 @@ from iccld.cli import main
 from iccld.data.shards.making import MakeShardsConfig, make_shards
 from iccld.labels import CITYSCAPES_PALETTE
 
-NUM_STEPS = {"stage1": 150, "stage2": 200}
+pytestmark = pytest.mark.usefixtures("uncounted")
+
+NUM_STEPS = {"stage1": 80, "stage2": 200}
 
 
 def draw_blocks(folder: Path) -> None:
@@ -51,7 +53,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "model.latent_channels=4",
         "metrics.wandb=disabled",
         "metrics.log_every=1",
-        "inference.num_steps=[1,4]",
+        "inference.num_steps=[1]",
         "stage1.objective.target_labels=true",
         "stage1.objective.encoder_learning_rate=2e-3",
         "stage1.objective.decoder_learning_rate=2e-3",

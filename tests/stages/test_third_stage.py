@@ -37,6 +37,8 @@ from iccld.uda.teacher import Teacher
 from tests.distributed.worker import StopAt
 from tests.factory import scene_overrides
 
+pytestmark = pytest.mark.usefixtures("uncounted")
+
 NOISE = "toy latent noise"
 STEPS = 4
 

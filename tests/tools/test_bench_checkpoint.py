@@ -1,24 +1,30 @@
-"""The benchmarks of checkpoints and engines run as scripts, at toy size."""
+"""The benchmarks of checkpoints and engines at toy size."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import bench_checkpoint
+import bench_engines
 import pytest
 
-ROOT = Path(__file__).parents[2]
 
+def test_ours_is_compared_with_save_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ours are measured in this process; save_state, whose accelerator leaves its state, in its own."""
+    apart = bench_checkpoint.in_own_process
 
-def bench(tmp_path: Path, script: str, *arguments: str) -> tuple[str, dict]:
-    command = [sys.executable, str(ROOT / "tools" / "benchmarks" / script), *arguments, "--json", "figures.json"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
-    assert not done.returncode, done.stderr
-    return done.stdout, json.loads((tmp_path / "figures.json").read_text())
+    def measured(mode: str, num_params: float, num_saves: int) -> dict[str, Any]:
+        is_apart = mode == "save_state"
+        return (apart if is_apart else bench_checkpoint.measure)(mode, num_params, num_saves)
 
-
-def test_ours_is_compared_with_save_state(tmp_path: Path) -> None:
-    table, figures = bench(tmp_path, "bench_checkpoint.py", "--params", "0.1,1", "--saves", "2", "--rounds", "1")
+    monkeypatch.setattr(bench_checkpoint, "in_own_process", measured)
+    command = ["bench_checkpoint", "--params", "0.1,1", "--saves", "2", "--rounds", "1"]
+    monkeypatch.setattr(sys, "argv", [*command, "--json", str(tmp_path / "figures.json")])
+    bench_checkpoint.main()
+    figures, table = json.loads((tmp_path / "figures.json").read_text()), capsys.readouterr().out
     assert figures["stall_over_save_state"] > 0 and figures["total_over_save_state"] > 0
     small, large = figures["runs"]
     assert small["num_params"] < large["num_params"] and "synchronous" in table
@@ -29,10 +35,14 @@ def test_ours_is_compared_with_save_state(tmp_path: Path) -> None:
 
 
 @pytest.mark.distributed
-def test_engines_are_compared_at_one_global_batch(tmp_path: Path) -> None:
+def test_engines_are_compared_at_one_global_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     size = ("--params", "0.2", "--size", "32", "--steps", "2", "--engines", "ddp", "fsdp2")
-    table, figures = bench(tmp_path, "bench_engines.py", *size)
-    assert "global batch 4" in table
+    monkeypatch.setattr(sys, "argv", ["bench_engines", *size, "--json", str(tmp_path / "figures.json")])
+    bench_engines.main()
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert "global batch 4" in capsys.readouterr().out
     assert figures["engines"].keys() == {"ddp", "fsdp2"}
     for own in figures["engines"].values():
         assert own["num_params"] > 2e5 and own["peak_bytes"] > 0 and own["step_s"] > 0

@@ -1,16 +1,15 @@
 """The cost of the inter-coder connection: the law is found again in exact points, and a small run fills every cell."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
+import bench_overhead
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from overhead_law import MODES, QUANTITIES, fit
 
-ROOT = Path(__file__).parents[2]
 TERMS = st.floats(-100, 100)
 
 
@@ -27,21 +26,12 @@ def test_what_was_not_varied_has_no_term():
     assert law.keys() == {"a", "b", "r2"} and law["r2"] == pytest.approx(1)
 
 
-def test_a_small_run(tmp_path: Path):
-    command = [
-        sys.executable,
-        "tools/benchmarks/bench_overhead.py",
-        "--sizes",
-        "32",
-        "64",
-        "--classes",
-        "5",
-        "--rounds",
-        "1",
-    ]
-    command += ["--json", str(tmp_path / "o.json"), "--png", str(tmp_path / "o.png")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+def test_a_small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    words = ["--sizes", "32", "64", "--classes", "5", "--rounds", "1"]
+    words += ["--json", str(tmp_path / "o.json"), "--png", str(tmp_path / "o.png")]
+    monkeypatch.setattr(sys, "argv", ["bench_overhead", *words])
+    monkeypatch.setenv("KINETO_LOG_LEVEL", "99")
+    bench_overhead.main()
     figures = json.loads((tmp_path / "o.json").read_text())
     assert len(figures["points"]) == 4 and (tmp_path / "o.png").read_bytes().startswith(b"\x89PNG")
     for mode in MODES:

@@ -2,20 +2,23 @@
 
 import json
 import math
+import os
 import random
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import plan_scaling
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scaling.links import PASSES, Cost, Network, Took, fit, nominal, summary
 from scaling.model import MIB, NUM_SMALL, ZERO_BUCKET, Failures, accumulation, buckets, exposed, predict
 from scaling.profile import ENGINES, NORMAL, Profile, log_spread, read_profile, slowest
+
+from tests.forked import Forked
 
 ROOT = Path(__file__).parents[2]
 INSTANT = Network(*[nominal(alpha_us=0, gb_per_s=math.inf)] * 2, 8)
@@ -217,14 +220,23 @@ def test_a_fixed_batch_leaves_less_to_accumulate_and_then_nothing(profile: Profi
     assert fixed.global_batch_size == 64 and fixed.own_s == pytest.approx(1.3 - 1.11 / 2)
 
 
-def plan(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools" / "scripts" / "plan_scaling.py"), *arguments]
-    return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+@pytest.fixture
+def plan(
+    profile: Profile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """Return the words of the script in the folder of the profile, run in this process."""
+
+    def words(*arguments: str) -> str:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["plan_scaling", *arguments])
+        plan_scaling.main()
+        return capsys.readouterr().out
+
+    return words
 
 
-def test_a_plan_is_a_table_a_plot_and_figures(profile: Profile, tmp_path: Path) -> None:
-    done = plan(tmp_path, "profile.json", "--json", "plan.json", "--png", "plan.png", "--global-batch", "512")
-    assert not done.returncode, done.stderr
+def test_a_plan_is_a_table_a_plot_and_figures(plan: Callable[..., str], tmp_path: Path) -> None:
+    said = plan("profile.json", "--json", "plan.json", "--png", "plan.png", "--global-batch", "512")
     figures = json.loads((tmp_path / "plan.json").read_text())
     assert (tmp_path / "plan.png").read_bytes()[:4] == b"\x89PNG"
     assert len(figures["plan"]) == 4 * 13 and len(figures["assumptions"]) == 7
@@ -235,7 +247,7 @@ def test_a_plan_is_a_table_a_plot_and_figures(profile: Profile, tmp_path: Path) 
         assert row["step_s"] == pytest.approx(row["own_s"] + row["exposed_s"] + row["straggler_s"])
         assert row["hours"] == pytest.approx(40_000 * row["step_s"] / row["goodput"] / 3600)
         assert row["samples_per_s"] == pytest.approx(512 / row["step_s"])
-    words = " ".join(done.stdout.split())
+    words = " ".join(said.split())
     assert "refused" in words and "(Blom 1958)" in words and "links nominal" in words
 
 
@@ -262,15 +274,15 @@ def test_what_is_wrong_is_said_in_one_line(
 
 
 @pytest.mark.distributed
-def test_a_link_is_measured_by_a_launch_of_two(profile: Profile, tmp_path: Path) -> None:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    tool = [str(ROOT / "tools" / "scripts" / "plan_scaling.py"), "--measure-link", "--json", "link.json"]
-    done = subprocess.run([*launch, *tool], cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False)
-    assert not done.returncode, done.stderr[-3000:]
+def test_a_link_is_measured_by_a_launch_of_two(plan: Callable[..., str], tmp_path: Path) -> None:
+    launch = ["--standalone", "--nproc-per-node", "2", str(ROOT / "tools" / "scripts" / "plan_scaling.py")]
+    words, log = [*launch, "--measure-link", "--json", "link.json"], tmp_path / "log"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    launcher = Forked("torch.distributed.run", words, environment=environment, log=log, folder=tmp_path)
+    assert launcher.wait(200) == 0, log.read_text()[-3000:]
     for cost in json.loads((tmp_path / "link.json").read_text())["collectives"].values():
         assert cost["alpha_s"] + cost["s_per_byte"] > 0 and 0 <= cost["busy"] <= 1 and cost["misfit"] >= 0
-    done = plan(tmp_path, "profile.json", "--link", "link.json", "--gpus", "2")
-    assert not done.returncode and "links measured" in done.stdout
+    assert "links measured" in plan("profile.json", "--link", "link.json", "--gpus", "2")
 
 
 BARE = Profile(

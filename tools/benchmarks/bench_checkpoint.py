@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -62,8 +63,8 @@ def with_moments(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
 class Ours:
     """The trainer's way: the engine hands out what this rank holds, the store writes it."""
 
-    def __init__(self, folder: Path, model: nn.Module, *, asynchronous: bool) -> None:
-        self.engine = Engine(EngineConfig())
+    def __init__(self, folder: Path, model: nn.Module, engine: Engine, *, asynchronous: bool) -> None:
+        self.engine = engine
         self.engine.attach(model, [{"params": list(model.parameters()), "lr": 1e-4}], layout=BatchLayout(1, 1))
         with_moments(self.engine.backend.optimizer, model)
         self.store = CheckpointStore(folder, CheckpointConfig(asynchronous=asynchronous), self.engine.ranks)
@@ -116,9 +117,13 @@ def measure(mode: str, num_params: float, num_saves: int) -> dict[str, Any]:
     """One way, in this process: the times of each save, and of a restore."""
     torch.manual_seed(0)
     model = denoiser(num_params)
-    with tempfile.TemporaryDirectory(prefix="bench_checkpoint-") as name:
+    with tempfile.TemporaryDirectory(prefix="bench_checkpoint-") as name, ExitStack() as stack:
         folder = Path(name)
-        way = SaveState(folder, model) if mode == "save_state" else Ours(folder, model, asynchronous=mode == MODES[0])
+        if mode == "save_state":
+            way = SaveState(folder, model)
+        else:
+            engine = stack.enter_context(Engine(EngineConfig()))
+            way = Ours(folder, model, engine, asynchronous=mode == "asynchronous")
         saves = [way.save(step) for step in range(1, num_saves + 1)]
         size = sum(path.stat().st_size for path in way.newest().rglob("*") if path.is_file())
         start = time.perf_counter()

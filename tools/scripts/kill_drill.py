@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 from compare_runs import STAGES, differences, lines
@@ -49,6 +49,15 @@ POINTS = {
 
 KINDS = [*POINTS, "random_rank", "random_launch"]  # the points in the order in which a run passes them
 PATIENCE = 5  # attempts in which a kind may fail to come
+
+
+class Launch(Protocol):
+    """Started launcher of the ranks, as `subprocess.Popen` is one."""
+
+    pid: int
+
+    def poll(self) -> int | None: ...
+    def wait(self, timeout: float | None = None) -> int: ...
 
 
 @dataclass
@@ -82,20 +91,16 @@ class Drill:
             environment["KILL_DRILL_POINT"] = f"{kind} {event} {pattern} {self.draw.randint(1, last)} {who}"
             paths = [str(ROOT / "tools" / "scripts" / "kill_points"), os.environ.get("PYTHONPATH", "")]
             environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-        engine = [] if self.engine == "ddp" else ["--engine", self.engine]
-        command = [sys.executable, "-m", "iccld", "launch", "2", *engine, "train"]
-        command += _overrides(self.folder, run_dir)
         started = _num_started(run_dir)
-        with (self.folder / "output").open("w") as output:
-            launch = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
-            try:
-                if kind.startswith("random"):
-                    self._kill_at_random(launch, kind, log, until=lambda: _num_started(run_dir) > started)
-                status = launch.wait(LIMIT_S)
-            finally:
-                for process in _processes(log):  # ranks outlive a launcher that was killed
-                    process.kill()
-                launch.wait()
+        launch = self.start(["train", *_overrides(self.folder, run_dir)], environment)
+        try:
+            if kind.startswith("random"):
+                self._kill_at_random(launch, kind, log, until=lambda: _num_started(run_dir) > started)
+            status = launch.wait(LIMIT_S)
+        finally:
+            for process in self.processes():  # ranks outlive a launcher that was killed
+                process.kill()
+            launch.wait()
         killed = log.read_text().split() if log.exists() else []
         self.kinds.update(killed[:1])
         if status and not killed:
@@ -103,7 +108,27 @@ class Drill:
             raise RuntimeError(f"the run failed without having been killed, with exit status {status}:\n{tail}")
         return not killed
 
-    def _kill_at_random(self, launch: subprocess.Popen[bytes], kind: str, log: Path, until: Callable[[], bool]) -> None:
+    def start(self, verb: list[str], environment: dict[str, str]) -> Launch:
+        """Start the launcher with two ranks; what they say is in the file `output`."""
+        engine = [] if self.engine == "ddp" else ["--engine", self.engine]
+        command = [sys.executable, "-m", "iccld", "launch", "2", *engine, *verb]
+        with (self.folder / "output").open("w") as output:
+            return subprocess.Popen(command, env=environment, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+
+    def processes(self) -> list[psutil.Process]:
+        """Return the living processes of the attempt: what was started with its log in the environment."""
+        found, log = [], str(self.folder / "killed")
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get("KILL_DRILL_LOG") == log and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
+
+    def ranks(self) -> list[psutil.Process]:
+        """Return those of the processes that are ranks."""
+        return [process for process in self.processes() if "RANK" in process.environ()]
+
+    def _kill_at_random(self, launch: Launch, kind: str, log: Path, until: Callable[[], bool]) -> None:
         """Kill at any moment of the attempt; most moments are after it has loaded and begun to train."""
         if self.draw.random() < 0.15:
             delay = self.draw.uniform(0, self.start_s)
@@ -113,7 +138,7 @@ class Drill:
                 time.sleep(0.01)
         with contextlib.suppress(subprocess.TimeoutExpired):
             launch.wait(delay)
-        ranks = [process for process in _processes(log) if "RANK" in process.environ()]
+        ranks = self.ranks()
         if launch.poll() is not None or not ranks:
             return
         log.write_text(f"{kind}\n")
@@ -175,16 +200,6 @@ class Drill:
 def _num_started(run_dir: Path) -> int:
     path = run_dir / "events.jsonl"
     return path.read_text().count('"started"') if path.exists() else 0
-
-
-def _processes(log: Path) -> list[psutil.Process]:
-    """The living processes of the attempt: what was started with this log in its environment."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if process.environ().get("KILL_DRILL_LOG") == str(log) and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found
 
 
 def _make_shards(folder: Path) -> None:

@@ -1,8 +1,7 @@
 """A rank's device: its number, that it is the rank's own, and kernels that give the same bits."""
 
 import os
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from iccld.runtime.engine import engine as engine_module
 from iccld.runtime.engine.device import SHARED_GPU, check_own, choose_kernels, with_index
 from iccld.runtime.engine.engine import Engine
 from iccld.runtime.settings import EngineConfig
+from tests.forked import Forked
 
 
 def test_a_gpu_without_a_number_gets_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,22 +58,10 @@ def test_kernels_are_chosen_by_the_settings(monkeypatch: pytest.MonkeyPatch) -> 
         choose_kernels(deterministic=False, matmul_precision="highest", cudnn_benchmark=True)
 
 
-TRAIN = """
-import torch
-from iccld.runtime.engine.engine import EngineConfig
-from tests.stages.test_compile import STAGES, train
-torch.set_num_threads(1)
-for deterministic in (False, True):
-    config = EngineConfig(deterministic=deterministic)
-    print([train(STAGES[name](), config=config)[0] for name in ("segmentation", "adversarial")])
-    print(torch.are_deterministic_algorithms_enabled())
-"""
-
-
-def test_deterministic_kernels_change_nothing_on_a_cpu() -> None:
-    command = [sys.executable, "-c", TRAIN]
-    done = subprocess.run(command, env=os.environ, capture_output=True, text=True, timeout=300, check=False)
-    assert not done.returncode, done.stderr
-    usual, was_usual, deterministic, was_deterministic = done.stdout.splitlines()
+def test_deterministic_kernels_change_nothing_on_a_cpu(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    process = Forked("tests.runtime.engine.both_kernels", [], environment=dict(os.environ), log=log)
+    assert process.wait(300) == 0, log.read_text()
+    usual, was_usual, deterministic, was_deterministic = log.read_text().splitlines()
     assert deterministic == usual
     assert (was_usual, was_deterministic) == ("False", "True")
