@@ -97,7 +97,7 @@ def test_a_disk_that_fills_up_is_named_and_what_was_saved_stays(
     filler = small_disk / "filler"
     subprocess.run(["dd", "if=/dev/zero", f"of={filler}", "bs=1M"], check=False, stderr=subprocess.DEVNULL)
     assert process.wait(120) == AGAIN, log.read_text()[-3000:]
-    said = [line for line in log.read_text().splitlines() if not line.startswith("stage1 step ")]
+    said = said_besides_progress(log)
     assert "Traceback" not in log.read_text() and 1 <= len(said) <= 3, said
     assert all("No space left" in line and str(run_dir) in line and "ake room" in line for line in said), said
     checkpoints = run_dir / "stage1" / "checkpoints"

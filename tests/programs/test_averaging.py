@@ -18,7 +18,7 @@ from iccld.programs.ablate import pictures
 from iccld.programs.evaluate import averaging
 from iccld.programs.evaluate.evaluate import score_model
 from iccld.programs.evaluate.results import about_of
-from iccld.settings import Solver
+from iccld.solver import Solver
 from iccld.stages.kind import StageKind
 from iccld.stages.predictor import predictor_of
 from iccld.stages.settings import InferenceConfig
