@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,7 +119,7 @@ def load_config(overrides: Sequence[str], *, config_dir: str = "") -> Config:
     The text after the first `=` of a setting that is a string is its value, to the letter. Raises ValueError for
     unknown keys, wrong types, broken files and values that a part refuses, in one line.
     """
-    ConfigStore.instance().store(name="schema", node=Config)
+    _register_schema(Config)
     parsed, folder = _parsed(overrides), Path(config_dir)
     words = [override.input_line for override in parsed]
     files: list[Path] = []
@@ -145,6 +145,11 @@ def load_config(overrides: Sequence[str], *, config_dir: str = "") -> Config:
         where = place_of(text, folder, files) if config_dir else ""
         remedy = remedy_of(text, where) or suggestions.for_message(text, Config)
         raise ValueError(f"{where}{text}{remedy} (`iccld config` shows all settings)") from error
+
+
+@lru_cache(maxsize=1)  # it takes a third of a composition's time
+def _register_schema(settings: type) -> None:
+    ConfigStore.instance().store(name="schema", node=settings)
 
 
 def _built(settings: Any) -> Config:

@@ -1,15 +1,19 @@
 """Parts that several tests share: a tiny model, random batches, and the embedded data set in shards."""
 
+import copy
 from collections.abc import Iterable
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from iccld.batch_layout import BatchLayout
-from iccld.config import load_config
+from iccld.config import Config, load_config
 from iccld.models.settings import LatentKind, ModelConfig
 from iccld.runtime.engine.engine import Engine
+from iccld.stages.settings import AdversarialConfig
 
 
 def layout_for(engine: Engine, num_accumulation: int) -> BatchLayout:
@@ -19,16 +23,25 @@ def layout_for(engine: Engine, num_accumulation: int) -> BatchLayout:
 
 
 def tiny_model_config(*, latent: LatentKind = LatentKind.image) -> ModelConfig:
-    """The packaged tiny model, smaller still."""
-    return load_config(
-        [
-            "model=tiny",
-            f"model.latent={latent.name}",
-            "model.latent_channels=4",
-            "model.denoiser.width=16",
-            "model.discriminator.width=8",
-        ]
-    ).model
+    """The packaged tiny model, smaller still, with the paper's condition."""
+    config = _tiny().model
+    config.latent = latent
+    return config
+
+
+def papers_objective(**settings: Any) -> AdversarialConfig:
+    """The paper's objective of stage 2, but for `settings`."""
+    return replace(_tiny().stage2.objective, **settings)
+
+
+def _tiny() -> Config:
+    return copy.deepcopy(_composed())
+
+
+@cache
+def _composed() -> Config:
+    sizes = ("model.latent_channels=4", "model.denoiser.width=16", "model.discriminator.width=8")
+    return load_config(["model=tiny", "stage2=paper", *sizes])
 
 
 def random_batch(*, num_classes: int, numbers: Iterable[int], height: int = 32, width: int = 64) -> dict[str, Any]:
@@ -95,6 +108,7 @@ def scene_overrides(shards: Path, run_dir: Path) -> list[str]:
         "model.discriminator.width=8",
         "metrics.wandb=disabled",
         "metrics.log_every=1",
+        "evaluation.diagnostic_images=0",
         "statistics_samples=4",
         "stage1.trainer.schedule.warmup_steps=2",
         "stage2.trainer.schedule.warmup_steps=2",

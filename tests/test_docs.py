@@ -214,7 +214,7 @@ def test_each_setting_has_a_line_with_its_default_and_its_explanation():
     page = write_settings.page()
     assert "| `seed` | int | `0` |" in page
     assert (
-        "| `model.latent` | `image`, `mask`, `residual` | `image` | Readings of z_0: what it is the latent of. |"
+        "| `model.latent` | `image`, `mask`, `residual` | `residual` | Readings of z_0: what it is the latent of. |"
         in page
     )
     assert "Create a collection of name/value pairs" not in page, "not the docstring of Enum"

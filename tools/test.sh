@@ -34,6 +34,7 @@ if [ "$group" = gpu ]; then # a bare GPU machine may have no package index, and 
 fi
 source tools/setup.sh
 export OMP_NUM_THREADS=1 # test processes share the cores
+unset PYTHONDONTWRITEBYTECODE # hundreds of them would compile the project again
 
 quick=(
     tests/models tests/uda tests/data/images tests/data/stream/test_{domain,order,validation}.py
@@ -58,7 +59,9 @@ tests() {
 case $group in
 all)
     lint
+    python -m pytest -q --collect-only >/dev/null 2>&1 & # compiles the tests, once for all processes, on the other core
     types
+    wait
     tests -m "not slow and not gpu" "$@"
     ;;
 lint | types) "$group" ;;

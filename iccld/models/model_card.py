@@ -58,7 +58,7 @@ class ModelCard:
     model: dict[str, Any]
     origin: dict[str, Any]
     weights_sha256: str = field(default="", metadata={"of_training": True})
-    deterministic: bool = field(default=False, metadata={"optional": True})
+    deterministic: bool = field(default=False, metadata={"when_absent": False})
 
     def __post_init__(self) -> None:
         names, colours = self.class_names, self.palette
@@ -167,12 +167,13 @@ def build(cls: type[T], values: dict[str, Any], *, where: str) -> T:
     """Rebuild the dataclass that `to_plain` took. Unknown or missing keys and wrong types raise ValueError.
 
     The error names `where`. A field may be missing if its metadata say `of_training` (no part of what is described) or
-    `optional` (earlier versions wrote none, and meant its default).
+    `when_absent` (earlier versions wrote none, and meant this value).
     """
     known = typing.get_type_hints(cls)
     fields: dict[str, Any] = {f.name: known[f.name] for f in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
     wrong = {f"unknown {key}" for key in values.keys() - fields.keys()}
-    needed = {f.name for f in dataclasses.fields(cls) if not {"of_training", "optional"} & f.metadata.keys()}  # pyright: ignore[reportArgumentType]
+    values = values_when_absent(cls) | values
+    needed = {f.name for f in dataclasses.fields(cls) if "of_training" not in f.metadata}  # pyright: ignore[reportArgumentType]
     wrong |= {f"missing {key}" for key in needed - values.keys()}
     if wrong:
         raise ValueError(
@@ -185,6 +186,11 @@ def build(cls: type[T], values: dict[str, Any], *, where: str) -> T:
         return cls(**parsed)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
+
+
+def values_when_absent(cls: type) -> dict[str, Any]:
+    """Return the plain values that earlier versions of a dataclass meant, by the fields that these did not write."""
+    return {f.name: f.metadata["when_absent"] for f in dataclasses.fields(cls) if "when_absent" in f.metadata}
 
 
 def _parse(hint: Any, value: Any, *, where: str) -> Any:

@@ -174,12 +174,12 @@ class ModelConfig:
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
-    latent: LatentKind = LatentKind.image
+    latent: LatentKind = LatentKind.residual
     latent_channels: int = 16  # channels of the latent; 16 for images, 4 will do for masks
-    condition: ConditionKind = field(default=ConditionKind.latent, metadata={"optional": True})
-    residual_steps: int = field(default=4, metadata={"optional": True})
+    condition: ConditionKind = field(default=ConditionKind.rich, metadata={"when_absent": "latent"})
+    residual_steps: int = field(default=4, metadata={"when_absent": 4})
     """Gradient steps towards the labels, if the latent is `residual`."""
-    residual_step: float = field(default=0.1, metadata={"optional": True})
+    residual_step: float = field(default=0.1, metadata={"when_absent": 0.1})
     """Length of each of these steps, in standard deviations of the latent."""
 
     def __post_init__(self) -> None:

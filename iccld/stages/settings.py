@@ -92,16 +92,16 @@ class PseudoLabelSource(Enum):
 
 @dataclass
 class AdversarialConfig:
-    """Settings of stage 2's objective, by default the paper's; an option of weight 0 is off."""
+    """Settings of stage 2's objective; `stage2=paper` has the paper's. An option of weight 0 is off."""
 
     learning_rate: float = 1e-4  # the denoiser's
     weight_decay: float = 0.05  # AdamW's
     discriminator_learning_rate: float = 1e-4  # the discriminator's
     teacher_decay: float = 0.999  # decay of the teacher's moving average, once it is warm
-    diffusion_loss: DiffusionLoss = DiffusionLoss.noise
-    pure_noise_share: float = 0.0  # share of samples whose z_t is pure noise, as in sampling; their loss is on z_0
+    diffusion_loss: DiffusionLoss = DiffusionLoss.velocity
+    pure_noise_share: float = 0.5  # share of samples whose z_t is pure noise, as in sampling; their loss is on z_0
     deterministic: bool = False  # the control: z_t = 0 at the last timestep throughout, in inference too
-    task_weight: float = 0.0  # weight of D(z_0_pred, F)'s cross entropy on source labels and mixed pseudo-labels
+    task_weight: float = 10.0  # weight of D(z_0_pred, F)'s cross entropy on source labels and mixed pseudo-labels
     pseudo_labels: PseudoLabelSource = PseudoLabelSource.stage1
     flip_teacher: bool = False  # pseudo-labels from the mean with the mirrored image's prediction
     confidence_threshold: float = 0.968  # pixels above it count for the image weight q
@@ -113,9 +113,8 @@ class AdversarialConfig:
     domain_weights: list[float] = field(default_factory=lambda: [1.0, 1.0, 1.0])
     """Weights of the diffusion loss on source, target and mixed images; 0 leaves one out."""
     photometric: PhotometricConfig = field(default_factory=PhotometricConfig)
-    corruption: CorruptionConfig = field(
-        default_factory=CorruptionConfig
-    )  # corrupts the view of source and mixed images
+    corruption: CorruptionConfig = field(default_factory=lambda: CorruptionConfig(strength=0.5))
+    """Corruption of the view of source and mixed images."""
     ema_profile: EmaProfileConfig = field(default_factory=EmaProfileConfig)
 
     @property
@@ -203,9 +202,8 @@ class InferenceConfig:
     """Settings of prediction: which weights, and how many denoising steps (0: the decoder alone, as after stage 1)."""
 
     weights: Weights = Weights.teacher  # which model predicts; best: the teacher that scored best in training
-    num_steps: list[int] = field(
-        default_factory=lambda: [1, 4, 50]
-    )  # denoising steps; 0, beside others: the decoder alone
+    num_steps: list[int] = field(default_factory=lambda: [1, 4])
+    """Numbers of denoising steps, each scored; 0, beside others: the decoder alone."""
     solver: Solver = Solver.ddim  # how the steps follow the denoiser
     start: float = 1.0  # where denoising begins: 1 is pure noise, 0.5 half-way, from E's latent with noise
     noise_seeds: int = 1  # each is scored on its own

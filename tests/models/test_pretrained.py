@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from iccld.models.iccld import ICCLD
 from iccld.models.model_card import ModelStage
-from iccld.models.settings import AttentionBackend, LatentKind
+from iccld.models.settings import AttentionBackend, ConditionKind, LatentKind
 from tests.models.factory import BACKBONES, model_config, random_images, random_noise, tiny_model, trained_model
 
 NAMES = ["road", "sky", "car", "pole", "person"]
@@ -88,11 +88,20 @@ def test_a_deterministic_model_stays_one(tmp_path: Path):
     assert torch.equal(got, model.denoise_segment(IMAGES, noise=torch.zeros_like(noise), num_steps=1))
 
 
-def test_a_card_of_an_earlier_version_means_a_model_with_noise(tmp_path: Path):
-    card = json.loads((save(trained_model(), tmp_path) / "config.json").read_text())
+def test_a_card_of_an_earlier_version_means_a_model_with_noise_and_the_latent_as_its_condition(tmp_path: Path):
+    model = trained_model()
+    card = json.loads((save(model, tmp_path) / "config.json").read_text())
     del card["deterministic"]
+    for name in ("condition", "residual_steps", "residual_step"):
+        del card["model"][name]
     (tmp_path / "config.json").write_text(json.dumps(card))
-    assert not ICCLD.from_pretrained(tmp_path).deterministic
+    loaded = ICCLD.from_pretrained(tmp_path)
+    assert not loaded.deterministic and loaded.config.condition is ConditionKind.latent
+    noise = random_noise(model, IMAGES)
+    assert torch.equal(
+        loaded.denoise_segment(IMAGES, noise=noise, num_steps=1),
+        model.denoise_segment(IMAGES, noise=noise, num_steps=1),
+    )
 
 
 def test_loading_needs_no_training_package(tmp_path: Path):

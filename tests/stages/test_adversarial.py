@@ -16,7 +16,7 @@ from iccld.stages.adversarial import AdversarialStage, new_discriminator
 from iccld.stages.domains import mixed_images
 from iccld.stages.settings import AdversarialConfig, AdversaryInput
 from iccld.uda.settings import PhotometricConfig
-from tests.factory import random_batch, tiny_model_config
+from tests.factory import papers_objective, random_batch, tiny_model_config
 
 INPUTS = list(AdversaryInput)
 
@@ -32,7 +32,7 @@ def make_stage(
     config = replace(tiny_model_config(latent=latent), condition=condition)
     model = ICCLD(config=config, num_classes=19, with_denoiser=True)
     settings = {"adversarial_ramp_steps": 0, "adversarial_weight": 1.0, "adversary_input": seen} | settings
-    objective = AdversarialConfig(**settings)
+    objective = papers_objective(**settings)
     return AdversarialStage(model, new_discriminator(model, objective, config.discriminator), objective, seed=0)
 
 

@@ -18,14 +18,13 @@ from iccld.stages.adversarial import AdversarialStage, new_discriminator
 from iccld.stages.base import Stage
 from iccld.stages.segmentation import SegmentationStage
 from iccld.stages.settings import (
-    AdversarialConfig,
     AdversaryInput,
     DiffusionLoss,
     PseudoLabelSource,
     SegmentationConfig,
 )
 from iccld.uda.settings import CorruptionConfig
-from tests.factory import layout_for, random_batch
+from tests.factory import layout_for, papers_objective, random_batch
 from tests.models.factory import BACKBONES, tiny_model
 
 VELOCITY = DiffusionLoss.velocity
@@ -44,7 +43,7 @@ def stage2(
     **settings: Any,
 ) -> Stage:
     model = tiny_model(latent=latent, num_classes=19, condition=condition)
-    objective = AdversarialConfig(adversary_input=seen, **settings)
+    objective = papers_objective(adversary_input=seen, **settings)
     discriminator = new_discriminator(model, objective, model.config.discriminator)
     return AdversarialStage(model, discriminator, objective, seed=0)
 

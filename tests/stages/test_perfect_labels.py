@@ -54,6 +54,8 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "metrics.wandb=disabled",
         "metrics.log_every=1",
         "inference.num_steps=[1]",
+        "evaluation.diagnostic_images=0",
+        "stage2=paper",
         "stage1.objective.target_labels=true",
         "stage1.objective.encoder_learning_rate=2e-3",
         "stage1.objective.decoder_learning_rate=2e-3",

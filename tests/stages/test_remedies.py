@@ -16,9 +16,9 @@ from iccld.models.settings import ConditionKind, LatentKind
 from iccld.stages.adversarial import AdversarialStage, noise_shapes
 from iccld.stages.base import to_float
 from iccld.stages.named import tensors_to_condition
-from iccld.stages.settings import AdversarialConfig, AdversaryInput, PseudoLabelSource
+from iccld.stages.settings import AdversaryInput, PseudoLabelSource
 from iccld.uda.settings import CorruptionConfig
-from tests.factory import random_batch, tiny_model_config
+from tests.factory import papers_objective, random_batch, tiny_model_config
 from tests.stages.test_adversarial import make_stage
 
 IMAGES = torch.rand(2, 3, 32, 64, generator=torch.Generator().manual_seed(0))
@@ -237,7 +237,7 @@ def stage_inputs(stage: AdversarialStage) -> Any:
 
 def test_the_stream_draws_the_noise_that_a_step_asks_for():
     shapes = {"latent": (4, 4, 8), "crop_size": [32, 64]}
-    config = AdversarialConfig(pseudo_labels=OWN, flip_teacher=True, corruption=CORRUPTION)
+    config = papers_objective(pseudo_labels=OWN, flip_teacher=True, corruption=CORRUPTION)
     found = noise_shapes(config, **shapes)
     batch = random_batch(num_classes=19, numbers=range(2))
     asked = {name: torch.randn(2, *shape) for name, shape in found.items()}

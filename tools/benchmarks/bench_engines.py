@@ -36,7 +36,6 @@ from iccld.runtime.measure.peaks import wait_for
 from iccld.runtime.measure.profiling import PhaseTimer
 from iccld.runtime.settings import EngineConfig
 from iccld.stages.adversarial import AdversarialStage
-from iccld.stages.settings import AdversarialConfig
 from iccld.trainer import TrainingStep, attach
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,15 +46,16 @@ MIB = 1 << 20
 def make_stage(num_params: float) -> AdversarialStage:
     """Stage 2 with the narrowest denoiser of at least so many parameters, and a small encoder and decoder."""
     for width in range(16, 4096, 16):
-        settings = ["model=tiny", f"model.denoiser.width={width}", f"model.denoiser.head_dim={width // 2}"]
-        config = load_config([*settings, "model.denoiser.channel_multipliers=[1,2,4]"]).model
+        widths = [f"model.denoiser.width={width}", f"model.denoiser.head_dim={width // 2}"]
+        whole = load_config(["model=tiny", "stage2=paper", *widths, "model.denoiser.channel_multipliers=[1,2,4]"])
+        config = whole.model
         with torch.device("meta"):
             denoiser = ICCLD(config=config, num_classes=19).denoiser
         assert denoiser is not None
         if sum(p.numel() for p in denoiser.parameters()) >= num_params:
             torch.manual_seed(0)
             discriminator = Discriminator(config=config.discriminator, in_channels=config.latent_channels)
-            return AdversarialStage(ICCLD(config=config, num_classes=19), discriminator, AdversarialConfig(), seed=0)
+            return AdversarialStage(ICCLD(config=config, num_classes=19), discriminator, whole.stage2.objective, seed=0)
     raise ValueError(f"--params: no denoiser has {num_params / 1e6:g} million; use fewer.")
 
 

@@ -10,7 +10,6 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from iccld.data.stream.sets import sets_kept_open
 from iccld.data.stream.stream import TrainingStream
 from iccld.data.stream.workers import prepare_workers
 from iccld.diagnostics import Diagnosis
+from iccld.models.model_card import values_when_absent
 from iccld.models.settings import ModelConfig
 from iccld.outcome import blaming_the_world
 from iccld.programs.evaluate.averaging import write_due_snapshot
@@ -248,9 +248,8 @@ def _about(stage: Stage, config: Config, stream: TrainingStream) -> Mapping[str,
     model = dict(resolved["model"])
     for part in ("encoder", "denoiser"):
         model[part] = {key: value for key, value in model[part].items() if key != "activation_checkpointing"}
-    usual, later = to_dict(ModelConfig()), [f.name for f in fields(ModelConfig) if "optional" in f.metadata]
-    for name in later:  # an earlier version wrote none of them
-        if model[name] == usual[name]:
+    for name, value in values_when_absent(ModelConfig).items():  # an earlier version wrote none of them
+        if model[name] == value:
             del model[name]
     previous = STAGES[stage.name].previous
     about = {

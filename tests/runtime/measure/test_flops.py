@@ -19,9 +19,9 @@ from iccld.runtime.measure.flops import FlopCounter, StepFlops, count_step, on_m
 from iccld.stages.adversarial import AdversarialStage, new_discriminator
 from iccld.stages.base import Stage
 from iccld.stages.segmentation import SegmentationStage
-from iccld.stages.settings import AdversarialConfig, AdversaryInput, PseudoLabelSource, SegmentationConfig
+from iccld.stages.settings import AdversaryInput, PseudoLabelSource, SegmentationConfig
 from iccld.uda.settings import CorruptionConfig
-from tests.factory import random_batch
+from tests.factory import papers_objective, random_batch
 from tests.models.factory import BACKBONES, make_encoder, random_images, tiny_model
 
 
@@ -176,7 +176,7 @@ def stage2(
     **settings: Any,
 ) -> AdversarialStage:
     model = tiny_model(latent=latent, num_classes=19, condition=condition)
-    objective = AdversarialConfig(adversary_input=seen, **settings)
+    objective = papers_objective(adversary_input=seen, **settings)
     discriminator = new_discriminator(model, objective, model.config.discriminator)
     return AdversarialStage(model, discriminator, objective, seed=0)
 

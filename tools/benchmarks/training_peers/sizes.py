@@ -76,7 +76,8 @@ SIZES = {
 
 
 def config_of(size: Size, *overrides: str) -> Config:
-    return load_config([*size.model, f"data.crop_size=[{size.crop},{size.crop}]", *overrides])
+    """Settings of that size; stage 2 is the paper's, as the peers are."""
+    return load_config([*size.model, "stage2=paper", f"data.crop_size=[{size.crop},{size.crop}]", *overrides])
 
 
 def make_stage(name: str, config: Config, device: torch.device) -> Stage:
