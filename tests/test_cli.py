@@ -20,6 +20,7 @@ from tests.factory import scene_overrides
 from tests.forked import Forked
 
 QUICK = ["stage1.trainer.num_steps=2", "stage2.trainer.num_steps=2", "inference.num_steps=[1,2]"]
+QUICK += ["evaluation.diagnostic_images=8"]
 
 
 @pytest.fixture(scope="module")

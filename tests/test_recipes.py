@@ -16,7 +16,7 @@ BASES = sorted(
     for path in (Path(config_module.__file__).parent / "configs" / "experiment").glob("*.yaml")
     if path.stem != "daformer_recipe"
 )
-CHANGES = re.compile(r"model\.(latent_channels|decoder\.inter_coder)|stage1\.objective\.\w+(\.\w+)?")
+CHANGES = re.compile(r"model\.(latent(_channels)?|decoder\.inter_coder)|stage1\.objective\.\w+(\.\w+)?")
 
 
 @pytest.mark.parametrize("base", BASES)

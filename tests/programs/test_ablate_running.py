@@ -210,7 +210,7 @@ def test_of_a_row_with_stage_2_its_settings_count_and_those_of_the_stage_1_that_
     (run_dir / "report/results.json").write_text(json.dumps(scores))
     assert not changes(opened("stage1.trainer.num_steps=7"), task)
     assert changes(opened("stage2.trainer.num_steps=7"), task) == ["stage2.trainer.num_steps: 40000 -> 7"]
-    assert changes(opened("inference.num_steps=[2]"), task) == ["num_steps: [1, 4, 50] -> [2]"]
+    assert changes(opened("inference.num_steps=[2]"), task) == ["num_steps: [1, 4] -> [2]"]
 
 
 def test_a_row_that_begins_from_another_run_than_before_is_refused(tmp_path: Path):

@@ -47,7 +47,7 @@ def test_other_code_makes_other_views(identity: Any, monkeypatch: pytest.MonkeyP
         "engine.precision=bf16",
         "model.latent=mask",
         "stage2.objective.task_weight=1",
-        "stage2.objective.corruption.strength=0.5",
+        "stage2.objective.corruption.strength=0.3",
         "stage2.objective.adversary_input=map",
     ],
 )
@@ -60,7 +60,7 @@ def test_what_changes_the_views_changes_their_names(identity: Any, override: str
     [
         "stage2.objective.learning_rate=1e-5",
         "stage2.objective.adversarial_weight=0",
-        "stage2.objective.pure_noise_share=0.5",
+        "stage2.objective.pure_noise_share=0.25",
         "stage2.objective.deterministic=true",
         "stage2.trainer.num_steps=7",
         "model.denoiser.width=32",
