@@ -77,11 +77,11 @@ class Config:
                 f"stage1_from={self.stage1_from} takes stage 1 from another run, which stages must not train; "
                 f"use stages=[stage2]."
             )
-        self._take_things()
+        self._default_to_things()
         check_ranges(self, "", statistics_samples=at_least(1, "256 is usual"))
 
-    def _take_things(self) -> None:
-        """Take the feature distance over the things, for own classes, unless the setting says otherwise."""
+    def _default_to_things(self) -> None:
+        """Let the feature distance of own classes cover their things, unless the setting names classes."""
         objective, usual = self.stage1.objective, SegmentationConfig()
         if self.data.class_set.colors and objective.feature_distance_classes == usual.feature_distance_classes:
             objective.feature_distance_classes = list(self.data.class_set.build().things)
@@ -184,7 +184,7 @@ def _with_path(message: str, path: str, section: Any) -> str:
 
 
 def _parsed(words: Sequence[str]) -> list[Override]:
-    """The overrides as Hydra reads them. Raises ValueError for what it cannot read, or would read as something else."""
+    """Parse the overrides as Hydra does. Raises ValueError for what it cannot read, or would read as something else."""
     found = []
     for word in words:
         override = _override(word)
@@ -202,7 +202,7 @@ def _parsed(words: Sequence[str]) -> list[Override]:
 
 
 def swept_values(word: str) -> list[str]:
-    """`key=value` for each value of a word that gives several, in Hydra's grammar; none for any other word.
+    """Return `key=value` for each value of a word that gives several, in Hydra's grammar; [] for any other word.
 
     Raises ValueError for what cannot be read, and for values that are drawn or found, as by `interval` or `glob`.
     """
@@ -218,7 +218,7 @@ def swept_values(word: str) -> list[str]:
 
 
 def _override(word: str) -> Override:
-    """A word as Hydra reads it, a text to the letter. Raises ValueError."""
+    """Parse one word as Hydra does; the value of a text setting is taken to the letter. Raises ValueError."""
     literal = schema.string_setting(word, Config)
     try:
         return OverridesParser.create().parse_override(
@@ -322,7 +322,8 @@ def _schema(section: type) -> Any:
 
 
 def _of_this_version(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return saved values in this version's types: in earlier versions `engine.compile` was true or false."""
+    """Return saved values in this version's terms: earlier ones lack some, and had a boolean `engine.compile`."""
+    values = schema.with_values_when_absent(values, Config)
     engine = values.get("engine")
     if not isinstance(engine, Mapping) or not isinstance(engine.get("compile"), bool):
         return values

@@ -101,6 +101,21 @@ def with_typed_keys(value: Any, schema: Any) -> Any:
     return {_key(k) if of_key is int else k: with_typed_keys(v, of_value) for k, v in value.items()}
 
 
+def values_when_absent(section: type) -> dict[str, Any]:
+    """Return, by field, what earlier versions meant that wrote none: `when_absent` in the metadata."""
+    return {f.name: f.metadata["when_absent"] for f in dataclasses.fields(section) if "when_absent" in f.metadata}
+
+
+def with_values_when_absent(values: Mapping[str, Any], section: type) -> dict[str, Any]:
+    """Add to saved values what earlier versions meant and did not write. A missing section stays missing."""
+    found: dict[str, Any] = values_when_absent(section)
+    for name, value in values.items():
+        part = fields_of(section).get(name)
+        is_section = dataclasses.is_dataclass(part) and isinstance(value, Mapping)
+        found[name] = with_values_when_absent(value, part) if is_section else value  # type: ignore[arg-type]
+    return found
+
+
 def _key(key: Any) -> Any:
     return int(key) if isinstance(key, str) and re.fullmatch(r"-?\d{1,9}", key) else key
 

@@ -43,20 +43,20 @@ class Pictures(Protocol):
     """Pictures of what the stage makes of some images, drawn between steps."""
 
     def is_due(self, step: int) -> bool:
-        """Tell whether there is to be one after `step` steps."""
+        """Tell whether a picture is due after `step` steps."""
         ...
 
     def is_owed(self, step: int) -> bool:
-        """Tell whether the one after `step` steps is not there, as this rank sees it."""
+        """Tell whether the picture after `step` steps is missing, as this rank sees it."""
         ...
 
     def draw(self, step: int) -> None:
-        """Draw it. Call on every rank; a failure ends no run."""
+        """Draw the picture. Call on every rank; a failure ends no run."""
         ...
 
 
 def attach(stage: Stage, engine: Engine, layout: BatchLayout, *, gradient_clip: float = 0.0) -> None:
-    """Hand the stage's module to the engine, and its averages where ranks hold shards."""
+    """Hand the stage's module and its averages to the engine, and begin the averages."""
     engine.attach(
         stage.module,
         stage.param_groups(),
@@ -209,7 +209,7 @@ class Trainer:
         return is_shown
 
     def _score_and_draw(self, step: int, timer: PhaseTimer, *, only_owed: bool = False) -> bool:
-        """Score and draw what is due after `step` steps; `only_owed`: what an earlier attempt has not come to.
+        """Score and draw what is due after `step` steps; `only_owed`: what an earlier attempt left undone.
 
         Returns False if a signal has left some of it to the next attempt.
         """

@@ -82,7 +82,7 @@ def uncounted() -> Iterator[None]:
 
 
 def pytest_collection_finish() -> None:
-    """Take the libraries out of what is collected as garbage, which each engine does that is let go."""
+    """Freeze the objects of the libraries: `Engine.detach` collects garbage, and would walk over all of them."""
     gc.collect()
     gc.freeze()
 

@@ -48,7 +48,7 @@ MAY_IMPORT = {
     "diffusion": set(),
     "losses": set(),
     "uda": set(),
-    "models": {"diffusion", "durable"},
+    "models": {"diffusion", "durable", "schema"},
     "data": {"labels", "durable"},
     "runtime": {"durable"},
     "slurm": {"durable"},

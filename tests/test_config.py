@@ -1,4 +1,7 @@
+from pathlib import Path
+
 import pytest
+import yaml
 
 from iccld.config import differences, load_config
 from iccld.models.settings import ConditionKind, LatentKind
@@ -60,6 +63,14 @@ def test_a_bad_data_setting_is_named_in_one_line(override: str, message: str) ->
     with pytest.raises(ValueError, match=message) as raised:
         load_config([override])
     assert "\n" not in str(raised.value)
+
+
+def test_stage_2_is_by_default_the_recipe_that_measured_best_on_the_scenes():
+    grid = yaml.safe_load((Path(__file__).parents[1] / "results/scenes/grid.yaml").read_text())
+    best = load_config([*grid["common"], *grid["runs"]["s2_residual_corr"]["settings"]])
+    config = load_config(["experiment=demo"])
+    assert config.stage2.objective == best.stage2.objective
+    assert (config.model.latent, config.model.condition) == (best.model.latent, best.model.condition)
 
 
 @pytest.mark.parametrize("experiment", ["demo", "carla_to_camvid", "gta5_to_cityscapes"])

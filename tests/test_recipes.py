@@ -25,7 +25,8 @@ def test_daformers_recipe_changes_the_objective_and_the_decoder_alone(base: str)
     changed = [line.split(":")[0] for line in differences(own, laid_over)]
     assert all(CHANGES.fullmatch(key) for key in changed), changed
     assert not any("learning_rate" in key for key in changed)
-    assert laid_over.stages == ["stage1"]
+    assert laid_over.stages == ["stage1"] and laid_over.stage1.objective.adapt
+    assert not load_config([f"experiment=[{base},daformer_recipe]", "stage=source_only"]).stage1.objective.adapt
     assert laid_over.model.latent_channels == laid_over.model.encoder.width and not laid_over.model.decoder.inter_coder
 
 

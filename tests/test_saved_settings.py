@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from iccld.config import Config, config_from, differences, read_config, to_dict, to_yaml
+from iccld.config import Config, config_from, differences, load_config, read_config, to_dict, to_yaml
 from iccld.data.config import ClassSetConfig, DataConfig, DatasetConfig, OnError, SetConfig
 from iccld.data.storage.base import StorageConfig
 from iccld.models.settings import DecoderConfig, EncoderConfig, LatentKind, ModelConfig
@@ -155,3 +155,15 @@ def test_settings_of_an_earlier_version_are_read(tmp_path: Path, saved: Any, rea
     values["engine"]["compile"] = saved
     (tmp_path / "config.yaml").write_text(json.dumps(values))
     assert read_config(tmp_path / "config.yaml").engine.compile.value == read
+
+
+def test_settings_from_before_the_remedies_are_the_papers(tmp_path: Path):
+    papers = load_config(["stage2=paper"])
+    values = to_dict(papers)
+    for name in ("condition", "residual_steps", "residual_step"):
+        del values["model"][name]
+    for name in ("diffusion_loss", "pure_noise_share", "deterministic", "task_weight", "corruption"):
+        del values["stage2"]["objective"][name]
+    (tmp_path / "config.yaml").write_text(json.dumps(values))
+    assert read_config(tmp_path / "config.yaml") == papers
+    assert read_config(tmp_path / "config.yaml", ["stage2.objective.task_weight=1"]).stage2.objective.task_weight == 1

@@ -34,7 +34,7 @@ if [ "$group" = gpu ]; then # a bare GPU machine may have no package index, and 
 fi
 source tools/setup.sh
 export OMP_NUM_THREADS=1 # test processes share the cores
-unset PYTHONDONTWRITEBYTECODE # hundreds of them would compile the project again
+unset PYTHONDONTWRITEBYTECODE # or hundreds of processes would each compile the project
 
 quick=(
     tests/models tests/uda tests/data/images tests/data/stream/test_{domain,order,validation}.py
@@ -60,8 +60,9 @@ case $group in
 all)
     lint
     python -m pytest -q --collect-only >/dev/null 2>&1 & # compiles the tests, once for all processes, on the other core
+    trap 'kill $! 2>/dev/null || true' EXIT
     types
-    wait
+    wait || true # what fails here fails in the tests, and is told there
     tests -m "not slow and not gpu" "$@"
     ;;
 lint | types) "$group" ;;

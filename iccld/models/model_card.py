@@ -12,6 +12,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
 
+from iccld import schema
 from iccld.durable import write_whole
 from iccld.reading import read_limited
 
@@ -172,7 +173,7 @@ def build(cls: type[T], values: dict[str, Any], *, where: str) -> T:
     known = typing.get_type_hints(cls)
     fields: dict[str, Any] = {f.name: known[f.name] for f in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
     wrong = {f"unknown {key}" for key in values.keys() - fields.keys()}
-    values = values_when_absent(cls) | values
+    values = schema.values_when_absent(cls) | values
     needed = {f.name for f in dataclasses.fields(cls) if "of_training" not in f.metadata}  # pyright: ignore[reportArgumentType]
     wrong |= {f"missing {key}" for key in needed - values.keys()}
     if wrong:
@@ -186,11 +187,6 @@ def build(cls: type[T], values: dict[str, Any], *, where: str) -> T:
         return cls(**parsed)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-
-
-def values_when_absent(cls: type) -> dict[str, Any]:
-    """Return the plain values that earlier versions of a dataclass meant, by the fields that these did not write."""
-    return {f.name: f.metadata["when_absent"] for f in dataclasses.fields(cls) if "when_absent" in f.metadata}
 
 
 def _parse(hint: Any, value: Any, *, where: str) -> Any:

@@ -175,7 +175,7 @@ class ModelConfig:
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
     latent: LatentKind = LatentKind.residual
-    latent_channels: int = 16  # channels of the latent; 16 for images, 4 will do for masks
+    latent_channels: int = 16  # channels of the latent; 4 will do for masks
     condition: ConditionKind = field(default=ConditionKind.rich, metadata={"when_absent": "latent"})
     residual_steps: int = field(default=4, metadata={"when_absent": 4})
     """Gradient steps towards the labels, if the latent is `residual`."""

@@ -32,7 +32,7 @@ FAILURE = re.compile(r"gloo|nccl|processgroup|connection (was )?(closed|reset|re
 class Ranks:
     """This process's rank, 0 to `world_size - 1`, and the actions of all ranks together; the default is one rank.
 
-    Every rank must call the methods that take a value, in the same order.
+    Every rank must call `sum`, `sum_values`, `any`, `gather` and `barrier`, in the same order.
     """
 
     rank: int = 0
@@ -79,7 +79,7 @@ class Ranks:
         """Return one small picklable value of each rank, on every rank."""
         return self._gather(value, self.host_group)
 
-    def gather_saved(self, value: Any) -> list[Any]:
+    def gather_in_background(self, value: Any) -> list[Any]:
         """Gather as `gather` does, for one background thread a rank, while the ranks train."""
         return self._gather(value, self.save_group)
 

@@ -1,6 +1,7 @@
-"""Stage 2: the denoiser learns to predict noise so that a discriminator cannot tell the three domains apart.
+"""Stage 2: the denoiser learns to denoise so that a discriminator cannot tell the domains apart. E and D are frozen.
 
-Method: L2 = ||noise_pred - noise||^2 + lambda_adv * L_adv(discriminator(noise_pred, t)). E and D are frozen.
+The paper (`stage2=paper`): L2 = ||noise_pred - noise||^2 + lambda_adv * L_adv(discriminator(noise_pred, t)). By default
+the squared error is the velocity's, and D's cross entropy on the predicted latent is added (docs/method.md).
 `C h w` latent, `T` diffusion steps; domains are ordered source, target, mixed.
 """
 
@@ -82,7 +83,7 @@ class AdversarialStage(Stage):
     def prepare(self, batch: Mapping[str, Any], step: int) -> StageInputs:
         tensors = self.views(batch) if self.view_cache is None else self.view_cache(batch, self.views)
         if self.views.are_labelled_by_denoiser:
-            tensors = self.views.with_own_labels(batch, tensors, self.teacher.module)
+            tensors = self.views.with_denoiser_labels(batch, tensors, self.teacher.module)
         z_0 = tensors["z_0"]
         count, given = len(z_0) // len(DOMAINS), self._noised(batch, z_0)
         tensors |= given._asdict() | self._weights(count, step, z_0.device)

@@ -30,8 +30,8 @@ class StageOutput(NamedTuple):
     """Output of the module: `losses` are scalars whose sum is minimised.
 
     `metrics` are pairs (sum, count) `(2,)`, reported as sum / count; or two histograms `(2, n)`, the second being the
-    reference of the first, reported as `NAME/distance` and `NAME/lost` (`runtime.metrics.compared`). They are summed
-    over micro-batches, ranks and steps.
+    reference of the first, reported as `NAME/distance` and `NAME/lost` (`runtime.measure.metrics.compared`). They
+    are summed over micro-batches, ranks and steps.
     """
 
     losses: dict[str, Tensor]

@@ -106,7 +106,7 @@ class StageKind(ABC, Generic[SectionT]):
         return [0]
 
     def shown_steps(self, inference: InferenceConfig) -> int:
-        """Return the number of denoising steps of pictures and of its main score: the first that denoises, if any."""
+        """Return the number of denoising steps of its main score, and of a grid's pictures: the first that denoises."""
         return next(filter(None, self.num_steps(inference)), 0)
 
     def predictor(

@@ -22,9 +22,12 @@ class SegmentationConfig:
     teacher_decay: float = 0.999  # decay of the teacher's moving average, once it is warm
     use_teacher: bool = True  # False: the student's own pseudo-labels (an ablation of the paper)
     flip_teacher: bool = False  # pseudo-labels from the mean of the image's prediction and the mirrored image's
-    confidence_threshold: float = 0.968  # pixels above it count for the image weight q
-    class_thresholds: float = 0.0  # share of a class's mean confidence that a pixel must reach; 0: all weigh q; 0.95
-    image_weight: bool = False  # class-wise thresholds: confident pixels weigh q, not 1
+    confidence_threshold: float = 0.968  # pixels that reach it count for the image weight q
+    class_thresholds: float = 0.0
+    """Threshold of the class that the teacher is surest of, lower for the others; 0: off, all pixels weigh q. 0.95 is
+    usual.
+    """
+    image_weight: bool = False  # with class_thresholds, pixels that reach their threshold weigh q, not 1
     class_balance: float = 0.0  # exponent of the balance of classes in the pseudo-labels' weights; 0.5: square root
     warm_start_steps: int = 0  # source only for so many steps, so that the first pseudo-labels are worth something
     target_weight: float = 1.0  # weight of the loss on mixed images
@@ -98,14 +101,17 @@ class AdversarialConfig:
     weight_decay: float = 0.05  # AdamW's
     discriminator_learning_rate: float = 1e-4  # the discriminator's
     teacher_decay: float = 0.999  # decay of the teacher's moving average, once it is warm
-    diffusion_loss: DiffusionLoss = DiffusionLoss.velocity
-    pure_noise_share: float = 0.5  # share of samples whose z_t is pure noise, as in sampling; their loss is on z_0
+    diffusion_loss: DiffusionLoss = field(default=DiffusionLoss.velocity, metadata={"when_absent": "noise"})
+    pure_noise_share: float = field(default=0.5, metadata={"when_absent": 0.0})
+    """Share of samples whose z_t is pure noise, as in sampling; their loss is on z_0."""
     deterministic: bool = False  # the control: z_t = 0 at the last timestep throughout, in inference too
-    task_weight: float = 10.0  # weight of D(z_0_pred, F)'s cross entropy on source labels and mixed pseudo-labels
+    task_weight: float = field(default=10.0, metadata={"when_absent": 0.0})
+    """Weight of D(z_0_pred, F)'s cross entropy on source labels and mixed pseudo-labels."""
     pseudo_labels: PseudoLabelSource = PseudoLabelSource.stage1
     flip_teacher: bool = False  # pseudo-labels from the mean with the mirrored image's prediction
-    confidence_threshold: float = 0.968  # pixels above it count for the image weight q
-    class_thresholds: float = 0.0  # share of a class's mean confidence that a pixel must reach; 0: all weigh q
+    confidence_threshold: float = 0.968  # pixels that reach it count for the image weight q
+    class_thresholds: float = 0.0
+    """Threshold of the class that the labels are surest of, lower for the others; 0: off, all pixels weigh q."""
     class_balance: float = 0.0  # exponent of the balance of classes in the pseudo-labels' weights
     adversarial_weight: float = 1e-3  # weight of the denoiser's adversarial loss; 0: off
     adversarial_ramp_steps: int = 1000  # steps over which that weight grows from 0
@@ -113,7 +119,9 @@ class AdversarialConfig:
     domain_weights: list[float] = field(default_factory=lambda: [1.0, 1.0, 1.0])
     """Weights of the diffusion loss on source, target and mixed images; 0 leaves one out."""
     photometric: PhotometricConfig = field(default_factory=PhotometricConfig)
-    corruption: CorruptionConfig = field(default_factory=lambda: CorruptionConfig(strength=0.5))
+    corruption: CorruptionConfig = field(
+        default_factory=lambda: CorruptionConfig(strength=0.5), metadata={"when_absent": {"strength": 0.0}}
+    )
     """Corruption of the view of source and mixed images."""
     ema_profile: EmaProfileConfig = field(default_factory=EmaProfileConfig)
 

@@ -3,7 +3,7 @@
     source, target, mixed ── clean view ── E ── z_0 (reading `image`), pseudo-labels of the target
                           └─ corrupted, strongly augmented view ── E ── condition, features for D
 
-It depends on no step and on the samples' numbers alone, but for pseudo-labels of the denoiser's average.
+Views depend on the samples' numbers alone, and on no step, except for pseudo-labels of the denoiser's average.
 """
 
 from collections.abc import Mapping
@@ -50,10 +50,10 @@ class Views:
         return self.need_labels and self.config.pseudo_labels is PseudoLabelSource.denoiser
 
     def __call__(self, batch: Mapping[str, Any]) -> Tensors:
-        """Make `condition` (with its parts, if rich); `seen_latent`, `seen_features_0` to `_3` if a loss needs D.
+        """Make the views: `condition` and its parts; `seen_latent` and `seen_features_0` to `_3` if something needs D.
 
-        The result also has what `_targets` gives for stage 1's pseudo-labels, or what `with_own_labels` makes the
-        denoiser's own of.
+        The result also holds the output of `_targets`. If the denoiser labels the target, it holds what
+        `with_denoiser_labels` makes that of, instead.
         """
         images = mixed_images(batch, self.uniform(self.model.num_classes, "classmix", batch["target"]["numbers"]))
         seen_images = self._seen_images(batch, images)
@@ -71,8 +71,8 @@ class Views:
         probabilities = unmirrored(probabilities, len(images.pasted))
         return tensors | self._targets(batch, images.pasted, clean_latent, seen, probabilities)
 
-    def with_own_labels(self, batch: Mapping[str, Any], tensors: Tensors, denoiser: Denoiser) -> Tensors:
-        """Add the targets of prediction whose pseudo-labels are the denoiser's too."""
+    def with_denoiser_labels(self, batch: Mapping[str, Any], tensors: Tensors, denoiser: Denoiser) -> Tensors:
+        """Replace what `__call__` left for it by the output of `_targets`, with the denoiser's part in the labels."""
         target = tensors_to_encoded(tensors, "target")
         rest = {name: tensor for name, tensor in tensors.items() if not name.startswith("target_")}
         pasted, clean_latent = rest.pop("pasted"), rest.pop("clean_latent", None)

@@ -9,7 +9,6 @@ from tests.distributed.launch import run_jobs
 from tests.distributed.test_resume import STEPS, losses, overrides, stored
 
 STOP = 4  # asked for before the fourth step: after a period of 2, and one more
-TASK = ["stage2.objective.task_weight=1", "stage2.objective.pure_noise_share=0.5"]
 HITS = "cache/hits"
 
 
@@ -24,12 +23,11 @@ def without_hits(run_dir: Path) -> list[Any]:
 
 @pytest.mark.distributed
 def test_a_run_is_the_same_with_an_empty_a_full_and_a_lost_cache(scene_shards: Path, tmp_path: Path) -> None:
-    objective = ["model.latent=mask", *TASK]
-    first = [*overrides(scene_shards, tmp_path / "first"), *objective]
+    first = overrides(scene_shards, tmp_path / "first")
 
     def second(name: str, views: str = "views") -> list[str]:
         cache = ["stage2.cache.num_samples=8", f"stage2.cache.folder={tmp_path / views}"]
-        run = [*overrides(scene_shards, tmp_path / name), *objective, "stages=[stage2]"]
+        run = [*overrides(scene_shards, tmp_path / name), "stages=[stage2]"]
         return [*run, f"stage1_from={tmp_path / 'first'}", *cache]
 
     jobs = [

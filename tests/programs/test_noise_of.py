@@ -13,12 +13,12 @@ from tests.factory import scene_overrides
 
 
 @pytest.mark.parametrize("strength", [0.0, 1.0])
-@pytest.mark.parametrize("latent", ["image", "mask"])
+@pytest.mark.parametrize("latent", ["image", "mask", "residual"])
 @pytest.mark.parametrize("name", STAGES)
 def test_a_stage_prepares_the_same_with_noise_of_the_stream(
     scene_shards: Path, tmp_path: Path, name: str, latent: str, strength: float
 ) -> None:
-    corruption = f"stage1.objective.corruption.strength={strength}"
+    corruption = f"{name}.objective.corruption.strength={strength}"
     more = [f"model.latent={latent}", "data.num_workers=0", corruption]
     config = load_config([*scene_overrides(scene_shards, tmp_path), *more])
     stage = fresh_stage(name, config, torch.device("cpu"))

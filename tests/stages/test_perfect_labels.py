@@ -55,7 +55,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "metrics.log_every=1",
         "inference.num_steps=[1]",
         "evaluation.diagnostic_images=0",
-        "stage2=paper",
+        "stage2=paper",  # one loss, which can fall to nothing
         "stage1.objective.target_labels=true",
         "stage1.objective.encoder_learning_rate=2e-3",
         "stage1.objective.decoder_learning_rate=2e-3",

@@ -198,7 +198,7 @@ def test_the_denoisers_average_is_half_of_the_pseudo_labels(flip: bool):
             mean = (stage_1 + model.decode(encoded._replace(latent=latent), (32, 64)).softmax(1)) / 2
             maps.append(mean if view is images else mean.flip(3))
         expected = torch.stack(maps).mean(0).argmax(1).to(torch.uint8)
-        got = stage.views.with_own_labels(batch, tensors, Known())  # pyright: ignore[reportArgumentType]
+        got = stage.views.with_denoiser_labels(batch, tensors, Known())  # pyright: ignore[reportArgumentType]
         of_labels = model.mask_encoder(expected)
         torch.testing.assert_close(got["z_0"].chunk(3)[1], of_labels, rtol=1e-3, atol=1e-3)
         assert not any(name.startswith(("target_", "pasted", "clean_")) for name in got)

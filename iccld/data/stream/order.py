@@ -109,7 +109,7 @@ class EpochOrder:
 
 
 def rare_class_probabilities(class_pixels: np.ndarray, *, temperature: float) -> np.ndarray:
-    """P(c) ∝ exp((1 - f_c) / T) over the classes that occur (DAFormer, eq. 12); `f_c` is a class's share of the pixels.
+    """Return P(c) ∝ exp((1 - f_c) / T) over the classes that occur (DAFormer, eq. 12); `f_c` is c's share of pixels.
 
     `class_pixels` is `(K,)`, counts or shares in any unit; the result is `(K,)` float64, 0 for an absent class.
     """
@@ -169,7 +169,7 @@ class RareClassOrder:
 
 
 def _as_rarest(pixels: np.ndarray, rare: Sequence[int]) -> np.ndarray:
-    """Pixels of each class `(K,)`, those of the classes `rare` that occur as few as the rarest's."""
+    """Return each class's pixels `(K,)`; a class of `rare` that occurs gets as few as the rarest class."""
     marked = [c for c in rare if pixels[c]]
     result = pixels.copy()
     result[marked] = pixels[pixels > 0].min(initial=pixels.max(initial=0))

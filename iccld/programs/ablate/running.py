@@ -12,17 +12,15 @@ from pathlib import Path
 
 from iccld.data.processes import usable_cpus
 from iccld.durable import make_folder, open_to_append
-from iccld.outcome import AGAIN, FORCED, status_of, words
+from iccld.outcome import AGAIN, status_of, words
 from iccld.programs.ablate.rows import LOG_NAME, Ablation, has_finished, prepare, refuse_changes
 from iccld.programs.ablate.tasks import State, Task, blocked_tasks, devices_of, next_task, tasks_of
-from iccld.programs.run.child import POLL_S, signals_noted
+from iccld.programs.run.child import POLL_S, RESUMABLE_STATUSES, signals_noted
 from iccld.reading import read_bytes
 from iccld.runtime.faults.lock import locked
 
 BUSY_S = 5.0  # between two looks at a run that another process trains
 TAIL_BYTES, TAIL_LINES = 1 << 14, 15
-OF_THE_WORLD = {0, AGAIN, FORCED, -signal.SIGKILL, -signal.SIGTERM}
-"""Exit statuses of runs that go on by the same command; 0: stopped, and saved."""
 
 
 @dataclass
@@ -40,7 +38,7 @@ class Ending:
             return 128 + self.signal
         if not self.failures:
             return 0
-        return AGAIN if OF_THE_WORLD.issuperset(self.failures.values()) else 1
+        return AGAIN if RESUMABLE_STATUSES.issuperset(self.failures.values()) else 1
 
 
 @dataclass

@@ -89,8 +89,8 @@ def check_settings(config: Config, engine: Engine) -> None:
         )
 
 
-def check_run_dir(run_dir: Path, config: Config, ranks: Ranks, *, extend: bool = False) -> list[Extension]:
-    """A run directory belongs to one config, but for the settings of a stage that has not begun.
+def claim_run_dir(run_dir: Path, config: Config, ranks: Ranks, *, extend: bool = False) -> list[Extension]:
+    """Refuse a run directory of another config, else write this one's. A stage that has not begun may differ.
 
     `extend`: stages that have begun may get more steps; what their earlier end has left is set aside. Returns these.
     """

@@ -7,10 +7,15 @@ import time
 from collections.abc import Iterator, Sequence
 from types import FrameType
 
+from iccld.outcome import AGAIN, FORCED
+
 POLL_S = 0.2
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # USR1: before the end of a job
 OF_SUBMITIT = signal.SIGUSR2
 """The signal that submitit has sent to a job before its end, and by which it puts the job into the queue again."""
+
+RESUMABLE_STATUSES = {0, AGAIN, FORCED, -signal.SIGKILL, -signal.SIGTERM}
+"""Exit statuses of runs that the same command continues; 0: stopped, and saved."""
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ others. Elsewhere (a CPU, where the kernel may kill a process that needs too muc
 collectives) the size grows step by step, and a line through the peaks predicts the next peak. Scores in mid-training
 are not tried.
 
-A resumed run keeps the number of its newest checkpoint while engine, precision and number of ranks are the same.
+A resumed run keeps the size of its newest checkpoint while engine, precision and number of ranks are the same.
 """
 
 import contextlib
@@ -118,7 +118,7 @@ def choose_layout(stage_name: str, trials: Trials) -> BatchLayout:
     layout = plan.layout(world_size=ranks.world_size, rank=ranks.rank)
     if plan.micro_batch_size != AUTO:
         return layout
-    before = ranks.gather(_number_before(run_dir / stage_name, plan, trials))[0]  # as rank 0 sees it
+    before = ranks.gather(_size_before(run_dir / stage_name, plan, trials))[0]  # as rank 0 sees it
     size, how = (before, "as before") if before else _choose(trials)
     layout = replace(layout, micro_batch_size=size)
     if ranks.is_main:
@@ -129,8 +129,8 @@ def choose_layout(stage_name: str, trials: Trials) -> BatchLayout:
     return layout
 
 
-def _number_before(folder: Path, plan: TrainerConfig, trials: Trials) -> int:
-    """Return the number of the newest checkpoint, if its layout is this run's; else 0."""
+def _size_before(folder: Path, plan: TrainerConfig, trials: Trials) -> int:
+    """Return the size that the newest checkpoint was trained with; 0 if there is none, or what needs memory differs."""
     engine, model = trials.engine, trials.config.model
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         name = pointed_at(folder / "checkpoints")
@@ -145,7 +145,7 @@ def _number_before(folder: Path, plan: TrainerConfig, trials: Trials) -> int:
 
 
 def _choose(trials: Trials) -> tuple[int, str]:
-    """A size that all ranks bear, and how it was found."""
+    """Choose a size that all ranks bear; return it, and how it was found."""
     ranks, device, share = trials.engine.ranks, trials.engine.device, trials.config.memory.share
     sizes = divisors(trials.plan.layout(world_size=ranks.world_size).rank_batch_size)
     if sizes == [1]:

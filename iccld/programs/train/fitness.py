@@ -41,7 +41,7 @@ def check_fitness(config: Config, engine: Engine) -> None:
         "device": partial(check_device, engine.device),
         "run_dir": partial(check_folder, run_dir, ranks.rank),
         "shards": partial(read_shards, config),
-        "shared_memory": partial(_share_memory, layouts, config),
+        "shared_memory": partial(_check_workers_memory, layouts, config),
         "collective": partial(check_collective, engine.device, engine.ranks),
     }
     _refuse(preflight(checks, ranks), run_dir, ranks)
@@ -59,7 +59,7 @@ def check_room(stage: Stage, layout: BatchLayout, config: Config, ranks: Ranks) 
     check = partial(check_space, run_dir / stage.name / "checkpoints", size)
     checks = {
         "disk": check if ranks.is_main else lambda: None,
-        "shared_memory": partial(_share_memory, {name: layout}, config),
+        "shared_memory": partial(_check_workers_memory, {name: layout}, config),
     }
     _refuse(preflight(checks, ranks), run_dir, ranks)
 
@@ -83,7 +83,7 @@ def read_shards(config: Config) -> None:
                         part.reader.read(position, with_labels=with_labels)
 
 
-def _share_memory(layouts: Mapping[str, BatchLayout], config: Config) -> None:
+def _check_workers_memory(layouts: Mapping[str, BatchLayout], config: Config) -> None:
     """Check, on the first rank of a node, that there is memory for what its ranks' loader workers hold at once."""
     needed = [
         shared_bytes(

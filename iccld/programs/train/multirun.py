@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from iccld.durable import make_folder, write_whole
 from iccld.outcome import AGAIN, REFUSED, Interrupted
-from iccld.programs.run.child import run_child
+from iccld.programs.run.child import RESUMABLE_STATUSES, run_child
 from iccld.programs.train.sweep import Job, unfinished
 
 FOLDER = ".hydra"
@@ -27,8 +27,6 @@ OF_SLURM = "hydra/launcher=submitit_slurm"
 MAX_NUM_TIMEOUT = 100
 """Number of times that a job whose time is over is put into the queue again; `hydra.launcher.max_num_timeout` sets it.
 """
-OF_THE_WORLD = {0, AGAIN, 76, -signal.SIGKILL, -signal.SIGTERM}
-"""Exit statuses of jobs that go on by the same command; 0: stopped, and saved."""
 
 
 def train_jobs(jobs: Sequence[Job], options: Sequence[str], *, num_ranks: int, words: Sequence[str]) -> int:
@@ -125,7 +123,7 @@ def _report(jobs: Sequence[Job], folder: Path) -> int:
     if not failed:
         return 0
     print(f"iccld train: {len(failed)} of {len(jobs)} runs are not finished; the same command goes on", file=sys.stderr)
-    return AGAIN if OF_THE_WORLD.issuperset(failed) else REFUSED
+    return AGAIN if RESUMABLE_STATUSES.issuperset(failed) else REFUSED
 
 
 def _why(status: int | None, left: Sequence[str]) -> str:

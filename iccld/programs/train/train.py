@@ -14,14 +14,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from iccld import __version__
+from iccld import __version__, schema
 from iccld.batch_layout import BatchLayout
 from iccld.config import Config, to_dict
 from iccld.data.stream.sets import sets_kept_open
 from iccld.data.stream.stream import TrainingStream
 from iccld.data.stream.workers import prepare_workers
 from iccld.diagnostics import Diagnosis
-from iccld.models.model_card import values_when_absent
 from iccld.models.settings import ModelConfig
 from iccld.outcome import blaming_the_world
 from iccld.programs.evaluate.averaging import write_due_snapshot
@@ -30,7 +29,7 @@ from iccld.programs.evaluate.results import finished_models, settings_checksum
 from iccld.programs.evaluate.scoring import GiveUp, diagnose_model, evaluate_predictor
 from iccld.programs.run.best import keep_best
 from iccld.programs.run.building import build_stage, build_stream, first_batches, trials_of, whole_stage
-from iccld.programs.run.checks import check_alone, check_links, check_run_dir, check_settings, plan_of, together, watch
+from iccld.programs.run.checks import check_alone, check_links, check_settings, claim_run_dir, plan_of, together, watch
 from iccld.programs.run.hand_off import final_folder, hand_over, handed_over, is_finished, take_first_stage
 from iccld.programs.run.kept_views import keep_views
 from iccld.programs.run.metric_lines import read_entries
@@ -87,7 +86,7 @@ def train(
         with watch(config, ranks) as watchdog, sets_kept_open():
             terminal.follow(watchdog)
             together(lambda: check_settings(config, engine), ranks)
-            longer = check_run_dir(run_dir, config, ranks, extend=extend)
+            longer = claim_run_dir(run_dir, config, ranks, extend=extend)
             keep_tracebacks_in(run_dir / "logs")
             check_links(run_dir, config)  # what goes on is no longer finished
             if ranks.is_main and not all(is_finished(run_dir, stage) for stage in config.stages):
@@ -248,7 +247,7 @@ def _about(stage: Stage, config: Config, stream: TrainingStream) -> Mapping[str,
     model = dict(resolved["model"])
     for part in ("encoder", "denoiser"):
         model[part] = {key: value for key, value in model[part].items() if key != "activation_checkpointing"}
-    for name, value in values_when_absent(ModelConfig).items():  # an earlier version wrote none of them
+    for name, value in schema.values_when_absent(ModelConfig).items():  # an earlier version wrote none of them
         if model[name] == value:
             del model[name]
     previous = STAGES[stage.name].previous

@@ -138,7 +138,7 @@ def _is_entry(entry: Any, files: Mapping[str, Any]) -> bool:
     """Tell whether it says where a tensor lies: see `pieces`."""
     match entry:
         case {"shape": list(shape), "dtype": str(dtype), "pieces": list(pieces)}:
-            rows = [[piece[0], *piece[1:]] for piece in pieces if isinstance(piece, list) and len(piece) == 3]
+            rows = [piece for piece in pieces if isinstance(piece, list) and len(piece) == 3]
             is_whole = len(rows) == len(pieces) and all(isinstance(row[0], str) and row[0] in files for row in rows)
             counts = [*shape, *(number for row in rows for number in row[1:])]
             return is_whole and dtype in SAFETENSORS_CODES and all(map(_is_count, counts))

@@ -117,7 +117,7 @@ class CheckpointStore:
         failure = (
             f"checkpoint {final} was not written; the one before it is whole. Make room, and run the command again"
         )
-        together, is_main = partial(_together, self.ranks.gather_saved, kind=UnsavedError), self.ranks.is_main
+        together, is_main = partial(_together, self.ranks.gather_in_background, kind=UnsavedError), self.ranks.is_main
         file = f"rank_{self.ranks.rank:05d}.safetensors"
         scratch = together(lambda: self._new_scratch(final) if is_main else None, failure)[0]
         written = together(lambda: {file: write_runs(scratch / file, runs)}, failure)
@@ -157,7 +157,7 @@ class CheckpointStore:
         self._prune(final)
 
     def _make_way(self, final: Path) -> None:
-        """Remove the damaged ones of the checkpoints that were passed over at the resume; the others stay."""
+        """Clear the place of `final`: a damaged checkpoint there is removed, another is renamed and kept."""
         if final.name in self._damaged and is_real_folder(final):
             remove_tree(final)
         elif os.path.lexists(final):
@@ -189,7 +189,7 @@ class CheckpointStore:
         return _together(self.ranks.gather, find, failure)[0]
 
     def _point_at(self, newest: Path) -> None:
-        """Let `latest` name it again, after a kill that came between the two, or after damage."""
+        """Let `latest` name it again: a kill came between rename and `latest`, or the one it names is damaged."""
         latest = self.folder / "latest"
         if pointed_at(self.folder) != newest.name:
             write_whole(latest, newest.name)

@@ -23,7 +23,7 @@ def compile_in_place(networks: Iterable[nn.Module], how: Compile) -> None:
     import torch._dynamo  # importing it takes seconds
     import torch._inductor.config
 
-    # By itself it reads that from the environment, when it is imported.
+    # Inductor reads this from the environment alone, when it is imported.
     torch._inductor.config.deterministic = torch.are_deterministic_algorithms_enabled()
     torch._dynamo.config.recompile_limit = GRAPHS_PER_FUNCTION
     if how is Compile.whole:
@@ -35,7 +35,7 @@ def compile_in_place(networks: Iterable[nn.Module], how: Compile) -> None:
         kind = type(block)
         if kind not in compiled:
             compiled[kind] = torch.compile(kind.forward, dynamic=False, backend=BACKEND)
-        # Hooks, which a backbone's layers have, stay outside of the graph. A method, since a copy of it has the copy.
+        # The hooks of a backbone's layers stay outside of the graph. A deep copy of a block binds the method to itself.
         block.forward = MethodType(compiled[kind], block)
 
 

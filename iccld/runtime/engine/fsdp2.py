@@ -56,7 +56,7 @@ class FSDP2(Backend):
         fully_shard(module, **options, ignored_params=whole_params)
 
     def shard(self, module: nn.Module, *, methods: Iterable[str]) -> None:
-        self._shard(module, set(), reshard=True)  # no backward pass comes that would
+        self._shard(module, set(), reshard=True)  # no backward pass would reshard it
         for method in methods:
             register_fsdp_forward_method(module, method)
 

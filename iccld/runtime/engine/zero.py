@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from iccld.runtime.checkpoint.pieces import Run, TensorReader
 from iccld.runtime.engine.backend import MOMENTS, Backend, Terms
 
-# Compiled at start on a CPU otherwise, in a minute and with a compiler; gloo does what it does.
+# DeepSpeed would compile it on a CPU at the start, which takes a minute and a compiler; gloo does the same work.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 # As DDP, tens of MB; by default DeepSpeed holds 2 GB for gradients on their way.
@@ -80,7 +80,7 @@ class Zero(Backend):
             torch._foreach_mul_(gradients, factor)  # pyright: ignore[reportPrivateImportUsage]
 
     def _fragments(self) -> Iterator[tuple[str, tuple[int, ...], int, int, Any]]:
-        """Yield name, shape and first element of what this rank's partitions hold of a parameter; which, and where."""
+        """Yield name, shape, first element, partition and place in it of each parameter that this rank has part of."""
         for name, p in self.parameters().items():
             mapping: Any = p._hp_mapping  # type: ignore[attr-defined]
             if mapping is not None:

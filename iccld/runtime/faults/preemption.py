@@ -38,7 +38,7 @@ class Preempted(Exception):
 
 
 class Preemption:
-    """Memory of whether a signal came. All ranks must agree (engine's `any`) to act on it.
+    """Memory of whether a signal came. All ranks must agree (`Ranks.any`) to act on it.
 
     As a context, it remembers signals; a process that leaves it after one came is ending, and ignores further ones. A
     thread, which the C handler tells of signals, ends the process if its main thread no longer reacts.

@@ -215,7 +215,7 @@ def _overrides(size: Size, folder: str) -> list[str]:
     batch = size.batch_size
     trainers = [f"stage{i}.trainer.{key}" for i in (1, 2) for key in _trainer(size.steps, batch)]
     return [
-        *(override for override in size.model),
+        *(*size.model, "stage2=paper"),
         *("dataset=scenes", f"run_dir={folder}/run", f"data.source.shards={folder}/source", "preflight=false"),
         *(
             f"data.target.shards={folder}/target",
