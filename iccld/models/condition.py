@@ -50,8 +50,14 @@ class RichCondition(nn.Module):
 def _positions(latent: Tensor) -> Tensor:
     """Return row and column of each position, `(B, 2, h, w)` in [-1, 1]: of the crop in training, else of the image."""
     height, width = latent.shape[-2:]
-    rows = torch.linspace(-1.0, 1.0, height, device=latent.device).view(1, 1, -1, 1)
-    columns = torch.linspace(-1.0, 1.0, width, device=latent.device).view(1, 1, 1, -1)
-    return torch.cat(
-        [rows.expand(latent.shape[0], 1, -1, width), columns.expand(latent.shape[0], 1, height, -1)], dim=1
-    )
+    rows, columns = (_from_minus_1_to_1(length, latent.device) for length in (height, width))
+    shape = (latent.shape[0], 1, height, width)
+    return torch.cat([rows.view(1, 1, -1, 1).expand(shape), columns.view(1, 1, 1, -1).expand(shape)], dim=1)
+
+
+def _from_minus_1_to_1(length: int, device: torch.device) -> Tensor:
+    """Return `torch.linspace(-1, 1, length)` to the bit, which itself would tie an exported model to one size."""
+    index = torch.arange(length, device=device, dtype=torch.float32)
+    last = index[-1:]
+    step = (2.0 / last.clamp(min=1.0)).double()  # as linspace, which rounds once
+    return torch.where(2 * index < last, step * index - 1.0, 1.0 - step * (last - index)).float()

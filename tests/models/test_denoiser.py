@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from iccld.diffusion import noise_from_velocity
 from iccld.models.blocks import SelfAttention, TimeEmbedding
+from iccld.models.condition import _from_minus_1_to_1
 from iccld.models.denoiser import Denoiser
 from iccld.models.settings import AttentionBackend, DenoiserConfig
 from tests.models.factory import random_images, without_gradient
@@ -154,3 +155,8 @@ def test_timesteps_are_told_apart():
 def test_config_values_are_checked(settings: dict, message: str):
     with pytest.raises(ValueError, match=message):
         DenoiserConfig(**settings)
+
+
+def test_the_place_that_a_rich_condition_shows_is_linspace_to_the_bit():
+    for length in range(2, 300):
+        assert torch.equal(_from_minus_1_to_1(length, torch.device("cpu")), torch.linspace(-1, 1, length)), length

@@ -9,6 +9,7 @@ import torch
 from iccld.cli import main
 from iccld.demo.scenes import write_gta5
 from iccld.inference.model import ICCLD
+from iccld.models.settings import ModelConfig
 from iccld.programs import export
 from tests.inference.test_model import save
 from tests.models.factory import trained_model
@@ -16,7 +17,10 @@ from tests.models.factory import trained_model
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(trained_model(), tmp_path_factory.mktemp("model"))
+    """A model of the default kinds of latent and condition."""
+    kinds = ModelConfig()
+    model = trained_model(latent=kinds.latent, condition=kinds.condition)
+    return save(model, tmp_path_factory.mktemp("model"))
 
 
 @pytest.mark.parametrize("num_steps", [0, pytest.param(1, marks=pytest.mark.slow)])
@@ -39,11 +43,12 @@ def test_onnx_runs_on_another_batch_and_size(
 
 
 def test_a_program_of_torch_runs_without_the_model(folder: Path, tmp_path: Path):
-    assert main(["export", str(folder), str(tmp_path / "model.pt2")]) == 0
+    assert main(["export", str(folder), str(tmp_path / "model.pt2"), "--num-steps", "1"]) == 0
     program = torch.export.load(str(tmp_path / "model.pt2")).module()
-    images = torch.rand(3, 3, 64, 128)
+    images, noise = torch.rand(3, 3, 64, 128), torch.randn(3, 4, 8, 16)
     with torch.no_grad():
-        torch.testing.assert_close(program(images), ICCLD.from_pretrained(folder)(images))
+        own = ICCLD.from_pretrained(folder)(images, noise=noise, num_steps=1)
+        torch.testing.assert_close(program(images, noise), own)
 
 
 def test_a_file_that_differs_from_the_model_is_not_kept(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
