@@ -63,6 +63,7 @@ all)
     trap 'kill $! 2>/dev/null || true' EXIT
     types
     wait || true # what fails here fails in the tests, and is told there
+    trap - EXIT
     tests -m "not slow and not gpu" "$@"
     ;;
 lint | types) "$group" ;;
