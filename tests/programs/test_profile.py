@@ -46,7 +46,7 @@ def check(figures: dict[str, Any], world_size: int) -> None:
 
 def test_both_stages_on_two_ranks_one_of_them_slow(scene_shards: Path, tmp_path: Path):
     run_dir = tmp_path / "run"
-    words = [*SHORT, *scene_overrides(scene_shards, run_dir), "data.validation.shards="]
+    words = [*SHORT, *scene_overrides(scene_shards, run_dir), "data.validation.shards=", "stage2=paper"]  # quick views
     fault = {"at": "prepare", "rank": 1, "do": "slow", "seconds": 0.3}
     with Ranks(words, tmp_path / "logs", verb="profile", fault=fault) as ranks:
         assert ranks.wait() == [0, 0], ranks.log()[-3000:]
