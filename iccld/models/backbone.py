@@ -123,10 +123,13 @@ def recompute_layers(backbone: "PreTrainedModel") -> None:
 
 
 def record_hidden_states_alone(backbone: "PreTrainedModel") -> None:
-    """Remove the hooks that would record attention maps; call it after a first pass, which installs them.
+    """Remove the hooks that would record attention maps, once they are there.
 
     They record nothing that the encoder asks for, and a compiled layer breaks into several graphs at each of them.
     """
+    from transformers.utils.output_capturing import maybe_install_capturing_hooks
+
+    maybe_install_capturing_hooks(backbone)  # as its first pass would
     for module in backbone.modules():
         for number, hook in list(module._forward_hooks.items()):
             is_recorder = getattr(hook, "__module__", "") == "transformers.utils.output_capturing"

@@ -3,7 +3,7 @@
 `B H W` images, `C` latent channels; strides 4, 8, 16, 32 of the features, 8 of the latent.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple, Self
 
 import torch
@@ -37,6 +37,17 @@ class EncoderOutput(NamedTuple):
     features: tuple[Tensor, ...]
 
 
+class _Anatomy(NamedTuple):
+    """A backbone's hidden states that are tapped, one a stride, their channels, and parameters behind none of them."""
+
+    taps: tuple[int, ...]
+    channels: tuple[int, ...]
+    unused: frozenset[str]
+
+
+_ANATOMIES: dict[str, _Anatomy] = {}  # by the backbone's config: models are built often, and a pass takes longer
+
+
 class Encoder(nn.Module):
     """Backbone, then a head that fuses its four scales into the latent."""
 
@@ -47,8 +58,10 @@ class Encoder(nn.Module):
         self.options = FORWARD_OPTIONS.get(self.backbone.config.model_type, {})
         self.register_buffer("image_mean", torch.tensor(config.image_mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("image_std", torch.tensor(config.image_std).view(1, 3, 1, 1), persistent=False)
-        self.taps, self.feature_channels = self._choose_taps()
-        refuse_missing(config.pretrained, sorted(missing - self._freeze_unused()))
+        record_hidden_states_alone(self.backbone)
+        self.taps, self.feature_channels, unused = self._anatomy()
+        self._freeze(unused)
+        refuse_missing(config.pretrained, sorted(missing - unused))
         if config.activation_checkpointing:
             recompute_layers(self.backbone)
         self.fusion = FeatureFusion(feature_channels=self.feature_channels, out_channels=config.width)
@@ -109,52 +122,62 @@ class Encoder(nn.Module):
         tokens = norms[0](state)[:, -rows * columns :]  # class and register tokens come first
         return tokens.transpose(1, 2).unflatten(2, (rows, columns))
 
-    def _choose_taps(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Choose a hidden state for each stride, with its channels: the last of that stride, or the nearest finer.
-
-        A ViT has one scale; its states at a quarter, half, three quarters and the end of its depth stand for the four.
-        """
+    def _anatomy(self) -> _Anatomy:
+        """Return what a pass through a backbone of this config tells; the process makes one pass for each config."""
         if self.backbone.main_input_name != "pixel_values":
             raise ValueError(
                 f"model.encoder: a backbone of type {self.backbone.config.model_type!r} gives no feature maps; "
                 f"use one of {KNOWN_TYPES}."
             )
-        side = 2 * COARSEST
-        with torch.no_grad():
-            states = self._states(torch.zeros(1, 3, side, side))
-        record_hidden_states_alone(self.backbone)
-        if states[0].dim() == 3:  # a ViT's tokens
-            depth = len(states) - 1
-            taps = tuple(-(-depth * quarter // 4) for quarter in (1, 2, 3, 4))
-            return taps, tuple(states[tap].shape[-1] for tap in taps)
-        strides = [side // state.shape[-1] for state in states]
-        taps = []
-        for stride in FEATURE_STRIDES:
-            finer = max((s for s in strides if s <= stride), default=min(strides))
-            taps.append(max(i for i, s in enumerate(strides) if s == finer))
-        return tuple(taps), tuple(states[tap].shape[1] for tap in taps)
+        key = self.backbone.config.to_json_string(use_diff=False)
+        if key not in _ANATOMIES:
+            _ANATOMIES[key] = self._examine()
+        return _ANATOMIES[key]
+
+    def _examine(self) -> _Anatomy:
+        images = torch.zeros(1, 3, 2 * COARSEST, 2 * COARSEST)
+        with torch.enable_grad():
+            states = self._states(images)
+            taps = _choose_taps([state.shape for state in states], side=images.shape[-1])
+            nodes = nodes_behind([self._to_map(states[tap], images) for tap in taps])
+        used = {id(node.variable) for node in nodes if hasattr(node, "variable")}
+        unused = frozenset(name for name, p in self.backbone.named_parameters() if id(p) not in used)
+        channels = tuple(states[tap].shape[-1 if states[0].dim() == 3 else 1] for tap in taps)
+        return _Anatomy(taps, channels, unused)
 
     @property
     def can_recompute(self) -> bool:
         """Tell whether `activation_checkpointing` can be set."""
         return self.backbone.supports_gradient_checkpointing
 
-    def _freeze_unused(self) -> set[str]:
-        """Freeze the backbone's BatchNorm and parameters that no feature depends on; return the latter's names.
+    def _freeze(self, unused: Collection[str]) -> None:
+        """Freeze the backbone's BatchNorm and the parameters that no feature depends on.
 
         A parameter that trains without ever getting a gradient stalls DDP, and weight decay shrinks it for nothing.
         """
         for module in self.backbone.modules():
             if isinstance(module, _BatchNorm):
                 module.requires_grad_(False)
-        trainable = {name: p for name, p in self.backbone.named_parameters() if p.requires_grad}
-        with torch.enable_grad():
-            nodes = nodes_behind(self._maps(torch.zeros(1, 3, 2 * COARSEST, 2 * COARSEST)))
-        used = {id(node.variable) for node in nodes if hasattr(node, "variable")}
-        unused = {name for name, p in trainable.items() if id(p) not in used}
-        for name in unused:
-            trainable[name].requires_grad_(False)
-        return unused
+        for name, parameter in self.backbone.named_parameters():
+            if name in unused:
+                parameter.requires_grad_(False)
+
+
+def _choose_taps(shapes: Sequence[Sequence[int]], *, side: int) -> tuple[int, ...]:
+    """Choose a hidden state for each stride: the last of that stride, or the nearest finer.
+
+    A ViT has one scale; its states at a quarter, half, three quarters and the end of its depth stand for the four.
+    `shapes`: of the states, of images of this side.
+    """
+    if len(shapes[0]) == 3:  # a ViT's tokens
+        depth = len(shapes) - 1
+        return tuple(-(-depth * quarter // 4) for quarter in (1, 2, 3, 4))
+    strides = [side // shape[-1] for shape in shapes]
+    taps = []
+    for stride in FEATURE_STRIDES:
+        finer = max((s for s in strides if s <= stride), default=min(strides))
+        taps.append(max(i for i, s in enumerate(strides) if s == finer))
+    return tuple(taps)
 
 
 def _pad(images: Tensor) -> Tensor:
