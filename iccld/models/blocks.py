@@ -23,8 +23,8 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise `(B, C, ...)` of any float dtype; the result has the same shape and dtype."""
-        if input.is_meta:  # autocast does not apply there
-            return super().forward(input)
+        if input.is_meta or not torch.is_autocast_enabled(input.device.type) and input.dtype == self.weight.dtype:
+            return super().forward(input)  # with no autocast to turn off, which an exported graph would be cut for
         with torch.autocast(input.device.type, enabled=False):
             weight, bias = self.weight.to(input.dtype), self.bias.to(input.dtype)
             return F.group_norm(input, self.num_groups, weight, bias, self.eps)
@@ -54,7 +54,7 @@ def resample(x: Tensor, *, stride: int, to_stride: int, size: Sequence[int]) -> 
         x = F.interpolate(x, scale_factor=float(stride // to_stride), mode="bilinear", align_corners=False)
     elif stride < to_stride:
         x = F.avg_pool2d(x, to_stride // stride, ceil_mode=True)
-    return x[..., : size[0], : size[1]]
+    return x if tuple(x.shape[-2:]) == tuple(size) else x[..., : size[0], : size[1]]
 
 
 class FeatureFusion(nn.Module):
