@@ -84,7 +84,7 @@ class Denoiser(nn.Module):
         A rich denoiser takes a `Condition`.
         """
         time = self.time(t)
-        x = self.stem(torch.cat([z_t, self._seen(condition)], dim=1))
+        x = self.stem(torch.cat([z_t, self._condition_channels(condition)], dim=1))
         skips: list[list[Tensor]] = []
         for level, blocks in enumerate(self.down):
             x, outputs = self._descend(blocks, x, time, level)
@@ -109,7 +109,7 @@ class Denoiser(nn.Module):
             z_t = z_t.masked_fill((t == len(self.alpha_bar) - 1).view(-1, 1, 1, 1), 0.0)
         return DenoiserOutput(velocity, noise_pred, z_0_from_velocity(z_t, velocity, t, self.alpha_bar), middle)
 
-    def _seen(self, condition: Tensor | Condition) -> Tensor:
+    def _condition_channels(self, condition: Tensor | Condition) -> Tensor:
         if self.rich is None:
             assert isinstance(condition, Tensor)
             return condition

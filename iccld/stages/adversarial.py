@@ -88,8 +88,8 @@ class AdversarialStage(Stage):
         count, given = len(z_0) // len(DOMAINS), self._noised(batch, z_0)
         tensors |= given._asdict() | self._weights(count, step, z_0.device)
         denominators = {"diffusion": tensors["diffusion_weights"].sum()}
-        seen = {"adversarial": self.config.moved_domains, "discriminator": self.config.adversary_domains}
-        for name, domains in seen.items():
+        domains_of_loss = {"adversarial": self.config.moved_domains, "discriminator": self.config.adversary_domains}
+        for name, domains in domains_of_loss.items():
             denominators[name] = torch.full((), float(count * len(domains)), device=z_0.device)
         if self.config.task_weight:
             denominators |= self._restrict_labels(tensors, given.is_pure)

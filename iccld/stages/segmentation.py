@@ -143,8 +143,8 @@ class SegmentationStage(Stage):
             "confident": pseudo.confident,
         }
         if not self.config.target_labels:
-            seen = pseudo.labels.masked_fill(~target["valid"], IGNORE_INDEX)
-            counts = diagnostics.class_counts(seen, source["labels"], num_classes=self.num_classes)
+            valid = pseudo.labels.masked_fill(~target["valid"], IGNORE_INDEX)
+            counts = diagnostics.class_counts(valid, source["labels"], num_classes=self.num_classes)
             tensors |= {diagnostics.CLASSES: counts, "mixed_is_target": diagnostics.thinned(~mask)}
         if self.config.masked_weight:
             augmented = strong_augment(images, draws, self.config.photometric)

@@ -46,16 +46,16 @@ def signs_of_discriminator(recent: Sequence[Mapping[str, Any]], *, is_ramped: bo
     if not domains:
         return []
     accuracy, chance = statistics.fmean(mean_of(recent, name) or 0.0 for name in domains), 1 / len(domains)
-    seen = f"the discriminator is right about {accuracy:.0%} of the samples (chance is {chance:.0%})"
+    finding = f"the discriminator is right about {accuracy:.0%} of the samples (chance is {chance:.0%})"
     if accuracy >= TOO_STRONG:
         words = (
-            f"{seen}: it has found a give-away, and teaches the denoiser nothing; try another "
+            f"{finding}: it has found a give-away, and teaches the denoiser nothing; try another "
             f"stage2.objective.adversary_input, or a lower stage2.objective.discriminator_learning_rate."
         )
         return [Sign("strong_discriminator", words)]
     if is_ramped and accuracy <= chance + BLIND_ABOVE_CHANCE:
         words = (
-            f"{seen}: it sees no difference, and teaches the denoiser nothing; try another "
+            f"{finding}: it sees no difference, and teaches the denoiser nothing; try another "
             f"stage2.objective.adversary_input, a higher stage2.objective.discriminator_learning_rate, or none of it, "
             f"by stage2.objective.adversarial_weight=0."
         )

@@ -69,7 +69,7 @@ class ViewCache:
         """Return None: a copy of a stage is made to count or to try, and must neither read nor write the cache."""
 
     def __call__(self, batch: Mapping[str, Any], make: Callable[[Mapping[str, Any]], Mapping[str, Tensor]]) -> Tensors:
-        """Return `make` of a micro-batch, on its device; `numbers` are those that its samples are seen as.
+        """Return `make` of a micro-batch, on its device; its samples' numbers are taken modulo `num_samples`.
 
         The host waits neither for the device nor for a write. Raises ValueError for values that fp16 does not hold; a
         later call may be the one that finds them.
@@ -83,11 +83,11 @@ class ViewCache:
                 return {IS_KEPT: torch.ones((), device=device), **_unpack(data, device)}
             self.store.discard(key)
         # Without the noise that the stream draws for the true numbers: what a view needs of it is drawn for `numbers`.
-        seen = {
+        renumbered = {
             name: {part: domain[part] for part in _OF_IMAGES if part in domain} | {"numbers": numbers}
             for name, domain in batch.items()
         }
-        kept = {name: _Kept(_rounded(tensor), tensor.dtype) for name, tensor in make(seen).items()}
+        kept = {name: _Kept(_rounded(tensor), tensor.dtype) for name, tensor in make(renumbered).items()}
         if len(self._pending) < _MAX_PENDING:
             copied = _to_host(kept, device)
             self._pending.append(self._writer.submit(self._write, key, *copied))

@@ -23,7 +23,7 @@ INPUTS = list(AdversaryInput)
 
 def make_stage(
     *,
-    seen: AdversaryInput = AdversaryInput.noise,
+    adversary_input: AdversaryInput = AdversaryInput.noise,
     latent: LatentKind = LatentKind.image,
     condition: ConditionKind = ConditionKind.latent,
     **settings: Any,
@@ -31,7 +31,7 @@ def make_stage(
     torch.manual_seed(0)
     config = replace(tiny_model_config(latent=latent), condition=condition)
     model = ICCLD(config=config, num_classes=19, with_denoiser=True)
-    settings = {"adversarial_ramp_steps": 0, "adversarial_weight": 1.0, "adversary_input": seen} | settings
+    settings = {"adversarial_ramp_steps": 0, "adversarial_weight": 1.0, "adversary_input": adversary_input} | settings
     objective = papers_objective(**settings)
     return AdversarialStage(model, new_discriminator(model, objective, config.discriminator), objective, seed=0)
 
@@ -41,26 +41,26 @@ def prepared(stage: AdversarialStage, step: int = 0):
         return stage.prepare(random_batch(num_classes=19, numbers=range(4 * step, 4 * step + 4)), step)
 
 
-@pytest.mark.parametrize("seen", INPUTS)
-def test_the_adversarial_term_reaches_the_denoiser_and_not_the_discriminator(seen: AdversaryInput):
-    stage = make_stage(seen=seen)
+@pytest.mark.parametrize("adversary_input", INPUTS)
+def test_the_adversarial_term_reaches_the_denoiser_and_not_the_discriminator(adversary_input: AdversaryInput):
+    stage = make_stage(adversary_input=adversary_input)
     stage.module(prepared(stage)).losses["adversarial"].backward()
     denoiser = [p.grad for p in stage.module.denoiser.parameters()]
     assert any(g is not None and g.abs().sum() > 0 for g in denoiser)
     assert all(p.grad is None or not p.grad.any() for p in stage.module.discriminator.parameters())
 
 
-@pytest.mark.parametrize("seen", INPUTS)
-def test_the_discriminators_term_stops_at_its_input(seen: AdversaryInput):
-    stage = make_stage(seen=seen)
+@pytest.mark.parametrize("adversary_input", INPUTS)
+def test_the_discriminators_term_stops_at_its_input(adversary_input: AdversaryInput):
+    stage = make_stage(adversary_input=adversary_input)
     stage.module(prepared(stage)).losses["discriminator"].backward()
     assert all(p.grad is None or not p.grad.any() for p in stage.module.denoiser.parameters())
     assert all(p.grad is not None for p in stage.module.discriminator.parameters())
 
 
-@pytest.mark.parametrize("seen", INPUTS)
-def test_a_step_along_the_adversarial_gradient_raises_the_discriminators_loss(seen: AdversaryInput):
-    stage = make_stage(seen=seen)
+@pytest.mark.parametrize("adversary_input", INPUTS)
+def test_a_step_along_the_adversarial_gradient_raises_the_discriminators_loss(adversary_input: AdversaryInput):
+    stage = make_stage(adversary_input=adversary_input)
     inputs = prepared(stage)
     adversary = torch.optim.Adam(stage.module.discriminator.parameters(), lr=1e-2)
     for _ in range(100):  # until it tells the domains apart, and before it is so sure that its loss is 0
@@ -105,13 +105,13 @@ def test_encoder_and_decoder_do_not_change_by_a_bit(latent: LatentKind):
 def test_the_encoder_sees_each_image_once_a_step(latent: LatentKind, images_a_sample: int):
     """Source, target and mixed, and the strong view of each where the latent is of the image."""
     always = PhotometricConfig(jitter_probability=1.0)  # no strong view is the clean one
-    stage, seen = make_stage(latent=latent, photometric=always), []
-    hook = stage.model.encoder.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs[0]))
+    stage, encoded = make_stage(latent=latent, photometric=always), []
+    hook = stage.model.encoder.register_forward_pre_hook(lambda _, inputs: encoded.extend(inputs[0]))
     inputs = prepared(stage)
     hook.remove()
     stage.module(inputs)
-    assert len(seen) == 4 * images_a_sample
-    assert not any(torch.equal(one, other) for i, one in enumerate(seen) for other in seen[:i])
+    assert len(encoded) == 4 * images_a_sample
+    assert not any(torch.equal(one, other) for i, one in enumerate(encoded) for other in encoded[:i])
 
 
 def test_the_targets_labels_are_what_the_model_segments():

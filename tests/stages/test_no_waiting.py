@@ -37,13 +37,13 @@ def stage1(*, backbone: str = "segformer", latent: LatentKind = LatentKind.mask,
 
 def stage2(
     *,
-    seen: AdversaryInput = AdversaryInput.noise,
+    adversary_input: AdversaryInput = AdversaryInput.noise,
     latent: LatentKind = LatentKind.image,
     condition: ConditionKind = ConditionKind.latent,
     **settings: Any,
 ) -> Stage:
     model = tiny_model(latent=latent, num_classes=19, condition=condition)
-    objective = papers_objective(adversary_input=seen, **settings)
+    objective = papers_objective(adversary_input=adversary_input, **settings)
     discriminator = new_discriminator(model, objective, model.config.discriminator)
     return AdversarialStage(model, discriminator, objective, seed=0)
 
@@ -58,7 +58,7 @@ STAGES: dict[str, tuple[Callable[[], Stage], int]] = {
     **{f"stage 1, {backbone}": (lambda backbone=backbone: stage1(backbone=backbone), 6) for backbone in BACKBONES},
     "stage 1, image latent": (lambda: stage1(latent=LatentKind.image), 4),
     "stage 1, every option": (lambda: stage1(latent=LatentKind.image, **RECIPE), 10),
-    **{f"stage 2, {seen.name}": (lambda seen=seen: stage2(seen=seen), 6) for seen in AdversaryInput},
+    **{f"stage 2, {each.name}": (lambda each=each: stage2(adversary_input=each), 6) for each in AdversaryInput},
     "stage 2, mask latent": (lambda: stage2(latent=LatentKind.mask), 6),
     "stage 2, task loss": (
         lambda: stage2(latent=LatentKind.mask, task_weight=1.0, pure_noise_share=0.5, diffusion_loss=VELOCITY),

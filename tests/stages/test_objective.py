@@ -39,8 +39,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "latent": LatentKind.residual,
         "condition": ConditionKind.rich,
     },
-    "map": {"seen": AdversaryInput.map},
-    "map, task, rich": {"seen": AdversaryInput.map, "condition": ConditionKind.rich, **TASK},
+    "map": {"adversary_input": AdversaryInput.map},
+    "map, task, rich": {"adversary_input": AdversaryInput.map, "condition": ConditionKind.rich, **TASK},
     "twin": {"deterministic": True, "diffusion_loss": VELOCITY, **TASK},
     "twin, mask": {"deterministic": True, "latent": LatentKind.mask, **TASK},
 }
@@ -201,13 +201,13 @@ def test_a_label_in_z_t_is_no_answer():
         make_stage(latent=LatentKind.mask, **TASK)
 
 
-@pytest.mark.parametrize("seen", list(AdversaryInput))
-def test_the_twin_sees_no_noise_and_no_timestep(seen: AdversaryInput):
-    stage = make_stage(deterministic=True, seen=seen)
+@pytest.mark.parametrize("adversary_input", list(AdversaryInput))
+def test_the_twin_sees_no_noise_and_no_timestep(adversary_input: AdversaryInput):
+    stage = make_stage(deterministic=True, adversary_input=adversary_input)
     inputs = prepared(stage)
     given = given_of(inputs)
     assert not given.z_t.any() and not given.noise.any() and bool(given.is_pure.all()) and bool((given.t == LAST).all())
-    noisy = prepared(make_stage(seen=seen))
+    noisy = prepared(make_stage(adversary_input=adversary_input))
     for name in ("z_0", "condition", "domains", "diffusion_weights"):
         assert torch.equal(inputs.tensors[name], noisy.tensors[name]), "it is the control of all else being equal"
     losses = stage.module(inputs).losses

@@ -215,13 +215,13 @@ def test_the_student_labels_nothing():
 
 
 def test_the_map_adversary_moves_the_target_alone():
-    stage = make_stage(seen=AdversaryInput.map)
+    stage = make_stage(adversary_input=AdversaryInput.map)
     inputs = stage_inputs(stage)
     z_0 = inputs.tensors["z_0"].clone().requires_grad_()
     logits = stage.module._decoded(z_0, inputs.tensors)
     assert logits.keys() == {"source", "target"}
-    seen = torch.cat([*logits.values()]).softmax(1)
-    stage.module._confusion(seen, inputs.tensors["t"][:8]).backward()
+    adversary_input = torch.cat([*logits.values()]).softmax(1)
+    stage.module._confusion(adversary_input, inputs.tensors["t"][:8]).backward()
     source, target, mixed = z_0.grad.chunk(3)
     assert bool(target.any()) and not source.any() and not mixed.any()
     assert stage.module.discriminator.head.out_channels == 2
