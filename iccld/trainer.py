@@ -275,7 +275,7 @@ class Trainer:
         )
 
     def _save(self, step: int) -> None:
-        about = dict(self.about, layout=self.engine.layout(), logger_id=self.metrics.logger_id)
+        about = dict(self.about, layout=self.engine.resume_facts(), logger_id=self.metrics.logger_id)
         self.checkpoints.save(step, self.engine.runs(self._stage_state()), about)
 
     def _stage_state(self) -> dict[str, Tensor]:
@@ -291,18 +291,18 @@ class Trainer:
         step = checkpoint.step if checkpoint else 0
         config = self.about.get("config", {})
         self.metrics.start(step=step, logger_id=manifest.get("logger_id"), config=config)
-        self.metrics.event("started", step=step, layout=self.engine.layout())
+        self.metrics.event("started", step=step, layout=self.engine.resume_facts())
         return step
 
     def _load(self, checkpoint: Checkpoint) -> None:
         start = time.perf_counter()
         self.engine.load(checkpoint.reader, checkpoint.step, self._stage_state())
         seconds = time.perf_counter() - start
-        old, new = checkpoint.manifest["layout"], self.engine.layout()
+        old, new = checkpoint.manifest["layout"], self.engine.resume_facts()
         if (old["engine"], old["world_size"]) != (new["engine"], new["world_size"]):
             self.metrics.event("converted", step=checkpoint.step, layout=old, new_layout=new, seconds=seconds)
             if self.engine.ranks.is_main:
-                said = [f"{layout['engine']} x {layout['world_size']}" for layout in (old, new)]
+                said = [f"{facts['engine']} x {facts['world_size']}" for facts in (old, new)]
                 print(f"checkpoint of {said[0]} loaded as {said[1]} in {seconds:.1f} s", flush=True)
 
     def _check_origin(self, manifest: Mapping[str, Any]) -> None:

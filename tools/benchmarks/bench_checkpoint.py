@@ -71,7 +71,7 @@ class Ours:
 
     def save(self, step: int) -> Times:
         start = time.perf_counter()
-        self.store.save(step, self.engine.runs({}), {"stage": "stage1", "layout": self.engine.layout()})
+        self.store.save(step, self.engine.runs({}), {"stage": "stage1", "layout": self.engine.resume_facts()})
         stall = time.perf_counter() - start
         self.store.wait()
         total = time.perf_counter() - start

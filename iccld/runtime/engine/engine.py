@@ -212,7 +212,7 @@ class Engine:
         norm = self.backend.gradient_norm
         return self.learning_rates() | ({} if norm is None else {"gradient_norm": norm})
 
-    def layout(self) -> dict[str, Any]:
+    def resume_facts(self) -> dict[str, Any]:
         """Return the facts that decide whether a checkpoint of this engine resumes to the bit."""
         return {
             "engine": self.kind.value,
