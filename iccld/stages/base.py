@@ -113,8 +113,8 @@ class Stage(ABC):
         """Return modules to be sharded as the trained one is, and their methods that are called like `forward`."""
         return {self.teacher.module: ()}
 
-    def frozen(self) -> list[nn.Module]:
-        """Return what `prepare` calls, each by its own `__call__`, for an engine that compiles."""
+    def without_gradient(self) -> list[nn.Module]:
+        """Return what `prepare` calls, each by its own `__call__`: an engine that compiles compiles it, too."""
         return []
 
     def replicated(self) -> list[nn.Module]:

@@ -62,7 +62,7 @@ def train(
     """The losses of some steps of two micro-batches, and how many graphs there are after each step."""
     losses, graphs = [], []
     with Engine(config or EngineConfig(compile=compile, precision=precision)) as engine:
-        options = {"replicated": stage.replicated(), "frozen": stage.frozen()}
+        options = {"replicated": stage.replicated(), "without_gradient": stage.without_gradient()}
         engine.attach(stage.module, stage.param_groups(), layout=layout_for(engine, 2), **options)
         for average, methods in stage.averages().items():
             engine.backend.shard(average, methods=methods)
@@ -104,7 +104,7 @@ def test_no_graph_is_made_after_warm_up(name: str, precision: Precision, how: Co
     exact, _ = train(STAGES[name](), precision=precision)
     losses, graphs = train(STAGES[name](), compile=how, precision=precision)
     assert losses == pytest.approx(exact, rel=1e-5)
-    num_called = 2 if name == "adversarial" else 3  # the module and what is frozen; there, nothing is decoded
+    num_called = 2 if name == "adversarial" else 3  # the module and what has no gradient; there, nothing is decoded
     assert graphs[-1] == graphs[WARM_START] >= num_called, graphs
     assert not counters["graph_break"]
 
