@@ -35,13 +35,7 @@ def add_noise(z_0: Tensor, noise: Tensor, t: Tensor, alpha_bar: Tensor) -> Tenso
     return signal_scale * z_0 + noise_scale * noise
 
 
-def predict_z_0(z_t: Tensor, noise_pred: Tensor, t: Tensor, alpha_bar: Tensor) -> Tensor:
-    """Return the clean latent that a predicted noise implies: `add_noise` solved for z_0."""
-    signal_scale, noise_scale = _scales(t, alpha_bar)
-    return (z_t - noise_scale * noise_pred) / signal_scale
-
-
-def predict_noise(z_t: Tensor, z_0: Tensor, t: Tensor, alpha_bar: Tensor) -> Tensor:
+def noise_from_z_0(z_t: Tensor, z_0: Tensor, t: Tensor, alpha_bar: Tensor) -> Tensor:
     """Return the noise that a clean latent implies: `add_noise` solved for the noise."""
     signal_scale, noise_scale = _scales(t, alpha_bar)
     return (z_t - signal_scale * z_0) / noise_scale
@@ -92,7 +86,7 @@ def ddim_step(z_t: Tensor, z_0_pred: Tensor, t: Tensor, t_next: Tensor | None, a
     """
     if t_next is None:
         return z_0_pred
-    return add_noise(z_0_pred, predict_noise(z_t, z_0_pred, t, alpha_bar), t_next, alpha_bar)
+    return add_noise(z_0_pred, noise_from_z_0(z_t, z_0_pred, t, alpha_bar), t_next, alpha_bar)
 
 
 def sample(

@@ -48,11 +48,6 @@ def domain_confusion(logits: Tensor) -> Tensor:
     return -logits.float().log_softmax(dim=1).mean(dim=(1, 2, 3))
 
 
-def noise_mse(noise_pred: Tensor, noise: Tensor, weights: Tensor) -> Tensor:
-    """Sum weight * mean squared error over the samples: a float32 scalar. Latents `(B, C, h, w)`, weights `(B,)`."""
-    return (weights * latent_mse(noise_pred, noise)).sum()
-
-
 def latent_mse(prediction: Tensor, latent: Tensor) -> Tensor:
     """Return the mean squared error of each sample, `(B,)` float32. Latents `(B, C, h, w)`."""
     return (prediction.float() - latent.float()).square().mean(dim=(1, 2, 3))

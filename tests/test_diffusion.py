@@ -12,8 +12,7 @@ from iccld.diffusion import (
     add_noise,
     ddim_step,
     noise_from_velocity,
-    predict_noise,
-    predict_z_0,
+    noise_from_z_0,
     sample,
     scaled_linear_alpha_bar,
     trailing_timesteps,
@@ -41,6 +40,12 @@ def denoise(z_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     return torch.tanh(z_t * (1.0 + t.float().view(-1, 1, 1, 1) / 1000.0)) + 0.1
 
 
+def z_0_from_noise(z_t: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, alpha_bar: torch.Tensor) -> torch.Tensor:
+    """Solve `add_noise` for z_0."""
+    signal = alpha_bar[t].view(-1, 1, 1, 1)
+    return (z_t - (1.0 - signal).sqrt() * noise) / signal.sqrt()
+
+
 def random_latents(seed: int, count: int = 2) -> torch.Tensor:
     return torch.randn(count, 3, 4, 5, generator=torch.Generator().manual_seed(seed))
 
@@ -59,7 +64,7 @@ def test_sampling_equals_diffusers(num_steps: int):
     z_t = noise
     for t in reference.timesteps:
         z_t = reference.step(denoise(z_t, t.expand(len(z_t))), int(t), z_t, eta=0.0).prev_sample
-    got = sample(lambda z_t, t: predict_z_0(z_t, denoise(z_t, t), t, ALPHA_BAR), noise, ALPHA_BAR, num_steps)
+    got = sample(lambda z_t, t: z_0_from_noise(z_t, denoise(z_t, t), t, ALPHA_BAR), noise, ALPHA_BAR, num_steps)
     torch.testing.assert_close(got, z_t, rtol=1e-4, atol=1e-4)
 
 
@@ -75,7 +80,7 @@ def test_sampling_of_second_order_equals_diffusers(num_steps: int):
         z_t = reference.step(denoise(z_t, t.expand(len(z_t))), int(t), z_t).prev_sample
 
     def z_0_pred(z_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return predict_z_0(z_t, denoise(z_t, t), t, ALPHA_BAR)
+        return z_0_from_noise(z_t, denoise(z_t, t), t, ALPHA_BAR)
 
     assert reference.timesteps.tolist() == trailing_timesteps(num_steps)
     got = sample(z_0_pred, noise, ALPHA_BAR, num_steps, solver=Solver.dpm)
@@ -112,8 +117,8 @@ def test_timesteps_start_at_the_noisiest_and_fall(num_steps: int):
 def test_noising_is_undone_by_either_prediction(seed: int, t: int):
     z_0, noise, steps = random_latents(seed).double(), random_latents(seed + 1).double(), torch.full((2,), t)
     z_t = add_noise(z_0, noise, steps, ALPHA_BAR.double())
-    torch.testing.assert_close(predict_z_0(z_t, noise, steps, ALPHA_BAR.double()), z_0)
-    torch.testing.assert_close(predict_noise(z_t, z_0, steps, ALPHA_BAR.double()), noise)
+    torch.testing.assert_close(z_0_from_noise(z_t, noise, steps, ALPHA_BAR.double()), z_0)
+    torch.testing.assert_close(noise_from_z_0(z_t, z_0, steps, ALPHA_BAR.double()), noise)
 
 
 def test_each_sample_is_noised_by_its_own_timestep():
@@ -135,7 +140,7 @@ def test_perfect_prediction_recovers_z_0_in_any_number_of_steps(num_steps: int):
     seen = []
 
     def perfect(z_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        seen.append(predict_noise(z_t, z_0, t, alpha_bar))
+        seen.append(noise_from_z_0(z_t, z_0, t, alpha_bar))
         return z_0
 
     torch.testing.assert_close(sample(perfect, start, alpha_bar, num_steps), z_0)
@@ -144,7 +149,7 @@ def test_perfect_prediction_recovers_z_0_in_any_number_of_steps(num_steps: int):
 
 def test_the_last_step_returns_the_clean_latent():
     z_t, noise, t = random_latents(4), random_latents(5), torch.tensor([19, 19])
-    z_0 = predict_z_0(z_t, noise, t, ALPHA_BAR)
+    z_0 = z_0_from_noise(z_t, noise, t, ALPHA_BAR)
     assert torch.equal(ddim_step(z_t, z_0, t, None, ALPHA_BAR), z_0)
 
 
@@ -190,5 +195,5 @@ def test_half_precision_velocity_gives_z_0_where_half_precision_noise_does_not()
     z_t = add_noise(z_0, noise, t, ALPHA_BAR)
     velocity = velocity_of(z_0, noise, t, ALPHA_BAR)
     from_velocity = z_0_from_velocity(z_t, velocity.bfloat16().float(), t, ALPHA_BAR)
-    from_noise = predict_z_0(z_t, noise.bfloat16().float(), t, ALPHA_BAR)
+    from_noise = z_0_from_noise(z_t, noise.bfloat16().float(), t, ALPHA_BAR)
     assert 5 * (from_velocity - z_0).abs().max() < (from_noise - z_0).abs().max()

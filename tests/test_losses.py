@@ -12,7 +12,7 @@ from iccld.losses import (
     domain_confusion,
     domain_cross_entropy,
     feature_distance,
-    noise_mse,
+    latent_mse,
     weighted_cross_entropy,
 )
 
@@ -97,15 +97,14 @@ def test_confusion_is_least_where_domains_cannot_be_told_apart():
     assert float(domain_confusion(sure)) > math.log(3)
 
 
-def test_noise_mse_equals_the_loop():
+def test_latent_mse_equals_the_loop():
     generator = torch.Generator().manual_seed(1)
-    pred, noise = (torch.randn(3, 2, 4, 4, generator=generator) for _ in range(2))
-    weights = torch.tensor([1.0, 0.0, 0.5])
-    expected = 0.0
-    for b in range(3):
-        squares = [(float(p) - float(n)) ** 2 for p, n in zip(pred[b].flatten(), noise[b].flatten(), strict=True)]
-        expected += float(weights[b]) * sum(squares) / len(squares)
-    assert float(noise_mse(pred, noise, weights)) == pytest.approx(expected, rel=1e-5)
+    prediction, latent = (torch.randn(3, 2, 4, 4, generator=generator) for _ in range(2))
+    expected = []
+    for one, other in zip(prediction, latent, strict=True):
+        squares = [(float(p) - float(n)) ** 2 for p, n in zip(one.flatten(), other.flatten(), strict=True)]
+        expected.append(sum(squares) / len(squares))
+    assert latent_mse(prediction, latent).tolist() == pytest.approx(expected, rel=1e-5)
 
 
 def loop_feature_distance(features, reference, labels, classes, min_share) -> float:

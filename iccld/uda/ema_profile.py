@@ -34,11 +34,6 @@ def exponent(width: float) -> float:
     return max(0.0, float(roots.real.max()))
 
 
-def relative_width(gamma: float) -> float:
-    """Invert `exponent`."""
-    return math.sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)))
-
-
 def decay(step: int, *, gamma: float) -> float:
     """Return beta of the update after optimiser step `step`, (1 - 1/t)^(gamma + 1): 0 after step 0."""
     return (step / (step + 1)) ** (gamma + 1)
@@ -98,7 +93,7 @@ class PowerAverages:
         """Move towards the student after optimiser step `step` (from 0); after step 0 all averages are the student."""
         for prefix, averages in self.averages.items():
             if averages.keys() != parameters.keys():
-                raise ValueError(_other_names("parameters", averages, parameters))
+                raise ValueError(_other_names(averages, parameters))
             held = [_local(average) for average in averages.values()]
             current = [_local(parameters[name].detach()).to(torch.float32) for name in averages]
             weight = 1.0 - decay(step, gamma=self.gammas[prefix])
@@ -108,47 +103,20 @@ class PowerAverages:
         """Return the averages as `ema_0.050/<name>`, not copies: fp32, sharded as the parameters are."""
         return {f"{prefix}/{name}": t for prefix, of_width in self.averages.items() for name, t in of_width.items()}
 
-    @torch.no_grad()
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take what `state_dict` gave; a sharded average also takes a full tensor.
-
-        Raises ValueError for other names or shapes.
-        """
-        own = self.state_dict()
-        if own.keys() != state.keys():
-            raise ValueError(_other_names("state", own, state))
-        for name, average in own.items():
-            value = state[name]
-            if value.shape != average.shape:
-                raise ValueError(
-                    f"ema_profile: {name} has shape {tuple(value.shape)} in the state, {tuple(average.shape)} here; "
-                    f"resume with the model settings of the run."
-                )
-            if _is_sharded(average) and not _is_sharded(value):
-                from torch.distributed.tensor import distribute_tensor
-
-                mesh, placements = average.device_mesh, average.placements  # pyright: ignore[reportAttributeAccessIssue]
-                value = distribute_tensor(value.to(average.device), mesh, placements, src_data_rank=None)
-            average.copy_(value)
-
 
 def _columns(profiles: Sequence[Profile]) -> tuple[np.ndarray, np.ndarray]:
     steps = np.array([profile.step for profile in profiles], dtype=np.float64)
     return steps, np.array([exponent(profile.width) for profile in profiles])
 
 
-def _is_sharded(tensor: Tensor) -> bool:
-    """Tell whether it is a DTensor, by its method: importing the class takes most of a second, for few runs."""
-    return hasattr(tensor, "to_local")
-
-
 def _local(tensor: Tensor) -> Tensor:
-    return getattr(tensor, "to_local")() if _is_sharded(tensor) else tensor  # noqa: B009  (no method of every tensor)
+    """Return what this rank holds. A method tells a DTensor: to import its class takes most of a second."""
+    return getattr(tensor, "to_local", lambda: tensor)()
 
 
-def _other_names(what: str, own: Iterable[str], other: Iterable[str]) -> str:
+def _other_names(own: Iterable[str], other: Iterable[str]) -> str:
     lacking, unknown = sorted(set(own) - set(other)), sorted(set(other) - set(own))
     return (
-        f"ema_profile: the {what} lack {len(lacking)} averages ({', '.join(lacking[:3])}) and have {len(unknown)} "
+        f"ema_profile: the parameters lack {len(lacking)} averages ({', '.join(lacking[:3])}) and have {len(unknown)} "
         f"unknown ones ({', '.join(unknown[:3])}); keep ema_profile.widths and the model of the run."
     )

@@ -30,11 +30,11 @@ def test_denoised_latents_pass_the_statistics_both_ways():
 
     class Perfect(torch.nn.Module):
         def forward(self, z_t, t, condition):
-            from iccld.diffusion import predict_noise
+            from iccld.diffusion import noise_from_z_0
             from iccld.models.denoiser import DenoiserOutput
 
             seen.append(condition)
-            return DenoiserOutput(condition, predict_noise(z_t, target, t, model.alpha_bar), target, condition)
+            return DenoiserOutput(condition, noise_from_z_0(z_t, target, t, model.alpha_bar), target, condition)
 
     model.denoiser = Perfect()  # pyright: ignore
     got = model.denoise_segment(IMAGES, noise=random_noise(model, IMAGES), num_steps=3)

@@ -9,7 +9,7 @@ import torch
 from torch.func import functional_call
 
 from iccld.labels import IGNORE_INDEX
-from iccld.losses import domain_confusion, domain_cross_entropy, noise_mse
+from iccld.losses import domain_confusion, domain_cross_entropy, latent_mse
 from iccld.models.iccld import ICCLD
 from iccld.models.settings import ConditionKind, LatentKind
 from iccld.stages.adversarial import AdversarialStage, new_discriminator
@@ -135,7 +135,8 @@ def two_optimiser_step(stage: AdversarialStage, inputs: Any, optimisers: list[to
     for p in module.discriminator.parameters():
         p.requires_grad_(False)
     noise_pred = module.denoiser(tensors["z_t"], tensors["t"], tensors["condition"]).noise_pred
-    mse = noise_mse(noise_pred, tensors["noise"], tensors["diffusion_weights"]) / denominators["diffusion"]
+    errors = latent_mse(noise_pred, tensors["noise"])
+    mse = (tensors["diffusion_weights"] * errors).sum() / denominators["diffusion"]
     confusion = domain_confusion(module.discriminator(noise_pred, tensors["t"])).sum() / denominators["adversarial"]
     generator_loss = mse + tensors["adversarial_weight"] * confusion
     generator_loss.backward()

@@ -1,5 +1,7 @@
 """Power-function averages against slow sums, numerical integration, and each other."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,6 @@ from iccld.uda.ema_profile import (
     exponent,
     inner_products,
     profile_error,
-    relative_width,
     snapshot_weights,
 )
 from iccld.uda.settings import MAX_WIDTH, EmaProfileConfig, average_name
@@ -47,6 +48,11 @@ def smooth_walk(num_steps: int, *, seed: int, size: int = 8) -> np.ndarray:
 @pytest.mark.parametrize(("width", "gamma"), [(0.05, 16.97), (0.10, 6.94)])
 def test_the_exponents_of_the_paper(width: float, gamma: float):
     assert exponent(width) == pytest.approx(gamma, abs=0.005)
+
+
+def relative_width(gamma: float) -> float:
+    """Invert `exponent`."""
+    return math.sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)))
 
 
 @given(WIDTHS)
@@ -121,7 +127,8 @@ def test_a_resume_in_the_middle_is_bitwise():
         if step == 24:
             kept = {name: tensor.clone() for name, tensor in whole.state_dict().items()}
     resumed = PowerAverages({"w": torch.full((5,), torch.nan)}, [0.05, 0.10])
-    resumed.load_state_dict(kept)
+    for name, tensor in resumed.state_dict().items():  # as the engine fills it
+        tensor.copy_(kept[name])
     for step in range(25, 40):
         resumed.update({"w": students[step]}, step)
     for name, tensor in whole.state_dict().items():
@@ -236,13 +243,9 @@ def test_right_settings_are_taken():
     assert not EmaProfileConfig().widths and EmaProfileConfig(widths=[0.05, 0.10], snapshot_every=100)
 
 
-def test_a_state_or_parameters_of_another_model_are_refused():
+def test_parameters_of_another_model_are_refused():
     averages = PowerAverages({"w": torch.zeros(3)}, [0.05])
     before = averages.state_dict()["ema_0.050/w"].clone()
-    with pytest.raises(ValueError, match=r"lack 1 averages \(ema_0.050/w\) and have 1 unknown ones \(ema_0.100/w\)"):
-        averages.load_state_dict({"ema_0.100/w": torch.ones(3)})
-    with pytest.raises(ValueError, match=r"ema_0.050/w has shape \(4,\) in the state, \(3,\) here"):
-        averages.load_state_dict({"ema_0.050/w": torch.ones(4)})
     with pytest.raises(ValueError, match=r"the parameters lack 1 averages \(w\) and have 2 unknown ones \(a, b\)"):
         averages.update({"a": torch.ones(3), "b": torch.ones(3)}, 0)
     assert torch.equal(averages.state_dict()["ema_0.050/w"], before)

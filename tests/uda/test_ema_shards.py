@@ -32,16 +32,12 @@ def _average_shards(rank: int, world_size: int, folder: str) -> None:
     )
     for step in range(20):
         whole.update({name: value[step] for name, value in students.items()}, step)
-        if step == 10:  # resumed from full tensors, and then from its own
-            full = {name: tensor.clone() for name, tensor in whole.state_dict().items()}
-            shards = PowerAverages(sharded(3), [0.05, 0.10])
-            shards.load_state_dict(full)
-            again = PowerAverages(sharded(4), [0.05, 0.10])
-            again.load_state_dict(shards.state_dict())
-            shards = again
-        else:
-            shards.update(sharded(step), step)
-            continue
+        shards.update(sharded(step), step)
+        if step == 10:  # resumed, as the engine does: filled in place
+            resumed = PowerAverages(sharded(3), [0.05, 0.10])
+            for name, tensor in resumed.state_dict().items():
+                tensor.copy_(shards.state_dict()[name])
+            shards = resumed
     for name, tensor in shards.state_dict().items():
         assert isinstance(tensor, DTensor) and tensor.dtype == torch.float32
         assert torch.equal(tensor.full_tensor(), whole.state_dict()[name]), name

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from iccld.diffusion import add_noise
 from iccld.labels import IGNORE_INDEX
-from iccld.losses import domain_confusion, domain_cross_entropy, noise_mse, weighted_cross_entropy
+from iccld.losses import domain_confusion, domain_cross_entropy, latent_mse, weighted_cross_entropy
 from iccld.models.blocks import LATENT_STRIDE
 from iccld.runtime.batches import map_tensors
 from iccld.stages.adversarial import AdversarialStage
@@ -77,7 +77,7 @@ class TwoOptimisers:
         predicted = self.denoiser(z_t, draws.t, condition).noise_pred
         ramp = min(1.0, (self.step + 1) / max(1, config.adversarial_ramp_steps))
         adversarial = domain_confusion(self.discriminator(predicted, draws.t)).mean()
-        diffusion = noise_mse(predicted, draws.noise, weights) / weights.sum()
+        diffusion = (weights * latent_mse(predicted, draws.noise)).sum() / weights.sum()
         self.accelerator.backward(diffusion + ramp * config.adversarial_weight * adversarial)
         self.denoiser_optimizer.step()
         self.denoiser_optimizer.zero_grad()
