@@ -30,7 +30,7 @@ from iccld.models.settings import ModelConfig
 from iccld.ranges import at_least, check_ranges
 from iccld.redact import redacted
 from iccld.runtime.settings import EngineConfig, MemoryConfig, MetricsConfig, PreemptionConfig, WatchdogConfig
-from iccld.settings import EvaluationConfig
+from iccld.settings import EvaluationConfig, TrainerConfig
 from iccld.stages.settings import InferenceConfig, SegmentationConfig, Stage1Config, Stage2Config
 from iccld.stages.table import STAGES, first_stage
 
@@ -97,6 +97,11 @@ FREE_SETTINGS = (
 )  # fmt: skip
 FREE_OF_A_STAGE = ("trainer.micro_batch_size", "trainer.checkpoint.", "trainer.evaluate_every")
 """Such settings of each stage's section; a stage adds its own (`StageKind.free_settings`)."""
+
+
+def trainer_settings(name: str, config: Config) -> TrainerConfig:
+    """Return the length, batch and cadences of the stage of this name."""
+    return getattr(config, name).trainer
 
 
 def stage_settings(name: str, config: Config) -> "StageSettings[Any]":

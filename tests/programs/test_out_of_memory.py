@@ -5,9 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from iccld.config import load_config
+from iccld.config import load_config, trainer_settings
 from iccld.programs.run.building import fresh_stage
-from iccld.programs.run.checks import plan_of
 from iccld.programs.run.out_of_memory import remedies
 from iccld.runtime.engine.engine import Engine
 from iccld.runtime.settings import EngineConfig
@@ -32,7 +31,7 @@ def test_activation_checkpointing_is_named_where_it_helps(stage: str, settings: 
     config = load_config(["model=tiny", *settings])
     with Engine(EngineConfig()) as engine:
         made = fresh_stage(stage, config, torch.device("cpu"))
-        found = list(remedies(made, plan_of(stage, config).layout(), config, engine, phase="forward"))
+        found = list(remedies(made, trainer_settings(stage, config).layout(), config, engine, phase="forward"))
     assert [text for text in found if "checkpointing" in text] == (
         [f"model.{part}.activation_checkpointing=true"] if part else []
     )

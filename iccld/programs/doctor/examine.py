@@ -243,6 +243,7 @@ def _locks(path: Path, near: Path) -> Finding:
 
 def room(config: Any) -> Iterator[Finding]:
     """Check that the checkpoints of all stages have room: fp32 weights, teacher and two moments, at most."""
+    from iccld.config import trainer_settings
     from iccld.models.iccld import ICCLD
     from iccld.runtime.faults.preflight import check_space
 
@@ -252,7 +253,7 @@ def room(config: Any) -> Iterator[Finding]:
     with torch.device("meta"):
         model = ICCLD(config=config.model, num_classes=config.data.class_set.build().num_classes)
     size = 16 * sum(parameter.numel() for parameter in model.parameters())
-    kept = sum(getattr(config, stage).trainer.checkpoint.keep + 1 for stage in config.stages)
+    kept = sum(trainer_settings(stage, config).checkpoint.keep + 1 for stage in config.stages)
     check_space(Path(config.run_dir), size * kept)
     yield Finding(FINE, "room", f"for {kept} checkpoints of at most {size / 2**30:.2f} GiB each")
 

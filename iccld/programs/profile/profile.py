@@ -98,15 +98,15 @@ def profile_stage(
     trials = replace(trials_of(name, config, engine, watchdog), config=own, build=build)
     if options.synthetic:
         trials = replace(trials, batch=lambda size: synthetic_batch(config, range(size)))
-    layout, plan = choose_layout(name, trials), trials.plan
-    plan = replace(plan, num_steps=max(plan.num_steps, options.num_all))
+    layout, settings = choose_layout(name, trials), trials.settings
+    settings = replace(settings, num_steps=max(settings.num_steps, options.num_all))
     stage = build()
-    flops = flops_per_sample(stage, config, plan.num_steps - 1)
+    flops = flops_per_sample(stage, config, settings.num_steps - 1)
     work = work_by_part(stage, config, layout.micro_batch_size)
     memory.restart_peak(engine.device)
     with explained_out_of_memory(stage, layout, own, engine, watchdog=watchdog):
-        attach(stage, engine, layout, gradient_clip=plan.gradient_clip)
-        of_this_rank = _measured(stage, layout, plan.num_steps, config, engine, options, watchdog, folder)
+        attach(stage, engine, layout, gradient_clip=settings.gradient_clip)
+        of_this_rank = _measured(stage, layout, settings.num_steps, config, engine, options, watchdog, folder)
     watchdog.phase("finish")
     ranks = engine.ranks.gather(of_this_rank)
     return {

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from iccld.config import Config
+from iccld.config import Config, trainer_settings
 from iccld.eager import without_compiled_code
-from iccld.programs.run.checks import plan_of
 from iccld.programs.run.synthetic import synthetic_batch
 from iccld.runtime.batches import map_tensors
 from iccld.runtime.engine.engine import Engine
@@ -57,7 +56,7 @@ def _tensors(values: Any) -> list[Tensor]:
 
 def work_by_part(stage: Stage, config: Config, micro_batch_size: int) -> Work:
     """Count the work of one micro-batch's forward passes. Call it before an engine shards the stage."""
-    twin, step = on_meta(stage), plan_of(stage.name, config).num_steps - 1
+    twin, step = on_meta(stage), trainer_settings(stage.name, config).num_steps - 1
     batch = map_tensors(synthetic_batch(config, range(micro_batch_size)), lambda tensor: tensor.to("meta"))
     with FlopCounter(twin.parts()) as counter, Traffic(counter) as traffic:
         with torch.no_grad():
@@ -84,7 +83,7 @@ def roofline(stage: Stage, config: Config, work: Work, micro_batch_size: int, en
 
 @without_compiled_code()  # compiled code has no place for hooks
 def _seconds_by_part(stage: Stage, config: Config, micro_batch_size: int, engine: Engine) -> dict[str, float]:
-    timer, step = PhaseTimer(engine.device), plan_of(stage.name, config).num_steps - 1
+    timer, step = PhaseTimer(engine.device), trainer_settings(stage.name, config).num_steps - 1
     running: list[Any] = []
     hooks = [
         hook

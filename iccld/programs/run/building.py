@@ -9,10 +9,9 @@ from typing import Any
 import torch
 
 from iccld.batch_layout import BatchLayout
-from iccld.config import Config, stage_settings
+from iccld.config import Config, stage_settings, trainer_settings
 from iccld.data.stream.stream import TrainingStream
 from iccld.models.iccld import ICCLD
-from iccld.programs.run.checks import plan_of
 from iccld.programs.run.hand_off import handed_over
 from iccld.programs.run.micro_batch import Trials
 from iccld.runtime.engine.engine import Engine
@@ -104,4 +103,4 @@ def trials_of(name: str, config: Config, engine: Engine, watchdog: Watchdog) -> 
     def build() -> Stage:
         return build_stage(name, config, engine.device)
 
-    return Trials(plan_of(name, config), config, engine, watchdog, build, first_samples)
+    return Trials(trainer_settings(name, config), config, engine, watchdog, build, first_samples)

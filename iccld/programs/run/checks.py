@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from iccld.config import Config, read_config, stage_settings, to_yaml
+from iccld.config import Config, read_config, stage_settings, to_yaml, trainer_settings
 from iccld.data.stream.validation import read_validation
 from iccld.durable import make_folder, refuse_links, refuse_unless_plain, remove_left_overs, write_whole
 from iccld.outcome import plain, status_of
@@ -22,7 +22,6 @@ from iccld.programs.run.kept_views import open_view_files
 from iccld.runtime.engine.engine import Engine
 from iccld.runtime.faults.watchdog import Watchdog
 from iccld.runtime.ranks import Ranks
-from iccld.settings import TrainerConfig
 from iccld.stages.settings import Weights
 from iccld.stages.table import STAGES
 
@@ -64,22 +63,23 @@ def together(check: Callable[[], None], ranks: Ranks) -> None:
 def check_settings(config: Config, engine: Engine) -> None:
     """Refuse settings that a later stage would fail on, before time is spent on an earlier one."""
     for name in config.stages:
-        plan_of(name, config).layout(world_size=engine.ranks.world_size)
+        trainer_settings(name, config).layout(world_size=engine.ranks.world_size)
         STAGES[name].check(stage_settings(name, config), device=engine.device, is_sharded=engine.is_sharded)
         open_view_files(name, config)
     class_set = config.data.class_set.build()
     class_set.subset(config.evaluation.num_classes or class_set.num_classes)
     if config.data.validation.shards:
         read_validation(config.data)
-    elif any(plan_of(name, config).evaluate_every for name in config.stages):
+    elif any(trainer_settings(name, config).evaluate_every for name in config.stages):
         raise ValueError(
             "trainer.evaluate_every is set, but data.validation.shards is empty; set it, or evaluate_every=0."
         )
     for name in config.stages if config.inference.weights is Weights.best else ():
-        if not 0 < plan_of(name, config).evaluate_every <= plan_of(name, config).num_steps:
+        settings = trainer_settings(name, config)
+        if not 0 < settings.evaluate_every <= settings.num_steps:
             raise ValueError(
                 f"inference.weights=best scores the teacher that scored best in training, and {name}.trainer."
-                f"evaluate_every={plan_of(name, config).evaluate_every} scores none; set it, or weights=teacher."
+                f"evaluate_every={settings.evaluate_every} scores none; set it, or weights=teacher."
             )
     if not config.data.target.shards and any(
         STAGES[name].reads_target(stage_settings(name, config)) for name in config.stages
@@ -151,7 +151,3 @@ def watch(config: Config, ranks: Ranks, *, beats_in: Path | None = None) -> Watc
             remove_left_overs(folder, older_than_s=LEFT_OVER_AFTER_S)
     ranks.barrier()
     return watchdog
-
-
-def plan_of(name: str, config: Config) -> TrainerConfig:
-    return getattr(config, name).trainer

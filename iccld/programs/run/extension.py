@@ -12,7 +12,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from iccld.config import Config, differences
+from iccld.config import Config, differences, trainer_settings
 from iccld.durable import make_folder, refuse_links, refuse_unless_plain, sync, write_whole
 from iccld.programs.run.hand_off import final_folder, is_finished
 from iccld.programs.run.saved_scores import of_own_models
@@ -41,7 +41,7 @@ class Extension:
 
 def extensions(run_dir: Path, saved: Config, config: Config) -> list[Extension]:
     """Find the stages that have begun and are now to do more steps than the saved settings say."""
-    steps = {name: (_plan(name, saved).num_steps, _plan(name, config).num_steps) for name in STAGES}
+    steps = {name: [trainer_settings(name, each).num_steps for each in (saved, config)] for name in STAGES}
     return [
         Extension(name, before, after)
         for name, (before, after) in steps.items()
@@ -101,7 +101,7 @@ def set_aside(run_dir: Path, found: list[Extension], config: Config) -> None:
         _move(run_dir, path, aside)
     for each in found:
         if each.stage not in later:
-            print(_said(each, _plan(each.stage, config)), flush=True)
+            print(_said(each, trainer_settings(each.stage, config)), flush=True)
     for name in later:
         again = ", and trained again" if name in config.stages else ""
         print(f"{name} rested on {first} after {found[0].before} steps: it is set aside{again}", flush=True)
@@ -132,16 +132,12 @@ def _move(run_dir: Path, path: Path, aside: Path) -> None:
     sync(target.parent)
 
 
-def _said(extension: Extension, plan: TrainerConfig) -> str:
+def _said(extension: Extension, settings: TrainerConfig) -> str:
     before, after = extension.before, extension.num_steps
-    factor = learning_rate_factor(before, num_steps=after, config=plan.schedule)
-    ended = learning_rate_factor(before - 1, num_steps=before, config=plan.schedule)
+    factor = learning_rate_factor(before, num_steps=after, config=settings.schedule)
+    ended = learning_rate_factor(before - 1, num_steps=before, config=settings.schedule)
     return (
         f"{extension.stage}: {before} -> {after} steps. From where it stands, its learning rate follows the schedule "
         f"of {after} steps: at step {before} it is {factor:.3g} of the full one, where it had ended at {ended:.3g}. So "
         f"the result is not that of {after} steps from the beginning."
     )
-
-
-def _plan(name: str, config: Config) -> TrainerConfig:
-    return getattr(config, name).trainer

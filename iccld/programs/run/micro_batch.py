@@ -43,7 +43,7 @@ NUM_COMPUTED = 2  # micro-batches of a trial's step; the others only take their 
 class Trials:
     """Trials of sizes. `build` makes a stage for a trial; `batch` returns so many of a rank's first samples."""
 
-    plan: TrainerConfig
+    settings: TrainerConfig
     config: Config
     engine: Engine
     watchdog: Watchdog
@@ -68,7 +68,7 @@ class Trials:
                 raise
             failed = True
             if size == 1:
-                layout = self._layout(1, self.plan.global_batch_size)
+                layout = self._layout(1, self.settings.global_batch_size)
                 with explained_out_of_memory(stage, layout, self.config, engine, watchdog=self.watchdog):
                     raise
             traceback.clear_frames(error.__traceback__)
@@ -85,12 +85,12 @@ class Trials:
         return BatchLayout(global_batch_size, size, world_size=ranks.world_size, rank=ranks.rank)
 
     def _train(self, stage: Stage, size: int) -> None:
-        engine, plan, of_ranks = self.engine, self.plan, size * self.engine.ranks.world_size
-        num_micro_batches = -(-plan.global_batch_size // of_ranks)
+        engine, settings, of_ranks = self.engine, self.settings, size * self.engine.ranks.world_size
+        num_micro_batches = -(-settings.global_batch_size // of_ranks)
         layout = self._layout(size, num_micro_batches * of_ranks)
-        attach(stage, engine, layout, gradient_clip=plan.gradient_clip)
+        attach(stage, engine, layout, gradient_clip=settings.gradient_clip)
         batches = _copies(self.batch(size), num_micro_batches, engine.device)
-        step = plan.num_steps - 1  # the last step has every loss; the first ones may lack some
+        step = settings.num_steps - 1  # the last step has every loss; the first ones may lack some
         saved, training_step = [], TrainingStep(stage, engine, PhaseTimer(engine.device))
         for _ in range(2):
             with torch.no_grad(), engine.autocast():
@@ -114,11 +114,11 @@ def choose_layout(stage_name: str, trials: Trials) -> BatchLayout:
     Call on every rank, with no module attached. Nothing of the run is changed: the stage comes from its seed, and every
     draw from its sample's number.
     """
-    plan, ranks, run_dir = trials.plan, trials.engine.ranks, Path(trials.config.run_dir)
-    layout = plan.layout(world_size=ranks.world_size, rank=ranks.rank)
-    if plan.micro_batch_size != AUTO:
+    settings, ranks, run_dir = trials.settings, trials.engine.ranks, Path(trials.config.run_dir)
+    layout = settings.layout(world_size=ranks.world_size, rank=ranks.rank)
+    if settings.micro_batch_size != AUTO:
         return layout
-    before = ranks.gather(_size_before(run_dir / stage_name, plan, trials))[0]  # as rank 0 sees it
+    before = ranks.gather(_size_before(run_dir / stage_name, settings, trials))[0]  # as rank 0 sees it
     size, how = (before, "as before") if before else _choose(trials)
     layout = replace(layout, micro_batch_size=size)
     if ranks.is_main:
@@ -129,7 +129,7 @@ def choose_layout(stage_name: str, trials: Trials) -> BatchLayout:
     return layout
 
 
-def _size_before(folder: Path, plan: TrainerConfig, trials: Trials) -> int:
+def _size_before(folder: Path, settings: TrainerConfig, trials: Trials) -> int:
     """Return the size that the newest checkpoint was trained with; 0 if there is none, or what needs memory differs."""
     engine, model = trials.engine, trials.config.model
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -140,14 +140,14 @@ def _size_before(folder: Path, plan: TrainerConfig, trials: Trials) -> int:
         now = [model.encoder.activation_checkpointing, model.denoiser.activation_checkpointing]
         now += [engine.kind.value, engine.ranks.world_size, engine.config.precision.name]
         if [*kept, layout["engine"], layout["world_size"], layout["precision"]] == now:
-            return plan.global_batch_size // (engine.ranks.world_size * layout["num_accumulation"])
+            return settings.global_batch_size // (engine.ranks.world_size * layout["num_accumulation"])
     return 0
 
 
 def _choose(trials: Trials) -> tuple[int, str]:
     """Choose a size that all ranks bear; return it, and how it was found."""
     ranks, device, share = trials.engine.ranks, trials.engine.device, trials.config.memory.share
-    sizes = divisors(trials.plan.layout(world_size=ranks.world_size).rank_batch_size)
+    sizes = divisors(trials.settings.layout(world_size=ranks.world_size).rank_batch_size)
     if sizes == [1]:
         return 1, "no other divides a rank's samples"
     trials.fits(1)  # first, so that libraries, threads and communicators have taken theirs

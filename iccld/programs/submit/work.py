@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from iccld.config import Config, config_from, load_config
+from iccld.config import Config, config_from, load_config, trainer_settings
 from iccld.programs.arguments import parse_verb, settings_of
 from iccld.programs.evaluate import command as evaluate
 from iccld.programs.profile import command as profile
@@ -144,7 +144,7 @@ def _check_batches(command: Sequence[str], num_ranks: int) -> None:
     if command[0] != "evaluate":
         config = _config(command)
         for name in config.stages:
-            getattr(config, name).trainer.layout(world_size=num_ranks)
+            trainer_settings(name, config).layout(world_size=num_ranks)
 
 
 def _chain(command: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
@@ -152,7 +152,7 @@ def _chain(command: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
     config = _config(command)
     for name in config.stages:
         settings = [f"stages=[{name}]"]
-        if not getattr(config, name).trainer.evaluate_every:
+        if not trainer_settings(name, config).evaluate_every:
             settings.append("data.validation.shards=")  # scoring is the last job's
         yield f"-{name}", _with_settings(command, settings)
     yield "-scores", list(command)

@@ -4,9 +4,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from iccld.config import Config, to_dict
+from iccld.config import Config, to_dict, trainer_settings
 from iccld.programs.evaluate.results import own_results, read_results
-from iccld.programs.run.checks import plan_of
 from iccld.programs.run.metric_lines import number, read_entries
 from iccld.runtime.checkpoint.manifest import DamagedError, ForeignFormatError, pointed_at, read_manifest
 from iccld.runtime.measure.metric_entries import FINAL
@@ -20,7 +19,7 @@ def log_final_scores(config: Config, ranks: Ranks) -> None:
     results = read_results(path) if path.exists() else {}
     entries = read_entries(Path(config.run_dir))
     for stage in config.stages:
-        step = plan_of(stage, config).num_steps
+        step = trainer_settings(stage, config).num_steps
         own = [entry for entry in entries if (entry["stage"], entry["step"]) == (stage, step)]
         values = dict(_values(stage, results))
         if values and not any(name.startswith(FINAL) for entry in own for name in entry):
@@ -28,7 +27,7 @@ def log_final_scores(config: Config, ranks: Ranks) -> None:
 
 
 def _write(stage: str, step: int, values: Mapping[str, float], config: Config, ranks: Ranks) -> None:
-    layout = plan_of(stage, config).layout(world_size=ranks.world_size, rank=ranks.rank)
+    layout = trainer_settings(stage, config).layout(world_size=ranks.world_size, rank=ranks.rank)
     metrics = MetricsLogger(Path(config.run_dir), config.metrics, stage=stage, ranks=ranks, layout=layout)
     metrics.start(step=step, logger_id=_logger_id(Path(config.run_dir) / stage / "checkpoints"), config=to_dict(config))
     metrics.write({"stage": stage, "step": step, **values})

@@ -8,12 +8,11 @@ from functools import partial
 from pathlib import Path
 
 from iccld.batch_layout import BatchLayout
-from iccld.config import Config, stage_settings
+from iccld.config import Config, stage_settings, trainer_settings
 from iccld.data.config import OnError
 from iccld.data.stream.sets import open_sets
 from iccld.data.stream.workers import shared_bytes
 from iccld.programs.run.building import noise_of
-from iccld.programs.run.checks import plan_of
 from iccld.runtime.engine.engine import Engine
 from iccld.runtime.faults.preemption import STOPPED_BY_WATCHDOG
 from iccld.runtime.faults.preflight import (
@@ -36,7 +35,7 @@ def check_fitness(config: Config, engine: Engine) -> None:
     if not config.preflight:
         return
     run_dir, ranks = Path(config.run_dir), engine.ranks
-    layouts = {name: plan_of(name, config).layout(world_size=ranks.world_size) for name in config.stages}
+    layouts = {name: trainer_settings(name, config).layout(world_size=ranks.world_size) for name in config.stages}
     checks: dict[str, Callable[[], None]] = {
         "device": partial(check_device, engine.device),
         "run_dir": partial(check_folder, run_dir, ranks.rank),
@@ -55,7 +54,7 @@ def check_room(stage: Stage, layout: BatchLayout, config: Config, ranks: Ranks) 
     if not config.preflight:
         return
     run_dir, name = Path(config.run_dir), stage.name
-    size = _checkpoint_bytes(stage) * (plan_of(name, config).checkpoint.keep + 1)
+    size = _checkpoint_bytes(stage) * (trainer_settings(name, config).checkpoint.keep + 1)
     check = partial(check_space, run_dir / stage.name / "checkpoints", size)
     checks = {
         "disk": check if ranks.is_main else lambda: None,

@@ -5,8 +5,7 @@ import os
 import torch
 
 from iccld.batch_layout import BatchLayout
-from iccld.config import Config
-from iccld.programs.run.checks import plan_of
+from iccld.config import Config, trainer_settings
 from iccld.runtime.engine.engine import Engine
 from iccld.stages.base import Stage
 
@@ -23,7 +22,7 @@ def header_of(stage: Stage, layout: BatchLayout, config: Config, engine: Engine)
         "engine": engine.kind.value,
         "precision": engine.config.precision.name,
         "parameters": f"{total / 1e6:.2f} million, {trained / 1e6:.2f} million are trained",
-        "steps": f"{plan_of(stage.name, config).num_steps} of {layout.global_batch_size} samples{accumulated}",
+        "steps": f"{trainer_settings(stage.name, config).num_steps} of {layout.global_batch_size} samples{accumulated}",
         "run directory": config.run_dir,
     }
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from iccld import __version__, schema
 from iccld.batch_layout import BatchLayout
-from iccld.config import Config, to_dict
+from iccld.config import Config, to_dict, trainer_settings
 from iccld.data.stream.sets import sets_kept_open
 from iccld.data.stream.stream import TrainingStream
 from iccld.data.stream.workers import prepare_workers
@@ -29,7 +29,7 @@ from iccld.programs.evaluate.results import finished_models, settings_checksum
 from iccld.programs.evaluate.scoring import GiveUp, diagnose_model, evaluate_predictor
 from iccld.programs.run.best import keep_best
 from iccld.programs.run.building import build_stage, build_stream, first_batches, trials_of, whole_stage
-from iccld.programs.run.checks import check_alone, check_links, check_settings, claim_run_dir, plan_of, together, watch
+from iccld.programs.run.checks import check_alone, check_links, check_settings, claim_run_dir, together, watch
 from iccld.programs.run.hand_off import final_folder, hand_over, handed_over, is_finished, take_first_stage
 from iccld.programs.run.kept_views import keep_views
 from iccld.programs.run.metric_lines import read_entries
@@ -126,7 +126,7 @@ def _run_stages(config: Config, engine: Engine, preemption: Preemption, watchdog
 def _run_stage(
     name: str, config: Config, engine: Engine, preemption: Preemption, watchdog: Watchdog, terminal: Terminal
 ) -> bool:
-    plan, layout = plan_of(name, config), choose_layout(name, trials_of(name, config, engine, watchdog))
+    settings, layout = trainer_settings(name, config), choose_layout(name, trials_of(name, config, engine, watchdog))
     stream = build_stream(name, config, layout)
     stage = build_stage(name, config, engine.device)
     check_room(stage, layout, config, engine.ranks)
@@ -135,7 +135,7 @@ def _run_stage(
     metrics = _metrics(stage, layout, config, engine, terminal)
     terminal.header(header_of(stage, layout, config, engine))
     checkpoints = CheckpointStore(
-        folder / "checkpoints", plan.checkpoint, engine.ranks, announce=lambda step: metrics.event("saved", step=step)
+        folder / "checkpoints", settings.checkpoint, engine.ranks, announce=lambda n: metrics.event("saved", step=n)
     )
     with (
         keep_views(stage, config, engine, stream),
@@ -149,7 +149,7 @@ def _run_stage(
             metrics=metrics,
             preemption=preemption,
             watchdog=watchdog,
-            config=plan,
+            config=settings,
             layout=layout,
             about=_about(stage, config, stream),
             pictures=TrainingPictures(stage, config, engine, metrics=metrics, watchdog=watchdog),
@@ -158,7 +158,7 @@ def _run_stage(
         ).run()
     if finished:
         _finish(stage, config, engine)
-        metrics.event("finished", step=plan.num_steps)
+        metrics.event("finished", step=settings.num_steps)
     engine.detach()
     metrics.close()
     return finished
@@ -170,7 +170,7 @@ def _finish(stage: Stage, config: Config, engine: Engine) -> None:
     if engine.ranks.is_main:
         measure_latents(stage, config, engine)
         _warn(stage, config)
-        hand_over(stage, config, step=plan_of(stage.name, config).num_steps)
+        hand_over(stage, config, step=trainer_settings(stage.name, config).num_steps)
     engine.ranks.barrier()
 
 
