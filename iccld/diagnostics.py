@@ -33,13 +33,13 @@ from iccld.losses import weighted_cross_entropy
 from iccld.models.encoder import EncoderOutput
 from iccld.models.iccld import ICCLD
 from iccld.scores import Scores
-from iccld.settings import STRIDE, EvaluationConfig
+from iccld.settings import LATENT_STRIDE, EvaluationConfig
 
 FIT_STEPS = 20
 FIT_RATE = 0.1
 """Adam's learning rate, in standard deviations of the latent: 20 steps move no value by more than two of them."""
 NUM_TIMESTEPS = 4
-BLUR_STRIDE = 2 * STRIDE
+BLUR_STRIDE = 2 * LATENT_STRIDE
 """Pixels. D has features of stride 4 and a latent of stride 8; a map whose boundaries are no better than those
 of labels seen at stride 16 made no use of either."""
 YARDSTICK = f"labels_at_{BLUR_STRIDE}"
@@ -155,7 +155,7 @@ def make_example(sample: Mapping[str, Any], *, config: EvaluationConfig, device:
     if config.sliding_window:
         images, labels = (_middle(tensor, config.window) for tensor in (images, labels))
     height, width = images.shape[-2:]
-    sides = (0, -width % STRIDE, 0, -height % STRIDE)
+    sides = (0, -width % LATENT_STRIDE, 0, -height % LATENT_STRIDE)
     labels = F.pad(labels, sides, value=float(IGNORE_INDEX))
     return Example(F.pad(images, sides, mode="replicate"), labels[:, 0].to(torch.uint8), sample["number"])
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from iccld.eager import without_compiled_code
 from iccld.labels import IGNORE_INDEX, ClassSet
 from iccld.scores import EvaluationResult, Scores
-from iccld.settings import STRIDE, EvaluationConfig
+from iccld.settings import LATENT_STRIDE, EvaluationConfig
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 """Images `(B, 3, H, W)` float32 in [0, 1] and sample numbers `(B,)` int64, which key the noise, to logits
@@ -32,7 +32,7 @@ Predict = Callable[[Tensor, Tensor], Tensor]
 def whole_image(predict: Predict, images: Tensor, numbers: Tensor) -> Tensor:
     """Return logits `(B, K, H, W)` float32 in one pass; images `(B, 3, H, W)` are padded by their last rows."""
     height, width = images.shape[-2:]
-    padded = F.pad(images, (0, -width % STRIDE, 0, -height % STRIDE), mode="replicate")
+    padded = F.pad(images, (0, -width % LATENT_STRIDE, 0, -height % LATENT_STRIDE), mode="replicate")
     return _resized(predict(padded, numbers).float(), padded.shape[-2:])[..., :height, :width]
 
 

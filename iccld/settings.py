@@ -6,8 +6,8 @@ from iccld.batch_layout import AUTO, BatchLayout
 from iccld.ranges import at_least, between, check_ranges, off_or_above
 from iccld.runtime.settings import CheckpointConfig
 
-STRIDE = 8
-"""The latent's stride: predict functions are given sides that are multiples of it."""
+LATENT_STRIDE = 8
+"""Predict functions are given sides that are multiples of it."""
 
 
 @dataclass
@@ -38,14 +38,13 @@ class EvaluationConfig:
             **dict.fromkeys(("boundary_width", "batch_size"), at_least(1)),
             **dict.fromkeys(("num_classes", "max_images", "diagnostic_images"), at_least(0)),
         )
-        if self.image_size and (len(self.image_size) != 2 or min(self.image_size) < STRIDE):
+        if self.image_size and (len(self.image_size) != 2 or min(self.image_size) < LATENT_STRIDE):
             raise ValueError(f"evaluation.image_size={self.image_size} must be [height, width] in pixels, or empty.")
         for name in ("window", "stride"):
             sides = getattr(self, name)
-            if len(sides) != 2 or min(sides) < STRIDE or any(side % STRIDE for side in sides):
-                raise ValueError(
-                    f"evaluation.{name}={sides} must be [height, width] in multiples of {STRIDE}; use [512, 512]."
-                )
+            if len(sides) != 2 or min(sides) < LATENT_STRIDE or any(side % LATENT_STRIDE for side in sides):
+                rule = f"must be [height, width] in multiples of {LATENT_STRIDE}; use [512, 512]."
+                raise ValueError(f"evaluation.{name}={sides} {rule}")
         if any(step > side for step, side in zip(self.stride, self.window, strict=True)):
             raise ValueError(
                 f"evaluation.stride={self.stride} must not exceed evaluation.window={self.window}, or pixels between "

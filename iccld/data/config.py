@@ -13,8 +13,8 @@ from iccld.labels import CITYSCAPES_19, ClassSet, merged_class_set, own_class_se
 from iccld.ranges import Range, at_least, between, check_ranges, share
 from iccld.redact import without_secrets
 
-STRIDE = 8
-"""The latent's stride: crops are multiples of it."""
+LATENT_STRIDE = 8
+"""Sides of crops are multiples of it."""
 
 _UNASKED = "unasked:"
 """Mark before a location that a saved file names, until the command line has replaced it."""
@@ -192,10 +192,10 @@ def locations(config: DataConfig, roles: Sequence[str], *, with_keys: bool = Fal
 
 
 def _check_crop_size(crop_size: list[int]) -> None:
-    if len(crop_size) == 2 and all(side > 0 and side % STRIDE == 0 for side in crop_size):
+    if len(crop_size) == 2 and all(side > 0 and side % LATENT_STRIDE == 0 for side in crop_size):
         return
-    near = [max(STRIDE, round(side / STRIDE) * STRIDE) for side in crop_size[:2]]
+    near = [max(LATENT_STRIDE, round(side / LATENT_STRIDE) * LATENT_STRIDE) for side in crop_size[:2]]
     raise ValueError(
-        f"data.crop_size={list(crop_size)} must be [height, width], multiples of {STRIDE} (latent stride); "
+        f"data.crop_size={list(crop_size)} must be [height, width], multiples of {LATENT_STRIDE} (latent stride); "
         f"use {near if len(near) == 2 else [512, 512]}."
     )

@@ -25,7 +25,7 @@ from iccld.models import iccld as figure
 from iccld.models.model_card import without_paths
 from iccld.models.readme import describe
 from iccld.models.settings import AttentionBackend
-from iccld.settings import STRIDE, EvaluationConfig
+from iccld.settings import LATENT_STRIDE, EvaluationConfig
 from iccld.stages.predictor import predictor_of
 from iccld.stages.settings import InferenceConfig
 
@@ -176,7 +176,9 @@ class ICCLD(figure.ICCLD, ModelHubMixin, library_name="iccld", pipeline_tag="ima
         if seeds < 1 or (seeds > 1 and (not num_steps or self.deterministic)):
             why = "this model never saw noise" if self.deterministic else "without denoising, no noise is drawn"
             raise ValueError(f"seeds={seeds} must be {'1: ' + why if seeds > 1 else 'at least 1'}; use seeds=1.")
-        if len(size) not in (0, 2) or (size and min(size) < STRIDE):
-            raise ValueError(f"size={tuple(size)} must be (height, width), at least {STRIDE} pixels each, or empty.")
+        if len(size) not in (0, 2) or (size and min(size) < LATENT_STRIDE):
+            raise ValueError(
+                f"size={tuple(size)} must be (height, width), at least {LATENT_STRIDE} pixels each, or empty."
+            )
         if precision not in PRECISIONS:
             raise ValueError(f"precision={precision!r} must be one of {', '.join(PRECISIONS)}.")

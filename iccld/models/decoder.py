@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from iccld.models.blocks import LATENT_STRIDE, FeatureFusion, ResidualBlock, conv_block, group_norm
+from iccld.models.blocks import LATENT_STRIDE, LOGITS_STRIDE, FeatureFusion, ResidualBlock, conv_block, group_norm
 from iccld.models.settings import DecoderConfig
 
 
@@ -61,5 +61,5 @@ class Decoder(nn.Module):
         """
         x = self.coarse(self.stem(latent), features, stride=LATENT_STRIDE, keep=keep)
         x = F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False)
-        x = self.fine(x, features, stride=LATENT_STRIDE // 2, keep=keep)
+        x = self.fine(x, features, stride=LOGITS_STRIDE, keep=keep)
         return self.head(x)

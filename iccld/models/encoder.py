@@ -22,7 +22,7 @@ from iccld.models.backbone import (
 from iccld.models.blocks import FEATURE_STRIDES, LATENT_STRIDE, FeatureFusion, conv_block
 from iccld.models.settings import EncoderConfig
 
-COARSEST = FEATURE_STRIDES[-1]
+COARSEST_STRIDE = FEATURE_STRIDES[-1]
 FORWARD_OPTIONS = {
     # Swin's maps of a stage before it is shrunk. Without always_partition one small image would shrink the module's
     # windows for good, so that later outputs depend on earlier inputs.
@@ -100,7 +100,7 @@ class Encoder(nn.Module):
 
     def _states(self, images: Tensor) -> Sequence[Tensor]:
         patch = getattr(self.backbone.config, "patch_size", 1)
-        if isinstance(patch, int) and COARSEST % patch:
+        if isinstance(patch, int) and COARSEST_STRIDE % patch:
             images = _resize(images, [-(-side // patch) * patch for side in images.shape[-2:]])
         output = self.backbone(images, output_hidden_states=True, **self.options)
         return getattr(output, "reshaped_hidden_states", None) or output.hidden_states
@@ -135,7 +135,7 @@ class Encoder(nn.Module):
         return _ANATOMIES[key]
 
     def _examine(self) -> _Anatomy:
-        images = torch.zeros(1, 3, 2 * COARSEST, 2 * COARSEST)
+        images = torch.zeros(1, 3, 2 * COARSEST_STRIDE, 2 * COARSEST_STRIDE)
         with torch.enable_grad():
             states = self._states(images)
             taps = _choose_taps([state.shape for state in states], side=images.shape[-1])
@@ -182,7 +182,7 @@ def _choose_taps(shapes: Sequence[Sequence[int]], *, side: int) -> tuple[int, ..
 
 def _pad(images: Tensor) -> Tensor:
     """Repeat the last row and column until both sides are multiples of 32, so that every stride divides them."""
-    bottom, right = (-side % COARSEST for side in images.shape[-2:])
+    bottom, right = (-side % COARSEST_STRIDE for side in images.shape[-2:])
     return F.pad(images, (0, right, 0, bottom), mode="replicate") if bottom or right else images
 
 

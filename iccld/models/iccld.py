@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from iccld.diffusion import sample, scaled_linear_alpha_bar
 from iccld.durable import file_checksum, make_folder, replacing_by_name, write_whole
-from iccld.models.blocks import LATENT_STRIDE
+from iccld.models.blocks import LATENT_STRIDE, LOGITS_STRIDE
 from iccld.models.condition import Condition, RichCondition
 from iccld.models.decoder import Decoder
 from iccld.models.denoiser import Denoiser
@@ -37,7 +37,6 @@ from iccld.models.settings import AttentionBackend, ConditionKind, ModelConfig
 from iccld.solver import Solver
 
 logger = logging.getLogger(__name__)
-LOGITS_STRIDE = LATENT_STRIDE // 2
 
 
 class ICCLD(nn.Module):

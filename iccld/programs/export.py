@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from iccld.settings import LATENT_STRIDE
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -20,8 +22,10 @@ Write a model that runs without iccld. Inputs: images (B, 3, H, W) float32 in [0
 
   iccld export runs/a model.onnx
 """
-STRIDE = 32
-"""Pixels that the sides of an exported model's images are multiples of: encoders round other sizes differently."""
+COARSEST_STRIDE = 32
+"""Stride of the encoder's coarsest features. Sides of an exported model's images are multiples of it: encoders round
+other sizes differently.
+"""
 SIZES = ((2, 96, 160), (1, 128, 192), (1, 160, 96))
 """Batch, height and width of the images on which both are compared; the first is the one that is traced."""
 TOLERANCE = 1e-3
@@ -132,8 +136,9 @@ def _dynamic(inputs: Sequence["Tensor"]) -> tuple[dict[int, Any], ...]:
     from torch.export import Dim
 
     batch, rows, columns = Dim("batch", min=1, max=64), Dim("rows", min=2, max=256), Dim("columns", min=2, max=256)
-    images = {0: batch, 2: STRIDE * rows, 3: STRIDE * columns}
-    latent = {0: batch, 2: STRIDE // 8 * rows, 3: STRIDE // 8 * columns}
+    images = {0: batch, 2: COARSEST_STRIDE * rows, 3: COARSEST_STRIDE * columns}
+    times = COARSEST_STRIDE // LATENT_STRIDE
+    latent = {0: batch, 2: times * rows, 3: times * columns}
     return (images, latent)[: len(inputs)]
 
 

@@ -7,17 +7,15 @@ All of them look at every fourth row and column: a sixteenth of the pixels, at t
 import torch
 from torch import Tensor
 
-from iccld.models.blocks import LATENT_STRIDE
+from iccld.models.blocks import LOGITS_STRIDE
 from iccld.stages.base import pair
 
 CLASSES, DISAGREEMENT = "pseudo_classes", "disagreement"
-STRIDE = LATENT_STRIDE // 2
-"""Stride of the decoder's logits."""
 
 
 def thinned(labels: Tensor) -> Tensor:
     """Thin `(B, H, W)` to `(B, H/4, W/4)`: the pixel after the middle of each cell of the logits."""
-    return labels[:, STRIDE // 2 :: STRIDE, STRIDE // 2 :: STRIDE]
+    return labels[:, LOGITS_STRIDE // 2 :: LOGITS_STRIDE, LOGITS_STRIDE // 2 :: LOGITS_STRIDE]
 
 
 def class_counts(pseudo_labels: Tensor, source_labels: Tensor, *, num_classes: int) -> Tensor:

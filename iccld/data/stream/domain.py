@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from iccld import rng
-from iccld.data.config import STRIDE, OnError
+from iccld.data.config import LATENT_STRIDE, OnError
 from iccld.data.images.decode import Window, decode_image
 from iccld.data.sample import check_indexed_size, decode_train_ids
 from iccld.data.storage.reader import BadSample, RawSample
@@ -60,7 +60,8 @@ def check_crop_fits(part: OpenSet, crop_size: tuple[int, int]) -> None:
     chosen = samples[: len(part.positions)] if isinstance(part.positions, range) else samples[part.positions]
     small = np.flatnonzero((chosen["height"] < crop_size[0]) | (chosen["width"] < crop_size[1]))
     if len(small):
-        first, fits = small[0], [int(chosen[side].min()) // STRIDE * STRIDE for side in ("height", "width")]
+        fits = [int(chosen[side].min()) // LATENT_STRIDE * LATENT_STRIDE for side in ("height", "width")]
+        first = small[0]
         raise ValueError(
             f"data.crop_size={list(crop_size)} is larger than sample {part.index.key(int(part.positions[first]))!r} of "
             f"{part.index.location} ({chosen['height'][first]}x{chosen['width'][first]} pixels; {len(small)} of "
