@@ -11,7 +11,7 @@ from iccld.models.blocks import FEATURE_STRIDES, LATENT_STRIDE, conv_block, resa
 RICH_STRIDES = tuple(stride for stride in FEATURE_STRIDES if stride >= LATENT_STRIDE)
 
 
-class Condition(NamedTuple):
+class ConditionParts(NamedTuple):
     """The parts of a rich condition, all of one view.
 
     latent: E's, normalised, `(B, C, h, w)`. features: E's at strides 8, 16 and 32. probabilities: `(B, K, h, w)`, D's
@@ -24,7 +24,7 @@ class Condition(NamedTuple):
     images: Tensor
 
 
-class RichCondition(nn.Module):
+class ConditionProjection(nn.Module):
     """Project the parts of a rich condition, each to a share of `width` channels, and concatenate them at stride 8."""
 
     def __init__(self, *, latent_channels: int, feature_channels: Sequence[int], num_classes: int, width: int) -> None:
@@ -38,7 +38,7 @@ class RichCondition(nn.Module):
         )
         self.out_channels = latent_channels + (len(feature_channels) + 2) * share + 2
 
-    def forward(self, condition: Condition) -> Tensor:
+    def forward(self, condition: ConditionParts) -> Tensor:
         """Return the condition as the UNet takes it, `(B, out_channels, h, w)`."""
         latent, size = condition.latent, condition.latent.shape[-2:]
         levels = zip(self.features, condition.features, RICH_STRIDES, strict=True)

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from iccld.diffusion import noise_from_velocity, scaled_linear_alpha_bar, z_0_from_velocity
 from iccld.models.attention import check_backend, default_device_type
 from iccld.models.blocks import ResidualBlock, SelfAttention, TimeEmbedding, group_norm
-from iccld.models.condition import Condition, RichCondition
+from iccld.models.condition import ConditionParts, ConditionProjection
 from iccld.models.settings import DenoiserConfig
 
 
@@ -43,13 +43,13 @@ class Denoiser(nn.Module):
         config: DenoiserConfig,
         latent_channels: int,
         condition_channels: int,
-        rich: RichCondition | None = None,
+        rich: ConditionProjection | None = None,
         starts_at_zero: bool = False,
     ) -> None:
         """Build the network; `condition_channels` are the condition's channels as the UNet sees it.
 
-        `rich` makes these channels out of a `Condition`. `starts_at_zero`: untrained, z_0_pred is exactly 0 at the last
-        timestep, where z_t has to be pure noise.
+        `rich` makes these channels out of the parts of a rich condition. `starts_at_zero`: untrained, z_0_pred is
+        exactly 0 at the last timestep, where z_t has to be pure noise.
         """
         super().__init__()
         check_backend(config.attention, default_device_type())
@@ -78,10 +78,10 @@ class Denoiser(nn.Module):
     def middle_channels(self) -> int:
         return self.config.channels[-1]
 
-    def forward(self, z_t: Tensor, t: Tensor, condition: Tensor | Condition) -> DenoiserOutput:
+    def forward(self, z_t: Tensor, t: Tensor, condition: Tensor | ConditionParts) -> DenoiserOutput:
         """Predict from z_t and condition `(B, C, h, w)` float of any h, w, and t `(B,)` int64; see `DenoiserOutput`.
 
-        A rich denoiser takes a `Condition`.
+        A rich denoiser takes `ConditionParts`.
         """
         time = self.time(t)
         x = self.stem(torch.cat([z_t, self._condition_channels(condition)], dim=1))
@@ -109,11 +109,11 @@ class Denoiser(nn.Module):
             z_t = z_t.masked_fill((t == len(self.alpha_bar) - 1).view(-1, 1, 1, 1), 0.0)
         return DenoiserOutput(velocity, noise_pred, z_0_from_velocity(z_t, velocity, t, self.alpha_bar), middle)
 
-    def _condition_channels(self, condition: Tensor | Condition) -> Tensor:
+    def _condition_channels(self, condition: Tensor | ConditionParts) -> Tensor:
         if self.rich is None:
             assert isinstance(condition, Tensor)
             return condition
-        assert isinstance(condition, Condition)
+        assert isinstance(condition, ConditionParts)
         return self.rich(condition)
 
     def _residual(self, in_channels: int, out_channels: int) -> ResidualBlock:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from iccld.diffusion import sample, scaled_linear_alpha_bar
 from iccld.durable import file_checksum, make_folder, replacing_by_name, write_whole
 from iccld.models.blocks import LATENT_STRIDE, LOGITS_STRIDE
-from iccld.models.condition import Condition, RichCondition
+from iccld.models.condition import ConditionParts, ConditionProjection
 from iccld.models.decoder import Decoder
 from iccld.models.denoiser import Denoiser
 from iccld.models.encoder import Encoder, EncoderOutput
@@ -119,14 +119,14 @@ class ICCLD(nn.Module):
         z_0 = sample(denoise, noise, self.alpha_bar, num_steps, solver=solver, guess=guess, start=start)
         return self.decode(EncoderOutput(self.decodable(z_0, encoded.latent), encoded.features), images.shape[-2:])
 
-    def condition_of(self, encoded: EncoderOutput, images: Tensor) -> Tensor | Condition:
+    def condition_of(self, encoded: EncoderOutput, images: Tensor) -> Tensor | ConditionParts:
         """Build what the denoiser sees of a view: `images` `(B, 3, H, W)` in [0, 1], and what E gave for them."""
         latent = normalise(encoded.latent, mean=self.condition_mean, std=self.condition_std)
         if self.config.condition is ConditionKind.latent:
             return latent
         logits = self.decoder(encoded.latent, encoded.features).float()
         probabilities = F.avg_pool2d(logits.softmax(dim=1), LATENT_STRIDE // LOGITS_STRIDE)
-        return Condition(latent, encoded.features[1:], probabilities, images)
+        return ConditionParts(latent, encoded.features[1:], probabilities, images)
 
     def encoded_latents(self, *, clean: Tensor, seen: Tensor, labels: Tensor | None) -> LatentPair:
         """Return z_0 and condition as the encoders give them; their statistics are measured at the end of stage 1.
@@ -295,7 +295,7 @@ class ICCLD(nn.Module):
     def _new_denoiser(self) -> Denoiser:
         config, rich = self.config, None
         if config.condition is ConditionKind.rich:
-            rich = RichCondition(
+            rich = ConditionProjection(
                 latent_channels=config.latent_channels,
                 feature_channels=self.encoder.feature_channels[1:],
                 num_classes=self.num_classes,

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from iccld.models.condition import Condition
+from iccld.models.condition import ConditionParts
 from iccld.models.encoder import EncoderOutput
 
 Tensors = dict[str, Tensor]
@@ -20,7 +20,7 @@ def tensors_to_encoded(tensors: Tensors, name: str) -> EncoderOutput:
     return EncoderOutput(tensors[f"{name}_latent"], tuple(tensors[key] for key in features))
 
 
-def condition_to_tensors(condition: Tensor | Condition) -> Tensors:
+def condition_to_tensors(condition: Tensor | ConditionParts) -> Tensors:
     """Name a condition: `condition`; a rich one also has `condition_features_0` to `_2`, `_classes` and `_images`."""
     if isinstance(condition, Tensor):
         return {"condition": condition}
@@ -29,9 +29,9 @@ def condition_to_tensors(condition: Tensor | Condition) -> Tensors:
     return {"condition": condition.latent} | features | rest
 
 
-def tensors_to_condition(tensors: Tensors) -> Tensor | Condition:
+def tensors_to_condition(tensors: Tensors) -> Tensor | ConditionParts:
     """Invert `condition_to_tensors`."""
     if "condition_classes" not in tensors:
         return tensors["condition"]
     features = [tensors[key] for key in sorted(tensors) if key.startswith("condition_features_")]
-    return Condition(tensors["condition"], features, tensors["condition_classes"], tensors["condition_images"])
+    return ConditionParts(tensors["condition"], features, tensors["condition_classes"], tensors["condition_images"])

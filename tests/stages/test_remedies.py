@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from iccld.models.condition import Condition
+from iccld.models.condition import ConditionParts
 from iccld.models.encoder import EncoderOutput
 from iccld.models.iccld import ICCLD
 from iccld.models.settings import ConditionKind, LatentKind
@@ -135,7 +135,7 @@ def test_every_part_of_a_rich_condition_is_heard():
     stage = make_stage(condition=RICH)
     tensors = tensors_of(stage)
     condition = tensors_to_condition(tensors)
-    assert isinstance(condition, Condition) and condition.latent.shape[-2:] == condition.probabilities.shape[-2:]
+    assert isinstance(condition, ConditionParts) and condition.latent.shape[-2:] == condition.probabilities.shape[-2:]
     torch.testing.assert_close(condition.probabilities.sum(dim=1), torch.ones(12, 4, 8))
     arguments = tensors["z_t"], tensors["t"]
     base = stage.module.denoiser(*arguments, condition).z_0_pred
