@@ -2,7 +2,7 @@
 
 Every loss is a sum over samples (or pixels), or a value per sample, so that splitting a batch over micro-batches and
 ranks does not change what is optimised: the caller divides by the denominator of the global batch. `B H W` labels,
-`h w` feature positions, `K` classes, `D` domains.
+`h w` feature positions, `K` classes.
 """
 
 from collections.abc import Sequence
@@ -33,17 +33,17 @@ def weighted_cross_entropy(logits: Tensor, labels: Tensor, *, weights: Tensor | 
 def domain_cross_entropy(logits: Tensor, domains: Tensor) -> Tensor:
     """Return the discriminator's loss, averaged over positions: `(B,)` float32.
 
-    logits: `(B, D, h, w)`. domains: `(B,)` int64 in [0, D-1].
+    logits: `(B, num_domains, h, w)`. domains: `(B,)` int64 in [0, num_domains - 1].
     """
     targets = domains.view(-1, 1, 1).expand(-1, *logits.shape[-2:])
     return F.cross_entropy(logits.float(), targets, reduction="none").mean(dim=(1, 2))
 
 
 def domain_confusion(logits: Tensor) -> Tensor:
-    """Return the cross entropy of `(B, D, h, w)` logits to the uniform distribution: `(B,)` float32.
+    """Return the cross entropy of `(B, num_domains, h, w)` logits to the uniform distribution: `(B,)` float32.
 
-    It is averaged over positions. Its minimum, log D, is reached if the domains cannot be told apart. Unlike a flipped
-    label it does not push the denoiser towards the marks of another domain.
+    It is averaged over positions. Its minimum, log(num_domains), is reached if the domains cannot be told apart. Unlike
+    a flipped label it does not push the denoiser towards the marks of another domain.
     """
     return -logits.float().log_softmax(dim=1).mean(dim=(1, 2, 3))
 

@@ -1,6 +1,6 @@
 """The discriminator classifies the domain that a predicted noise (or another input of latent shape) comes from.
 
-`B C h w` input, `D` domains: source, target and mostly mixed.
+`B C h w` input. The domains are source, target and mostly mixed.
 """
 
 import torch.nn.functional as F
@@ -27,7 +27,10 @@ class Discriminator(nn.Module):
         self.head = nn.Conv2d(widths[-1], num_domains, 3, padding=1)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """Map `(B, in_channels, h, w)` and timesteps `(B,)` int64 to logits `(B, D, ceil(h/2^n), ceil(w/2^n))`."""
+        """Map `(B, in_channels, h, w)` and timesteps `(B,)` int64 to logits; n is the number of layers.
+
+        They have shape `(B, num_domains, ceil(h/2^n), ceil(w/2^n))`.
+        """
         hidden = self.convs[0](x) + self.time(t)[:, :, None, None]
         for conv in self.convs[1:]:
             hidden = conv(F.leaky_relu(hidden, 0.2))
