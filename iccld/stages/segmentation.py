@@ -49,25 +49,25 @@ class SegmentationModule(nn.Module):
     def forward(self, inputs: StageInputs) -> StageOutput:
         """Compute the losses of source, mixed and (option) masked images in one pass: no layer mixes samples."""
         tensors, denominators = inputs
-        views = [name for name in ("source", "mixed", "masked") if f"{name}_images" in tensors]
-        encoded = self.encoder(torch.cat([tensors[f"{view}_images"] for view in views]))
-        logits = self.decoder(encoded.latent, encoded.features).chunk(len(views))
+        names = [name for name in ("source", "mixed", "masked") if f"{name}_images" in tensors]
+        encoded = self.encoder(torch.cat([tensors[f"{name}_images"] for name in names]))
+        logits = self.decoder(encoded.latent, encoded.features).chunk(len(names))
         losses: dict[str, Tensor] = {}
-        for view, view_logits in zip(views, logits, strict=True):
+        for name, own_logits in zip(names, logits, strict=True):
             loss = weighted_cross_entropy(
-                view_logits,
-                tensors[f"{view}_labels"],
-                weights=tensors.get(f"{view}_weights"),
-                denominator=denominators[view],
+                own_logits,
+                tensors[f"{name}_labels"],
+                weights=tensors.get(f"{name}_weights"),
+                denominator=denominators[name],
             )
-            losses[view] = loss * {"source": 1.0, "mixed": self.config.target_weight}.get(
-                view, self.config.masked_weight
+            losses[name] = loss * {"source": 1.0, "mixed": self.config.target_weight}.get(
+                name, self.config.masked_weight
             )
-        source_features = [features.chunk(len(views))[0] for features in encoded.features]
+        source_features = [features.chunk(len(names))[0] for features in encoded.features]
         losses |= self._reference_loss(tensors, source_features) | self._mask_latent_loss(
             tensors, denominators, source_features
         )
-        return StageOutput(losses, _metrics(tensors, dict(zip(views, logits, strict=True))))
+        return StageOutput(losses, _metrics(tensors, dict(zip(names, logits, strict=True))))
 
     def _reference_loss(self, tensors: dict[str, Tensor], features: list[Tensor]) -> dict[str, Tensor]:
         if "reference_features" not in tensors:
@@ -122,8 +122,8 @@ class SegmentationStage(Stage):
             tensors["reference_features"] = self.reference(tensors["source_images"]).features[-1]
         if self.model.mask_encoder is not None:
             tensors |= self._mask_latent_draws(source)
-        labels = {view: tensors.get(f"{view}_labels") for view in ("source", "mixed", "masked")}
-        counts = {view: (y != IGNORE_INDEX).sum().float() for view, y in labels.items() if y is not None}
+        labels = {name: tensors.get(f"{name}_labels") for name in ("source", "mixed", "masked")}
+        counts = {name: (y != IGNORE_INDEX).sum().float() for name, y in labels.items() if y is not None}
         return StageInputs(tensors, counts)
 
     def _adaptation(self, source: Mapping[str, Any], target: Mapping[str, Any], step: int) -> dict[str, Tensor]:
@@ -133,7 +133,7 @@ class SegmentationStage(Stage):
         mask = class_mask(source["labels"], scores)
         labelled = {"source": source_images, "mixed": paste(mask, source_images, images)}
         if step >= self.config.corruption_start:
-            labelled = {view: self._corrupted(view, given, source, images) for view, given in labelled.items()}
+            labelled = {name: self._corrupted(name, given, source, images) for name, given in labelled.items()}
         draws = rng.uniform(NUM_DRAWS, seed=self.seed, purpose="photometric", numbers=numbers)
         tensors = {
             "source_images": labelled["source"],
@@ -176,13 +176,13 @@ class SegmentationStage(Stage):
         pseudo = self._pseudo_labels(to_float(target["images"]), target)
         return kept_labels(pseudo, target["valid"], class_thresholds=self.config.class_thresholds)
 
-    def _corrupted(self, view: str, images: Tensor, source: Mapping[str, Any], target_images: Tensor) -> Tensor:
+    def _corrupted(self, name: str, images: Tensor, source: Mapping[str, Any], target_images: Tensor) -> Tensor:
         """Make labelled images more like the target's; the stream pairs source i with target i by their number."""
         config = self.config.corruption
         if not config.strength:
             return images
         noise = keyed_noise(source, CORRUPTION_NOISE, images.shape[1:], seed=self.seed)
-        key = {"seed": self.seed, "purpose": f"corruption {view}", "numbers": source["numbers"]}
+        key = {"seed": self.seed, "purpose": f"corruption {name}", "numbers": source["numbers"]}
         return corrupt(images, target_images, draw_corruption(config, noise=noise, **key), config)
 
     def _visible(self, images: Tensor, numbers: Tensor) -> Tensor:

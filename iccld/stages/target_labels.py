@@ -38,5 +38,5 @@ def target_probabilities(
 
 def unmirrored(probabilities: Tensor, count: int) -> Tensor:
     """Return the mean probabilities `(count, K, H, W)` of images and of their mirrored ones, if these follow them."""
-    views: Sequence[Tensor] = probabilities.split(count)
-    return views[0] if len(views) == 1 else (views[0] + views[1].flip(3)) / 2
+    halves: Sequence[Tensor] = probabilities.split(count)
+    return halves[0] if len(halves) == 1 else (halves[0] + halves[1].flip(3)) / 2

@@ -173,11 +173,11 @@ def _unpack(data: bytes, device: torch.device) -> Tensors:
     """Unpack what `_pack` made to the device by one copy, in the dtypes that it is read as."""
     start = _START + _NUMBER.unpack_from(data, _NUMBER.size)[0]
     buffer = rng.to_device(torch.frombuffer(bytearray(memoryview(data)[start:]), dtype=torch.uint8), device)
-    views, offset = {}, 0
+    tensors, offset = {}, 0
     for name, kept_as, read_as, order, shape in json.loads(data[_START:start]):
         dtype = getattr(torch, kept_as)
         size = dtype.itemsize * torch.Size(shape).numel()
         dense = buffer[offset : offset + size].view(dtype).view(shape)
-        views[name] = dense.permute([order.index(axis) for axis in range(len(order))]).to(getattr(torch, read_as))
+        tensors[name] = dense.permute([order.index(axis) for axis in range(len(order))]).to(getattr(torch, read_as))
         offset += size + -size % _ALIGNMENT
-    return views
+    return tensors

@@ -120,12 +120,12 @@ class Views:
         """Make source and mixed images more like the target's of the same number; they share the noise."""
         config, numbers = self.config.corruption, batch["source"]["numbers"]
         noise = keyed_noise(batch["source"], CORRUPTION_NOISE, images.shape[1:], seed=self.seed)
-        views = dict(zip(DOMAINS, images.chunk(len(DOMAINS)), strict=True))
+        by_domain = dict(zip(DOMAINS, images.chunk(len(DOMAINS)), strict=True))
         for name in LABELLED:
             purpose = f"stage2 corruption {name}"
             draws = draw_corruption(config, noise=noise, seed=self.seed, purpose=purpose, numbers=numbers)
-            views[name] = corrupt(views[name], views["target"], draws, config)
-        return torch.cat([*views.values()])
+            by_domain[name] = corrupt(by_domain[name], by_domain["target"], draws, config)
+        return torch.cat([*by_domain.values()])
 
     def _target_images(self, batch: Mapping[str, Any]) -> Tensor:
         """Return the clean target images and, if asked for, their mirrored ones after them."""

@@ -23,12 +23,13 @@ from iccld.labels import IGNORE_INDEX
 MAX_REPLACEMENTS = 100
 CROP_TRIES = 10
 
-MicroBatch = dict[str, Any]
+DomainBatch = dict[str, Any]
+"""One domain's part of a micro-batch."""
 
 
 @dataclass(frozen=True)
-class View:
-    """A crop's (height, width), its chance to be mirrored, and what it should show.
+class CropRules:
+    """Rules of a domain's crops: (height, width), the chance to be mirrored, and what a crop should show.
 
     A source crop is drawn again until no class fills more than `max_class_share` of it. If the sample was drawn for a
     class, the crop must also hold at least half of `wanted_pixels` (or of the pixels that the image has). Rows in the
@@ -91,7 +92,7 @@ class DomainStream:
         order: Order,
         *,
         seed: int,
-        view: View,
+        crop_rules: CropRules,
         table: np.ndarray | None,
         on_error: OnError = OnError["raise"],
         noise: Mapping[str, tuple[int, ...]] | None = None,
@@ -103,17 +104,17 @@ class DomainStream:
         `repeat_after`: if above 0, sample n shows the image of sample n modulo this; its number and noise stay its own.
         """
         for part in parts:
-            check_crop_fits(part, view.crop_size)
+            check_crop_fits(part, crop_rules.crop_size)
         self.name, self.parts, self.order, self.seed = name, list(parts), order, seed
-        self.view, self.table, self.on_error, self.noise = view, table, on_error, noise or {}
+        self.crop_rules, self.table, self.on_error, self.noise = crop_rules, table, on_error, noise or {}
         self.repeat_after = repeat_after
 
-    def batch(self, numbers: Sequence[int]) -> MicroBatch:
+    def batch(self, numbers: Sequence[int]) -> DomainBatch:
         """Make the batch of the samples `numbers`; see `TrainingStream`. Raises BadSample unless they are replaced.
 
         The batch also has `replaced`: (key, shard, what was wrong) of every sample that was replaced.
         """
-        height, width = self.view.crop_size
+        height, width = self.crop_rules.crop_size
         images = torch.empty(len(numbers), height, width, 3, dtype=torch.uint8)
         labels = torch.empty(len(numbers), height, width, dtype=torch.uint8)
         valid = torch.empty(len(numbers), height, 1, dtype=torch.bool)
@@ -125,7 +126,7 @@ class DomainStream:
             self._fill(n, draws[j], raw=fetched[j], bad=bad, places=(images[j], labels[j], valid[j]))
             for j, n in enumerate(read_as)
         ]
-        batch: MicroBatch = {"images": images.permute(0, 3, 1, 2), "valid": valid, "keys": keys}
+        batch: DomainBatch = {"images": images.permute(0, 3, 1, 2), "valid": valid, "keys": keys}
         batch["numbers"] = torch.tensor(list(numbers), dtype=torch.int64)
         if self.table is not None:
             batch["labels"] = labels
@@ -171,7 +172,7 @@ class DomainStream:
     def _decode_into(self, places: tuple[Tensor, ...], raw: RawSample, draw: Draw, number: int) -> None:
         """Decode the sample into the batch: image `(H, W, 3)`, labels `(H, W)`, valid `(H, 1)`."""
         image_out, labels_out, valid_out = places
-        part, view = self.parts[draw.part], self.view
+        part, rules = self.parts[draw.part], self.crop_rules
         record = part.index.samples[draw.index]
         size = int(record["height"]), int(record["width"])
         try:
@@ -181,37 +182,37 @@ class DomainStream:
                 ids = decode_train_ids(raw.label, size, num_classes=part.index.num_classes)
             crop = draw_crop(
                 size,
-                view.crop_size,
-                flip=view.flip,
+                rules.crop_size,
+                flip=rules.flip,
                 generator=rng.numpy_generator(self.seed, f"{self.name}/crop", number),
                 merit=None if ids is None else self._merit(ids, draw),
             )
-            image = decode_image(raw.image, window=Window(crop.top, crop.left, *view.crop_size))
+            image = decode_image(raw.image, window=Window(crop.top, crop.left, *rules.crop_size))
         except ValueError as error:
             raise part.reader.bad(draw.index, f"it cannot be used: {error}") from error
         _copy(image, image_out, flip=crop.flip)
         if ids is not None:
             _copy(self._labels(ids, crop), labels_out, flip=crop.flip)
-        margins = {"margin_top": view.margin_top, "margin_bottom": view.margin_bottom}
-        valid_out[:] = torch.from_numpy(valid_rows(size[0], crop, view.crop_size[0], **margins))[:, None]
+        margins = {"margin_top": rules.margin_top, "margin_bottom": rules.margin_bottom}
+        valid_out[:] = torch.from_numpy(valid_rows(size[0], crop, rules.crop_size[0], **margins))[:, None]
 
     def _labels(self, train_ids: np.ndarray, crop: Crop) -> np.ndarray:
         """Return the class indices of a crop's window, before mirroring."""
         assert self.table is not None
-        return relabel(apply_crop(train_ids, crop._replace(flip=False), self.view.crop_size), self.table)
+        return relabel(apply_crop(train_ids, crop._replace(flip=False), self.crop_rules.crop_size), self.table)
 
     def _merit(self, train_ids: np.ndarray, draw: Draw) -> Callable[[Crop], int] | None:
         """Return the function that scores a crop of this labelled image, or None if every crop is as good."""
-        view, wanted = self.view, draw.wanted_class
-        if wanted is None and view.max_class_share >= 1:
+        rules, wanted = self.crop_rules, draw.wanted_class
+        if wanted is None and rules.max_class_share >= 1:
             return None
         pixels = self.parts[draw.part].index.samples["class_pixels"][draw.index]
         shown = 0 if wanted is None or self.table is None else int(pixels[self.table[: len(pixels)] == wanted].sum())
         return lambda crop: source_merit(
             self._labels(train_ids, crop),
-            max_class_share=view.max_class_share,
+            max_class_share=rules.max_class_share,
             wanted_class=wanted,
-            wanted_pixels=max(min(view.wanted_pixels, shown) // 2, 1),
+            wanted_pixels=max(min(rules.wanted_pixels, shown) // 2, 1),
         )
 
 

@@ -17,7 +17,7 @@ from iccld.batch_layout import BatchLayout
 from iccld.data.config import DataConfig
 from iccld.data.processes import say
 from iccld.data.storage import integrity
-from iccld.data.stream.domain import DomainStream, View
+from iccld.data.stream.domain import CropRules, DomainStream
 from iccld.data.stream.order import Order
 from iccld.data.stream.sets import OpenSet, domain_order, open_sets
 from iccld.data.stream.workers import (
@@ -110,11 +110,9 @@ class TrainingStream:
                 raise delivery.failure
             self._transfers[delivery.worker] = delivery.transfers
             batch = unpack(delivery.packed)
-            for name, micro_batch in batch.items():
-                self._judge(name, len(micro_batch["keys"]), micro_batch.pop("replaced"))
-                micro_batch["numbers"] = micro_batch[
-                    "numbers"
-                ].clone()  # clone: a view would keep the whole batch in memory
+            for name, domain in batch.items():
+                self._judge(name, len(domain["keys"]), domain.pop("replaced"))
+                domain["numbers"] = domain["numbers"].clone()  # a view would keep the whole batch in memory
             yield batch
 
     def _judge(self, domain: str, num_samples: int, bad: list[tuple[str, str, str]]) -> None:
@@ -136,15 +134,15 @@ class TrainingStream:
 
     def _source(self, seed: int, noise: Mapping[str, tuple[int, ...]] | None) -> DomainStream:
         config = self.config
-        view = View(self._crop_size(), config.flip, config.max_class_share, config.rare_class_min_pixels)
+        rules = CropRules(self._crop_size(), config.flip, config.max_class_share, config.rare_class_min_pixels)
         parts = open_sets(config, "source", with_labels=True)
         order = domain_order(parts, config, seed=seed, rare_classes=config.rare_class_sampling)
         table = self.class_set.table()
-        return self._stream("source", parts, order, seed=seed, view=view, table=table, noise=noise)
+        return self._stream("source", parts, order, seed=seed, crop_rules=rules, table=table, noise=noise)
 
     def _target(self, seed: int, with_labels: bool) -> DomainStream:
         config = self.config
-        view = View(
+        rules = CropRules(
             self._crop_size(),
             config.flip,
             margin_top=config.target_margin_top,
@@ -153,7 +151,7 @@ class TrainingStream:
         parts = open_sets(config, "target", with_labels=with_labels)
         order = domain_order(parts, config, seed=seed, rare_classes=False)
         table = self.class_set.table() if with_labels else None
-        return self._stream("target", parts, order, seed=seed, view=view, table=table)
+        return self._stream("target", parts, order, seed=seed, crop_rules=rules, table=table)
 
     def _stream(self, name: str, parts: list[OpenSet], order: Order, **how: Any) -> DomainStream:
         return DomainStream(name, parts, order, on_error=self.config.on_error, repeat_after=self.repeat_after, **how)
