@@ -22,9 +22,9 @@ def failing(function: Any, on_rank: int) -> Any:
 
 def main(done: str, *overrides: str) -> None:
     train._flops = lambda *_: lambda step: 0.0  # counting takes as long as ten steps
-    whole = pictures.room_for_whole
+    whole = pictures.stage_for_whole_weights
     for name, on_rank in (("drawn", -1), ("one", 1)):
-        pictures.room_for_whole = failing(whole, on_rank)
+        pictures.stage_for_whole_weights = failing(whole, on_rank)
         assert train.train(load_config([*overrides, f"run_dir={done}/{name}"]))
-    pictures.room_for_whole = whole
+    pictures.stage_for_whole_weights = whole
     Path(done, "done").touch()

@@ -93,7 +93,7 @@ def test_after_a_failure_on_any_rank_no_rank_gathers_the_weights_again(
     scene_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
     filled = list[object]()
-    monkeypatch.setattr(pictures, "room_for_whole", lambda *of: of[0])
+    monkeypatch.setattr(pictures, "stage_for_whole_weights", lambda *of: of[0])
     monkeypatch.setattr(pictures, "gathered", lambda *of: filled.append(of) or of[0])
     said = [["", ""], ["", "no room"]]
     ranks = Mock(is_main=False, gather=Mock(side_effect=said))
@@ -107,7 +107,7 @@ def test_after_a_failure_on_any_rank_no_rank_gathers_the_weights_again(
 def test_what_the_end_of_another_rank_causes_is_no_failure_of_a_picture(
     scene_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(pictures, "room_for_whole", lambda *_: Mock())
+    monkeypatch.setattr(pictures, "stage_for_whole_weights", lambda *_: Mock())
     drawing = mocked_pictures(scene_shards, tmp_path, Mock(is_main=True, gather=lambda value: [value]))
     monkeypatch.setattr(pictures, "gathered", Mock(side_effect=RuntimeError("Gloo: connection closed by peer")))
     with pytest.raises(RuntimeError, match="closed by peer"):
@@ -117,7 +117,7 @@ def test_what_the_end_of_another_rank_causes_is_no_failure_of_a_picture(
 def test_a_failure_names_its_rank(
     scene_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr(pictures, "room_for_whole", lambda *_: Mock())
+    monkeypatch.setattr(pictures, "stage_for_whole_weights", lambda *_: Mock())
     ranks = Mock(is_main=True, gather=lambda value: [value, "no room"])
     drawing = mocked_pictures(scene_shards, tmp_path, ranks)
     drawing.draw(1)
@@ -132,7 +132,7 @@ def mocked_pictures(shards: Path, folder: Path, ranks: Mock) -> pictures.Trainin
 
 
 @pytest.mark.distributed
-def test_a_rank_without_room_for_whole_weights_ends_no_training(scene_shards: Path, tmp_path: Path):
+def test_a_rank_without_stage_for_whole_weights_weights_ends_no_training(scene_shards: Path, tmp_path: Path):
     settings = [*scene_overrides(scene_shards, tmp_path), *SHORT, "stages=[stage1]", "stage1.trainer.num_steps=2"]
     settings += ["data.validation.shards="]
     settings += ["metrics.pictures.every=1", "metrics.pictures.count=1"]

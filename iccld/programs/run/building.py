@@ -66,22 +66,22 @@ def _build(name: str, settings: StageSettings[Any], config: Config, device: torc
 
 def whole_stage(stage: Stage, config: Config, engine: Engine) -> Stage:
     """Return the stage or, if ranks hold shards, one like it with the whole weights. Call on every rank."""
-    return gathered(stage, room_for_whole(stage, config, engine), engine)
+    return gathered(stage, stage_for_whole_weights(stage, config, engine), engine)
 
 
-def room_for_whole(stage: Stage, config: Config, engine: Engine) -> Stage:
-    """Return the stage or, if ranks hold shards, one like it, to be filled by `gathered`; it exchanges nothing."""
+def stage_for_whole_weights(stage: Stage, config: Config, engine: Engine) -> Stage:
+    """Return the stage or, if ranks hold shards, one like it that `gathered` fills. Ranks exchange nothing."""
     return build_stage(stage.name, config, engine.device) if engine.is_sharded else stage
 
 
-def gathered(stage: Stage, room: Stage, engine: Engine) -> Stage:
-    """Fill `room` with the stage's whole weights, one after another, unless it is the stage. Call on every rank."""
-    if room is stage:
+def gathered(stage: Stage, into: Stage, engine: Engine) -> Stage:
+    """Fill `into` with the stage's whole weights, one after another, unless it is the stage. Call on every rank."""
+    if into is stage:
         return stage
-    for whole, held in ((room.module.state_dict(), stage.module.state_dict()), (room.state_dict(), stage.state_dict())):
+    for whole, held in ((into.module.state_dict(), stage.module.state_dict()), (into.state_dict(), stage.state_dict())):
         for name, tensor in whole.items():  # without the averages of an EMA profile
             tensor.copy_(engine.backend.full({name: held[name]})[name])
-    return room
+    return into
 
 
 def first_batches(name: str, config: Config) -> Iterator[Mapping[str, Any]]:

@@ -3,8 +3,8 @@
     run_dir/pictures/stage1/step_00002000.png
 
 The crops are the stream's first samples. Rank 0 draws. What fails on any rank is said once, and ends no training. One
-thing does: a rank that fails while it exchanges weights, since the others wait for it there; so each rank makes the
-room for them first.
+thing does: a rank that fails while it exchanges weights, since the others wait for it there; so each rank builds the
+stage that takes them first.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -28,7 +28,7 @@ from iccld.evaluation import Predict, whole_image
 from iccld.inference.pictures import colourise, comparison_picture, legend, save_picture
 from iccld.labels import ClassSet
 from iccld.outcome import say
-from iccld.programs.run.building import build_stream, gathered, room_for_whole
+from iccld.programs.run.building import build_stream, gathered, stage_for_whole_weights
 from iccld.runtime.engine.engine import Engine
 from iccld.runtime.faults.watchdog import Watchdog
 from iccld.runtime.measure.metrics import MetricsLogger
@@ -65,8 +65,8 @@ class TrainingPictures:
 
     def draw(self, step: int) -> None:
         """Draw and log one on the main rank, while the others wait; none after a failure. Call on every rank."""
-        room = self._tried(lambda: room_for_whole(self.stage, self.config, self.engine))
-        stage = gathered(self.stage, room, self.engine) if room else None
+        into = self._tried(lambda: stage_for_whole_weights(self.stage, self.config, self.engine))
+        stage = gathered(self.stage, into, self.engine) if into else None
         self._tried(lambda: self._draw(stage, step) if self.engine.ranks.is_main and stage else None)
 
     def _tried(self, action: Callable[[], Stage | None]) -> Stage | None:
