@@ -109,6 +109,10 @@ class StageKind(ABC, Generic[SectionT]):
         """Return the number of denoising steps of its main score, and of a grid's pictures: the first that denoises."""
         return next(filter(None, self.num_steps(inference)), 0)
 
+    def fewest_steps(self, inference: InferenceConfig) -> int:
+        """Return the fewest denoising steps that its models are scored with, 0 if none denoises: for a quick look."""
+        return min(filter(None, self.num_steps(inference)), default=0)
+
     def predictor(
         self, model: ICCLD, inference: InferenceConfig, *, seed: int, num_steps: int, noise_seed: int = 0
     ) -> Predictor:

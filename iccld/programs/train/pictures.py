@@ -113,7 +113,7 @@ class TrainingPictures:
     def _rows(self, stage: Stage) -> Iterator[tuple[np.ndarray, np.ndarray | None, np.ndarray]]:
         """Image `(H, W, 3)`, pseudo-label and prediction `(H, W)` of each crop; None where the stage has no labels."""
         kind, inference = STAGES[stage.name], self.config.inference
-        fewest = min(filter(None, kind.num_steps(inference)), default=0)
+        fewest = kind.fewest_steps(inference)
         student = stage.assemble_models()["student"]
         predict = kind.predictor(student, inference, seed=self.config.seed, num_steps=fewest)
         for batch in self.engine.prefetch(iter(self._crops)):

@@ -214,7 +214,7 @@ def _validate(stage: Stage, config: Config, engine: Engine, give_up: GiveUp, *, 
     models = whole_stage(stage, config, engine).assemble_models()
     model = models["teacher"]
     kind, inference = STAGES[stage.name], config.inference
-    fewest = min(filter(None, kind.num_steps(inference)), default=0)
+    fewest = kind.fewest_steps(inference)
     predict = kind.predictor(model, inference, seed=config.seed, num_steps=fewest)
     result = evaluate_predictor(predict, config, engine, give_up=give_up)
     values = {"miou": result.miou, "boundary_miou": result.boundary_miou}
