@@ -73,7 +73,7 @@ def scene_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def uncounted() -> Iterator[None]:
+def without_flops() -> Iterator[None]:
     """Let no training of the module in this process count its FLOPs, which takes as long as ten steps."""
     from iccld.programs.train import train
 

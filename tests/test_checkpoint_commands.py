@@ -26,7 +26,7 @@ from iccld.runtime.checkpoint.store import is_torn
 from iccld.slurm.snapshot import code_hash, copy_code
 from tests.factory import scene_overrides
 
-pytestmark = pytest.mark.usefixtures("uncounted")
+pytestmark = pytest.mark.usefixtures("without_flops")
 
 NO_TRAINING_PACKAGES = """
 import sys

@@ -26,7 +26,7 @@ from iccld.data.storage.cache import CacheConfig, SampleCache
 from iccld.durable import is_real_folder
 from tests.factory import scene_overrides
 
-pytestmark = pytest.mark.usefixtures("uncounted")
+pytestmark = pytest.mark.usefixtures("without_flops")
 
 KINDS = ("copy", "something else", "dangling", "hard link")
 RANDOM = re.compile(r"\.[0-9a-f]{8}\.tmp|^tmp")

@@ -17,7 +17,7 @@ from iccld.programs.run import best
 from iccld.programs.run.best import keep_best
 from tests.factory import scene_overrides, tiny_model_config
 
-pytestmark = pytest.mark.usefixtures("uncounted")
+pytestmark = pytest.mark.usefixtures("without_flops")
 
 NUM_STEPS = 3
 SETTINGS = [

@@ -22,7 +22,7 @@ from tests.distributed.launch import run_jobs
 from tests.factory import random_batch, scene_overrides
 from tests.stages.test_adversarial import make_stage
 
-pytestmark = pytest.mark.usefixtures("uncounted")
+pytestmark = pytest.mark.usefixtures("without_flops")
 
 SHORT = ["stage1.trainer.num_steps=4", "stage2.trainer.num_steps=2", "evaluation.diagnostic_images=0"]
 SHORT += ["inference.num_steps=[1]", "evaluation.max_images=1", "stage1.trainer.checkpoint.save_every=2"]

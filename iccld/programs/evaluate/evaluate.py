@@ -22,7 +22,7 @@ from iccld.models.iccld import ICCLD
 from iccld.models.model_card import CARD_NAME
 from iccld.programs.evaluate.results import about_of, finished_models, own_results, place_for, read_results
 from iccld.programs.evaluate.scoring import GiveUp, diagnose_model, evaluate_predictor, never, student_beside
-from iccld.programs.run.checks import together, watch
+from iccld.programs.run.checks import new_watchdog, together
 from iccld.programs.run.hand_off import is_finished
 from iccld.programs.run.signs import signs_of_diagnosis, tell
 from iccld.redact import redacted, without_secrets
@@ -107,7 +107,11 @@ def evaluate_run(
     # The run may be training meanwhile, with heartbeats of its own.
     beats = Path(config.run_dir) / "heartbeats" / "evaluate"
     refuse_links(Path(config.run_dir) / "report", within=Path(config.run_dir))
-    with Engine(config.engine) as engine, watch(config, engine.ranks, beats_in=beats) as watchdog, sets_kept_open():
+    with (
+        Engine(config.engine) as engine,
+        new_watchdog(config, engine.ranks, beats_in=beats) as watchdog,
+        sets_kept_open(),
+    ):
         if terminal is not None:
             terminal.follow(watchdog)
         watchdog.begin("evaluation")

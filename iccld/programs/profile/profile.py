@@ -27,7 +27,7 @@ from iccld.programs.profile.figures import flops_of, launch_of, of_this_rank, ra
 from iccld.programs.profile.report import write_report
 from iccld.programs.profile.roofline import roofline, work_by_part
 from iccld.programs.run.building import build_stage, build_stream, fresh_stage, trials_of
-from iccld.programs.run.checks import check_settings, watch
+from iccld.programs.run.checks import check_settings, new_watchdog
 from iccld.programs.run.hand_off import is_finished
 from iccld.programs.run.micro_batch import choose_layout
 from iccld.programs.run.out_of_memory import explained_out_of_memory
@@ -73,7 +73,7 @@ def run(arguments: Namespace) -> int:
     make_folder(output, within=arguments.output or Path(config.run_dir))
     own = replace(config, run_dir=str(output))  # events of the profile are no part of the run
     check_open_files(num_workers=config.data.num_workers, world_size=int(os.environ.get("WORLD_SIZE") or 1))
-    with Engine(config.engine) as engine, watch(own, engine.ranks) as watchdog, sets_kept_open():
+    with Engine(config.engine) as engine, new_watchdog(own, engine.ranks) as watchdog, sets_kept_open():
         if not options.synthetic:
             check_settings(config, engine)
         for name in config.stages:

@@ -119,7 +119,7 @@ def claim_run_dir(run_dir: Path, config: Config, ranks: Ranks, *, extend: bool =
     return longer
 
 
-def watch(config: Config, ranks: Ranks, *, beats_in: Path | None = None) -> Watchdog:
+def new_watchdog(config: Config, ranks: Ranks, *, beats_in: Path | None = None) -> Watchdog:
     """Make the watchdog of this attempt, not yet started. Call on every rank.
 
     `beats_in`: the folder of the heartbeats, if it is not the run's own.

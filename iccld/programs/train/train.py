@@ -29,7 +29,7 @@ from iccld.programs.evaluate.results import finished_models, settings_checksum
 from iccld.programs.evaluate.scoring import GiveUp, diagnose_model, evaluate_predictor
 from iccld.programs.run.best import keep_best
 from iccld.programs.run.building import build_stage, build_stream, first_batches, trials_of, whole_stage
-from iccld.programs.run.checks import check_alone, check_links, check_settings, claim_run_dir, together, watch
+from iccld.programs.run.checks import check_alone, check_links, check_settings, claim_run_dir, new_watchdog, together
 from iccld.programs.run.hand_off import final_folder, hand_over, handed_over, is_finished, take_first_stage
 from iccld.programs.run.kept_views import keep_views
 from iccld.programs.run.metric_lines import read_entries
@@ -83,7 +83,7 @@ def train(
     with Engine(config.engine) as engine, locked(run_dir) if engine.ranks.is_main else nullcontext("") as holder:
         ranks = engine.ranks
         check_alone(run_dir, holder, ranks)
-        with watch(config, ranks) as watchdog, sets_kept_open():
+        with new_watchdog(config, ranks) as watchdog, sets_kept_open():
             terminal.follow(watchdog)
             together(lambda: check_settings(config, engine), ranks)
             longer = claim_run_dir(run_dir, config, ranks, extend=extend)
