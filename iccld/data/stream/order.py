@@ -12,8 +12,8 @@ from iccld import rng
 
 _MASK = (1 << 64) - 1
 _NUM_ROUND_PAIRS = 4
-_BLOCK = 10_000
-_NUM_PROBES, _ENOUGH, _AT_ONCE = 1024, 1 / 32, 1 << 20
+_MIXTURE_BLOCK = 10_000
+_NUM_PROBES, _ENOUGH_SHARE, _IMAGES_AT_ONCE = 1024, 1 / 32, 1 << 20
 _MAX_DRAWS = 100_000
 _DAMAGED = "the index is damaged: look at the set with `iccld shards verify`"
 
@@ -64,19 +64,19 @@ class Permutation:
         return self.size
 
     def __getitem__(self, position: int) -> int:
-        value = self._forward(self._inside(position))
+        value = self._forward(self._in_range(position))
         while value >= self.size:
             value = self._forward(value)
         return value
 
     def inverse(self, value: int) -> int:
         """Return the position of `value`."""
-        position = self._backward(self._inside(value))
+        position = self._backward(self._in_range(value))
         while position >= self.size:
             position = self._backward(position)
         return position
 
-    def _inside(self, value: int) -> int:
+    def _in_range(self, value: int) -> int:
         if not 0 <= value < self.size:
             raise IndexError(f"{value} is outside of range({self.size})")
         return value
@@ -208,7 +208,7 @@ class _ClassImages:
             images = self._members[member][1]
             image = int(images[place - int(self._ends[member])])  # counted from the list's end
             earlier = (_pixels_of(self._pixels, image, t) for t, _ in self._members[:member])
-            if _inside(image, self._pixels) < self._limit and all(pixels <= self._least for pixels in earlier):
+            if _in_set(image, self._pixels) < self._limit and all(pixels <= self._least for pixels in earlier):
                 return image
         raise ValueError(f"no image is found in {_MAX_DRAWS:,} draws of a class; {_DAMAGED}.")
 
@@ -216,9 +216,9 @@ class _ClassImages:
 def _mostly_below(images: np.ndarray, limit: int) -> np.ndarray:
     """Return the images below `limit`, or the mapped list itself if drawing until one is below takes few draws."""
     probes = images[:: max(1, len(images) // _NUM_PROBES)]
-    if np.count_nonzero(probes < limit) > _ENOUGH * len(probes):
+    if np.count_nonzero(probes < limit) > _ENOUGH_SHARE * len(probes):
         return images
-    blocks = (images[start : start + _AT_ONCE] for start in range(0, len(images), _AT_ONCE))
+    blocks = (images[start : start + _IMAGES_AT_ONCE] for start in range(0, len(images), _IMAGES_AT_ONCE))
     return np.concatenate([np.empty(0, images.dtype), *(block[block < limit] for block in blocks)])
 
 
@@ -230,10 +230,11 @@ def _count_above(class_pixels: np.ndarray, images: np.ndarray, train_id: int, le
 
 
 def _pixels_of(class_pixels: np.ndarray, image: int, train_id: int) -> int:
-    return int(class_pixels[_inside(image, class_pixels), train_id])
+    return int(class_pixels[_in_set(image, class_pixels), train_id])
 
 
-def _inside(image: int, class_pixels: np.ndarray) -> int:
+def _in_set(image: int, class_pixels: np.ndarray) -> int:
+    """Return the number of an image of the set. Raises ValueError for any other, as a damaged index may hold."""
     if image >= len(class_pixels):
         raise ValueError(f"classes.npy of an index names sample {image} of {len(class_pixels)}; {_DAMAGED}.")
     return image
@@ -258,17 +259,17 @@ class MixedOrder:
 
     def __init__(self, orders: Sequence[Order], weights: Sequence[float], *, seed: int, stream: str) -> None:
         self.orders, self.seed, self.stream = list(orders), seed, stream
-        ends = [round(_BLOCK * sum(weights[: i + 1]) / sum(weights)) for i in range(len(weights))]
+        ends = [round(_MIXTURE_BLOCK * sum(weights[: i + 1]) / sum(weights)) for i in range(len(weights))]
         self._starts, self.shares = [0, *ends[:-1]], np.diff([0, *ends]).tolist()
         if min(self.shares) < 1:
             raise ValueError(
-                f"data.{stream}: weights {list(weights)} give a set less than one of {_BLOCK:,} samples; "
+                f"data.{stream}: weights {list(weights)} give a set less than one of {_MIXTURE_BLOCK:,} samples; "
                 f"give it more, or leave it out."
             )
 
     def __getitem__(self, number: int) -> Draw:
-        block, position = divmod(number, _BLOCK)
-        slot = Permutation(_BLOCK, rng.key(self.seed, f"{self.stream}/mixture", block))[position]
+        block, position = divmod(number, _MIXTURE_BLOCK)
+        slot = Permutation(_MIXTURE_BLOCK, rng.key(self.seed, f"{self.stream}/mixture", block))[position]
         part = bisect.bisect_right(self._starts, slot) - 1
         own_number = block * self.shares[part] + slot - self._starts[part]
         return replace(self.orders[part][own_number], part=part)
