@@ -37,7 +37,7 @@ class CropRules:
     """
 
     crop_size: tuple[int, int]
-    flip: float
+    flip_probability: float
     max_class_share: float = 1.0
     wanted_pixels: int = 0
     margin_top: float = 0.0
@@ -123,7 +123,7 @@ class DomainStream:
         draws = [self.order[n] for n in read_as]
         fetched = self._fetch(draws)
         keys = [
-            self._fill(n, draws[j], raw=fetched[j], bad=bad, places=(images[j], labels[j], valid[j]))
+            self._fill(n, draws[j], raw=fetched[j], bad=bad, outputs=(images[j], labels[j], valid[j]))
             for j, n in enumerate(read_as)
         ]
         batch: DomainBatch = {"images": images.permute(0, 3, 1, 2), "valid": valid, "keys": keys}
@@ -137,8 +137,8 @@ class DomainStream:
     def _fetch(self, draws: Sequence[Draw]) -> list[RawSample | BadSample]:
         """Read the encoded samples, or the error in place of a bad one, by one call to each set's reader."""
         fetched: dict[int, RawSample | BadSample] = {}
-        for number, part in enumerate(self.parts):
-            places = [j for j, draw in enumerate(draws) if draw.part == number]
+        for i, part in enumerate(self.parts):
+            places = [j for j, draw in enumerate(draws) if draw.part == i]
             positions = [draws[j].index for j in places]
             fetched |= zip(places, part.reader.read_all(positions, with_labels=self.table is not None), strict=True)
         return [fetched[j] for j in range(len(draws))]
@@ -150,7 +150,7 @@ class DomainStream:
         *,
         raw: RawSample | BadSample,
         bad: list[BadSample],
-        places: tuple[Tensor, ...],
+        outputs: tuple[Tensor, ...],
     ) -> str:
         """Write sample `number`, or its replacement, into the batch, and return its key."""
         for attempt in range(MAX_REPLACEMENTS):
@@ -160,7 +160,7 @@ class DomainStream:
             try:
                 if isinstance(raw, BadSample):
                     raise raw
-                self._decode_into(places, raw, draw, number)
+                self._decode_into(outputs, raw, draw, number)
             except BadSample as error:
                 if self.on_error is OnError["raise"]:
                     raise
@@ -169,9 +169,9 @@ class DomainStream:
                 return self.parts[draw.part].index.key(draw.index)
         raise ValueError(f"{MAX_REPLACEMENTS} samples in a row are bad, the last: {bad[-1]}")
 
-    def _decode_into(self, places: tuple[Tensor, ...], raw: RawSample, draw: Draw, number: int) -> None:
+    def _decode_into(self, outputs: tuple[Tensor, ...], raw: RawSample, draw: Draw, number: int) -> None:
         """Decode the sample into the batch: image `(H, W, 3)`, labels `(H, W)`, valid `(H, 1)`."""
-        image_out, labels_out, valid_out = places
+        image_out, labels_out, valid_out = outputs
         part, rules = self.parts[draw.part], self.crop_rules
         record = part.index.samples[draw.index]
         size = int(record["height"]), int(record["width"])
@@ -183,7 +183,7 @@ class DomainStream:
             crop = draw_crop(
                 size,
                 rules.crop_size,
-                flip=rules.flip,
+                flip_probability=rules.flip_probability,
                 generator=rng.numpy_generator(self.seed, f"{self.name}/crop", number),
                 merit=None if ids is None else self._merit(ids, draw),
             )
@@ -220,16 +220,16 @@ def draw_crop(
     image_size: tuple[int, int],
     crop_size: tuple[int, int],
     *,
-    flip: float,
+    flip_probability: float,
     generator: np.random.Generator,
     merit: Callable[[Crop], int] | None = None,
     full_merit: int = 3,
 ) -> Crop:
-    """Draw a crop uniformly. Sizes are (height, width); `flip` is the probability of mirroring.
+    """Draw a crop uniformly. Sizes are (height, width); `flip_probability` is that of mirroring.
 
     With `merit`, up to 10 crops are drawn until one reaches `full_merit`; if none does, the first of the best is taken.
     """
-    flipped = bool(generator.random() < flip)
+    flipped = bool(generator.random() < flip_probability)
     best, best_merit = None, -1
     for _ in range(CROP_TRIES):
         top, left = (int(generator.integers(image_size[i] - crop_size[i] + 1)) for i in (0, 1))

@@ -102,7 +102,7 @@ def generator(seed: int = 0) -> np.random.Generator:
 
 @given(height=st.integers(8, 40), width=st.integers(8, 40), seed=st.integers(0, 10**6))
 def test_crops_lie_inside_and_flips_mirror(height: int, width: int, seed: int) -> None:
-    crop = draw_crop((height, width), (8, 8), flip=0.5, generator=generator(seed))
+    crop = draw_crop((height, width), (8, 8), flip_probability=0.5, generator=generator(seed))
     image = np.arange(height * width).reshape(height, width)
     window = apply_crop(image, crop, (8, 8))
     assert window.shape == (8, 8)
@@ -111,7 +111,7 @@ def test_crops_lie_inside_and_flips_mirror(height: int, width: int, seed: int) -
 
 
 def test_every_position_and_half_of_the_flips_occur() -> None:
-    crops = [draw_crop((10, 9), (8, 8), flip=0.5, generator=generator(i)) for i in range(600)]
+    crops = [draw_crop((10, 9), (8, 8), flip_probability=0.5, generator=generator(i)) for i in range(600)]
     positions, counts = np.unique([(crop.top, crop.left) for crop in crops], axis=0, return_counts=True)
     assert len(positions) == 6 and counts.min() > 60
     assert 0.4 < np.mean([crop.flip for crop in crops]) < 0.6
@@ -119,7 +119,9 @@ def test_every_position_and_half_of_the_flips_occur() -> None:
 
 @pytest.mark.parametrize(("chance", "expected"), [(0.0, False), (1.0, True)])
 def test_flip_is_a_probability(chance: float, expected: bool) -> None:
-    assert all(draw_crop((8, 8), (8, 8), flip=chance, generator=generator(i)).flip is expected for i in range(50))
+    assert all(
+        draw_crop((8, 8), (8, 8), flip_probability=chance, generator=generator(i)).flip is expected for i in range(50)
+    )
 
 
 def test_merit_counts_the_wanted_class_and_the_largest_share() -> None:
@@ -141,10 +143,12 @@ def test_crops_are_drawn_again_until_they_are_good_and_at_most_ten_times() -> No
         tried.append(crop)
         return 2 if len(tried) == 4 else 1
 
-    best = draw_crop((64, 64), (8, 8), flip=0.5, generator=generator(), merit=never)
+    best = draw_crop((64, 64), (8, 8), flip_probability=0.5, generator=generator(), merit=never)
     assert len(tried) == CROP_TRIES and best == tried[3], "the best of ten bad ones"
     tried.clear()
-    found = draw_crop((64, 64), (8, 8), flip=0.5, generator=generator(), merit=lambda crop: 3 * (crop.left > 40))
+    found = draw_crop(
+        (64, 64), (8, 8), flip_probability=0.5, generator=generator(), merit=lambda crop: 3 * (crop.left > 40)
+    )
     assert found.left > 40
 
 
