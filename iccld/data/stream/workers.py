@@ -32,11 +32,11 @@ Batch = dict[str, dict[str, Any]]
 
 SHARED_MEMORY = "/dev/shm"
 PRELOADED = ["iccld.data.stream.stream", "iccld.data.storage.remote"]  # importing these starts no thread
-ORPHANED_S = 2.0  # between two checks that the parent still lives
+PARENT_CHECK_S = 2.0  # between two checks that the parent still lives
 DYING_S = 2.0  # from a broken connection until the worker's end is known
 WORKER_GONE = (EOFError, ConnectionError, FileNotFoundError)  # what a fetch raises when its worker is gone
 SERVER_GONE = 255  # multiprocessing's status for a worker whose server is gone
-MAX_TEMPORARY = 107 - len("/pymp-01234567/listener-01234567")  # a socket's path has at most 107 bytes
+MAX_TMPDIR_BYTES = 107 - len("/pymp-01234567/listener-01234567")  # a socket's path has at most 107 bytes
 SWITCH_S = 1e-3  # the training process waits for a worker's thread that hands tensors over, Python's 5 ms for each
 ALIGNMENT = 64  # bytes
 NUM_AHEAD = 2  # batches that a worker makes ahead
@@ -75,9 +75,9 @@ def prepare_workers() -> None:
     Optional: the first batch comes sooner. Raises ValueError if the folder for temporary files cannot hold its sockets.
     """
     folder = tempfile.gettempdir()
-    if len(os.fsencode(folder)) > MAX_TEMPORARY:
+    if len(os.fsencode(folder)) > MAX_TMPDIR_BYTES:
         raise ValueError(
-            f"TMPDIR={folder} is too long for the sockets of loader workers; set one of at most {MAX_TEMPORARY} "
+            f"TMPDIR={folder} is too long for the sockets of loader workers; set one of at most {MAX_TMPDIR_BYTES} "
             f"characters, or data.num_workers=0."
         )
     forkserver.set_forkserver_preload(PRELOADED)
@@ -111,7 +111,9 @@ def initialize_worker(worker_id: int) -> None:
     process with them, before it has saved.
     """
     del worker_id
-    sys.excepthook = _end  # Python's thread that hands tensors over would report every failure and retry for ever
+    sys.excepthook = (
+        _report_and_exit  # Python's thread that hands tensors over would report every failure and retry for ever
+    )
     torch.set_num_threads(1)
     sys.setswitchinterval(SWITCH_S)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -121,7 +123,7 @@ def initialize_worker(worker_id: int) -> None:
     threading.Thread(target=_obey_the_parent, args=(os.getppid(),), daemon=True).start()
 
 
-def _end(kind: type[BaseException], error: BaseException, trace: object) -> None:
+def _report_and_exit(kind: type[BaseException], error: BaseException, trace: object) -> None:
     os.write(2, f"a loader worker ends: {kind.__name__}: {error}\n".encode())
     os._exit(1)
 
@@ -130,7 +132,7 @@ def _obey_the_parent(server: int) -> None:
     """End this worker when the training process ends or sends SIGTERM, or when the workers' server ends."""
     parent = multiprocessing.parent_process()
     while parent is not None and parent.is_alive() and os.getppid() == server:
-        came = signal.sigtimedwait({signal.SIGTERM}, ORPHANED_S)
+        came = signal.sigtimedwait({signal.SIGTERM}, PARENT_CHECK_S)
         if came is not None and came.si_pid == parent.pid:
             break
     os._exit(0)  # 0: the parent must not take this for a failure
@@ -140,49 +142,49 @@ def deliveries_of(loader: Iterable[T]) -> Iterator[T]:
     """Start a loader's workers and return their deliveries. Raises OSError if the system does not let them start."""
     try:
         with signals_held():
-            return _hearing_deaths_within(iter(loader))
+            return _raising_deaths(iter(loader))
     except EOFError as error:
-        raise WorkerDied(_last_words("did not start, since the process that starts it was killed")) from error
+        raise WorkerDied(_death_message("did not start, since the process that starts it was killed")) from error
     except OSError as error:
         place = SHARED_MEMORY if error.errno in (errno.ENOSPC, errno.EROFS) else None
         raise OSError(error.errno, f"loader workers cannot start: {error.strerror}", place) from error
 
 
-def _hearing_deaths_within(deliveries: Iterator[T]) -> Iterator[T]:
+def _raising_deaths(deliveries: Iterator[T]) -> Iterator[T]:
     """Yield a loader's deliveries. Raises WorkerDied once one of its workers has ended unexpectedly.
 
     The loader alone would raise whatever that end broke, such as the connection that hands tensors over.
     """
     workers: list[Any] = list(getattr(deliveries, "_workers", ()))  # absent without workers
     while True:
-        _look_after(workers)
+        _check_alive(workers)
         try:
             delivery = next(deliveries)
         except StopIteration:
             return
         except Exception as error:
-            _look_after(workers, for_s=DYING_S, error=error)
+            _check_alive(workers, for_s=DYING_S, error=error)
             if workers and (isinstance(error, WORKER_GONE) or str(error).startswith("DataLoader worker")):
-                raise WorkerDied(_last_words("ended")) from error
+                raise WorkerDied(_death_message("ended")) from error
             raise
         yield delivery
 
 
-def _look_after(workers: list[Any], *, for_s: float = 0.0, error: Exception | None = None) -> None:
+def _check_alive(workers: list[Any], *, for_s: float = 0.0, error: Exception | None = None) -> None:
     """Raise WorkerDied, because of `error`, if a worker is dead, or is within `for_s` seconds."""
     if workers and wait([worker.sentinel for worker in workers], for_s):
         for worker in workers:
             if worker.exitcode:  # None: alive; 0: finished its work
-                raise WorkerDied(_last_words(_end_of(worker.exitcode), worker.pid)) from error
+                raise WorkerDied(_death_message(_how_it_ended(worker.exitcode), worker.pid)) from error
 
 
-def _end_of(status: int) -> str:
+def _how_it_ended(status: int) -> str:
     if status == SERVER_GONE:
         return "is lost, since the process that started it was killed"
     return f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
 
 
-def _last_words(what: str, process: int | None = None) -> str:
+def _death_message(what: str, process: int | None = None) -> str:
     who = f"a loader worker (process {process})" if process else "a loader worker"
     return f"{who} {what}; if memory does not suffice, set fewer data.num_workers or a smaller micro-batch."
 
@@ -211,25 +213,26 @@ def pack(batch: Batch) -> PackedBatch:
     """Copy the batch's tensors, which must be dense, into one new piece of memory; shared memory in a loader worker."""
     size = 0
     places: Batch = {name: {} for name in batch}
-    for name, part in batch.items():
-        for key, value in part.items():
+    for name, domain in batch.items():
+        for key, value in domain.items():
             if isinstance(value, Tensor):
                 places[name][key] = TensorLayout(size, value.dtype, tuple(value.shape), value.stride())
                 size += -(-value.nbytes // ALIGNMENT) * ALIGNMENT
     memory = _allocate(size)
-    for name, part in places.items():
-        for key, place in part.items():
+    for name, of_domain in places.items():
+        for key, place in of_domain.items():
             place.view(memory).copy_(batch[name][key])
-    return PackedBatch({name: part | places[name] for name, part in batch.items()}, memory)
+    return PackedBatch({name: domain | places[name] for name, domain in batch.items()}, memory)
 
 
 def unpack(packed: PackedBatch) -> Batch:
     """Return the batch that was packed. Its tensors are views of the memory."""
     return {
         name: {
-            key: value.view(packed.memory) if isinstance(value, TensorLayout) else value for key, value in part.items()
+            key: value.view(packed.memory) if isinstance(value, TensorLayout) else value
+            for key, value in domain.items()
         }
-        for name, part in packed.batch.items()
+        for name, domain in packed.batch.items()
     }
 
 

@@ -26,7 +26,7 @@ from iccld import rng
 from iccld.batch_layout import BatchLayout
 from iccld.data.config import DataConfig, DatasetConfig, SetConfig
 from iccld.data.stream.stream import Batch, TrainingStream
-from iccld.data.stream.workers import MAX_TEMPORARY, WorkerDied
+from iccld.data.stream.workers import MAX_TMPDIR_BYTES, WorkerDied
 from tests.data.factory import CROP, GLOBAL_BATCH_SIZE, config, layout
 
 NOISE = {"noise": (2, 3)}
@@ -222,7 +222,7 @@ def test_whatever_breaks_when_a_worker_ends_is_one_error(folders: dict[str, str]
     assert not psutil.pid_exists(worker.pid)
 
 
-@pytest.mark.parametrize(("length", "status"), [(MAX_TEMPORARY, 0), (MAX_TEMPORARY + 1, 1)])
+@pytest.mark.parametrize(("length", "status"), [(MAX_TMPDIR_BYTES, 0), (MAX_TMPDIR_BYTES + 1, 1)])
 def test_a_folder_for_temporary_files_that_is_too_long_is_named(
     folders: dict[str, str], length: int, status: int
 ) -> None:
