@@ -37,8 +37,8 @@ from iccld.stages.signs import Sign, remedies_of_lost_classes, signs_of_discrimi
 from iccld.stages.views import CORRUPTION_NOISE, LABEL_NOISE, Views
 from iccld.uda.teacher import Teacher
 
-NOISE = tuple(f"noise {domain}" for domain in DOMAINS)
-"""The purposes of its noise; that of all three is keyed by the source's numbers."""
+DIFFUSION_NOISE = tuple(f"noise {domain}" for domain in DOMAINS)
+"""The purposes of the noise in z_t, one a domain; that of all three is keyed by the source's numbers."""
 
 
 def noise_shapes(
@@ -47,7 +47,7 @@ def noise_shapes(
     """Return the shapes, by purpose, of the noise that a step draws for each sample."""
     shapes: dict[str, tuple[int, ...]] = {}
     if not config.deterministic:
-        shapes |= dict.fromkeys(NOISE, tuple(latent))
+        shapes |= dict.fromkeys(DIFFUSION_NOISE, tuple(latent))
         if config.pseudo_labels is PseudoLabelSource.denoiser:
             shapes |= dict.fromkeys(LABEL_NOISE[: 1 + config.flip_teacher], tuple(latent))
     if config.corruption.strength:
@@ -92,7 +92,7 @@ class AdversarialStage(Stage):
         for name, domains in domains_of_loss.items():
             denominators[name] = torch.full((), float(count * len(domains)), device=z_0.device)
         if self.config.task_weight:
-            denominators |= self._restrict_labels(tensors, given.is_pure)
+            denominators |= self._leave_out_leaked_labels(tensors, given.is_pure)
         return StageInputs(tensors, denominators)
 
     def pseudo_labels_of(self, batch: Mapping[str, Any]) -> Tensor | None:
@@ -110,7 +110,7 @@ class AdversarialStage(Stage):
         if self.model.config.latent.is_a_move:  # the denoiser then takes z_t at T-1 for pure noise
             timesteps = timesteps.masked_fill(timesteps == len(alpha_bar) - 1, len(alpha_bar))
         shape = z_0.shape[1:]
-        noise = torch.cat([keyed_noise(batch["source"], purpose, shape, seed=self.seed) for purpose in NOISE])
+        noise = torch.cat([keyed_noise(batch["source"], purpose, shape, seed=self.seed) for purpose in DIFFUSION_NOISE])
         return noised(z_0, noise, timesteps, alpha_bar)
 
     def _weights(self, count: int, step: int, device: torch.device) -> Tensors:
@@ -126,8 +126,8 @@ class AdversarialStage(Stage):
             "adversarial_weight": torch.full((), ramp * config.adversarial_weight, device=device),
         }
 
-    def _restrict_labels(self, tensors: Tensors, is_pure: Tensor) -> Tensors:
-        """Return the number of valid pixels of the task losses.
+    def _leave_out_leaked_labels(self, tensors: Tensors, is_pure: Tensor) -> Tensors:
+        """Set the weights of labels that z_t gives away to 0; return the number of valid pixels of each task loss.
 
         If z_t is made of labels, only samples whose z_t is pure noise count: the z_t of the others gives their labels
         away.

@@ -12,7 +12,7 @@ from iccld.losses import domain_confusion, domain_cross_entropy, weighted_cross_
 from iccld.models.denoiser import DenoiserOutput
 from iccld.models.discriminator import Discriminator
 from iccld.models.iccld import ICCLD
-from iccld.stages.base import StageInputs, StageOutput, pair
+from iccld.stages.base import StageInputs, StageOutput, sum_and_count
 from iccld.stages.denoising import Noised, denoising_errors
 from iccld.stages.diagnostics import CLASSES
 from iccld.stages.domains import LABELLED, encoded_of, of_domains
@@ -105,7 +105,7 @@ class AdversarialModule(nn.Module):
         bins = t * NUM_TIMESTEP_BINS // len(self.alpha_bar)
         metrics = {}
         for i, domain in enumerate(self.config.adversary_domains):
-            metrics[f"accuracy/{domain}"] = pair((right * (domains == i)).sum(), (domains == i).sum())
+            metrics[f"accuracy/{domain}"] = sum_and_count((right * (domains == i)).sum(), (domains == i).sum())
         for i in range(NUM_TIMESTEP_BINS):
-            metrics[f"accuracy/t_bin_{i}"] = pair((right * (bins == i)).sum(), (bins == i).sum())
+            metrics[f"accuracy/t_bin_{i}"] = sum_and_count((right * (bins == i)).sum(), (bins == i).sum())
         return metrics

@@ -146,7 +146,7 @@ def to_float(images: Tensor) -> Tensor:
     return images.float().div_(255.0)
 
 
-def pair(total: Tensor, count: Tensor | float) -> Tensor:
+def sum_and_count(total: Tensor, count: Tensor | float) -> Tensor:
     """Return a metric's (sum, count), detached, float32."""
     if not isinstance(count, Tensor):
         count = torch.full((), float(count), device=total.device)

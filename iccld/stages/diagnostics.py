@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from iccld.models.blocks import LOGITS_STRIDE
-from iccld.stages.base import pair
+from iccld.stages.base import sum_and_count
 
 CLASSES, DISAGREEMENT = "pseudo_classes", "disagreement"
 
@@ -31,4 +31,4 @@ def disagreement(logits: Tensor, labels: Tensor, where: Tensor) -> Tensor:
     logits: `(B, K, H/4, W/4)`, the student's; labels: `(B, H, W)`, the teacher's; where: `(B, H/4, W/4)` bool.
     """
     differing = (logits.detach().argmax(dim=1) != thinned(labels)) & where
-    return pair(differing.sum(), where.sum())
+    return sum_and_count(differing.sum(), where.sum())

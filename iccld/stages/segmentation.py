@@ -21,7 +21,7 @@ from iccld.models.iccld import ICCLD
 from iccld.models.latent import channel_moments
 from iccld.models.model_card import ModelStage
 from iccld.stages import diagnostics
-from iccld.stages.base import Stage, StageInputs, StageOutput, decayed_groups, keyed_noise, pair, to_float
+from iccld.stages.base import Stage, StageInputs, StageOutput, decayed_groups, keyed_noise, sum_and_count, to_float
 from iccld.stages.kind import StageKind, StageSettings
 from iccld.stages.settings import SegmentationConfig, Stage1Config
 from iccld.stages.signs import remedies_of_lost_classes
@@ -32,7 +32,7 @@ from iccld.uda.photometric import NUM_DRAWS, strong_augment
 from iccld.uda.pseudo_labels import PseudoLabels, class_probabilities, kept_labels, pseudo_labels
 from iccld.uda.teacher import Teacher
 
-NOISE = "mask latent noise"
+MASK_LATENT_NOISE = "mask latent noise"
 """The purpose of the noise on the mask's latent."""
 CORRUPTION_NOISE = "corruption noise"
 """The purpose of the corruption's noise `(3, H, W)`; a sample's source and mixed images share it."""
@@ -196,7 +196,7 @@ class SegmentationStage(Stage):
         labels, numbers = source["labels"], source["numbers"]
         shape = (self.model.config.latent_channels, labels.shape[1] // 8, labels.shape[2] // 8)
         drop = rng.uniform(1, seed=self.seed, purpose="connection drop", numbers=numbers)[:, 0]
-        noise = keyed_noise(source, NOISE, shape, seed=self.seed)
+        noise = keyed_noise(source, MASK_LATENT_NOISE, shape, seed=self.seed)
         keep = rng.to_device(drop >= self.config.mask_latent_drop, labels.device)
         return {"mask_latent_noise": noise, "mask_latent_keep": keep}
 
@@ -250,7 +250,7 @@ def _metrics(tensors: dict[str, Tensor], logits: dict[str, Tensor]) -> dict[str,
     """Measure confident pixels, classes of pseudo-labels, and where the student contradicts the teacher."""
     if "confident" not in tensors:
         return {}
-    metrics = {"confident": pair(tensors["confident"].sum(), len(tensors["confident"]))}
+    metrics = {"confident": sum_and_count(tensors["confident"].sum(), len(tensors["confident"]))}
     if diagnostics.CLASSES in tensors:
         metrics[diagnostics.CLASSES] = tensors[diagnostics.CLASSES].float()
         where = tensors["mixed_is_target"]
@@ -305,7 +305,7 @@ class Segmentation(StageKind[Stage1Config]):
         objective = settings.own.objective
         noise: dict[str, tuple[int, ...]] = {}
         if settings.model.latent.has_mask_encoder:
-            noise[NOISE] = settings.latent_shape
+            noise[MASK_LATENT_NOISE] = settings.latent_shape
         if objective.adapt and objective.corruption.strength:
             noise[CORRUPTION_NOISE] = (3, *settings.crop_size)
         return noise

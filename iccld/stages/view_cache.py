@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 
 from iccld import rng
-from iccld.stages.base import pair
+from iccld.stages.base import sum_and_count
 from iccld.stages.named import Tensors
 
 FORMAT = 1
-IS_KEPT = "is_kept"
+IS_HIT = "is_hit"
 """The name of a scalar beside the views: 1 if they were read, 0 if they were computed."""
 _OF_IMAGES = ("images", "labels", "valid", "keys")
 _MAX_PENDING = 4
@@ -80,7 +80,7 @@ class ViewCache:
         data = self.store.get(key)
         if data is not None:
             if _is_whole(data):
-                return {IS_KEPT: torch.ones((), device=device), **_unpack(data, device)}
+                return {IS_HIT: torch.ones((), device=device), **_unpack(data, device)}
             self.store.discard(key)
         # Without the noise that the stream draws for the true numbers: what a view needs of it is drawn for `numbers`.
         renumbered = {
@@ -92,7 +92,7 @@ class ViewCache:
             copied = _to_host(kept, device)
             self._pending.append(self._writer.submit(self._write, key, *copied))
         views = {name: tensor.to(dtype, copy=True) for name, (tensor, dtype) in kept.items()}
-        return {IS_KEPT: torch.zeros((), device=device), **views}
+        return {IS_HIT: torch.zeros((), device=device), **views}
 
     def finish(self) -> None:
         """Wait until everything is written."""
@@ -127,7 +127,7 @@ class _Kept(NamedTuple):
 
 def hit_metric(tensors: Tensors) -> Tensors:
     """Return the share of micro-batches that were found, if there is a cache."""
-    return {"cache/hits": pair(tensors[IS_KEPT], 1.0)} if IS_KEPT in tensors else {}
+    return {"cache/hits": sum_and_count(tensors[IS_HIT], 1.0)} if IS_HIT in tensors else {}
 
 
 def _rounded(tensor: Tensor) -> Tensor:

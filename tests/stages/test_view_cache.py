@@ -17,7 +17,7 @@ from iccld.runtime.measure.flops import on_meta
 from iccld.runtime.settings import Compile, EngineConfig
 from iccld.stages.adversarial import AdversarialStage
 from iccld.stages.settings import ViewCacheConfig
-from iccld.stages.view_cache import _MAX_PENDING, IS_KEPT, ViewCache
+from iccld.stages.view_cache import _MAX_PENDING, IS_HIT, ViewCache
 from iccld.stages.views import CORRUPTION_NOISE
 from tests.factory import random_batch
 from tests.stages.test_adversarial import make_stage
@@ -68,7 +68,7 @@ def prepared(stage: AdversarialStage, first: int, count: int = 4) -> dict[str, T
 def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     assert one.keys() == other.keys()
     for name, tensor in one.items():
-        if name == IS_KEPT:
+        if name == IS_HIT:
             continue
         assert torch.equal(tensor, other[name]) and tensor.dtype is other[name].dtype, name
         assert tensor.stride() == other[name].stride(), name
@@ -95,8 +95,8 @@ def test_the_frozen_networks_run_once_for_what_is_kept() -> None:
     stage, calls = cached_stage(Memory(), latent=LatentKind.mask), list[int]()
     for part in (stage.model.encoder, stage.model.decoder):
         part.register_forward_hook(lambda *_: calls.append(1))
-    assert prepared(stage, 0)[IS_KEPT] == 0 and len(calls) == 2
-    assert prepared(stage, NUM_SAMPLES)[IS_KEPT] == 1 and len(calls) == 2
+    assert prepared(stage, 0)[IS_HIT] == 0 and len(calls) == 2
+    assert prepared(stage, NUM_SAMPLES)[IS_HIT] == 1 and len(calls) == 2
 
 
 def test_a_sample_is_seen_again_under_another_timestep_and_noise() -> None:
@@ -247,7 +247,7 @@ def test_on_a_gpu_nothing_waits_and_the_bits_are_the_same() -> None:
                 torch.cuda.set_sync_debug_mode("default")
             assert stage.view_cache is not None
             stage.view_cache.finish()
-        assert [int(tensors[IS_KEPT]) for tensors in found] == [0, 1, 0, 1]
+        assert [int(tensors[IS_HIT]) for tensors in found] == [0, 1, 0, 1]
         for tensors in found[1:]:
             assert_equal(tensors, found[0])
 
