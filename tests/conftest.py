@@ -5,8 +5,9 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -72,13 +73,20 @@ def scene_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def without_flops() -> Iterator[None]:
-    """Let no training of the module in this process count its FLOPs, which takes as long as ten steps."""
+@pytest.fixture(scope="session", autouse=True)
+def _without_flops() -> Iterator[Callable[..., Any]]:
+    """Let trainings in this process count no FLOPs, which takes as long as ten steps; yield what would count them."""
     from iccld.programs.train import train
 
+    counting = train._flops
     with patch.object(train, "_flops", lambda *_: lambda step: 0.0):
-        yield
+        yield counting
+
+
+@pytest.fixture
+def with_flops(_without_flops: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the test's trainings count their FLOPs, as those of users do."""
+    monkeypatch.setattr("iccld.programs.train.train._flops", _without_flops)
 
 
 def pytest_collection_finish() -> None:

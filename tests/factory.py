@@ -104,6 +104,7 @@ def scene_overrides(shards: Path, run_dir: Path) -> list[str]:
         "data.num_workers=0",
         "data.rare_class_min_pixels=20",
         "model.latent_channels=4",
+        "model.residual_steps=2",
         "model.denoiser.width=16",
         "model.discriminator.width=8",
         "metrics.wandb=disabled",

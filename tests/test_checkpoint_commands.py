@@ -26,8 +26,6 @@ from iccld.runtime.checkpoint.store import is_torn
 from iccld.slurm.snapshot import code_hash, copy_code
 from tests.factory import scene_overrides
 
-pytestmark = pytest.mark.usefixtures("without_flops")
-
 NO_TRAINING_PACKAGES = """
 import sys
 blocked = "accelerate deepspeed wandb hydra omegaconf xformers kornia webdataset diffusers".split()

@@ -26,8 +26,6 @@ from iccld.data.storage.cache import CacheConfig, SampleCache
 from iccld.durable import is_real_folder
 from tests.factory import scene_overrides
 
-pytestmark = pytest.mark.usefixtures("without_flops")
-
 KINDS = ("copy", "something else", "dangling", "hard link")
 RANDOM = re.compile(r"\.[0-9a-f]{8}\.tmp|^tmp")
 EVENTS = {"open": 1, "os.mkdir": 1, "os.rename": 2, "os.remove": 1, "os.rmdir": 1, "shutil.rmtree": 1}

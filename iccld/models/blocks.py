@@ -24,8 +24,10 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise `(B, C, ...)` of any float dtype; the result has the same shape and dtype."""
-        if input.is_meta or not torch.is_autocast_enabled(input.device.type) and input.dtype == self.weight.dtype:
-            return super().forward(input)  # with no autocast to turn off, which an exported graph would be cut for
+        if input.is_meta:  # autocast does not apply there
+            return super().forward(input)
+        if input.dtype == self.weight.dtype and not torch.is_autocast_enabled(input.device.type):
+            return super().forward(input)  # turning off what is off would cut an exported graph in two
         with torch.autocast(input.device.type, enabled=False):
             weight, bias = self.weight.to(input.dtype), self.bias.to(input.dtype)
             return F.group_norm(input, self.num_groups, weight, bias, self.eps)

@@ -17,8 +17,6 @@ from iccld.programs.run import best
 from iccld.programs.run.best import keep_best
 from tests.factory import scene_overrides, tiny_model_config
 
-pytestmark = pytest.mark.usefixtures("without_flops")
-
 NUM_STEPS = 3
 SETTINGS = [
     f"stage1.trainer.num_steps={NUM_STEPS}", "stage1.trainer.evaluate_every=1", "stages=[stage1]",

@@ -15,8 +15,6 @@ from iccld.settings import ScheduleConfig
 from iccld.trainer import learning_rate_factor
 from tests.factory import scene_overrides
 
-pytestmark = pytest.mark.usefixtures("without_flops")
-
 QUICK = ["inference.num_steps=[1]", "evaluation.diagnostic_images=0", "evaluation.max_images=2"]
 
 METRICS = "metrics.jsonl"

@@ -100,6 +100,7 @@ def test_too_few_steps_are_refused(option: str, tmp_path: Path, capsys: pytest.C
     assert option.partition("=")[0] in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
+@pytest.mark.usefixtures("with_flops")
 @pytest.mark.parametrize("log_every", [1, 4])
 def test_a_training_counts_the_arithmetic_of_each_step(scene_shards: Path, tmp_path: Path, log_every: int):
     """A warm start leaves out the teacher and the mixed images."""

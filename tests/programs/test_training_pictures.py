@@ -22,8 +22,6 @@ from tests.distributed.launch import run_jobs
 from tests.factory import random_batch, scene_overrides
 from tests.stages.test_adversarial import make_stage
 
-pytestmark = pytest.mark.usefixtures("without_flops")
-
 SHORT = ["stage1.trainer.num_steps=4", "stage2.trainer.num_steps=2", "evaluation.diagnostic_images=0"]
 SHORT += ["inference.num_steps=[1]", "evaluation.max_images=1", "stage1.trainer.checkpoint.save_every=2"]
 DRAWN = ["stage1/step_00000002.png", "stage1/step_00000004.png", "stage2/step_00000002.png"]

@@ -11,8 +11,6 @@ from iccld.cli import main
 from iccld.data.shards.making import MakeShardsConfig, make_shards
 from iccld.labels import CITYSCAPES_PALETTE
 
-pytestmark = pytest.mark.usefixtures("without_flops")
-
 NUM_STEPS = {"stage1": 80, "stage2": 200}
 
 

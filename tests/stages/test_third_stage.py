@@ -37,8 +37,6 @@ from iccld.uda.teacher import Teacher
 from tests.distributed.worker import StopAt
 from tests.factory import scene_overrides
 
-pytestmark = pytest.mark.usefixtures("without_flops")
-
 NOISE = "toy latent noise"
 STEPS = 4
 

@@ -25,8 +25,6 @@ from iccld.uda.ema_profile import PowerAverages
 from tests.factory import scene_overrides
 from tools.scripts import reconstruct_ema
 
-pytestmark = pytest.mark.usefixtures("without_flops")
-
 ROOT = Path(__file__).parents[2]
 NUM_STEPS, EVERY, WIDTHS = 64, 8, [0.05, 0.10]
 UNTRACKED = 0.07

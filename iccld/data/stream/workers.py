@@ -111,9 +111,8 @@ def initialize_worker(worker_id: int) -> None:
     process with them, before it has saved.
     """
     del worker_id
-    sys.excepthook = (
-        _report_and_exit  # Python's thread that hands tensors over would report every failure and retry for ever
-    )
+    # Python's thread that hands tensors over would report every failure and retry for ever.
+    sys.excepthook = _report_and_exit
     torch.set_num_threads(1)
     sys.setswitchinterval(SWITCH_S)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
