@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,10 @@ from PIL import Image
 
 import iccld.slurm
 from iccld.cli import main
+from iccld.config import load_config
 from iccld.data.storage.cache import CacheConfig, SampleCache
 from iccld.durable import is_real_folder
+from iccld.programs.submit import work
 from tests.factory import scene_overrides
 
 KINDS = ("copy", "something else", "dangling", "hard link")
@@ -274,6 +277,8 @@ def test_submit(
     sbatch.write_text(SBATCH)
     sbatch.chmod(0o755)
     monkeypatch.setenv("PATH", f"{sbatch.parent}:{os.environ['PATH']}")
+    composed = cache(lambda words, folder: load_config(words, config_dir=folder))  # it takes longer than what is tested
+    monkeypatch.setattr(work, "load_config", lambda words, config_dir: composed(tuple(words), config_dir))
 
     def submit(folder: Path) -> int:
         return main(["submit", "train", *scene_overrides(scene_shards, folder)])
