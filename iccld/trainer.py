@@ -63,7 +63,7 @@ def attach(stage: Stage, engine: Engine, layout: BatchLayout, *, gradient_clip: 
         layout=layout,
         gradient_clip=gradient_clip,
         replicated=stage.replicated(),
-        without_gradient=stage.without_gradient(),
+        called_by_prepare=stage.called_by_prepare(),
     )
     for average, methods in stage.averages().items():
         engine.backend.shard(average, methods=methods)

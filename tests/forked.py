@@ -1,7 +1,8 @@
 """Python processes that start at once: forked from a server that has imported the project and its libraries.
 
 For tests of what happens to processes, not of how they start: a fork has the server's hash seed and its C library, so
-what an environment variable tells these has no effect.
+what an environment variable tells these has no effect. Nor does a training count its FLOPs there, which is as dear as
+ten steps.
 """
 
 import atexit
@@ -92,7 +93,7 @@ def _serve() -> None:
     """Answer requests until the input ends: the number of a new process, or the exit status of one."""
     for name in PRELOADED:
         importlib.import_module(name)
-    sys.modules["iccld.programs.train.train"]._flops = lambda *_: lambda step: 0.0  # counting is as dear as ten steps
+    sys.modules["iccld.programs.train.train"]._flops = lambda *_: lambda step: 0.0
     assert len([*Path("/proc/self/task").iterdir()]) == 1, "a fork has the thread that calls it, and the locks of all"
     gc.collect()
     gc.freeze()

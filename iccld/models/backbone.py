@@ -123,9 +123,9 @@ def recompute_layers(backbone: "PreTrainedModel") -> None:
 
 
 def record_hidden_states_alone(backbone: "PreTrainedModel") -> None:
-    """Remove the hooks that would record attention maps, once they are there.
+    """Install the hooks that record a backbone's outputs, and keep those of hidden states alone.
 
-    They record nothing that the encoder asks for, and a compiled layer breaks into several graphs at each of them.
+    The encoder asks for nothing that the others record, and a compiled layer breaks into several graphs at each.
     """
     from transformers.utils.output_capturing import maybe_install_capturing_hooks
 

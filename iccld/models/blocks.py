@@ -12,7 +12,7 @@ from iccld.models.settings import AttentionBackend
 
 FEATURE_STRIDES = (4, 8, 16, 32)
 LATENT_STRIDE = 8
-LOGITS_STRIDE = LATENT_STRIDE // 2
+LOGITS_STRIDE = LATENT_STRIDE // 2  # of what the decoder returns
 
 
 class GroupNorm(nn.GroupNorm):

@@ -37,15 +37,15 @@ class EncoderOutput(NamedTuple):
     features: tuple[Tensor, ...]
 
 
-class _Anatomy(NamedTuple):
-    """A backbone's hidden states that are tapped, one a stride, their channels, and parameters behind none of them."""
+class _FeatureTaps(NamedTuple):
+    """The hidden states of a backbone that give the features, their channels, and the parameters that none needs."""
 
     taps: tuple[int, ...]
     channels: tuple[int, ...]
     unused: frozenset[str]
 
 
-_ANATOMIES: dict[str, _Anatomy] = {}  # by the backbone's config: models are built often, and a pass takes longer
+_TAPS: dict[str, _FeatureTaps] = {}  # by the backbone's config; finding them takes longer than building a small model
 
 
 class Encoder(nn.Module):
@@ -59,7 +59,8 @@ class Encoder(nn.Module):
         self.register_buffer("image_mean", torch.tensor(config.image_mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("image_std", torch.tensor(config.image_std).view(1, 3, 1, 1), persistent=False)
         record_hidden_states_alone(self.backbone)
-        self.taps, self.feature_channels, unused = self._anatomy()
+        _freeze_batch_norm(self.backbone)
+        self.taps, self.feature_channels, unused = self._feature_taps()
         self._freeze(unused)
         refuse_missing(config.pretrained, sorted(missing - unused))
         if config.activation_checkpointing:
@@ -122,28 +123,31 @@ class Encoder(nn.Module):
         tokens = norms[0](state)[:, -rows * columns :]  # class and register tokens come first
         return tokens.transpose(1, 2).unflatten(2, (rows, columns))
 
-    def _anatomy(self) -> _Anatomy:
-        """Return what a pass through a backbone of this config tells; the process makes one pass for each config."""
+    def _feature_taps(self) -> _FeatureTaps:
+        """Find the taps by a pass through the backbone, of which a process makes one for each config."""
         if self.backbone.main_input_name != "pixel_values":
             raise ValueError(
                 f"model.encoder: a backbone of type {self.backbone.config.model_type!r} gives no feature maps; "
                 f"use one of {KNOWN_TYPES}."
             )
         key = self.backbone.config.to_json_string(use_diff=False)
-        if key not in _ANATOMIES:
-            _ANATOMIES[key] = self._examine()
-        return _ANATOMIES[key]
+        if torch.is_inference_mode_enabled():  # without a graph, no parameter seems to be needed
+            return self._find_taps()
+        if key not in _TAPS:
+            _TAPS[key] = self._find_taps()
+        return _TAPS[key]
 
-    def _examine(self) -> _Anatomy:
+    def _find_taps(self) -> _FeatureTaps:
         images = torch.zeros(1, 3, 2 * COARSEST_STRIDE, 2 * COARSEST_STRIDE)
         with torch.enable_grad():
             states = self._states(images)
             taps = _choose_taps([state.shape for state in states], side=images.shape[-1])
             nodes = nodes_behind([self._to_map(states[tap], images) for tap in taps])
         used = {id(node.variable) for node in nodes if hasattr(node, "variable")}
-        unused = frozenset(name for name, p in self.backbone.named_parameters() if id(p) not in used)
+        trainable = {name: p for name, p in self.backbone.named_parameters() if p.requires_grad}
+        unused = frozenset(name for name, p in trainable.items() if id(p) not in used)
         channels = tuple(states[tap].shape[-1 if states[0].dim() == 3 else 1] for tap in taps)
-        return _Anatomy(taps, channels, unused)
+        return _FeatureTaps(taps, channels, unused)
 
     @property
     def can_recompute(self) -> bool:
@@ -151,16 +155,19 @@ class Encoder(nn.Module):
         return self.backbone.supports_gradient_checkpointing
 
     def _freeze(self, unused: Collection[str]) -> None:
-        """Freeze the backbone's BatchNorm and the parameters that no feature depends on.
+        """Freeze the parameters that no feature depends on.
 
         A parameter that trains without ever getting a gradient stalls DDP, and weight decay shrinks it for nothing.
         """
-        for module in self.backbone.modules():
-            if isinstance(module, _BatchNorm):
-                module.requires_grad_(False)
         for name, parameter in self.backbone.named_parameters():
             if name in unused:
                 parameter.requires_grad_(False)
+
+
+def _freeze_batch_norm(backbone: nn.Module) -> None:
+    for module in backbone.modules():
+        if isinstance(module, _BatchNorm):
+            module.requires_grad_(False)
 
 
 def _choose_taps(shapes: Sequence[Sequence[int]], *, side: int) -> tuple[int, ...]:

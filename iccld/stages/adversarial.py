@@ -73,7 +73,7 @@ class AdversarialStage(Stage):
         _check_labels(model, config)
         self.model, self.config, self.seed = model, config, seed
         model.stage, model.deterministic = ModelStage.adversarial, config.deterministic
-        for part in self.without_gradient():
+        for part in self.called_by_prepare():
             part.requires_grad_(False).eval()
         self.views = Views(model, config, seed)
         self.module = AdversarialModule(model, discriminator, config)
@@ -164,7 +164,7 @@ class AdversarialStage(Stage):
         teacher.denoiser = self.teacher.module
         return {"teacher": teacher, "student": self.model}
 
-    def without_gradient(self) -> list[nn.Module]:
+    def called_by_prepare(self) -> list[nn.Module]:
         parts = [self.model.encoder, self.model.decoder, self.model.mask_encoder]
         return [part for part in parts if part is not None]
 

@@ -45,23 +45,23 @@ class AdversarialModule(nn.Module):
         logits = self._decoded(prediction.z_0_pred, tensors)
         if self.config.task_weight:
             losses |= self._task_losses(logits, tensors, denominators)
-        adversary_input, domains, t = self._adversary_input(prediction, logits), tensors["domains"], given.t
+        discriminator_input, domains, t = self._discriminator_input(prediction, logits), tensors["domains"], given.t
         if len(self.config.adversary_domains) < len(DOMAINS):
             domains, t = (of_domains(each, self.config.adversary_domains) for each in (domains, t))
         losses["adversarial"] = (
-            tensors["adversarial_weight"] * self._confusion(adversary_input, t) / denominators["adversarial"]
+            tensors["adversarial_weight"] * self._confusion(discriminator_input, t) / denominators["adversarial"]
         )
-        guesses = self.discriminator(adversary_input.detach(), t)
+        guesses = self.discriminator(discriminator_input.detach(), t)
         losses["discriminator"] = domain_cross_entropy(guesses, domains).sum() / denominators["discriminator"]
         classes = {CLASSES: tensors[CLASSES].float()} if CLASSES in tensors else {}
         return StageOutput(losses, classes | self._metrics(guesses, domains, t) | hit_metric(tensors))
 
-    def _confusion(self, adversary_input: Tensor, t: Tensor) -> Tensor:
+    def _confusion(self, discriminator_input: Tensor, t: Tensor) -> Tensor:
         """Sum the confusion over the samples that the denoiser is to change; the discriminator is the current one."""
         detached = {name: p.detach() for name, p in self.discriminator.named_parameters()}
         if self.config.adversary_input is not AdversaryInput.map:
-            return domain_confusion(functional_call(self.discriminator, detached, (adversary_input, t))).sum()
-        of_target = functional_call(self.discriminator, detached, (adversary_input.chunk(2)[1], t.chunk(2)[1]))
+            return domain_confusion(functional_call(self.discriminator, detached, (discriminator_input, t))).sum()
+        of_target = functional_call(self.discriminator, detached, (discriminator_input.chunk(2)[1], t.chunk(2)[1]))
         source = torch.zeros_like(t.chunk(2)[1])
         return domain_cross_entropy(of_target, source).sum()
 
@@ -86,7 +86,7 @@ class AdversarialModule(nn.Module):
         logits = model.decoder(model.decodable(of_domains(z_0, names), seen.latent), seen.features)
         return dict(zip(names, logits.chunk(len(names)), strict=True))
 
-    def _adversary_input(self, prediction: DenoiserOutput, logits: Tensors) -> Tensor:
+    def _discriminator_input(self, prediction: DenoiserOutput, logits: Tensors) -> Tensor:
         """Return the input of the discriminator."""
         if self.config.adversary_input is AdversaryInput.map:
             return torch.cat([logits[name] for name in self.config.adversary_domains]).float().softmax(dim=1)

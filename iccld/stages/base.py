@@ -113,8 +113,8 @@ class Stage(ABC):
         """Return modules to be sharded as the trained one is, and their methods that are called like `forward`."""
         return {self.teacher.module: ()}
 
-    def without_gradient(self) -> list[nn.Module]:
-        """Return what `prepare` calls, each by its own `__call__`: an engine that compiles compiles it, too."""
+    def called_by_prepare(self) -> list[nn.Module]:
+        """Return the networks that `prepare` calls by their own `__call__`; an engine that compiles compiles them."""
         return []
 
     def replicated(self) -> list[nn.Module]:

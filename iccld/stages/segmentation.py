@@ -241,7 +241,7 @@ class SegmentationStage(Stage):
     def averages(self) -> dict[nn.Module, tuple[str, ...]]:
         return {self.teacher.module: ("segment",)}
 
-    def without_gradient(self) -> list[nn.Module]:
+    def called_by_prepare(self) -> list[nn.Module]:
         predictor = self.teacher.module if self.config.use_teacher else self.model
         return [part for part in (predictor.encoder, predictor.decoder, self.reference) if part is not None]
 

@@ -118,5 +118,5 @@ def _other_names(own: Iterable[str], other: Iterable[str]) -> str:
     lacking, unknown = sorted(set(own) - set(other)), sorted(set(other) - set(own))
     return (
         f"ema_profile: the parameters lack {len(lacking)} averages ({', '.join(lacking[:3])}) and have {len(unknown)} "
-        f"unknown ones ({', '.join(unknown[:3])}); keep ema_profile.widths and the model of the run."
+        f"unknown ones ({', '.join(unknown[:3])}); a model keeps its parameters while it is averaged."
     )

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from iccld.models import encoder as encoder_module
 from iccld.models.decoder import Decoder
 from iccld.models.encoder import Encoder
 from iccld.models.settings import DecoderConfig
@@ -39,6 +40,28 @@ def test_one_backward_of_the_decoders_output_reaches_every_trainable_parameter(b
         encoded = encoder(random_images(2, 3, 64, 64))
         decoder(encoded.latent, encoded.features).square().mean().backward()
         assert not without_gradient(encoder) and not without_gradient(decoder)
+
+
+@every_backbone
+def test_a_second_encoder_of_a_config_is_as_the_first_whatever_was_built_before(
+    backbone: str, monkeypatch: pytest.MonkeyPatch
+):
+    """A process passes images through one backbone of each config; in inference mode a pass would tell nothing."""
+    monkeypatch.setattr(encoder_module, "_TAPS", {})
+    with torch.inference_mode():
+        make_encoder(backbone)
+    with torch.device("meta"):
+        make_encoder(backbone)
+    second = make_encoder(backbone)
+    monkeypatch.setattr(encoder_module, "_TAPS", {})
+    first = make_encoder(backbone)
+    assert (second.taps, second.feature_channels) == (first.taps, first.feature_channels)
+    trained = [[name for name, p in encoder.named_parameters() if p.requires_grad] for encoder in (first, second)]
+    assert trained[0] == trained[1] and len(trained[0]) > 4
+    hooks = [[len(module._forward_hooks) for module in encoder.modules()] for encoder in (first, second)]
+    assert hooks[0] == hooks[1]
+    images = random_images(1, 3, 64, 96)
+    assert torch.equal(first(images).latent, second(images).latent)
 
 
 @pytest.mark.parametrize(

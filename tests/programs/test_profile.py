@@ -104,12 +104,14 @@ def test_too_few_steps_are_refused(option: str, tmp_path: Path, capsys: pytest.C
 @pytest.mark.parametrize("log_every", [1, 4])
 def test_a_training_counts_the_arithmetic_of_each_step(scene_shards: Path, tmp_path: Path, log_every: int):
     """A warm start leaves out the teacher and the mixed images."""
-    settings = ["stages=[stage1]", "stage1.trainer.num_steps=4", "stage1.objective.warm_start_steps=1"]
+    settings = ["stage1.trainer.num_steps=4", "stage1.objective.warm_start_steps=1", "stage2.trainer.num_steps=1"]
     overrides = [*scene_overrides(scene_shards, tmp_path), *settings, f"metrics.log_every={log_every}"]
     assert main(["train", *overrides, "data.validation.shards="]) == 0
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     counts = [line["flops_per_s_per_rank"] / line["samples_per_s"] for line in lines]
     config = load_config(overrides)
+    adversarial = build_stage("stage2", config, torch.device("cpu"))
+    assert counts.pop() == pytest.approx(flops_per_sample(adversarial, config, 0).total)
     stage = build_stage("stage1", config, torch.device("cpu"))
     early, late = (flops_per_sample(stage, config, step).total for step in (0, 3))
     assert early < 0.6 * late

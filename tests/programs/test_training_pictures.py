@@ -130,7 +130,7 @@ def mocked_pictures(shards: Path, folder: Path, ranks: Mock) -> pictures.Trainin
 
 
 @pytest.mark.distributed
-def test_a_rank_without_stage_for_whole_weights_weights_ends_no_training(scene_shards: Path, tmp_path: Path):
+def test_a_rank_without_room_for_whole_weights_ends_no_training(scene_shards: Path, tmp_path: Path):
     settings = [*scene_overrides(scene_shards, tmp_path), *SHORT, "stages=[stage1]", "stage1.trainer.num_steps=2"]
     settings += ["data.validation.shards="]
     settings += ["metrics.pictures.every=1", "metrics.pictures.count=1"]

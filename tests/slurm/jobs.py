@@ -73,6 +73,7 @@ class PacedRun:
         self.cluster, self.run_dir, self.pace_file = cluster, folder / "run", folder / "pace"
         self.words = ["train", *settings(shards, self.run_dir, batch=batch), "watchdog.beat_s=1"]
         self.words += [f"stages=[{','.join(stages)}]"]
+        self.stages = stages
         self.pace(pace_s)
         self.jobs: list[str] = []
 

@@ -11,16 +11,16 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.cluster import Cluster, wait_until
-from tests.slurm.jobs import PacedRun, assert_same_run, iccld
+from tests.slurm.jobs import STAGES, PacedRun, assert_same_run, iccld
 
 LIMIT_S = 120  # from the loss of something to the finished job
-STAGES = ("stage1",)  # in which all faults come; test_preemption and test_network go on into stage 2
+FIRST_STAGE = ("stage1",)  # in which the faults come; `test_a_node_set_down` goes on into stage 2
 
 
 @pytest.fixture
-def run(cluster: Cluster, scene_shards: Path, tmp_path: Path) -> PacedRun:
+def run(request: pytest.FixtureRequest, cluster: Cluster, scene_shards: Path, tmp_path: Path) -> PacedRun:
     """Two nodes, past the first checkpoint of stage 1."""
-    run = PacedRun(cluster, scene_shards, tmp_path, stages=STAGES)
+    run = PacedRun(cluster, scene_shards, tmp_path, stages=getattr(request, "param", FIRST_STAGE))
     run.submit()
     run.wait_for_step(5)
     return run
@@ -36,9 +36,10 @@ def assert_goes_on(run: PacedRun, undisturbed: Path, since: float) -> None:
     wait_until(lambda: run.has_restarted, LIMIT_S, "the next attempt", run.tail)
     run.finish()
     assert time.monotonic() - since < LIMIT_S
-    assert_same_run(undisturbed, run.run_dir, STAGES)
+    assert_same_run(undisturbed, run.run_dir, run.stages)
 
 
+@pytest.mark.parametrize("run", [STAGES], indirect=True, ids=["both stages"])
 def test_a_node_set_down(run: PacedRun, undisturbed: Path):
     node, since = second_node(run), time.monotonic()
     run.cluster.run("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
@@ -87,7 +88,7 @@ def test_a_rank_that_hangs_is_named_with_its_node(
     cluster: Cluster, scene_shards: Path, undisturbed: Path, tmp_path: Path, at: str, do: str, phase: str
 ):
     """Rank 1 hangs in the job's first attempt: in a loader worker, or in a collective alone."""
-    run = PacedRun(cluster, scene_shards, tmp_path, pace_s=0, stages=STAGES)
+    run = PacedRun(cluster, scene_shards, tmp_path, pace_s=0, stages=FIRST_STAGE)
     run.words += ["watchdog.step_s=12", "data.num_workers=1"]
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\nshift 2\nexec {sys.executable} -m tests.slurm.faulty_rank "$@"\n')
@@ -113,11 +114,11 @@ def test_a_killed_rank_is_named_with_its_node_and_the_node_excluded_the_second_t
     ledger.write_text(ledger.read_text() + f"{node}\t2026-01-01 00:00:00\tjob 99, restart 0\tkilled\n")
     assert f"#SBATCH --exclude={node}\n" in iccld(run.cluster, "submit", "--dry-run", *run.words)
     run.finish()
-    assert_same_run(undisturbed, run.run_dir, STAGES)
+    assert_same_run(undisturbed, run.run_dir, run.stages)
 
 
 def test_a_broken_job_is_not_requeued_for_ever(cluster: Cluster, scene_shards: Path, tmp_path: Path):
-    run = PacedRun(cluster, scene_shards, tmp_path, stages=STAGES)
+    run = PacedRun(cluster, scene_shards, tmp_path, stages=FIRST_STAGE)
     job = run.submit("--python", "/bin/false", "--max-stalled", "2")
     assert cluster.wait(job) == "FAILED"
     assert cluster.fact(job, "Restarts") == "1"

@@ -62,7 +62,7 @@ def train(
     """The losses of some steps of two micro-batches, and how many graphs there are after each step."""
     losses, graphs = [], []
     with Engine(config or EngineConfig(compile=compile, precision=precision)) as engine:
-        options = {"replicated": stage.replicated(), "without_gradient": stage.without_gradient()}
+        options = {"replicated": stage.replicated(), "called_by_prepare": stage.called_by_prepare()}
         engine.attach(stage.module, stage.param_groups(), layout=layout_for(engine, 2), **options)
         for average, methods in stage.averages().items():
             engine.backend.shard(average, methods=methods)

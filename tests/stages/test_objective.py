@@ -58,7 +58,7 @@ def given_of(inputs: StageInputs) -> Noised:
 def frozen_of(stage: AdversarialStage) -> dict[str, Tensor]:
     return {
         f"{i}.{name}": value
-        for i, part in enumerate(stage.without_gradient())
+        for i, part in enumerate(stage.called_by_prepare())
         for name, value in part.state_dict().items()
     }
 
@@ -76,7 +76,7 @@ def test_a_step_changes_the_denoiser_and_leaves_e_and_d_to_the_bit(name: str):
         optimizer.zero_grad()
     assert all(torch.equal(value, before[0][key]) for key, value in frozen_of(stage).items())
     assert not all(torch.equal(v, before[1][key]) for key, v in stage.module.denoiser.state_dict().items())
-    assert all(p.grad is None and not p.requires_grad for part in stage.without_gradient() for p in part.parameters())
+    assert all(p.grad is None and not p.requires_grad for part in stage.called_by_prepare() for p in part.parameters())
     trained = {id(p) for group in stage.param_groups() for p in group["params"]}
     assert trained == {id(p) for p in stage.module.parameters()}
 

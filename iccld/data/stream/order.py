@@ -234,7 +234,7 @@ def _pixels_of(class_pixels: np.ndarray, image: int, train_id: int) -> int:
 
 
 def _in_set(image: int, class_pixels: np.ndarray) -> int:
-    """Return the number of an image of the set. Raises ValueError for any other, as a damaged index may hold."""
+    """Return the image's number. Raises ValueError if the set has no such image, as where an index is damaged."""
     if image >= len(class_pixels):
         raise ValueError(f"classes.npy of an index names sample {image} of {len(class_pixels)}; {_DAMAGED}.")
     return image

@@ -181,7 +181,7 @@ def domain_order(parts: Sequence[OpenSet], config: DataConfig, *, seed: int, rar
     orders = [
         _rare_order(part, config, seed)
         if rare_classes
-        else _over_used(EpochOrder(len(part.positions), seed=seed, stream=part.name), part)
+        else _in_whole_set(EpochOrder(len(part.positions), seed=seed, stream=part.name), part)
         for part in parts
     ]
     if len(orders) == 1:
@@ -211,9 +211,9 @@ def _rare_order(part: OpenSet, config: DataConfig, seed: int) -> Order:
         rare=class_set.rare,
         num_images=len(part.positions),
     )
-    return _over_used(order, part)
+    return _in_whole_set(order, part)
 
 
-def _over_used(order: Order, part: OpenSet) -> Order:
-    """Return the order over a set's samples in use as one over the set."""
+def _in_whole_set(order: Order, part: OpenSet) -> Order:
+    """Turn positions among the used samples into positions in the set."""
     return order if isinstance(part.positions, range) else SubsetOrder(order, part.positions)

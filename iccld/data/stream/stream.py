@@ -110,9 +110,9 @@ class TrainingStream:
                 raise delivery.failure
             self._transfers[delivery.worker] = delivery.transfers
             batch = unpack(delivery.packed)
-            for name, domain in batch.items():
-                self._judge(name, len(domain["keys"]), domain.pop("replaced"))
-                domain["numbers"] = domain["numbers"].clone()  # a view would keep the whole batch in memory
+            for name, part in batch.items():
+                self._judge(name, len(part["keys"]), part.pop("replaced"))
+                part["numbers"] = part["numbers"].clone()  # a view would keep the whole batch in memory
             yield batch
 
     def _judge(self, domain: str, num_samples: int, bad: list[tuple[str, str, str]]) -> None:

@@ -3,8 +3,8 @@
     run_dir/pictures/stage1/step_00002000.png
 
 The crops are the stream's first samples. Rank 0 draws. What fails on any rank is said once, and ends no training. One
-thing does: a rank that fails while it exchanges weights, since the others wait for it there; so each rank builds the
-stage that takes them first.
+thing does: a rank that fails while it exchanges weights, since the others wait for it there; so each rank first builds
+the stage that takes them.
 """
 
 from collections.abc import Callable, Iterator, Mapping

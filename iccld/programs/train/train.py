@@ -126,7 +126,7 @@ def _run_stages(config: Config, engine: Engine, preemption: Preemption, watchdog
 def _run_stage(
     name: str, config: Config, engine: Engine, preemption: Preemption, watchdog: Watchdog, terminal: Terminal
 ) -> bool:
-    settings, layout = trainer_settings(name, config), choose_layout(name, trials_of(name, config, engine, watchdog))
+    trainer, layout = trainer_settings(name, config), choose_layout(name, trials_of(name, config, engine, watchdog))
     stream = build_stream(name, config, layout)
     stage = build_stage(name, config, engine.device)
     check_room(stage, layout, config, engine.ranks)
@@ -135,7 +135,10 @@ def _run_stage(
     metrics = _metrics(stage, layout, config, engine, terminal)
     terminal.header(header_of(stage, layout, config, engine))
     checkpoints = CheckpointStore(
-        folder / "checkpoints", settings.checkpoint, engine.ranks, announce=lambda n: metrics.event("saved", step=n)
+        folder / "checkpoints",
+        trainer.checkpoint,
+        engine.ranks,
+        announce=lambda step: metrics.event("saved", step=step),
     )
     with (
         keep_views(stage, config, engine, stream),
@@ -149,7 +152,7 @@ def _run_stage(
             metrics=metrics,
             preemption=preemption,
             watchdog=watchdog,
-            config=settings,
+            config=trainer,
             layout=layout,
             about=_about(stage, config, stream),
             pictures=TrainingPictures(stage, config, engine, metrics=metrics, watchdog=watchdog),
@@ -158,7 +161,7 @@ def _run_stage(
         ).run()
     if finished:
         _finish(stage, config, engine)
-        metrics.event("finished", step=settings.num_steps)
+        metrics.event("finished", step=trainer.num_steps)
     engine.detach()
     metrics.close()
     return finished

@@ -131,18 +131,18 @@ class Engine:
         layout: BatchLayout,
         gradient_clip: float = 0.0,
         replicated: Iterable[nn.Module] = (),
-        without_gradient: Iterable[nn.Module] = (),
+        called_by_prepare: Iterable[nn.Module] = (),
     ) -> None:
         """Wrap the module for the ranks and build AdamW over the groups.
 
-        `replicated`: parts that no engine may shard. `gradient_clip`: the largest norm; 0 is off. `without_gradient`:
-        what a step calls beside the module, without gradient.
+        `replicated`: parts that no engine may shard. `gradient_clip`: the largest norm; 0 is off. `called_by_prepare`:
+        networks that a step calls before the module, without a gradient.
         """
         if "backend" in self.__dict__:
             self.detach()
         self._base_rates = [group["lr"] for group in param_groups]
         raw = module.to(self.device)
-        compile_in_place([raw, *without_gradient], self.compile)
+        compile_in_place([raw, *called_by_prepare], self.compile)
         optimizer = torch.optim.AdamW(param_groups, fused=True)
         terms = Terms(self.device, layout, gradient_clip)
         self.backend = self._backend(raw, optimizer, terms, replicated)
