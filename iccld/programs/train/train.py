@@ -135,10 +135,7 @@ def _run_stage(
     metrics = _metrics(stage, layout, config, engine, terminal)
     terminal.header(header_of(stage, layout, config, engine))
     checkpoints = CheckpointStore(
-        folder / "checkpoints",
-        trainer.checkpoint,
-        engine.ranks,
-        announce=lambda step: metrics.event("saved", step=step),
+        folder / "checkpoints", trainer.checkpoint, engine.ranks, announce=lambda at: metrics.event("saved", step=at)
     )
     with (
         keep_views(stage, config, engine, stream),
