@@ -14,6 +14,7 @@ from iccld.config import load_config
 from iccld.programs.profile import profile
 from iccld.programs.run.building import build_stage, build_stream
 from iccld.programs.run.synthetic import flops_per_sample, synthetic_batch, synthetic_batches
+from iccld.runtime.measure import flops as flops_module
 from iccld.runtime.measure.profiling import BETWEEN_STEPS, PHASES
 from tests.factory import scene_overrides
 from tests.faults.ranks import Ranks
@@ -116,6 +117,19 @@ def test_a_training_counts_the_arithmetic_of_each_step(scene_shards: Path, tmp_p
     early, late = (flops_per_sample(stage, config, step).total for step in (0, 3))
     assert early < 0.6 * late
     assert counts == pytest.approx([early, late, late, late] if log_every == 1 else [(early + 3 * late) / 4])
+
+
+@pytest.mark.usefixtures("with_flops")
+def test_work_that_cannot_be_counted_is_said_and_trained(
+    scene_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """A backbone may call what has no rule; here, convolutions have none."""
+    monkeypatch.setattr(flops_module, "UNKNOWN", {"conv2d"})
+    settings = ["stages=[stage1]", "stage1.trainer.num_steps=1", "data.validation.shards="]
+    assert main(["train", *scene_overrides(scene_shards, tmp_path), *settings]) == 0
+    assert "stage1: no FLOPs and no MFU: FLOPs: torch's conv2d has no rule" in capsys.readouterr().out
+    [line] = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert not line.get("flops_per_s_per_rank") and "mfu" not in line
 
 
 def test_a_package_that_lies_on_the_path_has_no_version():
