@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
 from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,6 +26,8 @@ PRELOADED = (
     "iccld.programs.train.train",
     "iccld.programs.evaluate.evaluate",
     "iccld.programs.profile.profile",
+    "iccld.runtime.engine.zero",
+    "deepspeed.runtime.zero.muon.original_muon",
     "kornia.enhance",
     "kornia.filters",
     "torch._dynamo",
@@ -91,8 +94,9 @@ def _ask(request: dict[str, Any]) -> Any:
 
 def _serve() -> None:
     """Answer requests until the input ends: the number of a new process, or the exit status of one."""
-    for name in PRELOADED:
-        importlib.import_module(name)
+    with redirect_stdout(sys.stderr):  # deepspeed logs to it, and it carries the answers
+        for name in PRELOADED:
+            importlib.import_module(name)
     sys.modules["iccld.programs.train.train"]._flops = lambda *_: lambda step: 0.0
     assert len([*Path("/proc/self/task").iterdir()]) == 1, "a fork has the thread that calls it, and the locks of all"
     gc.collect()

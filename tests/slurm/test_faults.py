@@ -81,7 +81,7 @@ def test_a_step_daemon_killed_while_its_node_and_its_rank_live(run: PacedRun, un
 
 @pytest.mark.parametrize(
     ("at", "do", "phase"),
-    [("data", "sleep", "data"), ("prepare", "collective", "prepare")],
+    [("data", "sleep", "data"), pytest.param("prepare", "collective", "prepare", marks=pytest.mark.slow)],
     ids=["data", "collective"],
 )
 def test_a_rank_that_hangs_is_named_with_its_node(

@@ -35,15 +35,16 @@ def test_ours_is_compared_with_save_state(
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize("engines", [["fsdp2"], pytest.param([*bench_engines.ENGINES], marks=pytest.mark.slow)])
 def test_engines_are_compared_at_one_global_batch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], engines: list[str]
 ) -> None:
-    size = ("--params", "0.2", "--size", "32", "--steps", "2", "--engines", "ddp", "fsdp2")
+    size = ("--params", "0.2", "--size", "32", "--steps", "2", "--engines", *engines)
     monkeypatch.setattr(sys, "argv", ["bench_engines", *size, "--json", str(tmp_path / "figures.json")])
     bench_engines.main()
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert "global batch 4" in capsys.readouterr().out
-    assert figures["engines"].keys() == {"ddp", "fsdp2"}
+    assert [*figures["engines"]] == engines
     for own in figures["engines"].values():
         assert own["num_params"] > 2e5 and own["peak_bytes"] > 0 and own["step_s"] > 0
         assert own["sent_bytes"] >= 4 * own["num_params"]  # an average of fp32 gradients over two ranks, at the least

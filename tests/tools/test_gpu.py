@@ -38,10 +38,10 @@ def still_runs(log: Path) -> bool:
 
 def test_chosen_parts_are_added_to_those_of_an_earlier_call(tmp_path: Path) -> None:
     (tmp_path / "gpu.json").write_text(json.dumps({"stage1": {"eager": MEASURED}}))
-    done = run(tmp_path, timeout_s=200, ONLY="limits attention")
+    done = run(tmp_path, timeout_s=200, ONLY="limits")
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "gpu.json").read_text())
-    assert figures["limits"]["versions"]["torch"] and "CUDA" in json.dumps(figures["attention"])
+    assert figures["limits"]["versions"]["torch"]
     assert figures["stage1"]["eager"]["mfu"] == 0.5 and "eager.mfu" in done.stdout, "the table has all"
     assert (tmp_path / "gpu.png").stat().st_size > 10_000
 

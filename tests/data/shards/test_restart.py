@@ -106,7 +106,7 @@ def start(many: Path, output: Path, *options: str) -> "subprocess.Popen[bytes]":
     return process
 
 
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_an_interrupted_run_goes_on(
     many: Path, whole_of_many: dict[str, bytes], tmp_path: Path, number: signal.Signals, status: int, workers: int
