@@ -132,6 +132,26 @@ def test_images_and_labels_may_lie_in_one_folder(tmp_path: Path) -> None:
     assert found.spare_labels == ["d/b_ids.png"] and [problem.file[-7:] for problem in found.problems] == ["d/c.tif"]
 
 
+@pytest.mark.parametrize(
+    ("images", "labels", "files"),
+    [
+        ("d/{f}.png", "d/{f}_ids.png", ["a.png", "a_ids.png", "b.PNG", "B_ids.png"]),
+        ("d/{f}.{suffix}", "d/{f}.png", ["a.jpg", "a.png", "b.webp", "b.png"]),
+    ],
+)
+def test_a_label_whose_name_fits_images_too_is_no_image(
+    tmp_path: Path, images: str, labels: str, files: list[str]
+) -> None:
+    (tmp_path / "mine.yaml").write_text(f"{{images: '{images}', labels: '{labels}', labels_as: ids}}")
+    root = write_folder(tmp_path / "in", {f"d/{name}": b"" for name in files})
+    converter, expected = open_converter(str(tmp_path / "mine.yaml"), root), [f"d/{name}" for name in files]
+    for with_labels in (True, False):
+        found = converter.survey(with_labels=with_labels)
+        assert [pair.image for pair in found.pairs] == expected[::2]
+        assert not found.problems and not found.spare_labels and not found.passed_over.kinds
+    assert [pair.label for pair in converter.pairs()] == expected[1::2]
+
+
 def test_other_splits_and_kinds_of_labels_are_no_lost_images(tmp_path: Path) -> None:
     files = [
         "rgb_anon/fog/{}/S/a_rgb_anon.png",

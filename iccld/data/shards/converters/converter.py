@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from iccld.data.classes import ClassList, num_classes_of
-from iccld.data.shards.converters.pairing import Pair, pair_labels
+from iccld.data.shards.converters.pairing import Pair, pair_labels, without_labels
 from iccld.data.shards.converters.pattern import Pattern, has_image_ending
 from iccld.data.shards.converters.readers import (
     LabelsAs,
@@ -70,7 +70,7 @@ class Converter:
         not_seen, labels = NotSeen(), self._labels if with_labels else None
         images = self.tree.files(self._images.folder, not_seen=not_seen)
         found = [(path, self._images.match(path)) for path in images]
-        pairs = [self._pair(path, values) for path, values in found if values is not None]
+        pairs = without_labels([self._pair(path, values) for path, values in found if values is not None])
         others = [path for path, values in found if values is None]
         unread = [path for path in others if self._is_unread_image(path)]
         if not pairs:

@@ -20,6 +20,12 @@ class Pair:
     label: str | None
 
 
+def without_labels(pairs: Sequence[Pair]) -> list[Pair]:
+    """Leave out the images that are labels of others: in one folder, names of labels may fit those of images, too."""
+    labels = {fold(pair.label) for pair in pairs if pair.label and fold(pair.label) != fold(pair.image)}
+    return [pair for pair in pairs if fold(pair.image) not in labels]
+
+
 def pair_labels(pairs: Sequence[Pair], files: Sequence[str]) -> list[Pair]:
     """Give each pair the file of its label: by its exact name, or else ignoring case and the form of accents.
 
