@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from iccld.data.shards.converters import Converter, InputTree, UnknownIds, open_converter, tree
+from iccld.data.shards.converters.tree import NotSeen
 from tests.data.factory import write_gta5
 from tests.data.shards.test_data_sets import encoded, write_folder, write_zip
 
@@ -126,6 +127,16 @@ def test_linked_folders_are_followed_and_loops_are_not(tmp_path: Path) -> None:
     (tmp_path / "in" / "images" / "linked").symlink_to(tmp_path / "far")
     (tmp_path / "in" / "images" / "loop").symlink_to(tmp_path / "in")
     assert InputTree(tmp_path / "in").files("images") == ["images/linked/a.png"]
+
+
+def test_links_that_lead_to_each_other_end(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"images/day/a.png": b"", "images/night/b.png": b"", "far/c.png": b""})
+    links = {"images/day/after": "../night", "images/night/before": "../day", "images/far": "../far", "far/back": ".."}
+    for link, target in links.items():
+        (tmp_path / link).symlink_to(target)
+    not_seen, there = NotSeen(), ["day/a.png", "day/after/b.png", "far/c.png", "night/b.png", "night/before/a.png"]
+    assert InputTree(tmp_path).files("images", not_seen=not_seen) == [f"images/{name}" for name in there]
+    assert list(not_seen.passed_over.kinds) == ["links to folders passed over: they lead back"]
 
 
 _held: list[Converter] = []

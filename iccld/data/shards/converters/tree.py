@@ -106,17 +106,18 @@ class _Folder:
         self.root = holders[0] if len(holders) == 1 else root
 
     def walk(self, under: str, not_seen: NotSeen) -> Iterator[str]:
-        stack = self._folders(under)
+        stack = [(folder, tuple[Path, ...]()) for folder in self._folders(under)]
         while stack:
-            folder = stack.pop()
+            folder, left = stack.pop()
             with os.scandir(self.root / folder) as entries:
                 for entry in entries:
                     path = f"{folder}/{entry.name}" if folder else entry.name
                     if not _is_seen(entry.name):
                         not_seen.passed_over.add(f"files or folders passed over: {_HIDDEN}", entry.path)
                     elif entry.is_dir():
-                        loops = _is_loop(entry)
-                        stack += [] if loops else [path]
+                        of_links = (*left, Path(entry.path).parent.resolve()) if entry.is_symlink() else left
+                        loops = entry.is_symlink() and _leads_back(Path(entry.path), of_links)
+                        stack += [] if loops else [(path, of_links)]
                         if loops:
                             not_seen.passed_over.add("links to folders passed over: they lead back", entry.path)
                     elif entry.is_file():
@@ -263,8 +264,13 @@ def _is_seen(path: str) -> bool:
     return all(p and not p.startswith(".") and p != "__MACOSX" for p in parts) and not set(path) & set("\\\0")
 
 
-def _is_loop(entry: os.DirEntry[str]) -> bool:
-    return entry.is_symlink() and Path(entry.path).parent.resolve().is_relative_to(Path(entry.path).resolve())
+def _leads_back(link: Path, folders: Iterable[Path]) -> bool:
+    """Tell whether a link leads to one of the real folders, or to one around it.
+
+    `folders` hold the link itself, and the links on the way to it: from there, the way would lead to them again.
+    """
+    target = link.resolve()
+    return any(folder.is_relative_to(target) for folder in folders)
 
 
 def _too_large() -> ValueError:
