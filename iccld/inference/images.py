@@ -78,7 +78,7 @@ def _of_array(image: np.ndarray) -> np.ndarray:
         }.get(True, "give RGB pixels")
         raise ValueError(f"predict: an array of shape {image.shape} must be (H, W, 3); {remedy}.")
     if image.dtype == np.uint8:
-        return image
+        return np.require(image, requirements=["C", "W"])  # torch takes no mirrored view, such as bgr[..., ::-1]
     if not np.issubdtype(image.dtype, np.floating):
         raise ValueError(f"predict: an array of {image.dtype} must be uint8, or float in [0, 1]; convert it.")
     _check_range(float(image.min()), float(image.max()))  # NaN is in neither

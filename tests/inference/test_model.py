@@ -152,6 +152,18 @@ def test_options_that_do_not_fit_are_refused(model: Model, options, words: str):
         model.predict(PIXELS, **options)
 
 
+def test_arrays_are_read_however_they_lie_in_memory(model: Model, recwarn: pytest.WarningsRecorder):
+    expected, fixed = model.predict(PIXELS), PIXELS.copy()
+    fixed.flags.writeable = False
+    turned = np.ascontiguousarray(PIXELS[::-1, :, ::-1])[::-1, :, ::-1]  # as of an image whose channels are BGR
+    padded = np.zeros((40, 60, 4), np.uint8)
+    padded[:, :56, :3] = PIXELS
+    for same in (fixed, turned, turned.astype(np.float64) / 255, padded[:, :56, :3], np.asfortranarray(PIXELS)):
+        result = model.predict(same)
+        assert (result.labels == expected.labels).all() and (result.image == PIXELS).all()
+    assert not recwarn.list
+
+
 def test_a_model_of_stage_1_has_no_steps_and_one_without_card_no_names(tmp_path: Path):
     loaded = ICCLD.from_pretrained(save(tiny_model(), tmp_path))
     with pytest.raises(ValueError, match="denoiser is absent"):
