@@ -8,7 +8,7 @@ result = model.predict("street.jpg")
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Self, overload
+from typing import Any, Self, TypeVar, overload
 
 import numpy as np
 import torch
@@ -31,6 +31,16 @@ from iccld.stages.settings import InferenceConfig
 
 PRECISIONS = ("fp32", "bf16")
 SEED = 0
+ModelT = TypeVar("ModelT", bound=torch.nn.Module)
+
+
+def moved(model: ModelT, device: torch.device | str) -> ModelT:
+    """Move a model to a device. Raises ValueError if there is no such device, or no room on it."""
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
+        why = str(error).partition("\n")[0]
+        raise ValueError(f"device={device} cannot be used ({why}); use cpu, or a device that is there.") from error
 
 
 class ICCLD(figure.ICCLD, ModelHubMixin, library_name="iccld", pipeline_tag="image-segmentation"):
@@ -117,7 +127,7 @@ class ICCLD(figure.ICCLD, ModelHubMixin, library_name="iccld", pipeline_tag="ima
         stays where it is. precision: `fp32` or `bf16`. Raises ValueError.
         """
         if device is not None:
-            self.to(device)
+            moved(self, device)
         segment_one = self.segmenter(
             num_steps=num_steps, seeds=seeds, size=size, sliding_window=sliding_window, precision=precision
         )

@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
 
     from iccld.inference.files import expanded, predict_files
-    from iccld.inference.model import ICCLD
+    from iccld.inference.model import ICCLD, moved
     from iccld.inference.source import find_model
     from iccld.inference.video import is_video, predict_video
     from iccld.models.settings import AttentionBackend
@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
     attention = AttentionBackend[arguments.attention]
     folder = find_model(arguments.model, weights=arguments.weights, stages=[*STAGES][::-1])
     model = ICCLD.from_pretrained(folder, attention=attention)
-    segment = model.to(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")).segmenter(
+    segment = moved(model, arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")).segmenter(
         num_steps=arguments.num_steps,
         size=size,
         sliding_window=arguments.sliding_window,

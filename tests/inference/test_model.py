@@ -145,11 +145,14 @@ def test_what_is_no_image_is_refused_in_one_line(model: Model, image, words: str
         ({"seeds": 2}, "without denoising, no noise is drawn"),
         ({"size": (4, 4)}, "size=\\(4, 4\\) must be"),
         ({"precision": "fp8"}, "precision='fp8' must be one of fp32, bf16"),
+        ({"device": "gpu"}, "device=gpu cannot be used \\(.*gpu\\); use cpu"),
+        ({"device": "cuda:99"}, "device=cuda:99 cannot be used \\(.*\\); use cpu"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(model: Model, options, words: str):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=words) as caught:
         model.predict(PIXELS, **options)
+    assert "\n" not in str(caught.value)
 
 
 def test_arrays_are_read_however_they_lie_in_memory(model: Model, recwarn: pytest.WarningsRecorder):
