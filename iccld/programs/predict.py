@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Segment the inputs. Raises ValueError, and OSError if the output cannot be written."""
     size = _size(arguments.size)
+    _check_denoising(arguments)
     import torch
 
     from iccld.inference.files import expanded, predict_files
@@ -72,6 +73,14 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         predict_files(inputs, arguments.output, segment, with_probabilities=arguments.probabilities)
     return 0
+
+
+def _check_denoising(arguments: argparse.Namespace) -> None:
+    """Refuse options of denoising that would change nothing. Raises ValueError."""
+    usual = {"--solver": "ddim", "--start": 1.0, "--num-averaged": 1, "--blend": 0.0}
+    given = [name for name, value in usual.items() if getattr(arguments, name[2:].replace("-", "_")) != value]
+    if given and not arguments.num_steps:
+        raise ValueError(f"{', '.join(given)} without --num-steps: nothing is denoised; add --num-steps, as in 4.")
 
 
 def _size(text: str) -> list[int]:

@@ -134,6 +134,13 @@ def test_predict_averages_as_the_scores_do(tmp_path: Path, monkeypatch: pytest.M
     assert asked == [InferenceConfig(num_averaged=3, blend=0.5, solver=Solver.dpm, start=0.5)]
 
 
+def test_predict_averages_nothing_without_steps(capsys: pytest.CaptureFixture[str]):
+    given = {"--num-averaged": ["--num-averaged", "3"], "--start, --blend": ["--blend", "1", "--start", ".5"]}
+    for named, words in given.items():
+        assert main(["predict", "model", "image.png", "out", *words]) == 2
+        assert f"{named} without --num-steps: nothing is denoised" in capsys.readouterr().err
+
+
 def test_pictures_and_averages_of_other_widths_are_averaged_as_the_scores_are(monkeypatch: pytest.MonkeyPatch):
     words = ["model=tiny", "dataset=scenes", "inference.num_steps=[2,4]", "inference.num_averaged=3"]
     config, model = load_config(words), trained_model()
