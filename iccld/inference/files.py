@@ -141,8 +141,8 @@ def _jobs(inputs: Sequence[Path], output: Path, *, with_probabilities: bool) -> 
     found, places, paths = _Found([]), dict[Path, Path](), expanded(inputs)
     for path in paths:
         part = _found_in(path, output)
-        root = path if path.is_dir() and len(paths) == 1 else path.parent
-        places |= {source: source.relative_to(root) for source in part.images}
+        root, name = (path, _name_of(path) if len(paths) > 1 else "") if path.is_dir() else (path.parent, "")
+        places |= {source: Path(name, source.relative_to(root)) for source in part.images}
         found.failures += part.failures
         found.notes += part.notes
     for note in found.notes:
@@ -158,6 +158,11 @@ def _jobs(inputs: Sequence[Path], output: Path, *, with_probabilities: bool) -> 
         if _real(file) in read:
             raise ValueError(f"predict: {file} is an input and would be overwritten; give another output folder.")
     return jobs, found.failures
+
+
+def _name_of(folder: Path) -> str:
+    """Return a folder's name; `.` and `..` have that of the folder that is meant."""
+    return folder.name if folder.name not in ("", "..") else _real(folder).name
 
 
 def _found_in(path: Path, output: Path) -> "_Found":

@@ -5,6 +5,7 @@ import struct
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -279,6 +280,18 @@ def test_linked_folders_are_read_once(tmp_path, capsys):
         lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("predict: ")]
         assert sum("links to a folder that is segmented already" in line for line in lines) == 3
         assert lines[-1] == "predict: 1 hidden files and folders were passed over"
+
+
+def test_each_of_several_folders_has_its_name_in_the_output(tmp_path, monkeypatch):
+    for name in ("day/frames/a.png", "day/frames/here/b.png", "other/c.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(PIXELS).save(tmp_path / name)
+    monkeypatch.chdir(tmp_path / "day/frames/here")
+    one = partial(segment, predictors=[dominant_channel], names=CITYSCAPES_19.names, colours=CITYSCAPES_PALETTE)
+    written = predict_files([Path(".."), Path(), Path("../../../other")], tmp_path / "out", one)
+    names = ["frames/a", "frames/here/b", "here/b", "other/c"]
+    assert sorted(written) == [tmp_path / f"out/{name}_label.png" for name in names]
+    assert sorted((tmp_path / "out").rglob("*_label.png")) == sorted(written)
 
 
 def test_a_folder_that_cannot_be_read_is_named(tmp_path):
