@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from iccld.models.iccld import ICCLD
 
 DESCRIPTION = """\
-Write a model that runs without iccld. Inputs: images (B, 3, H, W) float32 in [0, 1], sides multiples of 32, and with
---num-steps the noise (B, C, H / 8, W / 8), standard normal. Output: logits (B, K, H, W). B, H and W are free.
+Write a model that runs without iccld. Inputs: images (B, 3, H, W) float32 in [0, 1], sides multiples of 32, from 64 on,
+and with --num-steps the noise (B, C, H / 8, W / 8), standard normal. Output: logits (B, K, H, W). B, H and W are free.
 
   iccld export runs/a model.onnx
 """
@@ -132,10 +132,13 @@ def _inputs(
 
 
 def _dynamic(inputs: Sequence["Tensor"]) -> tuple[dict[int, Any], ...]:
-    """Describe the free dimensions: batch, and rows and columns in multiples of the stride."""
+    """Describe the free dimensions: batch, and rows and columns in multiples of the stride.
+
+    The export tells maps of one position from larger ones, so there are two of them at least.
+    """
     from torch.export import Dim
 
-    batch, rows, columns = Dim("batch", min=1, max=64), Dim("rows", min=2, max=256), Dim("columns", min=2, max=256)
+    batch, rows, columns = Dim("batch", min=1), Dim("rows", min=2), Dim("columns", min=2)
     images = {0: batch, 2: COARSEST_STRIDE * rows, 3: COARSEST_STRIDE * columns}
     times = COARSEST_STRIDE // LATENT_STRIDE
     latent = {0: batch, 2: times * rows, 3: times * columns}

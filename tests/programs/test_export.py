@@ -45,10 +45,12 @@ def test_onnx_runs_on_another_batch_and_size(
 def test_a_program_of_torch_runs_without_the_model(folder: Path, tmp_path: Path):
     assert main(["export", str(folder), str(tmp_path / "model.pt2"), "--num-steps", "1"]) == 0
     program = torch.export.load(str(tmp_path / "model.pt2")).module()
-    images, noise = torch.rand(3, 3, 64, 128), torch.randn(3, 4, 8, 16)
-    with torch.no_grad():
-        own = ICCLD.from_pretrained(folder)(images, noise=noise, num_steps=1)
-        torch.testing.assert_close(program(images, noise), own)
+    model = ICCLD.from_pretrained(folder)
+    for batch, height, width in ((3, 64, 128), (65, 64, 64), (1, 64, 8224)):
+        images, noise = torch.rand(batch, 3, height, width), torch.randn(batch, 4, height // 8, width // 8)
+        with torch.no_grad():
+            own = model(images, noise=noise, num_steps=1)
+            torch.testing.assert_close(program(images, noise), own)
 
 
 def test_a_file_that_differs_from_the_model_is_not_kept(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
