@@ -74,8 +74,10 @@ def export_model(model: "ICCLD", output: Path, *, kind: str, num_steps: int = 0,
     trials = [_inputs(model, images, size, with_noise=num_steps > 0) for size in SIZES]
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / f"model.{'onnx' if kind == 'onnx' else 'pt2'}"
-        (_write_onnx if kind == "onnx" else _write_torch)(module, trials[0], file)
-        worst = _difference(module, _runner(file, kind), trials)
+        with _refused_by_torch(model, other=".pt2" if kind == "onnx" else ".onnx"):
+            (_write_onnx if kind == "onnx" else _write_torch)(module, trials[0], file)
+            exported = _runner(file, kind)
+        worst = _difference(module, exported, trials)
         if not worst <= TOLERANCE:
             raise ValueError(
                 f"export: the exported model's logits differ from the model's by {worst:.1e} of the largest; nothing "
@@ -87,6 +89,19 @@ def export_model(model: "ICCLD", output: Path, *, kind: str, num_steps: int = 0,
                 written.write(piece)
     print(f"{output}: logits within {worst:.1e} of the model's, on {len(SIZES)} sizes", flush=True)
     return worst
+
+
+@contextlib.contextmanager
+def _refused_by_torch(model: "ICCLD", *, other: str) -> Iterator[None]:
+    """Turn torch's errors into ValueError: some encoders hold code that it cannot export, or not in each format."""
+    try:
+        yield
+    except RuntimeError as error:
+        why, encoder = str(error).strip().partition("\n")[0][:200], model.encoder.backbone.config.model_type
+        raise ValueError(
+            f"export: torch cannot export this model, whose encoder is a {encoder} ({type(error).__name__}: {why}); "
+            f"try a file that ends in {other}."
+        ) from error
 
 
 def _module(model: "ICCLD", num_steps: int) -> "nn.Module":
@@ -149,7 +164,10 @@ def _write_torch(module: "nn.Module", inputs: tuple["Tensor", ...], file: Path) 
     import torch
 
     with torch.no_grad():
-        program = torch.export.export(module, inputs, dynamic_shapes=_shapes(inputs))
+        try:
+            program = torch.export.export(module, inputs, dynamic_shapes=_shapes(inputs))
+        except RuntimeError:  # strict tracing is slower, and leaves free what `int(size)` ties (MobileNetV2's padding)
+            program = torch.export.export(module, inputs, dynamic_shapes=_shapes(inputs), strict=True)
     torch.export.save(program, str(file))
 
 

@@ -61,6 +61,31 @@ def test_a_file_that_differs_from_the_model_is_not_kept(folder: Path, tmp_path: 
     assert not (tmp_path / "model.pt2").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone", ["convnextv2", "mobilenet_v2", "dinov2"])
+def test_programs_of_other_encoders_give_their_logits_at_several_sizes(tmp_path: Path, backbone: str):
+    assert export.export_model(trained_model(backbone=backbone), tmp_path / "model.pt2", kind="torch") < 1e-5
+
+
+def test_an_encoder_that_torch_cannot_export_is_named_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(*_: object, strict: bool = False, **__: object) -> None:
+        tried.append(strict)
+        raise RuntimeError("Constraints violated (32*rows)!\n  - You marked 32*rows as dynamic")
+
+    tried: list[bool] = []
+    monkeypatch.setattr(torch.export, "export", refuse)
+    model = save(trained_model(backbone="dinov3_vit"), tmp_path / "model")
+    assert main(["export", str(model), str(tmp_path / "model.pt2")]) == 2
+    said = capsys.readouterr().err
+    assert (
+        "whose encoder is a dinov3_vit (RuntimeError: Constraints violated (32*rows)!); try a file that ends in .onnx"
+        in said
+    )
+    assert tried == [False, True] and len(said.splitlines()) == 1 and not (tmp_path / "model.pt2").exists()
+
+
 def test_what_cannot_be_exported_is_refused_in_one_line(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
