@@ -19,7 +19,7 @@ def weighted_cross_entropy(logits: Tensor, labels: Tensor, *, weights: Tensor | 
 
     logits: `(B, K, h, w)` of any stride, upsampled bilinearly to the labels' size. labels: `(B, H, W)` uint8 or int64,
     255 is ignored. weights: `(B, H, W)` float >= 0; None is 1 everywhere. denominator: scalar, the number of valid
-    pixels that the sum is shared by; at least 1 is used, so that a batch without a valid pixel gives 0.
+    pixels that the sum is shared by; a mean over micro-batches may be below 1. With 0, no pixel counts: the loss is 0.
     """
     logits = logits.float()
     if logits.shape[-2:] != labels.shape[-2:]:
@@ -27,7 +27,7 @@ def weighted_cross_entropy(logits: Tensor, labels: Tensor, *, weights: Tensor | 
     losses = F.cross_entropy(logits, labels.long(), ignore_index=IGNORE_INDEX, reduction="none")
     if weights is not None:
         losses = losses * weights
-    return losses.sum() / denominator.clamp(min=1.0)
+    return losses.sum() / denominator.clamp(min=1e-6)
 
 
 def domain_cross_entropy(logits: Tensor, domains: Tensor) -> Tensor:

@@ -68,6 +68,18 @@ def test_cross_entropy_adds_up_over_a_split_batch():
     torch.testing.assert_close(sum(parts), whole)
 
 
+def test_cross_entropy_of_fewer_valid_pixels_than_micro_batches_adds_up():
+    logits, labels, _ = random_case(1, batch=4)
+    few = torch.full_like(labels, 255)
+    few[0, 1, 2], few[3, 4, 5] = 1, 2
+    valid = (few != 255).sum().float()
+    whole = weighted_cross_entropy(logits, few, weights=None, denominator=valid)
+    parts = [
+        weighted_cross_entropy(logits[i : i + 1], few[i : i + 1], weights=None, denominator=valid / 4) for i in range(4)
+    ]
+    torch.testing.assert_close(torch.stack(parts).mean(), whole)
+
+
 def test_cross_entropy_without_a_valid_pixel_is_zero_with_zero_gradient():
     logits, labels, _ = random_case(2)
     logits.requires_grad_()
