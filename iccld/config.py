@@ -81,9 +81,9 @@ class Config:
         check_ranges(self, "", statistics_samples=at_least(1, "256 is usual"))
 
     def _default_to_things(self) -> None:
-        """Let the feature distance of own classes cover their things, unless the setting names classes."""
+        """Let the feature distance of own or merged classes cover their things, unless the setting names classes."""
         objective, usual = self.stage1.objective, SegmentationConfig()
-        if self.data.class_set.colors and objective.feature_distance_classes == usual.feature_distance_classes:
+        if self.data.class_set.names and objective.feature_distance_classes == usual.feature_distance_classes:
             objective.feature_distance_classes = list(self.data.class_set.build().things)
 
 

@@ -48,3 +48,12 @@ def test_the_recipe_trains_a_plain_decoder() -> None:
     torch.stack(list(stage.module(inputs).losses.values())).sum().backward()
     assert all(p.grad is not None for p in stage.module.parameters() if p.requires_grad)
     assert not any("connection" in name for name, _ in stage.module.named_parameters())
+
+
+def test_the_feature_distance_of_merged_classes_covers_their_things() -> None:
+    """Not the Cityscapes indices of the default, which mean other classes there, or none."""
+    config = load_config(["experiment=carla_to_camvid"])
+    names = config.data.class_set.names
+    assert {names[c] for c in config.stage1.objective.feature_distance_classes} == {"sign/light", "person", "car"}
+    named = load_config(["experiment=carla_to_camvid", "stage1.objective.feature_distance_classes=[8]"])
+    assert named.stage1.objective.feature_distance_classes == [8]

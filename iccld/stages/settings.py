@@ -37,7 +37,7 @@ class SegmentationConfig:
     masked_ratio: float = 0.7  # share of the blocks that is masked
     feature_distance_weight: float = 0.0  # weight of the distance to the pretrained features; 0: off
     feature_distance_classes: list[int] = field(default_factory=lambda: [6, 7, 11, 12, 13, 14, 15, 16, 17, 18])
-    """Indices of the classes that the distance is taken over; with `data.classes`, the default is its things."""
+    """Indices of the classes that the distance is taken over; of own or merged classes, the default is the things."""
     mask_latent_weight: float = 1.0  # weight of the labels' reconstruction, if the latent is the mask's
     mask_latent_drop: float = 0.5  # share of samples whose inter-coder connection is dropped in the reconstruction
     mask_latent_noise: float = 0.5  # standard deviation of the noise on the latent in the reconstruction
