@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -120,3 +121,21 @@ def test_charts_are_written_with_one_seed_too(tmp_path: Path, n: int):
     names = draw_classes(rows, "run 3 $x^2$", folder=tmp_path)
     assert names == ["classes_1.png", "classes_2.png"]
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in names)
+
+
+def test_scores_with_nothing_to_count_are_left_out_and_null():
+    """Images of one class have no boundary; images without a label have no score at all."""
+    plain, empty = result(4.0), replace(result(math.nan), boundary_miou=math.nan)
+    runs = {
+        0: run({"stage1": replace(plain, boundary_miou=math.nan)}),
+        1: run({"stage1": plain}),
+        2: run({"stage1": empty}),
+    }
+    runs = {seed: replace(each, diagnostics={}) for seed, each in runs.items()}
+    rows = {"a": RowFigures("a", "stage1", runs)}
+    ablation = Ablation(Grid("a", (0, 1, 2), {"a": Row("a", ())}), Path("some"), 1, {})
+    summary = json.loads(json.dumps(to_json(ablation, rows), allow_nan=False))["a"]
+    assert rows["a"].miou == estimate([4.0, 4.0]) and rows["a"].boundary == estimate([2.0])
+    assert [summary["by_seed"][seed]["miou"] for seed in "012"] == [4.0, 4.0, None]
+    assert [summary["by_seed"][seed]["boundary_miou"] for seed in "012"] == [None, 2.0, None]
+    assert "(2 seeds)" in markdown(ablation, rows)

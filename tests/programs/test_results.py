@@ -1,6 +1,7 @@
 """Scores of one evaluation never replace those of another."""
 
 import json
+import math
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -12,9 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from iccld.config import Config, config_from, to_yaml
+from iccld.programs.evaluate.evaluate import _scores as score_of_seeds
 from iccld.programs.evaluate.evaluate import evaluate_models, evaluate_run, unscored_stages
 from iccld.programs.evaluate.results import about_of, finished_models, own_results, place_for, read_results
 from iccld.runtime.ranks import Ranks
+from iccld.scores import EvaluationResult
 from iccld.stages.settings import Weights
 
 OVERRIDES = [
@@ -153,6 +156,13 @@ def test_what_is_damaged_is_said_before_anything_is_scored(tmp_path: Path, name:
     engine: Any = SimpleNamespace(ranks=Ranks())
     with pytest.raises(ValueError, match=name):  # and not that the model folders are none
         evaluate_models(finished_models(config), config, engine)
+
+
+def test_scores_with_nothing_to_count_are_null_with_several_noise_seeds():
+    nothing = EvaluationResult(["a"], [math.nan], [math.nan], math.nan, math.nan, math.nan, math.nan, num_images=1)
+    scores = score_of_seeds([nothing, nothing])
+    assert scores["miou"] is None and scores["miou_by_noise_seed"] == [None, None]
+    json.dumps(scores, allow_nan=False)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "nul"])

@@ -51,9 +51,10 @@ class RowFigures:
     missing: list[int] = field(default_factory=list)
 
     def mious(self, scored: str = "") -> dict[int, float]:
-        """Return the mIoU by seed, of the seeds that have this result."""
+        """Return the mIoU by seed, of the seeds that have this result, and something to count in it."""
         name = scored or self.scored
-        return {seed: run.results[name].miou for seed, run in self.runs.items() if name in run.results}
+        found = {seed: run.results[name].miou for seed, run in self.runs.items() if name in run.results}
+        return {seed: miou for seed, miou in found.items() if not math.isnan(miou)}
 
     @property
     def miou(self) -> Estimate | None:
@@ -201,12 +202,12 @@ def _scores(row: RowFigures, scored: str, baseline: RowFigures) -> dict[str, Any
 
 
 def _by_seed(row: RowFigures, run: Run) -> dict[str, Any]:
-    result = run.results[row.scored]
+    results = {name: result.to_json() for name, result in run.results.items()}
     return {
-        "miou": result.miou,
-        "boundary_miou": result.boundary_miou,
+        "miou": results[row.scored]["miou"],
+        "boundary_miou": results[row.scored]["boundary_miou"],
         "miou_by_noise_seed": run.by_noise_seed,
-        "miou_of": {name: other.miou for name, other in run.results.items()},
+        "miou_of": {name: result["miou"] for name, result in results.items()},
         "minutes": run.minutes,
         "peak_gib": run.peak_gib,
         "commits": run.commits,

@@ -204,11 +204,11 @@ def score_model(model: ICCLD, config: Config, score: Callable[[Predict], Evaluat
 
 def _scores(by_noise_seed: list[EvaluationResult]) -> dict[str, Any]:
     """Return the first seed's scores; of several seeds, also the mean mIoU and all of them."""
-    scores = by_noise_seed[0].to_json()
-    if len(by_noise_seed) > 1:
-        mious = [result.miou for result in by_noise_seed]
-        scores |= {"miou": statistics.fmean(mious), "miou_by_noise_seed": mious}
-    return scores
+    first, *others = by_noise_seed
+    if not others:
+        return first.to_json()
+    mean = dataclasses.replace(first, miou=statistics.fmean(result.miou for result in by_noise_seed))
+    return mean.to_json() | {"miou_by_noise_seed": [result.to_json()["miou"] for result in by_noise_seed]}
 
 
 def named_results(results: Mapping[str, Any]) -> dict[str, EvaluationResult]:
