@@ -158,6 +158,34 @@ def test_what_is_damaged_is_said_before_anything_is_scored(tmp_path: Path, name:
         evaluate_models(finished_models(config), config, engine)
 
 
+def test_scores_of_a_run_that_finishes_meanwhile_replace_none_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Stage 1 is scored while stage 2 trains; before that is through, the training ends and writes all scores."""
+    config = make_run(tmp_path, stages=1)
+    config.evaluation.diagnostic_images = 0
+    make_run(tmp_path / "other")
+
+    def score(*_: Any) -> dict[str, Any]:
+        (tmp_path / "other/stage2").rename(tmp_path / "stage2")
+        write(config)
+        return {"stage1": {"miou": 1.0}}
+
+    model = SimpleNamespace(to=lambda device: None)
+    for name, stand_in in (
+        ("load_model", lambda *_: model),
+        ("score_model", score),
+        ("results_table", lambda *_, **__: ""),
+    ):
+        monkeypatch.setattr(f"iccld.programs.evaluate.evaluate.{name}", stand_in)
+    monkeypatch.setattr("iccld.programs.evaluate.evaluate.named_results", lambda results: {})
+    engine: Any = SimpleNamespace(ranks=Ranks(), device="cpu")
+    evaluate_models(finished_models(config), config, engine)
+    assert len(read_results(own_results(config))["about"]["models"]) == 2, "those of both stages"
+    (beside,) = set((tmp_path / "report").iterdir()) - {own_results(config)}
+    assert beside.name.startswith("results_stage1_teacher_") and read_results(beside)["stage1"] == {"miou": 1.0}
+
+
 def test_scores_with_nothing_to_count_are_null_with_several_noise_seeds():
     nothing = EvaluationResult(["a"], [math.nan], [math.nan], math.nan, math.nan, math.nan, math.nan, num_images=1)
     scores = score_of_seeds([nothing, nothing])

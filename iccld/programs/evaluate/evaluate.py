@@ -136,12 +136,11 @@ def evaluate_models(
     `diagnostics` are those of each stage; their signs of failure are told.
     """
     about: dict[str, Any] = {}
-    places: list[Path] = []
 
     def find_place() -> None:
         if engine.ranks.is_main:
             about.update(about_of(folders, config))
-            places.append(place_for(folders, config, about))
+            place_for(folders, config, about)
 
     together(find_place, engine.ranks)  # a damaged file there is reported before the scores are computed
     results: dict[str, Any] = {}
@@ -152,8 +151,8 @@ def evaluate_models(
         results |= score_model(load_model(folder, config).to(engine.device), config, score)
     if config.evaluation.diagnostic_images:
         results[DIAGNOSTICS] = _diagnose(folders, config, engine, give_up)
-    if engine.ranks.is_main:
-        _report({"about": about} | results, places[0])
+    if engine.ranks.is_main:  # looked for again: a training may have left another stage, and all scores, meanwhile
+        _report({"about": about} | results, place_for(folders, config, about))
     return results
 
 
