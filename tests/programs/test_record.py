@@ -91,6 +91,9 @@ def test_a_run_is_running_while_its_lock_beats_and_ends_as_its_last_event_says(t
     lines = (run / "events.jsonl").read_text().splitlines()
     (run / "events.jsonl").write_text("\n".join(lines[:-1]))
     assert read_record(run).state == "failed", "neither a signal nor the end"
+    with (run / "events.jsonl").open("a") as file:
+        file.write('\n{"event": "preempted", "time": 1.8e9, "stage": "evaluation"}\n')
+    assert read_record(run).state == "failed", "a signal has stopped `iccld evaluate`, and not the training"
     (run / "events.jsonl").write_text("")
     assert read_record(run).state == "not started"
 

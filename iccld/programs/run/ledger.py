@@ -44,7 +44,7 @@ def attempts(events: list[Event]) -> list[Attempt]:
     for event in events:
         if event["event"] == "launched":
             parts.append([])
-        if parts and not _is_of_scoring(event):
+        if parts and not is_of_scoring(event):
             parts[-1].append(event)
     if not parts:
         raise ValueError("events.jsonl holds no event `launched`: nothing has been started, or by an older version.")
@@ -57,7 +57,7 @@ def attempts(events: list[Event]) -> list[Attempt]:
     return found
 
 
-def _is_of_scoring(event: Event) -> bool:
+def is_of_scoring(event: Event) -> bool:
     """Tell whether scoring told of it, perhaps days after the attempt."""
     return event["event"] == "warning" or (event["event"], event.get("stage")) == ("preempted", "evaluation")
 

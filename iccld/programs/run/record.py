@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from iccld.durable import is_real_folder
 from iccld.plain_yaml import read_yaml
 from iccld.programs.run.event_times import Event, read_events, straightened
-from iccld.programs.run.ledger import Attempt, attempts, total_of
+from iccld.programs.run.ledger import Attempt, attempts, is_of_scoring, total_of
 from iccld.programs.run.metric_lines import curve, read_entries
 from iccld.programs.run.saved_scores import NOTHING, SavedResults, read_own
 from iccld.reading import read_limited
@@ -121,7 +121,7 @@ class Record:
             return "running"
         if self.stages and all(is_real_folder(self.run_dir / stage / "final") for stage in self.stages):
             return "finished"
-        kinds = [event["event"] for event in self.events if event["event"] not in ("saved", "warning")]
+        kinds = [event["event"] for event in self.events if event["event"] != "saved" and not is_of_scoring(event)]
         if not kinds:
             return "not started"
         return "stopped" if kinds[-1] == "preempted" else "failed"
