@@ -77,7 +77,7 @@ begin_attempt() {
 progress() {
     (
         cd "$run_dir" || exit
-        for stage in stage*/; do
+        for stage in */; do # a stage may have any name
             [ ! -f "$stage/checkpoints/latest" ] || echo -n "$stage$(head -c 100 "$stage/checkpoints/latest" | tr -d '\0\n') "
             [ ! -e "$stage/final" ] || echo -n "${stage}final "
         done
@@ -172,7 +172,7 @@ end_attempt() {
 # The lead was chosen before saves could be measured, or when they were shorter.
 compare_lead() {
     local newest seconds needed
-    newest=$(ls -t "$run_dir"/stage*/checkpoints/step_*[0-9]/manifest.json 2>/dev/null | head -n 1)
+    newest=$(ls -t "$run_dir"/*/checkpoints/step_*[0-9]/manifest.json 2>/dev/null | head -n 1)
     [[ $(grep -m 1 -o '"save_s": *[0-9]*' "$newest" 2>/dev/null) =~ ([0-9]+)$ ]] || return 0
     seconds=$(number "${BASH_REMATCH[1]}") needed=$((60 + 3 * seconds))
     [ "$needed" -le "$(number "$lead_s")" ] ||

@@ -183,6 +183,18 @@ def test_what_is_refused_at_once_is_not_started_again_and_what_has_worked_is(job
     assert len(job.requeued) == 3, "the first made a checkpoint"
 
 
+def test_a_stage_of_ones_own_makes_progress_whatever_its_name(job: Job):
+    """Four attempts fail, each with a newer checkpoint: the job goes on."""
+    for number in range(4):
+        saved = SAVED.replace("stage1", "refine").format(run=job.run_dir, n=number)
+        assert "not started again" not in job.attempt(saved + OUTCOME.format(75, 75))
+    assert f"refine/step_{number:08d}" in job.log and len(job.requeued) == 4
+    checkpoint = job.run_dir / "refine/checkpoints/step_00000003"
+    checkpoint.mkdir()
+    (checkpoint / "manifest.json").write_text('{"save_s": 90.5}')
+    assert "with --lead-s 330" in job.attempt(STOPPED)
+
+
 def test_a_first_attempt_that_is_refused_is_the_last(job: Job):
     said = job.attempt(OUTCOME.format(2, 2))
     assert "refused; not started again" in said and job.process.returncode == 2 and not job.requeued
