@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from iccld.cli import main
 from iccld.programs.submit.work import jobs_of
 from iccld.slurm.config import Container, Launcher, SubmitConfig, Variant, Work, seconds_of
 from iccld.slurm.history import failing_nodes, lead_time_s
@@ -200,6 +201,17 @@ def test_a_node_is_left_out_after_two_attempts_that_it_ended(tmp_path: Path):
 
 
 TRAIN = ["train", "model=tiny", "dataset=scenes", "run_dir=runs/a b", "stage1.trainer.micro_batch_size=1"]
+
+
+@pytest.mark.parametrize("between", [[], ["--"], ["--nodes", "2"]])
+def test_a_verb_ends_the_settings_of_the_last_variant(
+    tmp_path: Path, between: list[str], capsys: pytest.CaptureFixture[str]
+):
+    variants = ["--variant", "full", "--variant", "no_teacher", "stage1.objective.use_teacher=false"]
+    train = ["train", "model=tiny", "dataset=scenes", f"run_dir={tmp_path}", "stage1.trainer.global_batch_size=4"]
+    assert main(["submit", "--dry-run", *variants, *between, *train]) == 0
+    script = capsys.readouterr().out
+    assert "--array=0-1\n" in script and f"run_dir={tmp_path}/no_teacher command=(train model=tiny" in script
 
 
 def test_seeds_and_variants_multiply():

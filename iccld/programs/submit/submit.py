@@ -64,14 +64,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 def submit_jobs(arguments: argparse.Namespace) -> str:
     """Submit as `run` does; return the last job's number, or in a dry run a word that stands for it."""
-    from iccld.programs.submit.work import hide_secrets, jobs_of, run_dir_of
+    from iccld.programs.submit.work import divided, hide_secrets, jobs_of, run_dir_of
 
     settings = _settings(arguments)
     engine = settings.pop("engine", "ddp")
-    command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
+    command, variants = divided(arguments.command, arguments.variant)
     run_dir = run_dir_of(command)
     config = _with_history(settings, run_dir)
-    variants = [(name, settings_of) for name, *settings_of in arguments.variant]
     if command[0] == "train" and not any(word.lstrip("+").startswith(GRACE) for word in command):
         command = [*command, f"{GRACE}{max(config.lead_s - 30, config.lead_s // 2)}"]  # before SLURM's own end
     jobs = jobs_of(

@@ -23,6 +23,19 @@ VERBS: dict[str, Any] = {"train": train, "profile": profile, "evaluate": evaluat
 Element = tuple[str, list[str]]
 
 
+def divided(command: Sequence[str], variants: Sequence[Sequence[str]]) -> tuple[list[str], list[Element]]:
+    """Return the command and the variants, each a name and its settings.
+
+    The parser takes a verb that follows the last variant, and all behind it, for more of its settings.
+    """
+    words = list(command[1:] if command[:1] == ["--"] else command)
+    given = [list(variant) for variant in variants]
+    if not words and given and (verb := next((word for word in given[-1][1:] if word in VERBS), "")):
+        place = given[-1].index(verb, 1)
+        given[-1], words = given[-1][:place], given[-1][place:]
+    return words, [(name, settings) for name, *settings in given]
+
+
 def run_dir_of(command: Sequence[str]) -> Path:
     """Return the run that `train`, `profile` or `evaluate` works on. Raises ValueError for settings that it would
     refuse.
