@@ -222,10 +222,13 @@ def _runner(file: Path, kind: str) -> Any:
 
 
 def _difference(module: "nn.Module", exported: Any, trials: Sequence[tuple["Tensor", ...]]) -> float:
-    """Return the largest difference of logits, as a share of the largest."""
+    """Return the largest difference of logits, as a share of the largest; NaN where the program gives no numbers.
+
+    Raises ValueError if the model itself gives none.
+    """
     import torch
 
-    worst = 0.0
+    differences: list[Tensor] = []
     with torch.no_grad():
         for given in trials:
             own, other = module(*given), exported(*given)
@@ -233,8 +236,12 @@ def _difference(module: "nn.Module", exported: Any, trials: Sequence[tuple["Tens
                 raise ValueError(
                     f"export: logits {tuple(other.shape)} are not of the model's shape {tuple(own.shape)}."
                 )
-            worst = max(worst, float((own - other).abs().max() / own.abs().max()))
-    return worst
+            if not bool(own.isfinite().all()):
+                raise ValueError(
+                    "export: the model's own logits are not finite; nothing is written. Use another model."
+                )
+            differences.append((own - other).abs().max() / own.abs().max().clamp(min=1e-30))
+    return float(torch.stack(differences).max())  # unlike Python's, this maximum keeps NaN
 
 
 def _need_onnx() -> None:

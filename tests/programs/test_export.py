@@ -86,6 +86,22 @@ def test_an_encoder_that_torch_cannot_export_is_named_in_one_line(
     assert tried == [False, True] and len(said.splitlines()) == 1 and not (tmp_path / "model.pt2").exists()
 
 
+@pytest.mark.parametrize(("of", "words"), [("program", "differ from the model's by nan"), ("model", "not finite")])
+def test_logits_that_are_no_numbers_are_not_taken_for_equal(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of: str, words: str
+):
+    model = ICCLD.from_pretrained(folder)
+    monkeypatch.setattr(export, "_write_torch", lambda *_: None)
+    monkeypatch.setattr(
+        export, "_runner", lambda *_: lambda images: torch.full((*images.shape[:1], 19, 1, 1), torch.nan)
+    )
+    own = torch.nan if of == "model" else 1.0
+    monkeypatch.setattr(export, "_module", lambda *_: lambda images: torch.full((*images.shape[:1], 19, 1, 1), own))
+    with pytest.raises(ValueError, match=words):
+        export.export_model(model, tmp_path / "model.pt2", kind="torch")
+    assert not (tmp_path / "model.pt2").exists()
+
+
 def test_what_cannot_be_exported_is_refused_in_one_line(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
