@@ -254,8 +254,7 @@ def plain_line(entry: Mapping[str, Any], num_steps: int) -> str:
         return line
     line += f"  {entry['samples_per_s']:.1f} samples/s  data wait {100 * entry['data_wait']:.0f} %"
     line += f"  MFU {100 * entry['mfu']:.0f} %" if "mfu" in entry else ""
-    minutes, seconds = divmod(round((num_steps - entry["step"]) * entry["step_s"]), 60)
-    return f"{line}  ETA {minutes}:{seconds:02d}{slow_rank_words(entry)}"
+    return f"{line}  ETA {_clock((num_steps - entry['step']) * entry['step_s'])}{slow_rank_words(entry)}"
 
 
 def _clock(seconds: float) -> str:

@@ -182,4 +182,4 @@ def test_what_is_said_directly_clears_the_live_line_first(monkeypatch: pytest.Mo
 def test_importing_it_is_cheap():
     code = f"import sys, {terminal.__name__}; sys.exit('torch' in sys.modules or 'rich' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-    assert plain_line(ENTRY, 100).endswith("ETA 1:40")
+    assert plain_line(ENTRY, 100).endswith("ETA 1:40") and plain_line(ENTRY, 40_000).endswith("ETA 22:11:40")
