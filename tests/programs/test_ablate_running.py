@@ -18,6 +18,7 @@ from iccld.programs.ablate.grid import Grid, merged, parse_grid
 from iccld.programs.ablate.rows import NOTE_NAME, Ablation, changes, open_ablation, refuse_changes
 from iccld.programs.ablate.running import Ending, train_rows
 from iccld.programs.ablate.tasks import State, Task
+from iccld.programs.run.child import signals_noted
 
 STAND_IN = """
 import json, signal, sys, time
@@ -136,6 +137,18 @@ def test_a_signal_stops_the_rows_in_order_and_the_same_command_goes_on(
         (ablation.run_dir(Task("slow", seed)) / "go").touch()
     assert train_rows(ablation, num_processes=2).status == 0
     assert {name: starts(ablation, Task(name, 1)) for name in ablation.grid.rows} == {"slow": 2, "fine": 1}
+
+
+def test_the_end_of_a_terminal_stops_the_rows_unless_nohup_keeps_it_away():
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        for handler, heard in ((signal.SIG_DFL, [signal.SIGHUP]), (signal.SIG_IGN, [])):
+            signal.signal(signal.SIGHUP, handler)
+            with signals_noted() as came:
+                os.kill(os.getpid(), signal.SIGHUP)
+            assert came == heard and signal.getsignal(signal.SIGHUP) is handler
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_run_that_outlived_its_command_is_waited_for(

@@ -20,14 +20,16 @@ RESUMABLE_STATUSES = {0, AGAIN, FORCED, -signal.SIGKILL, -signal.SIGTERM}
 
 @contextlib.contextmanager
 def signals_noted(numbers: Sequence[signal.Signals] = SIGNALS) -> Iterator[list[int]]:
-    """Note the signals that ask for a stop in the list, within the block."""
+    """Note the signals that ask for a stop in the list, within the block; `nohup` keeps the end of a terminal away."""
     came: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
         del frame
         came.append(number)
 
-    before = {number: signal.signal(number, note) for number in numbers}
+    is_kept_away = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    heard = [number for number in numbers if number is not signal.SIGHUP or not is_kept_away]
+    before = {number: signal.signal(number, note) for number in heard}
     try:
         yield came
     finally:
