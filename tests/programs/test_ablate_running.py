@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from iccld.cli import main
 from iccld.config import to_yaml
 from iccld.programs.ablate.grid import Grid, merged, parse_grid
 from iccld.programs.ablate.rows import NOTE_NAME, Ablation, changes, open_ablation, refuse_changes
@@ -149,6 +150,12 @@ def test_the_end_of_a_terminal_stops_the_rows_unless_nohup_keeps_it_away():
             assert came == heard and signal.getsignal(signal.SIGHUP) is handler
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_a_rank_of_a_launch_begins_no_grid(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["ablate", "no_grid.yaml", "--output", "nowhere"]) == 2
+    assert "use `iccld ablate --ranks R ...`" in capsys.readouterr().err
 
 
 def test_a_run_that_outlived_its_command_is_waited_for(

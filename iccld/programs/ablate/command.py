@@ -1,6 +1,7 @@
 """`iccld ablate`: its arguments, and its work: train, then report."""
 
 import argparse
+import os
 import shlex
 import signal
 from pathlib import Path
@@ -35,6 +36,8 @@ def run(arguments: argparse.Namespace) -> int:
     from iccld.programs.ablate.grid import read_grid
     from iccld.programs.ablate.rows import open_ablation
 
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        raise ValueError("ablate begins runs, and is no rank of one; use `iccld ablate --ranks R ...`.")
     for name in ("processes", "ranks"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"--{name} {getattr(arguments, name)} must be at least 1.")
