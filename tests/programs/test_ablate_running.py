@@ -217,8 +217,8 @@ def test_of_a_row_with_stage_2_its_settings_count_and_those_of_the_stage_1_that_
     values = {"baseline": "fine", "seeds": [0], "runs": {"fine": {}, "fine-b": {"after": "fine"}}}
     values["common"] = ["model=tiny", "dataset=scenes", "stage=segmentation"]
 
-    def opened(*own: str) -> StandIn:
-        values["runs"]["fine-b"]["settings"] = ["stage=adversarial", *own]
+    def opened(*own: str, stage: str = "adversarial") -> StandIn:
+        values["runs"]["fine-b"]["settings"] = [f"stage={stage}", *own]
         real = open_ablation(parse_grid(values, where="grid"), tmp_path, num_ranks=1)
         return StandIn(real.grid, real.folder, real.num_ranks, real.configs)
 
@@ -231,6 +231,12 @@ def test_of_a_row_with_stage_2_its_settings_count_and_those_of_the_stage_1_that_
     assert not changes(opened("stage1.trainer.num_steps=7"), task)
     assert changes(opened("stage2.trainer.num_steps=7"), task) == ["stage2.trainer.num_steps: 40000 -> 7"]
     assert changes(opened("inference.num_steps=[2]"), task) == ["num_steps: [1, 4] -> [2]"]
+    saved = replace(opened().config(task), stage1_from="runs/fine")
+    (run_dir / "config.yaml").write_text(to_yaml(saved))
+    assert not changes(opened(), task)
+    del values["runs"]["fine-b"]["after"]
+    found = changes(opened(stage="segmentation"), task)
+    assert found[0] == "after: 'fine' -> ''" and "stage1_from: runs/fine -> " in found
 
 
 def test_a_row_that_begins_from_another_run_than_before_is_refused(tmp_path: Path):
@@ -247,6 +253,7 @@ def test_a_row_that_begins_from_another_run_than_before_is_refused(tmp_path: Pat
     ("settings", "row", "words"),
     [
         (["stage=segmentation"], {"after": "a"}, "trains no stage 2"),
+        (["stage=all"], {"after": "a"}, "must not train; use stages=[stage2]"),
         (["stage=adversarial"], {}, "needs a stage 1; name the run"),
         (["data.validation.shards="], {}, "data.validation.shards is empty"),
         (["stage1.trainer.num_stepz=3"], {}, "num_stepz"),

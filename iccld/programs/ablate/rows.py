@@ -89,6 +89,8 @@ def _check(config: Config, after: str, *, num_ranks: int) -> None:
         raise ValueError("data.validation.shards is empty, but runs are compared by their scores; set it.")
     if after and stages == [first]:
         raise ValueError(f"after={after} takes stage 1, but stages={stages} trains no stage 2; use stages=[stage2].")
+    if after and first in stages:
+        raise ValueError(f"after={after} takes stage 1, which stages={stages} must not train; use stages=[stage2].")
     if not after and first not in stages:
         raise ValueError(f"stages={stages} needs a stage 1; name the run that trains it, as in `after: NAME`.")
     for stage in stages:
@@ -119,7 +121,8 @@ def changes(ablation: Ablation, task: Task) -> list[str]:
     ]
     if has_finished(ablation, task):
         new, saved = ablation.config(task), read_config(run_dir / "config.yaml")
-        new = replace(new, stage1_from=saved.stage1_from)  # compared by name above; a folder may have moved
+        if row.after:  # compared by name above; a folder may have moved
+            new = replace(new, stage1_from=saved.stage1_from)
         if row.initial:
             new = replace(new, initial_model=saved.initial_model)
         others = [kind for kind in STAGES.values() if kind.name not in new.stages]
