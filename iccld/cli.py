@@ -15,6 +15,7 @@ from iccld import __version__
 from iccld.extras import remedy
 from iccld.outcome import REFUSED, status_of, words
 from iccld.programs.arguments import Parser, Verb, parse_verb, settings_of
+from iccld.programs.stopped import leave_word
 from iccld.redact import redact
 from iccld.tracebacks import guard_tracebacks, text_of
 
@@ -114,7 +115,7 @@ def run() -> NoReturn:
     """Run the verb of the command line, and end the process."""
     from iccld.runtime.faults.ending import run_to_the_end
 
-    run_to_the_end(main)
+    run_to_the_end(lambda: leave_word(main()))
 
 
 def _readers_are_gone() -> bool:

@@ -297,21 +297,22 @@ def launch(num_ranks: int, verb: list[str], log: Path) -> Forked:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("num_ranks", "sent"), [(1, signal.SIGTERM), (2, signal.SIGUSR1)])
+@pytest.mark.parametrize(("num_ranks", "sent", "status"), [(1, signal.SIGTERM, 0), (2, signal.SIGHUP, 85)])
 def test_a_signal_saves_and_the_same_command_goes_on(
-    scene_shards: Path, tmp_path: Path, num_ranks: int, sent: signal.Signals
+    scene_shards: Path, tmp_path: Path, num_ranks: int, sent: signal.Signals, status: int
 ):
-    """A real signal to the real launcher: every rank ends, with a checkpoint and status 0; then it goes on.
+    """A real signal to the real launcher: every rank ends, with a checkpoint; then it goes on.
 
-    The launcher of several ranks makes SIGTERM of SIGUSR1.
+    The launcher of several ranks makes SIGTERM of SIGHUP, and ends with the status that is configured.
     """
     settings = ["stage1.trainer.num_steps=16", "stages=[stage1]", "data.validation.shards="]
+    settings += [f"preemption.exit_status={status}"]
     train = ["train", *settings, "stage1.trainer.micro_batch_size=1", *scene_overrides(scene_shards, tmp_path)]
     run = launch(num_ranks, train, log := tmp_path / "log")
     while run.poll() is None and "step 3/16" not in log.read_text():
         time.sleep(0.02)
     run.send_signal(sent)
-    assert run.wait(timeout=60) == 0, log.read_text()
+    assert run.wait(timeout=60) == status, log.read_text()
     events = [json.loads(line)["event"] for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     assert events[-1] == "preempted" and not (tmp_path / "stage1/final").exists()
     assert main(train) == 0

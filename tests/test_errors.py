@@ -21,8 +21,10 @@ import pytest
 
 from iccld.cli import VERBS, main
 from iccld.config import Config, config_from, load_config
+from iccld.outcome import FORCED
 from iccld.programs import configuration
-from iccld.programs.stopped import status_of_stopped
+from iccld.programs.launch.local import _pass_signals_on, _status_of_signalled
+from iccld.programs.stopped import leave_word, read_word, status_of_stopped
 from iccld.runtime.faults.preemption import SIGNALS, Preemption
 from iccld.schema import fields_of
 from iccld.suggestions import did_you_mean, for_key
@@ -244,6 +246,49 @@ def test_the_status_of_a_run_that_was_stopped(
         monkeypatch.setenv(name, value)
     config = load_config([f"preemption.exit_status={configured}"])
     assert status_of_stopped(config, "stopped", by_hand=by_hand) == status
+
+
+@pytest.mark.parametrize(
+    ("number", "left", "status"),
+    [
+        (signal.SIGTERM, "0", 0),
+        (signal.SIGTERM, "85", 85),
+        (signal.SIGINT, "0", 130),
+        (signal.SIGINT, "85", 85),
+        (signal.SIGTERM, None, FORCED),  # the ranks did not save in the time that the agent gives them
+        (signal.SIGQUIT, "", FORCED),
+    ],
+)
+def test_the_status_of_a_launch_that_was_stopped(
+    number: signal.Signals, left: str | None, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    word = tmp_path / "status"
+    monkeypatch.setenv("ICCLD_LAUNCHED", str(word))
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        assert left is None or leave_word(int(left or 7)) == int(left or 7)
+        assert word.exists() == (rank == "0" and left is not None)
+    if left == "":
+        word.write_text("")  # torn
+    assert _status_of_signalled(number, read_word(word)) == status
+
+
+@pytest.mark.parametrize("by", [signal.SIG_DFL, signal.SIG_IGN])
+def test_the_end_of_a_terminal_asks_the_ranks_to_save_unless_nohup_keeps_it_away(
+    by: signal.Handlers,
+):
+    before, came = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGHUP)}, []
+    try:
+        signal.signal(signal.SIGHUP, by)
+        _pass_signals_on()
+        signal.signal(signal.SIGTERM, lambda number, _: came.append(number))  # as torch's agent does, later
+        signal.raise_signal(signal.SIGHUP)
+        assert came == [signal.SIGTERM] * (by is signal.SIG_DFL)
+        signal.raise_signal(signal.SIGUSR1)
+        assert came[-1:] == [signal.SIGTERM]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_ctrl_c_is_told_from_other_signals():

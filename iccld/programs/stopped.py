@@ -1,13 +1,19 @@
-"""End of a verb that trains or scores after a signal has stopped it."""
+"""End of a verb that trains or scores after a signal has stopped it, and what it tells its launcher."""
 
+import contextlib
 import os
 import signal
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from iccld.durable import write_whole
 
 if TYPE_CHECKING:
     from iccld.config import Config
 
 STOPPED = 85  # the outcome of a submitted job that a signal ended, for its script
+WORD = "ICCLD_LAUNCHED"
+"""Variable with the file in which rank 0 leaves its exit status to `iccld launch`."""
 
 
 def status_of_stopped(config: "Config", message: str, *, by_hand: bool) -> int:
@@ -22,3 +28,19 @@ def status_of_stopped(config: "Config", message: str, *, by_hand: bool) -> int:
         return STOPPED
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
     return config.preemption.exit_status or (128 + signal.SIGINT if by_hand and alone else 0)
+
+
+def leave_word(status: int) -> int:
+    """Write the exit status for the launcher of several ranks, if there is one, and return it."""
+    if (path := os.environ.get(WORD)) and os.environ.get("RANK", "0") == "0":
+        with contextlib.suppress(OSError):  # it then takes the rank for one that was ended at once
+            write_whole(Path(path), f"{status}\n", durably=False)
+    return status
+
+
+def read_word(path: Path) -> int | None:
+    """Read the exit status that rank 0 has left; None if it was ended before."""
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return None

@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,10 +23,12 @@ from torch.distributed.elastic.rendezvous import (
     rendezvous_handler_registry,
 )
 
-from iccld.outcome import AGAIN, REFUSED
+from iccld.outcome import AGAIN, FORCED, REFUSED
+from iccld.programs.stopped import WORD, read_word
 from iccld.runtime.faults.open_files import check_open_files
 
 LOOPBACK = "127.0.0.1"
+HEARD_BY_AGENT = "SIGTERM,SIGINT,SIGQUIT"
 
 
 class Loopback(RendezvousHandler):
@@ -76,22 +79,43 @@ def launch(num_ranks: int, engine_file: Path, command: Sequence[str]) -> int:
     # A rank says itself what is wrong, in one line; the agent's trace would bury it.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     logging.getLogger("torch.distributed.run").setLevel(logging.ERROR)  # accelerate gives an address that is not used
-    # The agent passes SIGTERM on, waits up to 30 s for the ranks to save, and would leave them behind on SIGUSR1.
-    signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    _pass_signals_on()
     options = ["--config_file", str(engine_file)]
     options += ["--num_processes", str(num_ranks), "--main_process_port", "0", "--rdzv_backend", "loopback"]
     rendezvous_handler_registry.register("loopback", Loopback)
-    try:
-        check_open_files(num_workers=0, world_size=2 * num_ranks)
-        launch_command(launch_command_parser().parse_args([*options, "--module", "iccld", *command]))
-    except SignalException as error:
-        return 130 if error.sigval is signal.SIGINT else 0
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode not in (REFUSED, AGAIN):  # the rank has already explained these
-            print(f"launch: rank {rank} ended with exit status {failure.exitcode}", file=sys.stderr)
-        return failure.exitcode if failure.exitcode > 0 else 1
+    with tempfile.TemporaryDirectory(prefix="iccld_launch_") as folder:
+        os.environ[WORD] = str(word := Path(folder) / "status")
+        try:
+            check_open_files(num_workers=0, world_size=2 * num_ranks)
+            arguments = launch_command_parser().parse_args([*options, "--module", "iccld", *command])
+            arguments.signals_to_handle = HEARD_BY_AGENT  # an option of torch's that accelerate's parser lacks
+            launch_command(arguments)
+        except SignalException as error:
+            return _status_of_signalled(error.sigval, read_word(word))
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            if failure.exitcode not in (REFUSED, AGAIN):  # the rank has already explained these
+                print(f"launch: rank {rank} ended with exit status {failure.exitcode}", file=sys.stderr)
+            return failure.exitcode if failure.exitcode > 0 else 1
     return 0
+
+
+def _pass_signals_on() -> None:
+    """Let signals that ask for a stop reach the ranks as SIGTERM; the agent waits up to 30 s for them to save.
+
+    It would leave them behind on SIGUSR1, and hear SIGHUP, which kills them, also where `nohup` keeps it away.
+    """
+    for number in (signal.SIGUSR1, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+
+
+def _status_of_signalled(number: signal.Signals, left: int | None) -> int:
+    """Return the exit status after a signal; `left` is what rank 0 has left, None if it did not end by itself."""
+    if left is None:
+        print(f"launch: {number.name} came, and rank 0 was ended at once; what was saved stays whole", file=sys.stderr)
+        return FORCED
+    return left or (128 + signal.SIGINT if number is signal.SIGINT else 0)
 
 
 def _threads(num_ranks: int) -> int:
