@@ -1,5 +1,8 @@
 """`iccld config`: YAML with the meaning of each setting, and the meaning of one."""
 
+import os
+import time
+
 import pytest
 
 from iccld.cli import main, parse
@@ -60,3 +63,13 @@ def test_a_launch_takes_its_engine_before_or_behind_the_number(first: list[str])
 def test_a_launch_without_number_or_verb_is_refused(words: list[str], capsys: pytest.CaptureFixture[str]):
     assert main(["launch", *words]) == 2
     assert "must be a number of ranks and a verb" in capsys.readouterr().err
+
+
+def test_an_attempt_begins_with_its_launcher(monkeypatch: pytest.MonkeyPatch):
+    """Not with its ranks, which begin seconds later; goodput counts these."""
+    monkeypatch.setenv("ICCLD_ATTEMPT_BEGAN", "")
+    monkeypatch.delenv("ICCLD_ATTEMPT_BEGAN")
+    monkeypatch.setattr("iccld.programs.launch.local.launch", lambda *_: 0)
+    before = time.time()
+    assert main(["launch", "2", "train"]) == 0
+    assert before <= float(os.environ["ICCLD_ATTEMPT_BEGAN"]) <= time.time()

@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import time
 
 from iccld.slurm.engine_file import ENGINE_FILES, engine_path
 
@@ -44,6 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     path = engine_path(engine)
     if num_ranks == 1 and path == ENGINE_FILES / "ddp.yaml":  # needs no launcher
         os.execv(sys.executable, [sys.executable, "-m", "iccld", *command])
+    os.environ.setdefault("ICCLD_ATTEMPT_BEGAN", f"{time.time()}")  # a training's first process is this one
     from iccld.runtime.measure.terminal import open_terminal
 
     with open_terminal(f"starting {num_ranks} ranks"):  # whose rank 0 goes on with a line of its own
