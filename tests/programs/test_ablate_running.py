@@ -93,6 +93,16 @@ def test_the_exit_status_says_who_must_act(tmp_path: Path, kind: str, status: in
     assert train_rows(stand_in(tmp_path, {kind: ""}, seeds=[0]), num_processes=1).status == status
 
 
+def test_a_run_that_was_stopped_from_outside_is_not_one_that_failed_whatever_its_status(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    ablation = stand_in(tmp_path, {"status85": ""}, seeds=[0])
+    assert train_rows(ablation, num_processes=1).status == 1
+    ablation.configs["status85"].preemption.exit_status = 85
+    assert train_rows(ablation, num_processes=1).status == 75
+    assert "was stopped from outside before it was finished" in capsys.readouterr().out
+
+
 def test_one_failure_that_the_user_must_mend_outweighs_those_of_the_world():
     failures = {Task("a", 0): 75, Task("b", 0): 2}
     assert Ending({}, failures).status == 1 and Ending({}, failures, signal=15).status == 143

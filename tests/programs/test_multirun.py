@@ -124,6 +124,13 @@ def test_a_run_that_fails_names_itself_and_the_others_go_on(
     assert ("seed_2: did not run to its end" in said.err) == bool(end[1])
 
 
+def test_a_run_that_was_stopped_is_not_one_that_failed_whatever_its_status(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    assert sweep(tmp_path, monkeypatch, ["preemption.exit_status=85"], seed_1=(85, 0))[0] == 75
+    assert "seed_1: stopped before stage1 was finished" in capsys.readouterr().err
+
+
 def test_a_run_that_was_stopped_in_its_scoring_is_not_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

@@ -149,6 +149,8 @@ class Trainings:
             if (status := running.process.poll()) is None:
                 continue
             del self._running[task]
+            if status == self.ablation.configs[task.name].preemption.exit_status:
+                status = 0  # as the settings call a run that was stopped, and has saved
             minutes = (time.monotonic() - running.began) / 60
             if status == 0 and has_finished(self.ablation, task):
                 self._finish(task, f"finished, {minutes:.1f} min")

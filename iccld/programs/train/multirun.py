@@ -114,6 +114,7 @@ def _report(jobs: Sequence[Job], folder: Path) -> int:
         path = _status_file(folder, job)
         text = path.read_text().strip() if path.is_file() else ""
         status = int(text) if text.lstrip("-").isdigit() else None
+        status = 0 if status == job.stopped_status else status
         left = unfinished(job) if status == 0 else []
         if status == 0 and not left:
             print(f"{job.name}: finished", flush=True)

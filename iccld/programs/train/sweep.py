@@ -23,12 +23,16 @@ _OF_HYDRA = re.compile(r"[+~]*hydra[./@]")
 
 @dataclass(frozen=True)
 class Job:
-    """One run: `words` as `train` takes them, without the secret ones; `stages`: those that it trains."""
+    """One run: `words` as `train` takes them, without the secret ones; `stages`: those that it trains.
+
+    `stopped_status`: what it ends with if it was stopped, and has saved.
+    """
 
     name: str
     words: tuple[str, ...]
     run_dir: str
     stages: tuple[str, ...]
+    stopped_status: int = 0
 
 
 def words_of_hydra(words: Sequence[str]) -> list[str]:
@@ -77,7 +81,7 @@ def _jobs(
         name = name_of(chosen)
         run_dir = str(Path(top) / name)
         words = (*(word for word in fixed if _key(word) != "run_dir"), *chosen, f"run_dir={run_dir}")
-        yield Job(name, words, run_dir, tuple(config.stages))
+        yield Job(name, words, run_dir, tuple(config.stages), config.preemption.exit_status)
 
 
 def name_of(chosen: Sequence[str]) -> str:
