@@ -268,7 +268,8 @@ def _check_feature_distance(model: ICCLD, config: SegmentationConfig, reference:
     if weight and not (classes and all(0 <= c < model.num_classes for c in classes)):
         rule = f"must be class indices below {model.num_classes}, at least one"
         raise ValueError(
-            f"stage1.objective.feature_distance_classes={classes} {rule}; name some, or mark your own classes as `thing: true`."
+            f"stage1.objective.feature_distance_classes={classes} {rule}; name some, or mark your own classes as "
+            f"`thing: true`."
         )
 
 

@@ -131,6 +131,12 @@ def change_a_bit(path: Path) -> None:
             ),
             "other losses in stage1, step 1",
         ),
+        (
+            lambda run: (run / "metrics.jsonl").write_text(
+                (run / "metrics.jsonl").read_text() + '{"format": 2, "stage": "stage2", "step": 3, "loss": 0.5}\n'
+            ),
+            "other losses in stage2, step 3",
+        ),
     ],
 )
 def test_the_comparison_sees(

@@ -35,7 +35,7 @@ def differences(expected: Path, run_dir: Path, *, num_steps: int) -> Iterator[st
         if newest != Path(last).name:
             yield f"{stage}: latest is {newest}"
     one, other = _losses(expected), _losses(run_dir)
-    yield from (f"other losses in {place}" for place in one if one[place] != other.get(place))
+    yield from (f"other losses in {place}" for place in {**one, **other} if one.get(place) != other.get(place))
 
 
 def _losses(run_dir: Path) -> dict[str, dict[str, float]]:
