@@ -313,6 +313,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(
         time.sleep(0.02)
     run.send_signal(sent)
     assert run.wait(timeout=60) == status, log.read_text()
+    assert "death signal" not in log.read_text(), "a rank says what became of the run, the agent nothing"
     events = [json.loads(line)["event"] for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     assert events[-1] == "preempted" and not (tmp_path / "stage1/final").exists()
     assert main(train) == 0

@@ -77,7 +77,8 @@ def launch(num_ranks: int, engine_file: Path, command: Sequence[str]) -> int:
         os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(_threads(num_ranks))
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
     # A rank says itself what is wrong, in one line; the agent's trace would bury it.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic")]:
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # some have a level of their own, not their parent's
     logging.getLogger("torch.distributed.run").setLevel(logging.ERROR)  # accelerate gives an address that is not used
     _pass_signals_on()
     options = ["--config_file", str(engine_file)]
