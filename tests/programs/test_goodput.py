@@ -49,6 +49,14 @@ def test_every_second_of_a_killed_run_is_told():
     assert sum(total_of([first, second]).values()) == 390 - 10
 
 
+def test_steps_that_the_attempt_after_the_next_goes_back_for_count_once():
+    """Its checkpoint was damaged: the third attempt goes on from an earlier one than the second did."""
+    again = [launched(400, since=400), event(400, "started", 100), progress(500, 200, 100, total=100)]
+    first, second, third = attempts([*KILLED, *again])
+    assert (first.seconds["redone"], second.seconds["training"], second.seconds["redone"]) == (104, 0, 50)
+    assert third.seconds["training"] == 100
+
+
 def test_a_warning_that_comes_later_is_no_part_of_the_run():
     late = event(9000, "warning", 200) | {"sign": "blurred", "words": "..."}
     assert total_of(attempts([*KILLED, late])) == total_of(attempts(KILLED))

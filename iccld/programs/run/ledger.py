@@ -1,7 +1,7 @@
 """The ledger of a run: what became of its wall time, attempt by attempt, as `events.jsonl` tells.
 
 An attempt begins with the event `launched`. Each event `progress` adds a number of steps and the seconds of each phase.
-The steps that an attempt did after the one from which the next attempt resumed had to be done again. An attempt that
+The steps that an attempt did after the one from which a later attempt resumed had to be done again. An attempt that
 was killed wrote nothing down after its last `progress`; that time counts as down.
 """
 
@@ -63,11 +63,14 @@ def is_of_scoring(event: Event) -> bool:
 
 
 def _resumed_at(later: Iterable[Event]) -> dict[str, int]:
-    """Return, for each stage, the step from which the next attempt that trained it resumed."""
+    """Return, for each stage, the earliest step from which a later attempt resumed it: what came after is done again.
+
+    The next attempt need not have gone back furthest: a damaged checkpoint, or `--extend`, takes a later one further.
+    """
     steps: dict[str, int] = {}
     for event in later:
         if event["event"] == "started":
-            steps.setdefault(event["stage"], event["step"])
+            steps[event["stage"]] = min(event["step"], steps.get(event["stage"], event["step"]))
     return steps
 
 
