@@ -40,7 +40,7 @@ number() { if [[ $1 =~ ^[0-9]{1,15}$ ]]; then echo $((10#$1)); else echo 0; fi; 
 
 begin_attempt() {
     run_dir=$1 state=$1/slurm/job_$SLURM_JOB_ID restart=$(number "${SLURM_RESTART_COUNT:-0}")
-    stalled=0 spared=0
+    stalled=0 spared=0 attempt=$restart # the attempt that a node is blamed for
     # Of an array's elements, the last has the number of the array: by it, scontrol would requeue them all.
     id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID} id=${id:-$SLURM_JOB_ID}
     for place in "$1/slurm" "$state" "$state/alive"; do # what lies behind a link is not the job's to delete
@@ -63,7 +63,9 @@ begin_attempt() {
     before=$(recall running_on)
     if [[ $before =~ ^[A-Za-z0-9._,[-]+[]A-Za-z0-9._,[-]*$ ]]; then # the attempt before this one was cut off
         say "the attempt on $before was cut off"
+        attempt=$((restart - 1))
         blame_node_failure || blame_nodes_that_are_down "$before"
+        attempt=$restart
     fi
     keep log_begin "$(stat -c %s "$log" 2>/dev/null)"
     [ "$(recall outcome)" != 0 ] || { say "finished before; nothing to do"; exit 0; }
@@ -199,7 +201,7 @@ requeue() {
 blame() {
     local list=$run_dir/slurm/failed_nodes
     { [ ! -e "$list" ] || [ -f "$list" ]; } && [ ! -L "$list" ] &&
-        printf '%s\t%s\tjob %s, restart %s\t%s\n' "$1" "$(date '+%F %T')" "$SLURM_JOB_ID" "$restart" "$2" \
+        printf '%s\t%s\tjob %s, restart %s\t%s\n' "$1" "$(date '+%F %T')" "$SLURM_JOB_ID" "$attempt" "$2" \
             2>/dev/null >>"$list" || say "$list cannot be written"
     say "node $1 failed: $2"
 }

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from iccld.slurm.history import failing_nodes
 from tests.slurm.cluster import wait_until
 
 JOB = Path(__file__).parents[2] / "iccld" / "slurm" / "job.sh"
@@ -145,6 +146,18 @@ def test_a_node_is_blamed_where_it_alone_was_named(job: Job, named: list[tuple[s
     (job.folder / "events").write_text("".join(lines))
     job.attempt(f'cat "{job.folder}/events" >>"{job.run_dir}/events.jsonl"; exit 1')
     assert job.blamed == nodes
+
+
+def test_a_node_that_ended_two_attempts_of_which_one_was_cut_off_is_left_out(job: Job):
+    """What was cut off is told by the attempt after it, and is not that attempt's own failure."""
+    job.attempt('echo "srun: error: Node failure on gpu01"; kill -KILL $PPID')
+    job.attempt("exit 1")
+    assert job.blamed == ["gpu01"] and failing_nodes(job.run_dir) == []
+    job.attempt('echo "srun: error: Node failure on gpu01"; kill -KILL $PPID')
+    job.attempt(ends("srun: error: Node failure on gpu01"))
+    assert failing_nodes(job.run_dir) == ["gpu01"]
+    attempts = [line.split("\t")[2] for line in (job.run_dir / "slurm" / "failed_nodes").read_text().splitlines()]
+    assert attempts == ["job 7, restart 0", "job 7, restart 2", "job 7, restart 3"]
 
 
 def test_attempts_that_fail_and_attempts_that_are_cut_short_are_counted_apart(job: Job):
