@@ -240,6 +240,8 @@ def test_a_chain_is_a_job_a_stage_and_one_for_the_scores():
         (TRAIN, {"num_ranks": 3}, "micro_batch_size"),
         (TRAIN, {"seeds": "0"}, "--seeds 0"),
         (TRAIN, {"variants": [("../x", [])]}, "names a folder"),
+        (TRAIN, {"variants": [("x", ["seed=1"]), ("y", []), ("x", ["seed=2"])]}, "x twice"),
+        (TRAIN, {"seeds": "5,0,5"}, "seed_5 twice"),
         (["evaluate", "runs/a"], {"chain": True}, "are of `train`"),
     ],
 )

@@ -95,6 +95,9 @@ def jobs_of(
         ),
     )
     elements = list(_elements(seeds, variants))
+    names = [name for name, _ in elements]
+    if twice := next((name for name in names if names.count(name) > 1), ""):
+        raise ValueError(f"--seeds and --variant name {twice} twice, and two jobs cannot train one run; give it once.")
     if command[0] != "train" and (chain or elements):
         raise ValueError("--chain, --seeds and --variant are of `train`; scoring and profiling are one job.")
     jobs = []
