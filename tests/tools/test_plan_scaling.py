@@ -251,6 +251,16 @@ def test_a_plan_is_a_table_a_plot_and_figures(plan: Callable[..., str], tmp_path
     assert "refused" in words and "(Blom 1958)" in words and "links nominal" in words
 
 
+@pytest.mark.parametrize("hours", ["inf", "0.001"])  # of a node that never fails, and of one that lets no run end
+def test_what_is_infinite_is_null_in_the_figures(plan: Callable[..., str], tmp_path: Path, hours: str) -> None:
+    sizes, infinite = ("--gpus", "8", "4096"), ("--gb-per-s", "inf", "1", "--mttf-node-hours", hours)
+    plan("profile.json", "--json", "plan.json", *sizes, *infinite)
+    text = (tmp_path / "plan.json").read_text()
+    assert "Infinity" not in text and "NaN" not in text
+    last = json.loads(text)["plan"][-1]
+    assert last["step_s"] > 0 and last["save_every_s" if hours == "inf" else "hours"] is None
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -261,6 +271,10 @@ def test_a_plan_is_a_table_a_plot_and_figures(plan: Callable[..., str], tmp_path
         (["profile.json", "--link", "a", "--alpha-us", "1", "1"], "--link takes one or two files"),
         (["profile.json", "--gb-per-s", "0", "1"], "above 0"),
         (["profile.json", "--mttf-node-hours", "0"], "--mttf-node-hours must be above 0"),
+        (["profile.json", "--mttf-node-hours", "nan"], "--mttf-node-hours must be above 0"),
+        (["profile.json", "--restart-s", "nan"], "at least 0"),
+        (["profile.json", "--storage-gb-per-s", "nan"], "--storage-gb-per-s nan must be above 0"),
+        (["profile.json", "--gb-per-s", "1", "nan"], "above 0"),
         (["sharded.json"], "profile it on one rank"),
         (["--measure-link"], "at least 2 processes"),
     ],

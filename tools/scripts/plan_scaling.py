@@ -15,6 +15,7 @@ than a micro-batch, the plan says so. The assumptions are printed; they name the
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -119,6 +120,15 @@ def network_of(arguments: argparse.Namespace) -> Network:
     return Network(links[0], links[-1], arguments.ranks_per_node)
 
 
+def finite(value: Any) -> Any:
+    """Return figures with None for what is infinite, as the hours of a run that never ends: JSON does not know it."""
+    if isinstance(value, dict):
+        return {name: finite(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(one) for one in value]
+    return None if isinstance(value, float) and math.isinf(value) else value
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, two = parser.add_argument, ("INSIDE", "BETWEEN")
@@ -147,7 +157,7 @@ def check(arguments: argparse.Namespace) -> None:
     numbers = {"--gpus": min(arguments.gpus), "--steps": arguments.steps, "--ranks-per-node": arguments.ranks_per_node}
     numbers |= {"--global-batch": arguments.global_batch or 1, "--storage-gb-per-s": arguments.storage_gb_per_s}
     for name, value in numbers.items():
-        if value <= 0:
+        if not value > 0:  # nor what is no number
             raise ValueError(f"{name} {value} must be above 0.")
 
 
@@ -191,7 +201,7 @@ def main() -> None:
     if arguments.json:
         settings = {name: value for name, value in vars(arguments).items() if name not in ("json", "png")}
         whole = {"plan": rows, "settings": settings, "assumptions": ASSUMPTIONS}
-        arguments.json.write_text(json.dumps(whole, indent=1, default=str) + "\n")
+        arguments.json.write_text(json.dumps(finite(whole), indent=1, default=str) + "\n")
     if not done:
         sys.exit(2)
 

@@ -48,7 +48,7 @@ Link = Mapping[str, Cost]
 
 def nominal(*, alpha_us: float, gb_per_s: float) -> Link:
     """One cost for all collectives. Raises ValueError for what no link has."""
-    if alpha_us < 0 or gb_per_s <= 0:
+    if not (alpha_us >= 0 and gb_per_s > 0):  # nor what is no number
         raise ValueError(f"--alpha-us {alpha_us:g} must be at least 0 and --gb-per-s {gb_per_s:g} above 0.")
     return dict.fromkeys(PASSES, Cost(1e-6 * alpha_us, 1e-9 / gb_per_s))
 

@@ -182,7 +182,8 @@ class Failures:
     write_s: float  # of a save, in the background
 
     def __post_init__(self) -> None:
-        if self.node_mttf_s <= 0 or min(self.restart_s, self.stall_s, self.write_s) < 0:
+        times = (self.restart_s, self.stall_s, self.write_s)
+        if not (self.node_mttf_s > 0 and all(time >= 0 for time in times)):  # nor what is no number
             raise ValueError("--mttf-node-hours must be above 0, times of saves and restarts at least 0.")
 
     def interval_s(self, num_nodes: int, step_s: float) -> float:

@@ -44,7 +44,7 @@ def read_profile(path: Path) -> Profile:
         profile = _profile(json.loads(path.read_text()))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a profile.json of `iccld profile` ({error!r}).") from error
-    if profile.engine not in ENGINES or profile.own_s <= 0:
+    if profile.engine not in ENGINES or not profile.own_s > 0:
         raise ValueError(f"{path}: engine={profile.engine} with {profile.own_s:g} s of work a step cannot be scaled.")
     if profile.world_size > 1 and profile.engine != "ddp":
         raise ValueError(
