@@ -30,6 +30,7 @@ _holds_compiled = holds_only(r"[^/]+\.pyc(\.\d+)?|\.nfs[0-9a-f]+")
 _holds_code = holds_only(f"{PACKAGE.name}/.+")
 
 LEFT_OVER_AFTER_S = 86_400.0
+EDITED = f"the code in {PACKAGE} was edited while a job was submitted, which must run one state of it; submit again."
 
 
 def code_files() -> Iterator[tuple[str, Path]]:
@@ -52,7 +53,7 @@ def code_hash() -> str:
 def copy_code(folder: Path) -> Path:
     """Copy the package to `folder`/HASH, once for each state of the code, whole or not at all; return the copy.
 
-    Raises ValueError if something else has that name: a job would run it.
+    Raises ValueError if something else has that name: a job would run it; or if the code is edited meanwhile.
     """
     target = folder / code_hash()
     refuse_links(target, within=folder)
@@ -63,6 +64,9 @@ def copy_code(folder: Path) -> Path:
         for name, path in code_files():
             make_folder((scratch / name).parent, within=scratch)
             shutil.copyfile(path, scratch / name)
+        if code_hash() != target.name:
+            remove_tree(scratch)
+            raise ValueError(EDITED)
         try:
             scratch.rename(target)
         except OSError:  # made meanwhile by another submission

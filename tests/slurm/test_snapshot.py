@@ -1,11 +1,15 @@
 """The copy of the code that a job runs: whole, the user's own, and of files that nobody else has put there."""
 
+import argparse
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from iccld.programs.submit import submit, work
+from iccld.slurm import snapshot
 from iccld.slurm.snapshot import copy_code
 
 
@@ -47,3 +51,50 @@ def test_what_was_compiled_elsewhere_is_not_run(tmp_path: Path) -> None:
     for name in ("cli.cpython-311.pyc", "cli.cpython-311.pyc.140234", ".nfs0000a1"):
         plant(copy, f"iccld/__pycache__/{name}")
     assert copy_code(tmp_path) == copy and not list(copy.rglob("__pycache__"))
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkout of two files, whose code is what is copied."""
+    (package := tmp_path / "checkout" / "iccld").mkdir(parents=True)
+    for name in ("a.py", "b.py"):
+        (package / name).write_text("before")
+    monkeypatch.setattr(snapshot, "PACKAGE", package)
+    return package
+
+
+def test_code_that_is_edited_while_it_is_copied_is_not_run(
+    package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def edited_meanwhile(source: Path, target: Path) -> None:
+        (package / "b.py").write_text("after")
+        copy(source, target)
+
+    copy = shutil.copyfile
+    with monkeypatch.context() as patched, pytest.raises(ValueError, match="submit again"):
+        patched.setattr(shutil, "copyfile", edited_meanwhile)
+        copy_code(tmp_path / "code")
+    assert not [*(tmp_path / "code").iterdir()]
+    assert (copy_code(tmp_path / "code") / "iccld" / "b.py").read_text() == "after"
+
+
+def test_a_job_whose_code_is_edited_before_it_is_copied_is_not_submitted(
+    package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its script names the state that was there when the settings were read."""
+
+    def edited_after(*given: object, **options: object) -> object:
+        jobs = jobs_of(*given, **options)  # type: ignore[arg-type]
+        (package / "b.py").write_text("after")
+        return jobs
+
+    jobs_of = work.jobs_of
+    monkeypatch.setattr(work, "jobs_of", edited_after)
+    (sbatch := tmp_path / "sbatch").write_text(f"#!/bin/sh\ntouch {tmp_path}/submitted; echo 7\n")
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    submit.add_arguments(parser := argparse.ArgumentParser())
+    train = ["train", "model=tiny", "dataset=scenes", f"run_dir={tmp_path}/run"]
+    with pytest.raises(ValueError, match="submit again"):
+        submit.submit_jobs(parser.parse_args(train))
+    assert not (tmp_path / "submitted").exists()

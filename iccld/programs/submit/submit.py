@@ -18,7 +18,7 @@ from iccld.slurm.config import SETTINGS, SubmitConfig, Work
 from iccld.slurm.history import failing_nodes, lead_time_s
 from iccld.slurm.script import sbatch_text
 from iccld.slurm.settings_file import read_settings
-from iccld.slurm.snapshot import code_version, copy_code
+from iccld.slurm.snapshot import EDITED, code_version, copy_code
 
 DESCRIPTION = """\
 Train, profile or score as a SLURM job. Options of the allocation come before the verb, settings of the run after it:
@@ -103,7 +103,8 @@ def _prepare(work: Work) -> None:
         make_folder(run_dir / folder, within=run_dir)
     if strange := next((path for path in (run_dir / "logs").iterdir() if not is_plain(path)), None):
         raise NotOursError(f"{strange} is no file of its own, and SLURM would write a job's log through it; remove it.")
-    copy_code(run_dir / "code")
+    if copy_code(run_dir / "code") != Path(work.code):
+        raise ValueError(EDITED)
     write_whole(run_dir / "code_version.txt", code_version(__version__))
 
 
