@@ -60,6 +60,11 @@ def test_the_interface_towards_this_machine_is_the_loopback():
     assert interface_towards("127.0.0.1") == "lo"
 
 
+def test_no_interface_is_named_towards_an_address_of_ipv6():
+    """Gloo then finds it by itself: the rank must not fail for a hint."""
+    assert interface_towards("::1") == interface_towards("fd00::1") == ""
+
+
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero1", "zero2"])
 def test_ranks_see_what_accelerate_s_launcher_would_have_set(engine: str):
     """Only the variables that tell engines apart are compared."""
