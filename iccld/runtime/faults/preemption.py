@@ -31,6 +31,7 @@ from iccld.runtime.settings import PreemptionConfig
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 STOPPED_BY_WATCHDOG = AGAIN
+LOOK_S = 86_400.0  # the longest wait at once: the system takes no endless one
 
 
 class Preempted(Exception):
@@ -88,7 +89,7 @@ class Preemption:
         first: float | None = None
         while True:
             limit = first + self.config.grace_s if first is not None and self.config.grace_s else None
-            left = max(limit - time.monotonic(), 0.0) if limit is not None else None
+            left = min(max(limit - time.monotonic(), 0.0), LOOK_S) if limit is not None else None
             numbers = os.read(reader, 4096) if select.select([reader], [], [], left)[0] else None
             if numbers == b"":
                 os.close(reader)

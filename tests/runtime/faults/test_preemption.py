@@ -65,9 +65,12 @@ ON_A_LOCK = "lock = threading.Lock(); lock.acquire(); lock.acquire()"
 IN_C = "import ctypes; code = ctypes.CDLL(None); code.pause() + code.pause() + code.pause()"
 
 
-@pytest.mark.parametrize("hang", [IN_PYTHON, ON_A_LOCK, IN_C])
-def test_a_second_request_ends_the_process_though_its_main_thread_hangs(hang: str) -> None:
-    process = start(HUNG.format(grace_s=0, debounce_s=0.5, hang=hang))
+@pytest.mark.parametrize(
+    ("hang", "grace_s"),
+    [(IN_PYTHON, "0"), (ON_A_LOCK, "0"), (IN_C, "0"), (IN_PYTHON, "float('inf')"), (IN_PYTHON, "1e12")],
+)
+def test_a_second_request_ends_the_process_though_its_main_thread_hangs(hang: str, grace_s: str) -> None:
+    process = start(HUNG.format(grace_s=grace_s, debounce_s=0.5, hang=hang))
     process.send_signal(signal.SIGUSR1)
     time.sleep(0.8)
     assert process.poll() is None
