@@ -23,8 +23,11 @@ done
 
 say() { echo "iccld: $*"; }
 
-# FILE: the first line of a file of the job's state; nothing where it is no plain file.
-recall() { [ -f "$state/$1" ] && [ ! -L "$state/$1" ] && head -c 4096 "$state/$1" 2>/dev/null | tr -d '\0' | head -n 1; }
+# FILE: the first line of a file of the job's state, as long as a word may be; nothing where it is no plain file.
+recall() {
+    [ -f "$state/$1" ] && [ ! -L "$state/$1" ] &&
+        head -c 131071 "$state/$1" 2>/dev/null | tr -d '\0' | head -n 1
+}
 
 # FILE WORDS: replace it, so that whoever reads it sees the old words or the new ones.
 keep() {

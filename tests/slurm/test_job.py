@@ -160,6 +160,16 @@ def test_a_node_that_ended_two_attempts_of_which_one_was_cut_off_is_left_out(job
     assert attempts == ["job 7, restart 0", "job 7, restart 2", "job 7, restart 3"]
 
 
+def test_nodes_of_an_attempt_that_was_cut_off_are_known_however_many_they_are(job: Job):
+    """A list that is cut in the midst of a name asks for another node."""
+    nodes = ",".join(f"gpu{number}" for number in range(9000))
+    (job.folder / "sinfo").write_text('#!/bin/bash\necho "$4" >>"$ASKED"; echo "${4##*,}"\n')
+    (job.folder / "sinfo").chmod(0o755)
+    job.attempt("kill -KILL $PPID", SLURM_JOB_NODELIST=nodes)
+    job.attempt("exit 1")
+    assert job.blamed == ["gpu8999"] and nodes in (job.folder / "asked").read_text().splitlines()
+
+
 def test_attempts_that_fail_and_attempts_that_are_cut_short_are_counted_apart(job: Job):
     for _ in range(4):
         assert "not started again" not in job.attempt(STOPPED)
