@@ -121,6 +121,7 @@ def test_pictures_lead_nowhere_and_are_few(tmp_path: Path):
     assert len(record.notes) == 1 and "broken.png" in record.notes[0]
     for number in range(20):
         Image.new("RGB", (2000, 10), (number, 0, 0)).save(run / f"pictures/y_{number}.png")
+    (run / "pictures/broken.png").rename(run / "pictures/5²6.png")  # a digit that is no number
     found = pictures_of(record)
     assert [picture.name for picture in found] == [f"pictures/y_{i}.png" for i in range(20 - MAX_SHOWN, 20)]
     assert (found[0].width, found[0].height) == (960, 5)

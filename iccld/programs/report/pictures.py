@@ -81,7 +81,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 def _natural(path: Path) -> list[tuple[int, str]]:
     """Make a sorting key that orders numbers by size: step_100 after step_20."""
-    return [(int(word[:18]), "") if word.isdigit() else (-1, word) for word in re.split(r"(\d+)", str(path))]
+    return [(int(word[:18]), "") if word.isdecimal() else (-1, word) for word in re.split(r"(\d+)", str(path))]
 
 
 def _embedded(path: Path, run_dir: Path) -> Picture:
