@@ -50,7 +50,7 @@ def test_every_second_of_a_killed_run_is_told():
 
 
 def test_steps_that_the_attempt_after_the_next_goes_back_for_count_once():
-    """Its checkpoint was damaged: the third attempt goes on from an earlier one than the second did."""
+    """Checkpoints may be damaged: the third attempt goes on from an earlier one than the second did."""
     again = [launched(400, since=400), event(400, "started", 100), progress(500, 200, 100, total=100)]
     first, second, third = attempts([*KILLED, *again])
     assert (first.seconds["redone"], second.seconds["training"], second.seconds["redone"]) == (104, 0, 50)

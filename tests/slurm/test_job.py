@@ -149,7 +149,7 @@ def test_a_node_is_blamed_where_it_alone_was_named(job: Job, named: list[tuple[s
 
 
 def test_a_node_that_ended_two_attempts_of_which_one_was_cut_off_is_left_out(job: Job):
-    """What was cut off is told by the attempt after it, and is not that attempt's own failure."""
+    """An attempt that was cut off is told by the next one, and is not the next one's failure."""
     job.attempt('echo "srun: error: Node failure on gpu01"; kill -KILL $PPID')
     job.attempt("exit 1")
     assert job.blamed == ["gpu01"] and failing_nodes(job.run_dir) == []

@@ -81,7 +81,7 @@ def test_code_that_is_edited_while_it_is_copied_is_not_run(
 def test_a_job_whose_code_is_edited_before_it_is_copied_is_not_submitted(
     package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its script names the state that was there when the settings were read."""
+    """A script names the state that was there when the settings were read."""
 
     def edited_after(*given: object, **options: object) -> object:
         jobs = jobs_of(*given, **options)  # type: ignore[arg-type]
