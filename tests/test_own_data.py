@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from iccld.config import load_config
 from iccld.data.classes import read_classes
+from iccld.programs.run.hand_off import origin_of
 from tests.data.factory import save
 
 ROOT = Path(__file__).parent.parent
@@ -31,6 +33,19 @@ def draw(folder: Path) -> None:
         save(folder / "renderings/images" / f"{number}.png", image.astype(np.uint8))
         save(folder / "renderings/labels" / f"{number}.png", labels)
         save(folder / "photographs/images" / f"photo_{number}.png", image[::-1].astype(np.uint8))
+
+
+def test_nothing_of_another_data_set_is_in_a_run_on_own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (yaml,), (commands,) = blocks("yaml"), blocks("sh")
+    monkeypatch.chdir(tmp_path)
+    Path("my_classes.yaml").write_text(yaml)
+    words = commands.replace("\\\n", " ").split("iccld train ")[1].split("\n")[0].split()
+    config = load_config(words)
+    data = config.data
+    assert (data.target_margin_top, data.target_margin_bottom) == (0.0, 0.0)
+    assert [data.source.name, data.target.name, data.validation.name] == ["", "", ""]
+    origin = origin_of(config, stage="stage1", weights="teacher", step=1)
+    assert origin["data"] == {"source": ["renderings"], "target": ["photographs"]}
 
 
 @pytest.mark.slow
