@@ -142,8 +142,8 @@ class ChunkWriter:
 
     def add(self, key: str, packed: PackedPair) -> None:
         """Add a sample to the open tar, or to the next one if it would grow beyond the limit."""
-        sizes = [len(packed.image), len(packed.label)]
-        grown = sum(tarfile.BLOCKSIZE + _rounded_up(size, tarfile.BLOCKSIZE) for size in sizes if size)
+        members = {packed.extension: packed.image, LABEL_EXTENSION: packed.label}
+        grown = sum(_size_of_member(f"{key}.{extension}", len(data)) for extension, data in members.items() if data)
         if self._writer and self._max_bytes and _size_of_tar(self._writer.tarstream.offset + grown) > self._max_bytes:
             self.close()
         if self._writer is None:
@@ -186,6 +186,11 @@ class ChunkWriter:
 
 def _rounded_up(size: int, unit: int) -> int:
     return -(-size // unit) * unit
+
+
+def _size_of_member(name: str, size: int) -> int:
+    """Return the bytes that a member takes in a tar, with its headers: a long name has one of its own."""
+    return len(tarfile.TarInfo(name).tobuf(tarfile.PAX_FORMAT)) + _rounded_up(size, tarfile.BLOCKSIZE)
 
 
 def _size_of_tar(end: int) -> int:

@@ -124,6 +124,18 @@ def test_shards_are_closed_by_bytes_too(tmp_path: Path) -> None:
     assert tiny.header.num_shards == 9, "a sample larger than the limit is alone"
 
 
+def test_headers_of_long_names_count_in_the_limit_of_bytes(tmp_path: Path) -> None:
+    raw, folder = write_folder(tmp_path / "raw", 20), "a" * 99
+    for kind in ("images", "labels"):
+        (raw / kind).rename(tmp_path / folder)
+        (raw / kind).mkdir()
+        (tmp_path / folder).rename(raw / kind / folder)
+    limit = 30_720
+    index = opened(make(raw, bytes_per_shard=limit))
+    assert len(index) == 20 and len(index.key(0)) > 100
+    assert (index.shards["size"] <= limit).all()
+
+
 def spoil(root: Path) -> dict[str, str]:
     """Spoils five of the pairs 0-8; file name to what is to be said of it."""
     (root / "labels" / "frame_001.png").unlink()
