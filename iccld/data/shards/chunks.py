@@ -85,8 +85,13 @@ class ChunkPacker:
         write_whole(self._path(number, "json"), json.dumps(asdict(report)).encode())
         return report
 
-    def finished(self, number: int) -> ChunkReport | None:
-        """Return the report of a chunk whose files are all whole, else None."""
+    def finished(self, chunk: tuple[int, Sequence[Pair]]) -> ChunkReport | None:
+        """Return the report of a chunk whose files are all whole, and whose bad pairs nobody has mended, else None."""
+        number, pairs = chunk
+        report = self._whole(number)
+        return report if report and (not report.problems or self._still_bad(report, pairs)) else None
+
+    def _whole(self, number: int) -> ChunkReport | None:
         try:
             content = read_json(self._path(number, "json"), 64 * MIB)
             content["tars"] = [FileState(**tar) for tar in content["tars"]]
@@ -97,6 +102,18 @@ class ChunkPacker:
             return None
         whole = report.records.is_that_of(self._path(number, "npy"))
         return report if whole and all(tar.is_that_of(self.output / tar.name) for tar in report.tars) else None
+
+    def _still_bad(self, report: ChunkReport, pairs: Sequence[Pair]) -> bool:
+        """Tell whether the pairs that a finished chunk has left out are as bad as its report says."""
+        kept = set(np.load(self._path(report.number, "npy"), allow_pickle=False)["key"].tolist())
+        problems = list[Problem]()
+        for pair in pairs:
+            if pair.key.encode() not in kept:
+                try:
+                    pack_pair(pair, self.converter, self.packing)
+                except Unusable as bad:
+                    problems.append(bad.problem)
+        return problems == report.problems
 
     def _path(self, number: int, extension: str) -> Path:
         return self.output / MAKING_FOLDER / f"{number:06d}.{extension}"
@@ -112,9 +129,8 @@ def pack_chunks(
 ) -> list[ChunkReport]:
     """Pack the chunks and return all reports, in order. Finished ones are kept; those with bad pairs, if `keep_bad`."""
     with in_processes(pack.finished, num_workers) as map_:
-        found = (
-            number for number in range(len(chunks)) if (pack.output / MAKING_FOLDER / f"{number:06d}.json").exists()
-        )
+        making = pack.output / MAKING_FOLDER
+        found = (chunk for chunk in enumerate(chunks) if (making / f"{chunk[0]:06d}.json").exists())
         whole = [report for report in map_(found) if report]
     # The user, who did not accept the bad pairs, may have mended them.
     reports = {report.number: report for report in whole if keep_bad or not report.problems}

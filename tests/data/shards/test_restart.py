@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,21 @@ def test_mended_pairs_are_read_again(tmp_path: Path) -> None:
     write_folder(raw, 9)
     mended = make(raw, samples_per_shard=2, bytes_per_shard=1)
     assert not mended.problems and len(opened(mended)) == 9
+
+
+def test_pairs_mended_before_the_others_are_accepted_are_taken(tmp_path: Path) -> None:
+    raw, lines = write_folder(tmp_path / "raw", 6), list[str]()
+    labels = [raw / "labels" / f"frame_{i:03d}.png" for i in (1, 2, 4)]
+    mended = labels[0].read_bytes()
+    for label in labels:
+        label.unlink()
+    config = MakeShardsConfig("folder", str(raw), str(tmp_path / "out"), classes="cityscapes", samples_per_shard=3)
+    assert make_shards(config).index is None
+    labels[0].write_bytes(mended)
+    result = make_shards(replace(config, accept_bad=True), progress=lines.append)
+    assert list(read_all(opened(result))) == [f"frame_{i:03d}" for i in (0, 1, 3, 5)]
+    assert [Path(problem.file).name for problem in result.problems] == ["frame_002.png", "frame_004.png"]
+    assert lines[0] == "1 of 2 shards are kept", "no bad pair of the second has changed"
 
 
 def test_shards_that_mending_leaves_over_are_removed(tmp_path: Path) -> None:
