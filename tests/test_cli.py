@@ -270,7 +270,8 @@ def test_a_checkpoint_of_another_data_set_is_refused(
 
 def test_a_model_of_other_classes_is_not_evaluated(run_dir: Path, capsys: pytest.CaptureFixture[str]):
     classes = ["data.class_set.names=[a,b]", "data.class_set.of_train_id={0: 0, 1: 1}"]
-    assert "tells 19 classes apart" in refused(["evaluate", str(run_dir), *classes], capsys)
+    message = refused(["evaluate", str(run_dir), *classes], capsys)
+    assert "tells 19 classes apart" in message and "repeat the data.classes, data.class_set or dataset=NAME" in message
 
 
 def test_an_initial_model_of_another_shape_is_refused(

@@ -187,7 +187,7 @@ def load_model(folder: Path, config: Config) -> ICCLD:
     if own != list(names):
         raise ValueError(
             f"{folder} tells {len(own)} classes apart ({', '.join(own)}), data.class_set has {len(names)} "
-            f"({', '.join(names)}); use the dataset config that it was trained with."
+            f"({', '.join(names)}); repeat the data.classes, data.class_set or dataset=NAME that it was trained with."
         )
     return model
 
