@@ -9,6 +9,7 @@ import io
 import json
 import os
 import tarfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -47,13 +48,17 @@ class FileState:
 
 @dataclass(frozen=True)
 class ChunkReport:
-    """Result of chunk `number`: its tars, in order, its part of the index, and the pairs that are left out."""
+    """Result of chunk `number`: its tars, in order, its part of the index, and the pairs that are left out.
+
+    `inputs` is a checksum of the versions of the files that it was made from; reports of earlier programs have none.
+    """
 
     number: int
     num_pairs: int
     tars: list[FileState]
     records: FileState
     problems: list[Problem]
+    inputs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,7 @@ class ChunkPacker:
     def __call__(self, chunk: tuple[int, Sequence[Pair]]) -> ChunkReport:
         """Write the tars of a chunk (its number and its pairs), its part of the index and, last, its report."""
         number, pairs = chunk
+        inputs = self._inputs(pairs)
         writer, problems = ChunkWriter(self.output, number, self.packing.max_bytes), list[Problem]()
         try:
             for pair in pairs:
@@ -81,15 +87,22 @@ class ChunkPacker:
         records, path = io.BytesIO(), self._path(number, "npy")
         np.save(records, to_array(writer.records, num_classes=self.converter.num_classes), allow_pickle=False)
         write_whole(path, records.getvalue())
-        report = ChunkReport(number, len(pairs), writer.tars, FileState.of(path), problems)
+        report = ChunkReport(number, len(pairs), writer.tars, FileState.of(path), problems, inputs)
         write_whole(self._path(number, "json"), json.dumps(asdict(report)).encode())
         return report
 
     def finished(self, chunk: tuple[int, Sequence[Pair]]) -> ChunkReport | None:
-        """Return the report of a chunk whose files are all whole, and whose bad pairs nobody has mended, else None."""
+        """Return the report of a chunk whose files are all whole, and whose pairs nobody has changed, else None."""
         number, pairs = chunk
         report = self._whole(number)
-        return report if report and (not report.problems or self._still_bad(report, pairs)) else None
+        if report is None or report.inputs not in (None, self._inputs(pairs)):
+            return None
+        return report if not report.problems or self._still_bad(report, pairs) else None
+
+    def _inputs(self, pairs: Sequence[Pair]) -> int:
+        paths = [path for pair in pairs for path in (pair.image, pair.label if self.packing.with_labels else None)]
+        versions = [(path, self.converter.tree.version(path)) for path in paths if path]
+        return zlib.crc32(repr(versions).encode())
 
     def _whole(self, number: int) -> ChunkReport | None:
         try:

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,12 +16,13 @@ from typing import Any
 import pytest
 
 from iccld.cli import main
+from iccld.data.shards.indexing import IndexResult
 from iccld.data.shards.making import MakeShardsConfig, make_shards
 from iccld.data.shards.packing import ImageFormat
 from iccld.data.storage.index import ShardIndex
 from iccld.outcome import AGAIN
 from tests.data.factory import write_folder
-from tests.data.shards.test_making import make, opened, read_all, spoil
+from tests.data.shards.test_making import make, members, opened, read_all, spoil
 
 COUNT, SAMPLES_PER_SHARD = 12, 2
 MANY = 90
@@ -199,6 +201,29 @@ def test_pairs_mended_before_the_others_are_accepted_are_taken(tmp_path: Path) -
     assert list(read_all(opened(result))) == [f"frame_{i:03d}" for i in (0, 1, 3, 5)]
     assert [Path(problem.file).name for problem in result.problems] == ["frame_002.png", "frame_004.png"]
     assert lines[0] == "1 of 2 shards are kept", "no bad pair of the second has changed"
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_files_changed_before_it_goes_on_are_read_again(tmp_path: Path, packed: bool) -> None:
+    raw, lines = write_folder(tmp_path / "raw", 4), list[str]()
+    other, bad = raw / "labels" / "frame_000.png", raw / "labels" / "frame_003.png"
+    old, new, last = other.read_bytes(), (raw / "labels" / "frame_001.png").read_bytes(), bad.read_bytes()
+    assert old != new
+
+    def give() -> IndexResult:
+        given = Path(shutil.make_archive(str(raw), "zip", raw)) if packed else raw
+        config = MakeShardsConfig(
+            "folder", str(given), str(tmp_path / "out"), classes="cityscapes", samples_per_shard=1
+        )
+        return make_shards(config, progress=lines.append)
+
+    bad.write_bytes(b"")
+    assert give().index is None
+    bad.write_bytes(last)
+    other.write_bytes(new)
+    index = opened(give())
+    assert members(index, 0)[1] == members(index, 1)[1]
+    assert "2 of 4 shards are kept" in lines
 
 
 def test_shards_that_mending_leaves_over_are_removed(tmp_path: Path) -> None:

@@ -91,6 +91,16 @@ class InputTree:
             raise FileNotFoundError("it is missing")
         return layer.read(path)
 
+    def version(self, path: str) -> tuple[int, ...]:
+        """Return numbers that change with a file's content: its size, and when it was written or, in a zip, its CRC-32.
+
+        They are empty if it is missing.
+        """
+        with suppress(OSError):  # removed meanwhile
+            layer = self._layer(path)
+            return layer.version(path) if layer else ()
+        return ()
+
     def location(self, path: str) -> str:
         """Name a file for messages: "/data/set/images/x.png" or "/data/a.zip: images/x.png"."""
         return (self._layer(path) or self._layers[0]).location(path)
@@ -144,6 +154,10 @@ class _Folder:
             raise _too_large()
         return data
 
+    def version(self, path: str) -> tuple[int, ...]:
+        status = (self.root / path).stat()
+        return status.st_size, status.st_mtime_ns
+
     def location(self, path: str) -> str:
         return str(self.root / path)
 
@@ -194,6 +208,10 @@ class _Zip:
         if len(data) > MAX_FILE_BYTES:
             raise _too_large()
         return data
+
+    def version(self, path: str) -> tuple[int, ...]:
+        info = self._open()[1][path]
+        return info.file_size, info.CRC
 
     def location(self, path: str) -> str:
         info = self._open()[1].get(path)
