@@ -85,7 +85,10 @@ def test_a_target_set_of_ones_own_is_one_line(tmp_path: Path) -> None:
             "goes with labels_as: ids, not colors",
         ),
         ("{images: '{a}.png', labels: '{a}.p', ids: citiscapes}", "ids: 'citiscapes' is no known map of such labels"),
-        ("{images: '{a}.png', labels: '{a}.p', ids: {1: road}}", r"ids: \['road'\] on the right-hand side; write"),
+        (
+            "{images: '{a}.png', labels: '{a}.p', ids: {1: road}}",
+            r"ids: \['road'\] on the right-hand side; write .* --classes FILE",
+        ),
         (
             "{images: '{a}.png', labels: '{a}.p', labels_as: colors, ids: {0 0 256: 0}}",
             r"ids: '0 0 256' on the left-hand side \(a colour is three numbers from 0 to 255\)",

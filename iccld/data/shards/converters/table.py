@@ -128,7 +128,11 @@ def _parse_ids(content: Any, table: Table, setting: str, *, with_names: bool) ->
     if with_names:
         strange = [new for new in strange if not isinstance(new, str)]
     if strange:
-        raise ValueError(f"{setting}: {strange} on the right-hand side; {_RULE_OF_NAMES if with_names else _RULE}.")
+        rule = _RULE_OF_NAMES if with_names else _RULE
+        names = not with_names and any(isinstance(new, str) for new in strange)
+        raise ValueError(
+            f"{setting}: {strange} on the right-hand side; {rule}{', or say by --classes FILE what names are' * names}."
+        )
     return ids
 
 
