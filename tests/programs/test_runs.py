@@ -77,6 +77,15 @@ def test_equal_scores_are_one_line_and_last_stages_pair_where_nothing_is_shared(
     assert label == "stage1 and stage2 x1" and (one.means["miou"], other.means["miou"]) == (65.57, 66.57)
 
 
+def test_scores_of_different_sets_are_named_as_such(root: Path, capsys: pytest.CaptureFixture[str]):
+    words = ["compare", str(root / "grid/a/seed_0"), str(root / "grid/c")]
+    assert main(words) == 0 and "different sets" not in capsys.readouterr().out
+    results = root / "grid/c/report/results.json"
+    results.write_text(results.read_text().replace('"shards": "validation"', '"shards": "other"', 1))
+    assert main(words) == 0
+    assert "the runs were scored on different sets: validation and other\n" in capsys.readouterr().out
+
+
 def test_where_there_is_no_run_it_is_said_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     for words in (["runs", str(tmp_path)], ["runs", str(tmp_path / "no")], ["compare", str(tmp_path), str(tmp_path)]):
         assert main(words) == 2

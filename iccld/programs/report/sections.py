@@ -83,14 +83,9 @@ def scores(records: Sequence[Record], colours: Mapping[str, str]) -> Markup:
     about = "IoU of each class on the validation set, in per cent. "
     if several:
         about += "Of each run the last stage. One run each: how much a score moves from seed to seed is not shown here."
-        sets = {words_of(_set_of(record)) for record in records if record.results.scores}
+        sets = {record.results.scored_set for record in records if record.results.scores}
         about += " The runs were scored on different sets!" if len(sets) > 1 else ""
     return section("Scores", table(["%", *columns], rows, class_="scores"), about=about)
-
-
-def _set_of(record: Record) -> Any:
-    data = record.results.about.get("data")
-    return data.get("shards", "") if isinstance(data, dict) else ""
 
 
 def _columns(records: Sequence[Record]) -> dict[str, SavedScores]:

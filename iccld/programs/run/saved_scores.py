@@ -39,6 +39,12 @@ class SavedResults:
     """The stage of each score, as far as it is no control's, and has at least one step where there are steps."""
 
     @property
+    def scored_set(self) -> str:
+        """Return the shards of the set that was scored; "" where the results do not tell."""
+        data = self.about.get("data")
+        return str(data.get("shards", "")) if isinstance(data, dict) else ""
+
+    @property
     def last(self) -> tuple[str, SavedScores] | None:
         """The score of the last stage, with the first number of steps that denoise if it denoises."""
         stages = [*self.of_stages.values()]
