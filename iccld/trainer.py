@@ -260,10 +260,12 @@ class Trainer:
     def _stop(self, step: int, timer: PhaseTimer, *, is_new: bool) -> None:
         """Stop before `step`, as asked: save, unless this attempt has nothing new."""
         if is_new:
-            self._flush(timer)
-            with timer.phase("save"):
-                self._save(step)
-                self.checkpoints.wait()
+            try:
+                self._flush(timer)
+            finally:  # also where nobody reads the figures any more: a terminal that ends asks for the stop, too
+                with timer.phase("save"):
+                    self._save(step)
+                    self.checkpoints.wait()
         self.metrics.event("preempted", step=step)
 
     def _flush(self, timer: PhaseTimer) -> None:

@@ -118,6 +118,7 @@ def _become(request: dict[str, Any]) -> NoReturn:
         os.dup2(source, target)
     sys.stdin = open(0, closefd=False)  # noqa: SIM115
     sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])

@@ -23,7 +23,8 @@ def status_of_stopped(config: "Config", message: str, *, by_hand: bool) -> int:
     of several ranks hears Ctrl-C itself, and takes any status of a rank but 0 for a failure.
     """
     if os.environ.get("RANK", "0") == "0":
-        print(message, flush=True)
+        with contextlib.suppress(OSError):  # the terminal may have ended, which asked for the stop
+            print(message, flush=True)
     if "ICCLD_OUTCOME" in os.environ:
         return STOPPED
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
@@ -33,7 +34,7 @@ def status_of_stopped(config: "Config", message: str, *, by_hand: bool) -> int:
 def leave_word(status: int) -> int:
     """Write the exit status for the launcher of several ranks, if there is one, and return it."""
     if (path := os.environ.get(WORD)) and os.environ.get("RANK", "0") == "0":
-        with contextlib.suppress(OSError):  # it then takes the rank for one that was ended at once
+        with contextlib.suppress(OSError):  # it then takes the rank for one that did not save
             write_whole(Path(path), f"{status}\n", durably=False)
     return status
 

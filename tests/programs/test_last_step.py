@@ -1,4 +1,6 @@
-"""Scores and the picture that are due after a stage's last step: a stop or a kill there loses none of them."""
+"""What a stop loses nothing of: scores and the picture that are due after a stage's last step, and steps that are shown
+to nobody.
+"""
 
 import json
 import shutil
@@ -8,9 +10,12 @@ from typing import Any
 import pytest
 
 from iccld.config import Config, load_config
+from iccld.outcome import Interrupted
 from iccld.programs.train import train as training
 from iccld.programs.train.train import train
+from iccld.runtime.checkpoint.manifest import verify
 from iccld.runtime.faults.preemption import Preemption
+from iccld.runtime.measure.metrics import MetricsLogger
 from tests.factory import scene_overrides
 
 SETTINGS = [
@@ -69,3 +74,23 @@ def test_a_kill_after_the_last_save_leaves_them_to_the_next_attempt(whole: Path,
     assert train(config_of(scene_shards, run_dir))
     assert scores(run_dir) == scores(whole)
     assert picture(run_dir).read_bytes() == picture(whole).read_bytes()
+
+
+def test_a_stop_saves_though_nobody_reads_the_figures(
+    scene_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The end of the terminal asks for the stop, and takes the output away."""
+    settings = ["stage1.trainer.num_steps=3", "stage1.trainer.checkpoint.save_every=3", "metrics.log_every=3"]
+    preemption = Preemption()
+
+    def ask(*_: object, step: int) -> None:
+        preemption.came = step == 1
+
+    def write_nowhere(*_: object, **__: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(training, "write_due_snapshot", ask)
+    monkeypatch.setattr(MetricsLogger, "flush", write_nowhere)
+    with pytest.raises(Interrupted):
+        train(config_of(scene_shards, tmp_path, *settings), preemption)
+    assert verify(tmp_path / "stage1/checkpoints/step_00000001").step == 1

@@ -41,6 +41,8 @@ SWITCH_S = 1e-3  # the training process waits for a worker's thread that hands t
 ALIGNMENT = 64  # bytes
 NUM_AHEAD = 2  # batches that a worker makes ahead
 LOCKS_BYTES = 8 * 4096  # a worker's own queue, and the shared one
+OF_THE_TRAINING = (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+"""Signals that reach every process of a job or a terminal, and are meant for the training process."""
 
 
 class WorkerDied(ChildProcessError):
@@ -50,7 +52,7 @@ class WorkerDied(ChildProcessError):
 @contextmanager
 def signals_held() -> Iterator[None]:
     """Start processes within: from their first instruction on, they block signals meant for this process."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGUSR1, signal.SIGTERM})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {*OF_THE_TRAINING, signal.SIGTERM})
     try:
         yield
     finally:
@@ -107,16 +109,16 @@ ForkingPickler.register(np.memmap, _send_place)
 def initialize_worker(worker_id: int) -> None:
     """Prepare a loader worker (`worker_init_fn`): one thread, a short switch interval, scheduler signals ignored.
 
-    A scheduler signals every process of a job. By default SIGUSR1 or SIGTERM would kill the workers, and the training
-    process with them, before it has saved.
+    A scheduler signals every process of a job, and so does a terminal that ends. By default these signals would kill
+    the workers, and the training process with them, before it has saved.
     """
     del worker_id
     # Python's thread that hands tensors over would report every failure and retry for ever.
     sys.excepthook = _report_and_exit
     torch.set_num_threads(1)
     sys.setswitchinterval(SWITCH_S)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    for number in OF_THE_TRAINING:
+        signal.signal(number, signal.SIG_IGN)
     # A loader that closes, or an interpreter that exits, ends its workers by SIGTERM, which must still work.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_obey_the_parent, args=(os.getppid(),), daemon=True).start()

@@ -104,7 +104,7 @@ def launch(num_ranks: int, engine_file: Path, command: Sequence[str]) -> int:
 def _pass_signals_on() -> None:
     """Let signals that ask for a stop reach the ranks as SIGTERM; the agent waits up to 30 s for them to save.
 
-    It would leave them behind on SIGUSR1, and hear SIGHUP, which kills them, also where `nohup` keeps it away.
+    By default it leaves them behind on SIGUSR1, and passes SIGHUP on, which it hears even under `nohup`.
     """
     for number in (signal.SIGUSR1, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
@@ -112,9 +112,11 @@ def _pass_signals_on() -> None:
 
 
 def _status_of_signalled(number: signal.Signals, left: int | None) -> int:
-    """Return the exit status after a signal; `left` is what rank 0 has left, None if it did not end by itself."""
+    """Return the exit status after a signal; `left` is rank 0's, None if it has left none."""
     if left is None:
-        print(f"launch: {number.name} came, and rank 0 was ended at once; what was saved stays whole", file=sys.stderr)
+        print(
+            f"launch: {number.name} came, and rank 0 left no exit status; what was saved stays whole", file=sys.stderr
+        )
         return FORCED
     return left or (128 + signal.SIGINT if number is signal.SIGINT else 0)
 

@@ -1,7 +1,8 @@
 """Being asked to stop: a signal sets a flag, all ranks agree on it, the run saves and ends.
 
-SIGUSR1 (a scheduler, before the time limit), SIGTERM (preemption) and SIGINT (Ctrl-C) ask. Asked once more, or when
-`grace_s` is over, the process ends at once; checkpoints appear by rename, so the whole ones stay whole.
+SIGUSR1 (a scheduler, before the time limit), SIGTERM (preemption), SIGINT (Ctrl-C) and SIGHUP (the end of the terminal,
+unless `nohup` keeps it away) ask. Asked once more, or when `grace_s` is over, the process ends at once; checkpoints
+appear by rename, so the whole ones stay whole.
 
 Exit statuses of `iccld train`:
 
@@ -11,7 +12,8 @@ Exit statuses of `iccld train`:
     2      what the user must mend, in one line: the same command ends the same way again
     75     what the world did, in one line (a full disk, a lost connection, a killed worker); and STOPPED_BY_WATCHDOG: a
            rank hung or was lost, a node is unfit: start the same command again
-    76     FORCED: asked twice or grace over; nothing was saved since the last whole checkpoint: start it again
+    76     FORCED: asked twice or grace over (or 30 s, through `iccld launch`); nothing was saved since the last whole
+           checkpoint: start it again
     128+n  killed by signal n
 
 Stopped is told from finished by `exit_status`, or by the last line of `events.jsonl`, which then is `preempted`.
@@ -29,7 +31,7 @@ from iccld.node import host_name
 from iccld.outcome import AGAIN, FORCED, say
 from iccld.runtime.settings import PreemptionConfig
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 STOPPED_BY_WATCHDOG = AGAIN
 LOOK_S = 86_400.0  # the longest wait at once: the system takes no endless one
 
@@ -67,10 +69,10 @@ class Preemption:
         signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
         _installed = self
         threading.Thread(target=self._wait, args=(reader,), name="preemption", daemon=True).start()
-        self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
-        signal.pthread_sigmask(
-            signal.SIG_UNBLOCK, SIGNALS
-        )  # a signal that came while the program started is delivered now
+        is_kept_away = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN  # by nohup
+        heard = [number for number in SIGNALS if number is not signal.SIGHUP or not is_kept_away]
+        self._before = {number: signal.signal(number, self._handle) for number in heard}
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # one that came while the program started is delivered now
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 from iccld.outcome import FORCED
-from iccld.runtime.faults.preemption import Preemption
+from iccld.runtime.faults.preemption import SIGNALS, Preemption
 from iccld.runtime.settings import PreemptionConfig
 
 ROOT = Path(__file__).parents[3]
 
 HEAD = """
 import os, signal, sys, threading, time
-from iccld.runtime.faults.preemption import Preemption
+from iccld.runtime.faults.preemption import SIGNALS, Preemption
 from iccld.runtime.settings import PreemptionConfig
 
 def asked(preemption):
@@ -72,12 +72,12 @@ IN_C = "import ctypes; code = ctypes.CDLL(None); code.pause() + code.pause() + c
 def test_a_second_request_ends_the_process_though_its_main_thread_hangs(hang: str, grace_s: str) -> None:
     process = start(HUNG.format(grace_s=grace_s, debounce_s=0.5, hang=hang))
     process.send_signal(signal.SIGUSR1)
-    time.sleep(0.8)
+    time.sleep(2)  # far above `debounce_s`, also on a busy machine
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     _, error = process.communicate(timeout=10)
     assert process.returncode == FORCED
-    assert error.startswith("rank 3 on node7 ends at once: SIGTERM came 1 s after a first signal")
+    assert error.startswith("rank 3 on node7 ends at once: SIGTERM came")
 
 
 def test_one_request_that_is_delivered_several_times_is_one() -> None:
@@ -95,6 +95,19 @@ def test_one_request_that_is_delivered_several_times_is_one() -> None:
         time.sleep(0.1)
     output, error = process.communicate(timeout=10)
     assert (process.returncode, output, error) == (0, "saved\n", "")
+
+
+@pytest.mark.parametrize("under_nohup", [False, True])
+def test_the_end_of_the_terminal_asks_unless_nohup_keeps_it_away(under_nohup: bool) -> None:
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    signal.signal(signal.SIGHUP, signal.SIG_IGN if under_nohup else signal.SIG_DFL)
+    try:
+        with Preemption() as preemption:
+            signal.raise_signal(signal.SIGHUP)
+            assert preemption.requested is not under_nohup
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_grace_ends_the_process() -> None:
@@ -119,17 +132,17 @@ def test_requests_after_the_end_change_nothing() -> None:
     )
     process.send_signal(signal.SIGTERM)
     assert process.stdout is not None and process.stdout.readline() == "left\n"
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for number in SIGNALS:
         process.send_signal(number)
     assert process.wait(10) == 85
 
 
 def test_a_context_without_a_request_leaves_the_signals_as_they_were() -> None:
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
+    before = [signal.getsignal(number) for number in SIGNALS]
     with Preemption() as preemption:
         assert signal.getsignal(signal.SIGTERM) == preemption._handle
         assert not preemption.requested
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)] == before
+    assert [signal.getsignal(number) for number in SIGNALS] == before
     assert signal.set_wakeup_fd(-1) == -1
 
 
@@ -142,7 +155,7 @@ def test_a_forked_child_ignores_what_its_parent_is_asked_and_does_not_ask_it() -
                 time.sleep(1.5)
                 os._exit(5)
             print("ready", flush=True)
-            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT) * 2:
+            for number in SIGNALS * 2:
                 os.kill(child, number)
                 time.sleep(0.1)
             assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 5
@@ -160,7 +173,7 @@ def test_a_started_program_takes_signals_as_usual() -> None:
         import subprocess
         with Preemption():
             print("ready", flush=True)
-            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            for number in SIGNALS:
                 helper = subprocess.Popen(["sleep", "20"])
                 helper.send_signal(number)
                 assert helper.wait(5) == -number
