@@ -4,7 +4,7 @@
       floor: {ids: 1, color: [138, 109, 59]}
       shelf: {ids: [2, 7], color: "#cd853f"}
       robot: {ids: 3, rare: true, thing: true, cityscapes: [car, truck]}
-    ignore: [0]                      # ids that may occur and are not evaluated, as 255 without a class
+    ignore: [0]                      # ids that are not evaluated, like 255, unless a class takes it
     labels_as: ids                   # or red16, colors, polygons: how labels are stored
 
 `ids` are numbers, or, by `labels_as`, colours (default: the class's `color`) or names of polygons (default: the class's

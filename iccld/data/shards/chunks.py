@@ -95,12 +95,12 @@ class ChunkPacker:
         """Return the report of a chunk whose files are all whole, and whose pairs nobody has changed, else None."""
         number, pairs = chunk
         report = self._whole(number)
-        if report is None or report.inputs not in (None, self._inputs(pairs)):
-            return None
-        return report if not report.problems or self._still_bad(report, pairs) else None
+        return report if report and report.inputs in (None, self._inputs(pairs)) else None
 
     def _inputs(self, pairs: Sequence[Pair]) -> int:
+        """Compute a checksum of what the chunk is made of: the state of images, labels and the list of classes."""
         paths = [path for pair in pairs for path in (pair.image, pair.label if self.packing.with_labels else None)]
+        paths += [self.converter.class_list] if self.packing.with_labels else []
         versions = [(path, self.converter.tree.version(path)) for path in paths if path]
         return zlib.crc32(repr(versions).encode())
 
@@ -115,18 +115,6 @@ class ChunkPacker:
             return None
         whole = report.records.is_that_of(self._path(number, "npy"))
         return report if whole and all(tar.is_that_of(self.output / tar.name) for tar in report.tars) else None
-
-    def _still_bad(self, report: ChunkReport, pairs: Sequence[Pair]) -> bool:
-        """Tell whether the pairs that a finished chunk has left out are as bad as its report says."""
-        kept = set(np.load(self._path(report.number, "npy"), allow_pickle=False)["key"].tolist())
-        problems = list[Problem]()
-        for pair in pairs:
-            if pair.key.encode() not in kept:
-                try:
-                    pack_pair(pair, self.converter, self.packing)
-                except Unusable as bad:
-                    problems.append(bad.problem)
-        return problems == report.problems
 
     def _path(self, number: int, extension: str) -> Path:
         return self.output / MAKING_FOLDER / f"{number:06d}.{extension}"

@@ -152,6 +152,14 @@ def test_a_label_whose_name_fits_images_too_is_no_image(
     assert [pair.label for pair in converter.pairs()] == expected[1::2]
 
 
+def test_a_label_without_its_image_is_no_image_with_itself_as_its_label(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("{images: 'd/{f}.{suffix}', labels: 'd/{f}.png', labels_as: ids}")
+    root = write_folder(tmp_path / "in", {f"d/{name}": b"" for name in ("a.jpg", "a.png", "c.png")})
+    found = open_converter(str(tmp_path / "mine.yaml"), root).survey()
+    assert [(pair.image, pair.label) for pair in found.pairs] == [("d/a.jpg", "d/a.png")]
+    assert found.spare_labels == ["d/c.png"]
+
+
 def test_other_splits_and_kinds_of_labels_are_no_lost_images(tmp_path: Path) -> None:
     files = [
         "rgb_anon/fog/{}/S/a_rgb_anon.png",

@@ -226,6 +226,28 @@ def test_files_changed_before_it_goes_on_are_read_again(tmp_path: Path, packed: 
     assert "2 of 4 shards are kept" in lines
 
 
+def test_a_list_of_classes_changed_before_it_goes_on_is_read_again(tmp_path: Path) -> None:
+    raw, table, lines = write_folder(tmp_path / "raw", 2), tmp_path / "mine.yaml", list[str]()
+    names = [f"class_{number}" for number in range(19)]
+    ids = json.dumps({name: number for number, name in enumerate(names)} | {"void": 255})
+    files = "images: 'images/{f}.png', labels: 'labels/{f}.png', labels_as: ids, class_list: list.json"
+    table.write_text(f"{{{files}, ids: {ids}}}")
+    config = MakeShardsConfig(str(table), str(raw), str(tmp_path / "out"), samples_per_shard=1)
+
+    def give(listed: list[str]) -> IndexResult:
+        listed = [*listed, *["void"] * (256 - len(listed))]
+        (raw / "list.json").write_text(json.dumps({"labels": [{"name": name} for name in listed]}))
+        return make_shards(config, progress=lines.append)
+
+    bad = raw / "labels" / "frame_001.png"
+    last = bad.read_bytes()
+    bad.write_bytes(b"")
+    assert give(names).index is None
+    bad.write_bytes(last)
+    opened(give(names[::-1]))
+    assert not any("are kept" in line for line in lines), "the ids mean other classes now"
+
+
 def test_shards_that_mending_leaves_over_are_removed(tmp_path: Path) -> None:
     raw = write_folder(tmp_path / "raw", 3)
     labels = [raw / "labels" / f"frame_{i:03d}.png" for i in range(3)]

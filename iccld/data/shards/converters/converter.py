@@ -63,14 +63,15 @@ class Converter:
         there = [self.tree.exists(path) for path in table.class_list]
         chosen = there.index(True) if any(there) else 0
         self._images, self._labels = patterns[0], patterns[1 + chosen] if table.labels else None
-        self._class_list = table.class_list[chosen] if table.class_list else ""
+        self.class_list = table.class_list[chosen] if table.class_list else ""
 
     def survey(self, *, with_labels: bool = True) -> Survey:
         """Look at all files in the folders of images and labels. Raises ValueError if there are no pairs."""
         not_seen, labels = NotSeen(), self._labels if with_labels else None
         images = self.tree.files(self._images.folder, not_seen=not_seen)
         found = [(path, self._images.match(path)) for path in images]
-        pairs = without_labels([self._pair(path, values) for path, values in found if values is not None])
+        fitting = [self._pair(path, values) for path, values in found if values is not None]
+        pairs = without_labels(fitting, own_too=with_labels)
         others = [path for path, values in found if values is None]
         unread = [path for path in others if self._is_unread_image(path)]
         if not pairs:
@@ -134,7 +135,7 @@ class Converter:
             "labels": self._labels.text if self._labels else None,
             "key": self._key.text,
             "labels_as": self.table.labels_as.value,
-            "class_list": self._class_list,
+            "class_list": self.class_list,
             "ids": {str(old): new for old, new in sorted(self.ids.items())},
         }
 
@@ -153,13 +154,13 @@ class Converter:
     @cached_property
     def _train_ids(self) -> Ids:
         """Map what a label file may hold to train ids."""
-        if not self._class_list:
+        if not self.class_list:
             return self.ids
-        location = self.tree.location(self._class_list)
-        if not self.tree.exists(self._class_list):
+        location = self.tree.location(self.class_list)
+        if not self.tree.exists(self.class_list):
             raise ValueError(f"{location} is missing; {self.name} needs it to tell what its label ids mean")
         try:
-            return class_list_ids(self.tree.read(self._class_list), self.ids)
+            return class_list_ids(self.tree.read(self.class_list), self.ids)
         except ValueError as error:
             raise ValueError(f"{location}: {error}; use the data set of its version") from error
 

@@ -20,9 +20,12 @@ class Pair:
     label: str | None
 
 
-def without_labels(pairs: Sequence[Pair]) -> list[Pair]:
-    """Leave out the images that are labels of others: in one folder, names of labels may fit those of images, too."""
-    labels = {fold(pair.label) for pair in pairs if pair.label and fold(pair.label) != fold(pair.image)}
+def without_labels(pairs: Sequence[Pair], *, own_too: bool) -> list[Pair]:
+    """Leave out the images that are labels of others: in one folder, names of labels may fit those of images, too.
+
+    `own_too`: also those that would be their own labels, since the image of such a label is missing.
+    """
+    labels = {fold(pair.label) for pair in pairs if pair.label and (own_too or fold(pair.label) != fold(pair.image))}
     return [pair for pair in pairs if fold(pair.image) not in labels]
 
 

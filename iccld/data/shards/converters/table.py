@@ -130,9 +130,8 @@ def _parse_ids(content: Any, table: Table, setting: str, *, with_names: bool) ->
     if strange:
         rule = _RULE_OF_NAMES if with_names else _RULE
         names = not with_names and any(isinstance(new, str) for new in strange)
-        raise ValueError(
-            f"{setting}: {strange} on the right-hand side; {rule}{', or say by --classes FILE what names are' * names}."
-        )
+        by_file = ", or say by --classes FILE what the names mean" if names else ""
+        raise ValueError(f"{setting}: {strange} on the right-hand side; {rule}{by_file}.")
     return ids
 
 
