@@ -35,8 +35,8 @@ def run(arguments: Namespace) -> int:
     if same := [label for label, before, after in scored if before == after]:
         print(f"the same scores: {', '.join(map(shown, same))}")
     sets = [shown(record.results.scored_set) for record in (one, other)]
-    if scored and sets[0] != sets[1]:
-        print(f"the runs were scored on different sets: {sets[0] or ABSENT} and {sets[1] or ABSENT}")
+    if scored and all(sets) and sets[0] != sets[1]:
+        print(f"the runs were scored on different sets: {sets[0]} and {sets[1]}")
     if not scored:
         print("no final scores to compare: one of the runs has none yet")
     for record in (one, other):

@@ -56,14 +56,16 @@ def master_port(job: int, *, restart: int = 0) -> int:
 
 
 def interface_towards(address: str) -> str:
-    """Return the network interface by which this machine reaches another; "" if it has no name, or over IPv6.
+    """Return the network interface by which this machine reaches another; "" if it has no name.
+
+    It is also "" where IPv4 does not reach the address: it is one of IPv6, or its network is down.
 
     Gloo would look up the machine's own name, and if that does not resolve, tell the others 127.0.0.1.
     """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect((address, 9))  # sends nothing
-        except OSError:  # an address of IPv6
+        except OSError:
             return ""
         own = probe.getsockname()[0]
         for _, name in socket.if_nameindex():

@@ -81,6 +81,8 @@ def _check_copy(copy: Path) -> None:
     """Refuse a copy that holds anything but this package; files that Python compiled are deleted."""
     caches = [path for path in copy.rglob(COMPILED) if is_real_folder(path)]
     if strange := next(_strange(copy, caches), None):
+        if code_hash() != copy.name:
+            raise ValueError(EDITED)
         raise ValueError(f"{strange} is not of this code, and a job would run it; remove {copy}.")
     for cache in caches:
         try:

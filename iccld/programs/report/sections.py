@@ -83,7 +83,7 @@ def scores(records: Sequence[Record], colours: Mapping[str, str]) -> Markup:
     about = "IoU of each class on the validation set, in per cent. "
     if several:
         about += "Of each run the last stage. One run each: how much a score moves from seed to seed is not shown here."
-        sets = {record.results.scored_set for record in records if record.results.scores}
+        sets = {name for record in records if record.results.scores and (name := record.results.scored_set)}
         about += " The runs were scored on different sets!" if len(sets) > 1 else ""
     return section("Scores", table(["%", *columns], rows, class_="scores"), about=about)
 
