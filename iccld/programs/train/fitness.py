@@ -64,10 +64,15 @@ def check_room(stage: Stage, layout: BatchLayout, config: Config, ranks: Ranks) 
 
 
 def _checkpoint_bytes(stage: Stage) -> int:
-    """Count the bytes of the weights, of two fp32 moments of what trains, and of the stage's own state."""
+    """Count the bytes of the weights, of two fp32 moments of what trains, and of the stage's own state.
+
+    The averages of an EMA profile, fp32, begin only once the engine holds the module.
+    """
     held = [*stage.module.state_dict().values(), *stage.state_dict().values()]
     trained = [p for group in stage.param_groups() for p in group["params"]]
-    return sum(tensor.numel() * tensor.element_size() for tensor in held) + 8 * sum(p.numel() for p in trained)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in held) + 8 * sum(p.numel() for p in trained)
+    num_to_begin = len(stage.ema_profile.widths) if stage.profiles is None else 0
+    return size + 4 * num_to_begin * sum(p.numel() for p in stage.student.parameters())
 
 
 def read_shards(config: Config) -> None:
