@@ -9,8 +9,10 @@
 # and decides nothing. What the files in $state hold is data: it is compared, counted if it is a number, and never run;
 # what is torn, missing or cannot be written is said, and stops no job.
 
-set +efuC +o pipefail # whatever the lines of `setup` have set
+set +eEfuC +o pipefail # whatever the lines of `setup` have set
 shopt -u nullglob failglob
+trap - ERR
+IFS=$' \t\n'
 max_stalled=${max_stalled:-3} # attempts in a row that fail without a newer checkpoint
 max_cut_short=20              # the same of attempts that were preempted, or lost a node
 requeue=${requeue:-yes}

@@ -90,9 +90,13 @@ def test_a_slow_start_is_no_silence_and_silence_is_the_end(job: Job):
     assert "no rank has given a sign of life for 3 s" in job.attempt("sleep 30", ICCLD_SILENCE_S="2", ICCLD_START_S="3")
 
 
-def test_a_setup_that_sets_shell_options_changes_nothing(job: Job):
-    said = job.attempt("exit 9", setup="set -eufC -o pipefail; shopt -s nullglob failglob")
+@pytest.mark.parametrize(
+    "setup", ["set -eufC -o pipefail; shopt -s nullglob failglob", "set -eE; trap 'exit 3' ERR", "IFS=$'\\n\\t'"]
+)
+def test_a_setup_that_sets_shell_options_changes_nothing(job: Job, setup: str):
+    said = job.attempt("exit 9", setup=setup)
     assert "ended with status 9" in said and job.requeued == ["requeue 7"]
+    assert "2 attempts without a newer checkpoint" in job.attempt("exit 9", setup=setup, max_stalled="2")
 
 
 def test_the_status_is_the_ranks_own_also_where_a_signal_came(job: Job):
