@@ -172,8 +172,11 @@ class CheckpointStore:
         for old in whole[: -self.config.keep] + damaged:
             if old.is_symlink():
                 self._say_once(f"{old} is a link; it is left as it is")
-            else:
+                continue
+            try:
                 remove_tree(old)
+            except OSError as error:  # the new one is whole: what cannot be removed is no reason to end
+                self._say_once(f"{old} cannot be removed ({error}); it is left, and tried again after the next save")
 
     def folders(self) -> list[Path]:
         """Return the committed checkpoints' folders, oldest first."""

@@ -233,6 +233,25 @@ def test_a_linked_checkpoint_is_read_and_never_deleted(tmp_path: Path):
     assert len(reports) == 1 and "step_00000001 is a link; it is left" in reports[0]
 
 
+def test_one_that_cannot_be_removed_stops_no_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A file server keeps what somebody reads; a user may have protected it."""
+
+    def fail(folder: Path) -> None:
+        raise OSError(39, "Directory not empty", str(folder))
+
+    reports: list[str] = []
+    checkpoints = store(tmp_path, reports)
+    with monkeypatch.context() as patch:
+        patch.setattr("iccld.runtime.checkpoint.store.remove_tree", fail)
+        for step in (1, 2, 3, 4):
+            verify(save(checkpoints, step))
+        assert [said for said in reports if "step_00000001 cannot be removed" in said] == reports[:1]
+    newest = checkpoints.newest()
+    assert newest and newest.step == 4 and len(reports) == 2
+    save(checkpoints, 5)
+    assert [folder.name for folder in checkpoints.folders()] == ["step_00000004", "step_00000005"]
+
+
 def test_when_all_are_damaged_the_run_does_not_start_anew_in_silence(tmp_path: Path):
     checkpoints = store(tmp_path)
     (save(checkpoints, 1) / "rank_00000.safetensors").unlink()
