@@ -214,6 +214,16 @@ def test_a_verb_ends_the_settings_of_the_last_variant(
     assert "--array=0-1\n" in script and f"run_dir={tmp_path}/no_teacher command=(train model=tiny" in script
 
 
+def test_a_script_that_is_shown_is_a_script_also_where_nodes_are_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm" / "failed_nodes").write_text("".join(f"n2\tnow\tjob 1, restart {i}\tx\n" for i in range(2)))
+    assert main(["submit", "--dry-run", "train", "model=tiny", "dataset=scenes", f"run_dir={tmp_path}"]) == 0
+    said = capsys.readouterr()
+    assert said.out.startswith("#!/bin/bash\n") and "#SBATCH --exclude=n2\n" in said.out and "not on n2" in said.err
+
+
 def test_seeds_and_variants_multiply():
     [(_, work)] = jobs_of(
         TRAIN, num_ranks=1, seeds="2", variants=[("x", ["seed=9", "statistics_samples=4"]), ("y", [])]

@@ -128,7 +128,8 @@ def _with_history(settings: dict[str, Any], run_dir: Path) -> SubmitConfig:
     if "image" not in config:
         config.setdefault("python", sys.executable)
     if failing := failing_nodes(run_dir):
-        print(f"not on {', '.join(failing)}: failed twice ({run_dir}/slurm/failed_nodes)", flush=True)
+        said = f"not on {', '.join(failing)}: failed twice ({run_dir}/slurm/failed_nodes)"
+        print(said, file=sys.stderr, flush=True)  # the output may be a script
         config["exclude"] = tuple(dict.fromkeys([*config.get("exclude", ()), *failing]))
     return SubmitConfig(**config)
 
