@@ -1,5 +1,5 @@
-"""What a stop loses nothing of: scores and the picture that are due after a stage's last step, and steps that are shown
-to nobody.
+"""Stops and kills that lose nothing: scores and the picture that are due after a stage's last step, and steps that
+nobody reads of.
 """
 
 import json
