@@ -260,12 +260,16 @@ class Trainer:
     def _stop(self, step: int, timer: PhaseTimer, *, is_new: bool) -> None:
         """Stop before `step`, as asked: save, unless this attempt has nothing new."""
         if is_new:
+            unread: OSError | None = None
             try:
-                self._flush(timer)
-            finally:  # also where nobody reads the figures any more: a terminal that ends asks for the stop, too
-                with timer.phase("save"):
-                    self._save(step)
-                    self.checkpoints.wait()
+                self._flush(timer)  # a loss that is not finite ends it here, and is not saved
+            except OSError as error:  # nobody reads the figures: a terminal that ends asks for the stop, too
+                unread = error
+            with timer.phase("save"):
+                self._save(step)
+                self.checkpoints.wait()
+            if unread:
+                raise unread
         self.metrics.event("preempted", step=step)
 
     def _flush(self, timer: PhaseTimer) -> None:

@@ -15,7 +15,7 @@ from iccld.programs.train import train as training
 from iccld.programs.train.train import train
 from iccld.runtime.checkpoint.manifest import verify
 from iccld.runtime.faults.preemption import Preemption
-from iccld.runtime.measure.metrics import MetricsLogger
+from iccld.runtime.measure.metrics import MetricsLogger, NonFiniteLossError
 from tests.factory import scene_overrides
 
 SETTINGS = [
@@ -76,8 +76,17 @@ def test_a_kill_after_the_last_save_leaves_them_to_the_next_attempt(whole: Path,
     assert picture(run_dir).read_bytes() == picture(whole).read_bytes()
 
 
-def test_a_stop_saves_though_nobody_reads_the_figures(
-    scene_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("failure", "ends_with", "is_saved"),
+    [(BrokenPipeError(), Interrupted, True), (NonFiniteLossError("nan"), NonFiniteLossError, False)],
+)
+def test_a_stop_saves_though_nobody_reads_the_figures_but_no_loss_that_is_not_finite(
+    scene_shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    failure: Exception,
+    ends_with: type[Exception],
+    is_saved: bool,
 ):
     """The end of the terminal asks for the stop, and takes the output away."""
     settings = ["stage1.trainer.num_steps=3", "stage1.trainer.checkpoint.save_every=3", "metrics.log_every=3"]
@@ -86,11 +95,12 @@ def test_a_stop_saves_though_nobody_reads_the_figures(
     def ask(*_: object, step: int) -> None:
         preemption.came = step == 1
 
-    def write_nowhere(*_: object, **__: object) -> None:
-        raise BrokenPipeError
+    def fail(*_: object, **__: object) -> None:
+        raise failure
 
     monkeypatch.setattr(training, "write_due_snapshot", ask)
-    monkeypatch.setattr(MetricsLogger, "flush", write_nowhere)
-    with pytest.raises(Interrupted):
+    monkeypatch.setattr(MetricsLogger, "flush", fail)
+    with pytest.raises(ends_with):
         train(config_of(scene_shards, tmp_path, *settings), preemption)
-    assert verify(tmp_path / "stage1/checkpoints/step_00000001").step == 1
+    folder = tmp_path / "stage1/checkpoints/step_00000001"
+    assert verify(folder).step == 1 if is_saved else not folder.exists()
