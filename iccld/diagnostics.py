@@ -33,7 +33,8 @@ from iccld.losses import weighted_cross_entropy
 from iccld.models.encoder import EncoderOutput
 from iccld.models.iccld import ICCLD
 from iccld.scores import Scores
-from iccld.settings import LATENT_STRIDE, EvaluationConfig
+from iccld.settings import EvaluationConfig
+from iccld.strides import LATENT_STRIDE
 
 FIT_STEPS = 20
 FIT_RATE = 0.1

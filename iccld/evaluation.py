@@ -22,7 +22,8 @@ from torch import Tensor
 from iccld.eager import without_compiled_code
 from iccld.labels import IGNORE_INDEX, ClassSet
 from iccld.scores import EvaluationResult, Scores
-from iccld.settings import LATENT_STRIDE, EvaluationConfig
+from iccld.settings import EvaluationConfig
+from iccld.strides import LATENT_STRIDE
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 """Images `(B, 3, H, W)` float32 in [0, 1] and sample numbers `(B,)` int64, which key the noise, to logits

@@ -5,9 +5,7 @@ from dataclasses import dataclass, field
 from iccld.batch_layout import AUTO, BatchLayout
 from iccld.ranges import at_least, between, check_ranges, off_or_above
 from iccld.runtime.settings import CheckpointConfig
-
-LATENT_STRIDE = 8
-"""Predict functions are given sides that are multiples of it."""
+from iccld.strides import LATENT_STRIDE
 
 
 @dataclass

@@ -16,7 +16,7 @@ MAX_FUNCTION_LINES = 40
 
 LEAVES = {
     *("labels", "rng", "plain_yaml", "schema", "ranges", "texts", "outcome", "reading", "redact", "node", "graph"),
-    *("batch_layout", "eager", "extras", "solver"),
+    *("batch_layout", "eager", "extras", "solver", "strides"),
 }
 """Rooms that all others may enter: keyed draws, plain files, what a setting may be, and how a command ends."""
 PROGRAMS = {"__main__", "cli", "programs"}
@@ -38,6 +38,7 @@ MAY_IMPORT = {
     "schema": set(),
     "settings": {"runtime.settings"},
     "solver": set(),
+    "strides": set(),
     "group_files": set(),
     "texts": set(),
     "outcome": set(),

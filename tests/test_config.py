@@ -3,13 +3,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-import iccld.data.config
-import iccld.settings
 from iccld.config import differences, load_config
-from iccld.models.blocks import LATENT_STRIDE
-from iccld.models.encoder import COARSEST_STRIDE
 from iccld.models.settings import ConditionKind, LatentKind
-from iccld.programs import export
 from iccld.stages.settings import AdversaryInput, DiffusionLoss
 
 TWO_SETS = "+data.source.also={synthia:{shards:b,weight:2}}"
@@ -87,9 +82,3 @@ def test_the_papers_objective_is_one_word_whatever_an_experiment_says(experiment
     assert objective.pure_noise_share == objective.task_weight == 0 and not objective.deterministic
     assert objective.learning_rate == load_config([f"experiment={experiment}"]).stage2.objective.learning_rate
     assert load_config(["stage2=paper", "stage2.objective.task_weight=2"]).stage2.objective.task_weight == 2
-
-
-def test_settings_and_models_mean_the_same_strides():
-    """Settings and the exporting verb import no torch, and data no models: each has the number for itself."""
-    assert iccld.data.config.LATENT_STRIDE == iccld.settings.LATENT_STRIDE == LATENT_STRIDE
-    assert export.COARSEST_STRIDE == COARSEST_STRIDE

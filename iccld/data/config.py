@@ -12,9 +12,7 @@ from iccld.data.storage.cache import CacheConfig
 from iccld.labels import CITYSCAPES_19, ClassSet, merged_class_set, own_class_set
 from iccld.ranges import Range, at_least, between, check_ranges, share
 from iccld.redact import without_secrets
-
-LATENT_STRIDE = 8
-"""Sides of crops are multiples of it."""
+from iccld.strides import LATENT_STRIDE
 
 _UNASKED = "unasked:"
 """Mark before a location that a saved file names, until the command line has replaced it."""

@@ -25,9 +25,10 @@ from iccld.models import iccld as figure
 from iccld.models.model_card import without_paths
 from iccld.models.readme import describe
 from iccld.models.settings import AttentionBackend
-from iccld.settings import LATENT_STRIDE, EvaluationConfig
+from iccld.settings import EvaluationConfig
 from iccld.stages.predictor import predictor_of
 from iccld.stages.settings import InferenceConfig
+from iccld.strides import LATENT_STRIDE
 
 PRECISIONS = ("fp32", "bf16")
 SEED = 0

@@ -9,10 +9,7 @@ from torch import Tensor, nn
 
 from iccld.models.attention import attention
 from iccld.models.settings import AttentionBackend
-
-FEATURE_STRIDES = (4, 8, 16, 32)
-LATENT_STRIDE = 8
-LOGITS_STRIDE = LATENT_STRIDE // 2  # of what the decoder returns
+from iccld.strides import FEATURE_STRIDES
 
 
 class GroupNorm(nn.GroupNorm):

@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from iccld.models.blocks import FEATURE_STRIDES, LATENT_STRIDE, conv_block, resample
+from iccld.models.blocks import conv_block, resample
+from iccld.strides import FEATURE_STRIDES, LATENT_STRIDE
 
 RICH_STRIDES = tuple(stride for stride in FEATURE_STRIDES if stride >= LATENT_STRIDE)
 

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from iccld.models.blocks import LATENT_STRIDE, LOGITS_STRIDE, FeatureFusion, ResidualBlock, conv_block, group_norm
+from iccld.models.blocks import FeatureFusion, ResidualBlock, conv_block, group_norm
 from iccld.models.settings import DecoderConfig
+from iccld.strides import LATENT_STRIDE, LOGITS_STRIDE
 
 
 class DecoderLevel(nn.Module):

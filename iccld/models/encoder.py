@@ -19,10 +19,10 @@ from iccld.models.backbone import (
     record_hidden_states_alone,
     refuse_missing,
 )
-from iccld.models.blocks import FEATURE_STRIDES, LATENT_STRIDE, FeatureFusion, conv_block
+from iccld.models.blocks import FeatureFusion, conv_block
 from iccld.models.settings import EncoderConfig
+from iccld.strides import COARSEST_STRIDE, FEATURE_STRIDES, LATENT_STRIDE
 
-COARSEST_STRIDE = FEATURE_STRIDES[-1]
 FORWARD_OPTIONS = {
     # Swin's maps of a stage before it is shrunk. Without always_partition one small image would shrink the module's
     # windows for good, so that later outputs depend on earlier inputs.

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from iccld.diffusion import sample, scaled_linear_alpha_bar
 from iccld.durable import file_checksum, make_folder, replacing_by_name, write_whole
-from iccld.models.blocks import LATENT_STRIDE, LOGITS_STRIDE
 from iccld.models.condition import ConditionParts, ConditionProjection
 from iccld.models.decoder import Decoder
 from iccld.models.denoiser import Denoiser
@@ -35,6 +34,7 @@ from iccld.models.residual import fitted_residual, residual_scale
 from iccld.models.saved_model import check_described, check_weights, described_by, without_denoiser
 from iccld.models.settings import AttentionBackend, ConditionKind, ModelConfig
 from iccld.solver import Solver
+from iccld.strides import LATENT_STRIDE, LOGITS_STRIDE
 
 logger = logging.getLogger(__name__)
 

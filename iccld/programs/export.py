@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from iccld.settings import LATENT_STRIDE
+from iccld.strides import COARSEST_STRIDE, LATENT_STRIDE
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -21,10 +21,6 @@ Write a model that runs without iccld. Inputs: images (B, 3, H, W) float32 in [0
 and with --num-steps the noise (B, C, H / 8, W / 8), standard normal. Output: logits (B, K, H, W). B, H and W are free.
 
   iccld export runs/a model.onnx
-"""
-COARSEST_STRIDE = 32
-"""Stride of the encoder's coarsest features. Sides of an exported model's images are multiples of it: encoders round
-other sizes differently.
 """
 SIZES = ((2, 96, 160), (1, 128, 192), (1, 160, 96))
 """Batch, height and width of the images on which both are compared; the first is the one that is traced."""
@@ -147,9 +143,10 @@ def _inputs(
 
 
 def _dynamic(inputs: Sequence["Tensor"]) -> tuple[dict[int, Any], ...]:
-    """Describe the free dimensions: batch, and rows and columns in multiples of the stride.
+    """Describe the free dimensions: batch, and rows and columns in multiples of the coarsest stride.
 
-    The export tells maps of one position from larger ones, so there are two of them at least.
+    Encoders round other sizes differently. The export tells maps of one position from larger ones, so there are two
+    of them at least.
     """
     from torch.export import Dim
 

@@ -7,8 +7,8 @@ All of them look at every fourth row and column: a sixteenth of the pixels, at t
 import torch
 from torch import Tensor
 
-from iccld.models.blocks import LOGITS_STRIDE
 from iccld.stages.base import sum_and_count
+from iccld.strides import LOGITS_STRIDE
 
 CLASSES, DISAGREEMENT = "pseudo_classes", "disagreement"
 

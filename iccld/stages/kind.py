@@ -11,7 +11,6 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import nn
 
-from iccld.models.blocks import LATENT_STRIDE
 from iccld.models.iccld import ICCLD
 from iccld.models.model_card import ModelStage
 from iccld.models.settings import ModelConfig
@@ -19,6 +18,7 @@ from iccld.stages.base import Stage
 from iccld.stages.predictor import Predictor, predictor_of
 from iccld.stages.settings import InferenceConfig, ViewCacheConfig
 from iccld.stages.signs import LONGER_WARM_START, Sign
+from iccld.strides import LATENT_STRIDE
 
 SectionT = TypeVar("SectionT", covariant=True)
 Score = Callable[[Sequence[Predictor]], Any]

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from iccld import rng
-from iccld.data.config import LATENT_STRIDE, OnError
+from iccld.data.config import OnError
 from iccld.data.images.decode import Window, decode_image
 from iccld.data.sample import check_indexed_size, decode_train_ids
 from iccld.data.storage.reader import BadSample, RawSample
 from iccld.data.stream.order import Draw, Order
 from iccld.data.stream.sets import OpenSet
 from iccld.labels import IGNORE_INDEX
+from iccld.strides import LATENT_STRIDE
 
 MAX_REPLACEMENTS = 100
 CROP_TRIES = 10

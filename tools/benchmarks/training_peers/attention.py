@@ -8,9 +8,9 @@ from training_peers.sizes import Size, config_of
 from training_peers.turns import ratio_of, take_turns
 
 from iccld.models.attention import attention, check_backend
-from iccld.models.blocks import LATENT_STRIDE
 from iccld.models.settings import AttentionBackend
 from iccld.stages.settings import DOMAINS
+from iccld.strides import LATENT_STRIDE
 
 TOLERANCE = 2e-2  # of bf16 results, relative to the largest
 

@@ -19,12 +19,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from training_peers.sizes import Size, config_of
 from training_peers.turns import ratio_of, take_turns
 
-from iccld.models.blocks import LATENT_STRIDE, ResidualBlock, group_norm
+from iccld.models.blocks import ResidualBlock, group_norm
 from iccld.models.denoiser import Denoiser
 from iccld.models.settings import DenoiserConfig
 from iccld.runtime.engine.compilation import compile_in_place
 from iccld.runtime.settings import Compile
 from iccld.stages.settings import DOMAINS
+from iccld.strides import LATENT_STRIDE
 
 TOLERANCE = 0.02  # of the numbers of parameters
 

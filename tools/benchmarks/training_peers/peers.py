@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from iccld.diffusion import add_noise
 from iccld.labels import IGNORE_INDEX
 from iccld.losses import domain_confusion, domain_cross_entropy, latent_mse, weighted_cross_entropy
-from iccld.models.blocks import LATENT_STRIDE
 from iccld.runtime.batches import map_tensors
 from iccld.stages.adversarial import AdversarialStage
 from iccld.stages.segmentation import SegmentationStage
 from iccld.stages.settings import DOMAINS
+from iccld.strides import LATENT_STRIDE
 from iccld.uda.classmix import class_mask, paste
 from iccld.uda.photometric import NUM_DRAWS, strong_augment
 from iccld.uda.pseudo_labels import class_probabilities, pseudo_labels
