@@ -195,13 +195,16 @@ def _metrics(stage: Stage, layout: BatchLayout, config: Config, engine: Engine, 
 
 
 def _flops(stage: Stage, config: Config, engine: Engine) -> Callable[[int], float]:
-    """Count the FLOPs of a sample in a step, fewer during a warm start; 0 if they cannot be counted."""
+    """Count the FLOPs of a sample in a step, fewer during a warm start; 0 on ranks that write no metrics, and if they
+    cannot be counted.
+    """
     begin = stage.first_whole_step
+    if not engine.ranks.is_main:
+        return lambda step: 0.0
     try:
         counts = {step: flops_per_sample(stage, config, step).total for step in {0, begin}}
     except (ValueError, RuntimeError, NotImplementedError) as error:  # a backbone with an operation that has no rule
-        if engine.ranks.is_main:
-            print(f"{stage.name}: no FLOPs and no MFU: {str(error).splitlines()[0]}", flush=True)
+        print(f"{stage.name}: no FLOPs and no MFU: {str(error).splitlines()[0]}", flush=True)
         return lambda step: 0.0
     return lambda step: counts[0 if step < begin else begin]
 
