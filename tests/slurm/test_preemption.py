@@ -32,6 +32,7 @@ def test_the_time_limit_twice_in_a_row(cluster: Cluster, scene_shards: Path, und
         end = time.strftime("%FT%T", time.localtime(time.time() + 45))
         cluster.run("scontrol", "update", f"jobid={job}", f"EndTime={end}")
         wait_for_stop(run, attempt, 60)
+        cluster.run("scontrol", "update", f"jobid={job}", "TimeLimit=60")  # or the next attempt would have that end too
     run.finish()
     assert cluster.fact(job, "Restarts") == "2"
     assert f"job {job}, restart 2" in run.log and "restart 0" in run.log
