@@ -82,7 +82,7 @@ def test_a_smaller_limit_gives_a_smaller_number_that_trains(scene_shards: Path, 
     alone, all_at_once = (int(largest["peak_bytes"][size]) for size in ("1", "32"))
     size = chosen(all_at_once)["chosen"]  # some of the limit is kept for heaps
     assert 32 > size > 1 and 32 % size == 0
-    # The trial of 32 held what earlier ones had left, and its addresses may be twice as many as a process needs.
+    # The trial of 32 held what earlier ones had left: a process of its own needs 0.5 to 0.6 of the difference.
     status, said = train("32", limit=alone + (all_at_once - alone) // 4)
     assert status == 2 and said[-1].startswith("iccld train: out of memory: rank 0"), said
     assert not [line for line in said[:-1] if not line.startswith(("starting", "stage1"))], said
