@@ -17,7 +17,8 @@ from iccld.cli import main
 from iccld.config import to_yaml
 from iccld.programs.ablate.grid import Grid, merged, parse_grid
 from iccld.programs.ablate.rows import NOTE_NAME, Ablation, changes, open_ablation, refuse_changes
-from iccld.programs.ablate.running import Ending, train_rows
+from iccld.programs.ablate.running import Ending, Trainings, train_rows
+from iccld.programs.ablate.summary import figures_of
 from iccld.programs.ablate.tasks import State, Task
 from iccld.programs.run.child import signals_noted
 
@@ -101,6 +102,42 @@ def test_a_run_that_was_stopped_from_outside_is_not_one_that_failed_whatever_its
     ablation.configs["status85"].preemption.exit_status = 85
     assert train_rows(ablation, num_processes=1).status == 75
     assert "was stopped from outside before it was finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"stage1": 5}'])
+def test_a_row_whose_scores_are_damaged_is_named_and_the_others_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, text: str
+):
+    ablation = stand_in(tmp_path, {"fine": "", "fine-b": "", "fine-c": "fine"}, seeds=[0])
+    damaged = ablation.run_dir(Task("fine", 0)) / "report/results.json"
+    collect = Trainings.collect
+
+    def damage(trainings: Trainings) -> None:
+        if any(task.name == "fine" and each.process.poll() is not None for task, each in trainings._running.items()):
+            damaged.write_text(text)
+        collect(trainings)
+
+    monkeypatch.setattr(Trainings, "collect", damage)
+    ending = train_rows(ablation, num_processes=2)
+    assert ending.failures == {Task("fine", 0): 2, Task("fine-c", 0): 2}
+    said = capsys.readouterr().out
+    assert f"fine/seed_0: is not finished: {damaged} holds no scores" in said
+    assert figures_of(ablation)["fine"].missing == [0] and f"{damaged} holds no scores" in capsys.readouterr().out
+    assert [starts(ablation, Task(name, 0)) for name in ablation.grid.rows] == [1, 1, 0]
+
+
+def test_an_error_of_our_own_leaves_no_run_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    ablation = stand_in(tmp_path, {"slow": ""}, seeds=[0])
+    run_dir = ablation.run_dir(Task("slow", 0))
+
+    def collect(trainings: Trainings) -> None:
+        if (run_dir / "ready").exists():
+            raise BrokenPipeError
+
+    monkeypatch.setattr(Trainings, "collect", collect)
+    with pytest.raises(BrokenPipeError):
+        train_rows(ablation, num_processes=1)
+    assert (run_dir / "saved").exists()
 
 
 def test_one_failure_that_the_user_must_mend_outweighs_those_of_the_world():

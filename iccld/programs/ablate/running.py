@@ -3,12 +3,14 @@
 A run whose process outlived an earlier command goes on, and is waited for: its lock shows that it lives.
 """
 
+import contextlib
 import os
 import signal
 import subprocess
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 from iccld.data.processes import usable_cpus
 from iccld.durable import make_folder, open_to_append
@@ -59,7 +61,7 @@ def states_of(ablation: Ablation) -> dict[Task, State]:
 def train_rows(ablation: Ablation, *, num_processes: int) -> Ending:
     """Train until nothing is left that can be; print what begins, ends and fails."""
     trainings = Trainings(ablation, num_processes=num_processes)
-    with signals_noted() as came:
+    with signals_noted() as came, trainings:
         while not came:
             trainings.collect()
             trainings.begin()
@@ -73,7 +75,7 @@ def train_rows(ablation: Ablation, *, num_processes: int) -> Ending:
 
 
 class Trainings:
-    """Processes that train, and the states of all tasks."""
+    """Processes that train, and the states of all tasks. An error within its block lets the processes save and end."""
 
     def __init__(self, ablation: Ablation, *, num_processes: int) -> None:
         self.ablation, self.num_processes = ablation, num_processes
@@ -83,6 +85,15 @@ class Trainings:
         self._busy: dict[Task, float] = {}  # trained by another process; when to look again
         self._waited_for: set[Task] = set()
         self._devices = _visible_devices()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for running in self._running.values():
+            running.process.terminate()
+        for running in self._running.values():
+            running.process.wait()
 
     @property
     def is_over(self) -> bool:
@@ -152,7 +163,12 @@ class Trainings:
             if status == self.ablation.configs[task.name].preemption.exit_status:
                 status = 0  # as the settings call a run that was stopped, and has saved
             minutes = (time.monotonic() - running.began) / 60
-            if status == 0 and has_finished(self.ablation, task):
+            try:
+                ended = status == 0 and has_finished(self.ablation, task)
+            except (ValueError, OSError) as error:
+                self._fail(task, status_of(error), why=f"is not finished: {words(error)}")
+                continue
+            if ended:
                 self._finish(task, f"finished, {minutes:.1f} min")
             else:
                 self._fail(task, status, why=_why(status), log=self.ablation.run_dir(task) / LOG_NAME)
@@ -184,7 +200,9 @@ class Trainings:
             for task, running in list(self._running.items()):
                 if running.process.poll() is not None:
                     del self._running[task]
-                    ended = has_finished(self.ablation, task)
+                    ended = False
+                    with contextlib.suppress(ValueError, OSError):  # a damaged file: the next command names it
+                        ended = has_finished(self.ablation, task)
                     self.ending.states[task] = State.finished if ended else State.waiting
                     print(f"{task}: {'finished' if ended else 'stopped'}", flush=True)
             time.sleep(POLL_S)

@@ -120,9 +120,12 @@ def figures_of(ablation: Ablation) -> dict[str, RowFigures]:
         row = rows[name] = RowFigures(name, scored_as(ablation.configs[name]))
         for seed in ablation.grid.seeds:
             task = Task(name, seed)
-            if has_finished(ablation, task):
-                row.runs[seed] = _summarised(ablation, task)
-            else:
+            try:
+                if has_finished(ablation, task):
+                    row.runs[seed] = _summarised(ablation, task)
+            except ValueError as error:
+                print(f"{task}: is not finished: {error}", flush=True)
+            if seed not in row.runs:
                 row.missing.append(seed)
     return rows
 
@@ -134,8 +137,11 @@ def scored_as(config: Config) -> str:
 
 def _summarised(ablation: Ablation, task: Task) -> Run:
     run_dir, config = ablation.run_dir(task), ablation.config(task)
-    saved = read_results(own_results(config))
-    results, scored = named_results(saved), scored_as(config)
+    saved, scored = read_results(own_results(config)), scored_as(config)
+    try:
+        results = named_results(saved)
+    except (TypeError, AttributeError):  # fields are missing, or of another kind
+        results = {}
     if scored not in results:
         raise ValueError(f"{own_results(config)} holds no {scored}; remove it, and the same command scores again.")
     stage, _, steps = scored.partition(" x")

@@ -113,7 +113,7 @@ def read_results(path: Path) -> dict[str, Any]:
         found = read_json(path, 64 * MIB)
     except ValueError as error:
         raise ValueError(f"{path} holds no scores ({error}); remove it, and evaluate again.") from error
-    if not isinstance(found, dict):
+    if not isinstance(found, dict) or not all(isinstance(part, dict) for part in found.values()):
         raise ValueError(f"{path} holds no scores; remove it, and evaluate again.")
     return found
 
