@@ -89,7 +89,7 @@ def test_a_row_that_fails_is_named_with_the_end_of_its_log_and_the_others_go_on(
     assert again.status == 1 and [starts(ablation, Task(name, 0)) for name in runs] == [1, 2, 0, 1, 0]
 
 
-@pytest.mark.parametrize(("kind", "status"), [("status75", 75), ("status76", 75), ("status2", 1), ("fine", 0)])
+@pytest.mark.parametrize(("kind", "status"), [("status75", 75), ("status76", 75), ("status2", 2), ("status1", 1), ("fine", 0)])
 def test_the_exit_status_says_who_must_act(tmp_path: Path, kind: str, status: int):
     assert train_rows(stand_in(tmp_path, {kind: ""}, seeds=[0]), num_processes=1).status == status
 
@@ -142,7 +142,7 @@ def test_an_error_of_our_own_leaves_no_run_behind(tmp_path: Path, monkeypatch: p
 
 def test_one_failure_that_the_user_must_mend_outweighs_those_of_the_world():
     failures = {Task("a", 0): 75, Task("b", 0): 2}
-    assert Ending({}, failures).status == 1 and Ending({}, failures, signal=15).status == 143
+    assert Ending({}, failures).status == 2 and Ending({}, failures, signal=15).status == 143
 
 
 def test_as_many_run_at_a_time_as_there_are_processes(tmp_path: Path):

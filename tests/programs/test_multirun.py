@@ -109,7 +109,7 @@ def test_all_runs_are_trained_by_the_launcher_of_hydra(tmp_path: Path, monkeypat
     assert "scenes" not in (tmp_path / "a,b c/.hydra/multirun.yaml").read_text(), "Hydra knows no setting of a run"
 
 
-@pytest.mark.parametrize(("end", "status"), [((2, 0), 2), ((75, 0), 75), ((-9, 0), 75), ((1, 0), 2), ((0, 99), 227)])
+@pytest.mark.parametrize(("end", "status"), [((2, 0), 2), ((75, 0), 75), ((-9, 0), 75), ((1, 0), 1), ((0, 99), 227)])
 def test_a_run_that_fails_names_itself_and_the_others_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     end: tuple[int, int], status: int,

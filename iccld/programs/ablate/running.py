@@ -14,10 +14,10 @@ from typing import Self
 
 from iccld.data.processes import usable_cpus
 from iccld.durable import make_folder, open_to_append
-from iccld.outcome import AGAIN, status_of, words
+from iccld.outcome import status_of, words
 from iccld.programs.ablate.rows import LOG_NAME, Ablation, has_finished, prepare, refuse_changes
 from iccld.programs.ablate.tasks import State, Task, blocked_tasks, devices_of, next_task, tasks_of
-from iccld.programs.run.child import POLL_S, RESUMABLE_STATUSES, signals_noted
+from iccld.programs.run.child import POLL_S, signals_noted, status_of_all
 from iccld.reading import read_bytes
 from iccld.runtime.faults.lock import locked
 
@@ -35,12 +35,8 @@ class Ending:
 
     @property
     def status(self) -> int:
-        """Return the exit status: 75 if only the world is to blame, so that the same command may succeed."""
-        if self.signal:
-            return 128 + self.signal
-        if not self.failures:
-            return 0
-        return AGAIN if RESUMABLE_STATUSES.issuperset(self.failures.values()) else 1
+        """Return the exit status of the command."""
+        return 128 + self.signal if self.signal else status_of_all(self.failures.values())
 
 
 @dataclass

@@ -4,10 +4,10 @@ import contextlib
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from types import FrameType
 
-from iccld.outcome import AGAIN, FORCED
+from iccld.outcome import AGAIN, FORCED, REFUSED
 
 POLL_S = 0.2
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # USR1: before the end of a job
@@ -16,6 +16,16 @@ OF_SUBMITIT = signal.SIGUSR2
 
 RESUMABLE_STATUSES = {0, AGAIN, FORCED, -signal.SIGKILL, -signal.SIGTERM}
 """Exit statuses of runs that the same command continues; 0: stopped, and saved."""
+
+
+def status_of_all(failed: Collection[int]) -> int:
+    """Return the exit status for those of the runs that are not finished: 2 if the user must mend one, else 75.
+
+    It is 1 where the program is at fault, and nothing is to be mended before.
+    """
+    if RESUMABLE_STATUSES.issuperset(failed):
+        return AGAIN if failed else 0
+    return REFUSED if REFUSED in failed else 1
 
 
 @contextlib.contextmanager

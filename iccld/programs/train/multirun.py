@@ -18,8 +18,8 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from iccld.durable import make_folder, write_whole
-from iccld.outcome import AGAIN, REFUSED, Interrupted
-from iccld.programs.run.child import RESUMABLE_STATUSES, run_child
+from iccld.outcome import AGAIN, Interrupted
+from iccld.programs.run.child import run_child, status_of_all
 from iccld.programs.train.sweep import Job, unfinished
 
 FOLDER = ".hydra"
@@ -108,7 +108,7 @@ def _command_line(argv: list[str]) -> Iterator[None]:
 
 
 def _report(jobs: Sequence[Job], folder: Path) -> int:
-    """Say of each job how it ended; return 0, 75 where the world alone is to blame, else 2."""
+    """Say of each job how it ended; return the exit status for all."""
     failed: list[int] = []
     for job in jobs:
         path = _status_file(folder, job)
@@ -124,7 +124,7 @@ def _report(jobs: Sequence[Job], folder: Path) -> int:
     if not failed:
         return 0
     print(f"iccld train: {len(failed)} of {len(jobs)} runs are not finished; the same command goes on", file=sys.stderr)
-    return AGAIN if RESUMABLE_STATUSES.issuperset(failed) else REFUSED
+    return status_of_all(failed)
 
 
 def _why(status: int | None, left: Sequence[str]) -> str:
