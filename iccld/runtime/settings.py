@@ -1,6 +1,5 @@
 """The settings of the engine, of checkpoints, of faults and of what a run writes down. Nothing here needs torch."""
 
-import os
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -54,10 +53,18 @@ class EngineConfig:
     cudnn_benchmark: bool = True  # try convolution kernels at each new shape; off if deterministic
 
     def __post_init__(self) -> None:
-        if Precision.fp16 in (self.precision, Precision(os.environ.get("ACCELERATE_MIXED_PRECISION") or "no")):
+        if self.precision is Precision.fp16:
             raise ValueError(
                 "engine.precision=fp16 is refused: the discriminator's small gradients vanish in it, and loss scaling "
                 "skips steps, so that the position would no longer be the number of updates; use bf16 or fp32."
+            )
+
+    def refuse_other_precision(self, launched: str) -> None:
+        """Raise ValueError if the launcher's YAML asks for another precision than the experiment, which decides."""
+        if launched not in ("", "no", self.precision.value):
+            raise ValueError(
+                f"mixed_precision={launched} of the engine's YAML must be engine.precision={self.precision.name}, "
+                f"which decides; leave mixed_precision out, and set engine.precision to what you mean, bf16 or fp32."
             )
 
 

@@ -89,8 +89,9 @@ def test_a_row_that_fails_is_named_with_the_end_of_its_log_and_the_others_go_on(
     assert again.status == 1 and [starts(ablation, Task(name, 0)) for name in runs] == [1, 2, 0, 1, 0]
 
 
-@pytest.mark.parametrize(("kind", "status"), [("status75", 75), ("status76", 75), ("status2", 2), ("status1", 1), ("fine", 0)])
-def test_the_exit_status_says_who_must_act(tmp_path: Path, kind: str, status: int):
+@pytest.mark.parametrize("kind", ["status75", "status76", "status2", "status1", "fine"])
+def test_the_exit_status_says_who_must_act(tmp_path: Path, kind: str):
+    status = {"status75": 75, "status76": 75, "status2": 2, "status1": 1, "fine": 0}[kind]
     assert train_rows(stand_in(tmp_path, {kind: ""}, seeds=[0]), num_processes=1).status == status
 
 

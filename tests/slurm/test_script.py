@@ -258,3 +258,10 @@ def test_a_chain_is_a_job_a_stage_and_one_for_the_scores():
 def test_what_the_job_would_refuse_is_refused_before_it_waits(words: list[str], options: dict, message: str):
     with pytest.raises(ValueError, match=message):
         jobs_of(words, **{"num_ranks": 1, **options})
+
+
+def test_an_engine_of_another_precision_than_the_run_s_is_refused_before_it_waits(tmp_path: Path):
+    (path := tmp_path / "engine.yaml").write_text("distributed_type: MULTI_GPU\nmixed_precision: bf16\n")
+    with pytest.raises(ValueError, match=r"mixed_precision=bf16 .* must be engine\.precision=fp32"):
+        jobs_of(TRAIN, num_ranks=1, engine=str(path))
+    assert jobs_of([*TRAIN, "engine.precision=bf16"], num_ranks=1, engine=str(path))

@@ -4,7 +4,7 @@ import argparse
 import hashlib
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -104,7 +104,7 @@ def jobs_of(
     for suffix, words in _chain(command) if chain else [("", list(command))]:
         of_elements = tuple(_variant(element, words, run_dir) for element in elements)
         for arguments in [variant.arguments for variant in of_elements] or [words]:
-            _check_batches(arguments, num_ranks)
+            _check_ranks(arguments, num_ranks, work.variables)
         jobs.append((suffix, replace(work, arguments=tuple(words), variants=of_elements)))
     return jobs
 
@@ -155,10 +155,11 @@ def _digest(words: Sequence[str]) -> str:
     return hashlib.scrypt("\n".join(words).encode(), salt=b"iccld", n=1 << 14, r=8, p=1, dklen=6).hex()
 
 
-def _check_batches(command: Sequence[str], num_ranks: int) -> None:
-    """Check that the ranks can share the batch, before they wait in a queue to find out."""
+def _check_ranks(command: Sequence[str], num_ranks: int, variables: Mapping[str, str]) -> None:
+    """Check that the ranks can share the batch, in the precision of the engine's `variables`, before they wait."""
     if command[0] != "evaluate":
         config = _config(command)
+        config.engine.refuse_other_precision(variables.get("ACCELERATE_MIXED_PRECISION", ""))
         for name in config.stages:
             trainer_settings(name, config).layout(world_size=num_ranks)
 

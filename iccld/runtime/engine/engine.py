@@ -89,6 +89,7 @@ class Engine:
 
     def __init__(self, config: EngineConfig) -> None:
         self.config, self.kind = config, kind_of_launch()
+        config.refuse_other_precision(os.environ.get("ACCELERATE_MIXED_PRECISION", ""))
         keep_record()
         choose_kernels(
             deterministic=config.deterministic,

@@ -47,3 +47,14 @@ def test_preparing_and_scoring_run_in_the_engines_precision(precision: Precision
         evaluate_predictor(predict, config, engine)
     assert seen == dict.fromkeys(("prepare", "predict"), SEEN[precision])
     assert precision_here() is torch.float32
+
+
+def test_a_launch_in_another_precision_than_the_experiments_is_refused(monkeypatch: pytest.MonkeyPatch):
+    for launched in ("bf16", "fp16", "fp8"):
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+        with pytest.raises(ValueError, match=f"mixed_precision={launched} of .* must be engine.precision=fp32, which"):
+            Engine(EngineConfig())
+    for launched in ("bf16", "no"):
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+        with Engine(EngineConfig(precision=Precision.bf16)) as engine, engine.autocast():
+            assert precision_here() is torch.bfloat16
