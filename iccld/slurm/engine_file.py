@@ -23,13 +23,23 @@ def engine_path(engine: str) -> Path:
     return path
 
 
-def engine_variables(path: Path) -> dict[str, str]:
-    """Return the environment of each rank. Raises ValueError for a file that is none of accelerate's."""
+def forms_one_process(path: Path) -> bool:
+    """Tell whether accelerate's launcher starts a single process by the file, whatever the number that it is given."""
+    return _read(path)[1] in ("NO", "MULTI_CPU")
+
+
+def _read(path: Path) -> tuple[dict[str, Any], str]:
+    """Return the settings of a file of accelerate's, and its kind. Raises ValueError for any other file."""
     settings = plain_yaml.read_yaml(path, aliases=True)
     if not isinstance(settings, dict) or "distributed_type" not in settings:
         raise ValueError(f"{path} is no file of accelerate's (no distributed_type); use one of accelerate_configs/.")
     kind = settings["distributed_type"] or "NO"  # YAML takes an unquoted NO for false
-    _one_of(path, "distributed_type", kind, KINDS)
+    return settings, _one_of(path, "distributed_type", kind, KINDS)
+
+
+def engine_variables(path: Path) -> dict[str, str]:
+    """Return the environment of each rank. Raises ValueError for a file that is none of accelerate's."""
+    settings, kind = _read(path)
     variables = {}
     if precision := settings.get("mixed_precision"):
         variables["ACCELERATE_MIXED_PRECISION"] = _one_of(path, "mixed_precision", precision, PRECISIONS)

@@ -1,0 +1,25 @@
+"""`iccld launch` by files that form a single process: as many ranks as were asked for, and their exit status."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from iccld.cli import main
+from tests.forked import Forked
+
+
+@pytest.mark.parametrize("kind", ["NO", "MULTI_CPU"])
+def test_an_engine_of_one_process_is_refused_more_ranks(tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]):
+    (path := tmp_path / "own.yaml").write_text(f"distributed_type: {kind}\n")
+    for engine in ("cpu", str(path)):
+        assert main(["launch", "2", "--engine", engine, "train", "seed=x"]) == 2
+        assert "forms one process; use ddp, or launch 1" in capsys.readouterr().err
+
+
+def test_a_single_process_ends_with_its_own_status(tmp_path: Path):
+    (path := tmp_path / "own.yaml").write_text("distributed_type: NO\nnum_machines: 1\n")
+    for engine in ("cpu", str(path)):
+        log, words = tmp_path / "log", ["launch", "1", "--engine", engine, "train", "sed=1"]
+        assert Forked("iccld", words, environment=dict(os.environ), log=log).wait(timeout=100) == 2
+        assert "a fault of the program" not in log.read_text() and "sed" in log.read_text()
