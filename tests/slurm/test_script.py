@@ -265,3 +265,15 @@ def test_an_engine_of_another_precision_than_the_run_s_is_refused_before_it_wait
     with pytest.raises(ValueError, match=r"mixed_precision=bf16 .* must be engine\.precision=fp32"):
         jobs_of(TRAIN, num_ranks=1, engine=str(path))
     assert jobs_of([*TRAIN, "engine.precision=bf16"], num_ranks=1, engine=str(path))
+
+
+def test_a_lead_that_leaves_no_time_for_a_save_is_named(capsys: pytest.CaptureFixture[str]):
+    train = ["train", "model=tiny", "dataset=scenes", "run_dir=nowhere"]
+    for words, least in (([], 8), (["preemption.debounce_s=9.5"], 20)):
+        command = ["submit", "--dry-run", "--lead-s"]
+        assert main([*command, str(least - 1), *train, *words]) == 2
+        assert f"lead_s={least - 1} leaves" in (said := capsys.readouterr().err)
+        assert f"use --lead-s {least} at least" in said and "grace_s" not in said
+        assert main([*command, str(least), *train, *words]) == 0
+        capsys.readouterr()
+    assert main([*command, "5", *train, "preemption.grace_s=4"]) == 0

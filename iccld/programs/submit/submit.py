@@ -25,7 +25,6 @@ Train, profile or score as a SLURM job. Options of the allocation come before th
 
   iccld submit --nodes 2 --gpus-per-node 4 --time 4:00:00 train experiment=gta5_to_cityscapes run_dir=runs/gta5
 """
-GRACE = "preemption.grace_s="
 _LISTS = ("exclude", "after", "mounts", "modules", "setup", "directives")
 
 
@@ -64,15 +63,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 def submit_jobs(arguments: argparse.Namespace) -> str:
     """Submit as `run` does; return the last job's number, or in a dry run a word that stands for it."""
-    from iccld.programs.submit.work import divided, hide_secrets, jobs_of, run_dir_of
+    from iccld.programs.submit.work import divided, hide_secrets, jobs_of, run_dir_of, with_grace
 
     settings = _settings(arguments)
     engine = settings.pop("engine", "ddp")
     command, variants = divided(arguments.command, arguments.variant)
     run_dir = run_dir_of(command)
     config = _with_history(settings, run_dir)
-    if command[0] == "train" and not any(word.lstrip("+").startswith(GRACE) for word in command):
-        command = [*command, f"{GRACE}{max(config.lead_s - 30, config.lead_s // 2)}"]  # before SLURM's own end
+    command = with_grace(command, config.lead_s)
     jobs = jobs_of(
         command, num_ranks=config.num_ranks, engine=engine, chain=arguments.chain, seeds=arguments.seeds,
         variants=variants,

@@ -20,6 +20,7 @@ from iccld.slurm.engine_file import ENGINE_FILES, engine_path, engine_variables
 from iccld.slurm.snapshot import PACKAGE, code_hash
 
 VERBS: dict[str, Any] = {"train": train, "profile": profile, "evaluate": evaluate}
+GRACE = "preemption.grace_s="
 Element = tuple[str, list[str]]
 
 
@@ -62,6 +63,19 @@ def run_dir_of(command: Sequence[str]) -> Path:
     else:  # missing so far: an earlier job of the chain makes it
         config_from({}, where="evaluate", overrides=words)
     return run_dir.absolute()
+
+
+def with_grace(command: Sequence[str], lead_s: int) -> list[str]:
+    """Return the command; `train` ends before SLURM's own end, unless it says itself when. Raises ValueError."""
+    if command[0] != "train" or any(word.lstrip("+").startswith(GRACE) for word in command):
+        return list(command)
+    grace_s, debounce_s = max(lead_s - 30, lead_s // 2), _config(command).preemption.debounce_s
+    if grace_s <= debounce_s:
+        raise ValueError(
+            f"lead_s={lead_s} leaves {grace_s} s for a save, which must be more than "
+            f"preemption.debounce_s={debounce_s:g}; use --lead-s {2 * int(debounce_s + 1)} at least."
+        )
+    return [*command, f"{GRACE}{grace_s}"]
 
 
 def _parse(command: Sequence[str]) -> argparse.Namespace:
