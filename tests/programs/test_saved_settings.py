@@ -164,3 +164,14 @@ def _accepted(listener: socket.socket) -> bool:
     except TimeoutError:
         return False
     return True
+
+
+def test_another_set_has_not_the_name_of_the_one_that_it_replaces(tmp_path: Path) -> None:
+    run = saved(tmp_path, validation={"shards": "/a", "name": "a"})
+    for words, name in (
+        ([], "a"),
+        (["data.validation.shards=/a"], "a"),
+        (["data.validation.shards=/b"], ""),
+        (["data.validation.shards=/b", "data.validation.name=b"], "b"),
+    ):
+        assert saved_settings(run, words).data.validation.name == name

@@ -63,6 +63,10 @@ def saved_settings(run_dir: Path, overrides: Sequence[str]) -> Config:
     roles = ["validation"]
     config = read_config(path, [*overrides, f"run_dir={run_dir}"], keep=partial(of_saved_run, roles=roles))
     refuse_unasked(config.data, roles=roles, where=str(path))
+    own, other = read_config(path).data.validation, config.data.validation
+    is_named = any(word.lstrip("+").startswith("data.validation.name=") for word in overrides)
+    if without_secrets(own.shards) != without_secrets(other.shards) and other.name == own.name and not is_named:
+        other.name = ""  # another set has not that one's name
     config.inference.refuse_no_denoising(config.stages)
     return config
 
