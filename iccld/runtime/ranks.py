@@ -7,7 +7,7 @@ saves have another one, so that they do not wait for the training.
 import contextlib
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from iccld.durable import write_whole
+from iccld.outcome import Interrupted
 
 # Of PyTorch's private names, these are used: `_world.pg_map`, `_set_pg_timeout`, `_get_sequence_number_for_group` and
 # `_dump_nccl_trace`; there are no public ones.
@@ -148,3 +149,17 @@ def is_failure(error: BaseException) -> bool:
     if isinstance(error, torch.distributed.DistError):
         return True
     return isinstance(error, RuntimeError) and bool(FAILURE.search(str(error)))
+
+
+@contextlib.contextmanager
+def naming_lost_ranks() -> Iterator[None]:
+    """Turn what another rank's end causes within the block into Interrupted; no watchdog looks for it before a run."""
+    try:
+        yield
+    except RuntimeError as error:
+        if int(os.environ.get("WORLD_SIZE") or 1) < 2 or not is_failure(error):
+            raise
+        raise Interrupted(
+            f"other ranks were lost, or cannot be reached, while the ranks joined ({str(error).splitlines()[0]}); look "
+            f"at what they said, and give the same command again."
+        ) from error

@@ -26,7 +26,7 @@ from iccld.runtime.checkpoint.pieces import Run, TensorReader
 from iccld.runtime.engine.backend import Backend, Replicated, Terms
 from iccld.runtime.engine.compilation import compile_in_place
 from iccld.runtime.engine.device import check_own, choose_kernels, identity, may_share, with_index
-from iccld.runtime.ranks import Ranks, keep_record
+from iccld.runtime.ranks import Ranks, keep_record, naming_lost_ranks
 from iccld.runtime.settings import EngineConfig
 
 # A dimension of size 1 has any stride: DDP warns of 1x1 and depthwise kernels, in vain.
@@ -97,7 +97,7 @@ class Engine:
             cudnn_benchmark=config.cudnn_benchmark,
         )
         os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"  # a rank's GPU need not have its local rank's number
-        with without_plugins():
+        with without_plugins(), naming_lost_ranks():
             self.accelerator = Accelerator(
                 cpu=not torch.cuda.is_available(),
                 mixed_precision=config.precision.value,
@@ -116,8 +116,9 @@ class Engine:
         self.compile = config.compile.on(self.device.type)
         if self.kind is not EngineKind.ddp and not torch.distributed.is_initialized():
             join_alone(self.device)
-        self.ranks = Ranks.joined(self.accelerator.process_index, self.accelerator.num_processes)
-        check_own(self.ranks.gather((host_name(), identity(self.device))))
+        with naming_lost_ranks():
+            self.ranks = Ranks.joined(self.accelerator.process_index, self.accelerator.num_processes)
+            check_own(self.ranks.gather((host_name(), identity(self.device))))
 
     @property
     def is_sharded(self) -> bool:
