@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from iccld.batch_layout import BatchLayout
@@ -140,7 +139,7 @@ class MetricsLogger:
         entry |= metrics
         values = {name: float(value) for name, value in (facts or {}).items()}
         entry |= {name: value for name, value in values.items() if math.isfinite(value)}
-        entry |= self._totals(counters or {}, device=next(iter(flat.values())).device)
+        entry |= self._totals(counters or {})
         entry |= self._rates(take_timings(), flat, steps)
         self.write(entry)
         if self.ranks.is_main:
@@ -182,10 +181,11 @@ class MetricsLogger:
         slow = slowest(ranks, len(timed)) if self.names_slow_rank and len(ranks) > 1 else {}
         return rates(ranks, len(timed), **facts) | slow
 
-    def _totals(self, counters: Mapping[str, int], *, device: torch.device) -> dict[str, int]:
-        """Return the sums over ranks, without those that are 0."""
-        counts = {name: torch.tensor(float(count), device=device) for name, count in counters.items()}
-        return {f"data/{name}": int(total) for name, total in self.ranks.sum_values(counts).items() if total}
+    def _totals(self, counters: Mapping[str, int]) -> dict[str, int]:
+        """Return the sums over ranks, without those that are 0; the hosts add, as fp32 would round bytes."""
+        ranks = self.ranks.gather(dict(counters)) if counters else []
+        sums = {name: sum(rank[name] for rank in ranks) for name in counters}
+        return {f"data/{name}": total for name, total in sums.items() if total}
 
     def write(self, entry: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl, and the same to the other loggers on the axis `step`."""

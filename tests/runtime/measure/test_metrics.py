@@ -147,3 +147,12 @@ def test_final_scores_are_in_the_summary_of_a_run_of_wandb_that_has_passed_their
     summary = dict(outlet._run.summary)
     metrics.close()
     assert {name: summary.get(name) for name in ("final/miou", "final/iou/road")} == scores
+
+
+def test_counters_are_exact_also_where_they_are_large(tmp_path: Path):
+    metrics = logger(tmp_path)
+    metrics.record(1, {"source": torch.tensor(1.0)}, {})
+    counters = {"storage_bytes": 2**40 + 1, "retries": 0}
+    metrics.flush(num_steps=10, take_timings=lambda: [], counters=counters)
+    (entry,) = entries(tmp_path)
+    assert entry["data/storage_bytes"] == 2**40 + 1 and "data/retries" not in entry
