@@ -162,3 +162,11 @@ def test_runs_are_named_by_what_tells_them_apart_and_a_run_is_given_once(tmp_pat
 
 def test_no_command_reaches_the_terminal():
     assert shown("a\x1b[31m\nb\u202e") == "a\\x1b[31m\\nb\\u202e"
+
+
+def test_a_score_of_a_later_stage_is_newer_than_the_results_of_an_earlier_one(tmp_path: Path):
+    run = make_run(tmp_path / "run", stages=["stage1", "stage2"], stage2__trainer__num_steps=9)
+    assert read_record(run).score == ("stage1", 64.57)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"format": 2, "stage": "stage2", "step": 5, "miou": 31.0}) + "\n")
+    assert read_record(run).score == ("stage2", 31.0) and read_record(run).best_score == ("stage1", 64.57)

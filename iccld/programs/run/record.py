@@ -95,11 +95,17 @@ class Record:
 
     @property
     def score(self) -> tuple[str, float] | None:
-        """Return name and mIoU in per cent of the newest score: of the results, else of the newest training line."""
-        if (last := self.results.last) and (miou := last[1].means["miou"]) is not None:
-            return last[0], miou
-        lines = [(stage, values) for stage in reversed(self.all_stages) if (values := self.mious(stage))]
-        return (lines[0][0], lines[0][1][-1][1]) if lines else None
+        """Return name and mIoU in per cent of the newest score: of a stage's results, else of its newest training line.
+
+        Lines of a later stage than the results' are newer.
+        """
+        last, found = self.results.last, None
+        for stage in dict.fromkeys([*self.all_stages, *self.results.of_stages.values()]):
+            if values := self.mious(stage):
+                found = stage, values[-1][1]
+            if last and self.results.of_stages[last[0]] == stage and (miou := last[1].means["miou"]) is not None:
+                found = last[0], miou
+        return found
 
     @property
     def best_score(self) -> tuple[str, float] | None:
