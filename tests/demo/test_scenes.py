@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from iccld.demo import draw
 from iccld.demo.scenes import Domain, render, write_cityscapes, write_gta5
 from iccld.demo.scenes.canvas import BUS, CAR, FENCE, Camera, Canvas, Light
 from iccld.demo.scenes.layout import CYCLE, LANE, PARKING, street_layout
@@ -249,3 +250,21 @@ def test_a_folder_of_other_settings_is_refused(tmp_path: Path) -> None:
 def test_no_workers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"scenes\.workers=0 must be at least 1; 1 draws in this process"):
         write_gta5(tmp_path, count=1, seed=4, workers=0, **SIZE)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--size", "abc"], "--size: abc must be HEIGHTxWIDTH, as in 256x512"),
+        (["--size", "16x64"], "draw: scenes.height=16 must be at least 32"),
+        (["--workers", "0"], "draw: scenes.workers=0 must be at least 1"),
+        (["--output", "/dev/null/x"], "draw: [Errno 20] Not a directory"),
+    ],
+)
+def test_what_cannot_be_drawn_is_one_line(
+    tmp_path: Path, words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ["--source", "1", "--target", "1", "--validation", "1", "--workers", "1"]
+    with pytest.raises(SystemExit) as ending:
+        draw.main(["--output", str(tmp_path / "a"), *few, *words])
+    assert ending.value.code == 2 and said in capsys.readouterr().err.splitlines()[-1]

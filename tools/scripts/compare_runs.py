@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from iccld.runtime.measure.metric_entries import entries_of
 
 STAGES = ("stage1", "stage2")
+FILES = (*(f"{stage}/checkpoints/latest" for stage in STAGES), "metrics.jsonl")
+"""Files that each finished run has; another one that is missing is a difference."""
 
 
 def differences(expected: Path, run_dir: Path, *, num_steps: int) -> Iterator[str]:
@@ -58,6 +60,9 @@ def main() -> int:
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--num-steps", type=int, required=True, help="optimiser steps of each stage")
     arguments = parser.parse_args()
+    for folder in (arguments.expected, arguments.run_dir):
+        if missing := [name for name in FILES if not (folder / name).is_file()]:
+            parser.error(f"{folder} holds no finished run of both stages ({missing[0]} is missing); give one.")
     found = list(differences(arguments.expected, arguments.run_dir, num_steps=arguments.num_steps))
     for what in found:
         print(what)

@@ -236,7 +236,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--engine", default="ddp", help="one that `iccld launch` knows")
+    parser.add_argument("--engine", choices=["ddp", "zero1", "zero2", "fsdp2"], default="ddp")
     parser.add_argument("--json", type=Path, help="write the counts here")
     arguments = parser.parse_args()
     if arguments.kills < 1:
