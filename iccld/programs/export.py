@@ -70,10 +70,9 @@ def export_model(model: "ICCLD", output: Path, *, kind: str, num_steps: int = 0,
     trials = [_inputs(model, images, size, with_noise=num_steps > 0) for size in SIZES]
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / f"model.{'onnx' if kind == 'onnx' else 'pt2'}"
-        with _refused_by_torch(model, other=".pt2" if kind == "onnx" else ".onnx"):
+        with _refused_in_one_line(model, other=".pt2" if kind == "onnx" else ".onnx"):
             (_write_onnx if kind == "onnx" else _write_torch)(module, trials[0], file)
-            exported = _runner(file, kind)
-        worst = _difference(module, exported, trials)
+            worst = _difference(module, _runner(file, kind), trials)
         if not worst <= TOLERANCE:
             raise ValueError(
                 f"export: the exported model's logits differ from the model's by {worst:.1e} of the largest; nothing "
@@ -88,15 +87,19 @@ def export_model(model: "ICCLD", output: Path, *, kind: str, num_steps: int = 0,
 
 
 @contextlib.contextmanager
-def _refused_by_torch(model: "ICCLD", *, other: str) -> Iterator[None]:
-    """Turn torch's errors into ValueError: some encoders hold code that it cannot export, or not in each format."""
+def _refused_in_one_line(model: "ICCLD", *, other: str) -> Iterator[None]:
+    """Turn errors of torch and onnxruntime into ValueError: some encoders cannot be exported, or not in each format."""
     try:
         yield
-    except RuntimeError as error:
+    except Exception as error:
+        by_runtime = type(error).__module__.startswith("onnxruntime.")  # its errors have no class in common
+        if not isinstance(error, RuntimeError) and not by_runtime:
+            raise
+        cannot = "onnxruntime cannot run" if by_runtime else "torch cannot export"
         why, encoder = str(error).strip().partition("\n")[0][:200], model.encoder.backbone.config.model_type
         raise ValueError(
-            f"export: torch cannot export this model, whose encoder is a {encoder} ({type(error).__name__}: {why}); "
-            f"try a file that ends in {other}."
+            f"export: {cannot} this model, whose encoder is a {encoder} ({type(error).__name__}: {why}); try a "
+            f"file that ends in {other}."
         ) from error
 
 

@@ -112,3 +112,13 @@ def test_what_cannot_be_exported_is_refused_in_one_line(
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
     assert main(["export", str(folder), str(tmp_path / "model.onnx")]) == 2
     assert "pip install 'iccld[export]'" in capsys.readouterr().err
+
+
+def test_a_file_that_onnxruntime_cannot_run_is_named_in_one_line(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(export, "_write_onnx", lambda module, inputs, file: file.write_bytes(b"no model"))
+    assert main(["export", str(folder), str(tmp_path / "model.onnx")]) == 2
+    said = capsys.readouterr().err
+    assert "onnxruntime cannot run this model, whose encoder is a " in said and len(said.splitlines()) == 1
+    assert said.endswith("try a file that ends in .pt2.\n") and not (tmp_path / "model.onnx").exists()
