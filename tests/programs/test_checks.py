@@ -2,12 +2,14 @@
 
 import errno
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from iccld.config import Config, config_from
 from iccld.outcome import AGAIN, REFUSED, status_of
-from iccld.programs.run.checks import together
+from iccld.programs.run.checks import claim_run_dir, together
 from iccld.runtime.ranks import Ranks
 
 
@@ -51,3 +53,22 @@ def test_all_ranks_end_with_the_status_of_what_one_found(error: Exception, statu
 
 def test_nothing_found_is_nothing():
     together(lambda: None, Two())
+
+
+@pytest.mark.parametrize("key", ["stage1_from", "initial_model"])
+def test_a_folder_is_the_same_however_it_is_spelt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("runs/a", target_is_directory=True)
+
+    def claim(place: str) -> Config:
+        words = ["stages=[stage2]", "run_dir=new", f"{key}={place}"]
+        claim_run_dir(Path("new"), config := config_from({}, where="test", overrides=words), Ranks())
+        return config
+
+    claim("runs/a")
+    (tmp_path / "new/stage2").mkdir()
+    before = (tmp_path / "new/config.yaml").read_bytes()
+    for place in ("./runs/a/", f"{tmp_path}/runs/a", "link"):
+        assert getattr(claim(place), key) == "runs/a" and (tmp_path / "new/config.yaml").read_bytes() == before
+    with pytest.raises(ValueError, match=f"{key}: runs/a -> runs/b"):
+        claim("runs/b")

@@ -97,6 +97,10 @@ def claim_run_dir(run_dir: Path, config: Config, ranks: Ranks, *, extend: bool =
     path, longer = run_dir / "config.yaml", list[Extension]()
     if path.exists() and any((run_dir / stage).exists() for stage in STAGES):
         saved = read_config(path)
+        for name in ("stage1_from", "initial_model"):
+            old, new = getattr(saved, name), getattr(config, name)
+            if old and new and Path(old).resolve() == Path(new).resolve():  # one place, however it is spelt
+                setattr(config, name, old)
         unbegun = tuple(f"{stage}." for stage in STAGES if not (run_dir / stage).exists())
         longer = extensions(run_dir, saved, config)
         allowed = longer if extend else []
