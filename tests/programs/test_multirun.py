@@ -15,6 +15,7 @@ from iccld.config import load_config, to_yaml
 from iccld.programs.run.child import run_child
 from iccld.programs.train import multirun
 from iccld.programs.train.sweep import jobs_of, name_of
+from iccld.runtime.faults.lock import locked
 from tests.factory import scene_overrides
 
 PLAIN = ["model=tiny", "dataset=scenes", "run_dir=runs/a,b ${x}"]
@@ -105,7 +106,7 @@ def test_all_runs_are_trained_by_the_launcher_of_hydra(tmp_path: Path, monkeypat
     begin = [sys.executable, "-m", "iccld", "launch", "2", "train", f"--secrets={secrets}", "--extend", *PLAIN[:2]]
     assert trainings.commands[0][: len(begin)] == begin
     found = {path.name for path in (tmp_path / "a,b c/.hydra").iterdir()}
-    assert found == {"multirun.yaml", "seed_0.status", "seed_1.status", "seed_2.status"}
+    assert found == {"lock", "multirun.yaml", "seed_0.status", "seed_1.status", "seed_2.status"}
     assert "scenes" not in (tmp_path / "a,b c/.hydra/multirun.yaml").read_text(), "Hydra knows no setting of a run"
 
 
@@ -122,6 +123,18 @@ def test_a_run_that_fails_names_itself_and_the_others_go_on(
     assert f"seed_1: {'stopped before stage1 was finished' if end[0] == 0 else ''}" in said.err
     assert "seed_0: finished" in said.out and f"its run is {tmp_path}/a,b c/seed_1" in said.err
     assert ("seed_2: did not run to its end" in said.err) == bool(end[1])
+
+
+def test_a_folder_whose_runs_another_command_trains_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    assert sweep(tmp_path, monkeypatch, [])[0] == 0
+    status = tmp_path / "a,b c/.hydra/seed_0.status"
+    with locked(status.parent):
+        found, trainings = sweep(tmp_path, monkeypatch, [])
+    said = capsys.readouterr().err
+    assert found == 2 and not trainings.commands and status.is_file()
+    assert f"run_dir={tmp_path}/a,b c is in use by process {os.getpid()}" in said and len(said.splitlines()) == 1
 
 
 def test_a_run_that_was_stopped_is_not_one_that_failed_whatever_its_status(

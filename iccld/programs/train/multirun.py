@@ -21,6 +21,7 @@ from iccld.durable import make_folder, write_whole
 from iccld.outcome import AGAIN, Interrupted
 from iccld.programs.run.child import run_child, status_of_all
 from iccld.programs.train.sweep import Job, unfinished
+from iccld.runtime.faults.lock import locked
 
 FOLDER = ".hydra"
 OF_SLURM = "hydra/launcher=submitit_slurm"
@@ -37,6 +38,15 @@ def train_jobs(jobs: Sequence[Job], options: Sequence[str], *, num_ranks: int, w
     """
     top = Path(jobs[0].run_dir).parent
     folder = make_folder(top / FOLDER, within=top)
+    with locked(folder) as holder:
+        if holder:
+            raise ValueError(f"run_dir={top} is in use by {holder}; wait for it, end it, or use another run_dir.")
+        return _train_jobs(jobs, options, folder, num_ranks=num_ranks, words=words)
+
+
+def _train_jobs(
+    jobs: Sequence[Job], options: Sequence[str], folder: Path, *, num_ranks: int, words: Sequence[str]
+) -> int:
     for job in jobs:
         _status_file(folder, job).unlink(missing_ok=True)
     launch = ["launch", str(num_ranks)] if num_ranks > 1 else []
