@@ -27,6 +27,12 @@ class UntoldIdsError(ValueError):
 def check_labels(converter: Converter, pairs: Sequence[Pair], setting: str) -> None:
     """Refuse images of which none has a label, and labels whose meaning nothing says. Raises ValueError."""
     if not any(pair.label and converter.tree.exists(pair.label) for pair in pairs):
+        polygons = [f"{pair.label.rpartition('.')[0]}.json" for pair in pairs if pair.label]
+        if found := next(filter(converter.tree.exists, polygons), ""):
+            raise ValueError(
+                f"{setting}: its labels are JSON, as {plain(converter.tree.location(found))}; say what their polygons "
+                f"mean: --classes FILE.yaml, with labels_as: polygons."
+            )
         where = (
             f"expected: {plain(converter.tree.location(pairs[0].label))}" if pairs[0].label else "its layout has none"
         )

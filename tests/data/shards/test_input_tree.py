@@ -84,6 +84,7 @@ def test_a_target_set_of_ones_own_is_one_line(tmp_path: Path) -> None:
             "{images: '{a}.png', labels: '{a}.p', labels_as: colors, class_list: x}",
             "goes with labels_as: ids, not colors",
         ),
+        ("{images: '{a}.png', labels: '{a}.p', labels_as: red16}", "ids is missing; write {old id: train id}"),
         ("{images: '{a}.png', labels: '{a}.p', ids: citiscapes}", "ids: 'citiscapes' is no known map of such labels"),
         (
             "{images: '{a}.png', labels: '{a}.p', ids: {1: road}}",
@@ -170,7 +171,7 @@ def test_zips_are_read_by_several_processes(tmp_path: Path, method: str) -> None
 
 def test_names_that_lead_out_are_not_seen(tmp_path: Path) -> None:
     names = ["../images/a.png", "/images/b.png", "images/../../c.png", "..\\images\\d.png", "__MACOSX/images/._e.png"]
-    packed = write_zip(tmp_path / "in" / "a.zip", dict.fromkeys([*names, "images/.f.png", "images//g.png"], b"x"))
+    packed = write_zip(tmp_path / "in" / "a.zip", dict.fromkeys([*names, "images/.f.png", "//images/g.png"], b"x"))
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.png").write_bytes(b"outside")
     for root in (packed, packed.parent):
@@ -180,6 +181,13 @@ def test_names_that_lead_out_are_not_seen(tmp_path: Path) -> None:
             with pytest.raises(FileNotFoundError):
                 found.read(name)
     assert list((tmp_path / "in").iterdir()) == [packed]
+
+
+def test_names_of_a_zip_are_the_same_however_they_are_spelt(tmp_path: Path) -> None:
+    names = ["./images/a.png", "images//b.png", "images/./c.png", ".//images/.//d.png", "images\\\\e.png"]
+    found = InputTree(write_zip(tmp_path / "a.zip", dict.fromkeys(names, b"x")), tops=["images"])
+    assert [*found.files("images")] == [f"images/{letter}.png" for letter in "abcde"]
+    assert found.read("images/d.png") == b"x"
 
 
 def test_bombs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

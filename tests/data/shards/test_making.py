@@ -212,6 +212,11 @@ def test_images_without_any_label_are_refused_once_and_the_right_flag_goes_on(tm
     raw = write_folder(tmp_path / "raw", 2, labels=False)
     with pytest.raises(ValueError, match=r"none of its 2 images has a label \(expected: .*\); add --no-labels"):
         make(raw, accept_bad=True)
+    first = next(path.stem for path in sorted((raw / "images").iterdir()))
+    (raw / "labels").mkdir(exist_ok=True)
+    (raw / "labels" / f"{first}.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"its labels are JSON, as .*: --classes FILE.yaml, with labels_as: polygons"):
+        make(raw)
     assert len(opened(make(raw, no_labels=True))) == 2
 
 

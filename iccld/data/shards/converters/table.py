@@ -204,5 +204,6 @@ def _check_labels(table: Table, content: Mapping[str, Any], setting: str, *, is_
         )
     if table.class_list and table.labels_as is not LabelsAs.ids:
         raise ValueError(f"{setting}: class_list goes with labels_as: ids, not {table.labels_as.value}; leave one out.")
-    if table.labels and not is_told and "ids" not in content and (table.by_name or table.labels_as is LabelsAs.colors):
+    needs_ids = table.by_name or table.labels_as in (LabelsAs.colors, LabelsAs.red16)
+    if table.labels and not is_told and "ids" not in content and needs_ids:
         raise ValueError(f"{setting}: ids is missing; {_RULE}.")

@@ -4,6 +4,7 @@ Nothing is unpacked to the disk. Hidden files, `__MACOSX` and names that lead ou
 """
 
 import os
+import re
 import stat
 import unicodedata
 import zlib
@@ -226,12 +227,15 @@ def _members(archive: ZipFile, tops: Collection[str], stem: str) -> _Members:
 
 
 def _name(info: ZipInfo) -> str:
-    """Return the path of a zip's member. Windows' tools may write backslashes, others UTF-8 without the flag for it."""
+    """Return the path of a zip's member, as `d/a` for `./d//a`.
+
+    Windows' tools may write backslashes, others UTF-8 without the flag for it.
+    """
     name = info.filename
     if not name.isascii() and not info.flag_bits & 0x800:
         with suppress(UnicodeError):
             name = name.encode("cp437").decode()
-    return name.replace("\\", "/")
+    return re.sub(r"/(\.?/)+", "/", name.replace("\\", "/")).removeprefix("./")
 
 
 def _why_unseen(info: ZipInfo, name: str) -> str:
