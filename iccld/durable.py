@@ -195,7 +195,7 @@ def scratch_folder(path: Path, *, is_ours: Callable[[Path], bool]) -> Path:
     """
     for left_over in scratch_folders(path):
         if is_ours(left_over):
-            remove_tree(left_over)
+            clear_away(left_over)
     names = [f"{path.name}.tmp", f"{path.name}.{secrets.token_hex(4)}.tmp"]
     scratch = next(place for name in names if not os.path.lexists(place := path.with_name(name)))
     scratch.mkdir(parents=True)
@@ -249,11 +249,21 @@ def remove_tree(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
+def clear_away(folder: Path) -> str:
+    """Delete a folder that is no longer needed; return why it is still there, which is no reason to end, or ""."""
+    try:
+        remove_tree(folder)
+    except (OSError, NotOursError) as error:  # protected, or kept by a file server while somebody reads it
+        return str(error)
+    return ""
+
+
 def remove_left_overs(folder: Path, *, of: str = "", older_than_s: float = 0.0) -> None:
     """Delete the temporary files that a crash has left in a folder, or only those of the file `of`."""
     for path in folder.glob(f".{glob.escape(of) or '*'}.*.tmp"):
-        if _TEMPORARY.fullmatch(path.name) and is_plain(path) and time.time() - path.stat().st_mtime > older_than_s:
-            path.unlink(missing_ok=True)
+        with suppress(OSError):  # another process may have removed it; one that stays harms nobody
+            if _TEMPORARY.fullmatch(path.name) and is_plain(path) and time.time() - path.stat().st_mtime > older_than_s:
+                path.unlink()
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from iccld.durable import (
     NotOursError,
+    clear_away,
     create,
     holds_only,
     is_plain_name,
@@ -130,6 +131,21 @@ def test_a_torn_scratch_folder_is_removed(tmp_path: Path):
     (tmp_path / "final.backup.tmp").mkdir()
     assert scratch_folder(tmp_path / "final", is_ours=holds_only(r"half/whole\.json")) == tmp_path / "final.tmp"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["final.backup.tmp", "final.tmp"]
+
+
+def test_what_cannot_be_removed_is_in_nobodys_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: object, **__: object) -> None:
+        raise PermissionError
+
+    (tmp_path / "final.tmp").mkdir()
+    (torn := tmp_path / ".a.json.0123abcd.tmp").write_text("")
+    with monkeypatch.context() as patched:
+        patched.setattr("shutil.rmtree", fail)
+        patched.setattr(Path, "unlink", fail)
+        scratch = scratch_folder(tmp_path / "final", is_ours=lambda folder: True)
+        remove_left_overs(tmp_path)
+    assert scratch != tmp_path / "final.tmp" and scratch.is_dir() and torn.exists()
+    assert clear_away(scratch) == "" and not scratch.exists()
 
 
 @pytest.mark.parametrize("name", ["mine/thesis.txt", "thesis.txt", "a.json.txt", ".a.json.tmp", "half/a.json"])

@@ -71,7 +71,7 @@ def test_what_a_kill_leaves_is_both_and_then_one(
 
     keep(model, config, step=1, miou=1.0)
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(best, "remove_tree", killed)
+        patched.setattr(best, "clear_away", killed)
         keep(model, config, step=2, miou=2.0)
     assert names(tmp_path / "run") == ["step_00000001", "step_00000002"]
     found = best_of(tmp_path / "run/stage1")
@@ -91,6 +91,20 @@ def test_a_damaged_one_makes_way_and_what_is_not_ours_stays(model: ICCLD, config
     (mine / "notes.txt").write_text("mine")
     assert keep(model, config, step=1, miou=1.0) == ["step_00000001", "step_00000009"]
     assert ICCLD.from_pretrained(tmp_path / "run/stage1/best/step_00000001").card
+
+
+def test_one_that_cannot_be_removed_ends_no_training(
+    model: ICCLD, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(folder: Path) -> None:
+        raise OSError(39, "Directory not empty", str(folder))
+
+    keep(model, config, step=1, miou=1.0)
+    with monkeypatch.context() as patched:
+        patched.setattr("iccld.durable.remove_tree", fail)
+        assert keep(model, config, step=2, miou=2.0) == ["step_00000001", "step_00000002"]
+    found = best_of(tmp_path / "run/stage1")
+    assert found and found.name == "step_00000002" and keep(model, config, step=3, miou=1.0) == ["step_00000002"]
 
 
 @pytest.mark.parametrize("is_link", [False, True])

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from iccld.config import Config
-from iccld.durable import holds_only, make_folder, remove_tree, scratch_folder, sync
+from iccld.durable import clear_away, holds_only, make_folder, remove_tree, scratch_folder, sync
 from iccld.models.best_model import FOLDER_NAME, STEP, best_of, score_of, settings_of
 from iccld.models.iccld import ICCLD
 from iccld.models.model_card import CARD_NAME, WEIGHTS_NAME
@@ -36,7 +36,7 @@ def keep_best(teacher: ICCLD, config: Config, *, stage: str, step: int, score: M
         kept = _save(teacher, config, target, stage=stage, step=step, score=score)
     for other in folder.glob("step_*"):
         if other != kept and OURS.fullmatch(other.name) and is_ours(other):
-            remove_tree(other)
+            clear_away(other)  # what stays is tried again after the next score
 
 
 def _save(teacher: ICCLD, config: Config, target: Path, *, stage: str, step: int, score: Mapping[str, Any]) -> Path:

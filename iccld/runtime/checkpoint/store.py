@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iccld.durable import is_real_folder, make_folder, remove_tree, scratch_folder, sync, write_whole
+from iccld.durable import clear_away, is_real_folder, make_folder, scratch_folder, sync, write_whole
 from iccld.outcome import Interrupted
 from iccld.runtime.checkpoint.manifest import (
     STEP_FOLDER,
@@ -136,8 +136,8 @@ class CheckpointStore:
         for torn in self.folder.glob("step_*.tmp"):
             if not (SCRATCH.fullmatch(torn.name) and is_torn(torn)):
                 self._say_once(f"{torn} is no checkpoint that was torn; it is left as it is")
-            else:
-                remove_tree(torn)
+            elif why := clear_away(torn):
+                self._say_once(f"{torn} cannot be removed ({why}); it is left, and tried again before the next save")
         return scratch_folder(final, is_ours=is_torn)
 
     def _say_once(self, what: str) -> None:
@@ -159,8 +159,8 @@ class CheckpointStore:
     def _make_way(self, final: Path) -> None:
         """Clear the place of `final`: a damaged checkpoint there is removed, another is renamed and kept."""
         if final.name in self._damaged and is_real_folder(final):
-            remove_tree(final)
-        elif os.path.lexists(final):
+            clear_away(final)
+        if os.path.lexists(final):
             aside = final.with_suffix(f".aside_{time.time_ns()}")
             final.rename(aside)
             self.report(f"{final} was passed over; it is kept as {aside.name}")
@@ -173,10 +173,8 @@ class CheckpointStore:
             if old.is_symlink():
                 self._say_once(f"{old} is a link; it is left as it is")
                 continue
-            try:
-                remove_tree(old)
-            except OSError as error:  # the new one is whole: what cannot be removed is no reason to end
-                self._say_once(f"{old} cannot be removed ({error}); it is left, and tried again after the next save")
+            if why := clear_away(old):
+                self._say_once(f"{old} cannot be removed ({why}); it is left, and tried again after the next save")
 
     def folders(self) -> list[Path]:
         """Return the committed checkpoints' folders, oldest first."""

@@ -242,7 +242,7 @@ def test_one_that_cannot_be_removed_stops_no_save(tmp_path: Path, monkeypatch: p
     reports: list[str] = []
     checkpoints = store(tmp_path, reports)
     with monkeypatch.context() as patch:
-        patch.setattr("iccld.runtime.checkpoint.store.remove_tree", fail)
+        patch.setattr("iccld.durable.remove_tree", fail)
         for step in (1, 2, 3, 4):
             verify(save(checkpoints, step))
         assert [said for said in reports if "step_00000001 cannot be removed" in said] == reports[:1]
