@@ -105,6 +105,19 @@ def test_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         list(doctor.room(load_config(["model=tiny", f"run_dir={tmp_path}"])))
 
 
+def test_room_is_for_the_averages_of_an_ema_profile_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    needed = list[int]()
+    monkeypatch.setattr("iccld.runtime.faults.preflight.check_space", lambda folder, size: needed.append(size))
+    plain, widths = ["model=tiny", f"run_dir={tmp_path}"], "ema_profile={widths:[0.05,0.1],snapshot_every:10}"
+    for words in (
+        [],
+        [f"stage1.objective.{widths}"],
+        [f"{stage}.objective.{widths}" for stage in ("stage1", "stage2")],
+    ):
+        assert [finding.mark for finding in doctor.room(load_config([*plain, *words]))] == ["ok"]
+    assert needed[0] < needed[1] < needed[2] == needed[0] * 6 / 4
+
+
 def test_the_report_has_no_secrets_and_names_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, report):
     home = tmp_path / "homes" / "jane"
     home.mkdir(parents=True)

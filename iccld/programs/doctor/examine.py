@@ -242,8 +242,7 @@ def _locks(path: Path, near: Path) -> Finding:
 
 
 def room(config: Any) -> Iterator[Finding]:
-    """Check that the checkpoints of all stages have room: fp32 weights, teacher and two moments, at most."""
-    from iccld.config import trainer_settings
+    """Check that the checkpoints of all stages have room: fp32 weights, averages and two moments, at most."""
     from iccld.models.iccld import ICCLD
     from iccld.runtime.faults.preflight import check_space
 
@@ -252,10 +251,14 @@ def room(config: Any) -> Iterator[Finding]:
         return
     with torch.device("meta"):
         model = ICCLD(config=config.model, num_classes=config.data.class_set.build().num_classes)
-    size = 16 * sum(parameter.numel() for parameter in model.parameters())
-    kept = sum(trainer_settings(stage, config).checkpoint.keep + 1 for stage in config.stages)
-    check_space(Path(config.run_dir), size * kept)
-    yield Finding(FINE, "room", f"for {kept} checkpoints of at most {size / 2**30:.2f} GiB each")
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    needed, largest, kept = 0, 0, 0
+    for settings in (getattr(config, name) for name in config.stages):
+        size = 4 * num_parameters * (4 + len(settings.objective.ema_profile.widths))
+        count = settings.trainer.checkpoint.keep + 1
+        needed, largest, kept = needed + size * count, max(largest, size), kept + count
+    check_space(Path(config.run_dir), needed)
+    yield Finding(FINE, "room", f"for {kept} checkpoints of at most {largest / 2**30:.2f} GiB each")
 
 
 def shards(config: Any) -> Iterator[Finding]:
