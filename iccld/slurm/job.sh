@@ -189,17 +189,29 @@ compare_lead() {
 requeue() {
     local now
     [ "$requeue" = yes ] || { say "not requeued, as was asked for; submit again, and it goes on"; exit 1; }
-    now=$(scontrol show job "$id" --oneliner | grep -o 'JobState=[A-Z_]*' | head -n 1)
+    now=$(job_state)
     case $now in
-    JobState=RUNNING)
+    RUNNING)
         say "requeued"
         trap "" TERM
         scontrol requeue "$id" && sleep 60 && exit 1 # ended by the requeue
         say "could not be requeued; submit again, and it goes on"
         ;;
-    *) say "not requeued: ${now#JobState=}" ;; # cancelled, or requeued already
+    "") say "not requeued, as SLURM does not answer; submit again, and it goes on" ;;
+    *) say "not requeued: $now" ;; # cancelled, or requeued already
     esac
     exit 1
+}
+
+# SLURM's word; asked for a minute, as a controller that is restarted does not answer.
+job_state() {
+    local answer try
+    for try in {1..12}; do
+        answer=$(scontrol show job "$id" --oneliner | grep -o 'JobState=[A-Z_]*' | head -n 1)
+        [ -z "$answer" ] || break
+        sleep 5
+    done
+    echo "${answer#JobState=}"
 }
 
 # NODE WHY: a line that the next submit counts.

@@ -15,7 +15,7 @@ SCONTROL = """\
 #!/bin/bash
 echo "$*" >>"$ASKED"
 case "$1 $2" in
-"show job") echo "JobId=7 JobState=RUNNING Reason=None" ;;
+"show job") rm "$ASKED.silent" 2>/dev/null || echo "JobId=7 JobState=RUNNING Reason=None" ;;
 "show hostnames") eval "printf '%s\\n' $(sed 's/\\[\\(.*\\)-\\(.*\\)\\]/{\\1..\\2}/' <<<"$3")" ;;
 requeue*) exit 1 ;;
 esac
@@ -80,6 +80,12 @@ def test_an_element_of_an_array_requeues_itself_alone(job: Job):
     """The last element's own number is the array's."""
     job.attempt(STOPPED, SLURM_ARRAY_JOB_ID="7", SLURM_ARRAY_TASK_ID="2")
     assert job.requeued == ["requeue 7_2"]
+
+
+def test_a_controller_that_does_not_answer_is_asked_again(job: Job):
+    (job.folder / "asked.silent").touch()
+    job.attempt(STOPPED)
+    assert job.requeued == ["requeue 7"] and (job.folder / "asked").read_text().count("show job 7") == 2
 
 
 def test_a_slow_start_is_no_silence_and_silence_is_the_end(job: Job):
