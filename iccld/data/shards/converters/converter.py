@@ -76,6 +76,9 @@ class Converter:
         unread = [path for path in others if self._is_unread_image(path)]
         if not pairs:
             raise ValueError(self._no_pairs(unread))
+        if not with_labels:  # else they are used, or belong to no image
+            for path in sorted({pair.image for pair in fitting} - {pair.image for pair in pairs}):
+                not_seen.passed_over.add("files are labels of other images by their names", path)
         label_files = self._label_files(labels, images, not_seen) if labels else []
         pairs = pair_labels(pairs, label_files) if labels else pairs
         if pairs[0].label and self.tree.exists(pairs[0].label):
