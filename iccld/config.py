@@ -256,7 +256,8 @@ def _one_line(error: BaseException) -> str:
     if isinstance(error, YAMLError):
         return f"{getattr(getattr(error, 'problem_mark', None), 'name', '')}{plain_yaml.explain(error)}"
     text = str(cause).split("Config search path")[0]
-    return " ".join(line.strip() for line in text.splitlines() if "_type" not in line).strip()
+    lines = (line.strip() for line in text.splitlines())
+    return " ".join(line for line in lines if not line.startswith(("object_type=", "reference_type="))).strip()
 
 
 def to_dict(config: Any) -> dict[str, Any]:

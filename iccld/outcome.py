@@ -4,8 +4,9 @@
     75    AGAIN: what the world did: a full disk, a lost connection, a killed worker, a node; give the command again
     76    FORCED: a stop was asked for, and the command could not end in time (`iccld.runtime.faults.preemption`)
 
-The job script starts a run again after the second. An error of the system (OSError) is the user's only where it says
-that a name is wrong, and only before the run's first step: what was good for a step is not wrong since.
+The job script starts a run again after 75 and 76, and after 2 if the job has made a checkpoint before. An error of the
+system (OSError) is the user's only where it says that a name is wrong, and only before the run's first step: what was
+good for a step is not wrong since.
 """
 
 import contextlib

@@ -143,6 +143,8 @@ def test_names_that_are_close_to_nothing_have_no_suggestion():
         ("stage1.trainer.num_stepz=3", "did you mean stage1.trainer.num_steps?"),
         ("stagee1.trainer.num_steps=3", "did you mean stage1?"),
         ("+sed=3", "did you mean seed?"),
+        ("data.source.also={a:{shards:b}}", "data.source.also.a; a + adds a name: +data.source.also.NAME=VALUE"),
+        ("model.encoder.backbone_config={model_type:swin}", "a + adds a name: +model.encoder.backbone_config.NAME"),
         ("engine.precision=bf61", "did you mean bf16?"),
         ("experiment=demmo", "did you mean demo?"),
         ("stages=[stage11]", "did you mean stage1?"),

@@ -1,5 +1,5 @@
-"""The readings of what is diffused (method §3, "What is z_0?"). The properties of `LatentKind`, a setting, say what
-each reading means; `ICCLD.diffused_latent` and `ICCLD.decodable` compute it. All others ask these.
+"""The readings of what is diffused (`model.latent`). The properties of `LatentKind`, a setting, say what each reading
+means; `ICCLD.diffused_latent` and `ICCLD.decodable` compute it. All others ask these.
 
 - `image`: z_0 = E(clean view), condition = E(strongly augmented view). Were the condition z_0 itself, copying it would
   solve the task and diffusion would be decoration.

@@ -1,4 +1,4 @@
-"""M: labels to the latent of the mask (method §3, reading `mask`). `B H W` labels, `K` classes, `C h w` latent."""
+"""M: labels to the latent of the mask (`model.latent=mask`). `B H W` labels, `K` classes, `C h w` latent."""
 
 import torch
 from torch import Tensor, nn

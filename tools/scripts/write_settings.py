@@ -26,7 +26,7 @@ defaults below. Each table belongs to one part of the settings, and the text abo
 
 FURTHER_SETS = """\
 The parts `data.source`, `data.target` and `data.validation` take further sets by name:
-`data.source.also={NAME:{shards:FOLDER}}`. Each has the settings below.
+`+data.source.also={NAME:{shards:FOLDER}}` (the `+` adds a name). Each has the settings below.
 """
 
 SUBMISSION = """\

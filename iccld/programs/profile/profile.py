@@ -1,7 +1,8 @@
 """`iccld profile key=value ...`: a short run of an experiment under any launch, and where its time and memory went.
 
-Each configured stage is trained for some steps, as `iccld train` would, from fresh weights, and nothing of it is kept
-but the report: `RUN_DIR/profile/stage1/` with profile.json, profile.png and a trace of a few steps of every rank.
+Each configured stage is trained for some steps, as `iccld train` would, from fresh weights or behind the run's finished
+stage 1. Nothing of it is kept but the report: `RUN_DIR/profile/stage1/` with profile.json, profile.png and a trace of a
+few steps of every rank.
 """
 
 import os

@@ -7,7 +7,8 @@ others. Elsewhere (a CPU, where the kernel may kill a process that needs too muc
 collectives) the size grows step by step, and a line through the peaks predicts the next peak. Scores in mid-training
 are not tried.
 
-A resumed run keeps the size of its newest checkpoint while engine, precision and number of ranks are the same.
+A resumed run keeps the size of its newest checkpoint while engine, precision, activation checkpointing and number of
+ranks are the same.
 """
 
 import contextlib

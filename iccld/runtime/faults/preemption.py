@@ -8,7 +8,7 @@ Exit statuses of `iccld train`:
 
     0      finished; or stopped by a signal with its position saved, unless `exit_status` says another
     130    stopped by Ctrl-C (SIGINT) with its position saved, unless `exit_status` says another or a job script asked
-    1      a fault of the program (traceback), or a process that could not even say what held it (its stacks)
+    1      a fault of the program, or a process that could not even say what held it (its stacks)
     2      what the user must mend, in one line: the same command ends the same way again
     75     what the world did, in one line (a full disk, a lost connection, a killed worker); and STOPPED_BY_WATCHDOG: a
            rank hung or was lost, a node is unfit: start the same command again
