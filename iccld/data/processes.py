@@ -41,7 +41,7 @@ def stoppable() -> Iterator[None]:
 
 def usable_cpus() -> int:
     """The number of CPUs that this process may use."""
-    return len(os.sched_getaffinity(0))
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

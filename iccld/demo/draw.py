@@ -1,12 +1,12 @@
 """Drawing of the embedded data set, in GTA5's layout for the source and Cityscapes' for the target; it can resume."""
 
 import argparse
-import os
 import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from iccld.data.processes import usable_cpus
 from iccld.demo.scenes import write_cityscapes, write_gta5
 from iccld.outcome import status_of, words
 
@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--validation", type=int, default=60, help="camera images to score")
     parser.add_argument("--size", type=_size, default=(256, 512), metavar="HEIGHTxWIDTH", help="default 256x512")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--workers", type=int, default=usable_cpus())
     arguments = parser.parse_args(argv)
     try:
         _draw(arguments)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from iccld.cli import main
+from iccld.programs.launch import local
 from tests.forked import Forked
 
 
@@ -23,3 +24,9 @@ def test_a_single_process_ends_with_its_own_status(tmp_path: Path):
         log, words = tmp_path / "log", ["launch", "1", "--engine", engine, "train", "sed=1"]
         assert Forked("iccld", words, environment=dict(os.environ), log=log).wait(timeout=100) == 2
         assert "a fault of the program" not in log.read_text() and "sed" in log.read_text()
+
+
+def test_ranks_share_the_cpus_that_this_process_may_use(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    assert [local._threads(num_ranks) for num_ranks in (1, 2, 16)] == [8, 4, 1]

@@ -28,6 +28,7 @@ from rich.table import Table
 
 from iccld.batch_layout import BatchLayout
 from iccld.config import load_config
+from iccld.data.processes import usable_cpus
 from iccld.models.discriminator import Discriminator
 from iccld.models.iccld import ICCLD
 from iccld.programs.run.synthetic import synthetic_batch
@@ -128,7 +129,7 @@ def launch(engine: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure one engine on ranks of its own; the mean over ranks, but the most memory."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     if not torch.cuda.is_available():
-        threads = max(1, (os.cpu_count() or 1) // arguments.ranks)
+        threads = max(1, usable_cpus() // arguments.ranks)
         environment |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": str(threads)}
     command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
     command += ["--config_file", str(ROOT / "accelerate_configs" / f"{engine}.yaml")]

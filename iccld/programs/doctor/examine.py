@@ -25,6 +25,7 @@ import torch
 from packaging.requirements import Requirement
 
 from iccld import __version__
+from iccld.data.processes import usable_cpus
 from iccld.durable import open_lock, write_whole
 from iccld.extras import remedy
 from iccld.models.attention import check_backend, default_device_type
@@ -149,8 +150,7 @@ def _version(name: str) -> str:
 
 def devices() -> Iterator[Finding]:
     """Check that the CPU and every GPU compute what they should."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    yield _of_device("cpu", f"{cores} cores for this process, {torch.get_num_threads()} threads in torch")
+    yield _of_device("cpu", f"{usable_cpus()} cores for this process, {torch.get_num_threads()} threads in torch")
     for number in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         properties = torch.cuda.get_device_properties(number)
         yield _of_device(f"cuda:{number}", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB")

@@ -24,6 +24,7 @@ from torch.distributed.elastic.rendezvous import (
     rendezvous_handler_registry,
 )
 
+from iccld.data.processes import usable_cpus
 from iccld.outcome import AGAIN, FORCED, REFUSED
 from iccld.programs.stopped import WORD, read_word
 from iccld.runtime.faults.open_files import check_open_files
@@ -125,4 +126,4 @@ def _status_of_signalled(number: signal.Signals, left: int | None) -> int:
 
 
 def _threads(num_ranks: int) -> int:
-    return max(1, (os.cpu_count() or 1) // num_ranks)
+    return max(1, usable_cpus() // num_ranks)

@@ -1,11 +1,10 @@
 """Facts of a stage's training, for the top of a terminal."""
 
-import os
-
 import torch
 
 from iccld.batch_layout import BatchLayout
 from iccld.config import Config, trainer_settings
+from iccld.data.processes import usable_cpus
 from iccld.runtime.engine.engine import Engine
 from iccld.stages.base import Stage
 
@@ -30,4 +29,4 @@ def header_of(stage: Stage, layout: BatchLayout, config: Config, engine: Engine)
 def _device(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} of {os.cpu_count()} cores"
+    return f"{device.type}, {torch.get_num_threads()} of {usable_cpus()} cores"
