@@ -15,7 +15,7 @@ from iccld.programs.ablate.grid import Grid, Row
 from iccld.programs.ablate.paired import Estimate, estimate, judgement, paired_difference
 from iccld.programs.ablate.report import markdown
 from iccld.programs.ablate.rows import Ablation
-from iccld.programs.ablate.summary import RowFigures, Run, to_json
+from iccld.programs.ablate.summary import RowFigures, Run, _peak_gib, to_json
 from iccld.scores import EvaluationResult
 
 A_MEAN = re.compile(r"[+-]?\d+\.\d+")
@@ -139,3 +139,11 @@ def test_scores_with_nothing_to_count_are_left_out_and_null():
     assert [summary["by_seed"][seed]["miou"] for seed in "012"] == [4.0, 4.0, None]
     assert [summary["by_seed"][seed]["boundary_miou"] for seed in "012"] == [None, 2.0, None]
     assert "(2 seeds)" in markdown(ablation, rows)
+
+
+def test_the_memory_of_a_run_is_known_also_beside_lines_that_are_torn_or_no_entries(tmp_path: Path):
+    assert _peak_gib(tmp_path) is None
+    lines = [{"stage": "stage1", "step": step, "peak_gib": peak} for step, peak in ((1, 0.5), (2, 2.5), (3, "9"))]
+    text = "\n".join(map(json.dumps, [*lines, [1], "no entry", None]))
+    (tmp_path / "metrics.jsonl").write_text(text + '\n{"stage": "stage1", "st')
+    assert _peak_gib(tmp_path) == 2.5

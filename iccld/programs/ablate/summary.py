@@ -4,7 +4,6 @@ A row's score is that of its last stage, whatever scored best: of stage 2 with t
 denoises.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,11 +18,9 @@ from iccld.programs.evaluate.evaluate import named_results
 from iccld.programs.evaluate.results import own_results, read_results
 from iccld.programs.run.event_times import read_events, straightened
 from iccld.programs.run.ledger import attempts, total_of
-from iccld.reading import MIB, read_limited
+from iccld.programs.run.metric_lines import number, read_entries
 from iccld.scores import EvaluationResult
 from iccld.stages.table import STAGES, first_stage
-
-MAX_METRICS = 1024 * MIB
 
 
 @dataclass(frozen=True)
@@ -164,9 +161,8 @@ def _minutes(run_dir: Path) -> float:
 
 def _peak_gib(run_dir: Path) -> float | None:
     """Return the most GiB that a rank has held, as far as it was logged."""
-    path = run_dir / "metrics.jsonl"
-    lines = read_limited(path, MAX_METRICS).decode(errors="replace").splitlines() if path.is_file() else []
-    return max((peak for line in lines if (peak := json.loads(line).get("peak_gib")) is not None), default=None)
+    peaks = (number(entry.get("peak_gib")) for entry in read_entries(run_dir))
+    return max((peak for peak in peaks if peak is not None), default=None)
 
 
 def to_json(ablation: Ablation, rows: Mapping[str, RowFigures]) -> dict[str, Any]:
