@@ -1,7 +1,8 @@
-"""An error that one rank finds in a check ends all ranks, with one status."""
+"""Checks before a run: an error that one rank finds ends all with one status, and attempts leave others alone."""
 
 import errno
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import pytest
 
 from iccld.config import Config, config_from
 from iccld.outcome import AGAIN, REFUSED, status_of
-from iccld.programs.run.checks import claim_run_dir, together
+from iccld.programs.run.checks import claim_run_dir, new_watchdog, together
+from iccld.runtime.faults.heartbeat import heartbeat_path, read_heartbeat
 from iccld.runtime.ranks import Ranks
 
 
@@ -72,3 +74,25 @@ def test_a_folder_is_the_same_however_it_is_spelt(tmp_path: Path, monkeypatch: p
         assert getattr(claim(place), key) == "runs/a" and (tmp_path / "new/config.yaml").read_bytes() == before
     with pytest.raises(ValueError, match=f"{key}: runs/a -> runs/b"):
         claim("runs/b")
+
+
+def test_evaluations_of_one_run_at_a_time_have_heartbeats_of_their_own(tmp_path: Path):
+    config, beats_in = replace(Config(), run_dir=str(tmp_path)), tmp_path / "heartbeats/evaluate"
+    killed, other = heartbeat_path(beats_in / "1.5_7", 0), beats_in / "notes/text"
+    for path in (killed, other):
+        path.parent.mkdir(parents=True)
+        path.write_text("{}")
+    for path in (killed, killed.parent, killed.parents[1], other, other.parent):
+        os.utime(path, (1.5, 1.5))
+    with (
+        new_watchdog(config, Ranks(), beats_in=beats_in) as one,
+        new_watchdog(config, Ranks(), beats_in=beats_in) as two,
+    ):
+        beats = [read_heartbeat(of.beats_in, 0) for of in (one, two)]
+        assert one.attempt != two.attempt and [beat and beat.attempt for beat in beats] == [one.attempt, two.attempt]
+    assert list(beats_in.iterdir()) == [other.parent], "ended and killed attempts leave nothing"
+
+
+def test_heartbeats_that_another_process_removes_first_end_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Path, "glob", lambda folder, pattern: [folder / "rank_00009.json"] * pattern.startswith("rank"))
+    new_watchdog(replace(Config(), run_dir=str(tmp_path)), Ranks())

@@ -3,11 +3,21 @@
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from iccld.config import Config, read_config, stage_settings, to_yaml, trainer_settings
 from iccld.data.stream.validation import read_validation
-from iccld.durable import make_folder, refuse_links, refuse_unless_plain, remove_left_overs, write_whole
+from iccld.durable import (
+    clear_away,
+    holds_only,
+    make_folder,
+    refuse_links,
+    refuse_unless_plain,
+    remove_left_overs,
+    walk,
+    write_whole,
+)
 from iccld.outcome import plain, status_of
 from iccld.programs.run.extension import (
     Extension,
@@ -26,6 +36,7 @@ from iccld.stages.settings import Weights
 from iccld.stages.table import STAGES
 
 LEFT_OVER_AFTER_S = 86_400.0  # the process that wrote them has ended
+is_of_beats = holds_only(r"(heartbeats/)?(rank_\d+\.json|refused\.(txt|claim))")
 
 
 def check_links(run_dir: Path, config: Config) -> None:
@@ -126,7 +137,7 @@ def claim_run_dir(run_dir: Path, config: Config, ranks: Ranks, *, extend: bool =
 def new_watchdog(config: Config, ranks: Ranks, *, beats_in: Path | None = None) -> Watchdog:
     """Make the watchdog of this attempt, not yet started. Call on every rank.
 
-    `beats_in`: the folder of the heartbeats, if it is not the run's own.
+    `beats_in`: where the attempt makes a folder of its own for its heartbeats, which are else the run's.
     """
     limits, retry_for_s = config.watchdog, config.data.storage.retry_for_s
     if limits.enabled and limits.step_s <= retry_for_s and "://" in f"{config.data.source} {config.data.target}":
@@ -136,22 +147,27 @@ def new_watchdog(config: Config, ranks: Ranks, *, beats_in: Path | None = None) 
         )
     ranks.set_timeout(limits.collective_s, of_saves=True)
     run_dir, attempt = Path(config.run_dir), ranks.gather(f"{time.time()} {os.getpid()}")[0]
-    beats = (beats_in or run_dir) / "heartbeats"
+    place = beats_in / attempt.replace(" ", "_") if beats_in else run_dir
+    beats = place / "heartbeats"
     for folder in (beats, run_dir / "logs"):
         refuse_links(folder, within=run_dir)
     refuse_unless_plain(run_dir / "events.jsonl")
-    watchdog = Watchdog(
-        run_dir,
-        limits,
-        ranks=ranks,
-        attempt=attempt,
-        beats_in=beats_in,
-    )
+    watchdog = Watchdog(run_dir, limits, ranks=ranks, attempt=attempt, beats_in=place)
     if ranks.is_main:
         watchdog.refusal.forget()
         for path in beats.glob("rank_*.json"):  # left by an attempt on more ranks
-            path.unlink()
+            path.unlink(missing_ok=True)
         for folder in (run_dir, beats):
             remove_left_overs(folder, older_than_s=LEFT_OVER_AFTER_S)
+        for folder in beats_in.glob("*") if beats_in else ():
+            _remove_if_left_over(folder)
     ranks.barrier()
     return watchdog
+
+
+def _remove_if_left_over(folder: Path) -> None:
+    """Remove the heartbeats of an attempt that was killed long ago."""
+    with suppress(OSError):  # another process may have removed it
+        newest = max(path.stat().st_mtime for path in (folder, *walk(folder)))
+        if is_of_beats(folder) and time.time() - newest > LEFT_OVER_AFTER_S:
+            clear_away(folder)

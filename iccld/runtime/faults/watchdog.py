@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from iccld.durable import create, make_folder
+from iccld.durable import clear_away, create, make_folder
 from iccld.node import host_name
 from iccld.outcome import REFUSED, say
 from iccld.runtime.faults.heartbeat import Heartbeat, Peers, held_up_by, write_heartbeat
@@ -49,8 +49,8 @@ class _Position(NamedTuple):
 class Watchdog:
     """Position of this rank; as a context, also the thread that watches over it.
 
-    It also sets the timeout of the ranks' collectives. `beats_in` holds the heartbeats in place of `run_dir`. `attempt`
-    is the same on all ranks, and new in each attempt.
+    It also sets the timeout of the ranks' collectives. `attempt` is the same on all ranks, and new in each attempt.
+    `beats_in` holds the heartbeats in place of `run_dir`; it is this attempt's own, and removed with its end.
     """
 
     def __init__(
@@ -158,6 +158,8 @@ class Watchdog:
             self._write(ended=f"{type(error).__name__}: {error}".splitlines()[0] if error else "in order")
         if error is not None and self.world_size > 1:
             faulthandler.dump_traceback_later(END_S, exit=True, file=2)  # others wait for its end
+        elif self.rank == 0 and self.beats_in != self.run_dir:
+            clear_away(self.beats_in)
 
     def _watch(self) -> None:
         while not self._stop.wait(self.config.beat_s):
