@@ -17,11 +17,12 @@ import torch
 from iccld.cli import main
 from iccld.config import load_config
 from iccld.models.iccld import ICCLD
+from iccld.programs import checkpoint_command
 from iccld.programs.evaluate.averaging import write_reconstruction
 from iccld.programs.run import hand_off
 from iccld.programs.run.hand_off import handed_over
 from iccld.programs.train.train import train
-from iccld.runtime.checkpoint.manifest import verify
+from iccld.runtime.checkpoint.manifest import read_manifest, verify
 from iccld.runtime.checkpoint.store import is_torn
 from iccld.slurm.snapshot import code_hash, copy_code
 from tests.factory import scene_overrides
@@ -71,6 +72,22 @@ def test_damage_is_named_and_the_status_says_so(run_dir: Path, tmp_path: Path, c
     (copy / "step_00000002" / "rank_00000.safetensors").unlink()
     assert main(["checkpoint", "list", str(tmp_path)]) == 1
     assert "damaged" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("action", "reader"), [("list", read_manifest), ("verify", verify)])
+def test_what_a_training_removes_meanwhile_is_not_damaged(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, action, reader
+):
+    copy = Path(shutil.copytree(run_dir / "stage1", tmp_path / "stage1"))
+
+    def removed_before(path: Path) -> Any:
+        shutil.rmtree(copy / "checkpoints/step_00000001", ignore_errors=True)
+        return reader(path)
+
+    monkeypatch.setattr(checkpoint_command, reader.__name__, removed_before)
+    assert main(["checkpoint", action, str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "damaged" not in said and said.count("latest" if action == "list" else ": whole") == 1
 
 
 @pytest.mark.parametrize("num_files", [1, 3])

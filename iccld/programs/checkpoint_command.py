@@ -55,22 +55,27 @@ def list_checkpoints(folder: Path) -> int:
     table = Table("stage", "step", "GiB", "written by", "files", "state")
     whole = True
     for path in _checkpoints(folder):
-        marks = ["latest"] if pointed_at(path.parent) == path.name else []
-        try:
-            manifest = read_manifest(path)
-        except CheckpointError as error:
-            whole = False
-            table.add_row("", path.name, "", "", "", escape(str(error)))
-            continue
-        layout, files = manifest["layout"], manifest["files"]
-        sizes = [path.joinpath(name).stat().st_size if (path / name).is_file() else 0 for name in files]
-        if sizes != [facts["size"] for facts in files.values()]:
-            whole, marks = False, [*marks, "damaged"]
-        size = f"{sum(sizes) / GIB:.2f}"
-        by = f"{layout['engine']} x {layout['world_size']}"
-        table.add_row(escape(manifest["stage"]), str(manifest["step"]), size, by, str(len(files)), ", ".join(marks))
+        row, is_whole = _row(path)
+        if path.is_dir():  # a training removes old ones meanwhile
+            table.add_row(*row)
+            whole &= is_whole
     Console().print(table)
     return 0 if whole else 1
+
+
+def _row(path: Path) -> tuple[list[str], bool]:
+    """Return a checkpoint's line of the table, and whether it looks whole."""
+    marks = ["latest"] if pointed_at(path.parent) == path.name else []
+    try:
+        manifest = read_manifest(path)
+        layout, files = manifest["layout"], manifest["files"]
+        sizes = [path.joinpath(name).stat().st_size if (path / name).is_file() else 0 for name in files]
+    except (CheckpointError, FileNotFoundError) as error:
+        return ["", path.name, "", "", "", escape(str(error))], False
+    is_whole = sizes == [facts["size"] for facts in files.values()]
+    marks += [] if is_whole else ["damaged"]
+    size, by = f"{sum(sizes) / GIB:.2f}", f"{layout['engine']} x {layout['world_size']}"
+    return [escape(manifest["stage"]), str(manifest["step"]), size, by, str(len(files)), ", ".join(marks)], is_whole
 
 
 def verify_checkpoints(folder: Path) -> int:
@@ -80,9 +85,10 @@ def verify_checkpoints(folder: Path) -> int:
         try:
             verify(path)
             print(f"{path}: whole")
-        except CheckpointError as error:
-            damaged += 1
-            print(error)
+        except (CheckpointError, FileNotFoundError) as error:
+            is_there = path.is_dir()  # a training removes old ones meanwhile
+            damaged += is_there
+            print(error if is_there else f"{path}: removed meanwhile")
     return 1 if damaged else 0
 
 
@@ -92,6 +98,6 @@ def _checkpoints(folder: Path) -> Iterator[Path]:
         path for place in places for path in sorted(folder.glob(f"{place}step_*")) if STEP_FOLDER.fullmatch(path.name)
     ]
     found = [folder] if STEP_FOLDER.fullmatch(folder.name) else found
-    if not found or not found[0].is_dir():
+    if not any(path.is_dir() for path in found):
         raise ValueError(f"there are no checkpoints in {folder}; give a run directory that train wrote.")
     yield from (path.resolve() for path in found)
