@@ -20,7 +20,7 @@ from iccld.evaluation import Predict, windowed
 from iccld.inference.images import Images, is_one, read_images
 from iccld.inference.prediction import Prediction, segment
 from iccld.inference.scores import scores_of
-from iccld.inference.source import find_model
+from iccld.inference.source import load_model
 from iccld.models import iccld as figure
 from iccld.models.model_card import without_paths
 from iccld.models.readme import describe
@@ -64,9 +64,9 @@ class ICCLD(figure.ICCLD, ModelHubMixin, library_name="iccld", pipeline_tag="ima
         `teacher`, `student` or `best`, of a run. revision: a branch, tag or commit of the hub. The others, and what is
         checked before anything is built: see `iccld.models.iccld.ICCLD.from_pretrained`. Raises ValueError.
         """
-        folder = find_model(source, weights=weights, revision=revision)
         options: dict[str, Any] = {"with_denoiser": with_denoiser, "attention": attention}
-        model = super().from_pretrained(folder, num_classes=num_classes, **options)
+        load = partial(super().from_pretrained, num_classes=num_classes, **options)
+        model = load_model(source, load, weights=weights, revision=revision)
         assert model.card is not None
         if scores := scores_of(Path(source), model.card):
             model.card.origin["scores"] = scores

@@ -1,8 +1,9 @@
 """Sources of a model: a model folder, a run directory, or the hub."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -10,10 +11,22 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from iccld.models.best_model import best_of
 from iccld.models.model_card import CARD_NAME, MAX_BYTES, WEIGHTS_NAME
 
+Model = TypeVar("Model")
 HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
 MODEL_FILES = (CARD_NAME, WEIGHTS_NAME)
 MAX_WEIGHTS = 64 << 30
 """The most bytes of weights that are fetched: more than any model of this kind has."""
+
+
+def load_model(source: str | Path, load: Callable[[Path], Model], *, weights: str = "teacher", **options: Any) -> Model:
+    """Load the model that `find_model` finds; once more where a training has replaced its best teacher meanwhile."""
+    folder = find_model(source, weights=weights, **options)
+    try:
+        return load(folder)
+    except (ValueError, OSError):
+        if weights != "best" or (newer := find_model(source, weights=weights, **options)) == folder:
+            raise
+        return load(newer)
 
 
 def find_model(
@@ -50,7 +63,8 @@ def _best_of(run_dir: Path, stages: Sequence[str]) -> Path:
     """The best teacher of the last stage that there is, which has to have one."""
     there = {path.parent.name for part in ("final", "best") for path in run_dir.glob(f"*/{part}")}
     names = [name for name in stages or sorted(there, reverse=True) if name in there]
-    found = best_of(run_dir / names[0]) if names else None
+    best = (best_of(run_dir / name) for name in names[:1] * 2)  # a second look: it may be replaced within the first
+    found = next(filter(None, best), None)
     if found is None:
         stage = names[0] if names else "stageN"
         raise ValueError(

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from functools import partial
 from pathlib import Path
 
 DESCRIPTION = """\
@@ -41,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from iccld.inference.files import expanded, predict_files
     from iccld.inference.model import ICCLD, moved
-    from iccld.inference.source import find_model
+    from iccld.inference.source import load_model
     from iccld.inference.video import is_video, predict_video
     from iccld.models.settings import AttentionBackend
     from iccld.solver import Solver
@@ -53,8 +54,8 @@ def run(arguments: argparse.Namespace) -> int:
     if videos and (len(inputs) > 1 or arguments.probabilities):
         raise ValueError(f"predict: {videos[0]} is a video, which is predicted alone, and without --probabilities.")
     attention = AttentionBackend[arguments.attention]
-    folder = find_model(arguments.model, weights=arguments.weights, stages=[*STAGES][::-1])
-    model = ICCLD.from_pretrained(folder, attention=attention)
+    load = partial(ICCLD.from_pretrained, attention=attention)
+    model = load_model(arguments.model, load, weights=arguments.weights, stages=[*STAGES][::-1])
     segment = moved(model, arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")).segmenter(
         num_steps=arguments.num_steps,
         size=size,

@@ -10,7 +10,8 @@ import torch
 
 from iccld.cli import main
 from iccld.config import Config, config_from, load_config
-from iccld.inference.source import find_model
+from iccld.inference import source
+from iccld.inference.source import find_model, load_model
 from iccld.models.best_model import best_of, score_of
 from iccld.models.iccld import ICCLD
 from iccld.programs.run import best
@@ -105,6 +106,25 @@ def test_one_that_cannot_be_removed_ends_no_training(
         assert keep(model, config, step=2, miou=2.0) == ["step_00000001", "step_00000002"]
     found = best_of(tmp_path / "run/stage1")
     assert found and found.name == "step_00000002" and keep(model, config, step=3, miou=1.0) == ["step_00000002"]
+
+
+def test_one_that_is_replaced_before_it_is_read_is_looked_for_again(
+    model: ICCLD, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def load(folder: Path) -> str:
+        keep(model, config, step=2, miou=2.0)
+        assert ICCLD.from_pretrained(folder).card
+        return folder.name
+
+    keep(model, config, step=1, miou=1.0)
+    assert load_model(tmp_path / "run", load, weights="best") == "step_00000002"
+    looks = iter([None, tmp_path / "run/stage1/best/step_00000002"])
+    with monkeypatch.context() as patched:
+        patched.setattr(source, "best_of", lambda _: next(looks))
+        assert find_model(tmp_path / "run", weights="best").name == "step_00000002"
+    (tmp_path / "run/stage1/best/step_00000002/model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"model\.safetensors is missing"):
+        load_model(tmp_path / "run", ICCLD.from_pretrained, weights="best")
 
 
 @pytest.mark.parametrize("is_link", [False, True])
