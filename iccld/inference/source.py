@@ -41,12 +41,16 @@ def find_model(
     """
     if weights not in ("teacher", "student", "best"):
         raise ValueError(f"weights={weights!r} must be teacher, student or best.")
-    folder = Path(source)
-    if not folder.exists() and isinstance(source, str) and HUB_ID.fullmatch(source) and not source.startswith("."):
-        return _from_hub(source, revision)
+    folder, is_id = Path(source), isinstance(source, str) and HUB_ID.fullmatch(source) and not source.startswith(".")
+    is_of_hub = is_id and not folder.exists()
+    if weights != "teacher" and (is_of_hub or (folder / CARD_NAME).is_file()):
+        what = "no folder here, so a model of the hub" if is_of_hub else "a model folder"
+        raise ValueError(f"weights={weights} is of a run, and {source} is {what}; give the run, or leave it out.")
+    if is_of_hub:
+        return _from_hub(str(source), revision)
     if revision is not None:
         raise ValueError(f"revision={revision!r} is of a model on the hub, and {source} is a folder; leave it out.")
-    if weights == "best" and not (folder / CARD_NAME).is_file():
+    if weights == "best":
         return _best_of(folder, stages)
     names = stages or sorted((path.parents[1].name for path in folder.glob(f"*/final/{weights}")), reverse=True)
     finals = [folder / name / "final" / weights for name in names]

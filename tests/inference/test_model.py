@@ -210,3 +210,10 @@ def test_a_run_directory_gives_its_last_finished_stage_and_the_weights_asked_for
         ICCLD.from_pretrained(tmp_path, weights="both")
     with pytest.raises(ValueError, match="neither a model folder"):
         ICCLD.from_pretrained(tmp_path / "stage1")
+
+
+@pytest.mark.parametrize("weights", ["student", "best"])
+def test_one_model_has_no_other_weights(folder: Path, weights: str):
+    for source, what in ((folder, "a model folder"), (str(folder), "a model folder"), ("me/model", "no folder here")):
+        with pytest.raises(ValueError, match=f"^weights={weights} is of a run, and {source} is {what}"):
+            ICCLD.from_pretrained(source, weights=weights)

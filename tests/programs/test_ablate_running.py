@@ -316,3 +316,12 @@ def test_settings_that_train_would_refuse_are_refused_before_anything_runs(setti
         open_ablation(grid, Path("nowhere"), num_ranks=1)
     assert words in str(caught.value)
     assert not Path("nowhere").exists()
+
+
+@pytest.mark.parametrize("given", ["--processes 2", "--no-pictures", "--report-only"])
+def test_what_has_no_effect_on_jobs_is_refused(capsys: pytest.CaptureFixture[str], given: str):
+    words = ["ablate", "no_grid.yaml", "--output", "nowhere"]
+    assert main([*words, "--slurm", "settings.yaml", *given.split()]) == 2
+    error = capsys.readouterr().err
+    assert f"{given} with --slurm: nothing is trained or reported here" in error and error.count("\n") == 1
+    assert main([*words, *given.split()]) == 2 and "--slurm" not in capsys.readouterr().err

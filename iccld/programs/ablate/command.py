@@ -41,6 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
     for name in ("processes", "ranks"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"--{name} {getattr(arguments, name)} must be at least 1.")
+    _refuse_beside_slurm(arguments)
     typed = shlex.join(["iccld", "ablate", str(arguments.grid), "--output", str(arguments.output)])
     options = f" --ranks {arguments.ranks}" if arguments.ranks > 1 else ""
     ablation = open_ablation(
@@ -53,6 +54,17 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.report_only:
         return _report(ablation, arguments)
     return _train(ablation, arguments)
+
+
+def _refuse_beside_slurm(arguments: argparse.Namespace) -> None:
+    """Refuse options of training and reporting here where jobs are submitted. Raises ValueError."""
+    options = {
+        f"--processes {arguments.processes}": arguments.processes > 1,
+        "--no-pictures": arguments.no_pictures,
+        "--report-only": arguments.report_only,
+    }
+    if arguments.slurm and (given := [option for option, is_given in options.items() if is_given]):
+        raise ValueError(f"{', '.join(given)} with --slurm: nothing is trained or reported here; leave one out.")
 
 
 def _print_states(ablation: "Ablation") -> int:
