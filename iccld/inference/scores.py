@@ -21,7 +21,7 @@ def scores_of(run_dir: Path, card: ModelCard) -> list[dict[str, Any]]:
             checksums = results["about"]["sha256"]
             if card.weights_sha256 and card.weights_sha256 in checksums:
                 found += _tables(results, path.name, position=checksums.index(card.weights_sha256))
-        except (ValueError, TypeError, KeyError, AttributeError, OSError):
+        except (ValueError, TypeError, LookupError, AttributeError, OSError):
             continue
     return found
 

@@ -72,8 +72,9 @@ def _data(origin: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _scores(card: ModelCard) -> Iterator[str]:
-    tables = card.origin.get("scores")
-    if not isinstance(tables, list) or not tables:
+    given = card.origin.get("scores")
+    tables = [table for table in given if _is_table(table)] if isinstance(given, list) else []
+    if not tables:
         yield "Not scored when this was written."
         return
     yield "IoU in per cent. Each column was computed by `iccld evaluate` with these weights, known by their checksum."
@@ -85,6 +86,14 @@ def _scores(card: ModelCard) -> Iterator[str]:
     for name in tables[0]["iou"]:
         yield f"| {_plain(name)} | " + " | ".join(_number(table["iou"].get(name)) for table in tables) + " |"
     yield from ("", *(f"- {_plain(table['name'])}: {_plain(table['provenance'])}." for table in tables))
+
+
+def _is_table(scores: Any) -> bool:
+    """Tell whether they are scores as `iccld evaluate` gives them; a stranger's may be anything."""
+    match scores:
+        case {"name": str(), "provenance": str(), "num_images": int(), "miou": float() | int() | None, "iou": dict()}:
+            return True
+    return False
 
 
 def _training(card: ModelCard) -> Iterator[str]:
@@ -117,7 +126,7 @@ def _licences(card: ModelCard) -> Iterator[str]:
 def _number(value: Any) -> str:
     if value is None:
         return "-"
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
+    return f"{value:.2f}" if isinstance(value, float) else _plain(value)
 
 
 def _plain(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -9,6 +10,7 @@ from iccld.cli import main
 from iccld.inference.model import ICCLD
 from iccld.inference.scores import scores_of
 from iccld.labels import CITYSCAPES_NAMES, CITYSCAPES_PALETTE
+from iccld.models.model_card import ModelCard, ModelStage
 from iccld.models.readme import describe
 from tests.models.factory import tiny_model
 
@@ -34,3 +36,23 @@ def test_a_model_is_scored_on_any_set_and_nothing_is_overwritten(
     text = (tmp_path / "again/README.md").read_text()
     assert "Not scored" not in text and f" | {scores['stage1']['miou']:.2f} |" in text
     assert f"report/{found['validation'][0].name}" in text and "| target_labelled | validation |" in text
+
+
+def card_with(**origin: Any) -> ModelCard:
+    return ModelCard(2, ModelStage.segmentation, ["road"], [[0, 0, 0]], {}, origin, weights_sha256="a" * 64)
+
+
+@pytest.mark.parametrize("models", [[], ["model"], "model", None])
+def test_a_file_of_scores_that_names_fewer_models_is_passed_over(tmp_path: Path, models: Any):
+    (tmp_path / "report").mkdir()
+    about = {"sha256": ["b" * 64, "a" * 64], "models": models}
+    (tmp_path / "report/results.json").write_text(json.dumps({"about": about}))
+    assert scores_of(tmp_path, card_with()) == []
+
+
+def test_a_page_shows_the_scores_that_are_whole_and_no_others():
+    whole = {"name": "val", "num_images": 2, "miou": None, "iou": {"road": 50.0, "sky": "a|b"}, "provenance": "seed 0"}
+    broken = [whole | {key: [1]} for key in whole] + [{k: whole[k] for k in whole if k != key} for key in whole]
+    text = describe(card_with(scores=[*broken, "scores", whole, None]))
+    assert "|  | val |\n|---|---|\n| images | 2 |\n| mIoU | - |\n| road | 50.00 |\n| sky | a b |\n" in text
+    assert "Not scored" in describe(card_with(scores=broken))
