@@ -1,5 +1,6 @@
 """The text of job scripts: launch/slurm holds what `sbatch_text` writes, and no name breaks out of it."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -239,6 +240,20 @@ def test_a_chain_is_a_job_a_stage_and_one_for_the_scores():
     assert names == ("-stage1", "-stage2", "-scores")
     assert "stages=[stage1]" in works[0].arguments and "data.validation.shards=" in works[0].arguments
     assert list(works[2].arguments) == TRAIN
+
+
+def test_a_chain_that_is_refused_on_the_way_names_the_jobs_that_wait_already(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    (sbatch := tmp_path / "sbatch").write_text("""#!/bin/sh
+case "$2" in *-scores.sbatch) echo "Job violates\nQOS" >&2; exit 1;; *stage2*) echo "12;cluster";; *) echo 7;; esac
+""")
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert main(["submit", "--chain", "train", "model=tiny", "dataset=scenes", f"run_dir={tmp_path}/run"]) == 2
+    error = capsys.readouterr().err
+    assert error.endswith("Job violates QOS; the jobs before it are submitted; to cancel them: scancel 7 12\n")
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(

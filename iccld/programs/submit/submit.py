@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
@@ -77,6 +78,7 @@ def submit_jobs(arguments: argparse.Namespace) -> str:
     )  # fmt: skip
     if not arguments.dry_run:
         _prepare(jobs[0][1])
+    submitted: list[str] = []
     for suffix, work in jobs:
         name = config.job_name + suffix
         work, secrets = hide_secrets(name, work)
@@ -87,9 +89,10 @@ def submit_jobs(arguments: argparse.Namespace) -> str:
         else:
             for path, words in secrets.items():
                 write_secrets(path, words)
-        job = f"JOB_OF_{re.sub('[^A-Za-z0-9]', '_', name)}" if arguments.dry_run else _sbatch(name, text, work)
-        config = replace(config, after=(job,))
-    return config.after[0]
+        dry = f"JOB_OF_{re.sub('[^A-Za-z0-9]', '_', name)}"
+        submitted.append(dry if arguments.dry_run else _sbatch(name, text, work, before=submitted))
+        config = replace(config, after=(submitted[-1],))
+    return submitted[-1]
 
 
 def _prepare(work: Work) -> None:
@@ -106,13 +109,14 @@ def _prepare(work: Work) -> None:
     write_whole(run_dir / "code_version.txt", code_version(__version__))
 
 
-def _sbatch(name: str, text: str, work: Work) -> str:
-    """Submit, say where it can be followed, and return the job's number."""
+def _sbatch(name: str, text: str, work: Work, *, before: Sequence[str]) -> str:
+    """Submit, say where it can be followed, and return the job's number. `before`: the jobs that are submitted."""
     script = Path(work.run_dir) / "slurm" / f"{name}.sbatch"
     write_whole(script, text)
     done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise ValueError(f"sbatch refused {script}: {' '.join(done.stderr.split())}")
+        left = f"; the jobs before it are submitted; to cancel them: scancel {' '.join(before)}" if before else ""
+        raise ValueError(f"sbatch refused {script}: {' '.join(done.stderr.split())}{left}")
     job = done.stdout.strip().split(";")[0]
     log = f"{name}-{job}{'_N' if work.variants else ''}.log"
     print(f"job {job}: {name}, log {work.run_dir}/logs/{log}", flush=True)
