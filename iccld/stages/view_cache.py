@@ -31,6 +31,11 @@ from iccld.stages.named import Tensors
 FORMAT = 1
 IS_HIT = "is_hit"
 """The name of a scalar beside the views: 1 if they were read, 0 if they were computed."""
+_NOT_KEPT = {
+    "full": "is used up: the other views are",
+    "too_large": "has less room for one entry than the views of a micro-batch take, so raise it: they are",
+}
+"""Reasons why the store did not keep views, by its counters."""
 _OF_IMAGES = ("images", "labels", "valid", "keys")
 _MAX_PENDING = 4
 _ALIGNMENT = 16
@@ -54,8 +59,8 @@ class Store(Protocol):
 class ViewCache:
     """Cache of what `make` gives for a micro-batch: it reads it from the store, or computes and stores it.
 
-    `identity` says what the views depend on besides the numbers: networks, settings, data. `report` is told once when
-    the store is full. fp32 is kept as fp16, all else unchanged.
+    `identity` says what the views depend on besides the numbers: networks, settings, data. `report` is told once why
+    the store keeps no more. fp32 is kept as fp16, all else unchanged.
     """
 
     def __init__(
@@ -63,7 +68,7 @@ class ViewCache:
     ) -> None:
         self.num_samples, self.store, self.identity, self.report = num_samples, store, identity, report
         self._writer, self._pending = ThreadPoolExecutor(1, "view cache"), deque[Future[None]]()
-        self._is_full = False
+        self._unsaid = {*_NOT_KEPT}
 
     def __deepcopy__(self, memo: Any) -> None:
         """Return None: a copy of a stage is made to count or to try, and must neither read nor write the cache."""
@@ -113,9 +118,9 @@ class ViewCache:
                     f"set stage2.cache.num_samples=0."
                 )
         self.store.put(key, _pack(kept))
-        if self.store.counters["full"] and not self._is_full:
-            self._is_full = True
-            self.report("stage2.cache.max_gib is used up: the other views are computed each time they are seen.")
+        for why in self._unsaid & {name for name in _NOT_KEPT if self.store.counters[name]}:
+            self._unsaid.remove(why)
+            self.report(f"stage2.cache.max_gib {_NOT_KEPT[why]} computed each time they are seen.")
 
 
 class _Kept(NamedTuple):

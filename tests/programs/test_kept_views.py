@@ -85,7 +85,9 @@ def test_files_stay_within_the_room_given(tmp_path: Path) -> None:
     assert files is not None
     for number in range(100):
         files.put(str(number), bytes(1 << 19))
-    assert files.counters["full"] > 0
+    assert files.counters["full"] > 0 and files.counters["too_large"] == 0
+    files.put("large", bytes(1 << 20))
+    assert files.counters["too_large"] == 1
     kept = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in kept) <= 1 << 24
     assert sum(files.get(str(number)) is not None for number in range(100)) == files.counters["puts"] > 10

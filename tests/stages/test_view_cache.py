@@ -28,17 +28,17 @@ NUM_SAMPLES = 8
 
 
 class Memory(dict[str, bytes]):
-    """A store with room for `most` entries."""
+    """A store with room for `most` entries, and for what it has not, the counter `why`."""
 
-    def __init__(self, most: int = 1000) -> None:
+    def __init__(self, most: int = 1000, why: str = "full") -> None:
         super().__init__()
-        self.most, self.counters = most, {"full": 0}
+        self.most, self.why, self.counters = most, why, {"full": 0, "too_large": 0}
 
     def put(self, key: str, data: bytes) -> None:
         if len(self) < self.most:
             self[key] = data
         else:
-            self.counters["full"] += 1
+            self.counters[self.why] += 1
 
     def discard(self, key: str) -> None:
         self.pop(key, None)
@@ -178,13 +178,17 @@ def test_what_fp16_does_not_hold_is_refused(value: float) -> None:
         cache.finish()
 
 
-def test_a_full_store_is_said_once() -> None:
+@pytest.mark.parametrize(
+    ("why", "what"),
+    [("full", "is used up: the other"), ("too_large", "has less room for one entry than the views")],
+)
+def test_why_views_are_not_kept_is_said_once(why: str, what: str) -> None:
     said: list[str] = []
-    cache = ViewCache(NUM_SAMPLES, Memory(1), identity="a", report=said.append)
+    cache = ViewCache(NUM_SAMPLES, Memory(1, why), identity="a", report=said.append)
     for first in (0, 2, 4):
         cache(batch_of(first), lambda batch: {"z": torch.ones(3)})
     cache.finish()
-    assert said == ["stage2.cache.max_gib is used up: the other views are computed each time they are seen."]
+    assert len(said) == 1 and said[0].startswith(f"stage2.cache.max_gib {what}")
 
 
 def test_a_slow_disk_is_not_waited_for() -> None:

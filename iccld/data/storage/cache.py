@@ -62,8 +62,9 @@ class CacheConfig:
 class SampleCache:
     """Bytes by key. Entries may be old or another process's: verify them, and `discard` bad ones.
 
-    `counters`: hits, misses, puts, evictions; `full`, puts for which there was no room; `busy`, those that would have
-    waited for another process; `failures` of the disk. Raises ValueError if the folder cannot be used.
+    `counters`: hits, misses, puts, evictions; `full`, puts for which there was no room; `too_large`, those for which
+    there never is; `busy`, those that would have waited for another process; `failures` of the disk. Raises ValueError
+    if the folder cannot be used.
     """
 
     setting, contents, without = "data.cache", "samples", "samples come from the storage"
@@ -74,7 +75,7 @@ class SampleCache:
 
     def __init__(self, config: CacheConfig) -> None:
         self.config = config
-        self.counters = Counters(hits=0, misses=0, puts=0, evictions=0, full=0, busy=0, failures=0)
+        self.counters = Counters(hits=0, misses=0, puts=0, evictions=0, full=0, too_large=0, busy=0, failures=0)
         self._bucket_bytes = int(config.max_gib * 2**30) // self.num_buckets
         self._folder = Path(config.folder)
         self._samples = self._folder / self.contents
@@ -107,7 +108,7 @@ class SampleCache:
         if not self._writes:
             return
         if size > self._bucket_bytes:
-            self.counters.add(full=1)
+            self.counters.add(too_large=1)
             return
         path = self._path(key)
         try:
