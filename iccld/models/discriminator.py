@@ -9,13 +9,11 @@ from torch import Tensor, nn
 from iccld.models.blocks import TimeEmbedding
 from iccld.models.settings import DiscriminatorConfig
 
-NUM_DOMAINS = 3
-
 
 class Discriminator(nn.Module):
     """Timestep-aware patch classifier without normalisation, which would mix samples and hide contrast."""
 
-    def __init__(self, *, config: DiscriminatorConfig, in_channels: int, num_domains: int = NUM_DOMAINS) -> None:
+    def __init__(self, *, config: DiscriminatorConfig, in_channels: int, num_domains: int) -> None:
         super().__init__()
         widths = [config.width * 2**i for i in range(config.num_layers)]
         # Kernel 3 with padding halves any size rounding up, so that a latent of a few positions never vanishes.

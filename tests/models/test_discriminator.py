@@ -14,7 +14,7 @@ T = torch.tensor([0, 999])
 
 def make_discriminator() -> Discriminator:
     torch.manual_seed(0)
-    return Discriminator(config=DiscriminatorConfig(width=8), in_channels=4)
+    return Discriminator(config=DiscriminatorConfig(width=8), in_channels=4, num_domains=3)
 
 
 @pytest.mark.parametrize(("size", "out"), [((4, 8), (1, 1)), ((1, 1), (1, 1)), ((64, 64), (8, 8)), ((9, 17), (2, 3))])

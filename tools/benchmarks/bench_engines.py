@@ -29,14 +29,13 @@ from rich.table import Table
 from iccld.batch_layout import BatchLayout
 from iccld.config import load_config
 from iccld.data.processes import usable_cpus
-from iccld.models.discriminator import Discriminator
 from iccld.models.iccld import ICCLD
 from iccld.programs.run.synthetic import synthetic_batch
 from iccld.runtime.engine.engine import Engine, EngineKind
 from iccld.runtime.measure.peaks import wait_for
 from iccld.runtime.measure.profiling import PhaseTimer
 from iccld.runtime.settings import EngineConfig
-from iccld.stages.adversarial import AdversarialStage
+from iccld.stages.adversarial import AdversarialStage, new_discriminator
 from iccld.trainer import TrainingStep, attach
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,8 +54,9 @@ def make_stage(num_params: float) -> AdversarialStage:
         assert denoiser is not None
         if sum(p.numel() for p in denoiser.parameters()) >= num_params:
             torch.manual_seed(0)
-            discriminator = Discriminator(config=config.discriminator, in_channels=config.latent_channels)
-            return AdversarialStage(ICCLD(config=config, num_classes=19), discriminator, whole.stage2.objective, seed=0)
+            model, objective = ICCLD(config=config, num_classes=19), whole.stage2.objective
+            discriminator = new_discriminator(model, objective, config.discriminator)
+            return AdversarialStage(model, discriminator, objective, seed=0)
     raise ValueError(f"--params: no denoiser has {num_params / 1e6:g} million; use fewer.")
 
 

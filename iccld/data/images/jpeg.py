@@ -12,7 +12,6 @@ import numpy as np
 
 from iccld.data.images.orientation import UPRIGHT, read_orientation
 
-MAGIC = b"\xff\xd8\xff"
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF0-15
 _USUAL_FRAMES = frozenset((0xC0, 0xC1, 0xC2, 0xC9, 0xCA))
 _ALONE = frozenset((0x01, *range(0xD0, 0xD9)))  # markers that nothing belongs to

@@ -8,11 +8,11 @@ b.tar ── index_shard ── indexing/000001.npy ─┼── samples ── 
 import os
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -64,7 +64,6 @@ def build_index(
     folder: str | Path,
     *,
     dataset: str = "",
-    settings: Mapping[str, Any] | None = None,
     num_workers: int = 1,
     accept_bad: bool = False,
     image_extension: str = "",
@@ -95,9 +94,8 @@ def build_index(
         if not len(samples) and not problems:
             seen = "".join(f"; {line}" for line in passed_over.lines())
             raise ValueError(f"{folder}: its {len(found.tars)} tars hold no samples{seen}.")
-        about = {**(settings or {}), "left_out": len(problems)}
-        how = {"dataset": dataset, "settings": about, "classes": classes.plain if classes else None}
-        index = finish_index(folder, samples, shards=found.tars, **how) if accepted else None
+        how = {"settings": {"left_out": len(problems)}, "classes": classes.plain if classes else None}
+        index = finish_index(folder, samples, dataset=dataset, shards=found.tars, **how) if accepted else None
         clear(work)
     return IndexResult(index, problems, passed_over)
 

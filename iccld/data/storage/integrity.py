@@ -46,9 +46,9 @@ def raise_damage() -> None:
         raise ValueError(_damage[0])
 
 
-def check(index: ShardIndex, *, share: float = 1.0) -> None:
+def check(index: ShardIndex) -> None:
     """Check the files of an index. Raises ValueError, naming file and remedy, if they differ from its header."""
-    for path, what in faults(index, share=share):
+    for path, what in faults(index):
         raise ValueError(f"{path}: {what}; {index.remedy}.")
 
 

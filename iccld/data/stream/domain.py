@@ -23,6 +23,8 @@ from iccld.strides import LATENT_STRIDE
 
 MAX_REPLACEMENTS = 100
 CROP_TRIES = 10
+FULL_MERIT = 3
+"""The highest score of `source_merit`."""
 
 DomainBatch = dict[str, Any]
 """One domain's part of a micro-batch."""
@@ -224,21 +226,20 @@ def draw_crop(
     flip_probability: float,
     generator: np.random.Generator,
     merit: Callable[[Crop], int] | None = None,
-    full_merit: int = 3,
 ) -> Crop:
     """Draw a crop uniformly. Sizes are (height, width); `flip_probability` is that of mirroring.
 
-    With `merit`, up to 10 crops are drawn until one reaches `full_merit`; if none does, the first of the best is taken.
+    With `merit`, up to 10 crops are drawn until one reaches FULL_MERIT; if none does, the first of the best is taken.
     """
     flipped = bool(generator.random() < flip_probability)
     best, best_merit = None, -1
     for _ in range(CROP_TRIES):
         top, left = (int(generator.integers(image_size[i] - crop_size[i] + 1)) for i in (0, 1))
         crop = Crop(top, left, flipped)
-        value = full_merit if merit is None else merit(crop)
+        value = FULL_MERIT if merit is None else merit(crop)
         if value > best_merit:
             best, best_merit = crop, value
-        if best_merit >= full_merit:
+        if best_merit >= FULL_MERIT:
             break
     assert best is not None
     return best

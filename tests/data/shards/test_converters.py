@@ -232,4 +232,4 @@ def test_labels_without_image_are_found(tmp_path: Path) -> None:
     (image,) = (tmp_path / "leftImg8bit" / "train" / "city1").iterdir()
     image.unlink()
     lost = ["gtFine/train/city1/city1_000001_000019_gtFine_labelIds.png"]
-    assert open_converter("cityscapes", tmp_path, split="train").labels_without_image() == lost
+    assert open_converter("cityscapes", tmp_path, split="train").survey().spare_labels == lost

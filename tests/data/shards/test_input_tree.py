@@ -54,7 +54,7 @@ def test_a_target_set_of_ones_own_is_one_line(tmp_path: Path) -> None:
     }
     converter = open_converter(str(tmp_path / "mine.yml"), write_folder(tmp_path / "in", files))
     assert [(pair.key, pair.label) for pair in converter.pairs()] == [("1/x", None), ("2/y", None)]
-    assert converter.labels_without_image() == []
+    assert converter.survey().spare_labels == []
     described = converter.describe()
     assert json.loads(json.dumps(described)) == described and described["images"] == "drive_{n}/{frame}.{suffix}"
 

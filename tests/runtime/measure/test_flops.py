@@ -96,7 +96,7 @@ def test_denoiser_counts_no_recomputation(checkpointing: bool) -> None:
 
 
 def test_discriminator() -> None:
-    discriminator = Discriminator(config=DiscriminatorConfig(width=8), in_channels=4)
+    discriminator = Discriminator(config=DiscriminatorConfig(width=8), in_channels=4, num_domains=3)
     assert_counts_alike(discriminator, torch.randn(2, 4, 9, 12), torch.tensor([1, 900]))
 
 

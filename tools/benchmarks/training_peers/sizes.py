@@ -7,13 +7,12 @@ import torch
 
 from iccld.batch_layout import BatchLayout
 from iccld.config import Config, load_config
-from iccld.models.discriminator import Discriminator
 from iccld.models.iccld import ICCLD
 from iccld.programs.run.building import noise_of
 from iccld.programs.run.synthetic import synthetic_batch
 from iccld.runtime.engine.engine import Engine
 from iccld.runtime.measure.profiling import PhaseTimer
-from iccld.stages.adversarial import AdversarialStage
+from iccld.stages.adversarial import AdversarialStage, new_discriminator
 from iccld.stages.base import Stage
 from iccld.stages.segmentation import SegmentationStage
 from iccld.trainer import TrainingStep, attach
@@ -87,7 +86,7 @@ def make_stage(name: str, config: Config, device: torch.device) -> Stage:
         model = ICCLD(config=config.model, num_classes=NUM_CLASSES, with_denoiser=False).to(device)
         return SegmentationStage(model, config.stage1.objective, seed=config.seed)
     model = ICCLD(config=config.model, num_classes=NUM_CLASSES).to(device)
-    discriminator = Discriminator(config=config.model.discriminator, in_channels=config.model.latent_channels)
+    discriminator = new_discriminator(model, config.stage2.objective, config.model.discriminator)
     return AdversarialStage(model, discriminator.to(device), config.stage2.objective, seed=config.seed)
 
 

@@ -99,10 +99,6 @@ class Converter:
         """Return all pairs of the split, sorted by the image's path. Raises ValueError if there are none."""
         return self.survey().pairs
 
-    def labels_without_image(self) -> list[str]:
-        """Return the label files of the split that belong to no image, sorted."""
-        return self.survey().spare_labels
-
     def _label_files(self, labels: Pattern, images: Sequence[str], not_seen: NotSeen) -> list[str]:
         """Return the files in the folders of labels, which may be those of images too."""
         inside = fold(f"{labels.folder}/") if labels.folder else ""
