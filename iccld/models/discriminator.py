@@ -1,6 +1,6 @@
-"""The discriminator classifies the domain that a predicted noise (or another input of latent shape) comes from.
+"""The discriminator classifies the domain that its input comes from: source, target and mostly mixed.
 
-`B C h w` input. The domains are source, target and mostly mixed.
+The input, `B C h w`, is the predicted noise or clean latent, the denoiser's features, or the predicted map.
 """
 
 import torch.nn.functional as F

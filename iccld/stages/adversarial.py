@@ -121,7 +121,7 @@ class AdversarialStage(Stage):
         config = self.config
         ramp = min(1.0, (step + 1) / max(1, config.adversarial_ramp_steps))
         return {
-            "domains": torch.arange(3, device=device).repeat_interleave(count),
+            "domains": torch.arange(len(DOMAINS), device=device).repeat_interleave(count),
             "diffusion_weights": torch.cat([torch.full((count,), w, device=device) for w in config.domain_weights]),
             "adversarial_weight": torch.full((), ramp * config.adversarial_weight, device=device),
         }

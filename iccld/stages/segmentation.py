@@ -194,7 +194,7 @@ class SegmentationStage(Stage):
 
     def _mask_latent_draws(self, source: Mapping[str, Any]) -> dict[str, Tensor]:
         labels, numbers = source["labels"], source["numbers"]
-        shape = (self.model.config.latent_channels, labels.shape[1] // 8, labels.shape[2] // 8)
+        shape = self.model.latent_shape(labels.shape[1], labels.shape[2])
         drop = rng.uniform(1, seed=self.seed, purpose="connection drop", numbers=numbers)[:, 0]
         noise = keyed_noise(source, MASK_LATENT_NOISE, shape, seed=self.seed)
         keep = rng.to_device(drop >= self.config.mask_latent_drop, labels.device)

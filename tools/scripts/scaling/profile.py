@@ -77,8 +77,6 @@ def log_spread(seconds: Sequence[float]) -> float:
 
     It is estimated by the 90th percentile of the changes of their logarithms, which spread by the square root of 2
     more.
-
-    By the 90th percentile of the changes of their logarithms, which spread by the square root of 2 more.
     """
     changes = [abs(math.log(after / before)) for before, after in pairwise(seconds)]
     if len(changes) < 2:
