@@ -47,6 +47,11 @@ def parse_json(data: bytes | str, where: str) -> Any:
         raise ValueError(f"{where} is not JSON ({_short(error)}).") from error
 
 
+def is_count(value: Any) -> bool:
+    """Tell whether a value is a whole number from 0 on, which a float, too, holds exactly."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 53
+
+
 def read_secrets(path: Path) -> list[str]:
     """Read the `key=value` lines of a file that only its owner can read. Raises ValueError if others can too."""
     lines = read_limited(path).decode().splitlines()

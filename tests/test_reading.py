@@ -6,7 +6,7 @@ import pytest
 
 from iccld.programs.evaluate.results import read_results
 from iccld.programs.run.event_times import read_events
-from iccld.reading import read_json, read_limited
+from iccld.reading import is_count, read_json, read_limited
 from iccld.runtime.checkpoint.manifest import MANIFEST, DamagedError, read_manifest
 
 
@@ -61,3 +61,8 @@ def test_endless_files_end_no_reader(tmp_path: Path, kind: str) -> None:
     os.truncate(tmp_path / name, 1 << 40)
     with pytest.raises((ValueError, DamagedError)):
         read(tmp_path)
+
+
+def test_a_count_is_a_whole_number_that_a_float_holds() -> None:
+    assert all(map(is_count, (0, 1, 2**53 - 1)))
+    assert not any(map(is_count, (-1, 1.0, True, "1", None, 2**53, float("inf"))))

@@ -11,7 +11,7 @@ from rich.table import Table
 from iccld.durable import make_folder, replacing, write_whole
 from iccld.outcome import naming
 from iccld.programs.run.event_times import read_events, straightened
-from iccld.programs.run.ledger import CATEGORIES, Attempt, attempts, total_of
+from iccld.programs.run.ledger import CATEGORIES, Attempt, attempts, hours, total_of
 
 DESCRIPTION = """\
 Show what became of the wall time of a run.
@@ -25,23 +25,18 @@ MAX_BARS = 30
 def tables_of(found: list[Attempt]) -> list[Table]:
     total = total_of(found)
     wall = max(sum(total.values()), 1e-9)
-    title = f"goodput {100 * total['training'] / wall:.1f} % of {_hours(wall)} in {len(found)} attempts"
+    title = f"goodput {100 * total['training'] / wall:.1f} % of {hours(wall)} in {len(found)} attempts"
     overview = Table("", "h:mm:ss", "%", "", title=title)
     for name, (meaning, _) in CATEGORIES.items():
-        overview.add_row(name, _hours(total[name]), f"{100 * total[name] / wall:.1f}", meaning)
+        overview.add_row(name, hours(total[name]), f"{100 * total[name] / wall:.1f}", meaning)
     each = Table("launched", "down before", "steps", "redone", "lasted", "last event", title="attempts")
     for attempt in found:
         began = time.strftime("%F %T", time.localtime(attempt.began))
         lasted = attempt.ended - attempt.began
         redone = f"{100 * attempt.seconds['redone'] / max(lasted, 1e-9):.0f} % of its time"
-        row = (_hours(attempt.seconds["down"]), str(attempt.num_steps), redone, _hours(lasted), attempt.last)
+        row = (hours(attempt.seconds["down"]), str(attempt.num_steps), redone, hours(lasted), attempt.last)
         each.add_row(began, *row)
     return [overview, each]
-
-
-def _hours(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
 def draw(found: list[Attempt], path: Path) -> None:

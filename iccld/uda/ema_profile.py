@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from iccld.uda.settings import average_name, check_width
+from iccld.uda.teacher import own_part
 
 
 class Profile(NamedTuple):
@@ -94,8 +95,8 @@ class PowerAverages:
         for prefix, averages in self.averages.items():
             if averages.keys() != parameters.keys():
                 raise ValueError(_other_names(averages, parameters))
-            held = [_local(average) for average in averages.values()]
-            current = [_local(parameters[name].detach()).to(torch.float32) for name in averages]
+            held = [own_part(average) for average in averages.values()]
+            current = [own_part(parameters[name]).to(torch.float32) for name in averages]
             weight = 1.0 - decay(step, gamma=self.gammas[prefix])
             torch._foreach_lerp_(held, current, weight)  # pyright: ignore[reportPrivateImportUsage]
 
@@ -107,11 +108,6 @@ class PowerAverages:
 def _columns(profiles: Sequence[Profile]) -> tuple[np.ndarray, np.ndarray]:
     steps = np.array([profile.step for profile in profiles], dtype=np.float64)
     return steps, np.array([exponent(profile.width) for profile in profiles])
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """Return what this rank holds. A method tells a DTensor: to import its class takes most of a second."""
-    return getattr(tensor, "to_local", lambda: tensor)()
 
 
 def _other_names(own: Iterable[str], other: Iterable[str]) -> str:

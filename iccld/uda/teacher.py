@@ -29,8 +29,8 @@ class Teacher(Generic[ModuleT]):
     def update(self, student: ModuleT, step: int) -> None:
         """Move towards the student after optimiser step `step`."""
         weight = 1.0 - ema_decay(step, max_decay=self.max_decay)
-        averages = [_local(p) for p in self.module.parameters()]
-        current = [_local(p).to(a.dtype) for a, p in zip(averages, student.parameters(), strict=True)]
+        averages = [own_part(p) for p in self.module.parameters()]
+        current = [own_part(p).to(a.dtype) for a, p in zip(averages, student.parameters(), strict=True)]
         torch._foreach_lerp_(averages, current, weight)  # pyright: ignore[reportPrivateImportUsage]
         for average, buffer in zip(self.module.buffers(), student.buffers(), strict=True):
             average.copy_(buffer)
@@ -39,7 +39,7 @@ class Teacher(Generic[ModuleT]):
         return self.module.state_dict()
 
 
-def _local(parameter: Tensor) -> Tensor:
+def own_part(parameter: Tensor) -> Tensor:
     """Return the rank's shard if student and teacher are sharded alike: no rank needs another's to average."""
     shard = getattr(parameter, "to_local", None)  # only a DTensor has it; importing the class takes long
     return shard().detach() if shard else parameter.detach()

@@ -7,6 +7,7 @@ from typing import Any
 
 from iccld.durable import is_real_folder
 from iccld.programs.report.markup import Markup, joined, section, swatch, table, tag
+from iccld.programs.run.ledger import hours
 from iccld.programs.run.metric_lines import number
 from iccld.programs.run.record import ABSENT, Record, differing, shown, words_of
 from iccld.programs.run.saved_scores import MEANS, SavedScores
@@ -48,12 +49,6 @@ def _standing(record: Record) -> dict[str, str]:
 
 def _score(score: tuple[str, float] | None) -> str:
     return NO_VALUE if score is None else f"{score[1]:.2f} % ({score[0]})"
-
-
-def hours(seconds: float) -> str:
-    """Write a duration as h:mm:ss."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
 def differences(records: Sequence[Record]) -> Markup:

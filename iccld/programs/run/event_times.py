@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from iccld.reading import MIB, read_limited
+from iccld.reading import MIB, is_count, read_limited
 
 MAX_BYTES = 1024 * MIB
 MOVED_S = 5.0  # a clock that moves by less is not reported
@@ -47,22 +47,18 @@ def _is_event(event: Event) -> bool:
         return False
     if kind == "launched":
         return _is_seconds(event.get("since", time))
-    if kind in ("started", "progress") and not (isinstance(event.get("stage"), str) and _is_count(event.get("step"))):
+    if kind in ("started", "progress") and not (isinstance(event.get("stage"), str) and is_count(event.get("step"))):
         return False
     if kind != "progress":
         return True
     seconds, num_steps = event.get("seconds"), event.get("num_steps")
-    if not isinstance(seconds, dict) or "total" not in seconds or not _is_count(num_steps) or num_steps == 0:
+    if not isinstance(seconds, dict) or "total" not in seconds or not is_count(num_steps) or num_steps == 0:
         return False
     return all(map(_is_seconds, seconds.values()))
 
 
 def _is_seconds(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < END_OF_TIME
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < END_OF_TIME
 
 
 def straightened(events: Iterable[Event]) -> tuple[list[Event], list[str]]:

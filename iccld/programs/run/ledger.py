@@ -113,3 +113,9 @@ def _steps(event: Event, resumed: int | None) -> dict[str, float]:
 def total_of(found: list[Attempt]) -> dict[str, float]:
     """Sum the seconds of all attempts, by category."""
     return {name: sum(attempt.seconds[name] for attempt in found) for name in CATEGORIES}
+
+
+def hours(seconds: float) -> str:
+    """Write a duration as h:mm:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

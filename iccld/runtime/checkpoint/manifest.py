@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from iccld.durable import NotOursError, file_checksum, is_plain_name, refuse_unless_plain, write_whole
-from iccld.reading import read_json, read_limited
+from iccld.reading import is_count, read_json, read_limited
 from iccld.runtime.checkpoint.dtypes import SAFETENSORS_CODES
 
 if TYPE_CHECKING:
@@ -118,12 +118,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def _fault(manifest: Mapping[str, Any]) -> str:
     """Say what is wrong with the step, the files and the tensors of a manifest, which may be a stranger's; else ""."""
     step, files, tensors = (manifest.get(name) for name in ("step", "files", "tensors"))
-    if not _is_count(step) or not isinstance(files, dict) or not isinstance(tensors, dict):
+    if not is_count(step) or not isinstance(files, dict) or not isinstance(tensors, dict):
         return "no step, files and tensors"
     for name, facts in files.items():
         if not is_plain_name(name):
             return f"{name!r} for a file's name, which would lie elsewhere"
-        if not isinstance(facts, dict) or not _is_count(facts.get("size")) or not isinstance(facts.get("sha256"), str):
+        if not isinstance(facts, dict) or not is_count(facts.get("size")) or not isinstance(facts.get("sha256"), str):
             return f"no size and checksum of {name}"
     match manifest:
         case {"stage": str(), "layout": {"engine": str(), "world_size": int()}}:
@@ -141,12 +141,8 @@ def _is_entry(entry: Any, files: Mapping[str, Any]) -> bool:
             rows = [piece for piece in pieces if isinstance(piece, list) and len(piece) == 3]
             is_whole = len(rows) == len(pieces) and all(isinstance(row[0], str) and row[0] in files for row in rows)
             counts = [*shape, *(number for row in rows for number in row[1:])]
-            return is_whole and dtype in SAFETENSORS_CODES and all(map(_is_count, counts))
+            return is_whole and dtype in SAFETENSORS_CODES and all(map(is_count, counts))
     return False
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def pointed_at(checkpoints: Path) -> str:
