@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from iccld import plain_yaml, schema, suggestions
+from iccld.batch_layout import BatchLayout
 from iccld.data.config import DataConfig
 from iccld.group_files import check_group_file, own_files, place_of, remedy_of
 from iccld.models.settings import ModelConfig
@@ -102,6 +103,14 @@ FREE_OF_A_STAGE = ("trainer.micro_batch_size", "trainer.checkpoint.", "trainer.e
 def trainer_settings(name: str, config: Config) -> TrainerConfig:
     """Return the length, batch and cadences of the stage of this name."""
     return getattr(config, name).trainer
+
+
+def layout_of(name: str, config: Config, *, world_size: int, rank: int = 0) -> BatchLayout:
+    """Divide the batch of the stage of this name among ranks. Raises ValueError, which names the setting."""
+    try:
+        return trainer_settings(name, config).layout(world_size=world_size, rank=rank)
+    except ValueError as error:
+        raise ValueError(f"{name}.{error}") from error
 
 
 def stage_settings(name: str, config: Config) -> "StageSettings[Any]":

@@ -4,13 +4,15 @@ import errno
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from iccld.config import Config, config_from
 from iccld.outcome import AGAIN, REFUSED, status_of
-from iccld.programs.run.checks import claim_run_dir, new_watchdog, together
+from iccld.programs.run.checks import check_settings, claim_run_dir, new_watchdog, together
 from iccld.runtime.faults.heartbeat import heartbeat_path, read_heartbeat
 from iccld.runtime.ranks import Ranks
 
@@ -74,6 +76,13 @@ def test_a_folder_is_the_same_however_it_is_spelt(tmp_path: Path, monkeypatch: p
         assert getattr(claim(place), key) == "runs/a" and (tmp_path / "new/config.yaml").read_bytes() == before
     with pytest.raises(ValueError, match=f"{key}: runs/a -> runs/b"):
         claim("runs/b")
+
+
+def test_scores_in_training_need_a_set_to_score_on():
+    config = config_from({}, where="test", overrides=["stage2.trainer.evaluate_every=5"])
+    engine: Any = SimpleNamespace(ranks=Ranks(), device=torch.device("cpu"), is_sharded=False)
+    with pytest.raises(ValueError, match=r"^stage2\.trainer\.evaluate_every is set, but data\.validation\.shards is"):
+        check_settings(config, engine)
 
 
 def test_evaluations_of_one_run_at_a_time_have_heartbeats_of_their_own(tmp_path: Path):

@@ -195,7 +195,8 @@ def test_a_run_without_snapshots_is_named_by_the_script(config: Config, tmp_path
     command = [sys.executable, str(ROOT / "tools/scripts/reconstruct_ema.py"), *arguments]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
-    assert done.stderr.startswith("reconstruct_ema: run/stage2/ema holds no snapshots; train with ema_profile.widths=")
+    words = "train with stage2.objective.ema_profile.widths="
+    assert done.stderr.startswith(f"reconstruct_ema: run/stage2/ema holds no snapshots; {words}")
 
 
 def test_an_unfinished_stage_is_named(tmp_path: Path):

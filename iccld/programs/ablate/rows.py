@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from iccld import __version__
-from iccld.config import Config, differences, load_config, read_config, trainer_settings
+from iccld.config import Config, differences, layout_of, load_config, read_config
 from iccld.durable import make_folder, write_whole
 from iccld.programs.ablate.grid import Grid
 from iccld.programs.ablate.tasks import Task
@@ -94,7 +94,7 @@ def _check(config: Config, after: str, *, num_ranks: int) -> None:
     if not after and first not in stages:
         raise ValueError(f"stages={stages} needs a stage 1; name the run that trains it, as in `after: NAME`.")
     for stage in stages:
-        trainer_settings(stage, config).layout(world_size=num_ranks)
+        layout_of(stage, config, world_size=num_ranks)
 
 
 def has_finished(ablation: Ablation, task: Task) -> bool:

@@ -84,7 +84,7 @@ def write_snapshot(
     if broken:
         raise ValueError(
             f"ema_profile: after step {step}, {', '.join(broken[:3])} is not finite in {dtype}; "
-            f"look for a diverged loss, or set ema_profile.widths=[]."
+            f"look for a diverged loss, or set {folder.parent.name}.objective.ema_profile.widths=[]."
         )
     make_folder(folder, within=folder.parent)
     path = folder / snapshot_name(step)
@@ -115,7 +115,8 @@ def read_snapshots(folder: Path) -> list[Snapshot]:
     paths = sorted(path for path in folder.glob("step_*.safetensors") if re.fullmatch(r"step_\d{8}", path.stem))
     if not paths:
         raise ValueError(
-            f"{folder} holds no snapshots; train with ema_profile.widths=[0.05,0.10] and ema_profile.snapshot_every."
+            f"{folder} holds no snapshots; train with {folder.parent.name}.objective.ema_profile.widths=[0.05,0.10] "
+            f"and .snapshot_every."
         )
     return [_read_header(path) for path in paths]
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from iccld.config import Config, read_config, stage_settings, to_yaml, trainer_settings
+from iccld.config import Config, layout_of, read_config, stage_settings, to_yaml, trainer_settings
 from iccld.data.stream.validation import read_validation
 from iccld.durable import (
     clear_away,
@@ -74,16 +74,17 @@ def together(check: Callable[[], None], ranks: Ranks) -> None:
 def check_settings(config: Config, engine: Engine) -> None:
     """Refuse settings that a later stage would fail on, before time is spent on an earlier one."""
     for name in config.stages:
-        trainer_settings(name, config).layout(world_size=engine.ranks.world_size)
+        layout_of(name, config, world_size=engine.ranks.world_size)
         STAGES[name].check(stage_settings(name, config), device=engine.device, is_sharded=engine.is_sharded)
         open_view_files(name, config)
     class_set = config.data.class_set.build()
     class_set.subset(config.evaluation.num_classes or class_set.num_classes)
     if config.data.validation.shards:
         read_validation(config.data)
-    elif any(trainer_settings(name, config).evaluate_every for name in config.stages):
+    elif scored := [name for name in config.stages if trainer_settings(name, config).evaluate_every]:
         raise ValueError(
-            "trainer.evaluate_every is set, but data.validation.shards is empty; set it, or evaluate_every=0."
+            f"{scored[0]}.trainer.evaluate_every is set, but data.validation.shards is empty; set it, or "
+            f"evaluate_every=0."
         )
     for name in config.stages if config.inference.weights is Weights.best else ():
         settings = trainer_settings(name, config)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from iccld.batch_layout import AUTO, BatchLayout
-from iccld.config import Config
+from iccld.config import Config, layout_of
 from iccld.eager import without_compiled_code
 from iccld.node import host_name
 from iccld.programs.run.out_of_memory import explained_out_of_memory
@@ -116,7 +116,7 @@ def choose_layout(stage_name: str, trials: Trials) -> BatchLayout:
     draw from its sample's number.
     """
     settings, ranks, run_dir = trials.settings, trials.engine.ranks, Path(trials.config.run_dir)
-    layout = settings.layout(world_size=ranks.world_size, rank=ranks.rank)
+    layout = layout_of(stage_name, trials.config, world_size=ranks.world_size, rank=ranks.rank)
     if settings.micro_batch_size != AUTO:
         return layout
     before = ranks.gather(_size_before(run_dir / stage_name, settings, trials))[0]  # as rank 0 sees it

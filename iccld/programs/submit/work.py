@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from iccld.config import Config, config_from, load_config, trainer_settings
+from iccld.config import Config, config_from, layout_of, load_config, trainer_settings
 from iccld.programs.arguments import parse_verb, settings_of
 from iccld.programs.evaluate import command as evaluate
 from iccld.programs.profile import command as profile
@@ -175,7 +175,7 @@ def _check_ranks(command: Sequence[str], num_ranks: int, variables: Mapping[str,
         config = _config(command)
         config.engine.refuse_other_precision(variables.get("ACCELERATE_MIXED_PRECISION", ""))
         for name in config.stages:
-            trainer_settings(name, config).layout(world_size=num_ranks)
+            layout_of(name, config, world_size=num_ranks)
 
 
 def _chain(command: Sequence[str]) -> Iterator[tuple[str, list[str]]]:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from iccld.config import Config, to_dict, trainer_settings
+from iccld.config import Config, layout_of, to_dict, trainer_settings
 from iccld.programs.evaluate.results import own_results, read_results
 from iccld.programs.run.metric_lines import number, read_entries
 from iccld.runtime.checkpoint.manifest import DamagedError, ForeignFormatError, pointed_at, read_manifest
@@ -27,7 +27,7 @@ def log_final_scores(config: Config, ranks: Ranks) -> None:
 
 
 def _write(stage: str, step: int, values: Mapping[str, float], config: Config, ranks: Ranks) -> None:
-    layout = trainer_settings(stage, config).layout(world_size=ranks.world_size, rank=ranks.rank)
+    layout = layout_of(stage, config, world_size=ranks.world_size, rank=ranks.rank)
     metrics = MetricsLogger(Path(config.run_dir), config.metrics, stage=stage, ranks=ranks, layout=layout)
     metrics.start(step=step, logger_id=_logger_id(Path(config.run_dir) / stage / "checkpoints"), config=to_dict(config))
     metrics.write({"stage": stage, "step": step, **values})

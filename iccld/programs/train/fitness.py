@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from iccld.batch_layout import BatchLayout
-from iccld.config import Config, stage_settings, trainer_settings
+from iccld.config import Config, layout_of, stage_settings, trainer_settings
 from iccld.data.config import OnError
 from iccld.data.stream.sets import open_sets
 from iccld.data.stream.workers import shared_bytes
@@ -35,7 +35,7 @@ def check_fitness(config: Config, engine: Engine) -> None:
     if not config.preflight:
         return
     run_dir, ranks = Path(config.run_dir), engine.ranks
-    layouts = {name: trainer_settings(name, config).layout(world_size=ranks.world_size) for name in config.stages}
+    layouts = {name: layout_of(name, config, world_size=ranks.world_size) for name in config.stages}
     checks: dict[str, Callable[[], None]] = {
         "device": partial(check_device, engine.device),
         "run_dir": partial(check_folder, run_dir, ranks.rank),
@@ -55,7 +55,7 @@ def check_room(stage: Stage, layout: BatchLayout, config: Config, ranks: Ranks) 
         return
     run_dir, name = Path(config.run_dir), stage.name
     size = _checkpoint_bytes(stage) * (trainer_settings(name, config).checkpoint.keep + 1)
-    check = partial(check_space, run_dir / stage.name / "checkpoints", size)
+    check = partial(check_space, run_dir / name / "checkpoints", size, stage=name)
     checks = {
         "disk": check if ranks.is_main else lambda: None,
         "shared_memory": partial(_check_workers_memory, {name: layout}, config),

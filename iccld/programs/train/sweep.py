@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from iccld.config import load_config, read_config, swept_values, trainer_settings
+from iccld.config import layout_of, load_config, read_config, swept_values
 from iccld.programs.evaluate.evaluate import unscored_stages
 from iccld.redact import holds_secret
 
@@ -77,7 +77,7 @@ def _jobs(
         if (Path(top) / "config.yaml").exists():
             raise ValueError(f"run_dir={top} holds a run, and is to hold those of --multirun; use another run_dir.")
         for stage in config.stages:
-            trainer_settings(stage, config).layout(world_size=num_ranks)
+            layout_of(stage, config, world_size=num_ranks)
         name = name_of(chosen)
         run_dir = str(Path(top) / name)
         words = (*(word for word in fixed if _key(word) != "run_dir"), *chosen, f"run_dir={run_dir}")

@@ -90,7 +90,7 @@ def check_folder(folder: Path, rank: int) -> None:
     probe.unlink()
 
 
-def check_space(folder: Path, needed: int) -> None:
+def check_space(folder: Path, needed: int, *, stage: str = "stageN") -> None:
     """Check that there is room for `needed` bytes, with what the folder already holds counted in."""
     held = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     near = next(path for path in (folder, *folder.parents) if path.exists())
@@ -98,7 +98,7 @@ def check_space(folder: Path, needed: int) -> None:
     if free + held < needed:
         raise ValueError(
             f"{folder} needs {gib(needed)} for checkpoints, {gib(free + held)} are free; "
-            f"make room, set a smaller checkpoint.keep, or use another run_dir"
+            f"make room, set a smaller {stage}.trainer.checkpoint.keep, or use another run_dir"
         )
 
 

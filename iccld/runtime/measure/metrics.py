@@ -154,7 +154,7 @@ class MetricsLogger:
                 raise NonFiniteLossError(
                     f"{self.stage}: loss {name!r} is {value} in step {step}, samples {first}-{last} of each stream; "
                     f"nothing was saved after the last whole checkpoint. Lower the learning rate, or set "
-                    f"trainer.gradient_clip."
+                    f"{self.stage}.trainer.gradient_clip."
                 )
 
     def _summed_metrics(self) -> dict[str, Any]:

@@ -73,8 +73,8 @@ def test_a_wrong_sum_is_found() -> None:
 def test_room_is_asked_for_beyond_what_the_folder_holds(tmp_path: Path) -> None:
     (tmp_path / "old").write_bytes(bytes(1000))
     check_space(tmp_path, 1000)
-    with pytest.raises(ValueError, match=r"needs 1048576.00 GiB for checkpoints, .* smaller checkpoint.keep"):
-        check_space(tmp_path, 2**50)
+    with pytest.raises(ValueError, match=r"needs 1048576.00 GiB .* a smaller stage2.trainer.checkpoint.keep"):
+        check_space(tmp_path, 2**50, stage="stage2")
 
 
 @pytest.mark.parametrize("options", ["size=64k", "size=64k,ro"])
