@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from iccld import __version__
 from iccld.config import Config
-from iccld.durable import make_folder, remove_left_overs, replacing_by_name
+from iccld.durable import make_folder, remove_left_overs
 from iccld.evaluation import EvaluationResult
 from iccld.models.iccld import ICCLD
+from iccld.models.saved_model import save_tensors
 from iccld.programs.evaluate.evaluate import load_model
 from iccld.programs.evaluate.scoring import evaluate_predictor
 from iccld.runtime.engine.engine import Engine
@@ -90,11 +90,7 @@ def write_snapshot(
     path = folder / snapshot_name(step)
     remove_left_overs(folder)
     metadata = {"step": str(step), "widths": json.dumps([float(width) for width in widths])}
-    try:
-        with replacing_by_name(path) as scratch:
-            save_file(tensors, scratch, metadata=metadata)
-    except SafetensorError as error:
-        raise OSError(f"{path} cannot be written ({error}); make room, and give the same command again.") from error
+    save_tensors(path, tensors, metadata=metadata)
     return path
 
 
