@@ -30,7 +30,7 @@ from iccld.programs.evaluate.scoring import GiveUp, diagnose_model, evaluate_pre
 from iccld.programs.run.best import keep_best
 from iccld.programs.run.building import build_stage, build_stream, first_batches, trials_of, whole_stage
 from iccld.programs.run.checks import check_alone, check_links, check_settings, claim_run_dir, new_watchdog, together
-from iccld.programs.run.hand_off import final_folder, hand_over, handed_over, is_finished, take_first_stage
+from iccld.programs.run.hand_off import await_final, final_folder, hand_over, handed_over, is_finished, take_first_stage
 from iccld.programs.run.kept_views import keep_views
 from iccld.programs.run.metric_lines import read_entries
 from iccld.programs.run.micro_batch import choose_layout
@@ -111,11 +111,12 @@ def _run_stages(config: Config, engine: Engine, preemption: Preemption, watchdog
             return stopped(config, ranks, name)
         elif not _run_stage(name, config, engine, preemption, watchdog, terminal):
             return False
-    if config.data.validation.shards and unscored_stages(config):
+    to_score = finished_models(config) if config.data.validation.shards and unscored_stages(config) else []
+    if to_score := ranks.gather(to_score)[0]:
         watchdog.begin("evaluation")
         watchdog.phase("evaluate")
         try:
-            evaluate_models(finished_models(config), config, engine, give_up=asks(preemption, watchdog))
+            evaluate_models(to_score, config, engine, give_up=asks(preemption, watchdog))
         except Preempted:
             return stopped(config, ranks, "evaluation")
     if ranks.is_main:
@@ -172,6 +173,7 @@ def _finish(stage: Stage, config: Config, engine: Engine) -> None:
         _warn(stage, config)
         hand_over(stage, config, step=trainer_settings(stage.name, config).num_steps)
     engine.ranks.barrier()
+    await_final(Path(config.run_dir), stage.name)
 
 
 def measure_latents(stage: Stage, config: Config, engine: Engine) -> None:
