@@ -9,8 +9,8 @@ import pytest
 
 from iccld.config import Config, config_from
 from iccld.outcome import AGAIN, REFUSED, status_of
-from iccld.programs.run.checks import claim_run_dir, together
-from iccld.runtime.ranks import Ranks
+from iccld.programs.run.checks import claim_run_dir
+from iccld.runtime.ranks import Ranks, together
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,9 @@ from iccld.data.stream.validation import num_validation_samples, read_validation
 from iccld.diagnostics import Diagnosis, diagnose
 from iccld.evaluation import EvaluationResult, Predict, evaluate
 from iccld.models.iccld import ICCLD
-from iccld.programs.run.checks import together
 from iccld.runtime.engine.engine import Engine
 from iccld.runtime.faults.preemption import Preempted
-from iccld.runtime.ranks import Ranks
+from iccld.runtime.ranks import Ranks, together
 from iccld.stages.settings import Weights
 
 T = TypeVar("T")

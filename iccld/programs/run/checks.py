@@ -2,13 +2,11 @@
 
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from iccld.config import Config, read_config, stage_settings, to_yaml, trainer_settings
 from iccld.data.stream.validation import read_validation
 from iccld.durable import make_folder, refuse_links, refuse_unless_plain, remove_left_overs, write_whole
-from iccld.outcome import plain, status_of
 from iccld.programs.run.extension import (
     Extension,
     changes_beside,
@@ -21,7 +19,7 @@ from iccld.programs.run.hand_off import is_finished
 from iccld.programs.run.kept_views import open_view_files
 from iccld.runtime.engine.engine import Engine
 from iccld.runtime.faults.watchdog import Watchdog
-from iccld.runtime.ranks import Ranks
+from iccld.runtime.ranks import Ranks, naming_lost_ranks, together
 from iccld.stages.settings import Weights
 from iccld.stages.table import STAGES
 
@@ -43,21 +41,10 @@ def check_links(run_dir: Path, config: Config) -> None:
 
 
 def check_alone(run_dir: Path, holder: str, ranks: Ranks) -> None:
-    holder = ranks.gather(holder)[0]
+    with naming_lost_ranks():  # rank 0 may have failed to lock the folder
+        holder = ranks.gather(holder)[0]
     if holder:
         raise ValueError(f"run_dir={run_dir} is in use by {holder}; wait for it, end it, or use another run_dir.")
-
-
-def together(check: Callable[[], None], ranks: Ranks) -> None:
-    """Make a check on every rank; an error of one of them (a damaged index, say) ends all, and is said once."""
-    failure: Exception | None = None
-    try:
-        check()
-    except (ValueError, OSError) as error:
-        failure = plain(error)
-    if found := [failure for failure in ranks.gather(failure) if failure]:
-        worst = max(found, key=status_of)
-        raise worst if ranks.is_main else SystemExit(status_of(worst))
 
 
 def check_settings(config: Config, engine: Engine) -> None:
@@ -147,11 +134,13 @@ def new_watchdog(config: Config, ranks: Ranks, *, beats_in: Path | None = None) 
         attempt=attempt,
         beats_in=beats_in,
     )
-    if ranks.is_main:
+
+    def clear() -> None:
         watchdog.refusal.forget()
         for path in beats.glob("rank_*.json"):  # left by an attempt on more ranks
             path.unlink()
         for folder in (run_dir, beats):
             remove_left_overs(folder, older_than_s=LEFT_OVER_AFTER_S)
-    ranks.barrier()
+
+    together(clear if ranks.is_main else lambda: None, ranks)
     return watchdog

@@ -29,7 +29,7 @@ from iccld.programs.evaluate.results import finished_models, settings_checksum
 from iccld.programs.evaluate.scoring import GiveUp, diagnose_model, evaluate_predictor
 from iccld.programs.run.best import keep_best
 from iccld.programs.run.building import build_stage, build_stream, first_batches, trials_of, whole_stage
-from iccld.programs.run.checks import check_alone, check_links, check_settings, claim_run_dir, new_watchdog, together
+from iccld.programs.run.checks import check_alone, check_links, check_settings, claim_run_dir, new_watchdog
 from iccld.programs.run.hand_off import await_final, final_folder, hand_over, handed_over, is_finished, take_first_stage
 from iccld.programs.run.kept_views import keep_views
 from iccld.programs.run.metric_lines import read_entries
@@ -52,6 +52,7 @@ from iccld.runtime.measure.metrics import MetricsLogger
 from iccld.runtime.measure.peaks import nominal_flops
 from iccld.runtime.measure.telemetry import write_event
 from iccld.runtime.measure.terminal import Terminal
+from iccld.runtime.ranks import together
 from iccld.stages.base import Stage
 from iccld.stages.table import STAGES
 from iccld.tracebacks import keep_tracebacks_in
@@ -138,27 +139,26 @@ def _run_stage(
     checkpoints = CheckpointStore(
         folder / "checkpoints", trainer.checkpoint, engine.ranks, announce=lambda at: metrics.event("saved", step=at)
     )
-    with (
-        keep_views(stage, config, engine, stream),
-        explained_out_of_memory(stage, layout, config, engine, watchdog=watchdog, checkpoints=checkpoints),
-    ):
-        finished = Trainer(
-            stage=stage,
-            stream=stream,
-            engine=engine,
-            checkpoints=checkpoints,
-            metrics=metrics,
-            preemption=preemption,
-            watchdog=watchdog,
-            config=trainer,
-            layout=layout,
-            about=_about(stage, config, stream),
-            pictures=TrainingPictures(stage, config, engine, metrics=metrics, watchdog=watchdog),
-            evaluate=lambda step: _validate(stage, config, engine, asks(preemption, watchdog), step=step),
-            after_step=lambda step: write_due_snapshot(stage, folder / "ema", engine, step=step),
-        ).run()
+    with explained_out_of_memory(stage, layout, config, engine, watchdog=watchdog, checkpoints=checkpoints):
+        with keep_views(stage, config, engine, stream):
+            finished = Trainer(
+                stage=stage,
+                stream=stream,
+                engine=engine,
+                checkpoints=checkpoints,
+                metrics=metrics,
+                preemption=preemption,
+                watchdog=watchdog,
+                config=trainer,
+                layout=layout,
+                about=_about(stage, config, stream),
+                pictures=TrainingPictures(stage, config, engine, metrics=metrics, watchdog=watchdog),
+                evaluate=lambda step: _validate(stage, config, engine, asks(preemption, watchdog), step=step),
+                after_step=lambda step: write_due_snapshot(stage, folder / "ema", engine, step=step),
+            ).run()
+        if finished:
+            _finish(stage, config, engine)
     if finished:
-        _finish(stage, config, engine)
         metrics.event("finished", step=trainer.num_steps)
     engine.detach()
     metrics.close()
