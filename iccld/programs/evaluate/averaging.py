@@ -20,11 +20,14 @@ from iccld.config import Config
 from iccld.durable import make_folder, remove_left_overs
 from iccld.evaluation import EvaluationResult
 from iccld.models.iccld import ICCLD
+from iccld.models.model_card import CARD_NAME
 from iccld.models.saved_model import save_tensors
 from iccld.programs.evaluate.evaluate import load_model
 from iccld.programs.evaluate.scoring import evaluate_predictor
+from iccld.programs.run.hand_off import final_folder
 from iccld.runtime.engine.engine import Engine
 from iccld.stages.base import Stage
+from iccld.stages.settings import Weights
 from iccld.stages.table import stage_of
 from iccld.uda.ema_profile import Profile, profile_error, snapshot_weights
 from iccld.uda.settings import average_name
@@ -174,8 +177,8 @@ def put_weights(module: nn.Module, reconstruction: Reconstruction) -> None:
 
 def teacher_folder(run_dir: Path, stage: str) -> Path:
     """Return the folder of the stage's finished teacher. Raises ValueError while there is none."""
-    folder = run_dir / stage / "final" / "teacher"
-    if not (folder / "config.json").is_file():
+    folder = final_folder(run_dir, stage) / Weights.teacher.value
+    if not (folder / CARD_NAME).is_file():
         raise ValueError(f"{run_dir} holds no finished {stage} ({folder}); let the same train command finish.")
     return folder
 
