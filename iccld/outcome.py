@@ -34,6 +34,13 @@ _REMEDIES = {
     errno.ESTALE: "its file server has forgotten it; try again, or another node",
     errno.ENOMEM: "free memory",
 }
+LACK_OF_MEMORY = re.compile(
+    r"out of memory|(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED|can't allocate memory|not enough memory|bad_alloc|"
+    r"could not create a memory object",
+    re.IGNORECASE,
+)
+"""What PyTorch and the libraries under it say in a RuntimeError: CUDA, cuBLAS, cuDNN, the CPU's allocator, C++, oneDNN.
+"""
 _LOST_DEVICE = re.compile(
     r"ECC|NVLink|unavailable|lost|hardware|unspecified launch failure|unknown error", re.IGNORECASE
 )

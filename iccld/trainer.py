@@ -242,6 +242,8 @@ class Trainer:
     def _fetch(self, batches: Iterator[Mapping[str, Any]]) -> tuple[list[Any], Exception | None]:
         """Return the step's micro-batches on the device, or the reason why this rank has none."""
         try:
+            if self.stage.view_cache is not None:
+                self.stage.view_cache.raise_failures()
             return [next(batches) for _ in range(self.layout.num_accumulation)], None
         except (ValueError, OSError) as error:
             return [], plain(error, has_trained=self.watchdog.has_trained)

@@ -338,8 +338,7 @@ MAY_WRITE = {
     ("programs/profile/profile.py", "trace.export_chrome_trace"),  # into a temporary folder
     ("inference/prediction.py", "np.savez_compressed"),  # into a file of `replacing`
     ("inference/video.py", "av.open"),  # into a file of `replacing`
-    ("models/iccld.py", "save_file"),  # to the name of `replacing_by_name`
-    ("programs/evaluate/averaging.py", "save_file"),
+    ("models/saved_model.py", "save_file"),  # to the name of `replacing_by_name`
     ("runtime/measure/memory.py", "torch.cuda.memory._dump_snapshot"),
     ("runtime/measure/host_memory.py", "Path('/proc/self/clear_refs').write_text"),  # the kernel's
     ("slurm/snapshot.py", "shutil.copyfile"),  # into a folder of `scratch_folder`

@@ -20,6 +20,7 @@ from iccld.durable import NotOursError, make_folder
 from iccld.inference.pictures import legend, save_picture
 from iccld.inference.prediction import Prediction
 from iccld.inference.progress import counted
+from iccld.outcome import LACK_OF_MEMORY
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 """The usual endings of images; the content decides."""
@@ -260,7 +261,7 @@ def _enough_memory(source: Path, image: np.ndarray) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        short = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
+        short = isinstance(error, MemoryError | torch.OutOfMemoryError) or LACK_OF_MEMORY.search(str(error))
         if not short:
             raise
         size = f"{image.shape[0]}x{image.shape[1]}"

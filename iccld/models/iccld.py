@@ -8,11 +8,11 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from iccld.diffusion import sample, scaled_linear_alpha_bar
-from iccld.durable import file_checksum, make_folder, replacing_by_name, write_whole
+from iccld.durable import file_checksum, make_folder, write_whole
 from iccld.models.condition import ConditionParts, ConditionProjection
 from iccld.models.decoder import Decoder
 from iccld.models.denoiser import Denoiser
@@ -31,7 +31,7 @@ from iccld.models.model_card import (
 )
 from iccld.models.readme import README_NAME, describe
 from iccld.models.residual import fitted_residual, residual_scale
-from iccld.models.saved_model import check_described, check_weights, described_by, without_denoiser
+from iccld.models.saved_model import check_described, check_weights, described_by, save_tensors, without_denoiser
 from iccld.models.settings import AttentionBackend, ConditionKind, ModelConfig
 from iccld.solver import Solver
 from iccld.strides import LATENT_STRIDE, LOGITS_STRIDE
@@ -223,8 +223,7 @@ class ICCLD(nn.Module):
         weights = self.state_dict() if trained else without_denoiser(self.state_dict())
         tensors = {name: weight.detach().cpu() for name, weight in weights.items()}
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        with replacing_by_name(folder / WEIGHTS_NAME) as path:
-            save_file(contiguous, path)
+        save_tensors(folder / WEIGHTS_NAME, contiguous)
         checksum = file_checksum(folder / WEIGHTS_NAME)
         card = self._make_card(class_names, palette, origin or {}, checksum)
         write_whole(folder / README_NAME, describe(card))

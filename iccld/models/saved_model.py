@@ -1,15 +1,19 @@
-"""Checks of a saved model, which a stranger may have made: its card's description and its file of weights."""
+"""The file of weights of a saved model, and checks of one that a stranger may have made: its card, and this file."""
 
 import contextlib
+import errno
 import logging
+import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from iccld.durable import file_checksum
+from iccld.durable import file_checksum, replacing_by_name
 from iccld.models.model_card import CARD_NAME, ModelCard
 from iccld.models.settings import EncoderConfig
 
@@ -17,6 +21,17 @@ logger = logging.getLogger(__name__)
 Value = TypeVar("Value")
 MAX_HEADER = 16 << 20
 """The most bytes of a header; a model of a thousand tensors has a hundredth of it."""
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: dict[str, str] | None = None) -> None:
+    """Write a file of safetensors, whole or not at all. Raises OSError, where the library has an error of its own."""
+    try:
+        with replacing_by_name(path) as scratch:
+            save_file(dict(tensors), scratch, metadata=metadata)
+    except SafetensorError as error:  # a full disk, for one
+        number = re.search(r"os error (\d+)", str(error))
+        code = int(number[1]) if number else errno.EIO
+        raise OSError(code, os.strerror(code), str(path)) from error
 
 
 def check_described(encoder: EncoderConfig, card: Path) -> None:

@@ -40,7 +40,10 @@ def main(argv: Sequence[str]) -> int:
             threading.Thread(target=_await_others, args=awaits, name="awaits", daemon=True).start()
     if is_main and outcome:
         _leave(Path(outcome).with_name("packages.txt"), _packages())
-    status = cli.main(argv)
+    try:
+        status = cli.main(argv)
+    except SystemExit as end:  # of a command that cannot be parsed
+        status = end.code if isinstance(end.code, int) else 1
     if is_main and outcome:
         _leave(Path(outcome), f"{status}\n")
     return 0 if status == STOPPED else status

@@ -7,7 +7,7 @@ saves have another one, so that they do not wait for the training.
 import contextlib
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from iccld.durable import write_whole
-from iccld.outcome import Interrupted
+from iccld.outcome import Interrupted, plain, status_of
 
 # Of PyTorch's private names, these are used: `_world.pg_map`, `_set_pg_timeout`, `_get_sequence_number_for_group` and
 # `_dump_nccl_trace`; there are no public ones.
@@ -163,3 +163,15 @@ def naming_lost_ranks() -> Iterator[None]:
             f"other ranks were lost, or cannot be reached, while the ranks joined ({str(error).splitlines()[0]}); look "
             f"at what they said, and give the same command again."
         ) from error
+
+
+def together(check: Callable[[], None], ranks: Ranks) -> None:
+    """Make a check on every rank; an error of one of them (a damaged index, say) ends all, and is said once."""
+    failure: Exception | None = None
+    try:
+        check()
+    except (ValueError, OSError) as error:
+        failure = plain(error)
+    if found := [failure for failure in ranks.gather(failure) if failure]:
+        worst = max(found, key=status_of)
+        raise worst if ranks.is_main else SystemExit(status_of(worst))

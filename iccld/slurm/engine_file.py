@@ -28,6 +28,11 @@ def forms_one_process(path: Path) -> bool:
     return _read(path)[1] in ("NO", "MULTI_CPU")
 
 
+def is_sharded(path: Path) -> bool:
+    """Tell whether ranks hold parts of the weights or of the optimiser's state by the file."""
+    return _read(path)[1] in ("FSDP", "DEEPSPEED")
+
+
 def _read(path: Path) -> tuple[dict[str, Any], str]:
     """Return the settings of a file of accelerate's, and its kind. Raises ValueError for any other file."""
     settings = plain_yaml.read_yaml(path, aliases=True)

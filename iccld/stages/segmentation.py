@@ -221,10 +221,13 @@ class SegmentationStage(Stage):
     @without_compiled_code()  # its batches are not the steps'
     def finish(self, batches: Iterable[Mapping[str, Any]]) -> None:
         """Measure the latent's mean and std per channel: stage 2 diffuses a latent of unit variance (as in LDM)."""
-        domains = [domain for batch in batches for domain in batch.values()]
-        for model in self.assemble_models().values():
-            moments = [self._moments(model, domain) for domain in domains]
-            z_0, condition = (torch.stack(of_batches).sum(dim=0) for of_batches in zip(*moments, strict=True))
+        models = self.assemble_models()
+        moments = {name: list[tuple[Tensor, Tensor]]() for name in models}
+        for domain in (domain for batch in batches for domain in batch.values()):
+            for name, model in models.items():
+                moments[name].append(self._moments(model, domain))
+        for name, model in models.items():
+            z_0, condition = (torch.stack(of_batches).sum(dim=0) for of_batches in zip(*moments[name], strict=True))
             model.set_latent_statistics(z_0=z_0, condition=condition)
 
     def _moments(self, model: ICCLD, domain: Mapping[str, Any]) -> tuple[Tensor, Tensor]:

@@ -113,7 +113,7 @@ class AdversarialConfig:
     class_thresholds: float = 0.0
     """Threshold of the class that the labels are surest of, lower for the others; 0: off, all pixels weigh q."""
     class_balance: float = 0.0  # exponent of the balance of classes in the pseudo-labels' weights
-    adversarial_weight: float = 1e-3  # weight of the denoiser's adversarial loss; 0: off
+    adversarial_weight: float = 1e-3  # weight of the denoiser's adversarial loss; 0: the discriminator trains alone
     adversarial_ramp_steps: int = 1000  # steps over which that weight grows from 0
     adversary_input: AdversaryInput = AdversaryInput.noise
     domain_weights: list[float] = field(default_factory=lambda: [1.0, 1.0, 1.0])

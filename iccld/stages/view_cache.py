@@ -76,8 +76,7 @@ class ViewCache:
     def __call__(self, batch: Mapping[str, Any], make: Callable[[Mapping[str, Any]], Mapping[str, Tensor]]) -> Tensors:
         """Return `make` of a micro-batch, on its device; its samples' numbers are taken modulo `num_samples`.
 
-        The host waits neither for the device nor for a write. Raises ValueError for values that fp16 does not hold; a
-        later call may be the one that finds them.
+        The host waits neither for the device nor for a write; `raise_failures` says what a write has met.
         """
         self._collect()
         numbers, device = batch["source"]["numbers"] % self.num_samples, batch["source"]["images"].device
@@ -99,14 +98,20 @@ class ViewCache:
         views = {name: tensor.to(dtype, copy=True) for name, (tensor, dtype) in kept.items()}
         return {IS_HIT: torch.zeros((), device=device), **views}
 
+    def raise_failures(self) -> None:
+        """Raise what a write has met: ValueError for values that fp16 does not hold."""
+        for write in self._pending:
+            if write.done():
+                write.result()
+
     def finish(self) -> None:
-        """Wait until everything is written."""
+        """Wait until everything is written. Raises what a write has met."""
         while self._pending:
             self._pending.popleft().result()
 
     def _collect(self) -> None:
-        while self._pending and self._pending[0].done():
-            self._pending.popleft().result()
+        while self._pending and self._pending[0].done() and self._pending[0].exception() is None:
+            self._pending.popleft()
 
     def _write(self, key: str, kept: "dict[str, _Kept]", copied: Any) -> None:
         if copied is not None:

@@ -304,12 +304,15 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path):
     assert (tmp_path / "out/a_label.png").exists()
 
 
-def test_an_image_that_memory_does_not_suffice_for_does_not_stop_the_others(tmp_path):
+@pytest.mark.parametrize("said", ["", "CUDNN_STATUS_ALLOC_FAILED", "std::bad_alloc"])
+def test_an_image_that_memory_does_not_suffice_for_does_not_stop_the_others(tmp_path, said: str):
     for i, name in enumerate(("a.png", "b.png", "c.png")):
         Image.fromarray(np.repeat(PIXELS, 1 + i % 2, 0)).save(tmp_path / name)
 
     def predict(images, numbers):
         if images.shape[2] > 6:
+            if said:
+                raise RuntimeError(said)
             torch.empty(1 << 50)
         return dominant_channel(images, numbers)
 

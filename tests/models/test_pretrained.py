@@ -1,6 +1,7 @@
 """Saving a model and loading it from its folder alone."""
 
 import json
+import resource
 import subprocess
 import sys
 import textwrap
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from iccld.models.iccld import ICCLD
 from iccld.models.model_card import ModelStage
 from iccld.models.settings import AttentionBackend, ConditionKind, LatentKind
+from iccld.outcome import AGAIN, status_of
 from tests.models.factory import BACKBONES, model_config, random_images, random_noise, tiny_model, trained_model
 
 NAMES = ["road", "sky", "car", "pole", "person"]
@@ -195,15 +197,16 @@ def test_a_broken_card_is_refused(text: str, message: str, tmp_path: Path):
         ICCLD.from_pretrained(tmp_path)
 
 
-def test_a_torn_save_over_an_older_model_is_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_torn_save_over_an_older_model_is_no_model_and_the_disk_s_fault(tmp_path: Path):
     save(trained_model(), tmp_path)
-
-    def fail(*_):
-        raise OSError("disk full")
-
-    monkeypatch.setattr("iccld.models.iccld.save_file", fail)
-    with pytest.raises(OSError, match="disk full"):
-        save(trained_model(), tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large: .*model\.safetensors") as caught:
+            save(trained_model(), tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert status_of(caught.value) == AGAIN
     with pytest.raises(ValueError, match=r"config\.json is missing"):
         ICCLD.from_pretrained(tmp_path)
 

@@ -12,9 +12,9 @@ import torch
 
 from iccld.config import Config, config_from
 from iccld.outcome import AGAIN, REFUSED, status_of
-from iccld.programs.run.checks import check_settings, claim_run_dir, new_watchdog, together
+from iccld.programs.run.checks import check_settings, claim_run_dir, new_watchdog
 from iccld.runtime.faults.heartbeat import heartbeat_path, read_heartbeat
-from iccld.runtime.ranks import Ranks
+from iccld.runtime.ranks import Ranks, together
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,22 @@
 """`iccld evaluate MODEL --shards S`: scores of a model without its run, each set in a file of its own."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from iccld.cli import main
+from iccld.data.storage.index import ShardIndex
 from iccld.inference.model import ICCLD
 from iccld.inference.scores import scores_of
 from iccld.labels import CITYSCAPES_NAMES, CITYSCAPES_PALETTE
 from iccld.models.model_card import ModelCard, ModelStage
 from iccld.models.readme import describe
+from tests.data.stream.test_bad_samples import spoil_the_image
+from tests.forked import Forked
 from tests.models.factory import tiny_model
 
 
@@ -36,6 +41,21 @@ def test_a_model_is_scored_on_any_set_and_nothing_is_overwritten(
     text = (tmp_path / "again/README.md").read_text()
     assert "Not scored" not in text and f" | {scores['stage1']['miou']:.2f} |" in text
     assert f"report/{found['validation'][0].name}" in text and "| target_labelled | validation |" in text
+
+
+def test_a_broken_image_of_any_rank_is_what_the_user_must_mend(scene_shards: Path, tmp_path: Path):
+    tiny_model(num_classes=19).save_pretrained(
+        tmp_path / "street", class_names=CITYSCAPES_NAMES, palette=CITYSCAPES_PALETTE
+    )
+    shutil.copytree(scene_shards / "validation", tmp_path / "set")
+    index = ShardIndex.open(tmp_path / "set")
+    spoil_the_image(index, 1)  # of two ranks, the second scores it
+    words = ["launch", "2", "evaluate", str(tmp_path / "street"), "--shards", str(tmp_path / "set"), "--output"]
+    words += [str(tmp_path / "scores"), "evaluation.max_images=4", "evaluation.diagnostic_images=0"]
+    log = tmp_path / "log"
+    assert Forked("iccld", words, environment=dict(os.environ), log=log).wait(timeout=200) == 2, log.read_text()
+    said = [line for line in log.read_text().splitlines() if index.key(1) in line]
+    assert len(said) == 1 and "a fault of the program" not in log.read_text()
 
 
 def card_with(**origin: Any) -> ModelCard:

@@ -1,6 +1,7 @@
 """`iccld launch` by files that form a single process: as many ranks as were asked for, and their exit status."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,17 @@ def test_an_engine_of_one_process_is_refused_more_ranks(tmp_path: Path, kind: st
         assert "forms one process; use ddp, or launch 1" in capsys.readouterr().err
 
 
-def test_a_single_process_ends_with_its_own_status(tmp_path: Path):
-    (path := tmp_path / "own.yaml").write_text("distributed_type: NO\nnum_machines: 1\n")
+@pytest.mark.parametrize("kind", ["NO", "MULTI_GPU"])
+def test_a_single_process_is_the_launched_one_and_ends_with_its_own_status(tmp_path: Path, kind: str):
+    (path := tmp_path / "own.yaml").write_text(f"distributed_type: {kind}\nnum_machines: 1\nmixed_precision: bf16\n")
+    executed = list[list[str]]()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "execv", lambda program, words: executed.append(words) or sys.exit(0))
+        patch.setattr(os, "environ", environment := dict(os.environ))
+        with pytest.raises(SystemExit):
+            main(["launch", "1", "--engine", str(path), "train", "seed=1"])
+    assert executed == [[sys.executable, "-m", "iccld", "train", "seed=1"]]
+    assert environment["ACCELERATE_MIXED_PRECISION"] == "bf16"
     for engine in ("cpu", str(path)):
         log, words = tmp_path / "log", ["launch", "1", "--engine", engine, "train", "sed=1"]
         assert Forked("iccld", words, environment=dict(os.environ), log=log).wait(timeout=100) == 2

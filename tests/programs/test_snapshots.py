@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from iccld.outcome import AGAIN, status_of, words
 from iccld.programs.evaluate.averaging import read_snapshots, write_snapshot
 
 
@@ -44,10 +45,11 @@ def test_a_full_disk_leaves_the_earlier_snapshot_and_no_scrap(tmp_path: Path):
     before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
     try:
-        with pytest.raises(OSError, match=r"step_00000008.safetensors cannot be written .*; make room"):
+        with pytest.raises(OSError, match=r"File too large: .*step_00000008.safetensors") as caught:
             snapshot(tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert status_of(caught.value) == AGAIN and "ulimit -f" in words(caught.value)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from iccld.config import Config, config_from
 from iccld.durable import file_checksum
 from iccld.models.model_card import ModelCard, ModelStage
 from iccld.models.readme import describe
-from iccld.programs.run.hand_off import final_folder, handed_over, origin_of, take_first_stage
+from iccld.programs.run.hand_off import await_final, final_folder, handed_over, origin_of, take_first_stage
 
 
 def finished_run(run_dir: Path) -> Path:
@@ -121,3 +122,14 @@ def test_a_card_lists_the_ids_that_count_as_a_class():
     card = ModelCard(format_version=1, stage=ModelStage.segmentation, **facts)
     assert "| 0 | way | #010203 | 0 road, 1 sidewalk |" in describe(card)
     assert "| 1 | sky | #040506 |\n" in describe(replace(card, origin={"label_ids": "a stranger's"}))
+
+
+def test_a_rank_waits_until_its_node_sees_what_rank_0_left(tmp_path: Path):
+    folder = final_folder(tmp_path, "stage1")
+    folder.parent.mkdir()
+    threading.Timer(0.3, folder.mkdir).start()
+    await_final(tmp_path, "stage1", limit_s=60)
+    assert folder.is_dir()
+    await_final(tmp_path, "stage1", limit_s=60)
+    folder.rmdir()
+    await_final(tmp_path, "stage1", limit_s=0.1)  # who needs the folder names it

@@ -41,6 +41,14 @@ def test_scoring_that_is_preempted_while_it_starts_says_so(scene_shards: Path, t
     assert events(run_dir)[-1]["event"] == "preempted" and events(run_dir)[-1]["stage"] == "evaluation"
 
 
+def test_a_command_that_cannot_be_parsed_is_refused_and_not_tried_again(tmp_path: Path):
+    formed = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    (outcome := tmp_path / "slurm/job_7/outcome").parent.mkdir(parents=True)
+    command = [sys.executable, "-m", "iccld.programs.rank", "train", "--extnd"]
+    done = subprocess.run(command, env=os.environ | formed | {"ICCLD_OUTCOME": str(outcome)}, check=False)
+    assert done.returncode == 2 and outcome.read_text() == "2\n"
+
+
 def test_nodes_on_which_no_rank_begins_are_named(tmp_path: Path):
     words = ["train", "model=tiny", "dataset=scenes", f"run_dir={tmp_path}"]
     process = start(tmp_path, *words, num_ranks=4, ICCLD_GATHER_S="3", ICCLD_HOSTS="gpu01 gpu02")

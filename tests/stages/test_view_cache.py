@@ -4,6 +4,7 @@ import copy
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import wait
 from typing import Any
 
 import pytest
@@ -176,6 +177,16 @@ def test_what_fp16_does_not_hold_is_refused(value: float) -> None:
     cache(batch_of(), lambda batch: {"features": torch.tensor([1.0, value])})
     with pytest.raises(ValueError, match=r"stage2.cache: features has values that are not finite, or that fp16"):
         cache.finish()
+
+
+def test_a_failure_is_raised_when_it_is_asked_for_and_not_where_only_one_rank_would_meet_it() -> None:
+    cache = ViewCache(NUM_SAMPLES, Memory(), identity="a")
+    cache(batch_of(0), lambda batch: {"features": torch.tensor([70_000.0])})
+    wait([*cache._pending])
+    for first in range(0, 12, 2):
+        cache(batch_of(first), lambda batch: {"features": torch.ones(1)})
+    with pytest.raises(ValueError, match=r"stage2.cache: features has values that are not finite"):
+        cache.raise_failures()
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,9 @@ The parts `data.source`, `data.target` and `data.validation` take further sets b
 
 SUBMISSION = """\
 These are options of `iccld submit`, as in `iccld submit --gpus-per-node 4`, with `-` in place of `_`. A YAML file that
-is given by `--settings` holds them by the names below.
+is given by `--settings` holds them by the names below. `requeue: false` is `--no-requeue`. Where they are not given,
+`job_name` is the name of the run directory, `lead_s` follows from the saves that were measured, `python` is the
+interpreter that submits (unless there is an `image`), and nodes that failed twice are added to `exclude`.
 """
 
 

@@ -13,18 +13,21 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from iccld import __version__
 from iccld.config import Config
-from iccld.durable import make_folder, remove_left_overs, replacing_by_name
+from iccld.durable import make_folder, remove_left_overs
 from iccld.evaluation import EvaluationResult
 from iccld.models.iccld import ICCLD
+from iccld.models.model_card import CARD_NAME
+from iccld.models.saved_model import save_tensors
 from iccld.programs.evaluate.evaluate import load_model
 from iccld.programs.evaluate.scoring import evaluate_predictor
+from iccld.programs.run.hand_off import final_folder
 from iccld.runtime.engine.engine import Engine
 from iccld.stages.base import Stage
+from iccld.stages.settings import Weights
 from iccld.stages.table import stage_of
 from iccld.uda.ema_profile import Profile, profile_error, snapshot_weights
 from iccld.uda.settings import average_name
@@ -90,11 +93,7 @@ def write_snapshot(
     path = folder / snapshot_name(step)
     remove_left_overs(folder)
     metadata = {"step": str(step), "widths": json.dumps([float(width) for width in widths])}
-    try:
-        with replacing_by_name(path) as scratch:
-            save_file(tensors, scratch, metadata=metadata)
-    except SafetensorError as error:
-        raise OSError(f"{path} cannot be written ({error}); make room, and give the same command again.") from error
+    save_tensors(path, tensors, metadata=metadata)
     return path
 
 
@@ -179,8 +178,8 @@ def put_weights(module: nn.Module, reconstruction: Reconstruction) -> None:
 
 def teacher_folder(run_dir: Path, stage: str) -> Path:
     """Return the folder of the stage's finished teacher. Raises ValueError while there is none."""
-    folder = run_dir / stage / "final" / "teacher"
-    if not (folder / "config.json").is_file():
+    folder = final_folder(run_dir, stage) / Weights.teacher.value
+    if not (folder / CARD_NAME).is_file():
         raise ValueError(f"{run_dir} holds no finished {stage} ({folder}); let the same train command finish.")
     return folder
 

@@ -22,7 +22,7 @@ from iccld.models.iccld import ICCLD
 from iccld.models.model_card import CARD_NAME
 from iccld.programs.evaluate.results import about_of, finished_models, own_results, place_for, read_results
 from iccld.programs.evaluate.scoring import GiveUp, diagnose_model, evaluate_predictor, never, student_beside
-from iccld.programs.run.checks import new_watchdog, together
+from iccld.programs.run.checks import new_watchdog
 from iccld.programs.run.hand_off import is_finished
 from iccld.programs.run.signs import signs_of_diagnosis, tell
 from iccld.redact import redacted, without_secrets
@@ -31,7 +31,7 @@ from iccld.runtime.faults.preemption import Preempted, Preemption
 from iccld.runtime.faults.watchdog import Watchdog
 from iccld.runtime.measure.telemetry import write_event
 from iccld.runtime.measure.terminal import Terminal
-from iccld.runtime.ranks import Ranks
+from iccld.runtime.ranks import Ranks, together
 from iccld.stages.settings import Weights
 from iccld.stages.table import STAGES, stage_of
 

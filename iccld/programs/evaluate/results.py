@@ -22,7 +22,7 @@ from iccld.config import Config, read_config
 from iccld.durable import file_checksum
 from iccld.models.best_model import best_of
 from iccld.models.model_card import WEIGHTS_NAME
-from iccld.programs.run.hand_off import is_finished
+from iccld.programs.run.hand_off import final_folder, is_finished
 from iccld.reading import MIB, read_json
 from iccld.redact import without_secrets
 from iccld.stages.settings import InferenceConfig, Weights
@@ -37,7 +37,7 @@ def finished_models(config: Config) -> list[Path]:
     run_dir, weights = Path(config.run_dir), config.inference.weights.value
     if config.inference.weights is Weights.best:  # while a stage trains, its best may yet change
         return [folder for name in STAGES if is_finished(run_dir, name) and (folder := best_of(run_dir / name))]
-    return [folder for stage in STAGES if (folder := run_dir / stage / "final" / weights).is_dir()]
+    return [folder for stage in STAGES if (folder := final_folder(run_dir, stage) / weights).is_dir()]
 
 
 def about_of(folders: Sequence[Path], config: Config) -> dict[str, Any]:

@@ -1,6 +1,9 @@
 """Scores and diagnostics of one model on the validation set, its images divided over the ranks."""
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +17,7 @@ from iccld.evaluation import EvaluationResult, Predict, evaluate
 from iccld.models.iccld import ICCLD
 from iccld.runtime.engine.engine import Engine
 from iccld.runtime.faults.preemption import Preempted
+from iccld.runtime.ranks import Ranks, together
 from iccld.stages.settings import Weights
 
 T = TypeVar("T")
@@ -33,9 +37,10 @@ def evaluate_predictor(
     """Score `predict` on the validation set. Call on every rank."""
     samples = read_validation(config.data, rank=engine.ranks.rank, world_size=engine.ranks.world_size)
     total = _num_scored(config)
-    with torch.no_grad(), engine.autocast():
+    reduction = Reduction(engine.ranks, partial(give_up, total, total))
+    with torch.no_grad(), engine.autocast(), reduction.errors_shared():
         counted = _until(give_up, samples, total=total, every=engine.ranks.world_size)
-        return evaluate(counted, predict, **_of_all_ranks(config, engine, give_up, total=total))
+        return evaluate(counted, predict, **_shared_arguments(config, engine, reduction))
 
 
 def diagnose_model(
@@ -54,8 +59,9 @@ def diagnose_model(
     )
     options: dict[str, Any] = {"student": student, "seed": config.seed, "with_bounds": with_bounds}
     total = min(most, _num_scored(config))
-    options |= _of_all_ranks(config, engine, give_up, total=total)
-    with engine.autocast():
+    reduction = Reduction(engine.ranks, partial(give_up, total, total))
+    options |= _shared_arguments(config, engine, reduction)
+    with engine.autocast(), reduction.errors_shared():
         return diagnose(_until(give_up, pairs, total=total, every=engine.ranks.world_size), model, **options)
 
 
@@ -78,17 +84,41 @@ def _until(give_up: GiveUp, samples: Iterable[T], *, total: int, every: int) -> 
         yield sample
 
 
-def _of_all_ranks(config: Config, engine: Engine, give_up: GiveUp, *, total: int) -> dict[str, Any]:
-    """Build the arguments that scores and diagnostics share: classes, settings, device and the sum over ranks."""
-
-    def all_reduce(counts: Tensor) -> Tensor:
-        if engine.ranks.any(give_up(total, total)):
-            raise Preempted("scoring was given up")
-        return engine.ranks.sum(counts)
-
+def _shared_arguments(config: Config, engine: Engine, reduction: "Reduction") -> dict[str, Any]:
     return {
         "class_set": config.data.class_set.build(),
         "config": config.evaluation,
         "device": engine.device,
-        "all_reduce": all_reduce,
+        "all_reduce": reduction,
     }
+
+
+@dataclass
+class Reduction:
+    """The sum of a tensor over the ranks, once each has scored its samples; before it, they tell their errors."""
+
+    ranks: Ranks
+    has_given_up: Callable[[], bool]
+    has_begun: bool = False
+
+    def __call__(self, counts: Tensor) -> Tensor:
+        """Return the sum. Raises what one rank met, or Preempted if one has given up."""
+        self.has_begun = True
+        together(lambda: None, self.ranks)
+        if self.ranks.any(self.has_given_up()):
+            raise Preempted("scoring was given up")
+        return self.ranks.sum(counts)
+
+    @contextmanager
+    def errors_shared(self) -> Iterator[None]:
+        """Let an error of this rank's samples end all ranks, which meet in the sum."""
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            if not self.has_begun:
+                together(partial(_fail, error), self.ranks)
+            raise
+
+
+def _fail(error: Exception) -> None:
+    raise error

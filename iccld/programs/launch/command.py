@@ -5,7 +5,7 @@ import os
 import sys
 import time
 
-from iccld.slurm.engine_file import ENGINE_FILES, engine_path, forms_one_process
+from iccld.slurm.engine_file import engine_path, engine_variables, forms_one_process, is_sharded
 
 DESCRIPTION = """\
 Run a verb with several ranks on this machine: one a GPU or, without GPUs, on its cores.
@@ -45,7 +45,8 @@ def run(arguments: argparse.Namespace) -> int:
     path = engine_path(engine)
     if num_ranks > 1 and forms_one_process(path):
         raise ValueError(f"launch {num_ranks} --engine {engine}: {path} forms one process; use ddp, or launch 1.")
-    if num_ranks == 1 and path in (ENGINE_FILES / "ddp.yaml", ENGINE_FILES / "cpu.yaml"):  # needs no launcher
+    if num_ranks == 1 and not is_sharded(path):  # it needs no launcher, and hears signals itself
+        os.environ.update(engine_variables(path))
         os.execv(sys.executable, [sys.executable, "-m", "iccld", *command])
     os.environ.setdefault("ICCLD_ATTEMPT_BEGAN", f"{time.time()}")  # a training's first process is this one
     from iccld.runtime.measure.terminal import open_terminal

@@ -4,7 +4,6 @@ import logging
 import os
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -95,8 +94,6 @@ def launch(num_ranks: int, engine_file: Path, command: Sequence[str]) -> int:
             launch_command(arguments)
         except SignalException as error:
             return _status_of_signalled(error.sigval, read_word(word))
-        except subprocess.CalledProcessError as error:  # a single process, which no agent watches
-            return error.returncode if error.returncode > 0 else 1
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
             if failure.exitcode not in (REFUSED, AGAIN):  # the rank has already explained these

@@ -39,6 +39,7 @@ from iccld.runtime.faults.watchdog import Watchdog
 from iccld.runtime.measure import memory
 from iccld.runtime.measure.peaks import wait_for
 from iccld.runtime.measure.profiling import OVERLAPPED, PhaseTimer, Ranges
+from iccld.runtime.ranks import together
 from iccld.stages.base import Stage
 from iccld.stages.table import STAGES
 from iccld.trainer import TrainingStep, attach
@@ -76,7 +77,7 @@ def run(arguments: Namespace) -> int:
     check_open_files(num_workers=config.data.num_workers, world_size=int(os.environ.get("WORLD_SIZE") or 1))
     with Engine(config.engine) as engine, new_watchdog(own, engine.ranks) as watchdog, sets_kept_open():
         if not options.synthetic:
-            check_settings(config, engine)
+            together(lambda: check_settings(config, engine), engine.ranks)
         for name in config.stages:
             folder = output / name
             make_folder(folder, within=output)

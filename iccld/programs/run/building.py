@@ -21,7 +21,7 @@ from iccld.stages.kind import StageSettings
 from iccld.stages.table import STAGES
 
 
-def build_stream(name: str, config: Config, layout: BatchLayout) -> TrainingStream:
+def build_stream(name: str, config: Config, layout: BatchLayout, *, with_noise: bool = True) -> TrainingStream:
     kind, settings = STAGES[name], stage_settings(name, config)
     cache = kind.cache(settings)
     return TrainingStream(
@@ -30,7 +30,7 @@ def build_stream(name: str, config: Config, layout: BatchLayout) -> TrainingStre
         layout=layout,
         with_target=kind.reads_target(settings),
         target_labels=kind.reads_target_labels(settings),
-        noise=noise_of(name, config),
+        noise=noise_of(name, config) if with_noise else {},
         repeat_after=cache.num_samples if cache else 0,
     )
 
@@ -85,9 +85,10 @@ def gathered(stage: Stage, into: Stage, engine: Engine) -> Stage:
 
 
 def first_batches(name: str, config: Config) -> Iterator[Mapping[str, Any]]:
-    """Return the stream's first samples, in batches that do not depend on the run's layout."""
+    """Return the stream's first samples, without noise, in batches that do not depend on the run's layout."""
     layout = BatchLayout(global_batch_size=4, micro_batch_size=4)
-    return islice(build_stream(name, config, layout).batches(0), -(-config.statistics_samples // 4))
+    stream = build_stream(name, config, layout, with_noise=False)
+    return islice(stream.batches(0), -(-config.statistics_samples // 4))
 
 
 def trials_of(name: str, config: Config, engine: Engine, watchdog: Watchdog) -> Trials:

@@ -2,7 +2,6 @@
 
 import os
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,7 +17,6 @@ from iccld.durable import (
     walk,
     write_whole,
 )
-from iccld.outcome import plain, status_of
 from iccld.programs.run.extension import (
     Extension,
     changes_beside,
@@ -31,7 +29,7 @@ from iccld.programs.run.hand_off import is_finished
 from iccld.programs.run.kept_views import open_view_files
 from iccld.runtime.engine.engine import Engine
 from iccld.runtime.faults.watchdog import Watchdog
-from iccld.runtime.ranks import Ranks
+from iccld.runtime.ranks import Ranks, naming_lost_ranks, together
 from iccld.stages.settings import Weights
 from iccld.stages.table import STAGES
 
@@ -54,21 +52,10 @@ def check_links(run_dir: Path, config: Config) -> None:
 
 
 def check_alone(run_dir: Path, holder: str, ranks: Ranks) -> None:
-    holder = ranks.gather(holder)[0]
+    with naming_lost_ranks():  # rank 0 may have failed to lock the folder
+        holder = ranks.gather(holder)[0]
     if holder:
         raise ValueError(f"run_dir={run_dir} is in use by {holder}; wait for it, end it, or use another run_dir.")
-
-
-def together(check: Callable[[], None], ranks: Ranks) -> None:
-    """Make a check on every rank; an error of one of them (a damaged index, say) ends all, and is said once."""
-    failure: Exception | None = None
-    try:
-        check()
-    except (ValueError, OSError) as error:
-        failure = plain(error)
-    if found := [failure for failure in ranks.gather(failure) if failure]:
-        worst = max(found, key=status_of)
-        raise worst if ranks.is_main else SystemExit(status_of(worst))
 
 
 def check_settings(config: Config, engine: Engine) -> None:
@@ -154,7 +141,8 @@ def new_watchdog(config: Config, ranks: Ranks, *, beats_in: Path | None = None) 
         refuse_links(folder, within=run_dir)
     refuse_unless_plain(run_dir / "events.jsonl")
     watchdog = Watchdog(run_dir, limits, ranks=ranks, attempt=attempt, beats_in=place)
-    if ranks.is_main:
+
+    def clear() -> None:
         watchdog.refusal.forget()
         for path in beats.glob("rank_*.json"):  # left by an attempt on more ranks
             path.unlink(missing_ok=True)
@@ -162,7 +150,8 @@ def new_watchdog(config: Config, ranks: Ranks, *, beats_in: Path | None = None) 
             remove_left_overs(folder, older_than_s=LEFT_OVER_AFTER_S)
         for folder in beats_in.glob("*") if beats_in else ():
             _remove_if_left_over(folder)
-    ranks.barrier()
+
+    together(clear if ranks.is_main else lambda: None, ranks)
     return watchdog
 
 

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import re
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -64,6 +65,13 @@ def final_folder(run_dir: Path, name: str) -> Path:
 
 def is_finished(run_dir: Path, name: str) -> bool:
     return final_folder(run_dir, name).is_dir()
+
+
+def await_final(run_dir: Path, name: str, *, limit_s: float = 120.0) -> None:
+    """Wait until this rank sees what rank 0 has left: a node may remember for a while what its file server had not."""
+    folder, until = final_folder(run_dir, name), time.monotonic() + limit_s
+    while folder not in folder.parent.iterdir() and time.monotonic() < until:  # a listing asks the server
+        time.sleep(0.5)
 
 
 def hand_over(stage: Stage, config: Config, *, step: int) -> None:

@@ -5,12 +5,15 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 from iccld.config import Config, bound_settings, stage_settings
 from iccld.data.processes import say
 from iccld.data.storage.cache import CacheConfig, SampleCache
 from iccld.data.stream.stream import TrainingStream
 from iccld.programs.run.hand_off import handed_over
 from iccld.runtime.engine.engine import Engine
+from iccld.runtime.ranks import together
 from iccld.slurm.snapshot import code_hash
 from iccld.stages.base import Stage
 from iccld.stages.table import STAGES
@@ -49,7 +52,7 @@ def keep_views(stage: Stage, config: Config, engine: Engine, stream: TrainingStr
     identity = identity_of_views(stage.name, config, engine, stream)
     stage.view_cache = ViewCache(stream.repeat_after, files, identity=identity, report=report)
     yield
-    stage.view_cache.finish()
+    together(stage.view_cache.finish, engine.ranks)
     stage.view_cache = None
 
 
@@ -67,5 +70,6 @@ def identity_of_views(name: str, config: Config, engine: Engine, stream: Trainin
         "device": engine.device.type,
         "precision": engine.accelerator.mixed_precision,
         "compile": config.engine.compile.on(engine.device.type).name,
+        "kernels": [torch.__version__, config.engine.deterministic, config.engine.cudnn_benchmark],
     }
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()

@@ -29,8 +29,8 @@ from iccld.programs.evaluate.results import finished_models, settings_checksum
 from iccld.programs.evaluate.scoring import GiveUp, diagnose_model, evaluate_predictor
 from iccld.programs.run.best import keep_best
 from iccld.programs.run.building import build_stage, build_stream, first_batches, trials_of, whole_stage
-from iccld.programs.run.checks import check_alone, check_links, check_settings, claim_run_dir, new_watchdog, together
-from iccld.programs.run.hand_off import final_folder, hand_over, handed_over, is_finished, take_first_stage
+from iccld.programs.run.checks import check_alone, check_links, check_settings, claim_run_dir, new_watchdog
+from iccld.programs.run.hand_off import await_final, final_folder, hand_over, handed_over, is_finished, take_first_stage
 from iccld.programs.run.kept_views import keep_views
 from iccld.programs.run.metric_lines import read_entries
 from iccld.programs.run.micro_batch import choose_layout
@@ -52,6 +52,7 @@ from iccld.runtime.measure.metrics import MetricsLogger
 from iccld.runtime.measure.peaks import nominal_flops
 from iccld.runtime.measure.telemetry import write_event
 from iccld.runtime.measure.terminal import Terminal
+from iccld.runtime.ranks import together
 from iccld.stages.base import Stage
 from iccld.stages.table import STAGES
 from iccld.tracebacks import keep_tracebacks_in
@@ -111,11 +112,12 @@ def _run_stages(config: Config, engine: Engine, preemption: Preemption, watchdog
             return stopped(config, ranks, name)
         elif not _run_stage(name, config, engine, preemption, watchdog, terminal):
             return False
-    if config.data.validation.shards and unscored_stages(config):
+    to_score = finished_models(config) if config.data.validation.shards and unscored_stages(config) else []
+    if to_score := ranks.gather(to_score)[0]:
         watchdog.begin("evaluation")
         watchdog.phase("evaluate")
         try:
-            evaluate_models(finished_models(config), config, engine, give_up=asks(preemption, watchdog))
+            evaluate_models(to_score, config, engine, give_up=asks(preemption, watchdog))
         except Preempted:
             return stopped(config, ranks, "evaluation")
     if ranks.is_main:
@@ -137,27 +139,26 @@ def _run_stage(
     checkpoints = CheckpointStore(
         folder / "checkpoints", trainer.checkpoint, engine.ranks, announce=lambda at: metrics.event("saved", step=at)
     )
-    with (
-        keep_views(stage, config, engine, stream),
-        explained_out_of_memory(stage, layout, config, engine, watchdog=watchdog, checkpoints=checkpoints),
-    ):
-        finished = Trainer(
-            stage=stage,
-            stream=stream,
-            engine=engine,
-            checkpoints=checkpoints,
-            metrics=metrics,
-            preemption=preemption,
-            watchdog=watchdog,
-            config=trainer,
-            layout=layout,
-            about=_about(stage, config, stream),
-            pictures=TrainingPictures(stage, config, engine, metrics=metrics, watchdog=watchdog),
-            evaluate=lambda step: _validate(stage, config, engine, asks(preemption, watchdog), step=step),
-            after_step=lambda step: write_due_snapshot(stage, folder / "ema", engine, step=step),
-        ).run()
+    with explained_out_of_memory(stage, layout, config, engine, watchdog=watchdog, checkpoints=checkpoints):
+        with keep_views(stage, config, engine, stream):
+            finished = Trainer(
+                stage=stage,
+                stream=stream,
+                engine=engine,
+                checkpoints=checkpoints,
+                metrics=metrics,
+                preemption=preemption,
+                watchdog=watchdog,
+                config=trainer,
+                layout=layout,
+                about=_about(stage, config, stream),
+                pictures=TrainingPictures(stage, config, engine, metrics=metrics, watchdog=watchdog),
+                evaluate=lambda step: _validate(stage, config, engine, asks(preemption, watchdog), step=step),
+                after_step=lambda step: write_due_snapshot(stage, folder / "ema", engine, step=step),
+            ).run()
+        if finished:
+            _finish(stage, config, engine)
     if finished:
-        _finish(stage, config, engine)
         metrics.event("finished", step=trainer.num_steps)
     engine.detach()
     metrics.close()
@@ -172,6 +173,7 @@ def _finish(stage: Stage, config: Config, engine: Engine) -> None:
         _warn(stage, config)
         hand_over(stage, config, step=trainer_settings(stage.name, config).num_steps)
     engine.ranks.barrier()
+    await_final(Path(config.run_dir), stage.name)
 
 
 def measure_latents(stage: Stage, config: Config, engine: Engine) -> None:

@@ -12,16 +12,11 @@ import torch
 from torch import Tensor
 
 from iccld.durable import make_folder, replacing_by_name, write_whole
+from iccld.outcome import LACK_OF_MEMORY
 from iccld.runtime.measure import host_memory
 from iccld.runtime.settings import MemoryConfig
 from iccld.runtime.tensors import bytes_of, local_tensor
 
-# What PyTorch and the libraries under it say in a RuntimeError: CUDA, cuBLAS, cuDNN, the CPU's allocator, C++, oneDNN.
-FAILURE = re.compile(
-    r"out of memory|(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED|can't allocate memory|not enough memory|bad_alloc|"
-    r"could not create a memory object",
-    re.IGNORECASE,
-)
 UNCLEAR = "could not create a primitive"  # oneDNN, which has no memory for the code of a kernel, or has no such kernel
 ASKED = re.compile(r"tried to allocate ([\d.]+ (?:bytes|[KMGT]iB))", re.IGNORECASE)
 GIB = 2**30
@@ -32,7 +27,7 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     if not isinstance(error, RuntimeError):
         return False
-    return bool(FAILURE.search(str(error))) or (UNCLEAR in str(error) and not host_memory.free_memory())
+    return bool(LACK_OF_MEMORY.search(str(error))) or (UNCLEAR in str(error) and not host_memory.free_memory())
 
 
 def total_memory(device: torch.device) -> int:

@@ -171,6 +171,7 @@ def test_a_started_program_takes_signals_as_usual() -> None:
     process = start(
         """
         import subprocess
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
         with Preemption():
             print("ready", flush=True)
             for number in SIGNALS:
