@@ -39,8 +39,7 @@ LACK_OF_MEMORY = re.compile(
     r"could not create a memory object",
     re.IGNORECASE,
 )
-"""What PyTorch and the libraries under it say in a RuntimeError: CUDA, cuBLAS, cuDNN, the CPU's allocator, C++, oneDNN.
-"""
+"""Words for a lack of memory in PyTorch's RuntimeErrors: of CUDA, cuBLAS, cuDNN, the CPU's allocator, C++, oneDNN."""
 _LOST_DEVICE = re.compile(
     r"ECC|NVLink|unavailable|lost|hardware|unspecified launch failure|unknown error", re.IGNORECASE
 )
