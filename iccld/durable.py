@@ -250,7 +250,7 @@ def remove_tree(folder: Path) -> None:
 
 
 def clear_away(folder: Path) -> str:
-    """Delete a folder that is no longer needed; return why it is still there, which is no reason to end, or ""."""
+    """Delete a folder that is no longer needed. Return why it could not be deleted, or ""; the caller goes on."""
     try:
         remove_tree(folder)
     except (OSError, NotOursError) as error:  # protected, or kept by a file server while somebody reads it

@@ -4,9 +4,9 @@
     75    AGAIN: what the world did: a full disk, a lost connection, a killed worker, a node; give the command again
     76    FORCED: a stop was asked for, and the command could not end in time (`iccld.runtime.faults.preemption`)
 
-The job script starts a run again after 75 and 76, and after 2 if the job has made a checkpoint before. An error of the
-system (OSError) is the user's only where it says that a name is wrong, and only before the run's first step: what was
-good for a step is not wrong since.
+The job script starts a run again after each status but 0, and but 2 on a first attempt that got nowhere, until it makes
+no progress. An error of the system (OSError) is the user's only where it says that a name is wrong, and only before the
+run's first step: what was good for a step is not wrong since.
 """
 
 import contextlib
@@ -47,6 +47,14 @@ _LOST_DEVICE = re.compile(
 
 class Interrupted(OSError):
     """Error: the world interrupted a run; the same command goes on from where it was."""
+
+
+class ToldByRank0(SystemExit):
+    """The end of a rank for an error that rank 0 tells; its code is the error's status."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(status_of(error))
+        self.error = error
 
 
 def status_of(error: BaseException) -> int:
@@ -96,6 +104,10 @@ def blaming_the_world(has_trained: Callable[[], bool]) -> Iterator[None]:
         if isinstance(error, Interrupted) or not has_trained():
             raise
         raise Interrupted(words(error)) from error
+    except ToldByRank0 as end:
+        if isinstance(end.error, OSError) and has_trained():
+            end.code = AGAIN
+        raise
     except RuntimeError as error:
         if type(error).__name__ != "AcceleratorError" or not _LOST_DEVICE.search(str(error)):
             raise

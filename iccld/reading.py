@@ -48,7 +48,7 @@ def parse_json(data: bytes | str, where: str) -> Any:
 
 
 def is_count(value: Any) -> bool:
-    """Tell whether a value is a whole number from 0 on, which a float, too, holds exactly."""
+    """Tell whether a value is a whole number from 0 to 2^53 - 1."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 53
 
 

@@ -30,7 +30,7 @@ def for_message(message: str, schema: Any = None) -> str:
             return did_you_mean(found["word"], re.split(r"[,\s]+", found["known"].replace("'", "")))
     found = _KEY.search(message) if schema is not None else None
     if found and "is not in struct" in message:  # OmegaConf's, of a mapping whose names are free
-        return f"; a + adds a name: +{found['key'].rpartition('.')[0]}.NAME=VALUE"
+        return f"; a + adds a name: +{found['key'].rpartition('.')[0]}={{NAME:VALUE}}"
     return for_key(re.sub(r"\[\w*\]", "", found["key"]), schema) if found else ""
 
 

@@ -7,6 +7,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,9 @@ def test_what_a_training_removes_meanwhile_is_not_damaged(
     copy = Path(shutil.copytree(run_dir / "stage1", tmp_path / "stage1"))
 
     def removed_before(path: Path) -> Any:
-        shutil.rmtree(copy / "checkpoints/step_00000001", ignore_errors=True)
+        if (manifest := copy / "checkpoints/step_00000001/manifest.json").exists():
+            manifest.unlink()
+            threading.Timer(0.3, shutil.rmtree, [manifest.parent]).start()
         return reader(path)
 
     monkeypatch.setattr(checkpoint_command, reader.__name__, removed_before)

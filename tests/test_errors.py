@@ -143,8 +143,8 @@ def test_names_that_are_close_to_nothing_have_no_suggestion():
         ("stage1.trainer.num_stepz=3", "did you mean stage1.trainer.num_steps?"),
         ("stagee1.trainer.num_steps=3", "did you mean stage1?"),
         ("+sed=3", "did you mean seed?"),
-        ("data.source.also={a:{shards:b}}", "data.source.also.a; a + adds a name: +data.source.also.NAME=VALUE"),
-        ("model.encoder.backbone_config={model_type:swin}", "a + adds a name: +model.encoder.backbone_config.NAME"),
+        ("data.source.also={a:{shards:b}}", "data.source.also.a; a + adds a name: +data.source.also={NAME:VALUE}"),
+        ("model.encoder.backbone_config={model_type:swin}", "a name: +model.encoder.backbone_config={NAME:VALUE}"),
         ("engine.precision=bf61", "did you mean bf16?"),
         ("experiment=demmo", "did you mean demo?"),
         ("stages=[stage11]", "did you mean stage1?"),
@@ -153,6 +153,12 @@ def test_names_that_are_close_to_nothing_have_no_suggestion():
 )
 def test_what_is_close_to_a_setting_a_choice_or_a_file(override: str, words: str):
     assert words in line_of(lambda: load_config([override]))
+
+
+def test_a_name_is_added_as_the_message_says():
+    assert load_config(["+data.source.also={b:{shards:x}}"]).data.source.also["b"].shards == "x"
+    config = load_config(["model.encoder.pretrained=", "+model.encoder.backbone_config={model_type:swin}"])
+    assert config.model.encoder.backbone_config == {"model_type": "swin"}
 
 
 def test_saved_settings_that_are_misspelt(tmp_path: Path):

@@ -10,7 +10,7 @@ import pytest
 
 from iccld.data.storage.base import MissingShard, StorageError, Unreachable
 from iccld.data.stream.workers import WorkerDied
-from iccld.outcome import AGAIN, REFUSED, Interrupted, blaming_the_world, naming, plain, status_of, words
+from iccld.outcome import AGAIN, REFUSED, Interrupted, ToldByRank0, blaming_the_world, naming, plain, status_of, words
 from iccld.runtime.checkpoint.manifest import CheckpointError
 from iccld.runtime.checkpoint.store import UnsavedError
 from iccld.runtime.measure.metrics import NonFiniteLossError
@@ -79,3 +79,13 @@ def test_a_full_disk_names_file_content_and_remedy():
     said = words(raised.value)
     assert status_of(raised.value) == AGAIN
     assert all(word in said for word in ("/dev/full", "the scores could not be written", "No space left", "make room"))
+
+
+@pytest.mark.parametrize(("has_trained", "status"), [(False, 2), (True, 75)])
+def test_a_rank_whose_error_rank_0_tells_ends_with_the_status_of_rank_0(has_trained: bool, status: int):
+    error = OSError("a damaged file")
+    with pytest.raises(ToldByRank0) as told, blaming_the_world(lambda: has_trained):
+        raise ToldByRank0(error)
+    with pytest.raises(OSError, match="a damaged file") as raised, blaming_the_world(lambda: has_trained):
+        raise error
+    assert told.value.code == status == status_of(raised.value)

@@ -1,11 +1,14 @@
-"""The loop's learning-rate schedule."""
+"""The loop's learning-rate schedule, and errors that it tells to all ranks."""
+
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from iccld.settings import ScheduleConfig
-from iccld.trainer import learning_rate_factor
+from iccld.trainer import Trainer, learning_rate_factor
 
 
 def test_the_published_schedule():
@@ -24,3 +27,16 @@ def test_the_factor_stays_between_zero_and_one_and_falls_after_the_warm_up(num_s
 def test_a_ratio_out_of_range_is_refused():
     with pytest.raises(ValueError, match=r"final_ratio=2.0 must be between 0 and 1"):
         ScheduleConfig(final_ratio=2.0)
+
+
+def test_what_a_write_to_the_view_cache_has_met_is_told_to_all_ranks():
+    def fail() -> None:
+        raise ValueError("stage2.cache: features")
+
+    here = SimpleNamespace(
+        stage=SimpleNamespace(view_cache=SimpleNamespace(raise_failures=fail)),
+        layout=SimpleNamespace(num_accumulation=1),
+        watchdog=SimpleNamespace(has_trained=True),
+    )
+    batches, failure = Trainer._fetch(cast(Any, here), iter([{}]))
+    assert batches == [] and isinstance(failure, ValueError) and str(failure) == "stage2.cache: features"

@@ -1,4 +1,4 @@
-"""The file of weights of a saved model, and checks of one that a stranger may have made: its card, and this file."""
+"""Writing of a saved model's weights, and checks of a model that a stranger may have saved: its card and weights."""
 
 import contextlib
 import errno
@@ -31,7 +31,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: dict[st
     except SafetensorError as error:  # a full disk, for one
         number = re.search(r"os error (\d+)", str(error))
         code = int(number[1]) if number else errno.EIO
-        raise OSError(code, os.strerror(code), str(path)) from error
+        raise OSError(code, os.strerror(code) if number else str(error), str(path)) from error
 
 
 def check_described(encoder: EncoderConfig, card: Path) -> None:

@@ -1,6 +1,7 @@
 """`iccld checkpoint`: its arguments, a list of the checkpoints, and a check that they are whole."""
 
 import argparse
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from rich.table import Table
 from iccld.runtime.checkpoint.manifest import STEP_FOLDER, CheckpointError, pointed_at, read_manifest, verify
 
 GIB = 1 << 30
+VANISHES_S = 1.0
 
 DESCRIPTION = """\
 List and check checkpoints, and get models out of them.
@@ -56,7 +58,7 @@ def list_checkpoints(folder: Path) -> int:
     whole = True
     for path in _checkpoints(folder):
         row, is_whole = _row(path)
-        if path.is_dir():  # a training removes old ones meanwhile
+        if is_whole or not _vanishes(path):
             table.add_row(*row)
             whole &= is_whole
     Console().print(table)
@@ -86,10 +88,18 @@ def verify_checkpoints(folder: Path) -> int:
             verify(path)
             print(f"{path}: whole")
         except (CheckpointError, FileNotFoundError) as error:
-            is_there = path.is_dir()  # a training removes old ones meanwhile
+            is_there = not _vanishes(path)
             damaged += is_there
             print(error if is_there else f"{path}: removed meanwhile")
     return 1 if damaged else 0
+
+
+def _vanishes(path: Path) -> bool:
+    """Tell whether a checkpoint that is not whole is gone within a second: a training removes old ones meanwhile."""
+    until = time.monotonic() + VANISHES_S
+    while path.is_dir() and time.monotonic() < until:
+        time.sleep(0.1)
+    return not path.is_dir()
 
 
 def _checkpoints(folder: Path) -> Iterator[Path]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from iccld.durable import write_whole
-from iccld.outcome import Interrupted, plain, status_of
+from iccld.outcome import Interrupted, ToldByRank0, plain, status_of
 
 # Of PyTorch's private names, these are used: `_world.pg_map`, `_set_pg_timeout`, `_get_sequence_number_for_group` and
 # `_dump_nccl_trace`; there are no public ones.
@@ -174,4 +174,4 @@ def together(check: Callable[[], None], ranks: Ranks) -> None:
         failure = plain(error)
     if found := [failure for failure in ranks.gather(failure) if failure]:
         worst = max(found, key=status_of)
-        raise worst if ranks.is_main else SystemExit(status_of(worst))
+        raise worst if ranks.is_main else ToldByRank0(worst)

@@ -63,8 +63,9 @@ class EngineConfig:
         """Raise ValueError if the launcher's YAML asks for another precision than the experiment, which decides."""
         if launched not in ("", "no", self.precision.value):
             raise ValueError(
-                f"mixed_precision={launched} of the engine's YAML must be engine.precision={self.precision.name}, "
-                f"which decides; leave mixed_precision out, and set engine.precision to what you mean, bf16 or fp32."
+                f"mixed_precision={launched} of the launch (an engine's YAML, or accelerate's own option) must be "
+                f"engine.precision={self.precision.name}, which decides; leave mixed_precision out, and set "
+                f"engine.precision to what you mean, bf16 or fp32."
             )
 
 

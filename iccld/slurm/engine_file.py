@@ -10,7 +10,10 @@ from iccld import plain_yaml
 ENGINE_FILES = Path(__file__).resolve().parents[1] / "accelerate_configs"
 """The files, as a checkout links them into the package and a wheel holds them."""
 
-KINDS = ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP", "DEEPSPEED")
+OF_ONE_PROCESS = ("NO", "MULTI_CPU")
+"""Kinds by which accelerate's launcher starts a single process, whatever the number that it is given."""
+SHARDED = ("FSDP", "DEEPSPEED")
+KINDS = (*OF_ONE_PROCESS, "MULTI_GPU", *SHARDED)
 PRECISIONS = ("no", "fp16", "bf16", "fp8")
 
 
@@ -23,14 +26,9 @@ def engine_path(engine: str) -> Path:
     return path
 
 
-def forms_one_process(path: Path) -> bool:
-    """Tell whether accelerate's launcher starts a single process by the file, whatever the number that it is given."""
-    return _read(path)[1] in ("NO", "MULTI_CPU")
-
-
-def is_sharded(path: Path) -> bool:
-    """Tell whether ranks hold parts of the weights or of the optimiser's state by the file."""
-    return _read(path)[1] in ("FSDP", "DEEPSPEED")
+def kind_of(path: Path) -> str:
+    """Return the kind of launch that a file asks for, one of KINDS. Raises ValueError for a file of another program."""
+    return _read(path)[1]
 
 
 def _read(path: Path) -> tuple[dict[str, Any], str]:
@@ -45,7 +43,11 @@ def _read(path: Path) -> tuple[dict[str, Any], str]:
 def engine_variables(path: Path) -> dict[str, str]:
     """Return the environment of each rank. Raises ValueError for a file that is none of accelerate's."""
     settings, kind = _read(path)
+    if (chosen := settings.get("gpu_ids")) not in (None, "all"):
+        raise ValueError(f"{path}: gpu_ids={chosen!r} has no effect here; leave it out, and set CUDA_VISIBLE_DEVICES.")
     variables = {}
+    if settings.get("use_cpu"):
+        variables["ACCELERATE_USE_CPU"] = "true"
     if precision := settings.get("mixed_precision"):
         variables["ACCELERATE_MIXED_PRECISION"] = _one_of(path, "mixed_precision", precision, PRECISIONS)
     if kind == "FSDP":

@@ -209,7 +209,7 @@ job_state() {
     for try in {1..12}; do
         answer=$(scontrol show job "$id" --oneliner | grep -o 'JobState=[A-Z_]*' | head -n 1)
         [ -z "$answer" ] || break
-        sleep 5
+        sleep "${ICCLD_ASK_S:-5}"
     done
     echo "${answer#JobState=}"
 }

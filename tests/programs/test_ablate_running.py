@@ -125,6 +125,9 @@ def test_a_row_whose_scores_are_damaged_is_named_and_the_others_go_on(
     assert f"fine/seed_0: is not finished: {damaged} holds no scores" in said
     assert figures_of(ablation)["fine"].missing == [0] and f"{damaged} holds no scores" in capsys.readouterr().out
     assert [starts(ablation, Task(name, 0)) for name in ablation.grid.rows] == [1, 1, 0]
+    monkeypatch.undo()
+    assert train_rows(ablation, num_processes=2).failures == ending.failures
+    assert f"fine/seed_0: cannot begin: {damaged} holds no scores" in capsys.readouterr().out
 
 
 def test_an_error_of_our_own_leaves_no_run_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

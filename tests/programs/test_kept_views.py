@@ -45,6 +45,8 @@ def test_other_code_makes_other_views(identity: Any, monkeypatch: pytest.MonkeyP
         "seed=1",
         "stage2.objective.photometric.jitter=0.5",
         "engine.precision=bf16",
+        "engine.deterministic=true",
+        "engine.cudnn_benchmark=false",
         "model.latent=mask",
         "stage2.objective.task_weight=1",
         "stage2.objective.corruption.strength=0.3",

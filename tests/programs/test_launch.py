@@ -20,8 +20,8 @@ def test_an_engine_of_one_process_is_refused_more_ranks(tmp_path: Path, kind: st
 
 
 @pytest.mark.parametrize("kind", ["NO", "MULTI_GPU"])
-def test_a_single_process_is_the_launched_one_and_ends_with_its_own_status(tmp_path: Path, kind: str):
-    (path := tmp_path / "own.yaml").write_text(f"distributed_type: {kind}\nnum_machines: 1\nmixed_precision: bf16\n")
+def test_a_single_process_is_the_launched_one(tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]):
+    (path := tmp_path / "own.yaml").write_text(f"distributed_type: {kind}\nmixed_precision: bf16\nuse_cpu: true\n")
     executed = list[list[str]]()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "execv", lambda program, words: executed.append(words) or sys.exit(0))
@@ -29,11 +29,16 @@ def test_a_single_process_is_the_launched_one_and_ends_with_its_own_status(tmp_p
         with pytest.raises(SystemExit):
             main(["launch", "1", "--engine", str(path), "train", "seed=1"])
     assert executed == [[sys.executable, "-m", "iccld", "train", "seed=1"]]
-    assert environment["ACCELERATE_MIXED_PRECISION"] == "bf16"
-    for engine in ("cpu", str(path)):
-        log, words = tmp_path / "log", ["launch", "1", "--engine", engine, "train", "sed=1"]
-        assert Forked("iccld", words, environment=dict(os.environ), log=log).wait(timeout=100) == 2
-        assert "a fault of the program" not in log.read_text() and "sed" in log.read_text()
+    assert environment["ACCELERATE_MIXED_PRECISION"] == "bf16" and environment["ACCELERATE_USE_CPU"] == "true"
+    path.write_text(f"distributed_type: {kind}\ngpu_ids: '1'\n")
+    assert main(["launch", "1", "--engine", str(path), "train", "seed=1"]) == 2
+    assert "gpu_ids='1' has no effect here; leave it out" in capsys.readouterr().err
+
+
+def test_a_single_process_ends_with_its_own_status(tmp_path: Path):
+    log, words = tmp_path / "log", ["launch", "1", "--engine", "cpu", "train", "sed=1"]
+    assert Forked("iccld", words, environment=dict(os.environ), log=log).wait(timeout=100) == 2
+    assert "a fault of the program" not in log.read_text() and "sed" in log.read_text()
 
 
 def test_ranks_share_the_cpus_that_this_process_may_use(monkeypatch: pytest.MonkeyPatch):

@@ -1,47 +1,78 @@
-"""Scoring tells, before each image, how far it is."""
+"""Ranks that score together: an error of one is told once, in every order of errors, sums and signals."""
 
-from dataclasses import replace
-from pathlib import Path
+import time
+from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
 
-from iccld.config import Config, load_config
-from iccld.programs.evaluate.scoring import diagnose_model, evaluate_predictor
-from iccld.runtime.engine.engine import Engine
+from iccld.programs.evaluate import scoring
+from iccld.programs.evaluate.scoring import Reduction, never
 from iccld.runtime.faults.preemption import Preempted
-from tests.factory import scene_overrides
-from tests.models.factory import trained_model
+from iccld.runtime.ranks import Ranks
 
 
-@pytest.fixture
-def config(scene_shards: Path, tmp_path: Path) -> Config:
-    config = load_config(scene_overrides(scene_shards, tmp_path))
-    return replace(config, evaluation=replace(config.evaluation, max_images=3, diagnostic_images=2))
+@dataclass(frozen=True)
+class Two(Ranks):
+    """This rank, and what another one tells; `gathered` has what this one told."""
+
+    other: Exception | None = None
+    wait_s: float = 0.0
+    gathered: list[Any] = field(default_factory=list)
+
+    def gather(self, value: Any) -> list[Any]:
+        time.sleep(self.wait_s)
+        self.gathered.append(value)
+        return [value, self.other]
 
 
-def test_each_image_is_counted_and_the_end(config: Config):
-    told: list[tuple[int, int]] = []
-
-    def tell(done: int, total: int) -> bool:
-        told.append((done, total))
-        return False
-
-    with Engine(config.engine) as engine:
-        evaluate_predictor(lambda images, _: torch.zeros(len(images), 19, 8, 8), config, engine, give_up=tell)
-        assert told == [(0, 3), (1, 3), (2, 3), (3, 3), (3, 3)]
-        told.clear()
-        diagnose_model(trained_model(num_classes=19), config, engine, with_bounds=False, give_up=tell)
-        assert told == [(0, 2), (1, 2), (2, 2)]
+def scored(reduction: Reduction, *, before: Exception | None = None, after: Exception | None = None) -> torch.Tensor:
+    with reduction.errors_shared():
+        if before:
+            raise before
+        counts = reduction(torch.ones(2))
+        if after:
+            raise after
+        return counts
 
 
-def test_what_is_given_up_after_an_image_scores_no_other(config: Config):
-    seen: list[int] = []
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_error_of_a_rank_s_own_is_told_once(rank: int):
+    ranks = Two(rank=rank)
+    with pytest.raises((ValueError, SystemExit)) as raised:
+        scored(Reduction(ranks, never), before=ValueError("sample 7"))
+    assert [str(error) for error in ranks.gathered] == ["sample 7"]
+    assert isinstance(raised.value, SystemExit) == (rank == 1)
 
-    def predict(images: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-        seen.extend(numbers.tolist())
-        return torch.zeros(len(images), 19, 8, 8)
 
-    with Engine(config.engine) as engine, pytest.raises(Preempted):
-        evaluate_predictor(predict, config, engine, give_up=lambda done, total: done >= 1)
-    assert seen == [0]
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_error_of_another_rank_ends_this_one_before_the_sum(rank: int):
+    ranks = Two(rank=rank, other=ValueError("sample 7"))
+    with pytest.raises((ValueError, SystemExit)):
+        scored(Reduction(ranks, never))
+    assert ranks.gathered == [None]
+
+
+def test_what_comes_after_the_sum_is_met_by_all_and_not_told_again():
+    ranks = Two()
+    with pytest.raises(ValueError, match="the report"):
+        scored(Reduction(ranks, never), after=ValueError("the report"))
+    assert ranks.gathered == [None] and scored(Reduction(Two(), never)).tolist() == [1, 1]
+
+
+def test_a_signal_is_met_where_the_ranks_sum():
+    ranks = Two()
+    with pytest.raises(Preempted):
+        scored(Reduction(ranks, lambda done, total: True))
+    assert ranks.gathered == [None]
+
+
+def test_a_rank_that_waits_for_the_others_shows_that_it_lives(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(scoring, "LIFE_S", 0.01)
+    asked = list[tuple[int, int]]()
+    with pytest.raises(ValueError, match="sample 7"):
+        scored(
+            Reduction(Two(wait_s=0.5), lambda *done: bool(asked.append(done)), total=4), before=ValueError("sample 7")
+        )
+    assert asked and set(asked) == {(4, 4)}

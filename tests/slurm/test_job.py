@@ -84,7 +84,7 @@ def test_an_element_of_an_array_requeues_itself_alone(job: Job):
 
 def test_a_controller_that_does_not_answer_is_asked_again(job: Job):
     (job.folder / "asked.silent").touch()
-    job.attempt(STOPPED)
+    job.attempt(STOPPED, ICCLD_ASK_S="0.1")
     assert job.requeued == ["requeue 7"] and (job.folder / "asked").read_text().count("show job 7") == 2
 
 

@@ -4,6 +4,7 @@ FOLDER/NAME/seed_0/ablation.json      what the grid said of it, and the code of 
 FOLDER/NAME/seed_0/train.log          what its process printed
 """
 
+import contextlib
 import json
 import shlex
 import sys
@@ -104,6 +105,13 @@ def has_finished(ablation: Ablation, task: Task) -> bool:
     return all(is_finished(run_dir, stage) for stage in config.stages) and not unscored_stages(config)
 
 
+def is_whole(ablation: Ablation, task: Task) -> bool:
+    """Tell whether a run is finished and its scores can be read: where they are damaged, its own process says so."""
+    with contextlib.suppress(ValueError, OSError):
+        return has_finished(ablation, task)
+    return False
+
+
 def changes(ablation: Ablation, task: Task) -> list[str]:
     """Return `setting: old -> new` where the grid says something else of a run than when it was begun.
 
@@ -119,7 +127,7 @@ def changes(ablation: Ablation, task: Task) -> list[str]:
         for key in ("after", "initial")
         if note.get(key) != getattr(row, key)
     ]
-    if has_finished(ablation, task):
+    if is_whole(ablation, task):
         new, saved = ablation.config(task), read_config(run_dir / "config.yaml")
         if row.after:  # compared by name above; a folder may have moved
             new = replace(new, stage1_from=saved.stage1_from)

@@ -3,7 +3,6 @@
 A run whose process outlived an earlier command goes on, and is waited for: its lock shows that it lives.
 """
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -15,7 +14,7 @@ from typing import Self
 from iccld.data.processes import usable_cpus
 from iccld.durable import make_folder, open_to_append
 from iccld.outcome import status_of, words
-from iccld.programs.ablate.rows import LOG_NAME, Ablation, has_finished, prepare, refuse_changes
+from iccld.programs.ablate.rows import LOG_NAME, Ablation, has_finished, is_whole, prepare, refuse_changes
 from iccld.programs.ablate.tasks import State, Task, blocked_tasks, devices_of, next_task, tasks_of
 from iccld.programs.run.child import POLL_S, signals_noted, status_of_all
 from iccld.reading import read_bytes
@@ -51,7 +50,7 @@ def states_of(ablation: Ablation) -> dict[Task, State]:
     needs = tasks_of(ablation.grid)
     for task in needs:
         refuse_changes(ablation, task)
-    return {task: State.finished if has_finished(ablation, task) else State.waiting for task in needs}
+    return {task: State.finished if is_whole(ablation, task) else State.waiting for task in needs}
 
 
 def train_rows(ablation: Ablation, *, num_processes: int) -> Ending:
@@ -196,9 +195,7 @@ class Trainings:
             for task, running in list(self._running.items()):
                 if running.process.poll() is not None:
                     del self._running[task]
-                    ended = False
-                    with contextlib.suppress(ValueError, OSError):  # a damaged file: the next command names it
-                        ended = has_finished(self.ablation, task)
+                    ended = is_whole(self.ablation, task)
                     self.ending.states[task] = State.finished if ended else State.waiting
                     print(f"{task}: {'finished' if ended else 'stopped'}", flush=True)
             time.sleep(POLL_S)

@@ -120,7 +120,7 @@ def figures_of(ablation: Ablation) -> dict[str, RowFigures]:
             try:
                 if has_finished(ablation, task):
                     row.runs[seed] = _summarised(ablation, task)
-            except ValueError as error:
+            except (ValueError, OSError) as error:
                 print(f"{task}: is not finished: {error}", flush=True)
             if seed not in row.runs:
                 row.missing.append(seed)

@@ -1,5 +1,6 @@
 """Scores and diagnostics of one model on the validation set, its images divided over the ranks."""
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from iccld.runtime.ranks import Ranks, together
 from iccld.stages.settings import Weights
 
 T = TypeVar("T")
+LIFE_S = 10.0
 GiveUp = Callable[[int, int], bool]
 """Function that is asked on each rank before each image, with the number of images done and of all, over the ranks; if
 one rank says yes, all raise Preempted."""
@@ -35,12 +37,11 @@ def evaluate_predictor(
     predict: Predict, config: Config, engine: Engine, *, give_up: GiveUp = never
 ) -> EvaluationResult:
     """Score `predict` on the validation set. Call on every rank."""
-    samples = read_validation(config.data, rank=engine.ranks.rank, world_size=engine.ranks.world_size)
-    total = _num_scored(config)
-    reduction = Reduction(engine.ranks, partial(give_up, total, total))
+    ranks, reduction = engine.ranks, Reduction(engine.ranks, give_up)
     with torch.no_grad(), engine.autocast(), reduction.errors_shared():
-        counted = _until(give_up, samples, total=total, every=engine.ranks.world_size)
-        return evaluate(counted, predict, **_shared_arguments(config, engine, reduction))
+        samples = read_validation(config.data, rank=ranks.rank, world_size=ranks.world_size)
+        reduction.total = _num_scored(config)
+        return evaluate(reduction.until_given_up(samples), predict, **_shared_arguments(config, engine, reduction))
 
 
 def diagnose_model(
@@ -53,16 +54,14 @@ def diagnose_model(
     give_up: GiveUp = never,
 ) -> Diagnosis:
     """Compare latents on `evaluation.diagnostic_images` images: see `iccld.diagnostics`. Call on every rank."""
-    most, below = config.evaluation.diagnostic_images, config.evaluation.max_images
-    pairs = read_validation_pairs(
-        config.data, most=most, below=below, rank=engine.ranks.rank, world_size=engine.ranks.world_size
-    )
+    most, below, ranks = config.evaluation.diagnostic_images, config.evaluation.max_images, engine.ranks
+    reduction = Reduction(ranks, give_up)
     options: dict[str, Any] = {"student": student, "seed": config.seed, "with_bounds": with_bounds}
-    total = min(most, _num_scored(config))
-    reduction = Reduction(engine.ranks, partial(give_up, total, total))
     options |= _shared_arguments(config, engine, reduction)
     with engine.autocast(), reduction.errors_shared():
-        return diagnose(_until(give_up, pairs, total=total, every=engine.ranks.world_size), model, **options)
+        pairs = read_validation_pairs(config.data, most=most, below=below, rank=ranks.rank, world_size=ranks.world_size)
+        reduction.total = min(most, _num_scored(config))
+        return diagnose(reduction.until_given_up(pairs), model, **options)
 
 
 def student_beside(folder: Path) -> Path | None:
@@ -74,14 +73,6 @@ def student_beside(folder: Path) -> Path | None:
 def _num_scored(config: Config) -> int:
     total = num_validation_samples(config.data)
     return min(total, config.evaluation.max_images or total)
-
-
-def _until(give_up: GiveUp, samples: Iterable[T], *, total: int, every: int) -> Iterator[T]:
-    """Yield this rank's samples, one in `every`, until it is to give up."""
-    for number, sample in enumerate(samples):
-        if give_up(min(number * every, total), total):
-            return
-        yield sample
 
 
 def _shared_arguments(config: Config, engine: Engine, reduction: "Reduction") -> dict[str, Any]:
@@ -98,26 +89,52 @@ class Reduction:
     """The sum of a tensor over the ranks, once each has scored its samples; before it, they tell their errors."""
 
     ranks: Ranks
-    has_given_up: Callable[[], bool]
+    give_up: GiveUp
+    total: int = 0  # samples of all ranks
     has_begun: bool = False
 
     def __call__(self, counts: Tensor) -> Tensor:
         """Return the sum. Raises what one rank met, or Preempted if one has given up."""
         self.has_begun = True
         together(lambda: None, self.ranks)
-        if self.ranks.any(self.has_given_up()):
+        if self.ranks.any(self.give_up(self.total, self.total)):
             raise Preempted("scoring was given up")
         return self.ranks.sum(counts)
 
+    def until_given_up(self, samples: Iterable[T]) -> Iterator[T]:
+        """Yield this rank's samples until it is to give up."""
+        for number, sample in enumerate(samples):
+            if self.give_up(min(number * self.ranks.world_size, self.total), self.total):
+                return
+            yield sample
+
     @contextmanager
     def errors_shared(self) -> Iterator[None]:
-        """Let an error of this rank's samples end all ranks, which meet in the sum."""
+        """Let an error of this rank's samples end all ranks, which it awaits where they sum."""
         try:
             yield
         except (ValueError, OSError) as error:
             if not self.has_begun:
-                together(partial(_fail, error), self.ranks)
+                with self._alive():
+                    together(partial(_fail, error), self.ranks)
             raise
+
+    @contextmanager
+    def _alive(self) -> Iterator[None]:
+        """Let the watchdog know that this rank only waits: the others may score for long."""
+        is_over = threading.Event()
+
+        def live() -> None:
+            while not is_over.wait(LIFE_S):
+                self.give_up(self.total, self.total)
+
+        thread = threading.Thread(target=live, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            is_over.set()
+            thread.join()
 
 
 def _fail(error: Exception) -> None:

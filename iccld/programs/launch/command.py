@@ -5,7 +5,7 @@ import os
 import sys
 import time
 
-from iccld.slurm.engine_file import engine_path, engine_variables, forms_one_process, is_sharded
+from iccld.slurm.engine_file import OF_ONE_PROCESS, SHARDED, engine_path, engine_variables, kind_of
 
 DESCRIPTION = """\
 Run a verb with several ranks on this machine: one a GPU or, without GPUs, on its cores.
@@ -43,9 +43,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Launch, and return the exit status of the first rank that failed, or 0. Raises ValueError."""
     num_ranks, engine, command = split(arguments)
     path = engine_path(engine)
-    if num_ranks > 1 and forms_one_process(path):
+    kind = kind_of(path)
+    if num_ranks > 1 and kind in OF_ONE_PROCESS:
         raise ValueError(f"launch {num_ranks} --engine {engine}: {path} forms one process; use ddp, or launch 1.")
-    if num_ranks == 1 and not is_sharded(path):  # it needs no launcher, and hears signals itself
+    if num_ranks == 1 and kind not in SHARDED:  # it needs no launcher, and hears signals itself
         os.environ.update(engine_variables(path))
         os.execv(sys.executable, [sys.executable, "-m", "iccld", *command])
     os.environ.setdefault("ICCLD_ATTEMPT_BEGAN", f"{time.time()}")  # a training's first process is this one

@@ -19,9 +19,10 @@ RESUMABLE_STATUSES = {0, AGAIN, FORCED, -signal.SIGKILL, -signal.SIGTERM}
 
 
 def status_of_all(failed: Collection[int]) -> int:
-    """Return the exit status for those of the runs that are not finished: 2 if the user must mend one, else 75.
+    """Return the exit status for several runs, of which `failed` has those that are not finished.
 
-    It is 1 where the program is at fault, and nothing is to be mended before.
+    0: all are finished; 75: the same command continues all of them; 2: the user must mend one; 1: the program is at
+    fault, and nothing is to be mended before.
     """
     if RESUMABLE_STATUSES.issuperset(failed):
         return AGAIN if failed else 0

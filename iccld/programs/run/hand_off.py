@@ -11,6 +11,7 @@ import json
 import re
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -70,7 +71,10 @@ def is_finished(run_dir: Path, name: str) -> bool:
 def await_final(run_dir: Path, name: str, *, limit_s: float = 120.0) -> None:
     """Wait until this rank sees what rank 0 has left: a node may remember for a while what its file server had not."""
     folder, until = final_folder(run_dir, name), time.monotonic() + limit_s
-    while folder not in folder.parent.iterdir() and time.monotonic() < until:  # a listing asks the server
+    while time.monotonic() < until:
+        with suppress(OSError):  # the folder above it may be unknown here, too
+            if folder in folder.parent.iterdir():  # a listing asks the server
+                return
         time.sleep(0.5)
 
 

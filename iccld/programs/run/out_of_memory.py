@@ -84,6 +84,9 @@ def remedies(stage: Stage, layout: BatchLayout, config: Config, engine: Engine, 
     if phase == "evaluate":
         yield "evaluation.batch_size=1; or evaluation.sliding_window=true; or a smaller evaluation.image_size"
         return
+    if phase == "finish":  # one rank measures by batches of its own, without gradient
+        yield "accelerate_configs/fsdp2.yaml with more ranks; or free memory of the device; the same command goes on"
+        return
     of_rank, now = layout.rank_batch_size, layout.micro_batch_size
     if smaller := max((size for size in range(1, now) if of_rank % size == 0), default=0):
         yield (

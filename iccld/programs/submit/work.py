@@ -170,7 +170,7 @@ def _digest(words: Sequence[str]) -> str:
 
 
 def _check_ranks(command: Sequence[str], num_ranks: int, variables: Mapping[str, str]) -> None:
-    """Check that the ranks can share the batch, in the precision of the engine's `variables`, before they wait."""
+    """Check, before the job waits, that ranks can share the batch, and that the engine's precision is the run's."""
     if command[0] != "evaluate":
         config = _config(command)
         config.engine.refuse_other_precision(variables.get("ACCELERATE_MIXED_PRECISION", ""))

@@ -52,9 +52,9 @@ from iccld.runtime.measure.metrics import MetricsLogger
 from iccld.runtime.measure.peaks import nominal_flops
 from iccld.runtime.measure.telemetry import write_event
 from iccld.runtime.measure.terminal import Terminal
-from iccld.runtime.ranks import together
+from iccld.runtime.ranks import Ranks, together
 from iccld.stages.base import Stage
-from iccld.stages.table import STAGES
+from iccld.stages.table import STAGES, first_stage
 from iccld.tracebacks import keep_tracebacks_in
 from iccld.trainer import Trainer
 
@@ -95,10 +95,16 @@ def train(
                 for each in longer:
                     write_event(run_dir, "extended", stage=each.stage, before=each.before, num_steps=each.num_steps)
             watchdog.phase("preflight")
-            together(lambda: take_first_stage(config, is_main=ranks.is_main), ranks)
+            _take_first_stage(config, ranks)
             check_fitness(config, engine)
             with blaming_the_world(lambda: watchdog.has_trained):
                 return _run_stages(config, engine, preemption, watchdog, terminal)
+
+
+def _take_first_stage(config: Config, ranks: Ranks) -> None:
+    together(lambda: take_first_stage(config, is_main=ranks.is_main), ranks)
+    if config.stage1_from:
+        await_final(Path(config.run_dir), first_stage())
 
 
 def _run_stages(config: Config, engine: Engine, preemption: Preemption, watchdog: Watchdog, terminal: Terminal) -> bool:

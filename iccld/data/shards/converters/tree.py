@@ -240,7 +240,7 @@ def _name(info: ZipInfo) -> str:
 
 def _why_unseen(info: ZipInfo, name: str) -> str:
     """Say why a zip's member is no file of the tree; "" if it is one."""
-    if name.endswith("/"):
+    if not name or name.endswith("/"):
         return "a folder"
     if stat.S_ISLNK(info.external_attr >> 16):
         return "it is a symbolic link in a zip"
