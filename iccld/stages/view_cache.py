@@ -32,10 +32,11 @@ FORMAT = 1
 IS_HIT = "is_hit"
 """The name of a scalar beside the views: 1 if they were read, 0 if they were computed."""
 _NOT_KEPT = {
-    "full": "is used up: the other views are",
-    "too_large": "has less room for one entry than the views of a micro-batch take, so raise it: they are",
+    "full": "is used up: the other views are computed each time they are seen.",
+    "too_large": "has no room for the views of a micro-batch, which may take a sixteenth of it: they are computed each "
+    "time they are seen; raise it.",
 }
-"""Reasons why the store did not keep views, by its counters."""
+"""What is said of `max_gib` where the store did not keep views, by its counters."""
 _OF_IMAGES = ("images", "labels", "valid", "keys")
 _MAX_PENDING = 4
 _ALIGNMENT = 16
@@ -125,7 +126,7 @@ class ViewCache:
         self.store.put(key, _pack(kept))
         for why in self._unsaid & {name for name in _NOT_KEPT if self.store.counters[name]}:
             self._unsaid.remove(why)
-            self.report(f"stage2.cache.max_gib {_NOT_KEPT[why]} computed each time they are seen.")
+            self.report(f"stage2.cache.max_gib {_NOT_KEPT[why]}")
 
 
 class _Kept(NamedTuple):

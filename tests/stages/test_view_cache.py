@@ -191,7 +191,7 @@ def test_a_failure_is_raised_when_it_is_asked_for_and_not_where_only_one_rank_wo
 
 @pytest.mark.parametrize(
     ("why", "what"),
-    [("full", "is used up: the other"), ("too_large", "has less room for one entry than the views")],
+    [("full", "is used up: the other"), ("too_large", "has no room for the views of a micro-batch")],
 )
 def test_why_views_are_not_kept_is_said_once(why: str, what: str) -> None:
     said: list[str] = []

@@ -106,7 +106,7 @@ def has_finished(ablation: Ablation, task: Task) -> bool:
 
 
 def is_whole(ablation: Ablation, task: Task) -> bool:
-    """Tell whether a run is finished and its scores can be read: where they are damaged, its own process says so."""
+    """Tell whether a run is finished and its scores can be read; what is damaged is said where the run would begin."""
     with contextlib.suppress(ValueError, OSError):
         return has_finished(ablation, task)
     return False
