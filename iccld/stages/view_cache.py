@@ -36,7 +36,7 @@ _NOT_KEPT = {
     "too_large": "has no room for the views of a micro-batch, which may take a sixteenth of it: they are computed each "
     "time they are seen; raise it.",
 }
-"""What is said of `max_gib` where the store did not keep views, by its counters."""
+"""Words about `max_gib` where the store did not keep views, by its counters."""
 _OF_IMAGES = ("images", "labels", "valid", "keys")
 _MAX_PENDING = 4
 _ALIGNMENT = 16
