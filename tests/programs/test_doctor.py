@@ -140,5 +140,6 @@ def test_the_page_shows_what_is_printed(report):
     (command,) = re.findall(r"^\$ iccld doctor (.*)$", text, re.MULTILINE)
     _, lines = report(*shlex.split(command))
     printed = {line.split(":")[0] for line in lines if ":" in line}
-    shown = {line.split(":")[0] for line in re.findall(r"^(?:ok|note)  .*", text, re.MULTILINE)} - {"note  slurm"}
+    shown = {line.split(":")[0] for line in re.findall(r"^(?:ok|note)  .*", text, re.MULTILINE)}
+    shown -= {"note  slurm", "ok    shards"}  # there may be a cluster, and the demo has not run here
     assert shown and shown <= printed, shown - printed
