@@ -22,7 +22,7 @@ from iccld.runtime.ranks import Ranks, together
 from iccld.stages.settings import Weights
 
 T = TypeVar("T")
-LIFE_S = 10.0
+LIFE_S = 10.0  # between two signs of life of a rank that waits for the others
 GiveUp = Callable[[int, int], bool]
 """Function that is asked on each rank before each image, with the number of images done and of all, over the ranks; if
 one rank says yes, all raise Preempted."""
