@@ -34,7 +34,7 @@ _REMEDIES = {
     errno.ESTALE: "its file server has forgotten it; try again, or another node",
     errno.ENOMEM: "free memory",
 }
-LACK_OF_MEMORY = re.compile(
+_LACK_OF_MEMORY = re.compile(
     r"out of memory|(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED|can't allocate memory|not enough memory|bad_alloc|"
     r"could not create a memory object",
     re.IGNORECASE,
@@ -81,9 +81,17 @@ def say(line: str) -> None:
         os.write(2, f"{_before_line}{line}\n".encode())
 
 
+def lacks_memory(error: BaseException) -> bool:
+    """Tell whether the error says that memory, of the device or of the host, was out."""
+    by_words = isinstance(error, RuntimeError) and _LACK_OF_MEMORY.search(str(error))
+    return isinstance(error, MemoryError) or bool(by_words)
+
+
 def words(error: BaseException) -> str:
-    """Return an error's words; for an error of the system, also what to do."""
+    """Return an error's words; for an error of the system, or a lack of memory, also what to do."""
     text = str(error) or repr(error)
+    if lacks_memory(error):
+        return f"out of memory ({text.strip().splitlines()[0]}); free memory, or use a device that has more"
     remedy = _REMEDIES.get(error.errno or 0) if isinstance(error, OSError) else None
     return f"{text}; {remedy}, and give the same command again" if remedy else text
 

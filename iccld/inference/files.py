@@ -13,14 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from iccld.data.images.decode import LOOSE, MAX_BYTES, decode_image, find_format
 from iccld.durable import NotOursError, make_folder
 from iccld.inference.pictures import legend, save_picture
 from iccld.inference.prediction import Prediction
 from iccld.inference.progress import counted
-from iccld.outcome import LACK_OF_MEMORY
+from iccld.outcome import lacks_memory
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 """The usual endings of images; the content decides."""
@@ -261,8 +260,7 @@ def _enough_memory(source: Path, image: np.ndarray) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        short = isinstance(error, MemoryError | torch.OutOfMemoryError) or LACK_OF_MEMORY.search(str(error))
-        if not short:
+        if not lacks_memory(error):
             raise
         size = f"{image.shape[0]}x{image.shape[1]}"
         what = f"memory does not suffice for its {size} pixels; use --size or --sliding-window"

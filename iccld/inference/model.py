@@ -152,8 +152,10 @@ class ICCLD(figure.ICCLD, ModelHubMixin, library_name="iccld", pipeline_tag="ima
         predicts. Raises ValueError if they do not fit the model.
         """
         card = self._own_card()
-        self._check(num_steps=num_steps, seeds=seeds, size=size, precision=precision)
         inference = inference or InferenceConfig()
+        self._check(num_steps=num_steps, seeds=seeds, size=size, precision=precision)
+        if self.deterministic:
+            _refuse_noise(inference)
         config = EvaluationConfig(image_size=list(size), sliding_window=sliding_window)
         predictors = [
             windowed(predictor(self, inference, seed=SEED, num_steps=num_steps, noise_seed=noise_seed), config)
@@ -193,3 +195,10 @@ class ICCLD(figure.ICCLD, ModelHubMixin, library_name="iccld", pipeline_tag="ima
             )
         if precision not in PRECISIONS:
             raise ValueError(f"precision={precision!r} must be one of {', '.join(PRECISIONS)}.")
+
+
+def _refuse_noise(inference: InferenceConfig) -> None:
+    """Refuse settings that change nothing for a model that never saw noise. Raises ValueError."""
+    usual, names = InferenceConfig(), ("solver", "start", "num_averaged")
+    if given := [name for name in names if getattr(inference, name) != getattr(usual, name)]:
+        raise ValueError(f"{', '.join(given)}: this model never saw noise, so that nothing changes; leave it out.")

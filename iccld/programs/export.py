@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from iccld.outcome import LACK_OF_MEMORY
+from iccld.outcome import lacks_memory
 from iccld.strides import COARSEST_STRIDE, LATENT_STRIDE
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def _refused_in_one_line(model: "ICCLD", *, other: str) -> Iterator[None]:
         by_runtime = type(error).__module__.startswith("onnxruntime.")  # its errors have no class in common
         if not isinstance(error, RuntimeError) and not by_runtime:
             raise
-        if LACK_OF_MEMORY.search(str(error)):
+        if lacks_memory(error):
             raise ValueError("export: memory does not suffice for this model; use a machine that has more.") from error
         cannot = "onnxruntime cannot run" if by_runtime else "torch cannot export"
         why, encoder = str(error).strip().partition("\n")[0][:200], model.encoder.backbone.config.model_type

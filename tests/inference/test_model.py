@@ -12,6 +12,8 @@ from PIL import Image
 
 from iccld import ICCLD
 from iccld.inference.model import ICCLD as Model
+from iccld.solver import Solver
+from iccld.stages.settings import InferenceConfig
 from tests.models.factory import tiny_model, trained_model
 
 NAMES = ["kerb", "sky", "cart", "pole", "person"]
@@ -153,6 +155,17 @@ def test_options_that_do_not_fit_are_refused(model: Model, options, words: str):
     with pytest.raises(ValueError, match=words) as caught:
         model.predict(PIXELS, **options)
     assert "\n" not in str(caught.value)
+
+
+def test_options_of_noise_are_refused_beside_a_model_that_never_saw_any(model: Model, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(model, "deterministic", True)
+    options = {"solver": Solver.dpm, "start": 0.5, "num_averaged": 2}
+    for name, value in options.items():
+        with pytest.raises(ValueError, match=f"^{name}: this model never saw noise"):
+            model.segmenter(num_steps=1, inference=InferenceConfig(**{name: value}))
+    model.segmenter(num_steps=1, inference=InferenceConfig(blend=0.5))
+    with pytest.raises(ValueError, match="this model never saw noise; use seeds=1"):
+        model.predict(PIXELS, num_steps=1, seeds=2)
 
 
 def test_arrays_are_read_however_they_lie_in_memory(model: Model, recwarn: pytest.WarningsRecorder):

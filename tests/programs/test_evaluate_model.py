@@ -16,8 +16,11 @@ from iccld.labels import CITYSCAPES_NAMES, CITYSCAPES_PALETTE
 from iccld.models.model_card import ModelCard, ModelStage
 from iccld.models.readme import describe
 from tests.data.stream.test_bad_samples import spoil_the_image
+from tests.distributed.launch import run_jobs
+from tests.factory import scene_overrides
 from tests.forked import Forked
 from tests.models.factory import tiny_model
+from tests.runtime.measure.test_memory import MIB, addresses_left
 
 
 def test_a_model_is_scored_on_any_set_and_nothing_is_overwritten(
@@ -56,6 +59,28 @@ def test_a_broken_image_of_any_rank_is_what_the_user_must_mend(scene_shards: Pat
     assert Forked("iccld", words, environment=dict(os.environ), log=log).wait(timeout=200) == 2, log.read_text()
     said = [line for line in log.read_text().splitlines() if index.key(1) in line]
     assert len(said) == 1 and "a fault of the program" not in log.read_text()
+
+
+def test_what_rank_0_sees_decides_what_is_scored(scene_shards: Path, tmp_path: Path):
+    """A rank whose node remembers an older folder would leave the others waiting."""
+    settings = [*scene_overrides(scene_shards, tmp_path / "run"), "stages=[stage1]", "stage1.trainer.num_steps=1"]
+    settings += ["evaluation.max_images=2"]
+    job = {"checks": "tests.distributed.late_node_worker", "arguments": [str(tmp_path / "done"), *settings]}
+    run_jobs([job], num_processes=2, timeout_s=120)
+    assert json.loads((tmp_path / "run/report/results.json").read_text())["stage1"]["num_images"] == 2
+
+
+def test_scoring_that_lacks_memory_ends_in_one_line_with_what_to_set(
+    scene_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    folder = tmp_path / "street"
+    tiny_model(num_classes=19).save_pretrained(folder, class_names=CITYSCAPES_NAMES, palette=CITYSCAPES_PALETTE)
+    words = ["--shards", str(scene_shards / "validation"), "--output", str(tmp_path / "scores")]
+    words += ["evaluation.max_images=1", "evaluation.image_size=[16384,16384]"]
+    with addresses_left(1000 * MIB):
+        assert main(["evaluate", str(folder), *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("iccld evaluate: out of memory while scoring on cpu (") and "evaluation.batch_size=1" in line
 
 
 def card_with(**origin: Any) -> ModelCard:

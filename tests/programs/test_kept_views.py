@@ -3,16 +3,19 @@
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from iccld.batch_layout import BatchLayout
 from iccld.config import load_config
+from iccld.outcome import ToldByRank0
 from iccld.programs.run import kept_views
 from iccld.programs.run.building import build_stream, noise_of
-from iccld.programs.run.kept_views import identity_of_views, open_view_files
+from iccld.programs.run.kept_views import identity_of_views, keep_views, open_view_files
 from iccld.stages.views import CORRUPTION_NOISE
 from tests.factory import scene_overrides
+from tests.programs.test_scoring import Two
 
 ENGINE: Any = SimpleNamespace(
     device=SimpleNamespace(type="cpu"), accelerator=SimpleNamespace(mixed_precision="no"), is_main=True
@@ -111,3 +114,16 @@ def test_the_stream_draws_no_noise_for_views_that_repeat() -> None:
 def test_a_period_that_cuts_a_batch_is_refused() -> None:
     with pytest.raises(ValueError, match=r"num_samples=10 must be a multiple of \S+=4; use 12"):
         load_config(["stage2.cache.folder=x", "stage2.cache.num_samples=10", "stage2.trainer.global_batch_size=4"])
+
+
+def test_what_a_write_of_one_rank_met_is_told_to_all(
+    scene_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kept_views, "identity_of_views", lambda *_: "identity")
+    settings = ["stage2.cache.num_samples=8", f"stage2.cache.folder={tmp_path / 'views'}"]
+    config = load_config([*scene_overrides(scene_shards, tmp_path / "run"), *settings])
+    ranks, stage = Two(rank=1), SimpleNamespace(name="stage2", view_cache=None)
+    engine, stream = SimpleNamespace(ranks=ranks), SimpleNamespace(repeat_after=8)
+    with pytest.raises(ToldByRank0), keep_views(stage, config, engine, stream):  # type: ignore[arg-type]
+        stage.view_cache = SimpleNamespace(finish=Mock(side_effect=ValueError("not finite")))
+    assert [str(error) for error in ranks.gathered] == ["not finite"]

@@ -24,6 +24,7 @@ from iccld.programs.evaluate.results import about_of, finished_models, own_resul
 from iccld.programs.evaluate.scoring import GiveUp, diagnose_model, evaluate_predictor, never, student_beside
 from iccld.programs.run.checks import new_watchdog
 from iccld.programs.run.hand_off import is_finished
+from iccld.programs.run.out_of_memory import explained_lack_for_scores
 from iccld.programs.run.signs import signs_of_diagnosis, tell
 from iccld.redact import redacted, without_secrets
 from iccld.runtime.engine.engine import Engine
@@ -148,13 +149,14 @@ def evaluate_models(
 
     together(find_place, engine.ranks)  # a damaged file there is reported before the scores are computed
     results: dict[str, Any] = {}
-    for folder in folders:
-        if engine.ranks.is_main:
-            print(f"scoring {folder}", flush=True)
-        score = partial(evaluate_predictor, config=config, engine=engine, give_up=give_up)
-        results |= score_model(load_model(folder, config).to(engine.device), config, score)
-    if config.evaluation.diagnostic_images:
-        results[DIAGNOSTICS] = _diagnose(folders, config, engine, give_up)
+    with explained_lack_for_scores(engine.device):
+        for folder in folders:
+            if engine.ranks.is_main:
+                print(f"scoring {folder}", flush=True)
+            score = partial(evaluate_predictor, config=config, engine=engine, give_up=give_up)
+            results |= score_model(load_model(folder, config).to(engine.device), config, score)
+        if config.evaluation.diagnostic_images:
+            results[DIAGNOSTICS] = _diagnose(folders, config, engine, give_up)
     if engine.ranks.is_main:  # looked for again: a training may have left another stage, and all scores, meanwhile
         _report({"about": about} | results, place_for(folders, config, about))
     return results

@@ -59,9 +59,10 @@ class Trials:
 
     def fits(self, size: int) -> bool:
         """Tell whether all ranks had memory for two steps. Call on every rank."""
-        engine, stage, failed = self.engine, self.build(), False
-        memory.restart_peak(engine.device)
+        engine, stage, failed = self.engine, None, False
         try:
+            stage = self.build()
+            memory.restart_peak(engine.device)
             with without_compiled_code():  # to compile for every size takes longer than to train
                 self._train(stage, size)
         except (RuntimeError, MemoryError) as error:
@@ -69,6 +70,8 @@ class Trials:
                 raise
             failed = True
             if size == 1:
+                if stage is None:  # the model alone is too large
+                    raise
                 layout = self._layout(1, self.settings.global_batch_size)
                 with explained_out_of_memory(stage, layout, self.config, engine, watchdog=self.watchdog):
                     raise

@@ -6,6 +6,7 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from iccld.batch_layout import BatchLayout
@@ -22,6 +23,21 @@ from iccld.runtime.measure.memory import (
 )
 from iccld.runtime.measure.telemetry import write_event
 from iccld.stages.base import Stage
+
+OF_SCORES = "evaluation.batch_size=1; or evaluation.sliding_window=true; or a smaller evaluation.image_size"
+"""Settings by which scoring needs less memory."""
+
+
+@contextlib.contextmanager
+def explained_lack_for_scores(device: torch.device) -> Iterator[None]:
+    """Turn an out-of-memory error of scoring, within the block, into ValueError with what to set."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        asked = str(error).strip().partition("\n")[0]
+        raise ValueError(f"out of memory while scoring on {device} ({asked}); set {OF_SCORES}") from error
 
 
 @contextlib.contextmanager
@@ -82,7 +98,7 @@ def parts_held(stage: Stage, engine: Engine) -> Parts:
 def remedies(stage: Stage, layout: BatchLayout, config: Config, engine: Engine, *, phase: str) -> Iterator[str]:
     """List settings that need less memory; those that change least come first."""
     if phase == "evaluate":
-        yield "evaluation.batch_size=1; or evaluation.sliding_window=true; or a smaller evaluation.image_size"
+        yield OF_SCORES
         return
     if phase == "finish":  # one rank measures by batches of its own, without gradient
         yield "accelerate_configs/fsdp2.yaml with more ranks; or free memory of the device; the same command goes on"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from iccld.durable import make_folder, replacing_by_name, write_whole
-from iccld.outcome import LACK_OF_MEMORY
+from iccld.outcome import lacks_memory
 from iccld.runtime.measure import host_memory
 from iccld.runtime.settings import MemoryConfig
 from iccld.runtime.tensors import bytes_of, local_tensor
@@ -23,11 +23,9 @@ GIB = 2**30
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+    if lacks_memory(error) or isinstance(error, torch.OutOfMemoryError):
         return True
-    if not isinstance(error, RuntimeError):
-        return False
-    return bool(LACK_OF_MEMORY.search(str(error))) or (UNCLEAR in str(error) and not host_memory.free_memory())
+    return isinstance(error, RuntimeError) and UNCLEAR in str(error) and not host_memory.free_memory()
 
 
 def total_memory(device: torch.device) -> int:
