@@ -37,11 +37,14 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
+        seen: set[Any] = set()
         for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            names = {key.value} if key.tag.endswith(":merge") else {key.value, self.construct_object(key)}
+            if names & seen:
                 raise yaml.MarkedYAMLError(problem=f"names {key.value!r} twice", problem_mark=key.start_mark)
-            seen.add(str(key.value))
+            seen |= names
         return super().construct_mapping(node, deep=deep)
 
 

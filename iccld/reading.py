@@ -54,7 +54,10 @@ def is_count(value: Any) -> bool:
 
 def read_secrets(path: Path) -> list[str]:
     """Read the `key=value` lines of a file that only its owner can read. Raises ValueError if others can too."""
-    lines = read_limited(path).decode().splitlines()
+    try:
+        lines = read_limited(path).decode().splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--secrets {path}: {error}; save it as UTF-8.") from error
     if path.stat().st_mode & 0o077:
         raise ValueError(f"--secrets {path}: others can read it; `chmod 600 {path}`.")
     words = [line for line in lines if line.strip() and not line.lstrip().startswith("#")]

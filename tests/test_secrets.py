@@ -43,6 +43,14 @@ def test_settings_leave_memory_without_secrets() -> None:
     assert redacted({"a": [f"https://host?{TOKEN}", 1, None]}) == {"a": ["https://host", 1, None]}
 
 
+def test_a_file_of_secrets_in_another_encoding_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "secrets"
+    path.write_bytes("data.storage.options.key=é".encode("latin-1"))
+    path.chmod(0o600)
+    with pytest.raises(ValueError, match=f"--secrets {path}: .*; save it as UTF-8"):
+        read_secrets(path)
+
+
 def test_a_submitted_job_finds_its_secrets_in_a_file_of_the_user_alone(tmp_path: Path) -> None:
     words = ["model=tiny", f"run_dir={tmp_path}", f"data.source.shards=https://u:{PASSWORD}@host/a"]
     words += [f"+data.storage.options.secret={OPTION}", "data.target.shards=/b"]

@@ -2,11 +2,15 @@
 
 import fcntl
 import getpass
+import pwd
 import re
 import shlex
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -16,6 +20,9 @@ from iccld.programs.doctor import examine as doctor
 from tests.factory import scene_overrides
 
 PAGE = Path(__file__).parents[2] / "docs/troubleshooting.md"
+
+
+SLURM = doctor.slurm
 
 
 @pytest.fixture(autouse=True)
@@ -133,6 +140,22 @@ def test_the_report_has_no_secrets_and_names_nobody(tmp_path: Path, monkeypatch:
     for word in ("homes", "jane", "hunter22", "abcdefg", "0123456789abcdef"):
         assert word not in text, word
     assert doctor.public("/scratch/jane/runs and janet", []) == "/scratch/USER/runs and janet"
+
+
+def test_a_user_without_a_home_gets_a_report(monkeypatch: pytest.MonkeyPatch):
+    """As in a container that runs as a number."""
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", Mock(side_effect=KeyError("uid not found")))
+    assert doctor.public("a line of ~/runs", []) == "a line of ~/runs"
+    assert [finding.about for finding in doctor.loggers(None)] == ["loggers"]
+
+
+@pytest.mark.parametrize("error", [subprocess.TimeoutExpired("sbatch", 20), OSError(8, "Exec format error")])
+def test_a_command_of_slurm_that_does_not_run_is_noted(monkeypatch: pytest.MonkeyPatch, error: Exception):
+    monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(subprocess, "run", Mock(side_effect=error))
+    (finding,) = SLURM()
+    assert finding.mark == doctor.NOTE and finding.what.startswith("sbatch does not run (")
 
 
 def test_the_page_shows_what_is_printed(report):

@@ -90,7 +90,8 @@ def examine(config: Any, *, of_run: bool) -> Iterator[Finding]:
 def public(line: str, given: Sequence[str]) -> str:
     """Return a line without secrets, the user's name and the home folder."""
     line = without_known(redact(line, given), ())
-    for name, shown in ((str(Path.home()), "~"), (platform.node(), "HOST")):
+    home = os.path.expanduser("~")  # noqa: PTH111  (a user may have none)
+    for name, shown in ((home, "~"), (platform.node(), "HOST")):
         line = re.sub(rf"(?<![\w.-]){re.escape(name)}(?![\w-])", shown, line) if len(name) > 1 else line
     with contextlib.suppress(OSError, KeyError):  # a container may give the user no name
         line = re.sub(rf"(?<=/){re.escape(getpass.getuser())}(?=/|\b)", "USER", line)
@@ -284,7 +285,7 @@ def loggers(config: Any) -> Iterator[Finding]:
     if not find_spec("wandb"):
         yield Finding(NOTE, "loggers", "wandb is not installed; pip install 'iccld[train]', or metrics.wandb=disabled")
         return
-    netrc = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
+    netrc = Path(os.environ.get("NETRC") or os.path.expanduser("~/.netrc"))  # noqa: PTH111
     known = bool(os.environ.get("WANDB_API_KEY")) or (netrc.is_file() and "wandb" in netrc.read_text(errors="replace"))
     if mode == "online" and not known:
         yield Finding(NOTE, "loggers", "wandb has no login and will go on offline; `wandb login`, or WANDB_API_KEY")
@@ -303,7 +304,11 @@ def slurm() -> Iterator[Finding]:
     if not (sbatch := shutil.which("sbatch")):
         yield Finding(NOTE, "slurm", "sbatch is not on PATH; iccld submit needs a login node of a cluster")
         return
-    done = subprocess.run([sbatch, "--version"], capture_output=True, text=True, timeout=20, check=False)
+    try:
+        done = subprocess.run([sbatch, "--version"], capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        yield Finding(NOTE, "slurm", f"sbatch does not run ({error}); iccld submit needs a login node of a cluster")
+        return
     inside = ", and this is a job" if os.environ.get("SLURM_JOB_ID") else ""
     if done.returncode:
         said = " ".join(done.stderr.split())[:200]

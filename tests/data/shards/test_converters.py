@@ -180,7 +180,11 @@ def test_plain_folder_with_mapping(tmp_path: Path, name: str) -> None:
         ("[1, 2]", "there is no mapping"),
         ("{road: 0}", "'road' on the left-hand side"),
         ("{-1: 0}", r"-1 on the left-hand side \(an id is a number from 0 to 65535\)"),
-        ("{1: 0", "is no YAML"),
+        ("{1: 0", ":1: expected ',' or '}'"),
+        ("{7: 0, 8: 1, 7: 3}", ":1: names '7' twice"),
+        ("{7: 0, 0x07: 3}", ":1: names '0x07' twice"),
+        ("{7: 0, '07': 3}", "'07' names 7 a second time"),
+        ("{1: &a 0, 2: " + "[" * 50 + "]" * 50 + "}", ":1: is nested over 40 deep"),
     ],
 )
 def test_bad_mapping_files_are_named(tmp_path: Path, content: str | None, message: str) -> None:

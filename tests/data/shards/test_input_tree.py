@@ -62,7 +62,7 @@ def test_a_target_set_of_ones_own_is_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("images: [a", "is no YAML .*; correct it"),
+        ("images: [a", ":1: expected ',' or ']'"),
         ("- images", "there is no mapping; write one `key: value` a line"),
         ("image: x", "image is no key of a data set; there are class_list, ids, images, key"),
         ("labels: x", "images is missing; write a pattern, as in images: images/{frame}.png"),

@@ -19,12 +19,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from iccld.data.classes import ClassList
 from iccld.data.shards.converters.pattern import Pattern
 from iccld.data.shards.converters.readers import LabelsAs, color_code
 from iccld.labels import CITYSCAPES_ID_TO_TRAIN_ID, IGNORE_INDEX
+from iccld.plain_yaml import parse_yaml
 from iccld.texts import read_text
 
 TRAIN_IDS = (*range(19), IGNORE_INDEX)
@@ -122,7 +121,11 @@ def _parse_ids(content: Any, table: Table, setting: str, *, with_names: bool) ->
         return KNOWN_IDS[content]
     if not isinstance(content, dict) or not content:
         raise ValueError(f"{setting}: there is no mapping; {_RULE}.")
-    ids = {_old_id(old, table, setting): new for old, new in content.items()}
+    ids: dict[int | str, Any] = {}
+    for old, new in content.items():
+        if (known := _old_id(old, table, setting)) in ids:
+            raise ValueError(f"{setting}: {old!r} names {known!r} a second time; leave one of them out.")
+        ids[known] = new
     allowed = {*TRAIN_IDS, None} if table.labels_as is LabelsAs.polygons else set(TRAIN_IDS)
     strange = [new for new in ids.values() if isinstance(new, bool | float | list | dict) or new not in allowed]
     if with_names:
@@ -149,12 +152,7 @@ def _old_id(old: Any, table: Table, setting: str) -> int | str:
 
 
 def _load(path: Path, setting: str) -> dict[Any, Any]:
-    text = read_text(path, setting)
-    try:
-        content: Any = yaml.safe_load(text)  # JSON is YAML
-    except yaml.YAMLError as error:
-        what = " ".join(str(error).split())
-        raise ValueError(f"{setting} is no YAML ({what}); correct it.") from error
+    content = parse_yaml(read_text(path, setting), where=setting, aliases=True)  # JSON is YAML
     if not isinstance(content, dict):
         raise ValueError(f"{setting}: there is no mapping; write one `key: value` a line.")
     return content
