@@ -13,13 +13,12 @@ from torch import Tensor
 from iccld.solver import Solver
 
 NUM_TRAIN_STEPS = 1000
+FIRST_BETA, LAST_BETA = 0.00085, 0.012
 
 
-def scaled_linear_alpha_bar(
-    num_train_steps: int = NUM_TRAIN_STEPS, *, start: float = 0.00085, end: float = 0.012
-) -> Tensor:
+def scaled_linear_alpha_bar() -> Tensor:
     """Return the products of 1 - beta, `(T,)` float32; sqrt(beta) rises linearly (the schedule of latent diffusion)."""
-    betas = torch.linspace(start**0.5, end**0.5, num_train_steps, dtype=torch.float64) ** 2
+    betas = torch.linspace(FIRST_BETA**0.5, LAST_BETA**0.5, NUM_TRAIN_STEPS, dtype=torch.float64) ** 2
     return torch.cumprod(1.0 - betas, dim=0).float()
 
 

@@ -35,11 +35,11 @@ MAX_CLASSES = 254
 """Class indices are 0-253: 255 is ignored, and 254 stays free."""
 
 
-def lookup_table(mapping: Mapping[int, int], *, size: int = 256) -> "np.ndarray":
-    """Return a table from old to new ids, `(size,)` uint8; ids that `mapping` does not name become 255."""
+def lookup_table(mapping: Mapping[int, int]) -> "np.ndarray":
+    """Return a table from old to new ids, `(256,)` uint8; ids that `mapping` does not name become 255."""
     import numpy as np  # the settings, which build class sets, are shown without it
 
-    table = np.full(size, IGNORE_INDEX, np.uint8)
+    table = np.full(256, IGNORE_INDEX, np.uint8)
     for old, new in mapping.items():
         table[old] = new
     return table

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from iccld.labels import IGNORE_INDEX
 
+FILLED_SHARE = 0.75  # of a position's pixels, from which on a class fills it (DAFormer)
+
 
 def weighted_cross_entropy(logits: Tensor, labels: Tensor, *, weights: Tensor | None, denominator: Tensor) -> Tensor:
     """Return sum(weights * cross entropy) / denominator, a float32 scalar (method, L1).
@@ -53,11 +55,8 @@ def latent_mse(prediction: Tensor, latent: Tensor) -> Tensor:
     return (prediction.float() - latent.float()).square().mean(dim=(1, 2, 3))
 
 
-def feature_distance(
-    features: Tensor, reference: Tensor, labels: Tensor, *, classes: Sequence[int], min_share: float = 0.75
-) -> Tensor:
-    """Return the mean Euclidean distance to reference features, at positions that one of `classes` fills by
-    `min_share`.
+def feature_distance(features: Tensor, reference: Tensor, labels: Tensor, *, classes: Sequence[int]) -> Tensor:
+    """Return the mean Euclidean distance to reference features, at positions that one of `classes` fills.
 
     features, reference: `(B, C, h, w)`. labels: `(B, H, W)`, 255 is ignored. A float32 scalar: the mean over a sample's
     positions (0 without any), then over samples. DAFormer pools the positions of a rank's batch instead, which would
@@ -68,6 +67,6 @@ def feature_distance(
     mask = torch.zeros_like(distances, dtype=torch.bool)
     for index in classes:
         share = F.adaptive_avg_pool2d((labels == index).float().unsqueeze(1), (height, width))
-        mask |= share.squeeze(1) >= min_share
+        mask |= share.squeeze(1) >= FILLED_SHARE
     per_sample = (distances * mask).sum(dim=(1, 2)) / mask.sum(dim=(1, 2)).clamp(min=1)
     return per_sample.mean()

@@ -29,9 +29,9 @@ def at_least(least: float, remedy: str = "") -> Range:
     return _range(lambda value: least <= value < math.inf, f"at least {least:g}", remedy)
 
 
-def off_or_above(remedy: str = "") -> Range:
+def off_or_above() -> Range:
     """Allow 0, which switches something off, and above, and finite."""
-    return _range(lambda value: 0 <= value < math.inf, "0 (off) or above, and finite", remedy)
+    return _range(lambda value: 0 <= value < math.inf, "0 (off) or above, and finite", "")
 
 
 def above(least: float, remedy: str = "") -> Range:

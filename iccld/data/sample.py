@@ -9,7 +9,7 @@ from iccld.labels import IGNORE_INDEX
 _MAX_NAMED = 5
 
 
-def examine(image_data: bytes, label_data: bytes, *, num_classes: int = NUM_TRAIN_IDS) -> tuple[int, int, np.ndarray]:
+def examine(image_data: bytes, label_data: bytes, *, num_classes: int) -> tuple[int, int, np.ndarray]:
     """Decode an encoded image and its label (empty: none); return height, width and `(K,)` uint32 class pixels.
 
     Raises ValueError that says what is wrong, and with which of the two.
@@ -29,7 +29,7 @@ def decode_pixels(data: bytes) -> np.ndarray:
         raise ValueError(f"the image cannot be decoded ({error})") from error
 
 
-def decode_train_ids(data: bytes, size: tuple[int, int], *, num_classes: int = NUM_TRAIN_IDS) -> np.ndarray:
+def decode_train_ids(data: bytes, size: tuple[int, int], *, num_classes: int) -> np.ndarray:
     """Decode a sample's encoded label to `(H, W)` uint8 ids: 0 to K-1, or 255.
 
     The ids count, not the bits that they are stored in. The array may be read-only. Raises ValueError if it is not of
@@ -44,7 +44,7 @@ def decode_train_ids(data: bytes, size: tuple[int, int], *, num_classes: int = N
     return ids.astype(np.uint8, copy=False)
 
 
-def check_train_ids(ids: np.ndarray, *, num_classes: int = NUM_TRAIN_IDS) -> None:
+def check_train_ids(ids: np.ndarray, *, num_classes: int) -> None:
     """Refuse `(H, W)` ids, of any integer type, if one is neither a class of the set nor 255."""
     if ids.dtype == np.uint8 and (ids + np.uint8(1)).max(initial=0) <= num_classes:  # 255 becomes 0
         return
@@ -71,6 +71,6 @@ def check_indexed_size(data: bytes, size: tuple[int, int]) -> None:
         )
 
 
-def count_classes(train_ids: np.ndarray, *, num_classes: int = NUM_TRAIN_IDS) -> np.ndarray:
+def count_classes(train_ids: np.ndarray, *, num_classes: int) -> np.ndarray:
     """Count the pixels of each class in `(H, W)` uint8 ids: `(K,)` uint32."""
     return np.bincount(train_ids.ravel(), minlength=IGNORE_INDEX + 1)[:num_classes].astype(np.uint32)

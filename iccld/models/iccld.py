@@ -17,7 +17,7 @@ from iccld.models.condition import ConditionParts, ConditionProjection
 from iccld.models.decoder import Decoder
 from iccld.models.denoiser import Denoiser
 from iccld.models.encoder import Encoder, EncoderOutput
-from iccld.models.latent import LatentPair, denormalise, make_mask_encoder, moments_to_statistics, normalise
+from iccld.models.latent import denormalise, make_mask_encoder, moments_to_statistics, normalise
 from iccld.models.model_card import (
     CARD_NAME,
     FORMAT_VERSION,
@@ -128,14 +128,6 @@ class ICCLD(nn.Module):
         probabilities = F.avg_pool2d(logits.softmax(dim=1), LATENT_STRIDE // LOGITS_STRIDE)
         return ConditionParts(latent, encoded.features[1:], probabilities, images)
 
-    def encoded_latents(self, *, clean: Tensor, seen: Tensor, labels: Tensor | None) -> LatentPair:
-        """Return z_0 and condition as the encoders give them; their statistics are measured at the end of stage 1.
-
-        clean, seen: E's latents of the clean view and of the view that the denoiser sees
-        (`LatentKind.sees_strong_view`), `(B, C, h, w)`. labels: as `diffused_latent` takes them.
-        """
-        return LatentPair(self._encoded_z_0(clean, labels), seen)
-
     def diffused_latent(
         self, *, clean: Tensor | None, seen: EncoderOutput, labels: Tensor | None, weights: Tensor | None
     ) -> Tensor:
@@ -146,7 +138,7 @@ class ICCLD(nn.Module):
         `(B, H, W)` float32 >= 0, where `LatentKind.is_a_move`.
         """
         if not self.config.latent.is_a_move:
-            return normalise(self._encoded_z_0(clean, labels), mean=self.latent_mean, std=self.latent_std)
+            return normalise(self.encoded_z_0(clean, labels), mean=self.latent_mean, std=self.latent_std)
         assert labels is not None and weights is not None
 
         def decode(latent: Tensor) -> Tensor:
@@ -168,10 +160,14 @@ class ICCLD(nn.Module):
         if self.config.latent.is_a_move:
             return torch.zeros_like(encoded.latent)
         labels = None if self.mask_encoder is None else self.decode(encoded, image_size).argmax(dim=1)
-        z_0 = self._encoded_z_0(encoded.latent, labels)
+        z_0 = self.encoded_z_0(encoded.latent, labels)
         return normalise(z_0, mean=self.latent_mean, std=self.latent_std)
 
-    def _encoded_z_0(self, clean: Tensor | None, labels: Tensor | None) -> Tensor:
+    def encoded_z_0(self, clean: Tensor | None, labels: Tensor | None) -> Tensor:
+        """Return z_0 `(B, C, h, w)` as the encoders give it; its statistics are measured at the end of stage 1.
+
+        clean: E's latent of the clean view, where there is no M. labels: as `diffused_latent` takes them.
+        """
         if self.mask_encoder is not None:
             assert labels is not None
             return self.mask_encoder(labels)

@@ -11,20 +11,11 @@ In all, inference conditions on E(image) and decodes z_0 by D. What is diffused 
 at most that. `C h w` latent.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from iccld.models.mask_encoder import MaskEncoder
 from iccld.models.settings import LatentKind
-
-
-class LatentPair(NamedTuple):
-    """Diffused latent and its condition, each `(B, C, h, w)`."""
-
-    z_0: Tensor
-    condition: Tensor
 
 
 def make_mask_encoder(kind: LatentKind, *, num_classes: int, latent_channels: int) -> MaskEncoder | None:

@@ -238,8 +238,7 @@ class SegmentationStage(Stage):
         seen = encoded.latent
         if model.config.latent.sees_strong_view:
             seen = model.encoder(strong_augment(images, draws, self.config.photometric)).latent
-        latents = model.encoded_latents(clean=encoded.latent, seen=seen, labels=labels)
-        return channel_moments(latents.z_0), channel_moments(latents.condition)
+        return channel_moments(model.encoded_z_0(encoded.latent, labels)), channel_moments(seen)
 
     def averages(self) -> dict[nn.Module, tuple[str, ...]]:
         return {self.teacher.module: ("segment",)}

@@ -14,7 +14,7 @@ from iccld.data.config import DataConfig, DatasetConfig
 from iccld.data.shards.indexing import IndexResult
 from iccld.data.shards.making import MakeShardsConfig, make_shards
 from iccld.data.shards.packing import ImageFormat
-from iccld.data.storage.index import ARRAY_FILES, HEADER_FILE, ShardIndex, file_checksum, write_index
+from iccld.data.storage.index import ARRAY_FILES, HEADER_FILE, ShardIndex, file_crc32, write_index
 from iccld.data.storage.integrity import Totals
 from iccld.labels import CITYSCAPES_IDS
 
@@ -121,7 +121,7 @@ def seal(folder: Path) -> None:
     """Makes the header of an index say what its arrays hold, as whoever changes both would."""
     header, totals = json.loads((folder / HEADER_FILE).read_text()), Totals()
     totals.add(np.load(folder / "samples.npy"))
-    header["checksums"] = {name: file_checksum(folder / name) for name in ARRAY_FILES}
+    header["checksums"] = {name: file_crc32(folder / name) for name in ARRAY_FILES}
     for name, total in vars(totals).items():
         header[name] = total.tolist() if isinstance(total, np.ndarray) else total
     (folder / HEADER_FILE).write_text(json.dumps(header))

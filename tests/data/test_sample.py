@@ -137,19 +137,19 @@ def test_all_say_the_same_of_a_sample(tmp_path: Path, image: str, label: str) ->
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 def test_what_is_no_train_id_is_named(dtype: type) -> None:
     with pytest.raises(ValueError, match=r"the label holds 19, 254; labels must hold train ids, 0-18 or 255"):
-        decode_train_ids(png(np.array([[0, 254, 255, 19, 18]], dtype)), (1, 5))
+        decode_train_ids(png(np.array([[0, 254, 255, 19, 18]], dtype)), (1, 5), num_classes=19)
     ids = np.array([[0, 255, 18]], dtype)
-    read = decode_train_ids(png(ids), (1, 3))
+    read = decode_train_ids(png(ids), (1, 3), num_classes=19)
     assert read.dtype == np.uint8
     np.testing.assert_array_equal(read, ids)
-    assert count_classes(read).tolist() == [1, *[0] * 17, 1]
+    assert count_classes(read, num_classes=19).tolist() == [1, *[0] * 17, 1]
 
 
 def test_ids_beyond_a_byte_are_not_cut_to_one() -> None:
     with pytest.raises(ValueError, match=r"the label holds 256, 274, 511, 512, 65280, \.\.\.;"):
-        decode_train_ids(png(np.array([[256, 274, 511, 512, 65280, 65535]], np.uint16)), (1, 6))
+        decode_train_ids(png(np.array([[256, 274, 511, 512, 65280, 65535]], np.uint16)), (1, 6), num_classes=19)
 
 
 def test_a_label_of_another_size_is_named() -> None:
     with pytest.raises(ValueError, match="the label has 2x3 pixels, its image 24x32"):
-        examine(IMAGES["png"], png(np.zeros((2, 3), np.uint8)))
+        examine(IMAGES["png"], png(np.zeros((2, 3), np.uint8)), num_classes=19)

@@ -15,11 +15,10 @@ import io
 import struct
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageFile
+from PIL import Image
 
 from iccld.data.images.orientation import UPRIGHT, read_orientation
 
@@ -111,7 +110,9 @@ def read_samples(data: bytes, *, box: Box | None = None) -> np.ndarray:
 
 def _decode(data: bytes, box: Box | None, *, byte_order: str = "") -> np.ndarray:
     """Decode the pixels with PIL: `(H, W, C)`."""
-    with _open(data) as image:
+    header = read_png_header(data)
+    with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+        assert (image.height, image.width) == header[:2], "there is one header"
         if byte_order:
             image.tile = [tile._replace(args=f"{image.mode};16{byte_order}") for tile in image.tile]
         if box and not image.info.get("interlace"):
@@ -120,14 +121,6 @@ def _decode(data: bytes, box: Box | None, *, byte_order: str = "") -> np.ndarray
     if pixels.dtype == bool:  # whose bytes are 255 in PIL
         pixels = (pixels.view(np.uint8) != 0).astype(np.uint8)
     return pixels if pixels.ndim == 3 else pixels[..., None]
-
-
-@contextmanager
-def _open(data: bytes) -> Iterator[ImageFile.ImageFile]:
-    header = read_png_header(data)
-    with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
-        assert (image.height, image.width) == header[:2], "there is one header"
-        yield image
 
 
 def _only_pixels(data: bytes) -> bytes:

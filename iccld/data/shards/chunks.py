@@ -24,7 +24,7 @@ from iccld.data.shards.packing import PackedPair, Packing, pack_pair
 from iccld.data.shards.records import make_record, to_array
 from iccld.data.shards.tars import Place, Problem, Unusable
 from iccld.data.shards.work_folder import MAKING_FOLDER
-from iccld.data.storage.index import file_checksum
+from iccld.data.storage.index import file_crc32
 from iccld.durable import create, sync, write_whole
 from iccld.reading import MIB, read_json
 
@@ -39,11 +39,11 @@ class FileState:
 
     @classmethod
     def of(cls, path: Path) -> "FileState":
-        return cls(path.name, path.stat().st_size, file_checksum(path))
+        return cls(path.name, path.stat().st_size, file_crc32(path))
 
     def is_that_of(self, path: Path) -> bool:
         """Tell whether the file is there and has these bytes."""
-        return path.is_file() and path.stat().st_size == self.size and file_checksum(path) == self.checksum
+        return path.is_file() and path.stat().st_size == self.size and file_crc32(path) == self.checksum
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from iccld.data.shards.tar_folder import INDEXING_FOLDER, TarFolder, look_into
 from iccld.data.shards.tars import LEAVE_OUT, Place, Problem, Unusable, read_members
 from iccld.data.shards.work_folder import MAKING_FOLDER, alone_in, clear
 from iccld.data.storage.files import open_file
-from iccld.data.storage.index import INDEX_FOLDER, NUM_TRAIN_IDS, ShardIndex
+from iccld.data.storage.index import INDEX_FOLDER, ShardIndex
 from iccld.durable import create
 
 _AGAIN = f"pack it again, {LEAVE_OUT}"
@@ -144,7 +144,7 @@ def index_shard(
     *,
     image_extension: str = "",
     label_extension: str = LABEL_EXTENSION,
-    num_classes: int = NUM_TRAIN_IDS,
+    num_classes: int,
 ) -> IndexedShard:
     """Index a tar, shard `number` of its set: read and examine each of its samples."""
     try:

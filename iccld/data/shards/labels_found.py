@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from iccld.data.classes import CITYSCAPES, proposed_yaml
-from iccld.data.images.decode import DECODE_ERRORS, decode_image, decode_label
+from iccld.data.images.decode import DECODE_ERRORS, decode_label
 from iccld.data.shards.converters import Converter, Pair
-from iccld.data.shards.converters.readers import color_name
+from iccld.data.shards.converters.readers import color_codes, color_name
 from iccld.data.shards.tally import plain
 from iccld.labels import MAX_CLASSES
 
@@ -86,8 +86,7 @@ def _values(data: bytes, kind: str) -> tuple[Mapping[int | str, int], str]:
             return dict(zip(ids.tolist(), pixels.tolist(), strict=True)), "ids"
         except ValueError:
             pass
-    red, green, blue = np.moveaxis(decode_image(data).astype(np.int32), -1, 0)
-    codes, pixels = np.unique(red << 16 | green << 8 | blue, return_counts=True)
+    codes, pixels = np.unique(color_codes(data), return_counts=True)
     return {color_name(code): n for code, n in zip(codes.tolist(), pixels.tolist(), strict=True)}, "colors"
 
 

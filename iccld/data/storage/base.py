@@ -133,8 +133,8 @@ class Storage(ABC):
         """Name the file's location for messages, without credentials."""
         return f"{without_secrets(self.location).rstrip('/')}/{name}"
 
-    @abstractmethod
-    def _address(self, name: str) -> str: ...
+    def _address(self, name: str) -> str:
+        return f"{self.location}/{name}"
 
     @abstractmethod
     def _read(self, name: str, offset: int, size: int) -> bytes: ...
@@ -174,9 +174,6 @@ class LocalStorage(Storage):
 
     def __reduce__(self) -> tuple[type[Self], tuple[str]]:
         return type(self), (self.location,)
-
-    def _address(self, name: str) -> str:
-        return f"{self.location}/{name}"
 
     def _read(self, name: str, offset: int, size: int) -> bytes:
         with _errors_of(self._address(name)):

@@ -313,7 +313,7 @@ def write_index(
         max_size=sizes[1],
         class_pixels=samples["class_pixels"].sum(0, dtype=np.int64).tolist(),
         class_samples=[len(rows) for rows in ranked],
-        checksums={name: file_checksum(folder / name) for name in arrays},
+        checksums={name: file_crc32(folder / name) for name in arrays},
         settings=dict(settings or {}),
         version=OWN_CLASSES_VERSION if classes else FORMAT_VERSION,
         classes=dict(classes or {}),
@@ -326,7 +326,7 @@ def _least(sides: np.ndarray, initial: int) -> int:
     return int(sides.min()) if len(sides) else initial
 
 
-def file_checksum(path: Path) -> int:
+def file_crc32(path: Path) -> int:
     """Return the CRC-32 of a file, read in pieces."""
     checksum = 0
     with path.open("rb") as file:

@@ -2,10 +2,10 @@
 
 import os
 import shutil
-import zlib
 from contextlib import suppress
 from pathlib import Path
 
+from iccld.data.deflate import crc32
 from iccld.data.storage import integrity
 from iccld.data.storage.base import MissingShard, Storage, StorageError, check_name, check_size, is_remote, local_folder
 from iccld.data.storage.index import (
@@ -15,7 +15,7 @@ from iccld.data.storage.index import (
     MAX_HEADER_BYTES,
     ShardIndex,
     array_bytes,
-    file_checksum,
+    file_crc32,
     parse_header,
 )
 from iccld.durable import locked, make_folder, remove_left_overs, replacing, write_whole
@@ -39,7 +39,7 @@ def open_index(
     except MissingShard as error:
         raise ValueError(f"{where} is missing ({error}); upload the folder {INDEX_FOLDER}/ with the shards.") from error
     header = parse_header(text, where)
-    version = "-".join(f"{sum_:08x}" for sum_ in (zlib.crc32(text), *(header.checksums[name] for name in ARRAY_FILES)))
+    version = "-".join(f"{sum_:08x}" for sum_ in (crc32(text), *(header.checksums[name] for name in ARRAY_FILES)))
     kept = Path(cache_folder) if cache_folder else user_cache_folder()
     folder = make_folder(kept / INDEX_FOLDER / version, within=kept)
     for name, sizes in array_bytes(header).items():
@@ -69,23 +69,21 @@ def user_cache_folder() -> Path:
         raise ValueError("This user has no home folder for copies of indices; set data.cache.folder.") from error
 
 
-def fetch_file(storage: Storage, name: str, folder: Path, *, sizes: range, checksum: int | None = None) -> Path:
+def fetch_file(storage: Storage, name: str, folder: Path, *, sizes: range, checksum: int) -> Path:
     """Copy a file of one of `sizes` into `folder`, in pieces, and return its path; it appears whole or not at all.
 
-    With `checksum` (CRC-32), a copy that has it is kept, and the bytes that arrive are checked. Ranks that ask at the
-    same time wait for the one that copies. Raises the errors of reading, and StorageError if size or checksum differ or
-    the disk is full.
+    A copy that has the `checksum` (CRC-32) is kept; the bytes that arrive are checked. Ranks that ask at the same time
+    wait for the one that copies. Raises the errors of reading, and StorageError if size or checksum differ or the disk
+    is full.
     """
     check_name(name, storage.location)
     path = folder / name
-    while checksum is None or not path.is_file() or file_checksum(path) != checksum:
+    while not path.is_file() or file_crc32(path) != checksum:
         before = _version(path)
         with locked(folder / f".{name}.lock"):  # without locks every rank copies, which is slower but correct
             if _version(path) == before:
                 _copy(storage, name, path, checksum, sizes)
                 return path
-        if checksum is None:  # another rank has copied it in the meantime
-            return path
     return path
 
 
@@ -96,7 +94,7 @@ def _version(path: Path) -> tuple[int, int] | None:
     return None
 
 
-def _copy(storage: Storage, name: str, path: Path, checksum: int | None, sizes: range) -> None:
+def _copy(storage: Storage, name: str, path: Path, checksum: int, sizes: range) -> None:
     size, free = storage.size(name), shutil.disk_usage(path.parent).free
     check_size(storage.describe(name), size, sizes)
     if size > free:
@@ -109,8 +107,8 @@ def _copy(storage: Storage, name: str, path: Path, checksum: int | None, sizes: 
     with replacing(path) as file:
         for piece in storage.pieces(name, size):
             file.write(piece)
-            found = zlib.crc32(piece, found)
-        if checksum not in (None, found):
+            found = crc32(piece, found)
+        if found != checksum:
             raise StorageError(
                 f"{storage.describe(name)}: its checksum is {found:08x}, it should be {checksum:08x}; upload it again."
             )

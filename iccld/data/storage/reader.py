@@ -1,11 +1,11 @@
 """Reading of samples' bytes by their position in the index, checked against it."""
 
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 
+from iccld.data.deflate import crc32
 from iccld.data.storage.base import MissingShard, ShortRead, Storage
 from iccld.data.storage.cache import SampleCache
 from iccld.data.storage.index import ShardIndex
@@ -106,8 +106,8 @@ def _split(data: bytes, record: np.void) -> RawSample:
 
 def _damage(sample: RawSample, record: np.void) -> str:
     """Name the member that is not what was indexed; "" if all is well. Skips a label that was not asked for."""
-    if zlib.crc32(sample.image) != record["image_checksum"]:
+    if crc32(sample.image) != record["image_checksum"]:
         return "its image is not what was indexed (checksum)"
-    if sample.label and zlib.crc32(sample.label) != record["label_checksum"]:
+    if sample.label and crc32(sample.label) != record["label_checksum"]:
         return "its label is not what was indexed (checksum)"
     return ""

@@ -87,9 +87,6 @@ class RemoteStorage(Storage):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_filesystems": {}}
 
-    def _address(self, name: str) -> str:
-        return f"{self.location}/{name}"
-
     def _read(self, name: str, offset: int, size: int) -> bytes:
         what = f"{self.describe(name)}: bytes {offset}-{offset + size - 1}"
         return self._ask(lambda filesystem: self._fetch(filesystem, name, offset, size), what)

@@ -202,7 +202,7 @@ class DomainStream:
     def _labels(self, train_ids: np.ndarray, crop: Crop) -> np.ndarray:
         """Return the class indices of a crop's window, before mirroring."""
         assert self.table is not None
-        return relabel(apply_crop(train_ids, crop._replace(flip=False), self.crop_rules.crop_size), self.table)
+        return relabel(window_of(train_ids, crop, self.crop_rules.crop_size), self.table)
 
     def _merit(self, train_ids: np.ndarray, draw: Draw) -> Callable[[Crop], int] | None:
         """Return the function that scores a crop of this labelled image, or None if every crop is as good."""
@@ -259,10 +259,9 @@ def source_merit(
     return 2 * int(shows) + int(varied)
 
 
-def apply_crop(array: np.ndarray, crop: Crop, crop_size: tuple[int, int]) -> np.ndarray:
-    """Return a view of the window of an `(H, W, ...)` array: `(h, w, ...)`."""
-    window = array[crop.top : crop.top + crop_size[0], crop.left : crop.left + crop_size[1]]
-    return window[:, ::-1] if crop.flip else window
+def window_of(array: np.ndarray, crop: Crop, crop_size: tuple[int, int]) -> np.ndarray:
+    """Return a view of the crop's window of an `(H, W, ...)` array, before mirroring: `(h, w, ...)`."""
+    return array[crop.top : crop.top + crop_size[0], crop.left : crop.left + crop_size[1]]
 
 
 def valid_rows(

@@ -64,21 +64,11 @@ class Permutation:
         return self.size
 
     def __getitem__(self, position: int) -> int:
-        value = self._forward(self._in_range(position))
+        if not 0 <= position < self.size:
+            raise IndexError(f"{position} is outside of range({self.size})")
+        value = self._forward(position)
         while value >= self.size:
             value = self._forward(value)
-        return value
-
-    def inverse(self, value: int) -> int:
-        """Return the position of `value`."""
-        position = self._backward(self._in_range(value))
-        while position >= self.size:
-            position = self._backward(position)
-        return position
-
-    def _in_range(self, value: int) -> int:
-        if not 0 <= value < self.size:
-            raise IndexError(f"{value} is outside of range({self.size})")
         return value
 
     def _forward(self, cell: int) -> int:
@@ -86,13 +76,6 @@ class Permutation:
         for row_key, column_key in self._rounds:
             row = (row + _mix(column ^ row_key)) % self._num_rows
             column = (column + _mix(row ^ column_key)) % self._num_columns
-        return row * self._num_columns + column
-
-    def _backward(self, cell: int) -> int:
-        row, column = divmod(cell, self._num_columns)
-        for row_key, column_key in reversed(self._rounds):
-            column = (column - _mix(row ^ column_key)) % self._num_columns
-            row = (row - _mix(column ^ row_key)) % self._num_rows
         return row * self._num_columns + column
 
 

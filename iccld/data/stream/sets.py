@@ -46,15 +46,11 @@ class OpenSet:
     @property
     def used(self) -> dict[str, int]:
         """Return what a run remembers of the samples in use, if it does not use all."""
-        if self.is_whole:
+        if len(self.positions) == len(self.index):
             return {}
         positions = self.positions
         checksum = 0 if isinstance(positions, range) else zlib.crc32(np.asarray(positions, np.int64).tobytes())
         return {"num_used": len(positions), "used": checksum}
-
-    @property
-    def is_whole(self) -> bool:
-        return len(self.positions) == len(self.index)
 
 
 def open_sets(config: DataConfig, role: str, *, with_labels: bool) -> list[OpenSet]:

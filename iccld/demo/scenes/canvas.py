@@ -93,12 +93,13 @@ class Canvas:
         """Draw a polygon that stands across the street at (x, z); its outline is (sideways, above the road)."""
         self.face([(x + dx, y, z) for dx, y in outline], colour, label, light=self.light.front)
 
-    def disc(self, centre: Point, radius: tuple[float, float], colour: Colour, label: int, *, light: float = 1.0,
-             opacity: float = 1.0) -> None:  # fmt: skip
+    def disc(
+        self, centre: Point, radius: tuple[float, float], colour: Colour, label: int, *, light: float = 1.0
+    ) -> None:
         """Draw an ellipse that faces the camera; `radius` is (sideways, upwards)."""
         x, y, z = centre
         outline = [(x + radius[0] * a, y + radius[1] * b, z) for a, b in _CIRCLE]
-        self.face(outline, colour, label, light=light * self.light.front, opacity=opacity)
+        self.face(outline, colour, label, light=light * self.light.front)
 
     def wheel(self, centre: Point, radius: float, colour: Colour, label: int) -> None:
         """Draw a disc in a plane along the street."""

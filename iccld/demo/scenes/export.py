@@ -1,9 +1,7 @@
 """Export of the embedded data set in the layouts of GTA5 and Cityscapes, so that it is read as the real sets are."""
 
 import json
-import multiprocessing
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -11,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from iccld.data.processes import in_processes
 from iccld.demo.scenes.render import render
 from iccld.demo.scenes.world import Domain
 from iccld.durable import make_folder, replacing, write_whole
@@ -70,20 +69,13 @@ def _cityscapes_frame(folder: Path, split: str, number: int, city: str, sequence
 
 
 def _write_all(folder: Path, frames: Sequence[Frame], settings: Settings, *, workers: int) -> None:
-    if workers < 1:
-        raise ValueError(f"scenes.workers={workers} must be at least 1; 1 draws in this process.")
     _claim(folder, settings)
     for parent in {path.parent for frame in frames for path in (frame.image, frame.labels)}:
         make_folder(parent, within=folder)
     missing = [frame for frame in frames if not (frame.image.exists() and frame.labels.exists())]
-    draw = partial(_write, settings=settings)
-    if workers == 1 or not missing:
-        for frame in missing:
-            draw(frame)
-        return
-    # A forked child would inherit the caller's threads; a spawned one starts clean.
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(draw, missing, chunksize=8))
+    with in_processes(partial(_write, settings=settings), workers) as drawn:
+        for _ in drawn(missing):
+            pass
 
 
 def _claim(folder: Path, settings: Settings) -> None:

@@ -21,7 +21,7 @@ def render(
     """
     for name, size in (("height", height), ("width", width)):
         if size < MIN_SIZE:
-            raise ValueError(f"scenes.{name}={size} must be at least {MIN_SIZE}; the demo draws 256x128.")
+            raise ValueError(f"scenes.{name}={size} must be at least {MIN_SIZE}; the demo draws 128x256.")
     rng = numpy_generator(seed, f"scenes/{domain.value}", number)
     world, look = WORLDS[domain], LOOKS[domain]
     camera = Camera(

@@ -47,8 +47,8 @@ class Street:
     track: float | None  # middle of the lane with rails
 
 
-def _strip(canvas: Canvas, x: tuple[float, float], colour: Colour, label: int, near: float = _NEAR) -> None:
-    depths = [near, *(z for z in _DEPTHS if z > near)]
+def _strip(canvas: Canvas, x: tuple[float, float], colour: Colour, label: int) -> None:
+    depths = [_NEAR, *(z for z in _DEPTHS if z > _NEAR)]
     for z0, z1 in zip(depths[-2::-1], depths[:0:-1], strict=True):
         canvas.face([(x[0], 0, z0), (x[1], 0, z0), (x[1], 0, z1), (x[0], 0, z1)], colour, label)
 

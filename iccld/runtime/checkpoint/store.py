@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iccld.durable import clear_away, is_real_folder, make_folder, scratch_folder, sync, write_whole
+from iccld.durable import clear_away, holds_only, is_real_folder, make_folder, scratch_folder, sync, write_whole
 from iccld.outcome import Interrupted
 from iccld.runtime.checkpoint.manifest import (
     STEP_FOLDER,
@@ -41,7 +41,7 @@ from iccld.runtime.settings import CheckpointConfig
 ALIGNMENT = 64  # bytes
 PIECE_BYTES = 1 << 28
 SCRATCH = re.compile(r"step_\d{8}(\.[0-9a-f]{8})?\.tmp")
-CHECKPOINT_FILE = re.compile(r"rank_\d{5}\.safetensors|\.?manifest\.json(\..*tmp)?")
+is_torn = holds_only(r"rank_\d{5}\.safetensors|manifest\.json")  # what a save writes, and nothing else
 
 
 class UnsavedError(CheckpointError, Interrupted):
@@ -234,15 +234,6 @@ def in_pieces(sizes: Sequence[int], *, length: int) -> tuple[list[tuple[int, int
         places.append((len(lengths) - 1, lengths[-1]))
         lengths[-1] += aligned
     return places, lengths
-
-
-def is_torn(scratch: Path) -> bool:
-    """Tell whether it is a folder that holds nothing but what a save writes."""
-    try:
-        found = list(scratch.iterdir())
-    except OSError:  # what cannot be listed may hold anything
-        return False
-    return is_real_folder(scratch) and all(CHECKPOINT_FILE.fullmatch(path.name) and not path.is_dir() for path in found)
 
 
 def _together(

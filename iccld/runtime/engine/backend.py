@@ -71,8 +71,9 @@ class Backend(ABC):
         runs = {name: whole(tensor) for name, tensor in tensors.items()}
         return share_out(runs, rank=self.terms.layout.rank, world_size=self.terms.layout.world_size)
 
-    @abstractmethod
-    def _moment_runs(self) -> dict[str, Run]: ...
+    def _moment_runs(self) -> dict[str, Run]:
+        state = self.optimizer.state
+        return self._held_runs({f"{m}/{name}": state[p][m] for name, p in self.parameters().items() for m in MOMENTS})
 
     def load(self, reader: TensorReader, step: int) -> None:
         """Fill module and moments from a checkpoint made after `step` steps, whichever ranks and engine wrote it."""
@@ -92,8 +93,15 @@ class Backend(ABC):
     def _run_held(self, tensor: Tensor) -> Run:
         return whole(tensor)
 
-    @abstractmethod
-    def _load_moments(self, reader: TensorReader, step: float) -> None: ...
+    @torch.no_grad()
+    def _load_moments(self, reader: TensorReader, step: float) -> None:
+        """Load AdamW's moments into parameters that each have a state of their own; `step` is what AdamW counts."""
+        state = self.optimizer.state
+        for name, p in self.parameters().items():
+            state[p] = {"step": torch.tensor(step, device=p.device if p.is_cuda else "cpu")}
+            for moment in MOMENTS:
+                state[p][moment] = torch.zeros_like(p, memory_format=torch.preserve_format)
+                self.fill({f"{moment}/{name}": state[p][moment]}, reader)
 
     def full(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the whole tensors, on every rank. Call on every rank."""
@@ -136,25 +144,3 @@ class Replicated(Backend):
             self.gradient_norm = torch.nn.utils.get_total_norm(gradients)
         self.optimizer.step()
         self.optimizer.zero_grad()
-
-    def _moment_runs(self) -> dict[str, Run]:
-        return self._held_runs(
-            {
-                f"{moment}/{name}": self.optimizer.state[p][moment]
-                for name, p in self.parameters().items()
-                for moment in MOMENTS
-            }
-        )
-
-    def _load_moments(self, reader: TensorReader, step: float) -> None:
-        load_adam_state(self, self.optimizer.state, reader, step)
-
-
-@torch.no_grad()
-def load_adam_state(backend: Backend, state: Any, reader: TensorReader, step: float) -> None:
-    """Load AdamW's moments into parameters that each have a state of their own; `step` is what AdamW counts."""
-    for name, p in backend.parameters().items():
-        state[p] = {"step": torch.tensor(step, device=p.device if p.is_cuda else "cpu")}
-        for moment in MOMENTS:
-            state[p][moment] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            backend.fill({f"{moment}/{name}": state[p][moment]}, reader)

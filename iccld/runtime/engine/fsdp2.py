@@ -14,8 +14,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from iccld.runtime.checkpoint.pieces import Run, TensorReader, share_out, whole
-from iccld.runtime.engine.backend import MOMENTS, Backend, Terms, load_adam_state
+from iccld.runtime.checkpoint.pieces import Run, share_out, whole
+from iccld.runtime.engine.backend import Backend, Terms
 from iccld.runtime.tensors import local_tensor
 
 
@@ -109,13 +109,6 @@ class FSDP2(Backend):
         kept = {name: whole(t) for name, t in tensors.items() if not isinstance(t, DTensor)}
         mine = share_out(kept, rank=self.terms.layout.rank, world_size=self.terms.layout.world_size)
         return mine | {name: run for name, run in sharded.items() if len(run.data)}
-
-    def _moment_runs(self) -> dict[str, Run]:
-        state = self.optimizer.state
-        return self._held_runs({f"{m}/{name}": state[p][m] for name, p in self.parameters().items() for m in MOMENTS})
-
-    def _load_moments(self, reader: TensorReader, step: float) -> None:
-        load_adam_state(self, self.optimizer.state, reader, step)
 
     def full(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in tensors.items()}

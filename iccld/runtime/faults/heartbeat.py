@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from iccld.durable import write_whole
+from iccld.reading import read_json
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def write_heartbeat(run_dir: Path, heartbeat: Heartbeat) -> None:
 def read_heartbeat(run_dir: Path, rank: int) -> Heartbeat | None:
     """Read a heartbeat; None if there is none that can be read."""
     try:
-        return Heartbeat(**json.loads(heartbeat_path(run_dir, rank).read_text()))
+        return Heartbeat(**read_json(heartbeat_path(run_dir, rank)))
     except (OSError, ValueError, TypeError):
         return None
 

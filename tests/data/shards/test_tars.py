@@ -68,11 +68,11 @@ def whole_tar(folder: Path) -> bytes:
 def test_of_a_cut_tar_the_whole_samples_are_used(tmp_path_factory: pytest.TempPathFactory, share: float) -> None:
     folder = tmp_path_factory.mktemp("cut")
     whole = whole_tar(folder)
-    full = index_shard(folder / "a.tar", 0).records
+    full = index_shard(folder / "a.tar", 0, num_classes=19).records
     end = len(whole.rstrip(b"\0"))
     cut = int(share * (end // 512 + 1) * 512)
     (folder / "a.tar").write_bytes(whole[:cut])
-    records, problems, _ = index_shard(folder / "a.tar", 0)
+    records, problems, _ = index_shard(folder / "a.tar", 0, num_classes=19)
     label_ends = full["label_offset"] + full["label_size"]
     usable = int((label_ends <= cut).sum())
     np.testing.assert_array_equal(records[:usable], full[:usable])
@@ -84,7 +84,7 @@ def test_of_a_cut_tar_the_whole_samples_are_used(tmp_path_factory: pytest.TempPa
 
 def test_a_damaged_header_is_named_and_what_lies_before_is_used(tmp_path: Path) -> None:
     data = bytearray(whole_tar(tmp_path))
-    full = index_shard(tmp_path / "a.tar", 0).records
+    full = index_shard(tmp_path / "a.tar", 0, num_classes=19).records
     data[int(full["image_offset"][2]) - 512] ^= 1
     (tmp_path / "a.tar").write_bytes(data)
     result = build(tmp_path, accept_bad=True)
@@ -104,14 +104,14 @@ def test_hostile_headers_do_no_harm(tmp_path_factory: pytest.TempPathFactory, da
     header[148:156] = b" " * 8
     tar[start + 148 : start + 156] = b"%06o\0 " % sum(header)
     (folder / "a.tar").write_bytes(tar)
-    records = index_shard(folder / "a.tar", 0).records
+    records = index_shard(folder / "a.tar", 0, num_classes=19).records
     assert len(records) <= 3
     assert (records["image_offset"] + records["image_size"] <= len(tar)).all()
 
 
 def test_a_negative_size_does_not_go_round_in_circles(tmp_path: Path) -> None:
     data = bytearray(whole_tar(tmp_path))
-    start = 2 * 512 + int(index_shard(tmp_path / "a.tar", 0).records["image_size"][0]) // 512 * 512
+    start = 2 * 512 + int(index_shard(tmp_path / "a.tar", 0, num_classes=19).records["image_size"][0]) // 512 * 512
     data[start + 124 : start + 136] = b"\xff" * 10 + b"\xf6\x00"
     header = data[start : start + 512]
     header[148:156] = b" " * 8
@@ -129,7 +129,7 @@ def test_sparse_members_are_named(tmp_path: Path) -> None:
     with (files / "y.png").open("r+b") as file:
         file.truncate(1 << 20)
     subprocess.run(["tar", "--sparse", "-C", files, "-cf", tmp_path / "a.tar", "x.png", "y.png"], check=True)
-    records, problems, _ = index_shard(tmp_path / "a.tar", 0)
+    records, problems, _ = index_shard(tmp_path / "a.tar", 0, num_classes=19)
     assert records["key"].tolist() == [b"x"]
     assert "sample 'y': y.png is stored sparse; pack without tar's --sparse, or leave out" in str(problems[0])
 
@@ -185,7 +185,7 @@ def test_every_link_is_its_target_or_named(tmp_path_factory: pytest.TempPathFact
     write_members(
         folder / "a.tar", [(name, content[name] if name in files else (kinds[name], leads[name])) for name in order]
     )
-    records, problems, _ = index_shard(folder / "a.tar", 0, label_extension="")
+    records, problems, _ = index_shard(folder / "a.tar", 0, num_classes=19, label_extension="")
     ends = {}
     for name in names:
         end, steps = name, 0

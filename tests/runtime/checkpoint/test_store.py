@@ -305,13 +305,13 @@ def test_what_cannot_be_listed_stops_no_save(tmp_path: Path, monkeypatch: pytest
     reports: list[str] = []
     checkpoints, closed = store(tmp_path, reports), tmp_path / "step_00000001.tmp"
     closed.mkdir()
-    listdir = os.listdir
+    scandir = os.scandir
 
     def listing(path: Any = ".") -> Any:  # rights do not bind root, who may run this
         if str(path) == str(closed):
             raise PermissionError(13, "Permission denied", str(path))
-        return listdir(path)
+        return scandir(path)
 
-    monkeypatch.setattr(os, "listdir", listing)
+    monkeypatch.setattr(os, "scandir", listing)
     assert save(checkpoints, 1).is_dir() and closed.is_dir()
     assert reports == [f"{closed} is no checkpoint that was torn; it is left as it is"]

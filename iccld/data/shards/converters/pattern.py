@@ -12,33 +12,10 @@ from functools import cached_property
 
 from iccld.data.images.decode import IMAGE_EXTENSIONS
 
-_OTHER_IMAGES = frozenset(
-    [
-        "tif",
-        "tiff",
-        "bmp",
-        "gif",
-        "jfif",
-        "jpe",
-        "jp2",
-        "j2k",
-        "jxl",
-        "heic",
-        "heif",
-        "avif",
-        "ppm",
-        "pgm",
-        "pnm",
-        "exr",
-        "hdr",
-        "tga",
-        "dng",
-        "raw",
-        "nef",
-        "cr2",
-        "arw",
-    ]
-)
+_OTHER_IMAGES = {
+    *("tif", "tiff", "bmp", "gif", "jfif", "jpe", "jp2", "j2k", "jxl", "heic", "heif", "avif", "ppm", "pgm", "pnm"),
+    *("exr", "hdr", "tga", "dng", "raw", "nef", "cr2", "arw"),
+}
 _PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)(\*?)\}")
 
 

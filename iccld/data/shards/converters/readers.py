@@ -68,8 +68,13 @@ def read_red16(data: bytes, train_ids: Mapping[int, int]) -> np.ndarray:
 def read_colors(data: bytes, train_ids: Mapping[int, int]) -> np.ndarray:
     """Read images of colours; `train_ids` names colours by `color_code`."""
     refuse_lossy(data)
+    return map_ids(color_codes(data), train_ids, spell=color_name)
+
+
+def color_codes(data: bytes) -> np.ndarray:
+    """Decode an image to the codes of its pixels' colours, `(H, W)` int32."""
     red, green, blue = np.moveaxis(decode_image(data).astype(np.int32), -1, 0)
-    return map_ids(red << 16 | green << 8 | blue, train_ids, spell=color_name)
+    return red << 16 | green << 8 | blue
 
 
 def color_code(name: str) -> int:
