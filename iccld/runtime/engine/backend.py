@@ -128,6 +128,19 @@ class Replicated(Backend):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # accelerate's argument
             self.module, self.optimizer = accelerator.prepare(raw, optimizer)
+        if self.module is not raw:
+            self._settle_buckets(self.module.reducer)
+
+    def _settle_buckets(self, reducer: Any) -> None:
+        """Let DDP lay out its buckets anew now, as it would after its first backward pass. Call on every rank.
+
+        Where a gradient lies in a bucket decides in which order three or more ranks add it up, and so its last bits:
+        the first step of a resumed run would differ from that step of an undisturbed one.
+        """
+        reducer.prepare_for_backward([])
+        torch.stack([p.sum() for p in self.parameters().values()]).sum().backward()
+        reducer._rebuild_buckets()
+        self.optimizer.zero_grad()
 
     @contextlib.contextmanager
     def micro_batch(self, *, is_last: bool) -> Iterator[None]:
