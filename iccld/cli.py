@@ -13,7 +13,7 @@ from typing import NoReturn, TextIO
 
 from iccld import __version__
 from iccld.extras import remedy
-from iccld.outcome import REFUSED, lacks_memory, status_of, words
+from iccld.outcome import REFUSED, is_understood, status_of, words
 from iccld.programs.arguments import Parser, Verb, parse_verb, settings_of
 from iccld.programs.stopped import leave_word
 from iccld.redact import redact
@@ -89,7 +89,7 @@ def _run_verb(arguments: argparse.Namespace, words_given: Sequence[str]) -> int:
             guard_tracebacks(given, debug=arguments.debug)
         return arguments.run(arguments) or 0
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        if isinstance(error, RuntimeError | MemoryError) and not lacks_memory(error):
+        if isinstance(error, RuntimeError | MemoryError) and not is_understood(error):
             raise
         if isinstance(error, BrokenPipeError) and _readers_are_gone():
             raise

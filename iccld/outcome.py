@@ -35,11 +35,12 @@ _REMEDIES = {
     errno.ENOMEM: "free memory",
 }
 _LACK_OF_MEMORY = re.compile(
-    r"out of memory|(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED|can't allocate memory|not enough memory|bad_alloc|"
-    r"could not create a memory object",
+    r"out of memory|CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_(INTERNAL_ERROR_\w+_)?ALLOC(ATION)?_FAILED|"
+    r"can't allocate memory|not enough memory|bad_alloc|could not create a memory object",
     re.IGNORECASE,
 )
 """Words for a lack of memory in PyTorch's RuntimeErrors: of CUDA, cuBLAS, cuDNN, the CPU's allocator, C++, oneDNN."""
+_NO_DETERMINISTIC_KERNEL = re.compile(r"\S+ does not have a deterministic implementation")
 _LOST_DEVICE = re.compile(
     r"ECC|NVLink|unavailable|lost|hardware|unspecified launch failure|unknown error", re.IGNORECASE
 )
@@ -87,11 +88,18 @@ def lacks_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or bool(by_words)
 
 
+def is_understood(error: RuntimeError | MemoryError) -> bool:
+    """Tell whether the error is no fault of the program, and `words` says what to do."""
+    return lacks_memory(error) or bool(_NO_DETERMINISTIC_KERNEL.match(str(error)))
+
+
 def words(error: BaseException) -> str:
-    """Return an error's words; for an error of the system, or a lack of memory, also what to do."""
+    """Return an error's words; where a remedy is known (errors of the system, a lack of memory), also what to do."""
     text = str(error) or repr(error)
     if lacks_memory(error):
         return f"out of memory ({text.strip().splitlines()[0]}); free memory, or use a device that has more"
+    if lacking := _NO_DETERMINISTIC_KERNEL.match(text):
+        return f"{lacking[0]} on this device; set engine.deterministic=false, or use another backbone"
     remedy = _REMEDIES.get(error.errno or 0) if isinstance(error, OSError) else None
     return f"{text}; {remedy}, and give the same command again" if remedy else text
 

@@ -10,7 +10,18 @@ import pytest
 
 from iccld.data.storage.base import MissingShard, StorageError, Unreachable
 from iccld.data.stream.workers import WorkerDied
-from iccld.outcome import AGAIN, REFUSED, Interrupted, ToldByRank0, blaming_the_world, naming, plain, status_of, words
+from iccld.outcome import (
+    AGAIN,
+    REFUSED,
+    Interrupted,
+    ToldByRank0,
+    blaming_the_world,
+    is_understood,
+    naming,
+    plain,
+    status_of,
+    words,
+)
 from iccld.runtime.checkpoint.manifest import CheckpointError
 from iccld.runtime.checkpoint.store import UnsavedError
 from iccld.runtime.measure.metrics import NonFiniteLossError
@@ -89,3 +100,15 @@ def test_a_rank_whose_error_rank_0_tells_ends_with_the_status_of_rank_0(has_trai
     with pytest.raises(OSError, match="a damaged file") as raised, blaming_the_world(lambda: has_trained):
         raise error
     assert told.value.code == status == status_of(raised.value)
+
+
+def test_a_lack_of_memory_or_of_a_deterministic_kernel_is_told_with_its_remedy():
+    short = "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED\nException raised from"
+    for error in (MemoryError(), RuntimeError("CUDA out of memory. Tried 2 GiB"), RuntimeError(short)):
+        assert is_understood(error) and words(error).startswith("out of memory (") and "\n" not in words(error)
+    strict = RuntimeError("grid_sampler_2d_backward_cuda does not have a deterministic implementation, but you set")
+    assert is_understood(strict) and words(strict) == (
+        "grid_sampler_2d_backward_cuda does not have a deterministic implementation on this device; "
+        "set engine.deterministic=false, or use another backbone"
+    )
+    assert not is_understood(RuntimeError("shapes do not fit"))

@@ -3,6 +3,8 @@
 `B` batch, `N` tokens, `M` heads, `D` channels of a head.
 """
 
+import re
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -33,10 +35,19 @@ def check_backend(backend: AttentionBackend, device_type: str) -> None:
     try:  # a build for another CUDA can be imported, and has no operators
         _try_xformers(torch.device(device_type))
     except (NotImplementedError, RuntimeError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = _reason(str(error))
         raise ValueError(f"{setting}: xformers has no operator that runs here ({reason}); {remedy}.") from error
 
 
+def _reason(said: str) -> str:
+    """Shorten xformers' words: of each operator, why it does not run here."""
+    lines = [line.strip() for line in said.splitlines()]
+    told = [line for line in lines if line and not re.match(r"(query|key|value|attn_bias|p) *:", line)]
+    return " ".join(told)[:500]
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
 def _try_xformers(device: torch.device) -> None:
     """Run attention and its backward pass once on a few tokens, in both precisions that train."""
     for dtype in (torch.bfloat16, torch.float32):

@@ -129,7 +129,9 @@ def keep_record() -> None:
     NCCL then does not end the process by itself before the watchdog has said whom it waits for.
     """
     if torch.cuda.is_available():
-        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")  # give up the communicator, go on living
+        if os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1") == "1":  # which torchrun sets unasked
+            os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "2"  # give up the communicator, go on living
+        os.environ.setdefault("TORCH_NCCL_RETHROW_CUDA_ERRORS", "0")  # the program itself raises a fault of the device
         os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", f"{NCCL_SILENCE_S:.0f}")
         os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")
 

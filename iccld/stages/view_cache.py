@@ -116,6 +116,7 @@ class ViewCache:
 
     def _write(self, key: str, kept: "dict[str, _Kept]", copied: Any) -> None:
         if copied is not None:
+            torch.cuda.set_device(copied.device)  # of this thread, which else begins with the first GPU
             copied.synchronize()
         for name, (tensor, _) in kept.items():
             if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
@@ -154,7 +155,9 @@ def _to_host(kept: dict[str, _Kept], device: torch.device) -> tuple[dict[str, _K
     for name, (tensor, dtype) in kept.items():
         host = torch.empty_like(tensor, device="cpu", pin_memory=True)
         on_host[name] = _Kept(host.copy_(tensor, non_blocking=True), dtype)
-    return on_host, torch.cuda.current_stream(device).record_event()
+    copied = torch.cuda.Event(blocking=True)  # else the thread that waits for it keeps a core busy
+    copied.record(torch.cuda.current_stream(device))
+    return on_host, copied
 
 
 def _pack(kept: Mapping[str, _Kept]) -> bytes:

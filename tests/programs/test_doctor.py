@@ -143,7 +143,7 @@ def test_the_report_has_no_secrets_and_names_nobody(tmp_path: Path, monkeypatch:
 
 
 def test_a_user_without_a_home_gets_a_report(monkeypatch: pytest.MonkeyPatch):
-    """As in a container that runs as a number."""
+    """A container may run as a number."""
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.setattr(pwd, "getpwuid", Mock(side_effect=KeyError("uid not found")))
     assert doctor.public("a line of ~/runs", []) == "a line of ~/runs"

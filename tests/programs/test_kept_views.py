@@ -13,12 +13,16 @@ from iccld.outcome import ToldByRank0
 from iccld.programs.run import kept_views
 from iccld.programs.run.building import build_stream, noise_of
 from iccld.programs.run.kept_views import identity_of_views, keep_views, open_view_files
+from iccld.runtime.settings import Compile
 from iccld.stages.views import CORRUPTION_NOISE
 from tests.factory import scene_overrides
 from tests.programs.test_scoring import Two
 
 ENGINE: Any = SimpleNamespace(
-    device=SimpleNamespace(type="cpu"), accelerator=SimpleNamespace(mixed_precision="no"), is_main=True
+    device=SimpleNamespace(type="cpu"),
+    accelerator=SimpleNamespace(mixed_precision="no"),
+    compile=Compile.none,
+    is_main=True,
 )
 
 

@@ -1,13 +1,13 @@
 """Records of an index: one sample's from its bytes, a set's from the parts that workers leave on the disk."""
 
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from iccld.data.deflate import crc32
 from iccld.data.shards.tars import LEAVE_OUT, Place, Problem
 from iccld.data.storage.index import (
     ARRAY_FILES,
@@ -31,7 +31,7 @@ def make_record(
     """Return the fields of `sample_dtype`: places and bytes of image and label, and the results of `examine`."""
     image, label = places
     height, width, class_pixels = facts
-    return shard, *image, *label, height, width, crc32(data[0]), crc32(data[1]), class_pixels, key.encode()
+    return shard, *image, *label, height, width, zlib.crc32(data[0]), zlib.crc32(data[1]), class_pixels, key.encode()
 
 
 def to_array(records: Sequence[tuple[Any, ...]], *, num_classes: int) -> np.ndarray:

@@ -188,17 +188,14 @@ def attention(config: Any, device_type: str) -> Iterator[Finding]:
 
 
 def compiler(config: Any, device_type: str) -> Iterator[Finding]:
-    """Look for what torch.compile needs: a C++ compiler on a CPU, Triton on a GPU too."""
-    name = os.environ.get("CXX") or "g++"
-    lacks = [] if shutil.which(name) else [f"{name} is not on PATH (install g++, or set CXX)"]
-    lacks += (
-        ["triton is not installed (pip install triton)"] if device_type == "cuda" and not find_spec("triton") else []
-    )
-    if not lacks:
-        yield Finding(FINE, "compiler", f"{name} is there for torch.compile")
+    """Look for what torch.compile needs: a compiler, and on a GPU Triton."""
+    from iccld.runtime.engine.compilation import lacks_for_compiling
+
+    if not (lacks := lacks_for_compiling(device_type)):
+        yield Finding(FINE, "compiler", "all is there that torch.compile needs")
         return
-    chosen = config is not None and config.engine.compile.on(device_type).value != "none"
-    what = f"torch.compile cannot work: {' and '.join(lacks)}; or set engine.compile=none"
+    chosen = config is not None and config.engine.compile.value not in ("none", "auto")
+    what = f"torch.compile cannot work: {lacks}; or set engine.compile=none"
     yield Finding(WRONG if chosen else NOTE, "compiler", what, REFUSED)
 
 

@@ -9,6 +9,7 @@ from iccld.batch_layout import BatchLayout
 from iccld.config import Config
 from iccld.node import host_name
 from iccld.programs.run.out_of_memory import parts_held
+from iccld.runtime.engine.device import device_name
 from iccld.runtime.engine.engine import Engine
 from iccld.runtime.measure import memory
 from iccld.runtime.measure.flops import StepFlops
@@ -78,7 +79,7 @@ def launch_of(engine: Engine, layout: BatchLayout, hosts: list[str]) -> dict[str
         "engine": engine.kind.value,
         "world_size": layout.world_size,
         "num_nodes": len(set(hosts)),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "device": device_name(device),
         "precision": engine.config.precision.name,
         "compile": engine.compile.value,
         "threads": torch.get_num_threads(),

@@ -12,6 +12,7 @@ from iccld.data.processes import say
 from iccld.data.storage.cache import CacheConfig, SampleCache
 from iccld.data.stream.stream import TrainingStream
 from iccld.programs.run.hand_off import handed_over
+from iccld.runtime.engine.device import device_name
 from iccld.runtime.engine.engine import Engine
 from iccld.runtime.ranks import together
 from iccld.slurm.snapshot import code_hash
@@ -67,9 +68,9 @@ def identity_of_views(name: str, config: Config, engine: Engine, stream: Trainin
         "weights": handed_over(kind.previous, config)[1].model_sha256 if kind.previous else config.initial_model,
         "data": stream.fingerprints(),
         "settings": settings,
-        "device": engine.device.type,
+        "device": device_name(engine.device),
         "precision": engine.accelerator.mixed_precision,
-        "compile": config.engine.compile.on(engine.device.type).name,
+        "compile": engine.compile.name,
         "kernels": [torch.__version__, config.engine.deterministic, config.engine.cudnn_benchmark],
     }
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()

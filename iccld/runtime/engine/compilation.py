@@ -1,6 +1,11 @@
 """Compilation by torch.compile of what a step calls: one graph a shape, and none after warm-up."""
 
+import os
+import shutil
+import sysconfig
 from collections.abc import Iterable
+from importlib.util import find_spec
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -11,6 +16,30 @@ from iccld.runtime.settings import Compile
 # All blocks share one function's cache, and what does not fit into it silently runs uncompiled.
 GRAPHS_PER_FUNCTION = 64
 BACKEND = "inductor"
+
+
+def lacks_for_compiling(device_type: str) -> str:
+    """Name what torch.compile needs on devices of a type and this machine lacks; "" if it lacks nothing."""
+    if device_type != "cuda":
+        name = os.environ.get("CXX") or "g++"
+        return "" if shutil.which(name) else f"{name} is not on PATH (install g++, or set CXX)"
+    lacks = [] if find_spec("triton") else ["triton is not installed (pip install triton)"]
+    names = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
+    if not any(map(shutil.which, names)):  # Triton builds the functions that start its kernels
+        lacks.append(f"{' or '.join(names)} is not on PATH (install gcc, or set CC)")
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        lacks.append("Python.h is missing (install python3-dev)")
+    return " and ".join(lacks)
+
+
+def choose_compile(wanted: Compile, device_type: str, *, lacks: str) -> Compile:
+    """Return what to compile: nothing where `auto` cannot. Raises ValueError for another choice that cannot work."""
+    how = wanted.on(device_type)
+    if how is Compile.none or not lacks:
+        return how
+    if wanted is Compile.auto:
+        return Compile.none
+    raise ValueError(f"engine.compile={wanted.value}: torch.compile cannot work: {lacks}; or set engine.compile=none.")
 
 
 def compile_in_place(networks: Iterable[nn.Module], how: Compile) -> None:

@@ -22,6 +22,11 @@ def with_index(device: torch.device) -> torch.device:
     return device
 
 
+def device_name(device: torch.device) -> str:
+    """Return the model of a GPU; "cpu" for a CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def identity(device: torch.device) -> str:
     """Return a name that no other GPU of the node has, however a scheduler numbers them; "" for a CPU."""
     return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""

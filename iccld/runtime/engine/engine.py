@@ -24,10 +24,10 @@ from iccld.node import host_name
 from iccld.runtime.batches import prefetch
 from iccld.runtime.checkpoint.pieces import Run, TensorReader
 from iccld.runtime.engine.backend import Backend, Replicated, Terms
-from iccld.runtime.engine.compilation import compile_in_place
+from iccld.runtime.engine.compilation import choose_compile, compile_in_place, lacks_for_compiling
 from iccld.runtime.engine.device import check_own, choose_kernels, identity, may_share, with_index
 from iccld.runtime.ranks import Ranks, keep_record, naming_lost_ranks
-from iccld.runtime.settings import EngineConfig
+from iccld.runtime.settings import Compile, EngineConfig
 
 # A dimension of size 1 has any stride: DDP warns of 1x1 and depthwise kernels, in vain.
 warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
@@ -97,6 +97,7 @@ class Engine:
             cudnn_benchmark=config.cudnn_benchmark,
         )
         os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"  # a rank's GPU need not have its local rank's number
+        exchange = {"backend": "gloo"} if may_share() and "LOCAL_RANK" in os.environ else {}
         with without_plugins(), naming_lost_ranks():
             self.accelerator = Accelerator(
                 cpu=not torch.cuda.is_available(),
@@ -104,7 +105,7 @@ class Engine:
                 step_scheduler_with_optimizer=False,
                 kwargs_handlers=[
                     DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
-                    InitProcessGroupKwargs(timeout=INIT_TIMEOUT, **({"backend": "gloo"} if may_share() else {})),
+                    InitProcessGroupKwargs(timeout=INIT_TIMEOUT, **exchange),
                 ],
             )
         if self.accelerator.distributed_type not in PLAIN_TYPES:
@@ -113,12 +114,22 @@ class Engine:
                 f"launch with one of accelerate_configs/."
             )
         self.device = with_index(self.accelerator.device)
-        self.compile = config.compile.on(self.device.type)
         if self.kind is not EngineKind.ddp and not torch.distributed.is_initialized():
             join_alone(self.device)
         with naming_lost_ranks():
             self.ranks = Ranks.joined(self.accelerator.process_index, self.accelerator.num_processes)
             check_own(self.ranks.gather((host_name(), identity(self.device))))
+            self.compile = self._choose_compile()
+
+    def _choose_compile(self) -> Compile:
+        """Choose alike on all ranks; the first that lacks something decides."""
+        how = self.config.compile.on(self.device.type)
+        lacks = "" if how is Compile.none else lacks_for_compiling(self.device.type)
+        lacks = next(filter(None, self.ranks.gather(lacks)), "")
+        chosen = choose_compile(self.config.compile, self.device.type, lacks=lacks)
+        if chosen is not how and self.ranks.is_main:
+            print(f"engine.compile=auto: nothing is compiled, which is slower: {lacks}", flush=True)
+        return chosen
 
     @property
     def is_sharded(self) -> bool:

@@ -4,6 +4,7 @@ Weights stay fp32 and whole.
 """
 
 import contextlib
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +21,20 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 # As DDP, tens of MB; by default DeepSpeed holds 2 GB for gradients on their way.
 BUCKET_ELEMENTS = 10_000_000
+
+
+@contextlib.contextmanager
+def _local_rank_of(device: torch.device) -> Iterator[None]:
+    """Let LOCAL_RANK be the number of this rank's GPU: DeepSpeed takes the GPU of that number, and may see fewer."""
+    own = os.environ.get("LOCAL_RANK")
+    if device.type != "cuda" or own is None:
+        yield
+        return
+    os.environ["LOCAL_RANK"] = str(device.index)
+    try:
+        yield
+    finally:
+        os.environ["LOCAL_RANK"] = own
 
 
 class Zero(Backend):
@@ -43,7 +58,8 @@ class Zero(Backend):
             "steps_per_print": 1 << 60,
         }
         deepspeed.logger.setLevel("WARNING")
-        self.module: Any = deepspeed.initialize(model=raw, optimizer=optimizer, config=config)[0]
+        with _local_rank_of(terms.device):
+            self.module: Any = deepspeed.initialize(model=raw, optimizer=optimizer, config=config)[0]
         self._zero: Any = self.module.optimizer
         self.optimizer = self._zero.optimizer
 

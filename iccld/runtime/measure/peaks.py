@@ -8,8 +8,10 @@ from collections.abc import Callable
 import torch
 
 BF16_TFLOPS = {
+    "GB200": 2500.0,
     "B200": 2250.0,
     "GH200": 989.4,
+    "H200 NVL": 835.0,
     "H200": 989.4,
     "H100 PCIe": 756.0,
     "H100 NVL": 835.0,
@@ -17,6 +19,7 @@ BF16_TFLOPS = {
     "A100": 311.8,
     "L40S": 362.1,
     "A10G": 70.0,
+    "A10": 125.0,
     "L40": 181.0,
     "L4": 121.0,
     "RTX A6000": 154.8,

@@ -1,11 +1,17 @@
 """One rank's engine: the gradients of its micro-batches, to their size, which AdamW's steps hardly depend on."""
 
+import os
+import shutil
+from unittest.mock import patch
+
 import pytest
 import torch
 
 from iccld.outcome import AGAIN, status_of
+from iccld.runtime.engine.compilation import choose_compile, lacks_for_compiling
 from iccld.runtime.engine.engine import Engine
-from iccld.runtime.settings import EngineConfig
+from iccld.runtime.ranks import keep_record
+from iccld.runtime.settings import Compile, EngineConfig
 from tests.distributed.engine_worker import check_clipping, check_gradients
 
 
@@ -34,3 +40,38 @@ def test_ranks_that_are_lost_while_they_join_are_no_fault_of_the_program(kind: s
     monkeypatch.delenv("WORLD_SIZE")
     with pytest.raises(RuntimeError):
         Engine(EngineConfig())
+
+
+@pytest.mark.parametrize(("wanted", "device"), [("auto", "cpu"), ("none", "cuda"), ("none", "cpu")])
+def test_where_nothing_is_compiled_nothing_can_lack(wanted: str, device: str) -> None:
+    assert choose_compile(Compile[wanted], device, lacks="gcc is not on PATH") is Compile.none
+
+
+def test_auto_compiles_nothing_where_it_cannot_and_another_choice_is_refused() -> None:
+    assert choose_compile(Compile.auto, "cuda", lacks="") is Compile.blocks
+    assert choose_compile(Compile.auto, "cuda", lacks="gcc is not on PATH") is Compile.none
+    with pytest.raises(ValueError, match=r"engine.compile=blocks: .* gcc is not on PATH; or set engine.compile=none"):
+        choose_compile(Compile.blocks, "cpu", lacks="gcc is not on PATH")
+
+
+def test_what_a_machine_lacks_for_compiling_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.delenv("CC", raising=False)
+    assert lacks_for_compiling("cpu") == "g++ is not on PATH (install g++, or set CXX)"
+    assert "gcc or clang is not on PATH (install gcc, or set CC)" in lacks_for_compiling("cuda")
+    with pytest.raises(ValueError, match=r"engine.compile=blocks: torch.compile cannot work"):
+        Engine(EngineConfig(compile=Compile.blocks))
+
+
+@pytest.mark.parametrize(("given", "kept"), [(None, "2"), ("1", "2"), ("0", "0"), ("3", "3")])
+def test_nccl_ends_no_process_unless_the_user_says_so(
+    monkeypatch: pytest.MonkeyPatch, given: str | None, kept: str
+) -> None:
+    """torchrun sets 1 by itself."""
+    with patch.dict(os.environ):
+        os.environ.pop("TORCH_NCCL_ASYNC_ERROR_HANDLING", None)
+        os.environ |= {"TORCH_NCCL_ASYNC_ERROR_HANDLING": given} if given else {}
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        keep_record()
+        assert os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == kept
+        assert os.environ["TORCH_NCCL_RETHROW_CUDA_ERRORS"] == "0"

@@ -162,7 +162,7 @@ def measure_link() -> dict[str, Any]:
         raise ValueError("--measure-link needs a launch of at least 2 processes, e.g. torchrun --nproc-per-node 2 ...")
     on_device = torch.cuda.is_available()
     if on_device:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     dist.init_process_group("nccl" if on_device else "gloo")
     try:
         return summary(time_collectives(), num_ranks=dist.get_world_size(), on_device=on_device)
