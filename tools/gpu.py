@@ -55,9 +55,9 @@ PARTS = {
     "limits": Part("machine", "limits", 40),
     "stage1_blocks": Part("speed", "stage1_blocks", 90),
     "stage2_blocks": Part("speed", "stage2_blocks", 90),
+    "denoiser": Part("speed", "denoiser", 100),
     "stage1": Part("speed", "stage1", 90),
     "stage2": Part("speed", "stage2", 90),
-    "denoiser": Part("speed", "denoiser", 100),
     "attention": Part("speed", "attention", 45),
     "evidence": Part("evidence", "evidence", 300),
 }

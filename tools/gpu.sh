@@ -32,6 +32,7 @@ export PYTHONPATH="$PWD:$PWD/tools${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 WANDB_MODE=disabled PYTHONDONTWRITEBYTECODE=1
 export TMPDIR="$scratch" TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-$scratch/inductor}"
 export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$scratch/triton}"
+export TORCHINDUCTOR_COMPILE_THREADS="${TORCHINDUCTOR_COMPILE_THREADS:-4}" # three parts compile at a time, beside others
 # shellcheck disable=SC2086  # ONLY is a list of words
 "$python" tools/gpu.py "$folder" ${ONLY:+--only $ONLY} ${LIMIT:+--limit-s "$LIMIT"} \
     ${TOTAL:+--end "$end"} &

@@ -122,7 +122,7 @@ def end_of(run: Run, shards: Path, run_dir: Path, *, timeout_s: float = TIMEOUT_
     run_dir.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", *run.launcher, "iccld", "train", *settings_of(shards, run_dir), *run.settings]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    environment = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", **run.environment}
+    environment = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "NVIDIA_TF32_OVERRIDE": "0", **run.environment}
     if not torch.cuda.is_available():
         environment["ACCELERATE_USE_CPU"] = "true"
     log = run_dir.parent / f"{run_dir.name}.log"

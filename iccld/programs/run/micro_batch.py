@@ -63,8 +63,7 @@ class Trials:
         try:
             stage = self.build()
             memory.restart_peak(engine.device)
-            with without_compiled_code():  # to compile for every size takes longer than to train
-                self._train(stage, size)
+            self._train(stage, size)
         except (RuntimeError, MemoryError) as error:
             if not memory.is_out_of_memory(error):
                 raise
@@ -96,16 +95,17 @@ class Trials:
         batches = _copies(self.batch(size), num_micro_batches, engine.device)
         step = settings.num_steps - 1  # the last step has every loss; the first ones may lack some
         saved, training_step = [], TrainingStep(stage, engine, PhaseTimer(engine.device))
-        for _ in range(2):
-            with torch.no_grad(), engine.autocast():
-                inputs = [stage.prepare(batch, step) for batch in batches[:NUM_COMPUTED]]
-            waiting = _copies(inputs[0]._asdict(), num_micro_batches - len(inputs), engine.device)
-            training_step.accumulate(inputs, is_shared=not self.is_local)
-            engine.step()
-            stage.after_step(step)
-            if engine.device.type == "cpu" and not saved:  # what a save copies stays in the host's memory
-                saved = [run.data.clone() for run in engine.runs(stage.state_dict()).values()]
-            del inputs, waiting
+        with without_compiled_code():  # to compile for every size takes longer than to train
+            for _ in range(2):
+                with torch.no_grad(), engine.autocast():
+                    inputs = [stage.prepare(batch, step) for batch in batches[:NUM_COMPUTED]]
+                waiting = _copies(inputs[0]._asdict(), num_micro_batches - len(inputs), engine.device)
+                training_step.accumulate(inputs, is_shared=not self.is_local)
+                engine.step()
+                stage.after_step(step)
+                if engine.device.type == "cpu" and not saved:  # what a save copies stays in the host's memory
+                    saved = [run.data.clone() for run in engine.runs(stage.state_dict()).values()]
+                del inputs, waiting
 
 
 def _copies(tensors: Mapping[str, Any], count: int, device: torch.device) -> list[Any]:
