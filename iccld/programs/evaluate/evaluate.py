@@ -3,13 +3,11 @@
 import dataclasses
 import json
 import statistics
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 
 from iccld.config import Config, load_config, read_config
@@ -35,6 +33,7 @@ from iccld.runtime.measure.terminal import Terminal
 from iccld.runtime.ranks import Ranks, together
 from iccld.stages.settings import Weights
 from iccld.stages.table import STAGES, stage_of
+from iccld.tables import table_console
 
 DIAGNOSTICS = "diagnostics"
 
@@ -248,7 +247,7 @@ def _numbers(value: Any) -> Any:
 def _report(results: Mapping[str, Any], path: Path) -> None:
     make_folder(path.parent, within=path.parent.parent)
     write_whole(path, json.dumps(redacted(results), indent=1))
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = table_console()
     with console.capture() as table:  # and printed as all else is, above a line that may be alive
         console.print(results_table(named_results(results), title=escape(", ".join(results["about"]["models"]))))
     print(table.get(), end="")

@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from iccld.durable import replacing, write_whole
 from iccld.outcome import naming
 from iccld.runtime.measure.profiling import BETWEEN_STEPS, OVERLAPPED, PHASES, WAITING
+from iccld.tables import table_console
 
 COLOURS = {
     "data": "#e0a526",
@@ -45,7 +45,7 @@ def write_report(figures: Figures, folder: Path) -> None:
     """Print the table, and write profile.json and profile.png. On one rank."""
     write_whole(folder / "profile.json", json.dumps(figures, indent=1) + "\n")
     draw(figures, folder / "profile.png")
-    console = Console()
+    console = table_console()
     for table in (ranks_table(figures), parts_table(figures)):
         console.print(table)
     traces = ", a trace a rank (chrome://tracing, ui.perfetto.dev)" if figures["ranks"][0]["trace"] else ""
