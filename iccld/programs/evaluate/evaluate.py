@@ -23,6 +23,7 @@ from iccld.programs.evaluate.scoring import GiveUp, diagnose_model, evaluate_pre
 from iccld.programs.run.checks import new_watchdog
 from iccld.programs.run.hand_off import is_finished
 from iccld.programs.run.out_of_memory import explained_lack_for_scores
+from iccld.programs.run.saved_scores import evaluations
 from iccld.programs.run.signs import signs_of_diagnosis, tell
 from iccld.redact import redacted, without_secrets
 from iccld.runtime.engine.engine import Engine
@@ -217,24 +218,11 @@ def _scores(by_noise_seed: list[EvaluationResult]) -> dict[str, Any]:
 
 def named_results(results: Mapping[str, Any]) -> dict[str, EvaluationResult]:
     """Flatten the results for tables: `stage1`, `stage2 x1`, ..."""
-    flat = {}
-    for name, scores in results.items():
-        if name in ("about", DIAGNOSTICS):
-            continue
-        control = _control(name)
-        shown = control if control and control not in flat else name.replace("_", " ")
-        parts = {shown: scores} if "miou" in scores else {f"{name} x{steps}": of for steps, of in scores.items()}
-        fields = {field.name for field in dataclasses.fields(EvaluationResult)}
-        for label, values in parts.items():
-            known = {key: _numbers(value) for key, value in values.items() if key in fields}
-            flat[label] = EvaluationResult(**known)
-    return flat
-
-
-def _control(name: str) -> str:
-    """Return `mean latent` of `stage2_mean_latent`; "" for a stage's own scores."""
-    stage = next((stage for stage in STAGES if name.startswith(f"{stage}_")), "")
-    return name.removeprefix(f"{stage}_").replace("_", " ") if stage else ""
+    fields = {field.name for field in dataclasses.fields(EvaluationResult)}
+    return {
+        each.label: EvaluationResult(**{key: _numbers(value) for key, value in each.scores.items() if key in fields})
+        for each in evaluations(results)
+    }
 
 
 def _numbers(value: Any) -> Any:
