@@ -20,6 +20,7 @@ from typing import Any
 
 from iccld.plain_yaml import read_yaml
 from iccld.redact import holds_secret
+from iccld.schema import key_of
 
 GRID_KEYS = ("baseline", "seeds", "common", "runs")
 RUN_KEYS = ("settings", "after", "initial", "about")
@@ -83,11 +84,6 @@ def merged(*parts: Iterable[str]) -> list[str]:
         by_key.pop(key_of(word), None)
         by_key[key_of(word)] = word
     return list(by_key.values())
-
-
-def key_of(setting: str) -> str:
-    """Return the name of a setting `key=value`, without Hydra's signs."""
-    return setting.partition("=")[0].lstrip("+~")
 
 
 def _row(name: Any, entry: Any, common: list[str], *, where: str) -> Row:

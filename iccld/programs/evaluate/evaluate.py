@@ -32,6 +32,7 @@ from iccld.runtime.faults.watchdog import Watchdog
 from iccld.runtime.measure.telemetry import write_event
 from iccld.runtime.measure.terminal import Terminal
 from iccld.runtime.ranks import Ranks, together
+from iccld.schema import key_of
 from iccld.stages.settings import Weights
 from iccld.stages.table import STAGES, stage_of
 from iccld.tables import table_console
@@ -59,13 +60,13 @@ def saved_settings(run_dir: Path, overrides: Sequence[str]) -> Config:
     path = run_dir / "config.yaml"
     if not path.is_file():
         raise ValueError(f"there is no run in {run_dir} (no config.yaml); give a folder that train wrote.")
-    if given := [word for word in overrides if word.lstrip("+").startswith("run_dir=")]:
+    if given := [word for word in overrides if key_of(word) == "run_dir"]:
         raise ValueError(f"{given[0]}: the run is what stands first, {run_dir}; leave the setting out.")
     roles = ["validation"]
     config = read_config(path, [*overrides, f"run_dir={run_dir}"], keep=partial(of_saved_run, roles=roles))
     refuse_unasked(config.data, roles=roles, where=str(path))
     own, other = read_config(path).data.validation, config.data.validation
-    is_named = any(word.lstrip("+").startswith("data.validation.name=") for word in overrides)
+    is_named = any(key_of(word) == "data.validation.name" for word in overrides)
     if without_secrets(own.shards) != without_secrets(other.shards) and other.name == own.name and not is_named:
         other.name = ""  # another set has not that one's name
     config.inference.refuse_no_denoising(config.stages)

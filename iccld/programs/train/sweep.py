@@ -15,6 +15,7 @@ from pathlib import Path
 from iccld.config import layout_of, load_config, read_config, swept_values
 from iccld.programs.evaluate.evaluate import unscored_stages
 from iccld.redact import holds_secret
+from iccld.schema import key_of
 
 MAX_JOBS = 1000
 MAX_NAME = 100
@@ -80,13 +81,13 @@ def _jobs(
             layout_of(stage, config, world_size=num_ranks)
         name = name_of(chosen)
         run_dir = str(Path(top) / name)
-        words = (*(word for word in fixed if _key(word) != "run_dir"), *chosen, f"run_dir={run_dir}")
+        words = (*(word for word in fixed if key_of(word) != "run_dir"), *chosen, f"run_dir={run_dir}")
         yield Job(name, words, run_dir, tuple(config.stages), config.preemption.exit_status)
 
 
 def name_of(chosen: Sequence[str]) -> str:
     """The folder of a combination: the last parts of its keys, and its values. It depends on nothing else."""
-    keys = [_key(word) for word in chosen]
+    keys = [key_of(word) for word in chosen]
     last = [re.split(r"[./]", key)[-1] for key in keys]
     shown = [short if last.count(short) == 1 else key for key, short in zip(keys, last, strict=True)]
     text = "_".join(f"{key}_{word.partition('=')[2]}" for key, word in zip(shown, chosen, strict=True))
@@ -94,10 +95,6 @@ def name_of(chosen: Sequence[str]) -> str:
     if name == text and len(name) <= MAX_NAME:
         return name
     return f"{name[:MAX_NAME]}_{hashlib.sha256(' '.join(chosen).encode()).hexdigest()[:8]}"
-
-
-def _key(word: str) -> str:
-    return word.partition("=")[0].lstrip("+~")
 
 
 def unfinished(job: Job) -> list[str]:
