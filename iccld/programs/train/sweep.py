@@ -14,6 +14,7 @@ from pathlib import Path
 
 from iccld.config import layout_of, load_config, read_config, swept_values
 from iccld.programs.evaluate.evaluate import unscored_stages
+from iccld.programs.run.hand_off import is_finished
 from iccld.redact import holds_secret
 from iccld.schema import key_of
 
@@ -100,7 +101,7 @@ def name_of(chosen: Sequence[str]) -> str:
 def unfinished(job: Job) -> list[str]:
     """The stages of a job that are not trained to their end; if all are, the final scoring, if it is owed."""
     run_dir = Path(job.run_dir)
-    left = [stage for stage in job.stages if not (run_dir / stage / "final").is_dir()]
+    left = [stage for stage in job.stages if not is_finished(run_dir, stage)]
     if left or not (run_dir / "config.yaml").is_file():
         return left
     config = read_config(run_dir / "config.yaml", [f"run_dir={run_dir}"])
