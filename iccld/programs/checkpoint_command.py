@@ -8,10 +8,10 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
+from iccld.reading import GIB
 from iccld.runtime.checkpoint.manifest import STEP_FOLDER, CheckpointError, pointed_at, read_manifest, verify
 from iccld.tables import table_console
 
-GIB = 1 << 30
 VANISHES_S = 1.0
 
 DESCRIPTION = """\

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from iccld.durable import replacing, write_whole
 from iccld.outcome import naming
+from iccld.reading import GIB
 from iccld.runtime.measure.profiling import BETWEEN_STEPS, OVERLAPPED, PHASES, WAITING
 from iccld.tables import table_console
 
@@ -35,7 +36,6 @@ MEANINGS = {
     "other": "between the phases",
     OVERLAPPED: "to the device, beside the rest",
 }
-GIB = 2**30
 MAX_COLUMNS = 4
 MAX_BARS = 32
 Figures = Mapping[str, Any]
