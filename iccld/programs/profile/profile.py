@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from iccld.batch_layout import BatchLayout
 from iccld.config import Config, load_config
 from iccld.data.stream.sets import sets_kept_open
 from iccld.durable import make_folder, replacing
+from iccld.extras import version_of
 from iccld.node import launched_world_size
 from iccld.programs.profile.figures import flops_of, launch_of, of_this_rank, rates_of, sizes_of
 from iccld.programs.profile.report import write_report
@@ -121,16 +121,8 @@ def profile_stage(
         **flops_of(flops),
         **sizes_of(stage, engine, ranks),
         "roofline": roofline(stage, config, work, layout.micro_batch_size, engine),
-        "versions": {"iccld": __version__, **{package: _version(package) for package in VERSIONS}},
+        "versions": {"iccld": __version__, **{package: version_of(package, absent="unknown") for package in VERSIONS}},
     }
-
-
-def _version(package: str) -> str:
-    """Return the installed version; "unknown" for a package that lies on the path without its metadata."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def _measured(
