@@ -155,7 +155,7 @@ def evaluate_models(
             if engine.ranks.is_main:
                 print(f"scoring {folder}", flush=True)
             score = partial(evaluate_predictor, config=config, engine=engine, give_up=give_up)
-            results |= score_model(load_model(folder, config).to(engine.device), config, score)
+            results |= score_model(load_matching_model(folder, config).to(engine.device), config, score)
         if config.evaluation.diagnostic_images:
             results[DIAGNOSTICS] = _diagnose(folders, config, engine, give_up)
     if engine.ranks.is_main:  # looked for again: a training may have left another stage, and all scores, meanwhile
@@ -167,8 +167,8 @@ def _diagnose(folders: Sequence[Path], config: Config, engine: Engine, give_up: 
     """Return the diagnostics by stage; the last model's have bounds, since its E and D are those of the one before."""
     found: dict[str, Any] = {}
     for folder in folders:
-        teacher, beside = load_model(folder, config).to(engine.device), student_beside(folder)
-        student = load_model(beside, config).to(engine.device) if beside else None
+        teacher, beside = load_matching_model(folder, config).to(engine.device), student_beside(folder)
+        student = load_matching_model(beside, config).to(engine.device) if beside else None
         options = {"student": student, "with_bounds": folder == folders[-1], "give_up": give_up}
         diagnosis = diagnose_model(teacher, config, engine, **options)
         stage = stage_of(teacher).name
@@ -186,8 +186,8 @@ def unscored_stages(config: Config) -> list[str]:
     return [folder.parts[-3] for folder in finished_models(config) if folder.parts[-3] not in scored]
 
 
-def load_model(folder: Path, config: Config) -> ICCLD:
-    """Load the model. Raises ValueError if its classes are not the data's."""
+def load_matching_model(folder: Path, config: Config) -> ICCLD:
+    """Load a model for the settings. Raises ValueError if its classes are not the data's."""
     model = ICCLD.from_pretrained(folder, attention=config.model.denoiser.attention)
     assert model.card is not None
     own, names = model.card.class_names, config.data.class_set.build().names
