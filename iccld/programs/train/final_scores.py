@@ -45,7 +45,8 @@ def _logger_id(checkpoints: Path) -> str | None:
 
 def _values(stage: str, results: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     """The scores as `final/miou` and `final/iou/road`, of 4 denoising steps as `final/x4/miou`; controls by name."""
-    for each in (each for each in evaluations(results) if each.stage == stage):
+    own = [each for each in evaluations(results) if each.stage == stage]
+    for each in own:
         part = each.control or (f"x{each.steps}" if each.steps else "")
         prefix = f"{FINAL}{part}/" if part else FINAL
         named = {name: each.scores.get(name) for name in MEANS}
