@@ -13,6 +13,7 @@ from typing import NoReturn, TextIO
 
 from iccld import __version__
 from iccld.extras import remedy
+from iccld.node import launched_rank
 from iccld.outcome import REFUSED, is_understood, status_of, words
 from iccld.programs.arguments import Parser, Verb, parse_verb, settings_of
 from iccld.programs.stopped import leave_word
@@ -93,7 +94,7 @@ def _run_verb(arguments: argparse.Namespace, words_given: Sequence[str]) -> int:
             raise
         if isinstance(error, BrokenPipeError) and _readers_are_gone():
             raise
-        rank = int(os.environ.get("RANK", "0"))
+        rank = launched_rank()
         if rank > 0:  # ranks that fail alike are ended before they repeat it; one that fails alone speaks
             time.sleep(3)
         if arguments.debug:

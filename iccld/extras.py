@@ -1,5 +1,7 @@
 """Extras of the package, and the libraries that each of them installs."""
 
+from importlib.metadata import PackageNotFoundError, version
+
 EXTRA_OF = {
     "argcomplete": "completion",
     "accelerate": "train",
@@ -23,6 +25,14 @@ EXTRA_OF = {
     "av": "video",
 }
 """The extra that brings a library, by the name under which it is imported."""
+
+
+def version_of(package: str, *, absent: str = "") -> str:
+    """Return the installed version; `absent` too for a package that lies on the path without its metadata."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return absent
 
 
 def remedy(error: ImportError) -> str:

@@ -1,4 +1,4 @@
-"""The node that this process runs on: its name, and for how long it has been up."""
+"""The node that this process runs on, its name, and for how long it has been up; and its place among the ranks."""
 
 import os
 import time
@@ -11,6 +11,16 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 def host_name() -> str:
     """Return the node's name as the scheduler knows it, else the machine's."""
     return os.environ.get("SLURMD_NODENAME") or os.uname().nodename
+
+
+def launched_world_size() -> int:
+    """Return how many ranks the launcher began; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def launched_rank() -> int:
+    """Return which of the launcher's ranks this process is; 0 without a launcher."""
+    return int(os.environ.get("RANK") or 0)
 
 
 def boot_id() -> str:

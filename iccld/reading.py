@@ -9,6 +9,7 @@ from typing import IO, Any
 from iccld.durable import write_whole
 
 MIB = 1 << 20
+GIB = 1 << 30
 
 
 def read_limited(path: Path, limit: int = MIB) -> bytes:

@@ -42,6 +42,11 @@ def string_setting(word: str, schema: Any) -> tuple[str, str, str] | None:
     return found[1], found[2], found[3]
 
 
+def key_of(setting: str) -> str:
+    """Return the name of a setting `key=value`, without Hydra's signs."""
+    return setting.partition("=")[0].lstrip("+~")
+
+
 def check_text(value: str, *, where: str) -> None:
     """Refuse what a settings file cannot hold. Raises ValueError."""
     if value == "???":

@@ -1,7 +1,8 @@
-"""Text files that a user gives: keys, mappings, tables, settings."""
+"""Text files that a user gives (keys, mappings, tables, settings), and what messages show of them."""
 
 import codecs
 from pathlib import Path
+from typing import Any
 
 from iccld.reading import MIB, read_limited
 
@@ -34,6 +35,12 @@ def read_text(path: Path, where: str) -> str:
     if "\0" in text:
         raise ValueError(f"{where}: it holds zero bytes ({_guess(data)}); save it as UTF-8.")
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def short(value: Any) -> str:
+    """Write a value for a message, in 80 characters or so: a file may hold a longer one."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def _guess(data: bytes) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 
 from iccld.durable import write_whole
+from iccld.node import launched_rank
 from iccld.redact import redact, without_known
 
 _folders: list[Path] = []
@@ -43,9 +44,8 @@ def _line(error: BaseException, given: list[str]) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if "iccld" in Path(frame.filename).parts] or frames
     where = f" in {Path(own[-1].filename).name}, line {own[-1].lineno}" if own else ""
-    rank = os.environ.get("RANK", "0")
     shown = "".join(c if c.isprintable() else " " for c in said[:500])
-    return f"iccld: {f'rank {rank}: ' if rank != '0' else ''}a fault of the program{where}: {shown}"
+    return f"iccld: {f'rank {rank}: ' if (rank := launched_rank()) else ''}a fault of the program{where}: {shown}"
 
 
 def _kept(text: str) -> str:

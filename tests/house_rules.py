@@ -16,7 +16,7 @@ MAX_FUNCTION_LINES = 40
 
 LEAVES = {
     *("labels", "rng", "plain_yaml", "schema", "ranges", "texts", "outcome", "reading", "redact", "node", "graph"),
-    *("batch_layout", "eager", "extras", "solver", "strides"),
+    *("batch_layout", "eager", "extras", "solver", "strides", "tables"),
 }
 """Rooms that all others may enter: keyed draws, plain files, what a setting may be, and how a command ends."""
 PROGRAMS = {"__main__", "cli", "programs"}
@@ -39,6 +39,7 @@ MAY_IMPORT = {
     "settings": {"runtime.settings"},
     "solver": set(),
     "strides": set(),
+    "tables": set(),
     "group_files": set(),
     "texts": set(),
     "outcome": set(),

@@ -75,6 +75,13 @@ def test_damage_is_named_and_the_status_says_so(run_dir: Path, tmp_path: Path, c
     assert "damaged" in capsys.readouterr().out
 
 
+def test_a_table_in_a_pipe_is_not_cut(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    folder = tmp_path / ("a" * max(1, 80 - len(str(tmp_path)))) / "step_00000001"
+    folder.mkdir(parents=True)
+    assert main(["checkpoint", "list", str(folder)]) == 1
+    assert str(folder) in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("action", "reader"), [("list", read_manifest), ("verify", verify)])
 def test_what_a_training_removes_meanwhile_is_not_damaged(
     run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, action, reader

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from iccld.config import load_config
-from iccld.extras import EXTRA_OF, remedy
+from iccld.extras import EXTRA_OF, remedy, version_of
 from iccld.models.iccld import ICCLD
 from tests.data.pictures import IMAGES
 
@@ -34,6 +34,11 @@ def test_using_a_model_takes_nothing_of_training():
     assert plain == {
         "torch", "numpy", "transformers", "huggingface_hub", "safetensors", "pillow", "pyyaml", "rich"
     }  # fmt: skip
+
+
+def test_a_package_that_lies_on_the_path_has_no_version():
+    """A package may be an unpacked wheel, or a checkout that is used without installing."""
+    assert version_of("torch") and version_of("no-package-of-this-name", absent="unknown") == "unknown"
 
 
 def test_what_is_missing_is_said_with_its_remedy():

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -29,9 +29,11 @@ def predict_video(source: Path, output: Path, segment: Segment) -> Path:
 
     output: the file, ending in .mp4, or a folder, which gets `<stem>_overlay.mp4` and `legend.png`. Frames have an
     even number of rows and columns: a last odd one is left out. A frame's noise is keyed by its number. Raises
-    ValueError where the source is no video, or PyAV is missing.
+    ValueError where the source is no video, ModuleNotFoundError without PyAV.
     """
-    av = _av()
+    import av
+    import av.error
+
     is_file = output.suffix.lower() == ".mp4"
     target = output if is_file else output / f"{source.stem}_overlay.mp4"
     if target.exists() and target.samefile(source):
@@ -54,6 +56,8 @@ def _write_frames(
     video: "av.container.InputContainer", written: "av.container.OutputContainer", segment: Segment
 ) -> Prediction:
     """Encode the overlay of each frame; return the last prediction."""
+    from av import VideoFrame
+
     stream, out, prediction = video.streams.video[0], None, None
     frames = counted(_frames(video), stream.frames or None)
     for number, image in enumerate(frames):
@@ -62,7 +66,7 @@ def _write_frames(
         if out is None:
             out = written.add_stream("libx264", rate=stream.average_rate or Fraction(25))
             out.height, out.width, out.pix_fmt = *picture.shape[:2], "yuv420p"
-        written.mux(out.encode(_av().VideoFrame.from_ndarray(picture)))
+        written.mux(out.encode(VideoFrame.from_ndarray(picture)))
     if out is None or prediction is None:
         raise ValueError("predict: the video has no frame that can be decoded; give another.")
     written.mux(out.encode(None))
@@ -74,12 +78,3 @@ def _frames(video: "av.container.InputContainer") -> Iterator[np.ndarray]:
     for frame in video.decode(video=0):
         image = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90) % 4)
         yield np.ascontiguousarray(image[: image.shape[0] // 2 * 2, : image.shape[1] // 2 * 2])
-
-
-def _av() -> Any:
-    try:
-        import av
-        import av.error
-    except ImportError as error:
-        raise ValueError("predict: videos need PyAV; pip install 'iccld[video]'.") from error
-    return av

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from iccld import schema
 from iccld.durable import write_whole
 from iccld.reading import read_limited
+from iccld.texts import short
 
 T = TypeVar("T")
 
@@ -27,7 +28,6 @@ CARD_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 MAX_BYTES = 4 << 20
 MAX_NUMBER = 1 << 17
-MAX_SHOWN = 80  # characters of a card's text that a message shows
 MAX_COUNT = 256
 """The most layers of a kind: anyone may write a card, and its model is built before it is compared with weights."""
 _COUNTS = re.compile(r"(layers|depths?|blocks|levels|stages|tokens)$|channel_multipliers$")
@@ -93,7 +93,7 @@ def read_card(folder: Path) -> ModelCard:
         raise ValueError(f"{path} must hold one JSON object; export the model again.")
     if values.get("format_version") not in READABLE:
         raise ValueError(
-            f"{path}: format_version={_short(values.get('format_version'))}, this version of iccld reads 1 and 2; "
+            f"{path}: format_version={short(values.get('format_version'))}, this version of iccld reads 1 and 2; "
             f"use the iccld that wrote the model, or export it again."
         )
     card = build(ModelCard, values, where=str(path))
@@ -192,16 +192,16 @@ def build(cls: type[T], values: dict[str, Any], *, where: str) -> T:
 def _parse(hint: Any, value: Any, *, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
-            raise ValueError(f"{where}={_short(value)} must be a JSON object.")
+            raise ValueError(f"{where}={short(value)} must be a JSON object.")
         return build(hint, value, where=where)  # pyright: ignore[reportArgumentType, reportReturnType]
     if isinstance(hint, type) and issubclass(hint, Enum):
         try:
             return hint(value)
         except ValueError:
-            raise ValueError(f"{where}={_short(value)} must be one of {[member.value for member in hint]}.") from None
+            raise ValueError(f"{where}={short(value)} must be one of {[member.value for member in hint]}.") from None
     if isinstance(hint, types.UnionType):
         if type(value) not in typing.get_args(hint):
-            raise ValueError(f"{where}={_short(value)} must be of type {hint}.")
+            raise ValueError(f"{where}={short(value)} must be of type {hint}.")
         return value
     expected: Any = typing.get_origin(hint) or hint
     if expected is Any:
@@ -209,13 +209,8 @@ def _parse(hint: Any, value: Any, *, where: str) -> Any:
     if expected is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
-        raise ValueError(f"{where}={_short(value)} must be of type {expected.__name__}.")
+        raise ValueError(f"{where}={short(value)} must be of type {expected.__name__}.")
     if expected is list and isinstance(value, list):
         (of_item,) = typing.get_args(hint)
         return [_parse(of_item, item, where=f"{where}[{number}]") for number, item in enumerate(value)]
     return value
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."

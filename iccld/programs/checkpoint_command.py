@@ -5,13 +5,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from iccld.reading import GIB
 from iccld.runtime.checkpoint.manifest import STEP_FOLDER, CheckpointError, pointed_at, read_manifest, verify
+from iccld.tables import table_console
 
-GIB = 1 << 30
 VANISHES_S = 1.0
 
 DESCRIPTION = """\
@@ -61,7 +61,7 @@ def list_checkpoints(folder: Path) -> int:
         if is_whole or not _vanishes(path):
             table.add_row(*row)
             whole &= is_whole
-    Console().print(table)
+    table_console().print(table)
     return 0 if whole else 1
 
 

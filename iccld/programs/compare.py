@@ -1,22 +1,20 @@
 """`iccld compare A B`: the settings and scores in which two runs differ, paired by class."""
 
-import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from iccld.programs.run.record import ABSENT, Record, differing, read_records, shown, words_of
 from iccld.programs.run.saved_scores import MEANS, SavedScores
+from iccld.tables import table_console
 
 DESCRIPTION = """\
 Show the settings and the scores in which two runs differ, class by class, and where they stand.
 Nothing is written. Exit status: 0, also where nothing differs, or 2 where there is no run.
 """
-WIDTH = 140  # columns, if the output is no terminal
 Pair = tuple[str, SavedScores, SavedScores]
 
 
@@ -28,7 +26,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(arguments: Namespace) -> int:
     """Print the tables. Raises ValueError if there is no run."""
     one, other = read_records(arguments.run_dirs)
-    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    console = table_console()
     for table in tables_of(one, other):
         console.print(table)
     scored = pairs(one, other)

@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Export, compare, keep. Raises ValueError if the export differs from the model, or its extra is missing."""
+    """Export, compare, keep. Raises ValueError if the export differs from the model."""
     import os
 
     kind = arguments.format or {".onnx": "onnx", ".pt2": "torch"}.get(arguments.output.suffix, "")
@@ -50,8 +50,11 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"export: {arguments.output} must end in .pt2 or .onnx, or give --format.")
     if os.path.lexists(arguments.output):
         raise ValueError(f"export: {arguments.output} exists; give a file that does not.")
-    if kind == "onnx":
-        _need_onnx()
+    if kind == "onnx":  # what is missing is named before the work
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+
     from iccld.inference.model import ICCLD
 
     model = ICCLD.from_pretrained(arguments.model, weights=arguments.weights)
@@ -245,12 +248,3 @@ def _difference(module: "nn.Module", exported: Any, trials: Sequence[tuple["Tens
                 )
             differences.append((own - other).abs().max() / own.abs().max().clamp(min=1e-30))
     return float(torch.stack(differences).max())  # unlike Python's, this maximum keeps NaN
-
-
-def _need_onnx() -> None:
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ValueError(f"export: ONNX needs {error.name}; pip install 'iccld[export]'.") from error

@@ -5,13 +5,13 @@ import time
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from iccld.durable import make_folder, replacing, write_whole
 from iccld.outcome import naming
 from iccld.programs.run.event_times import read_events, straightened
 from iccld.programs.run.ledger import CATEGORIES, Attempt, attempts, hours, total_of
+from iccld.tables import table_console
 
 DESCRIPTION = """\
 Show what became of the wall time of a run.
@@ -89,7 +89,7 @@ def run(arguments: Namespace) -> int:
     write_whole(folder / "goodput.json", json.dumps(figures, indent=1) + "\n")
     draw(found, folder / "goodput.png")
     for table in tables_of(found):
-        Console().print(table)
+        table_console().print(table)
     for note in figures["notes"]:
         print(f"note: {note}")
     print(f"{folder / 'goodput.json'}, {folder / 'goodput.png'}")

@@ -38,12 +38,11 @@ def run(arguments: argparse.Namespace) -> int:
     """Segment the inputs. Raises ValueError, and OSError if the output cannot be written."""
     size = _size(arguments.size)
     _check_denoising(arguments)
-    import torch
-
     from iccld.inference.files import expanded, predict_files
     from iccld.inference.model import ICCLD, moved
     from iccld.inference.source import load_model
     from iccld.inference.video import is_video, predict_video
+    from iccld.models.attention import default_device_type
     from iccld.models.settings import AttentionBackend
     from iccld.solver import Solver
     from iccld.stages.settings import InferenceConfig
@@ -56,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     attention = AttentionBackend[arguments.attention]
     load = partial(ICCLD.from_pretrained, attention=attention)
     model = load_model(arguments.model, load, weights=arguments.weights, stages=[*STAGES][::-1])
-    segment = moved(model, arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")).segmenter(
+    segment = moved(model, arguments.device or default_device_type()).segmenter(
         num_steps=arguments.num_steps,
         size=size,
         sliding_window=arguments.sliding_window,

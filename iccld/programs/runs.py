@@ -1,18 +1,17 @@
 """`iccld runs ROOT`: the runs below a folder, with the settings in which each differs from most others."""
 
 import os
-import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from iccld.programs.run.metric_lines import number
 from iccld.programs.run.record import ABSENT, Record, differing, is_run, read_records, words_of
+from iccld.tables import table_console
 
 DESCRIPTION = """\
 List the runs below a folder: state, stage, step, last and best mIoU, goodput, and the settings that differ.
@@ -21,7 +20,6 @@ Nothing is written. Exit status: 0, or 2 where there is no run.
 """
 MAX_DEPTH = 8
 MAX_DIFFERENCES = 6  # the most settings that a run's row shows
-WIDTH = 160  # columns, if the output is no terminal
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -38,7 +36,7 @@ def run(arguments: Namespace) -> int:
     if not folders:
         raise ValueError(f"there is no run in or below {root} (no folder with events.jsonl); give another folder.")
     records = read_records(folders)
-    Console(width=None if sys.stdout.isatty() else WIDTH).print(table_of(records))
+    table_console().print(table_of(records))
     for record in records:
         for note in record.notes:
             print(f"note: {record.name}: {note}")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from iccld.durable import write_whole
+from iccld.node import launched_rank, launched_world_size
 
 if TYPE_CHECKING:
     from iccld.config import Config
@@ -22,18 +23,17 @@ def status_of_stopped(config: "Config", message: str, *, by_hand: bool) -> int:
     `by_hand`: Ctrl-C came, which ends a process of its own with 130 unless another status is configured. The launcher
     of several ranks hears Ctrl-C itself, and takes any status of a rank but 0 for a failure.
     """
-    if os.environ.get("RANK", "0") == "0":
+    if not launched_rank():
         with contextlib.suppress(OSError):  # the terminal may have ended, which asked for the stop
             print(message, flush=True)
     if "ICCLD_OUTCOME" in os.environ:
         return STOPPED
-    alone = os.environ.get("WORLD_SIZE", "1") == "1"
-    return config.preemption.exit_status or (128 + signal.SIGINT if by_hand and alone else 0)
+    return config.preemption.exit_status or (128 + signal.SIGINT if by_hand and launched_world_size() == 1 else 0)
 
 
 def leave_word(status: int) -> int:
     """Write the exit status for the launcher of several ranks, if there is one, and return it."""
-    if (path := os.environ.get(WORD)) and os.environ.get("RANK", "0") == "0":
+    if (path := os.environ.get(WORD)) and not launched_rank():
         with contextlib.suppress(OSError):  # it then takes the rank for one that did not save
             write_whole(Path(path), f"{status}\n", durably=False)
     return status

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from iccld.durable import write_whole
+from iccld.node import launched_world_size
 from iccld.outcome import Interrupted, ToldByRank0, plain, status_of
 
 # Of PyTorch's private names, these are used: `_world.pg_map`, `_set_pg_timeout`, `_get_sequence_number_for_group` and
@@ -159,7 +160,7 @@ def naming_lost_ranks() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if int(os.environ.get("WORLD_SIZE") or 1) < 2 or not is_failure(error):
+        if launched_world_size() < 2 or not is_failure(error):
             raise
         raise Interrupted(
             f"other ranks were lost, or cannot be reached, while the ranks joined ({str(error).splitlines()[0]}); look "

@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass, field, fields
 from enum import Enum
 
+from iccld.ranges import at_least, check_ranges
+
 
 class Launcher(Enum):
     """Ways to start the ranks: SLURM starts each of them, or one `accelerate launch` a node does."""
@@ -92,9 +94,8 @@ class SubmitConfig:
 
     def _check_numbers(self) -> None:
         from_one = ("nodes", "cpus_per_task", "max_stalled", "lead_s")
-        for name in (*from_one, "gpus_per_node", "ranks_per_node", "max_running"):
-            if getattr(self, name) < (name in from_one):
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {int(name in from_one)}.")
+        check_ranges(self, "", **dict.fromkeys(from_one, at_least(1)))
+        check_ranges(self, "", **dict.fromkeys(("gpus_per_node", "ranks_per_node", "max_running"), at_least(0)))
         if self.lead_s > 65535:
             raise ValueError(f"lead_s={self.lead_s} must be at most 65535 s, SLURM's own limit for --signal.")
         if self.requeue and 2 * self.lead_s > (seconds := seconds_of(self.time)):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
-from iccld.ranges import above, between, check_ranges, off_or_above
+from iccld.ranges import above, at_least, between, check_ranges, off_or_above
 from iccld.settings import TrainerConfig
 from iccld.solver import Solver
 from iccld.uda.settings import CorruptionConfig, EmaProfileConfig, PhotometricConfig
@@ -221,9 +221,7 @@ class InferenceConfig:
     def __post_init__(self) -> None:
         if not self.num_steps or min(self.num_steps) < 0 or max(self.num_steps) > 1000:
             raise ValueError(f"inference.num_steps={self.num_steps} must be numbers of denoising steps, 0 to 1000.")
-        for name in ("noise_seeds", "num_averaged"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"inference.{name}={getattr(self, name)} must be at least 1.")
+        check_ranges(self, "inference", noise_seeds=at_least(1), num_averaged=at_least(1))
         if not 0.0 <= self.blend <= 1.0:
             raise ValueError(f"inference.blend={self.blend} must be between 0 (off) and 1 (stage 1's map alone).")
 

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from iccld.cli import main
+from iccld.extras import remedy
 from iccld.inference.prediction import segment
 from iccld.inference.video import is_video, predict_video
 from iccld.labels import CITYSCAPES_19
@@ -61,8 +62,9 @@ def test_without_its_extra_the_message_names_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(ValueError, match=r"pip install 'iccld\[video\]'"):
+    with pytest.raises(ModuleNotFoundError) as missing:
         predict_video(tmp_path / "a.mp4", tmp_path / "out", SEGMENT)
+    assert remedy(missing.value) == "needs av; pip install 'iccld[video]'"
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     (tmp_path / "b.mp4").write_bytes(b"")
     assert main(["predict", "m", str(tmp_path / "a.png"), str(tmp_path / "b.mp4"), str(tmp_path / "out")]) == 2

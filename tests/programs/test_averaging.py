@@ -145,7 +145,7 @@ def test_pictures_and_averages_of_other_widths_are_averaged_as_the_scores_are(mo
     words = ["model=tiny", "dataset=scenes", "inference.num_steps=[2,4]", "inference.num_averaged=3"]
     config, model = load_config(words), trained_model()
     monkeypatch.setattr(pictures, "finished_models", lambda config: [Path("model")])
-    monkeypatch.setattr(pictures, "load_model", lambda folder, config: model)
+    monkeypatch.setattr(pictures, "load_matching_model", lambda folder, config: model)
     with torch.no_grad():
         shown = pictures.predictor_of_row(config)(IMAGES, NUMBERS)
         assert torch.equal(shown, logits_of(model, num_averaged=3))

@@ -11,7 +11,6 @@ import torch
 from iccld.batch_layout import BatchLayout
 from iccld.cli import main
 from iccld.config import load_config
-from iccld.programs.profile import profile
 from iccld.programs.run.building import build_stage, build_stream
 from iccld.programs.run.synthetic import flops_per_sample, synthetic_batch, synthetic_batches
 from iccld.runtime.measure import flops as flops_module
@@ -130,8 +129,3 @@ def test_work_that_cannot_be_counted_is_said_and_trained(
     assert "stage1: no FLOPs and no MFU: FLOPs: torch's conv2d has no rule" in capsys.readouterr().out
     [line] = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert not line.get("flops_per_s_per_rank") and "mfu" not in line
-
-
-def test_a_package_that_lies_on_the_path_has_no_version():
-    """A package may be an unpacked wheel, or a checkout that is used without installing."""
-    assert profile._version("torch") and profile._version("no-package-of-this-name") == "unknown"

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from PIL import Image
 
 from iccld.cli import main
+from iccld.durable import is_real_folder
 from iccld.programs.report.charts import MAX_POINTS, _axis, _thinned, line_chart
 from iccld.programs.report.markup import Markup, tag
 from iccld.programs.report.pictures import MAX_SHOWN, pictures_of
@@ -64,6 +66,18 @@ def test_a_page_of_one_run_has_all_parts(tmp_path: Path):
     assert len(images) == 3 and all(str(image["src"]).startswith("data:image/") for image in images)
     colours = {str(attributes.get("style")) for name, attributes in page.tags if name == "span"}
     assert "background:#804080" in colours, "the colours of the model card"
+
+
+def test_a_checkpoint_that_a_training_removes_meanwhile_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run = make_run(tmp_path / "run", done=120)
+    shutil.copytree(run / "stage1/checkpoints/step_00000120", old := run / "stage1/checkpoints/step_00000060")
+
+    def there_and_then_removed(path: Path) -> bool:
+        return shutil.rmtree(path) is None if path == old else is_real_folder(path)
+
+    monkeypatch.setattr("iccld.programs.report.sections.is_real_folder", there_and_then_removed)
+    checkpoints = page_of(run, output=tmp_path / "page.html").sections["checkpoints"]
+    assert "120" in checkpoints and "60" not in checkpoints
 
 
 def test_runs_stand_side_by_side_with_their_differences(tmp_path: Path):

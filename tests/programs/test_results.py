@@ -173,7 +173,7 @@ def test_scores_of_a_run_that_finishes_meanwhile_replace_none_of_its_own(
 
     model = SimpleNamespace(to=lambda device: None)
     for name, stand_in in (
-        ("load_model", lambda *_: model),
+        ("load_matching_model", lambda *_: model),
         ("score_model", score),
         ("results_table", lambda *_, **__: ""),
     ):

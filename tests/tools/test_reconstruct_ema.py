@@ -13,14 +13,8 @@ from torch import Tensor
 from iccld.config import Config, load_config, to_yaml
 from iccld.models.iccld import ICCLD
 from iccld.models.model_card import ModelStage
-from iccld.programs.evaluate.averaging import (
-    averaged_part,
-    put_weights,
-    read_snapshots,
-    reconstruction_of,
-    write_snapshot,
-)
-from iccld.stages.table import STAGES
+from iccld.programs.evaluate.averaging import put_weights, read_snapshots, reconstruction_of, write_snapshot
+from iccld.stages.table import STAGES, stage_of
 from iccld.uda.ema_profile import PowerAverages
 from tests.factory import scene_overrides
 from tools.scripts import reconstruct_ema
@@ -35,7 +29,7 @@ def _walk(model: ICCLD, step: int) -> dict[str, Tensor]:
     turn = torch.tensor(3.14 * step / NUM_STEPS)
     return {
         name: p.detach() * (1 + 0.3 * torch.sin(turn + i)) + 0.05 * torch.cos(turn * (1 + i % 3))
-        for i, (name, p) in enumerate(averaged_part(model).named_parameters())
+        for i, (name, p) in enumerate(stage_of(model).averaged(model).named_parameters())
     }
 
 
@@ -96,7 +90,7 @@ def test_a_tracked_width_comes_back_exactly_in_a_folder_like_the_teachers(
     reconstruct(config, "--stage", stage, "--width", "0.05", "--output", tmp_path / "model")
     teacher = ICCLD.from_pretrained(Path(config.run_dir) / stage / "final/teacher")
     model = ICCLD.from_pretrained(tmp_path / "model")
-    parameters = dict(averaged_part(model).named_parameters())
+    parameters = dict(stage_of(model).averaged(model).named_parameters())
     averages = of_width(expected[stage], "ema_0.050")
     assert parameters.keys() == averages.keys()
     for name, average in averages.items():
@@ -135,8 +129,8 @@ def test_an_untracked_width_is_near_an_average_of_that_width(
     students = [_walk(teacher, step) for step in range(NUM_STEPS)]
     plan = reconstruction_of(read_snapshots(tmp_path), width=UNTRACKED)
     assert 0.005 < plan.profile_error < 0.02
-    put_weights(averaged_part(teacher), plan)
-    for name, parameter in averaged_part(teacher).named_parameters():
+    put_weights(stage_of(teacher).averaged(teacher), plan)
+    for name, parameter in stage_of(teacher).averaged(teacher).named_parameters():
         way = torch.stack([student[name] for student in students])
         error = (parameter.detach() - direct[name]).abs().max() / (way.amax(dim=0) - way.amin(dim=0)).max()
         assert error < tolerance, name
@@ -219,5 +213,5 @@ def test_snapshots_of_another_model_are_refused_before_a_weight_changes(config: 
     model = ICCLD.from_pretrained(Path(config.run_dir) / "stage2/final/teacher")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(ValueError, match=r"step_00000008.safetensors is of another model than the run's: \d+ averages"):
-        put_weights(averaged_part(model), reconstruction_of(read_snapshots(tmp_path), width=0.05))
+        put_weights(stage_of(model).averaged(model), reconstruction_of(read_snapshots(tmp_path), width=0.05))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

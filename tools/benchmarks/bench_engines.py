@@ -31,7 +31,9 @@ from iccld.config import load_config
 from iccld.data.processes import usable_cpus
 from iccld.models.iccld import ICCLD
 from iccld.programs.run.synthetic import synthetic_batch
+from iccld.reading import MIB
 from iccld.runtime.engine.engine import Engine, EngineKind
+from iccld.runtime.measure.host_memory import process_memory, restart_peak
 from iccld.runtime.measure.peaks import wait_for
 from iccld.runtime.measure.profiling import PhaseTimer
 from iccld.runtime.settings import EngineConfig
@@ -40,7 +42,6 @@ from iccld.trainer import TrainingStep, attach
 
 ROOT = Path(__file__).resolve().parents[2]
 ENGINES = ("ddp", "zero1", "zero2", "fsdp2")
-MIB = 1 << 20
 
 
 def make_stage(num_params: float) -> AdversarialStage:
@@ -64,7 +65,7 @@ class Memory:
     """Peak bytes: of the device, or of this process above what it has now."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.before = device, _status("VmRSS")
+        self.device, self.before = device, process_memory("VmRSS")
         self.take_peak()
 
     def take_peak(self) -> int:
@@ -73,14 +74,9 @@ class Memory:
             peak = torch.cuda.max_memory_allocated()
             torch.cuda.reset_peak_memory_stats()
             return peak
-        peak = _status("VmHWM") - self.before
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark becomes what it has now
+        peak = process_memory("VmHWM") - self.before
+        restart_peak()
         return peak
-
-
-def _status(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(key))
 
 
 def _bytes_written() -> int:

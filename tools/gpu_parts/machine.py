@@ -2,12 +2,12 @@
 
 import platform
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from iccld.extras import version_of
 from iccld.runtime.measure.peaks import measured_bandwidth, measured_flops, nominal_flops
 
 PACKAGES = ("torch", "accelerate", "deepspeed", "transformers", "diffusers", "kornia", "xformers", "numpy")
@@ -26,15 +26,8 @@ def limits(folder: Path) -> dict[str, Any]:
         "memory_gib": torch.cuda.get_device_properties(device).total_memory / 2**30 if device.type == "cuda" else None,
         "python": sys.version.split()[0],
         "cuda": torch.version.cuda,
-        "versions": {package: _version(package) for package in PACKAGES},
+        "versions": {package: version_of(package, absent="not installed") for package in PACKAGES},
         "tflops": rates,
         "nominal_tflops": nominal_flops(device, "bf16") / 1e12,
         "copy_tb_per_s": measured_bandwidth(device) / 1e12,
     }
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"

@@ -13,13 +13,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 
 from iccld.evaluation import results_table
 from iccld.programs.evaluate.averaging import sweep, write_reconstruction
 from iccld.programs.evaluate.evaluate import saved_settings
 from iccld.stages.table import STAGES
+from iccld.tables import table_console
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -51,9 +51,7 @@ def score_widths(arguments: argparse.Namespace) -> None:
     widths = read_widths(arguments.sweep)
     rows = sweep(config, arguments.stage, widths=widths, step=arguments.step)
     named = {f"{row['weights']} x{steps}": scores for row in rows for steps, scores in row["scores"].items()}
-    Console(width=None if sys.stdout.isatty() else 120).print(
-        results_table(named, title=escape(str(arguments.run_dir)))
-    )
+    table_console().print(results_table(named, title=escape(str(arguments.run_dir))))
     for row in rows[1:]:
         print(f"{row['weights']} after {row['step']} steps: the profile is met to {row['profile_error']:.2%}")
     if arguments.json:

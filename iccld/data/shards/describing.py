@@ -4,7 +4,6 @@ import math
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -15,6 +14,7 @@ from iccld.data.storage.open import open_storage
 from iccld.data.storage.open_index import open_index
 from iccld.durable import replacing
 from iccld.labels import IGNORE_INDEX
+from iccld.tables import table_console
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
@@ -134,7 +134,7 @@ def run(arguments: Namespace) -> int:
     if arguments.chart:
         draw_chart(index, arguments.chart)
     for table in tables(index):
-        Console().print(table)
+        table_console().print(table)
     if arguments.chart:
         print(f"chart: {arguments.chart}")
     return 0

@@ -6,12 +6,12 @@ command, so it is for what failed, once the jobs are over.
 
 from pathlib import Path
 
-from iccld.programs.ablate.grid import key_of
 from iccld.programs.ablate.rows import Ablation, prepare
 from iccld.programs.ablate.running import states_of
 from iccld.programs.ablate.tasks import Array, Task, arrays_of, tasks_of
 from iccld.programs.arguments import parse_verb
 from iccld.programs.submit import submit
+from iccld.schema import key_of
 
 
 def submit_rows(ablation: Ablation, *, settings: Path, dry_run: bool = False) -> int:

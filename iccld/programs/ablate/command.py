@@ -1,11 +1,12 @@
 """`iccld ablate`: its arguments, and its work: train, then report."""
 
 import argparse
-import os
 import shlex
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from iccld.node import launched_world_size
 
 if TYPE_CHECKING:
     from iccld.programs.ablate.rows import Ablation
@@ -36,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     from iccld.programs.ablate.grid import read_grid
     from iccld.programs.ablate.rows import open_ablation
 
-    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+    if launched_world_size() > 1:
         raise ValueError("ablate begins runs, and is no rank of one; use `iccld ablate --ranks R ...`.")
     for name in ("processes", "ranks"):
         if getattr(arguments, name) < 1:

@@ -20,6 +20,8 @@ from typing import Any
 
 from iccld.plain_yaml import read_yaml
 from iccld.redact import holds_secret
+from iccld.schema import key_of
+from iccld.texts import short
 
 GRID_KEYS = ("baseline", "seeds", "common", "runs")
 RUN_KEYS = ("settings", "after", "initial", "about")
@@ -66,11 +68,13 @@ def parse_grid(values: Any, *, where: str) -> Grid:
     common = _settings(top.get("common", []), f"{where}: common")
     runs = top.get("runs")
     if not isinstance(runs, Mapping) or not runs:
-        raise ValueError(f"{where}: runs={_short(runs)} must map at least one name to settings; add a run.")
+        raise ValueError(f"{where}: runs={short(runs)} must map at least one name to settings; add a run.")
     rows = {name: _row(name, entry, common, where=where) for name, entry in runs.items()}
     baseline = top.get("baseline")
     if not isinstance(baseline, str) or baseline not in rows:
-        raise ValueError(f"{where}: baseline={_short(baseline)} must be a name under runs; use one of {_list(rows)}.")
+        raise ValueError(
+            f"{where}: baseline={short(baseline)} must be a name under runs; use one of {', '.join(rows)}."
+        )
     for row in rows.values():
         _check_needs(row, rows, where=where)
     return Grid(baseline, _seeds(top.get("seeds"), where), rows)
@@ -85,15 +89,10 @@ def merged(*parts: Iterable[str]) -> list[str]:
     return list(by_key.values())
 
 
-def key_of(setting: str) -> str:
-    """Return the name of a setting `key=value`, without Hydra's signs."""
-    return setting.partition("=")[0].lstrip("+~")
-
-
 def _row(name: Any, entry: Any, common: list[str], *, where: str) -> Row:
     if not isinstance(name, str) or not _NAME.fullmatch(name) or _TAKEN.fullmatch(name) or len(name) > 80:
         raise ValueError(
-            f"{where}: runs: {_short(name)} names a folder; use at most 80 letters, digits and ._+-, and neither "
+            f"{where}: runs: {short(name)} names a folder; use at most 80 letters, digits and ._+-, and neither "
             f"`lock` nor the ending of a report (.json, .md, .png)."
         )
     at = f"{where}: runs.{name}"
@@ -101,7 +100,7 @@ def _row(name: Any, entry: Any, common: list[str], *, where: str) -> Row:
     texts = {key: given.get(key, "") for key in ("after", "initial", "about")}
     for key, value in texts.items():
         if not isinstance(value, str) or "\n" in value:
-            raise ValueError(f"{at}.{key}={_short(value)} must be text on one line; put it into quotes.")
+            raise ValueError(f"{at}.{key}={short(value)} must be text on one line; put it into quotes.")
     settings = merged(common, _settings(given.get("settings", []), f"{at}.settings"))
     return Row(name, tuple(settings), **texts)
 
@@ -109,7 +108,7 @@ def _row(name: Any, entry: Any, common: list[str], *, where: str) -> Row:
 def _settings(value: Any, at: str) -> list[str]:
     """Return each setting as `train` takes it, except what the grid itself decides."""
     if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
-        raise ValueError(f"{at}={_short(value)} must be a list of key=value texts; use [key=value, ...].")
+        raise ValueError(f"{at}={short(value)} must be a list of key=value texts; use [key=value, ...].")
     for word in value:
         if not _SETTING.fullmatch(word):
             raise ValueError(f"{at}: {word!r} must be key=value, as on the command line of train; correct it.")
@@ -133,7 +132,7 @@ def _check_needs(row: Row, rows: Mapping[str, Row], *, where: str) -> None:
         raise ValueError(f"{at} has initial={row.initial} and a setting initial_model; keep one of them.")
     key = "after" if row.after else "initial"
     if row.needs and row.needs not in rows:
-        raise ValueError(f"{at}.{key}={row.needs!r} must be a name under runs; use one of {_list(rows)}.")
+        raise ValueError(f"{at}.{key}={row.needs!r} must be a name under runs; use one of {', '.join(rows)}.")
     chain = list(_needed(row, rows))
     if row.name in chain:
         raise ValueError(f"{at}.{key}={row.needs!r} leads back to {row.name}; a run cannot wait for itself.")
@@ -154,23 +153,14 @@ def _seeds(value: Any, where: str) -> tuple[int, ...]:
     whole = all(isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed <= MAX_SEED for seed in numbers)
     if not numbers or not whole or len(set(numbers)) < len(numbers):
         raise ValueError(
-            f"{where}: seeds={_short(value)} must be different whole numbers from 0 to {MAX_SEED}; use [0, 1, 2]."
+            f"{where}: seeds={short(value)} must be different whole numbers from 0 to {MAX_SEED}; use [0, 1, 2]."
         )
     return tuple(numbers)
 
 
 def _mapping(value: Any, at: str, *, known: tuple[str, ...], what: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
-        raise ValueError(f"{at}: {_short(value)} must be `key: value` lines; {what} has {', '.join(known)}.")
+        raise ValueError(f"{at}: {short(value)} must be `key: value` lines; {what} has {', '.join(known)}.")
     if unknown := [key for key in value if key not in known]:
         raise ValueError(f"{at}: {unknown[0]} is unknown; {what} has {', '.join(known)}.")
     return value
-
-
-def _list(rows: Mapping[str, Row]) -> str:
-    return ", ".join(rows)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}..."

@@ -13,15 +13,14 @@ from torch import Tensor
 
 from iccld.config import Config
 from iccld.data.stream.validation import read_validation
-from iccld.durable import replacing
 from iccld.evaluation import Predict, evaluate, windowed
-from iccld.inference.pictures import colourise, comparison_picture
-from iccld.outcome import naming
+from iccld.inference.pictures import colourise, comparison_picture, save_picture
+from iccld.models.attention import default_device_type
 from iccld.programs.ablate.paired import choose_images
 from iccld.programs.ablate.rows import Ablation
 from iccld.programs.ablate.summary import RowFigures
 from iccld.programs.ablate.tasks import Task
-from iccld.programs.evaluate.evaluate import load_model
+from iccld.programs.evaluate.evaluate import load_matching_model
 from iccld.programs.evaluate.results import finished_models
 from iccld.stages.table import stage_of
 
@@ -49,15 +48,14 @@ def write_pictures(ablation: Ablation, rows: Mapping[str, RowFigures]) -> tuple[
         ]
         names.append(f"pictures_{len(names) + 1}.png")
         path = ablation.folder / names[-1]
-        with naming(path, "the picture"), replacing(path) as file:
-            comparison_picture(grid, ["image", "truth", *part]).save(file, format="PNG")
+        save_picture(comparison_picture(grid, ["image", "truth", *part]), path)
     return {rank: f"{sample['key']} (seed {seed})" for rank, sample in chosen.items()}, names
 
 
 def choose(ablation: Ablation, task: Task) -> dict[str, Sample]:
     """Choose the best, the median and the worst image under a run's model."""
     config = ablation.config(task)
-    device, predict = _device(), predictor_of_row(config)
+    device, predict = default_device_type(), predictor_of_row(config)
     scores: dict[int, float] = {}
     for sample in _samples(config):
         result = evaluate(
@@ -78,7 +76,7 @@ def _samples(config: Config) -> Iterator[dict[str, Any]]:
 
 def predictor_of_row(config: Config) -> Predict:
     """Return the predictor of the last stage, with as many denoising steps as the row is scored with."""
-    model = load_model(finished_models(config)[-1], config).to(_device())
+    model = load_matching_model(finished_models(config)[-1], config).to(default_device_type())
     kind = stage_of(model)
     num_steps = kind.shown_steps(config.inference)
     return kind.predictor(model, config.inference, seed=config.seed, num_steps=num_steps)
@@ -87,7 +85,7 @@ def predictor_of_row(config: Config) -> Predict:
 def _predictions(ablation: Ablation, task: Task, samples: list[Sample]) -> list[np.ndarray]:
     """Return `(H, W)` uint8 class indices of each sample."""
     config = ablation.config(task)
-    device, predict = _device(), windowed(predictor_of_row(config), config.evaluation)
+    device, predict = default_device_type(), windowed(predictor_of_row(config), config.evaluation)
     found: list[np.ndarray] = []
     for sample in samples:
         images: Tensor = torch.from_numpy(sample["image"]).to(device).permute(2, 0, 1)[None].float() / 255
@@ -95,7 +93,3 @@ def _predictions(ablation: Ablation, task: Task, samples: list[Sample]) -> list[
             logits = predict(images, torch.tensor([sample["number"]], device=device))
         found.append(logits.argmax(1)[0].to(torch.uint8).cpu().numpy())
     return found
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -59,7 +59,7 @@ def markdown(
     grid = ablation.grid
     lines = [f"# {ablation.folder.resolve().name}", ""]
     lines += [
-        f"Baseline `{grid.baseline}`, seeds {_listed(map(str, grid.seeds))}.",
+        f"Baseline `{grid.baseline}`, seeds {', '.join(map(str, grid.seeds))}.",
         HOW_TO_READ,
         "",
         *_overview(ablation, rows),
@@ -94,9 +94,9 @@ def _overview(ablation: Ablation, rows: Mapping[str, RowFigures]) -> Iterator[st
 
 
 def _missing(rows: Mapping[str, RowFigures]) -> Iterator[str]:
-    lacking = [f"`{row.name}` (seed {_listed(map(str, row.missing))})" for row in rows.values() if row.missing]
+    lacking = [f"`{row.name}` (seed {', '.join(map(str, row.missing))})" for row in rows.values() if row.missing]
     if lacking:
-        yield from (f"Not finished, and not in the figures: {_listed(lacking)}.", "")
+        yield from (f"Not finished, and not in the figures: {', '.join(lacking)}.", "")
 
 
 def _second_stages(ablation: Ablation, rows: Mapping[str, RowFigures]) -> Iterator[str]:
@@ -160,7 +160,3 @@ def _head(*cells: str) -> list[str]:
 
 def _line(cells: Iterable[str]) -> str:
     return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
-
-
-def _listed(words: Iterable[str]) -> str:
-    return ", ".join(words)

@@ -16,12 +16,13 @@ from iccld.durable import make_folder, open_to_append
 from iccld.outcome import status_of, words
 from iccld.programs.ablate.rows import LOG_NAME, Ablation, has_finished, is_whole, prepare, refuse_changes
 from iccld.programs.ablate.tasks import State, Task, blocked_tasks, devices_of, next_task, tasks_of
-from iccld.programs.run.child import POLL_S, signals_noted, status_of_all
+from iccld.programs.run.child import POLL_S, how_it_failed, signals_noted, status_of_all
 from iccld.reading import read_bytes
 from iccld.runtime.faults.lock import locked
 
 BUSY_S = 5.0  # between two looks at a run that another process trains
 TAIL_BYTES, TAIL_LINES = 1 << 14, 15
+STOPPED_FROM_OUTSIDE = "was stopped from outside before it was finished; the same command goes on"
 
 
 @dataclass
@@ -166,7 +167,8 @@ class Trainings:
             if ended:
                 self._finish(task, f"finished, {minutes:.1f} min")
             else:
-                self._fail(task, status, why=_why(status), log=self.ablation.run_dir(task) / LOG_NAME)
+                why = how_it_failed(status) if status else STOPPED_FROM_OUTSIDE
+                self._fail(task, status, why=why, log=self.ablation.run_dir(task) / LOG_NAME)
 
     def _finish(self, task: Task, words: str) -> None:
         self.ending.states[task] = State.finished
@@ -199,14 +201,6 @@ class Trainings:
                     self.ending.states[task] = State.finished if ended else State.waiting
                     print(f"{task}: {'finished' if ended else 'stopped'}", flush=True)
             time.sleep(POLL_S)
-
-
-def _why(status: int) -> str:
-    if status == 0:
-        return "was stopped from outside before it was finished; the same command goes on"
-    if status < 0:
-        return f"was ended by {signal.Signals(-status).name}"
-    return f"failed with exit status {status}"
 
 
 def tail(path: Path) -> list[str]:

@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import PackageNotFoundError, requires
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from packaging.requirements import Requirement
 from iccld import __version__
 from iccld.data.processes import usable_cpus
 from iccld.durable import open_lock, write_whole
-from iccld.extras import remedy
+from iccld.extras import remedy, version_of
 from iccld.models.attention import check_backend, default_device_type
 from iccld.models.settings import AttentionBackend
 from iccld.outcome import AGAIN, REFUSED, status_of, words
@@ -121,7 +121,7 @@ def versions() -> Iterator[Finding]:
         return
     for extra in ("", "train", "slurm", "s3"):
         of_extra = [need for need in wanted if _belongs(need, extra) and need.name != "iccld"]
-        have = {need.name: _version(need.name) for need in of_extra}
+        have = {need.name: version_of(need.name) for need in of_extra}
         if present := [f"{name} {number}" for name, number in have.items() if number]:
             yield Finding(FINE, f"versions [{extra}]" if extra else "versions", ", ".join(present))
         if missing := [name for name, number in have.items() if not number]:
@@ -140,13 +140,6 @@ def _belongs(need: Requirement, extra: str) -> bool:
     """Tell whether a requirement is the extra's own, or, for an empty name, one of every install."""
     always = need.marker is None or need.marker.evaluate({"extra": ""})
     return always if not extra else not always and need.marker is not None and need.marker.evaluate({"extra": extra})
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return ""
 
 
 def devices() -> Iterator[Finding]:
@@ -287,13 +280,13 @@ def loggers(config: Any) -> Iterator[Finding]:
     if mode == "online" and not known:
         yield Finding(NOTE, "loggers", "wandb has no login and will go on offline; `wandb login`, or WANDB_API_KEY")
     else:
-        yield Finding(FINE, "loggers", f"wandb {_version('wandb')}, {mode}")
+        yield Finding(FINE, "loggers", f"wandb {version_of('wandb')}, {mode}")
 
 
 def _tensorboard() -> Finding:
     if not find_spec("tensorboard"):
         return Finding(NOTE, "loggers", "tensorboard is not installed; pip install 'iccld[tensorboard]'")
-    return Finding(FINE, "loggers", f"tensorboard {_version('tensorboard')}")
+    return Finding(FINE, "loggers", f"tensorboard {version_of('tensorboard')}")
 
 
 def slurm() -> Iterator[Finding]:

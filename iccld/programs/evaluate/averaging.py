@@ -22,7 +22,7 @@ from iccld.evaluation import EvaluationResult
 from iccld.models.iccld import ICCLD
 from iccld.models.model_card import CARD_NAME
 from iccld.models.saved_model import save_tensors
-from iccld.programs.evaluate.evaluate import load_model
+from iccld.programs.evaluate.evaluate import load_matching_model
 from iccld.programs.evaluate.scoring import evaluate_predictor
 from iccld.programs.run.hand_off import final_folder
 from iccld.runtime.engine.engine import Engine
@@ -184,11 +184,6 @@ def teacher_folder(run_dir: Path, stage: str) -> Path:
     return folder
 
 
-def averaged_part(model: ICCLD) -> nn.Module:
-    """Find what a model's stage averages: the denoiser of stage 2, all of stage 1's model."""
-    return stage_of(model).averaged(model)
-
-
 def write_reconstruction(run_dir: Path, stage: str, output: Path, *, width: float, step: int = 0) -> float:
     """Write a model folder like the stage's teacher, of another average; return the error of its profile.
 
@@ -199,7 +194,7 @@ def write_reconstruction(run_dir: Path, stage: str, output: Path, *, width: floa
         raise ValueError(f"--output {output} is there already, and is not an empty folder; name a new one.")
     model = ICCLD.from_pretrained(teacher_folder(run_dir, stage))
     reconstruction = reconstruction_of(read_snapshots(run_dir / stage / "ema"), width=width, step=step)
-    put_weights(averaged_part(model), reconstruction)
+    put_weights(stage_of(model).averaged(model), reconstruction)
     card = model.card
     assert card is not None
     origin = {
@@ -225,10 +220,10 @@ def sweep(config: Config, stage: str, *, widths: Sequence[float], step: int = 0)
     snapshots = read_snapshots(run_dir / stage / "ema")
     reconstructions = [reconstruction_of(snapshots, width=width, step=step) for width in widths]
     with Engine(config.engine) as engine:
-        model = load_model(folder, config).to(engine.device)
+        model = load_matching_model(folder, config).to(engine.device)
         rows = [_row("teacher", None, scores_by_steps(model, config, engine))]
         for reconstruction in reconstructions:
-            put_weights(averaged_part(model), reconstruction)
+            put_weights(stage_of(model).averaged(model), reconstruction)
             rows.append(
                 _row(average_name(reconstruction.wanted.width), reconstruction, scores_by_steps(model, config, engine))
             )

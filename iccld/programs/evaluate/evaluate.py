@@ -3,13 +3,11 @@
 import dataclasses
 import json
 import statistics
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 
 from iccld.config import Config, load_config, read_config
@@ -25,6 +23,7 @@ from iccld.programs.evaluate.scoring import GiveUp, diagnose_model, evaluate_pre
 from iccld.programs.run.checks import new_watchdog
 from iccld.programs.run.hand_off import is_finished
 from iccld.programs.run.out_of_memory import explained_lack_for_scores
+from iccld.programs.run.saved_scores import evaluations
 from iccld.programs.run.signs import signs_of_diagnosis, tell
 from iccld.redact import redacted, without_secrets
 from iccld.runtime.engine.engine import Engine
@@ -33,8 +32,10 @@ from iccld.runtime.faults.watchdog import Watchdog
 from iccld.runtime.measure.telemetry import write_event
 from iccld.runtime.measure.terminal import Terminal
 from iccld.runtime.ranks import Ranks, together
+from iccld.schema import key_of
 from iccld.stages.settings import Weights
 from iccld.stages.table import STAGES, stage_of
+from iccld.tables import table_console
 
 DIAGNOSTICS = "diagnostics"
 
@@ -59,13 +60,13 @@ def saved_settings(run_dir: Path, overrides: Sequence[str]) -> Config:
     path = run_dir / "config.yaml"
     if not path.is_file():
         raise ValueError(f"there is no run in {run_dir} (no config.yaml); give a folder that train wrote.")
-    if given := [word for word in overrides if word.lstrip("+").startswith("run_dir=")]:
+    if given := [word for word in overrides if key_of(word) == "run_dir"]:
         raise ValueError(f"{given[0]}: the run is what stands first, {run_dir}; leave the setting out.")
     roles = ["validation"]
     config = read_config(path, [*overrides, f"run_dir={run_dir}"], keep=partial(of_saved_run, roles=roles))
     refuse_unasked(config.data, roles=roles, where=str(path))
     own, other = read_config(path).data.validation, config.data.validation
-    is_named = any(word.lstrip("+").startswith("data.validation.name=") for word in overrides)
+    is_named = any(key_of(word) == "data.validation.name" for word in overrides)
     if without_secrets(own.shards) != without_secrets(other.shards) and other.name == own.name and not is_named:
         other.name = ""  # another set has not that one's name
     config.inference.refuse_no_denoising(config.stages)
@@ -154,7 +155,7 @@ def evaluate_models(
             if engine.ranks.is_main:
                 print(f"scoring {folder}", flush=True)
             score = partial(evaluate_predictor, config=config, engine=engine, give_up=give_up)
-            results |= score_model(load_model(folder, config).to(engine.device), config, score)
+            results |= score_model(load_matching_model(folder, config).to(engine.device), config, score)
         if config.evaluation.diagnostic_images:
             results[DIAGNOSTICS] = _diagnose(folders, config, engine, give_up)
     if engine.ranks.is_main:  # looked for again: a training may have left another stage, and all scores, meanwhile
@@ -166,8 +167,8 @@ def _diagnose(folders: Sequence[Path], config: Config, engine: Engine, give_up: 
     """Return the diagnostics by stage; the last model's have bounds, since its E and D are those of the one before."""
     found: dict[str, Any] = {}
     for folder in folders:
-        teacher, beside = load_model(folder, config).to(engine.device), student_beside(folder)
-        student = load_model(beside, config).to(engine.device) if beside else None
+        teacher, beside = load_matching_model(folder, config).to(engine.device), student_beside(folder)
+        student = load_matching_model(beside, config).to(engine.device) if beside else None
         options = {"student": student, "with_bounds": folder == folders[-1], "give_up": give_up}
         diagnosis = diagnose_model(teacher, config, engine, **options)
         stage = stage_of(teacher).name
@@ -185,8 +186,8 @@ def unscored_stages(config: Config) -> list[str]:
     return [folder.parts[-3] for folder in finished_models(config) if folder.parts[-3] not in scored]
 
 
-def load_model(folder: Path, config: Config) -> ICCLD:
-    """Load the model. Raises ValueError if its classes are not the data's."""
+def load_matching_model(folder: Path, config: Config) -> ICCLD:
+    """Load a model for the settings. Raises ValueError if its classes are not the data's."""
     model = ICCLD.from_pretrained(folder, attention=config.model.denoiser.attention)
     assert model.card is not None
     own, names = model.card.class_names, config.data.class_set.build().names
@@ -218,24 +219,11 @@ def _scores(by_noise_seed: list[EvaluationResult]) -> dict[str, Any]:
 
 def named_results(results: Mapping[str, Any]) -> dict[str, EvaluationResult]:
     """Flatten the results for tables: `stage1`, `stage2 x1`, ..."""
-    flat = {}
-    for name, scores in results.items():
-        if name in ("about", DIAGNOSTICS):
-            continue
-        control = _control(name)
-        shown = control if control and control not in flat else name.replace("_", " ")
-        parts = {shown: scores} if "miou" in scores else {f"{name} x{steps}": of for steps, of in scores.items()}
-        fields = {field.name for field in dataclasses.fields(EvaluationResult)}
-        for label, values in parts.items():
-            known = {key: _numbers(value) for key, value in values.items() if key in fields}
-            flat[label] = EvaluationResult(**known)
-    return flat
-
-
-def _control(name: str) -> str:
-    """Return `mean latent` of `stage2_mean_latent`; "" for a stage's own scores."""
-    stage = next((stage for stage in STAGES if name.startswith(f"{stage}_")), "")
-    return name.removeprefix(f"{stage}_").replace("_", " ") if stage else ""
+    fields = {field.name for field in dataclasses.fields(EvaluationResult)}
+    return {
+        each.label: EvaluationResult(**{key: _numbers(value) for key, value in each.scores.items() if key in fields})
+        for each in evaluations(results)
+    }
 
 
 def _numbers(value: Any) -> Any:
@@ -248,7 +236,7 @@ def _numbers(value: Any) -> Any:
 def _report(results: Mapping[str, Any], path: Path) -> None:
     make_folder(path.parent, within=path.parent.parent)
     write_whole(path, json.dumps(redacted(results), indent=1))
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = table_console()
     with console.capture() as table:  # and printed as all else is, above a line that may be alive
         console.print(results_table(named_results(results), title=escape(", ".join(results["about"]["models"]))))
     print(table.get(), end="")

@@ -5,7 +5,6 @@ stage 1. Nothing of it is kept but the report: `RUN_DIR/profile/stage1/` with pr
 few steps of every rank.
 """
 
-import os
 import shutil
 import tempfile
 from argparse import Namespace
@@ -13,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,8 @@ from iccld.batch_layout import BatchLayout
 from iccld.config import Config, load_config
 from iccld.data.stream.sets import sets_kept_open
 from iccld.durable import make_folder, replacing
+from iccld.extras import version_of
+from iccld.node import launched_world_size
 from iccld.programs.profile.figures import flops_of, launch_of, of_this_rank, rates_of, sizes_of
 from iccld.programs.profile.report import write_report
 from iccld.programs.profile.roofline import roofline, work_by_part
@@ -74,7 +74,7 @@ def run(arguments: Namespace) -> int:
     output = arguments.output or Path(config.run_dir) / "profile"
     make_folder(output, within=arguments.output or Path(config.run_dir))
     own = replace(config, run_dir=str(output))  # events of the profile are no part of the run
-    check_open_files(num_workers=config.data.num_workers, world_size=int(os.environ.get("WORLD_SIZE") or 1))
+    check_open_files(num_workers=config.data.num_workers, world_size=launched_world_size())
     with Engine(config.engine) as engine, new_watchdog(own, engine.ranks) as watchdog, sets_kept_open():
         if not options.synthetic:
             together(lambda: check_settings(config, engine), engine.ranks)
@@ -121,16 +121,8 @@ def profile_stage(
         **flops_of(flops),
         **sizes_of(stage, engine, ranks),
         "roofline": roofline(stage, config, work, layout.micro_batch_size, engine),
-        "versions": {"iccld": __version__, **{package: _version(package) for package in VERSIONS}},
+        "versions": {"iccld": __version__, **{package: version_of(package, absent="unknown") for package in VERSIONS}},
     }
-
-
-def _version(package: str) -> str:
-    """Return the installed version; "unknown" for a package that lies on the path without its metadata."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def _measured(

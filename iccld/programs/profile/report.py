@@ -5,12 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from iccld.durable import replacing, write_whole
 from iccld.outcome import naming
+from iccld.reading import GIB
 from iccld.runtime.measure.profiling import BETWEEN_STEPS, OVERLAPPED, PHASES, WAITING
+from iccld.tables import table_console
 
 COLOURS = {
     "data": "#e0a526",
@@ -35,7 +36,6 @@ MEANINGS = {
     "other": "between the phases",
     OVERLAPPED: "to the device, beside the rest",
 }
-GIB = 2**30
 MAX_COLUMNS = 4
 MAX_BARS = 32
 Figures = Mapping[str, Any]
@@ -45,7 +45,7 @@ def write_report(figures: Figures, folder: Path) -> None:
     """Print the table, and write profile.json and profile.png. On one rank."""
     write_whole(folder / "profile.json", json.dumps(figures, indent=1) + "\n")
     draw(figures, folder / "profile.png")
-    console = Console()
+    console = table_console()
     for table in (ranks_table(figures), parts_table(figures)):
         console.print(table)
     traces = ", a trace a rank (chrome://tracing, ui.perfetto.dev)" if figures["ranks"][0]["trace"] else ""

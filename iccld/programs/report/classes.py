@@ -4,10 +4,10 @@ import colorsys
 from collections.abc import Iterable, Mapping, Sequence
 
 from iccld.labels import CITYSCAPES_NAMES, CITYSCAPES_PALETTE
+from iccld.models.model_card import CARD_NAME, MAX_BYTES
 from iccld.programs.run.record import Record, shown
 from iccld.reading import read_json
 
-MAX_BYTES = 4 << 20  # the most bytes of a model card
 GOLDEN = 0.618034
 """Share of a turn from hue to hue: neighbours in a list look different, however long it is."""
 
@@ -31,7 +31,7 @@ def _of_cards(record: Record) -> Mapping[str, str]:
     """Return the classes of the newest readable card. Anyone may have written a card; a wrong one is passed over."""
     for stage in reversed(record.stages):
         for weights in ("teacher", "student"):
-            path = record.run_dir / stage / "final" / weights / "config.json"
+            path = record.run_dir / stage / "final" / weights / CARD_NAME
             try:
                 card = read_json(path, MAX_BYTES)
                 return dict(zip(map(_name, card["class_names"]), map(_hex, card["palette"]), strict=True))

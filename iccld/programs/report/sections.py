@@ -1,5 +1,6 @@
 """Sections of the page in words and tables: state of the runs, scores, settings, restarts and checkpoints."""
 
+import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from iccld.programs.run.metric_lines import number
 from iccld.programs.run.record import ABSENT, Record, differing, shown, words_of
 from iccld.programs.run.saved_scores import MEANS, SavedScores
 from iccld.redact import redact
+from iccld.runtime.checkpoint.manifest import MANIFEST
 
 NO_VALUE = Markup("&ndash;")
 MAX_CHECKPOINTS = 200  # that are listed, of a stage
@@ -181,8 +183,9 @@ def _checkpoints(folder: Path, stage: str) -> Iterator[tuple[str, str, str, str]
     steps = sorted((folder / "checkpoints").glob("step_*"))[-MAX_CHECKPOINTS:] if is_real_folder(folder) else []
     for path in filter(is_real_folder, steps):
         step = path.name.removeprefix("step_")
-        whole = "" if (path / "manifest.json").is_file() else "not whole"
-        yield stage, f"{int(step):,}" if step.isdecimal() else shown(step), _gib(path), whole
+        whole = "" if (path / MANIFEST).is_file() else "not whole"
+        with contextlib.suppress(FileNotFoundError):  # a training removes old ones meanwhile
+            yield stage, f"{int(step):,}" if step.isdecimal() else shown(step), _gib(path), whole
     for weights in ("teacher", "student"):
         if is_real_folder(model := folder / "final" / weights):
             yield stage, "final", _gib(model), f"model of the {weights}"

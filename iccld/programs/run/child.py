@@ -29,6 +29,11 @@ def status_of_all(failed: Collection[int]) -> int:
     return REFUSED if REFUSED in failed else 1
 
 
+def how_it_failed(status: int) -> str:
+    """Say what the exit status of a process tells, which is not 0."""
+    return f"was ended by {signal.Signals(-status).name}" if status < 0 else f"failed with exit status {status}"
+
+
 @contextlib.contextmanager
 def signals_noted(numbers: Sequence[signal.Signals] = SIGNALS) -> Iterator[list[int]]:
     """Note the signals that ask for a stop in the list, within the block; `nohup` keeps the end of a terminal away."""

@@ -20,6 +20,7 @@ from iccld.programs.run.metric_lines import curve, read_entries
 from iccld.programs.run.saved_scores import NOTHING, SavedResults, read_own
 from iccld.reading import read_limited
 from iccld.redact import redact, redacted
+from iccld.runtime.faults.lock import RELEASED
 from iccld.schema import flat
 
 T = TypeVar("T")
@@ -204,8 +205,8 @@ def _is_held(run_dir: Path) -> bool:
     """Tell whether a job holds the run. The lock is only read: to try it would refuse a job that starts meanwhile."""
     path = run_dir / "lock"
     try:
-        record = read_limited(path).strip()
+        record = read_limited(path).decode(errors="replace").strip()
         age = time.time() - path.stat().st_mtime
     except (OSError, ValueError):
         return False
-    return record not in (b"", b"released") and age < BEAT_S
+    return record not in ("", RELEASED) and age < BEAT_S

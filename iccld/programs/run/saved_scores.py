@@ -3,13 +3,15 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from iccld.programs.run.metric_lines import number
 from iccld.reading import MIB, read_json
 
 OWN_RESULTS = ("results.json", "results_student.json", "results_best.json")
 """The run's own models by its own settings; the first that is there counts."""
+NO_SCORES = ("about", "diagnostics")
+"""Parts of a file of results that are no scores."""
 MAX_CLASSES = 255
 MEANS = {
     "miou": "mIoU",
@@ -67,31 +69,42 @@ def read_own(run_dir: Path) -> SavedResults:
     found = read_json(path, 64 * MIB)
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds no scores.")
-    labelled = [(label, stage, saved) for label, stage, values in _labelled(found) if (saved := _scores(values))]
+    scored = [(each, saved) for each in evaluations(found) if (saved := _scores(each.scores))]
     about = found.get("about")
     return SavedResults(
-        {label: saved for label, _, saved in labelled},
+        {each.label: saved for each, saved in scored},
         _diagnostics(found.get("diagnostics")),
         about if isinstance(about, dict) else {},
-        {label: stage for label, stage, _ in labelled if stage},
+        {each.label: each.stage for each, _ in scored if not each.control and each.steps != "0"},
     )
 
 
-def _labelled(results: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
-    """Yield each evaluation's label, as tables have it (`stage1`, `stage2 x1`, `mean latent`), and its stage.
+class Evaluation(NamedTuple):
+    """Evaluation in a `results.json`: `scores` of a stage, or of its `control` (`mean_latent`), with so many `steps`.
 
-    A control is named after its stage (`stage2_mean_latent`); it and 0 steps have the stage "".
+    `control` and `steps` may be empty. `label` is what tables show: `stage1`, `stage2 x1`, `mean latent`.
     """
-    named = {name: values for name, values in results.items() if isinstance(values, dict)}
-    for name, values in named.items():
-        if name in ("about", "diagnostics"):
-            continue
-        of = next((other for other in named if name.startswith(f"{other}_")), "")
-        label, stage = (name.removeprefix(f"{of}_").replace("_", " "), "") if of else (name, name)
-        if "miou" in values:
-            yield label, stage, values
+
+    label: str
+    stage: str
+    control: str
+    steps: str
+    scores: Any
+
+
+def evaluations(results: Mapping[str, Any]) -> Iterator[Evaluation]:
+    """Yield each evaluation. A control is named after its stage (`stage2_mean_latent`)."""
+    named = {name: part for name, part in results.items() if isinstance(part, dict) and name not in NO_SCORES}
+    controls: set[str] = set()
+    for name, scores in named.items():
+        stage = next((other for other in named if name.startswith(f"{other}_")), name)
+        control = name.removeprefix(stage).removeprefix("_")
+        label = (name if control in controls else control).replace("_", " ") if control else name
+        controls.add(control)
+        if "miou" in scores:
+            yield Evaluation(label, stage, control, "", scores)
         else:
-            yield from ((f"{label} x{steps}", stage if steps != "0" else "", part) for steps, part in values.items())
+            yield from (Evaluation(f"{label} x{steps}", stage, control, steps, of) for steps, of in scores.items())
 
 
 def _scores(values: Any) -> SavedScores | None:

@@ -15,12 +15,13 @@ from iccld.programs.evaluate import command as evaluate
 from iccld.programs.profile import command as profile
 from iccld.programs.train import command as train
 from iccld.redact import holds_secret
+from iccld.schema import key_of
 from iccld.slurm.config import Variant, Work
 from iccld.slurm.engine_file import ENGINE_FILES, engine_path, engine_variables
 from iccld.slurm.snapshot import PACKAGE, code_hash
 
 VERBS: dict[str, Any] = {"train": train, "profile": profile, "evaluate": evaluate}
-GRACE = "preemption.grace_s="
+GRACE = "preemption.grace_s"
 Element = tuple[str, list[str]]
 
 
@@ -67,7 +68,7 @@ def run_dir_of(command: Sequence[str]) -> Path:
 
 def with_grace(command: Sequence[str], lead_s: int) -> list[str]:
     """Return the command; `train` ends before SLURM's own end, unless it says itself when. Raises ValueError."""
-    if command[0] != "train" or any(word.lstrip("+").startswith(GRACE) for word in command):
+    if command[0] != "train" or any(key_of(word) == GRACE for word in command):
         return list(command)
     grace_s, debounce_s = max(lead_s - 30, lead_s // 2), _config(command).preemption.debounce_s
     if grace_s <= debounce_s:
@@ -75,7 +76,7 @@ def with_grace(command: Sequence[str], lead_s: int) -> list[str]:
             f"lead_s={lead_s} leaves {grace_s} s for a save, which must be more than "
             f"preemption.debounce_s={debounce_s:g}; use --lead-s {2 * int(debounce_s + 1)} at least."
         )
-    return [*command, f"{GRACE}{grace_s}"]
+    return [*command, f"{GRACE}={grace_s}"]
 
 
 def _parse(command: Sequence[str]) -> argparse.Namespace:
@@ -156,7 +157,7 @@ def _hidden(words: Sequence[str]) -> list[str]:
     count = 0
     while len(hidden) > count:
         count = len(hidden)
-        hidden = [word for word in settings if any(_related(_name(word), _name(other)) for other in hidden)]
+        hidden = [word for word in settings if any(_related(key_of(word), key_of(other)) for other in hidden)]
     return hidden
 
 
@@ -216,13 +217,9 @@ def _variant(element: Element, words: Sequence[str], run_dir: Path) -> Variant:
 
 def _with_settings(words: Sequence[str], settings: Sequence[str]) -> list[str]:
     """Return `train` with the settings last, in place of earlier ones of the same name."""
-    arguments, names = _parse(words), {_name(setting) for setting in settings}
-    kept = [word for word in arguments.overrides if _name(word) not in names]
+    arguments, names = _parse(words), {key_of(setting) for setting in settings}
+    kept = [word for word in arguments.overrides if key_of(word) not in names]
     options = [f"--config-dir={arguments.config_dir}"] if arguments.config_dir else []
     options += [f"--secrets={path}" for path in arguments.secrets]
     options += ["--extend"] if arguments.extend else []
     return ["train", *options, *kept, *settings]
-
-
-def _name(setting: str) -> str:
-    return setting.partition("=")[0].lstrip("+~")

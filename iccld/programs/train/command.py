@@ -5,6 +5,7 @@ import os
 import time
 from pathlib import Path
 
+from iccld.node import launched_world_size
 from iccld.programs.arguments import add_settings
 from iccld.programs.stopped import status_of_stopped
 
@@ -53,7 +54,7 @@ def _train_many(arguments: argparse.Namespace) -> int:
     from iccld.programs.train.sweep import jobs_of, words_of_hydra
     from iccld.reading import read_secrets
 
-    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+    if launched_world_size() > 1:
         raise ValueError("--multirun begins runs, and is no rank of one; use `iccld train --multirun --ranks R ...`.")
     if arguments.ranks < 1:
         raise ValueError(f"--ranks {arguments.ranks} must be at least 1.")

@@ -7,6 +7,7 @@ from typing import Any
 from iccld.config import Config, layout_of, to_dict, trainer_settings
 from iccld.programs.evaluate.results import own_results, read_results
 from iccld.programs.run.metric_lines import number, read_entries
+from iccld.programs.run.saved_scores import MEANS, evaluations
 from iccld.runtime.checkpoint.manifest import DamagedError, ForeignFormatError, pointed_at, read_manifest
 from iccld.runtime.measure.metric_entries import FINAL
 from iccld.runtime.measure.metrics import MetricsLogger
@@ -44,18 +45,12 @@ def _logger_id(checkpoints: Path) -> str | None:
 
 def _values(stage: str, results: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     """The scores as `final/miou` and `final/iou/road`, of 4 denoising steps as `final/x4/miou`; controls by name."""
-    for name, scores in results.items():
-        if not isinstance(scores, Mapping) or (name != stage and not name.startswith(f"{stage}_")):
-            continue
-        control = name.removeprefix(stage).removeprefix("_")
-        parts = {control: scores} if "miou" in scores else {f"x{steps}": part for steps, part in scores.items()}
-        for label, part in parts.items():
-            yield from _of_part(f"{FINAL}{label}/" if label else FINAL, part)
-
-
-def _of_part(prefix: str, scores: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    named = {name: scores.get(name) for name in ("miou", "boundary_miou", "pixel_accuracy", "mean_accuracy")}
-    named |= {f"iou/{name}": iou for name, iou in zip(scores["names"], scores["iou"], strict=True)}
-    for name, value in named.items():
-        if (finite := number(value)) is not None:
-            yield prefix + name, finite
+    own = [each for each in evaluations(results) if each.stage == stage]
+    for each in own:
+        part = each.control or (f"x{each.steps}" if each.steps else "")
+        prefix = f"{FINAL}{part}/" if part else FINAL
+        named = {name: each.scores.get(name) for name in MEANS}
+        named |= {f"iou/{name}": iou for name, iou in zip(each.scores["names"], each.scores["iou"], strict=True)}
+        for name, value in named.items():
+            if (finite := number(value)) is not None:
+                yield prefix + name, finite

@@ -12,6 +12,7 @@ from iccld.config import Config, layout_of, stage_settings, trainer_settings
 from iccld.data.config import OnError
 from iccld.data.stream.sets import open_sets
 from iccld.data.stream.workers import shared_bytes
+from iccld.outcome import REFUSED
 from iccld.programs.run.building import noise_of
 from iccld.runtime.engine.engine import Engine
 from iccld.runtime.faults.preemption import STOPPED_BY_WATCHDOG
@@ -114,4 +115,4 @@ def _refuse(found: list[Finding], run_dir: Path, ranks: Ranks) -> None:
     ranks.barrier()  # nobody ends before it is said
     if len(of_node) == len(found):
         raise SystemExit(STOPPED_BY_WATCHDOG)
-    raise ValueError("\n".join(str(f) for f in found if not f.of_node)) if ranks.is_main else SystemExit(2)
+    raise ValueError("\n".join(str(f) for f in found if not f.of_node)) if ranks.is_main else SystemExit(REFUSED)

@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from iccld.durable import make_folder, write_whole
 from iccld.outcome import AGAIN, Interrupted
-from iccld.programs.run.child import run_child, status_of_all
+from iccld.programs.run.child import how_it_failed, run_child, status_of_all
 from iccld.programs.train.sweep import Job, unfinished
 from iccld.runtime.faults.lock import locked
 
@@ -140,6 +140,4 @@ def _report(jobs: Sequence[Job], folder: Path) -> int:
 def _why(status: int | None, left: Sequence[str]) -> str:
     if status is None:
         return "did not run to its end"
-    if status < 0:
-        return f"was ended by {signal.Signals(-status).name}"
-    return f"failed with exit status {status}" if status else f"stopped before {' and '.join(left)} was finished"
+    return how_it_failed(status) if status else f"stopped before {' and '.join(left)} was finished"

@@ -14,7 +14,9 @@ from pathlib import Path
 
 from iccld.config import layout_of, load_config, read_config, swept_values
 from iccld.programs.evaluate.evaluate import unscored_stages
+from iccld.programs.run.hand_off import is_finished
 from iccld.redact import holds_secret
+from iccld.schema import key_of
 
 MAX_JOBS = 1000
 MAX_NAME = 100
@@ -80,13 +82,13 @@ def _jobs(
             layout_of(stage, config, world_size=num_ranks)
         name = name_of(chosen)
         run_dir = str(Path(top) / name)
-        words = (*(word for word in fixed if _key(word) != "run_dir"), *chosen, f"run_dir={run_dir}")
+        words = (*(word for word in fixed if key_of(word) != "run_dir"), *chosen, f"run_dir={run_dir}")
         yield Job(name, words, run_dir, tuple(config.stages), config.preemption.exit_status)
 
 
 def name_of(chosen: Sequence[str]) -> str:
     """The folder of a combination: the last parts of its keys, and its values. It depends on nothing else."""
-    keys = [_key(word) for word in chosen]
+    keys = [key_of(word) for word in chosen]
     last = [re.split(r"[./]", key)[-1] for key in keys]
     shown = [short if last.count(short) == 1 else key for key, short in zip(keys, last, strict=True)]
     text = "_".join(f"{key}_{word.partition('=')[2]}" for key, word in zip(shown, chosen, strict=True))
@@ -96,14 +98,10 @@ def name_of(chosen: Sequence[str]) -> str:
     return f"{name[:MAX_NAME]}_{hashlib.sha256(' '.join(chosen).encode()).hexdigest()[:8]}"
 
 
-def _key(word: str) -> str:
-    return word.partition("=")[0].lstrip("+~")
-
-
 def unfinished(job: Job) -> list[str]:
     """The stages of a job that are not trained to their end; if all are, the final scoring, if it is owed."""
     run_dir = Path(job.run_dir)
-    left = [stage for stage in job.stages if not (run_dir / stage / "final").is_dir()]
+    left = [stage for stage in job.stages if not is_finished(run_dir, stage)]
     if left or not (run_dir / "config.yaml").is_file():
         return left
     config = read_config(run_dir / "config.yaml", [f"run_dir={run_dir}"])

@@ -6,7 +6,6 @@ the first left (`hand_off`).
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -22,6 +21,7 @@ from iccld.data.stream.stream import TrainingStream
 from iccld.data.stream.workers import prepare_workers
 from iccld.diagnostics import Diagnosis
 from iccld.models.settings import ModelConfig
+from iccld.node import launched_world_size
 from iccld.outcome import blaming_the_world
 from iccld.programs.evaluate.averaging import write_due_snapshot
 from iccld.programs.evaluate.evaluate import asks, evaluate_models, stopped, unscored_stages
@@ -78,7 +78,7 @@ def train(
     preemption.config = config.preemption
     run_dir = Path(config.run_dir)
     check_links(run_dir, config)
-    check_open_files(num_workers=config.data.num_workers, world_size=int(os.environ.get("WORLD_SIZE") or 1))
+    check_open_files(num_workers=config.data.num_workers, world_size=launched_world_size())
     if config.data.num_workers:
         prepare_workers()  # after the limit of open files, which they inherit
     with Engine(config.engine) as engine, locked(run_dir) if engine.ranks.is_main else nullcontext("") as holder:

@@ -19,12 +19,14 @@ from pathlib import Path
 
 from iccld.durable import make_folder, open_lock
 from iccld.node import boot_id, host_name
+from iccld.outcome import REFUSED
 from iccld.reading import read_limited
 
 BEAT_S = 2.0
 LEASE_S = 20.0  # no beat takes so long unless the holder has crashed or its machine stands still
 
-_RELEASED = "released"
+RELEASED = "released"
+"""Content of the lock file after a clean end."""
 _RECORD_BYTES = 512  # records of one length are replaced by one write, so that none is read by halves
 _held: set[int] = set()
 
@@ -74,7 +76,7 @@ def _holder(path: Path, descriptor: int) -> str:
             raise
         flock_decides = False  # a file system mounted without locks
     record = _read(path)
-    if record in ("", _RELEASED) or (flock_decides and _machine() in record):
+    if record in ("", RELEASED) or (flock_decides and _machine() in record):
         return ""
     print(f"{path} names {_name(record)}; waiting up to {LEASE_S:.0f} s for a sign of life", flush=True)
     limit = time.monotonic() + LEASE_S
@@ -82,7 +84,7 @@ def _holder(path: Path, descriptor: int) -> str:
         if time.monotonic() > limit:
             return ""
         time.sleep(BEAT_S / 4)
-    return "" if now in ("", _RELEASED) else _name(now)
+    return "" if now in ("", RELEASED) else _name(now)
 
 
 @contextlib.contextmanager
@@ -99,7 +101,7 @@ def _beating(path: Path, descriptor: int) -> Iterator[None]:
             thread.join()
             with contextlib.suppress(OSError):  # without it, the next holder waits as after a crash
                 if _read(path).startswith(claim):
-                    _write(descriptor, _RELEASED)
+                    _write(descriptor, RELEASED)
 
 
 def _beat(path: Path, descriptor: int, claim: str, stop: threading.Event) -> None:
@@ -109,9 +111,9 @@ def _beat(path: Path, descriptor: int, claim: str, stop: threading.Event) -> Non
         with contextlib.suppress(OSError):  # a file system may be away for a while
             record = _read(path)
             # Of two that took it at the same time, the one that wrote last finds itself here, and keeps it.
-            if record not in ("", _RELEASED) and not record.startswith(claim):
+            if record not in ("", RELEASED) and not record.startswith(claim):
                 print(f"{path} was taken over by {_name(record)}; this process ends", file=sys.stderr, flush=True)
-                os._exit(2)
+                os._exit(REFUSED)
             _write(descriptor, f"{claim}\nbeat {beat}")
 
 
@@ -121,7 +123,7 @@ def _machine() -> str:
 
 
 def _name(record: str) -> str:
-    return record.partition("\n")[0] if record not in ("", _RELEASED) else "another process"
+    return record.partition("\n")[0] if record not in ("", RELEASED) else "another process"
 
 
 def _read(path: Path) -> str:

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from iccld.durable import make_folder, replacing_by_name, write_whole
 from iccld.outcome import lacks_memory
+from iccld.reading import GIB, MIB
 from iccld.runtime.measure import host_memory
 from iccld.runtime.settings import MemoryConfig
 from iccld.runtime.tensors import bytes_of, local_tensor
 
 UNCLEAR = "could not create a primitive"  # oneDNN, which has no memory for the code of a kernel, or has no such kernel
 ASKED = re.compile(r"tried to allocate ([\d.]+ (?:bytes|[KMGT]iB))", re.IGNORECASE)
-GIB = 2**30
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -108,7 +108,7 @@ class OutOfMemory:
 
 
 def gib(size: float) -> str:
-    return f"{size / GIB:.2f} GiB" if size >= 0.1 * GIB else f"{size / 2**20:.1f} MiB"
+    return f"{size / GIB:.2f} GiB" if size >= 0.1 * GIB else f"{size / MIB:.1f} MiB"
 
 
 def _readable(asked: str) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Protocol, Self
 
 from iccld import outcome
+from iccld.node import launched_rank
 
 REFRESHES_PER_S = 4
 QUIET_S = 3.0  # after which a plain line says what is done
@@ -265,7 +266,7 @@ def _clock(seconds: float) -> str:
 
 def is_main() -> bool:
     """Tell whether this process is rank 0, or none of several."""
-    return os.environ.get("RANK", "0") == "0" and sys.stdout is not None
+    return not launched_rank() and sys.stdout is not None
 
 
 def is_watched() -> bool:

@@ -1,0 +1,13 @@
+"""Console that tables are printed on."""
+
+import sys
+
+from rich.console import Console
+
+WIDTH = 160
+"""Columns of what is no terminal, such as a pipe or a job's log: rich would take 80, and cut cells off."""
+
+
+def table_console() -> Console:
+    """Return a console for standard output, as wide as the terminal, or `WIDTH`."""
+    return Console(width=None if sys.stdout.isatty() else WIDTH)
