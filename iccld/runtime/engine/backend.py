@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from iccld.batch_layout import BatchLayout
 from iccld.runtime.checkpoint.pieces import Run, TensorReader, share_out, whole
@@ -128,7 +129,7 @@ class Replicated(Backend):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # accelerate's argument
             self.module, self.optimizer = accelerator.prepare(raw, optimizer)
-        if self.module is not raw:
+        if isinstance(self.module, DistributedDataParallel):
             self._settle_buckets(self.module.reducer)
 
     def _settle_buckets(self, reducer: Any) -> None:
