@@ -1,11 +1,16 @@
 """Backbones of `transformers`, built or loaded, without random layers. Only this file imports the library."""
 
+import contextlib
 import inspect
 import logging
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from iccld.durable import locked
+from iccld.outcome import Interrupted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -27,13 +32,16 @@ LEADS_ELSEWHERE = {"auto_map", "backbone", "quantization_config", "use_timm_back
 
 
 def make_backbone(pretrained: str, backbone_config: dict[str, Any]) -> "tuple[PreTrainedModel, set[str]]":
-    """Return the backbone in float32, without dropout, and the names of weights that `pretrained` lacks."""
+    """Return the backbone in float32, without dropout, and the names of weights that `pretrained` lacks.
+
+    Raises ValueError, and Interrupted if the hub does not answer.
+    """
     if bool(pretrained) == bool(backbone_config):
         raise ValueError(
             f"model.encoder.pretrained={pretrained!r} and backbone_config={backbone_config}: "
             f"set exactly one, a hub id or folder with weights, or a transformers config to build without weights."
         )
-    from transformers import AutoConfig, AutoModel  # importing it takes seconds, so only a built backbone imports it
+    from transformers import AutoModel  # importing it takes seconds, so only a built backbone imports it
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # the weights load in milliseconds, and every rank would print a bar
@@ -41,25 +49,76 @@ def make_backbone(pretrained: str, backbone_config: dict[str, Any]) -> "tuple[Pr
         config = _config_from_dict(backbone_config)
         return AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False), set()
     try:
-        config = _without_randomness(AutoConfig.from_pretrained(pretrained, trust_remote_code=False))
-        model, report = AutoModel.from_pretrained(
-            pretrained,
-            config=config,
-            dtype=torch.float32,
-            output_loading_info=True,
-            trust_remote_code=False,
-            use_safetensors=True if Path(pretrained).is_dir() else None,  # not every published backbone has them
-        )
+        model, report = _load(pretrained)
     except (OSError, ValueError, RuntimeError) as error:
+        if _is_away(error):
+            raise Interrupted(
+                f"model.encoder.pretrained={pretrained!r}: the hub does not answer ({_first_line(error)}); give the "
+                f"same command again, or load it once where there is a network: the copy is then found."
+            ) from error
         raise ValueError(
             f"model.encoder.pretrained={pretrained!r} cannot be loaded: {error} Give the hub id of a published "
             f"backbone ({KNOWN_TYPES}) and network access, or a folder with its config.json and model.safetensors."
         ) from error
     if report["unexpected_keys"]:
         logger.warning("%s: left out weights of %s", pretrained, sorted(report["unexpected_keys"]))
-    if config.model_type not in SELF_CONTAINED:
-        logger.warning("%s: a saved model with a %s backbone cannot be loaded again", pretrained, config.model_type)
+    if (kind := model.config.model_type) not in SELF_CONTAINED:
+        logger.warning("%s: a saved model with a %s backbone cannot be loaded again", pretrained, kind)
     return model.float(), set(report["missing_keys"])
+
+
+def _load(pretrained: str) -> "tuple[PreTrainedModel, dict[str, Any]]":
+    """Load a folder, or the user's copy of what the hub has: one process fetches it, and the others find it.
+
+    A hub limits requests, and every rank builds its model several times.
+    """
+    if Path(pretrained).is_dir():
+        return _read(pretrained, only_local=True)
+    with contextlib.suppress(OSError, ValueError):
+        return _read(pretrained, only_local=True)
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    cache = Path(HF_HUB_CACHE)
+    cache.mkdir(parents=True, exist_ok=True)
+    with locked(cache / ".iccld.lock"):
+        with contextlib.suppress(OSError, ValueError):
+            return _read(pretrained, only_local=True)
+        return _read(pretrained, only_local=False)
+
+
+def _read(pretrained: str, *, only_local: bool) -> "tuple[PreTrainedModel, dict[str, Any]]":
+    from transformers import AutoConfig, AutoModel
+
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "true")  # each build would ask the hub for a conversion
+    options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": only_local}
+    config = _without_randomness(AutoConfig.from_pretrained(pretrained, **options))
+    return AutoModel.from_pretrained(
+        pretrained,
+        config=config,
+        dtype=torch.float32,
+        output_loading_info=True,
+        use_safetensors=True if Path(pretrained).is_dir() else None,  # not every published backbone has them
+        **options,
+    )
+
+
+def _is_away(error: BaseException) -> bool:
+    """Tell whether the hub, or the way to it, failed; an answer that there is no such model is none."""
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    causes: list[BaseException] = [error]
+    while further := causes[-1].__cause__ or causes[-1].__context__:
+        causes.append(further)
+    responses = [cause.response for cause in causes if isinstance(cause, HfHubHTTPError)]
+    answers = [response.status_code for response in responses if response is not None]
+    if answers or HF_HUB_OFFLINE:
+        return any(status == 429 or status >= 500 for status in answers)
+    return any(isinstance(cause, LocalEntryNotFoundError | ConnectionError | TimeoutError) for cause in causes)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def _config_from_dict(values: dict[str, Any]) -> "PreTrainedConfig":

@@ -1,13 +1,21 @@
 """Backbones from a folder or a config: what is loaded, what is reported, what is refused."""
 
 import json
+import os
+import subprocess
+import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
+from unittest.mock import Mock
 
 import pytest
 import torch
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel
 
+from iccld.models.backbone import _is_away
 from iccld.models.encoder import Encoder
 from iccld.models.settings import EncoderConfig
 from tests.models.factory import BACKBONES, make_encoder, random_images
@@ -172,3 +180,78 @@ def test_backbone_settings_are_checked(config: EncoderConfig, message: str | Non
 def test_config_values_are_checked(settings: dict, message: str):
     with pytest.raises(ValueError, match=message):
         EncoderConfig(**settings)
+
+
+def serve_hub(folder: Path, requests: list[str], *, status: int = 200) -> ThreadingHTTPServer:
+    """Start a hub of one repository `own/backbone`, which may fail; it notes what is asked for."""
+
+    class Hub(BaseHTTPRequestHandler):
+        def answer(self) -> None:
+            requests.append(self.path)
+            file = folder / self.path.rpartition("/")[2]
+            found = status == 200 and file.is_file()
+            self.send_response(status if status != 200 else 200 if found else 404)
+            data = file.read_bytes() if found else b""
+            self.send_header("Content-Length", str(len(data)))
+            self.send_header("ETag", f'"{len(data)}"')
+            self.send_header("X-Repo-Commit", "0" * 40)
+            if not found:
+                self.send_header("X-Error-Code", "EntryNotFound" if status == 200 else "")
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(data)
+
+        do_GET = do_HEAD = answer
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    Thread(target=server.serve_forever, daemon=True).start()
+    return server
+
+
+LOADED = """
+from iccld.models.backbone import make_backbone
+for _ in range(2):
+    try:
+        print(make_backbone("own/backbone", {})[0].config.model_type, flush=True)
+    except (OSError, ValueError) as error:
+        print(type(error).__name__, flush=True)
+"""
+
+
+def load_from(server: ThreadingHTTPServer, home: Path) -> list[str]:
+    """Load the backbone twice in a process of its own; return what each gave."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    environment |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(home)}
+    command = [sys.executable, "-c", LOADED]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=True)
+    return done.stdout.split()
+
+
+def test_the_hub_is_asked_once_and_no_more_when_there_is_a_copy(tmp_path: Path):
+    make_encoder("segformer").backbone.save_pretrained(tmp_path / "hub")
+    requests: list[str] = []
+    server = serve_hub(tmp_path / "hub", requests)
+    assert load_from(server, tmp_path / "home") == ["segformer", "segformer"]
+    of_weights = [path for path in requests if path.endswith("model.safetensors")]
+    assert 0 < len(of_weights) <= 2, "a HEAD and a GET, of the first of the two"
+    requests.clear()
+    assert load_from(server, tmp_path / "home") == ["segformer", "segformer"]
+    assert requests == []
+    server.shutdown()
+
+
+def test_a_hub_that_lacks_the_model_is_the_user_s_fault_and_one_that_fails_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    server = serve_hub(tmp_path / "nothing", [], status=404)
+    assert load_from(server, tmp_path / "home") == ["ValueError", "ValueError"]
+    server.shutdown()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    for status, is_away in ((429, True), (503, True), (500, True), (401, False)):
+        answer = Mock(status_code=status, headers={})
+        error = OSError("no model")
+        error.__cause__ = HfHubHTTPError("", response=answer)
+        assert _is_away(error) == is_away

@@ -61,6 +61,9 @@ def _refuse_untold(converter: Converter, labels: Sequence[str], setting: str) ->
     )
 
 
+_MANY = 16 * MAX_CLASSES
+
+
 def _shares(converter: Converter, labels: Sequence[str]) -> tuple[dict[int | str, float], str, int]:
     """Return each id's (or colour's) share of the pixels, how labels are stored, and the number of files read."""
     counts, count, kind = Counter[int | str](), 0, "ids"
@@ -72,6 +75,8 @@ def _shares(converter: Converter, labels: Sequence[str]) -> tuple[dict[int | str
             continue
         count += 1
         counts.update(found)
+        if len(counts) > _MANY:  # a photo has a million colours, and is no label
+            break
     if kind == "colors":
         counts = Counter({key: value for key, value in counts.items() if isinstance(key, str)})
     total = max(sum(counts.values()), 1)

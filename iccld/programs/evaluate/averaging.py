@@ -6,7 +6,7 @@ Snapshots are `stageN/ema/step_00000100.safetensors`: tensors `ema_0.050/<parame
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from iccld.evaluation import EvaluationResult
 from iccld.models.iccld import ICCLD
 from iccld.models.model_card import CARD_NAME
 from iccld.models.saved_model import save_tensors
+from iccld.outcome import say, words
 from iccld.programs.evaluate.evaluate import load_matching_model
 from iccld.programs.evaluate.scoring import evaluate_predictor
 from iccld.programs.run.hand_off import final_folder
@@ -51,17 +52,20 @@ class Reconstruction:
     weights: Mapping[Profile, float]
     profile_error: float
 
-    def tensor(self, name: str) -> Tensor:
-        """Return the reconstructed tensor, fp32. Sums are in fp64: weights of either sign may be tens."""
-        total = torch.zeros((), dtype=torch.float64)
+    def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Return the reconstructed tensors, fp32. Sums are in fp64: weights of either sign may be tens."""
+        totals: dict[str, Any] = dict.fromkeys(names, torch.zeros((), dtype=torch.float64))
         for snapshot in self.snapshots:
-            used = [(width, self.weights[Profile(snapshot.step, width)]) for width in snapshot.widths]
-            if any(weight for _, weight in used):
-                with safe_open(snapshot.path, framework="pt") as file:
-                    total = total + sum(
-                        w * file.get_tensor(f"{average_name(width)}/{name}").double() for width, w in used if w
+            used = {average_name(w): weight for w in snapshot.widths if (weight := self._weight(snapshot, w))}
+            with safe_open(snapshot.path, framework="pt") as file:
+                for name in totals if used else ():
+                    totals[name] = totals[name] + sum(
+                        weight * file.get_tensor(f"{average}/{name}").double() for average, weight in used.items()
                     )
-        return total.float()
+        return {name: total.float() for name, total in totals.items()}
+
+    def _weight(self, snapshot: Snapshot, width: float) -> float:
+        return self.weights[Profile(snapshot.step, width)]
 
 
 def snapshot_name(step: int) -> str:
@@ -103,7 +107,10 @@ def write_due_snapshot(stage: Stage, folder: Path, engine: Engine, *, step: int)
     if stage.profiles is not None and step % profile.snapshot_every == 0:
         averages = engine.backend.full(stage.profiles.state_dict())
         if engine.ranks.is_main:
-            write_snapshot(folder, averages, step=step, widths=profile.widths)
+            try:
+                write_snapshot(folder, averages, step=step, widths=profile.widths)
+            except OSError as error:  # an average can be reconstructed from the others
+                say(f"ema_profile: the snapshot of step {step} is left out ({words(error)})")
 
 
 def read_snapshots(folder: Path) -> list[Snapshot]:
@@ -172,8 +179,8 @@ def put_weights(module: nn.Module, reconstruction: Reconstruction) -> None:
                 f"of another shape ({', '.join(wrong[:3])}); use snapshots and model of one run."
             )
     with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(reconstruction.tensor(name))
+        for name, tensor in reconstruction.tensors(parameters).items():
+            parameters[name].copy_(tensor)
 
 
 def teacher_folder(run_dir: Path, stage: str) -> Path:

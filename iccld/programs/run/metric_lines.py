@@ -18,6 +18,16 @@ def read_entries(run_dir: Path) -> list[dict[str, Any]]:
     return entries_of(read_limited(path, MAX_METRICS).decode(errors="replace")) if path.is_file() else []
 
 
+def last_entries(run_dir: Path) -> list[dict[str, Any]]:
+    """Read the last MiB of metrics.jsonl, as `read_entries` reads all of it."""
+    path = run_dir / "metrics.jsonl"
+    if not path.is_file():
+        return []
+    with path.open("rb") as file:
+        file.seek(max(path.stat().st_size - MIB, 0))
+        return entries_of(file.read(MIB).decode(errors="replace"))  # a line that is cut is passed over
+
+
 def number(value: Any) -> float | None:
     """Return a finite number; None for anything else."""
     if not isinstance(value, int | float) or isinstance(value, bool):

@@ -32,7 +32,7 @@ from iccld.programs.run.building import build_stage, build_stream, first_batches
 from iccld.programs.run.checks import check_alone, check_links, check_settings, claim_run_dir, new_watchdog
 from iccld.programs.run.hand_off import await_final, final_folder, hand_over, handed_over, is_finished, take_first_stage
 from iccld.programs.run.kept_views import keep_views
-from iccld.programs.run.metric_lines import read_entries
+from iccld.programs.run.metric_lines import last_entries
 from iccld.programs.run.micro_batch import choose_layout
 from iccld.programs.run.out_of_memory import explained_out_of_memory
 from iccld.programs.run.signs import signs_of_diagnosis, signs_of_training, tell
@@ -248,7 +248,7 @@ def _validate(stage: Stage, config: Config, engine: Engine, give_up: GiveUp, *, 
 def _warn(stage: Stage, config: Config, diagnosis: Diagnosis | None = None) -> None:
     """Tell the signs of failure in the stage's figures. Call on one rank."""
     run_dir = Path(config.run_dir)
-    signs = signs_of_training(read_entries(run_dir), config, stage.name)
+    signs = signs_of_training(last_entries(run_dir), config, stage.name)
     signs += signs_of_diagnosis(diagnosis) if diagnosis else []
     tell(signs, run_dir=run_dir, stage=stage.name)
 

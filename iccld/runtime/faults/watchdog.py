@@ -217,7 +217,7 @@ class Watchdog:
         while time.monotonic() < limit and not still and not peers.ended():
             if self.refusal.is_said():
                 os._exit(REFUSED)
-            time.sleep(self.config.beat_s / 4)
+            time.sleep(self.config.beat_s / 2)  # each look reads the files of all ranks
             peers.look(time.monotonic())
             still = peers.still(time.monotonic(), for_s=LOST_BEATS * self.config.beat_s) - {self.rank}
         why = f"its collective failed ({str(error).splitlines()[0]})"
