@@ -131,7 +131,7 @@ OWNERS = {
         "programs/goodput.py",
         "programs/profile/report.py",
     },
-    "huggingface_hub": {"inference/model.py", "inference/source.py"},
+    "huggingface_hub": {"inference/model.py", "inference/source.py", "models/backbone.py"},
     "av": {"inference/video.py"},
     "onnx": {"programs/export.py"},
     "onnxruntime": {"programs/export.py"},

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from iccld.durable import locked
+from iccld.durable import locked, make_folder
 from iccld.outcome import Interrupted
 
 if TYPE_CHECKING:
@@ -79,8 +79,7 @@ def _load(pretrained: str) -> "tuple[PreTrainedModel, dict[str, Any]]":
     from huggingface_hub.constants import HF_HUB_CACHE
 
     cache = Path(HF_HUB_CACHE)
-    cache.mkdir(parents=True, exist_ok=True)
-    with locked(cache / ".iccld.lock"):
+    with locked(make_folder(cache, within=cache) / ".iccld.lock"):
         with contextlib.suppress(OSError, ValueError):
             return _read(pretrained, only_local=True)
         return _read(pretrained, only_local=False)
