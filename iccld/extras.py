@@ -28,7 +28,7 @@ EXTRA_OF = {
 
 
 def version_of(package: str, *, absent: str = "") -> str:
-    """Return the installed version; `absent` too for a package that lies on the path without its metadata."""
+    """Return a package's installed version; `absent` if it has none, as one whose metadata are missing."""
     try:
         return version(package)
     except PackageNotFoundError:

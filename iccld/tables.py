@@ -9,5 +9,5 @@ WIDTH = 160
 
 
 def table_console() -> Console:
-    """Return a console for standard output, as wide as the terminal, or `WIDTH`."""
-    return Console(width=None if sys.stdout.isatty() else WIDTH)
+    """Return a console for standard output, which may be closed: as wide as the terminal, or `WIDTH`."""
+    return Console(width=None if sys.stdout is not None and sys.stdout.isatty() else WIDTH)

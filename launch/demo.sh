@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The whole path on the embedded data set, with two ranks (one on a machine with one GPU): draw, pack, train source-only, stage 1, stage 2 and its
-# deterministic twin, score.
+# The whole path on the embedded data set, with two ranks (one on a machine with one GPU): draw, pack, train
+# source-only, stage 1, stage 2 and its deterministic twin, score.
 # Ends with a table, runs/demo/results.json, runs/demo/comparison.png and runs/demo/report.html. Interrupted and started
 # again, it goes on.
 set -euo pipefail

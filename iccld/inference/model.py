@@ -201,4 +201,4 @@ def _refuse_noise(inference: InferenceConfig) -> None:
     """Refuse settings that change nothing for a model that never saw noise. Raises ValueError."""
     usual, names = InferenceConfig(), ("solver", "start", "num_averaged")
     if given := [name for name in names if getattr(inference, name) != getattr(usual, name)]:
-        raise ValueError(f"{', '.join(given)}: this model never saw noise, so that nothing changes; leave it out.")
+        raise ValueError(f"{', '.join(given)} would change nothing: this model never saw noise; leave it out.")

@@ -79,7 +79,9 @@ def _load(pretrained: str) -> "tuple[PreTrainedModel, dict[str, Any]]":
     from huggingface_hub.constants import HF_HUB_CACHE
 
     cache = Path(HF_HUB_CACHE)
-    with locked(make_folder(cache, within=cache) / ".iccld.lock"):
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError, ValueError):  # without the lock each process fetches, which is slower
+            stack.enter_context(locked(make_folder(cache / ".locks", within=cache) / f"iccld.{os.getuid()}.lock"))
         with contextlib.suppress(OSError, ValueError):
             return _read(pretrained, only_local=True)
         return _read(pretrained, only_local=False)
@@ -113,7 +115,8 @@ def _is_away(error: BaseException) -> bool:
     answers = [response.status_code for response in responses if response is not None]
     if answers or HF_HUB_OFFLINE:
         return any(status == 429 or status >= 500 for status in answers)
-    return any(isinstance(cause, LocalEntryNotFoundError | ConnectionError | TimeoutError) for cause in causes)
+    of_http = HfHubHTTPError.__bases__[0]  # the base of all errors of the library that the hub's client uses
+    return any(isinstance(cause, (of_http, LocalEntryNotFoundError, ConnectionError, TimeoutError)) for cause in causes)
 
 
 def _first_line(error: BaseException) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 from iccld.durable import file_checksum, replacing_by_name
 from iccld.models.model_card import CARD_NAME, ModelCard
 from iccld.models.settings import EncoderConfig
+from iccld.outcome import lacks_memory
 
 logger = logging.getLogger(__name__)
 Value = TypeVar("Value")
@@ -50,6 +51,8 @@ def described_by(card: Path) -> Iterator[None]:
     except (ValueError, ImportError, MemoryError):
         raise
     except Exception as error:
+        if lacks_memory(error):
+            raise
         what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise ValueError(f"{card} describes no model that can be built ({what}); export the model again.") from error
 

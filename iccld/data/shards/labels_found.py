@@ -14,6 +14,7 @@ from iccld.labels import MAX_CLASSES
 
 _MAX_LOOKED_AT = 100
 _MAX_NAMED = 12
+_MANY = 16 * MAX_CLASSES  # values, more than any labels have
 
 
 class UntoldIdsError(ValueError):
@@ -61,9 +62,6 @@ def _refuse_untold(converter: Converter, labels: Sequence[str], setting: str) ->
     )
 
 
-_MANY = 16 * MAX_CLASSES
-
-
 def _shares(converter: Converter, labels: Sequence[str]) -> tuple[dict[int | str, float], str, int]:
     """Return each id's (or colour's) share of the pixels, how labels are stored, and the number of files read."""
     counts, count, kind = Counter[int | str](), 0, "ids"
@@ -75,7 +73,7 @@ def _shares(converter: Converter, labels: Sequence[str]) -> tuple[dict[int | str
             continue
         count += 1
         counts.update(found)
-        if len(counts) > _MANY:  # a photo has a million colours, and is no label
+        if len(counts) > _MANY:  # as in a photo, which has a million colours
             break
     if kind == "colors":
         counts = Counter({key: value for key, value in counts.items() if isinstance(key, str)})

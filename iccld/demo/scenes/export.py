@@ -69,12 +69,11 @@ def _cityscapes_frame(folder: Path, split: str, number: int, city: str, sequence
 
 
 def _write_all(folder: Path, frames: Sequence[Frame], settings: Settings, *, workers: int) -> None:
-    _claim(folder, settings)
-    for parent in {path.parent for frame in frames for path in (frame.image, frame.labels)}:
-        make_folder(parent, within=folder)
-    missing = [frame for frame in frames if not (frame.image.exists() and frame.labels.exists())]
     with in_processes(partial(_write, settings=settings), workers) as drawn:
-        for _ in drawn(missing):
+        _claim(folder, settings)
+        for parent in {path.parent for frame in frames for path in (frame.image, frame.labels)}:
+            make_folder(parent, within=folder)
+        for _ in drawn(frame for frame in frames if not (frame.image.exists() and frame.labels.exists())):
             pass
 
 

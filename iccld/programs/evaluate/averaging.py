@@ -7,7 +7,7 @@ Snapshots are `stageN/ema/step_00000100.safetensors`: tensors `ema_0.050/<parame
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,12 @@ from iccld.evaluation import EvaluationResult
 from iccld.models.iccld import ICCLD
 from iccld.models.model_card import CARD_NAME
 from iccld.models.saved_model import save_tensors
-from iccld.outcome import say, words
+from iccld.outcome import say
 from iccld.programs.evaluate.evaluate import load_matching_model
 from iccld.programs.evaluate.scoring import evaluate_predictor
 from iccld.programs.run.hand_off import final_folder
 from iccld.runtime.engine.engine import Engine
+from iccld.runtime.settings import Compile
 from iccld.stages.base import Stage
 from iccld.stages.settings import Weights
 from iccld.stages.table import stage_of
@@ -53,7 +54,7 @@ class Reconstruction:
     profile_error: float
 
     def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Return the reconstructed tensors, fp32. Sums are in fp64: weights of either sign may be tens."""
+        """Return the reconstructed tensors, fp32. Their sums, all held at once, are in fp64: weights may be tens."""
         totals: dict[str, Any] = dict.fromkeys(names, torch.zeros((), dtype=torch.float64))
         for snapshot in self.snapshots:
             used = {average_name(w): weight for w in snapshot.widths if (weight := self._weight(snapshot, w))}
@@ -109,8 +110,10 @@ def write_due_snapshot(stage: Stage, folder: Path, engine: Engine, *, step: int)
         if engine.ranks.is_main:
             try:
                 write_snapshot(folder, averages, step=step, widths=profile.widths)
-            except OSError as error:  # an average can be reconstructed from the others
-                say(f"ema_profile: the snapshot of step {step} is left out ({words(error)})")
+            except OSError as error:  # only the averages of this step are lost
+                say(
+                    f"ema_profile: the snapshot of step {step} cannot be written ({error}); training goes on without it"
+                )
 
 
 def read_snapshots(folder: Path) -> list[Snapshot]:
@@ -226,7 +229,7 @@ def sweep(config: Config, stage: str, *, widths: Sequence[float], step: int = 0)
     folder = teacher_folder(run_dir, stage)
     snapshots = read_snapshots(run_dir / stage / "ema")
     reconstructions = [reconstruction_of(snapshots, width=width, step=step) for width in widths]
-    with Engine(config.engine) as engine:
+    with Engine(replace(config.engine, compile=Compile.none)) as engine:  # scoring runs eagerly
         model = load_matching_model(folder, config).to(engine.device)
         rows = [_row("teacher", None, scores_by_steps(model, config, engine))]
         for reconstruction in reconstructions:

@@ -32,6 +32,7 @@ from iccld.runtime.faults.watchdog import Watchdog
 from iccld.runtime.measure.telemetry import write_event
 from iccld.runtime.measure.terminal import Terminal
 from iccld.runtime.ranks import Ranks, together
+from iccld.runtime.settings import Compile
 from iccld.schema import key_of
 from iccld.stages.settings import Weights
 from iccld.stages.table import STAGES, stage_of
@@ -114,7 +115,7 @@ def evaluate_run(
     beats = Path(config.run_dir) / "heartbeats" / "evaluate"
     refuse_links(Path(config.run_dir) / "report", within=Path(config.run_dir))
     with (
-        Engine(config.engine) as engine,
+        Engine(dataclasses.replace(config.engine, compile=Compile.none)) as engine,  # scoring runs eagerly
         new_watchdog(config, engine.ranks, beats_in=beats) as watchdog,
         sets_kept_open(),
     ):
@@ -221,7 +222,9 @@ def named_results(results: Mapping[str, Any]) -> dict[str, EvaluationResult]:
     """Flatten the results for tables: `stage1`, `stage2 x1`, ..."""
     fields = {field.name for field in dataclasses.fields(EvaluationResult)}
     return {
-        each.label: EvaluationResult(**{key: _numbers(value) for key, value in each.scores.items() if key in fields})
+        each.label.replace("_", " "): EvaluationResult(
+            **{key: _numbers(value) for key, value in each.scores.items() if key in fields}
+        )
         for each in evaluations(results)
     }
 

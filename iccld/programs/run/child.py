@@ -30,7 +30,7 @@ def status_of_all(failed: Collection[int]) -> int:
 
 
 def how_it_failed(status: int) -> str:
-    """Say what the exit status of a process tells, which is not 0."""
+    """Say how a process failed, from its exit status, which is not 0."""
     return f"was ended by {signal.Signals(-status).name}" if status < 0 else f"failed with exit status {status}"
 
 

@@ -3,9 +3,9 @@
 A size is tried on a stage that is thrown away, with the run's own first samples, in two steps that need the memory of
 the loop's steps; the second has the optimiser's moments in place. DDP on GPUs tries by bisection until memory is out,
 within `memory.share` of what was free. Its steps have no collective, in which a rank that fails alone would leave the
-others; one that DDP's constructor has comes before them. Elsewhere (a CPU, where the kernel may kill a process that
-needs too much; sharded engines, which need collectives) the size grows step by step, and a line through the peaks
-predicts the next peak. Scores in mid-training are not tried.
+others; those of DDP's constructor and of its buckets come before them. Elsewhere (a CPU, where the kernel may kill a
+process that needs too much; sharded engines, which need collectives) the size grows step by step, and a line through
+the peaks predicts the next peak. Scores in mid-training are not tried.
 
 A resumed run keeps the size of its newest checkpoint while engine, precision, activation checkpointing and number of
 ranks are the same.

@@ -36,7 +36,7 @@ def explained_lack_for_scores(device: torch.device) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        asked = str(error).strip().partition("\n")[0]
+        asked = (str(error).strip() or repr(error)).partition("\n")[0]
         raise ValueError(f"out of memory while scoring on {device} ({asked}); set {OF_SCORES}") from error
 
 

@@ -133,10 +133,11 @@ class Replicated(Backend):
             self._settle_buckets(self.module.reducer)
 
     def _settle_buckets(self, reducer: Any) -> None:
-        """Let DDP lay out its buckets anew now, as it would after its first backward pass. Call on every rank.
+        """Let DDP lay out its buckets once and now, in reverse order of the parameters. Call on every rank.
 
-        Where a gradient lies in a bucket decides in which order three or more ranks add it up, and so its last bits:
-        the first step of a resumed run would differ from that step of an undisturbed one.
+        By itself it does so after its first backward pass, by that pass. Where a gradient lies in a bucket decides in
+        which order three or more ranks add it up, and so its last bits: the first step of a resumed run would differ
+        from that step of an undisturbed one.
         """
         reducer.prepare_for_backward([])
         torch.stack([p.sum() for p in self.parameters().values()]).sum().backward()
