@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from iccld.outcome import AGAIN
+from iccld.tables import WIDTH, table_console
 from tests.data.factory import make_set
 
 
@@ -62,3 +63,8 @@ def test_a_server_s_broken_pipe_is_no_reader_that_is_gone() -> None:
     command = [sys.executable, "-c", f"{code}raise SystemExit(cli.main(['config']))"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (AGAIN, "iccld config: [Errno 32] of a server\n")
+
+
+def test_tables_are_made_where_the_output_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    assert table_console().width == WIDTH

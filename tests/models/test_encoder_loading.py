@@ -11,7 +11,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel
 
@@ -255,3 +255,8 @@ def test_a_hub_that_lacks_the_model_is_the_user_s_fault_and_one_that_fails_is_no
         error = OSError("no model")
         error.__cause__ = HfHubHTTPError("", response=answer)
         assert _is_away(error) == is_away
+    unreachable = OSError("no model")
+    unreachable.__cause__ = LocalEntryNotFoundError("no connection, and no copy")
+    assert _is_away(unreachable) and not _is_away(OSError("no model"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert not _is_away(unreachable), "the user wants it so"

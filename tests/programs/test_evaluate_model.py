@@ -70,6 +70,20 @@ def test_what_rank_0_sees_decides_what_is_scored(scene_shards: Path, tmp_path: P
     assert json.loads((tmp_path / "run/report/results.json").read_text())["stage1"]["num_images"] == 2
 
 
+def test_scoring_needs_no_compiler(scene_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = tmp_path / "street"
+    tiny_model(num_classes=19).save_pretrained(folder, class_names=CITYSCAPES_NAMES, palette=CITYSCAPES_PALETTE)
+    monkeypatch.setenv("CXX", "/nowhere/g++")
+    words = [
+        "--shards",
+        str(scene_shards / "validation"),
+        "--output",
+        str(tmp_path / "scores"),
+        "engine.compile=blocks",
+    ]
+    assert main(["evaluate", str(folder), *words, "evaluation.max_images=1", "evaluation.diagnostic_images=0"]) == 0
+
+
 def test_scoring_that_lacks_memory_ends_in_one_line_with_what_to_set(
     scene_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

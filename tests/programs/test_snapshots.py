@@ -3,12 +3,14 @@
 import resource
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from iccld.outcome import AGAIN, status_of, words
-from iccld.programs.evaluate.averaging import read_snapshots, write_snapshot
+from iccld.programs.evaluate.averaging import read_snapshots, write_due_snapshot, write_snapshot
 
 
 def snapshot(folder: Path, *, step: int = 8) -> Path:
@@ -51,6 +53,25 @@ def test_a_full_disk_leaves_the_earlier_snapshot_and_no_scrap(tmp_path: Path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert status_of(caught.value) == AGAIN and "ulimit -f" in words(caught.value)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_training_goes_on_without_a_snapshot_for_which_there_is_no_room(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    profile = SimpleNamespace(snapshot_every=4, widths=[0.05])
+    profiles = SimpleNamespace(state_dict=lambda: {"ema_0.050/w": torch.ones(100)})
+    stage: Any = SimpleNamespace(ema_profile=profile, profiles=profiles)
+    backend, ranks = SimpleNamespace(full=lambda tensors: tensors), SimpleNamespace(is_main=True)
+    engine: Any = SimpleNamespace(backend=backend, ranks=ranks)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        write_due_snapshot(stage, tmp_path, engine, step=8)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "the snapshot of step 8 cannot be written (" in capfd.readouterr().err and not list(tmp_path.iterdir())
+    write_due_snapshot(stage, tmp_path, engine, step=12)
+    assert [snapshot.step for snapshot in read_snapshots(tmp_path)] == [12]
 
 
 def test_what_fp16_cannot_hold_is_refused(tmp_path: Path):
