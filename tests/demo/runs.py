@@ -23,6 +23,6 @@ def train_runs(folder: Path, shards: Path) -> None:
     """Train the demo's runs in one process, on the shards of `make_scene_shards`."""
     of_shards = [word for word in scene_overrides(shards, folder) if "." in word.partition("=")[0]]
     for command in commands(folder):
-        if command[:4] == ["iccld", "launch", "2", "train"]:
+        if command[:4] == ["iccld", "launch", "$ranks", "train"]:
             own = [word for word in command[4:] if "num_steps=3" not in word]
             assert main(["train", *own, *of_shards, "statistics_samples=4", *SMALL, *FEW_STEPS]) == 0
