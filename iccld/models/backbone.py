@@ -51,7 +51,7 @@ def make_backbone(pretrained: str, backbone_config: dict[str, Any]) -> "tuple[Pr
     try:
         model, report = _load(pretrained)
     except (OSError, ValueError, RuntimeError) as error:
-        if _is_away(error):
+        if not Path(pretrained).is_dir() and _is_away(error):
             raise Interrupted(
                 f"model.encoder.pretrained={pretrained!r}: the hub does not answer ({_first_line(error)}); give the "
                 f"same command again, or load it once where there is a network: the copy is then found."
