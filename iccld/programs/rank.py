@@ -23,8 +23,6 @@ from iccld.runtime.faults.ending import run_to_the_end
 from iccld.runtime.faults.preemption import SIGNALS, STOPPED_BY_WATCHDOG
 from iccld.slurm.ranks import interface_towards, rank_environment
 
-GATHER_S = 240.0  # less than the engine waits for ranks, since it could not name them
-
 
 def main(argv: Sequence[str]) -> int:
     """Form the rank, run the verb, and write down its outcome."""
@@ -35,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
     is_main, outcome = os.environ["RANK"] == "0", os.environ.get("ICCLD_OUTCOME")
     if folder := os.environ.get("ICCLD_ALIVE"):
         threading.Thread(target=_show_life, args=(Path(folder),), name="alive", daemon=True).start()
-        if is_main and outcome:
+        if is_main and outcome and "ICCLD_GATHER_S" in os.environ:
             awaits = (Path(folder), Path(outcome).parents[2])
             threading.Thread(target=_await_others, args=awaits, name="awaits", daemon=True).start()
     if is_main and outcome:
@@ -75,7 +73,7 @@ def _show_life(folder: Path) -> None:
 
 def _await_others(folder: Path, run_dir: Path) -> None:
     """Name the nodes of missing ranks, and end, if ranks are missing so long after the first began."""
-    time.sleep(float(os.environ.get("ICCLD_GATHER_S", GATHER_S)))
+    time.sleep(float(os.environ["ICCLD_GATHER_S"]))
     there = {path.name for path in folder.glob("[!.]*")}
     ranks = {int(name.rpartition("_")[2]) for name in there}
     if not (missing := sorted(set(range(int(os.environ["WORLD_SIZE"]))) - ranks)):

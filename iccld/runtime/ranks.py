@@ -34,7 +34,7 @@ FAILURE = re.compile(r"gloo|nccl|processgroup|connection (was )?(closed|reset|re
 class Ranks:
     """This process's rank, 0 to `world_size - 1`, and the actions of all ranks together; the default is one rank.
 
-    Every rank must call `sum`, `sum_values`, `any`, `gather` and `barrier`, in the same order.
+    Every rank must call `sum`, `sum_values`, `any`, `gather`, `from_main` and `barrier`, in the same order.
     """
 
     rank: int = 0
@@ -91,6 +91,14 @@ class Ranks:
         values: list[Any] = [None] * self.world_size
         torch.distributed.all_gather_object(values, value, group=group)
         return values
+
+    def from_main(self, value: Any) -> Any:
+        """Return rank 0's value, of any size, on every rank; the value that other ranks give does not count."""
+        if self.host_group is None:
+            return value
+        values = [value]
+        torch.distributed.broadcast_object_list(values, src=0, group=self.host_group)
+        return values[0]
 
     def barrier(self) -> None:
         """Wait until every rank has come here."""

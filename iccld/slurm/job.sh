@@ -19,7 +19,8 @@ requeue=${requeue:-yes}
 lead_s=${lead_s:-300}                         # from USR1 to the time limit
 ICCLD_START_S=${ICCLD_START_S:-1800}          # to the first sign of life: an image is fetched, an environment is cold
 export ICCLD_SILENCE_S=${ICCLD_SILENCE_S:-60} # without a further one, from any rank
-for name in ICCLD_START_S ICCLD_SILENCE_S; do # they are counted with
+export ICCLD_GATHER_S=${ICCLD_GATHER_S:-900}  # from rank 0's first sign until the last rank has begun
+for name in ICCLD_START_S ICCLD_SILENCE_S ICCLD_GATHER_S; do # they are counted with
     [[ ${!name} =~ ^[1-9][0-9]{0,8}$ ]] || { echo "iccld: $name=${!name} must be whole seconds" && exit 2; }
 done
 

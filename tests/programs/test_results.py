@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -158,6 +159,19 @@ def test_what_is_damaged_is_said_before_anything_is_scored(tmp_path: Path, name:
         evaluate_models(finished_models(config), config, engine)
 
 
+def scored_by(score: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Let `score` stand for the scoring of models; return an engine for it."""
+    model = SimpleNamespace(to=lambda device: None)
+    for name, stand_in in (
+        ("load_matching_model", lambda *_: model),
+        ("score_model", score),
+        ("results_table", lambda *_, **__: ""),
+        ("named_results", lambda results: {}),
+    ):
+        monkeypatch.setattr(f"iccld.programs.evaluate.evaluate.{name}", stand_in)
+    return SimpleNamespace(ranks=Ranks(), device="cpu")
+
+
 def test_scores_of_a_run_that_finishes_meanwhile_replace_none_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -171,19 +185,37 @@ def test_scores_of_a_run_that_finishes_meanwhile_replace_none_of_its_own(
         write(config)
         return {"stage1": {"miou": 1.0}}
 
-    model = SimpleNamespace(to=lambda device: None)
-    for name, stand_in in (
-        ("load_matching_model", lambda *_: model),
-        ("score_model", score),
-        ("results_table", lambda *_, **__: ""),
-    ):
-        monkeypatch.setattr(f"iccld.programs.evaluate.evaluate.{name}", stand_in)
-    monkeypatch.setattr("iccld.programs.evaluate.evaluate.named_results", lambda results: {})
-    engine: Any = SimpleNamespace(ranks=Ranks(), device="cpu")
+    engine = scored_by(score, monkeypatch)
     evaluate_models(finished_models(config), config, engine)
     assert len(read_results(own_results(config))["about"]["models"]) == 2, "those of both stages"
     (beside,) = set((tmp_path / "report").iterdir()) - {own_results(config)}
     assert beside.name.startswith("results_stage1_teacher_") and read_results(beside)["stage1"] == {"miou": 1.0}
+
+
+@pytest.mark.parametrize("is_repeated", [False, True])
+def test_scores_outlive_their_diagnostics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_repeated: bool):
+    config = make_run(tmp_path, stages=1)
+    engine = scored_by(lambda *_: {"stage1": {"miou": 1.0}}, monkeypatch)
+
+    def evaluate(found: dict[str, Any] | None) -> None:
+        def diagnose(*_: Any) -> dict[str, Any]:
+            if found is None:
+                raise MemoryError
+            return found
+
+        monkeypatch.setattr("iccld.programs.evaluate.evaluate._diagnose", diagnose)
+        evaluate_models(finished_models(config), config, engine)
+
+    whole = {"stage1": {"latent": {}}}
+    if is_repeated:
+        evaluate(whole)
+    with pytest.raises(ValueError, match="out of memory while scoring"):
+        evaluate(None)
+    kept = read_results(own_results(config))
+    assert kept["stage1"] == {"miou": 1.0} and kept["diagnostics"] == (whole if is_repeated else {})
+    assert unscored_stages(config) == ([] if is_repeated else ["stage1"]), "they are made when the run goes on"
+    evaluate(whole)
+    assert read_results(own_results(config))["diagnostics"] == whole and not unscored_stages(config)
 
 
 def test_scores_with_nothing_to_count_are_null_with_several_noise_seeds():

@@ -96,6 +96,13 @@ def test_a_slow_start_is_no_silence_and_silence_is_the_end(job: Job):
     assert "no rank has given a sign of life for 3 s" in job.attempt("sleep 30", ICCLD_SILENCE_S="2", ICCLD_START_S="3")
 
 
+@pytest.mark.parametrize("name", ["ICCLD_START_S", "ICCLD_SILENCE_S", "ICCLD_GATHER_S"])
+@pytest.mark.parametrize("value", ["2 min", "0", "1.5", "x[$(touch owned)]"])
+def test_a_limit_is_whole_seconds(job: Job, name: str, value: str):
+    assert f"iccld: {name}={value} must be whole seconds" in job.attempt(STOPPED, **{name: value})
+    assert job.process.returncode == 2 and not (job.folder / "asked").exists()
+
+
 @pytest.mark.parametrize(
     "setup", ["set -eufC -o pipefail; shopt -s nullglob failglob", "set -eE; trap 'exit 3' ERR", "IFS=$'\\n\\t'"]
 )

@@ -158,9 +158,12 @@ def evaluate_models(
             score = partial(evaluate_predictor, config=config, engine=engine, give_up=give_up)
             results |= score_model(load_matching_model(folder, config).to(engine.device), config, score)
         if config.evaluation.diagnostic_images:
+            if engine.ranks.is_main and not place_for(folders, config, about).exists():
+                _write(results | {DIAGNOSTICS: {}}, folders, config, about)  # kept if they fail or are stopped
             results[DIAGNOSTICS] = _diagnose(folders, config, engine, give_up)
-    if engine.ranks.is_main:  # looked for again: a training may have left another stage, and all scores, meanwhile
-        _report({"about": about} | results, place_for(folders, config, about))
+    if engine.ranks.is_main:
+        path = _write(results, folders, config, about)
+        _show(results, about, path)
     return results
 
 
@@ -181,10 +184,11 @@ def _diagnose(folders: Sequence[Path], config: Config, engine: Engine, give_up: 
 
 
 def unscored_stages(config: Config) -> list[str]:
-    """Return the finished stages that the report does not hold."""
+    """Return the finished stages that the report does not hold; all, if their diagnostics were not finished."""
     path = own_results(config)
     scored = read_results(path) if path.exists() else {}
-    return [folder.parts[-3] for folder in finished_models(config) if folder.parts[-3] not in scored]
+    is_whole = scored.get(DIAGNOSTICS) != {}
+    return [stage for folder in finished_models(config) if (stage := folder.parts[-3]) not in scored or not is_whole]
 
 
 def load_matching_model(folder: Path, config: Config) -> ICCLD:
@@ -236,11 +240,17 @@ def _numbers(value: Any) -> Any:
     return float("nan") if value is None else value
 
 
-def _report(results: Mapping[str, Any], path: Path) -> None:
+def _write(results: Mapping[str, Any], folders: Sequence[Path], config: Config, about: Mapping[str, Any]) -> Path:
+    """Write the scores. A training may have left another stage meanwhile, so the place is looked for again."""
+    path = place_for(folders, config, about)
     make_folder(path.parent, within=path.parent.parent)
-    write_whole(path, json.dumps(redacted(results), indent=1))
+    write_whole(path, json.dumps(redacted({"about": about} | results), indent=1))
+    return path
+
+
+def _show(results: Mapping[str, Any], about: Mapping[str, Any], path: Path) -> None:
     console = table_console()
     with console.capture() as table:  # and printed as all else is, above a line that may be alive
-        console.print(results_table(named_results(results), title=escape(", ".join(results["about"]["models"]))))
+        console.print(results_table(named_results(results), title=escape(", ".join(about["models"]))))
     print(table.get(), end="")
     print(f"written to {path}", flush=True)

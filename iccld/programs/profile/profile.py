@@ -94,7 +94,7 @@ def profile_stage(
 ) -> dict[str, Any]:
     """Return the figures of profile.json; write the traces, and what a failure leaves, into the folder."""
     previous = STAGES[name].previous
-    is_made = not previous or engine.ranks.gather(is_finished(Path(config.run_dir), previous))[0]
+    is_made = not previous or engine.ranks.from_main(is_finished(Path(config.run_dir), previous))
     build = partial(build_stage if is_made else fresh_stage, name, config, engine.device)
     own = replace(config, run_dir=str(folder.parent))
     trials = replace(trials_of(name, config, engine, watchdog), config=own, build=build)

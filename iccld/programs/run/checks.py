@@ -53,7 +53,7 @@ def check_links(run_dir: Path, config: Config) -> None:
 
 def check_alone(run_dir: Path, holder: str, ranks: Ranks) -> None:
     with naming_lost_ranks():  # rank 0 may have failed to lock the folder
-        holder = ranks.gather(holder)[0]
+        holder = ranks.from_main(holder)
     if holder:
         raise ValueError(f"run_dir={run_dir} is in use by {holder}; wait for it, end it, or use another run_dir.")
 
@@ -134,7 +134,7 @@ def new_watchdog(config: Config, ranks: Ranks, *, beats_in: Path | None = None) 
             f"that comes back in time is waited for; use {2 * retry_for_s:g}."
         )
     ranks.set_timeout(limits.collective_s, of_saves=True)
-    run_dir, attempt = Path(config.run_dir), ranks.gather(f"{time.time()} {os.getpid()}")[0]
+    run_dir, attempt = Path(config.run_dir), ranks.from_main(f"{time.time()} {os.getpid()}")
     place = beats_in / attempt.replace(" ", "_") if beats_in else run_dir
     beats = place / "heartbeats"
     for folder in (beats, run_dir / "logs"):

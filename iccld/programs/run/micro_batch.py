@@ -122,7 +122,7 @@ def choose_layout(stage_name: str, trials: Trials) -> BatchLayout:
     layout = layout_of(stage_name, trials.config, world_size=ranks.world_size, rank=ranks.rank)
     if settings.micro_batch_size != AUTO:
         return layout
-    before = ranks.gather(_size_before(run_dir / stage_name, settings, trials))[0]  # as rank 0 sees it
+    before = ranks.from_main(_size_before(run_dir / stage_name, settings, trials))  # as rank 0 sees it
     size, how = (before, "as before") if before else _choose(trials)
     layout = replace(layout, micro_batch_size=size)
     if ranks.is_main:

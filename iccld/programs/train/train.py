@@ -111,7 +111,7 @@ def _run_stages(config: Config, engine: Engine, preemption: Preemption, watchdog
     run_dir, ranks = Path(config.run_dir), engine.ranks
     for name in config.stages:
         watchdog.begin(name)
-        if ranks.gather(is_finished(run_dir, name))[0]:  # as rank 0 sees it: file systems cache
+        if ranks.from_main(is_finished(run_dir, name)):  # as rank 0 sees it: file systems cache
             if ranks.is_main:
                 print(f"{name} is finished: {final_folder(run_dir, name)}", flush=True)
         elif ranks.any(preemption.came):
@@ -119,7 +119,7 @@ def _run_stages(config: Config, engine: Engine, preemption: Preemption, watchdog
         elif not _run_stage(name, config, engine, preemption, watchdog, terminal):
             return False
     to_score = finished_models(config) if config.data.validation.shards and unscored_stages(config) else []
-    if to_score := ranks.gather(to_score)[0]:
+    if to_score := ranks.from_main(to_score):
         watchdog.begin("evaluation")
         watchdog.phase("evaluate")
         try:

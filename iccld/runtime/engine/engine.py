@@ -33,7 +33,7 @@ from iccld.runtime.settings import Compile, EngineConfig
 warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
 
 PLAIN_TYPES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-INIT_TIMEOUT = timedelta(minutes=5)  # time for all ranks to join, once the first one has
+JOIN_S = 300.0  # for all ranks to join, once the first one has
 
 
 class EngineKind(Enum):
@@ -74,6 +74,11 @@ def without_plugins() -> Iterator[None]:
         os.environ.update(hidden)
 
 
+def _time_to_join() -> timedelta:
+    """Return how long ranks wait for others: longer than rank 0 of a SLURM job, which then names those that lack."""
+    return timedelta(seconds=float(os.environ.get("ICCLD_GATHER_S", "0")) + JOIN_S)
+
+
 def join_alone(device: torch.device) -> None:
     """Join a process group of one rank, for backends that need one."""
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
@@ -105,7 +110,7 @@ class Engine:
                 step_scheduler_with_optimizer=False,
                 kwargs_handlers=[
                     DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
-                    InitProcessGroupKwargs(timeout=INIT_TIMEOUT, **exchange),
+                    InitProcessGroupKwargs(timeout=_time_to_join(), **exchange),
                 ],
             )
         if self.accelerator.distributed_type not in PLAIN_TYPES:
