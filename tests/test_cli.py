@@ -291,9 +291,9 @@ def test_evaluating_what_is_not_there(tmp_path: Path, run_dir: Path, capsys: pyt
     assert "neither a model folder" in refused(words, capsys)
 
 
-def launch(num_ranks: int, verb: list[str], log: Path) -> Forked:
+def launch(num_ranks: int, verb: list[str], log: Path, **variables: str) -> Forked:
     """`iccld launch`, whose launcher is forked; the ranks of several are processes of their own."""
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"} | variables
     return Forked("iccld", ["launch", str(num_ranks), *verb], environment=environment, log=log)
 
 
@@ -319,6 +319,24 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     assert events[-1] == "preempted" and not (tmp_path / "stage1/final").exists()
     assert main(train) == 0
     assert (tmp_path / "stage1/final/teacher/model.safetensors").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_the_launcher_waits_for_a_long_step_and_its_save(scene_shards: Path, tmp_path: Path):
+    """The agent would end its ranks 30 s after a signal."""
+    (pace := tmp_path / "pace").write_text("0")
+    settings = ["stage1.trainer.num_steps=16", "stages=[stage1]", "data.validation.shards=", "metrics.log_every=1"]
+    train = ["train", *settings, "stage1.trainer.micro_batch_size=1", *scene_overrides(scene_shards, tmp_path)]
+    root = Path(__file__).parents[1]
+    variables = {"ICCLD_TEST_PACE": str(pace), "PYTHONPATH": f"{root}:{root}/tests/slurm/pace"}
+    run = launch(2, [*train, "preemption.exit_status=85"], log := tmp_path / "log", **variables)
+    while run.poll() is None and "step 3/16" not in log.read_text():
+        time.sleep(0.02)
+    pace.write_text("40")
+    time.sleep(2)
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(timeout=120) == 85, log.read_text()
 
 
 @pytest.mark.distributed

@@ -88,8 +88,10 @@ def _environment(config: SubmitConfig, work: Work) -> Iterator[str]:
     yield f"export OMP_NUM_THREADS={config.cpus_per_task}\n"
     if config.launcher is Launcher.srun:
         yield from (f"export {name}={shlex.quote(value)}\n" for name, value in work.variables.items())
-    elif not config.gpus_per_node:
-        yield "export ACCELERATE_USE_CPU=true\n"
+    else:
+        yield f"export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={config.lead_s}\n"  # the agent would end its ranks after 30 s
+        if not config.gpus_per_node:
+            yield "export ACCELERATE_USE_CPU=true\n"
     if config.gpus_per_node:
         yield NCCL
     for name in ("max_stalled", "lead_s"):

@@ -30,6 +30,7 @@ from iccld.runtime.faults.open_files import check_open_files
 
 LOOPBACK = "127.0.0.1"
 HEARD_BY_AGENT = "SIGTERM,SIGINT,SIGQUIT"
+SAVE_S = 3600  # for the ranks to save after a signal; each ends itself before, by `preemption.grace_s`
 
 
 class Loopback(RendezvousHandler):
@@ -82,6 +83,7 @@ def launch(num_ranks: int, engine_file: Path, command: Sequence[str]) -> int:
         logging.getLogger(name).setLevel(logging.CRITICAL)  # some have a level of their own, not their parent's
     logging.getLogger("torch.distributed.run").setLevel(logging.ERROR)  # accelerate gives an address that is not used
     _pass_signals_on()
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SAVE_S))
     options = ["--config_file", str(engine_file)]
     options += ["--num_processes", str(num_ranks), "--main_process_port", "0", "--rdzv_backend", "loopback"]
     rendezvous_handler_registry.register("loopback", Loopback)
@@ -103,7 +105,7 @@ def launch(num_ranks: int, engine_file: Path, command: Sequence[str]) -> int:
 
 
 def _pass_signals_on() -> None:
-    """Let signals that ask for a stop reach the ranks as SIGTERM; the agent waits up to 30 s for them to save.
+    """Let signals that ask for a stop reach the ranks as SIGTERM; the agent waits for them to save.
 
     By default it leaves them behind on SIGUSR1, and passes SIGHUP on, which it hears even under `nohup`.
     """

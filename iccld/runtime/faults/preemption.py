@@ -12,8 +12,8 @@ Exit statuses of `iccld train`:
     2      what the user must mend, in one line: the same command ends the same way again
     75     what the world did, in one line (a full disk, a lost connection, a killed worker); and STOPPED_BY_WATCHDOG: a
            rank hung or was lost, a node is unfit: start the same command again
-    76     FORCED: asked twice or grace over (or 30 s, through `iccld launch`); nothing was saved since the last whole
-           checkpoint: start it again
+    76     FORCED: asked twice or grace over (or an hour, through `iccld launch`); nothing was saved since the last
+           whole checkpoint: start it again
     128+n  killed by signal n
 
 Stopped is told from finished by `exit_status`, or by the last line of `events.jsonl`, which then is `preempted`.
