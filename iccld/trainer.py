@@ -16,7 +16,7 @@ from iccld.runtime.checkpoint.store import CheckpointStore
 from iccld.runtime.engine.engine import Engine
 from iccld.runtime.faults.preemption import Preempted, Preemption
 from iccld.runtime.faults.watchdog import Watchdog
-from iccld.runtime.measure.metrics import MetricsLogger
+from iccld.runtime.measure.metrics import MetricsLogger, not_finite
 from iccld.runtime.measure.profiling import OVERLAPPED, PhaseTimer
 from iccld.settings import ScheduleConfig, TrainerConfig
 from iccld.stages.base import Stage, StageInputs
@@ -283,6 +283,9 @@ class Trainer:
         )
 
     def _save(self, step: int) -> None:
+        """Save after `step` steps, unless a gradient has made weights NaN or infinite. Raises NonFiniteError."""
+        if not self.engine.has_finite_weights():
+            raise not_finite(self.stage.name, f"weights are not finite after step {step}, though its losses are")
         about = dict(self.about, layout=self.engine.resume_facts(), logger_id=self.metrics.logger_id)
         self.checkpoints.save(step, self.engine.runs(self._stage_state()), about)
 

@@ -24,11 +24,11 @@ from iccld.outcome import (
 )
 from iccld.runtime.checkpoint.manifest import CheckpointError
 from iccld.runtime.checkpoint.store import UnsavedError
-from iccld.runtime.measure.metrics import NonFiniteLossError
+from iccld.runtime.measure.metrics import NonFiniteError
 
 THE_USER = [
     ValueError("data.crop_size=500 must be a multiple of 8"),
-    NonFiniteLossError("loss is nan"),
+    NonFiniteError("loss is nan"),
     CheckpointError("all are damaged"),
     MissingShard("a.tar does not exist"),
     StorageError("access is denied"),

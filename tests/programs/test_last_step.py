@@ -3,19 +3,22 @@ nobody reads of.
 """
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from iccld.config import Config, load_config
 from iccld.outcome import Interrupted
 from iccld.programs.train import train as training
 from iccld.programs.train.train import train
 from iccld.runtime.checkpoint.manifest import verify
+from iccld.runtime.engine.backend import Replicated
 from iccld.runtime.faults.preemption import Preemption
-from iccld.runtime.measure.metrics import MetricsLogger, NonFiniteLossError
+from iccld.runtime.measure.metrics import MetricsLogger, NonFiniteError
 from tests.factory import scene_overrides
 
 SETTINGS = [
@@ -76,9 +79,35 @@ def test_a_kill_after_the_last_save_leaves_them_to_the_next_attempt(whole: Path,
     assert picture(run_dir).read_bytes() == picture(whole).read_bytes()
 
 
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+@pytest.mark.parametrize("stops", [False, True])
+def test_weights_that_are_not_finite_are_not_saved(
+    scene_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float, stops: bool
+):
+    """A gradient may be NaN though the loss is not: the next loss would show it, after the save."""
+    settings = ["stage1.trainer.num_steps=3", "metrics.log_every=3", "stage1.trainer.evaluate_every=0"]
+    settings += [f"stage1.trainer.checkpoint.save_every={9 if stops else 1}"]
+    preemption, step = Preemption(), Replicated.step
+    done: list[Replicated] = []
+
+    def poison(backend: Replicated, *, with_norm: bool = False) -> None:
+        step(backend, with_norm=with_norm)
+        done.append(backend)
+        if len(done) == 2:
+            with torch.no_grad():
+                next(p for p in backend.parameters().values() if p.dim() > 1).view(-1)[0] = value
+            preemption.came = stops
+
+    monkeypatch.setattr(Replicated, "step", poison)
+    with pytest.raises(NonFiniteError, match=r"weights are not finite after step 2.*gradient_clip"):
+        train(config_of(scene_shards, tmp_path, *settings), preemption)
+    names = {path.name for path in (tmp_path / "stage1/checkpoints").glob("step*")}
+    assert names == (set() if stops else {"step_00000001"})
+
+
 @pytest.mark.parametrize(
     ("failure", "ends_with", "is_saved"),
-    [(BrokenPipeError(), Interrupted, True), (NonFiniteLossError("nan"), NonFiniteLossError, False)],
+    [(BrokenPipeError(), Interrupted, True), (NonFiniteError("nan"), NonFiniteError, False)],
 )
 def test_a_stop_saves_though_nobody_reads_the_figures_but_no_loss_that_is_not_finite(
     scene_shards: Path,

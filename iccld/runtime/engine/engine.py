@@ -28,6 +28,7 @@ from iccld.runtime.engine.compilation import choose_compile, compile_in_place, l
 from iccld.runtime.engine.device import check_own, choose_kernels, identity, may_share, with_index
 from iccld.runtime.ranks import Ranks, keep_record, naming_lost_ranks
 from iccld.runtime.settings import Compile, EngineConfig
+from iccld.runtime.tensors import local_tensor
 
 # A dimension of size 1 has any stride: DDP warns of 1x1 and depthwise kernels, in vain.
 warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
@@ -224,6 +225,11 @@ class Engine:
     def step(self, *, with_norm: bool = False) -> None:
         """Make the optimiser's step; `with_norm` takes `gradient_norm` even if nothing is clipped by it."""
         self.backend.step(with_norm=with_norm)
+
+    def has_finite_weights(self) -> bool:
+        """Tell whether the trained weights of all ranks are finite. Waits for the device. Call on every rank."""
+        norms = torch._foreach_norm([local_tensor(p.detach()) for p in self.backend.parameters().values()])  # pyright: ignore[reportPrivateImportUsage]
+        return not self.ranks.any(not bool(torch.stack(norms).isfinite().all()))
 
     def facts_of_step(self) -> dict[str, float | Tensor]:
         """Learning rates and, if it was taken, the gradients' norm of the last step; alike on all ranks."""

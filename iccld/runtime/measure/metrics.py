@@ -32,8 +32,16 @@ RARE_SHARE = 1e-4
 """A share below which the reference itself has next to nothing of a bin, so that it cannot be lost."""
 
 
-class NonFiniteLossError(ValueError):
-    """Error: a loss became NaN or infinite."""
+class NonFiniteError(ValueError):
+    """Error: a loss or a weight became NaN or infinite."""
+
+
+def not_finite(stage: str, what: str) -> NonFiniteError:
+    """Make the error of a stage, in which `what` happened."""
+    return NonFiniteError(
+        f"{stage}: {what}; nothing was saved after the last whole checkpoint. Lower the learning rate, or set "
+        f"{stage}.trainer.gradient_clip."
+    )
 
 
 class MetricsLogger:
@@ -118,7 +126,7 @@ class MetricsLogger:
         counters: Mapping[str, int] | None = None,
         facts: Mapping[str, float | Tensor] | None = None,
     ) -> None:
-        """Reduce over ranks, check that every loss is finite, write one line. Raises NonFiniteLossError.
+        """Reduce over ranks, check that every loss is finite, write one line. Raises NonFiniteError.
 
         `take_timings` gives the seconds of this rank's steps by phase; it is asked when the losses have been read, and
         the device with them.
@@ -151,11 +159,8 @@ class MetricsLogger:
                 step, name = int(key.split("/", 1)[0]), key.split("/", 1)[1]
                 size = self.layout.global_batch_size
                 first, last = (step - 1) * size, step * size - 1
-                raise NonFiniteLossError(
-                    f"{self.stage}: loss {name!r} is {value} in step {step}, samples {first}-{last} of each stream; "
-                    f"nothing was saved after the last whole checkpoint. Lower the learning rate, or set "
-                    f"{self.stage}.trainer.gradient_clip."
-                )
+                what = f"loss {name!r} is {value} in step {step}, samples {first}-{last} of each stream"
+                raise not_finite(self.stage, what)
 
     def _summed_metrics(self) -> dict[str, Any]:
         """Return the window's metrics over all ranks, as a line has them; without those that counted nothing."""

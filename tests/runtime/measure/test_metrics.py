@@ -8,7 +8,7 @@ import torch
 
 from iccld.batch_layout import BatchLayout
 from iccld.runtime.measure.metric_entries import FORMAT
-from iccld.runtime.measure.metrics import MetricsLogger, NonFiniteLossError, compared
+from iccld.runtime.measure.metrics import MetricsLogger, NonFiniteError, compared
 from iccld.runtime.ranks import Ranks
 from iccld.runtime.settings import MetricsConfig, WandbMode
 
@@ -70,7 +70,7 @@ def test_a_loss_that_is_not_finite_names_loss_step_and_samples(tmp_path: Path):
     metrics.record(5, {"mixed": torch.tensor(1.0)}, {})
     metrics.record(6, {"mixed": torch.tensor(float("nan"))}, {})
     words = r"loss 'mixed' is nan in step 6, samples 20-23 of each stream; .* set stage1\.trainer\.gradient_clip"
-    with pytest.raises(NonFiniteLossError, match=words):
+    with pytest.raises(NonFiniteError, match=words):
         flush(metrics)
 
 
