@@ -55,18 +55,19 @@ def latent_mse(prediction: Tensor, latent: Tensor) -> Tensor:
     return (prediction.float() - latent.float()).square().mean(dim=(1, 2, 3))
 
 
-def feature_distance(features: Tensor, reference: Tensor, labels: Tensor, *, classes: Sequence[int]) -> Tensor:
+def feature_distance(
+    features: Tensor, reference: Tensor, labels: Tensor, *, classes: Sequence[int], stride: int = 32
+) -> Tensor:
     """Return the mean Euclidean distance to reference features, at positions that one of `classes` fills.
 
-    features, reference: `(B, C, h, w)`. labels: `(B, H, W)`, 255 is ignored. A float32 scalar: the mean over a sample's
-    positions (0 without any), then over samples. DAFormer pools the positions of a rank's batch instead, which would
-    make the objective depend on how the batch is split.
+    features, reference: `(B, C, h, w)`, of this stride. labels: `(B, H, W)`, 255 is ignored. A float32 scalar: the mean
+    over a sample's positions (0 without any), then over samples. DAFormer pools the positions of a rank's batch
+    instead, which would make the objective depend on how the batch is split.
     """
-    height, width = features.shape[-2:]
     distances = torch.linalg.vector_norm(features.float() - reference.float(), dim=1)
     mask = torch.zeros_like(distances, dtype=torch.bool)
     for index in classes:
-        share = F.adaptive_avg_pool2d((labels == index).float().unsqueeze(1), (height, width))
+        share = F.avg_pool2d((labels == index).float().unsqueeze(1), stride, ceil_mode=True)
         mask |= share.squeeze(1) >= FILLED_SHARE
     per_sample = (distances * mask).sum(dim=(1, 2)) / mask.sum(dim=(1, 2)).clamp(min=1)
     return per_sample.mean()

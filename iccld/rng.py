@@ -12,7 +12,10 @@ from torch import Tensor
 
 
 def key(seed: int, purpose: str, *numbers: int) -> int:
-    """Return the 63-bit key of one draw: BLAKE2b of the seed, the purpose and further numbers (sample, epoch, ...)."""
+    """Return the 63-bit key of one draw: BLAKE2b of the seed, the purpose and further numbers (sample, epoch, ...).
+
+    NumPy uses all of it, torch's generator on the CPU 32 bits: of a million draws, about 100 pairs are alike.
+    """
     text = f"{seed}/{purpose}/" + "/".join(str(int(number)) for number in numbers)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 

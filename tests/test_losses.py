@@ -142,16 +142,27 @@ def test_feature_distance_equals_the_loop_and_its_share_is_of_one_class():
     labels[0, :4, 4:7] = 2  # exactly 75 % of its position
     labels[0, 4:, 0:2], labels[0, 4:, 2:4] = 1, 2  # two things, neither has enough
     labels[0, 4:, 4:] = 255
-    distance = feature_distance(features, reference, labels, classes=[1, 2])
+    distance = feature_distance(features, reference, labels, classes=[1, 2], stride=4)
     assert float(distance) == pytest.approx(loop_feature_distance(features, reference, labels, [1, 2], 0.75), rel=1e-5)
     by_hand = sum(float((features - reference)[0, :, 0, j].norm()) for j in (0, 1)) / 2
     assert float(distance) == pytest.approx(by_hand / 2, rel=1e-5)  # the second sample has no position: 0
+
+
+@pytest.mark.parametrize("height", [96, 104, 136, 200, 360])
+def test_a_class_that_fills_a_row_of_features_counts_there_though_the_last_row_is_in_part_beyond_the_image(height: int):
+    num_rows = -(-height // 32)
+    for row in range(num_rows):
+        labels = torch.zeros(1, height, 64, dtype=torch.uint8)
+        labels[:, 32 * row : 32 * (row + 1)] = 1
+        features = torch.zeros(1, 4, num_rows, 2)
+        features[:, 0, row] = 3.0
+        assert feature_distance(features, torch.zeros_like(features), labels, classes=[1]).item() == 3.0
 
 
 def test_feature_distance_of_no_position_and_of_equal_features_has_finite_gradients():
     features = torch.randn(1, 4, 2, 2, requires_grad=True)
     labels = torch.ones(1, 8, 8, dtype=torch.uint8)
     for classes in ([], [1]):
-        distance = feature_distance(features, features.detach().clone(), labels, classes=classes)
+        distance = feature_distance(features, features.detach().clone(), labels, classes=classes, stride=4)
         distance.backward()
         assert distance.item() == 0.0 and features.grad is not None and bool((features.grad == 0).all())

@@ -59,6 +59,6 @@ def _positions(latent: Tensor) -> Tensor:
 def _from_minus_1_to_1(length: int, device: torch.device) -> Tensor:
     """Return `torch.linspace(-1, 1, length)` to the bit, which itself would tie an exported model to one size."""
     index = torch.arange(length, device=device, dtype=torch.float32)
-    last = index[-1:]
-    step = (2.0 / last.clamp(min=1.0)).double()  # as linspace, which rounds once
+    last = index[-1:].clamp(min=1.0)
+    step = (2.0 / last).double()  # as linspace, which rounds once
     return torch.where(2 * index < last, step * index - 1.0, 1.0 - step * (last - index)).float()

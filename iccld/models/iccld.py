@@ -337,6 +337,9 @@ class ICCLD(nn.Module):
 
 
 def _to_image_size(logits: Tensor, size: Sequence[int]) -> Tensor:
-    """Upsample stride-4 logits, which cover the image rounded up to whole latent cells, and crop to the image."""
-    logits = F.interpolate(logits, scale_factor=float(LOGITS_STRIDE), mode="bilinear", align_corners=False)
+    """Upsample stride-4 logits, which cover the image rounded up to whole latent cells, and crop to the image.
+
+    In float32: bf16 would round many pixels between two classes to a tie, which the class of the lower index wins.
+    """
+    logits = F.interpolate(logits.float(), scale_factor=float(LOGITS_STRIDE), mode="bilinear", align_corners=False)
     return logits[..., : size[0], : size[1]]

@@ -35,7 +35,7 @@ class Precision(Enum):
 
 
 class MatmulPrecision(Enum):
-    """Precision of fp32 matrix products on a GPU: fp32, TF32, or pairs of bf16 (torch.set_float32_matmul_precision)."""
+    """Precision of fp32 matrix products on a GPU: fp32, TF32, or bf16 (torch.set_float32_matmul_precision)."""
 
     highest = "highest"
     high = "high"

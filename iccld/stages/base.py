@@ -127,12 +127,18 @@ class Stage(ABC):
 def decayed_groups(
     parameters: Iterable[tuple[str, nn.Parameter]], *, learning_rate: float, weight_decay: float, **options: Any
 ) -> list[dict[str, Any]]:
-    """Divide the trainable parameters in two groups: matrices decay; norms, biases and position embeddings do not."""
+    """Divide the trainable parameters in two groups: matrices decay; norms, biases, positions and tokens do not."""
     trainable = [(name, p) for name, p in parameters if p.requires_grad]
-    decayed = [p for name, p in trainable if p.dim() > 1 and "position" not in name]
-    plain = [p for name, p in trainable if p.dim() <= 1 or "position" in name]
+    decayed = [p for name, p in trainable if _is_matrix(name, p)]
+    plain = [p for name, p in trainable if not _is_matrix(name, p)]
     groups = [(decayed, weight_decay), (plain, 0.0)]
     return [{"params": p, "lr": learning_rate, "weight_decay": decay, **options} for p, decay in groups if p]
+
+
+def _is_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Tell whether a parameter is a matrix or a kernel; norms of ConvNeXtV2 are vectors of shape (1, 1, 1, C)."""
+    is_vector = parameter.dim() <= 1 or (parameter.dim() > 2 and parameter.numel() == parameter.shape[-1])
+    return not is_vector and "position" not in name and "token" not in name
 
 
 def keyed_noise(domain: Mapping[str, Any], purpose: str, shape: Sequence[int], *, seed: int) -> Tensor:

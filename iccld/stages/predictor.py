@@ -19,7 +19,7 @@ def predictor_of(
     """Return a function that gives D(E(x)) for 0 steps, else denoises in `num_steps` from noise keyed by the number.
 
     Probabilities are averaged over `inference.num_averaged` noises, and with a share `inference.blend` of D(E(x))'s;
-    what the function returns then is their logarithm. Noises of two `noise_seed`s are never the same.
+    what the function returns then is their logarithm. Noises of two `noise_seed`s differ.
     """
     count, blend = 1 if model.deterministic else inference.num_averaged, inference.blend
 

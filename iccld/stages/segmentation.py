@@ -147,9 +147,11 @@ class SegmentationStage(Stage):
             counts = diagnostics.class_counts(valid, source["labels"], num_classes=self.num_classes)
             tensors |= {diagnostics.CLASSES: counts, "mixed_is_target": diagnostics.thinned(~mask)}
         if self.config.masked_weight:
+            draws = rng.uniform(NUM_DRAWS, seed=self.seed, purpose="masked photometric", numbers=numbers)
             augmented = strong_augment(images, draws, self.config.photometric)
+            hidden = self.model.encoder.get_buffer("image_mean")  # as in MIC: 0 once E has normalised it
             tensors |= {
-                "masked_images": augmented * self._visible(images, numbers),
+                "masked_images": torch.where(self._visible(images, numbers) > 0, augmented, hidden),
                 "masked_labels": pseudo.labels,
                 "masked_weights": pseudo.weights,
             }

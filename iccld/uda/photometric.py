@@ -9,7 +9,7 @@ from iccld import rng
 from iccld.uda.settings import PhotometricConfig
 
 NUM_DRAWS = 7
-_BLUR_KERNEL = 9  # 3.5 sigma of the strongest blur
+_REACH = 3.5  # of the blur's kernel to each side, in standard deviations of the strongest blur
 
 
 def strong_augment(images: Tensor, draws: Tensor, config: PhotometricConfig) -> Tensor:
@@ -26,6 +26,7 @@ def strong_augment(images: Tensor, draws: Tensor, config: PhotometricConfig) -> 
     draws = draws.float()
     # Kornia reads sigma to check it: on the device, the host would wait there for all that is queued.
     sigma = config.blur_sigma_min + draws[:, 6:7] * (config.blur_sigma_max - config.blur_sigma_min)
+    kernel = 2 * round(_REACH * config.blur_sigma_max) + 1
     draws = rng.to_device(draws, images.device)
     spread = (2 * draws[:, 1:5] - 1) * config.jitter
     jittered = adjust_brightness_accumulative(images, 1 + spread[:, 0])
@@ -35,5 +36,5 @@ def strong_augment(images: Tensor, draws: Tensor, config: PhotometricConfig) -> 
     images = torch.where((draws[:, 0] < config.jitter_probability).view(-1, 1, 1, 1), jittered, images)
     # Its convolutions would round images to bf16. On meta, where only shapes matter, there is no autocast.
     with nullcontext() if images.is_meta else torch.autocast(images.device.type, enabled=False):
-        blurred = gaussian_blur2d(images, _BLUR_KERNEL, sigma.expand(-1, 2))
+        blurred = gaussian_blur2d(images, kernel, sigma.expand(-1, 2))
     return torch.where((draws[:, 5] < config.blur_probability).view(-1, 1, 1, 1), blurred, images).clamp(0, 1)

@@ -93,3 +93,13 @@ def test_config_values_are_checked():
         ModelConfig(latent_channels=0)
     with pytest.raises(ValueError, match=r"num_classes=1 must be between 2 and 255"):
         ICCLD(config=model_config(), num_classes=1)
+
+
+def test_under_bf16_a_pixel_between_two_classes_does_not_tie():
+    """The lower class would win, which is the more common one."""
+    model = tiny_model()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits = model.segment(IMAGES)
+    assert logits.dtype == torch.float32
+    first, second = logits.topk(2, dim=1).values.unbind(dim=1)
+    assert float((first == second).float().mean()) < 1e-3

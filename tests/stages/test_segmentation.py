@@ -7,7 +7,7 @@ from torch import Tensor
 
 from iccld.models.iccld import ICCLD
 from iccld.models.settings import LatentKind
-from iccld.stages.base import StageInputs
+from iccld.stages.base import StageInputs, decayed_groups
 from iccld.stages.segmentation import SegmentationStage
 from iccld.stages.settings import SegmentationConfig
 from iccld.uda.settings import CorruptionConfig, PhotometricConfig
@@ -162,6 +162,34 @@ def test_the_mix_is_corrupted_after_it_was_pasted_and_before_the_strong_augmenta
     assert (prepared(stage, range(2)).tensors["mixed_images"] == 0.5).all()  # source pixels too
     stage = make_stage(photometric=PhotometricConfig(jitter_probability=1.0, jitter=0.5), corruption=blocks)
     assert (prepared(stage, range(2)).tensors["mixed_images"] != 0.5).any()
+
+
+def test_a_masked_image_has_the_mean_colour_where_it_is_hidden_and_draws_of_its_own():
+    still = PhotometricConfig(jitter_probability=0.0, blur_probability=0.0)
+    stage = make_stage(masked_weight=1.0, masked_ratio=1.0, photometric=still)
+    hidden = prepared(stage, range(2)).tensors["masked_images"]
+    assert torch.equal(hidden, torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1).expand_as(hidden))
+    strong = PhotometricConfig(jitter_probability=1.0, jitter=0.5, blur_probability=0.0)
+    stage = make_stage(masked_weight=1.0, masked_ratio=0.0, photometric=strong)
+    batch = random_batch(num_classes=5, numbers=range(2))
+    batch["source"]["labels"].fill_(255)  # nothing is pasted, so the mix is the target
+    with torch.no_grad():
+        tensors = stage.prepare(batch, 0).tensors
+    assert not torch.equal(tensors["mixed_images"], tensors["masked_images"])
+
+
+def test_norms_positions_and_tokens_do_not_decay_whatever_their_shape():
+    shapes = {"grn.weight": (1, 1, 1, 8), "cls_token": (1, 1, 8), "register_tokens": (1, 4, 8)}
+    shapes |= {
+        "position_embeddings": (1, 9, 8),
+        "norm.weight": (8,),
+        "conv.weight": (8, 4, 1, 1),
+        "head.weight": (1, 8),
+    }
+    parameters = {name: torch.nn.Parameter(torch.zeros(shape)) for name, shape in shapes.items()}
+    decayed, plain = decayed_groups(parameters.items(), learning_rate=1.0, weight_decay=0.1)
+    assert [p.shape for p in decayed["params"]] == [shapes["conv.weight"], shapes["head.weight"]]
+    assert len(plain["params"]) == 5 and plain["weight_decay"] == 0.0
 
 
 def test_every_trainable_parameter_has_a_group_and_a_rate():

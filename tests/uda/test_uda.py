@@ -75,6 +75,18 @@ def test_strong_augment_is_fp32_under_autocast():
     assert strong_augment(images.to("meta"), draws, config).shape == images.shape
 
 
+@pytest.mark.parametrize("sigma", [1.15, 1.65, 3.0, 6.0])
+def test_the_strongest_blur_has_the_standard_deviation_that_is_asked_for(sigma: float):
+    config = PhotometricConfig(jitter_probability=0.0, blur_probability=1.0, blur_sigma_max=sigma)
+    point = torch.zeros(1, 3, 81, 81)
+    point[..., 40, 40] = 1.0
+    draws = torch.zeros(1, NUM_DRAWS)
+    draws[:, 6] = 1.0
+    profile = strong_augment(point, draws, config)[0, 0].sum(dim=0)
+    places = torch.arange(81) - 40
+    assert float((profile * places**2).sum() / profile.sum()) ** 0.5 == pytest.approx(sigma, rel=0.02)
+
+
 def test_strong_augment_with_probability_zero_changes_nothing():
     images = torch.rand(2, 3, 16, 16)
     config = PhotometricConfig(jitter_probability=0.0, blur_probability=0.0)
