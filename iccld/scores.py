@@ -4,7 +4,8 @@ Shape letters: `H W` image, `K` classes.
 """
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,16 @@ class EvaluationResult:
     def to_json(self) -> dict[str, Any]:
         """Return plain numbers, lists and null, ready for `json.dump`."""
         return {name: _null(value) for name, value in asdict(self).items()}
+
+
+def mean_result(results: Sequence[EvaluationResult]) -> EvaluationResult:
+    """Average the scores of several predictions of the same images; what has no value in any of them stays NaN."""
+    by_class = ("iou", "boundary_iou")
+    columns = {name: zip(*(getattr(result, name) for result in results), strict=True) for name in by_class}
+    means: dict[str, Any] = {name: [_mean(np.array(values)) for values in column] for name, column in columns.items()}
+    for name in ("miou", "boundary_miou", "pixel_accuracy", "mean_accuracy"):
+        means[name] = _mean(np.array([getattr(result, name) for result in results]))
+    return replace(results[0], **means)
 
 
 class Scores:

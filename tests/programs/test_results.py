@@ -225,6 +225,17 @@ def test_scores_with_nothing_to_count_are_null_with_several_noise_seeds():
     json.dumps(scores, allow_nan=False)
 
 
+def test_scores_of_several_noise_seeds_are_means_of_each_figure():
+    nan = math.nan
+    one = EvaluationResult(["a", "b"], [40.0, nan], [10.0, nan], 40.0, 10.0, 80.0, 60.0, num_images=3)
+    two = EvaluationResult(["a", "b"], [44.0, 0.0], [20.0, nan], 22.0, 20.0, 84.0, 62.0, num_images=3)
+    scores = score_of_seeds([one, two])
+    assert scores["iou"] == [42.0, 0.0] and scores["boundary_iou"] == [15.0, None]
+    figures = [scores[name] for name in ("miou", "boundary_miou", "pixel_accuracy", "mean_accuracy", "num_images")]
+    assert figures == [31.0, 15.0, 82.0, 61.0, 3] and scores["miou_by_noise_seed"] == [40.0, 22.0]
+    assert score_of_seeds([one]) == one.to_json()
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{", "nul"])
 def test_a_file_without_scores_is_named(text: str, tmp_path: Path):
     (tmp_path / "results.json").write_text(text)

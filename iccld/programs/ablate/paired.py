@@ -43,7 +43,10 @@ def paired_difference(scores: Mapping[int, float], baseline: Mapping[int, float]
 
 
 def judgement(difference: Estimate | None) -> str:
-    """Say `better` or `worse` for at least two seeds and two standard errors, else `no difference shown`."""
+    """Say `better` or `worse` for at least two seeds and two standard errors, else `no difference shown`.
+
+    Of equal runs, two seeds say so in 30 % of comparisons, three in 18 %, five in 12 % (Student's distribution).
+    """
     if difference is None or difference.se is None or difference.mean == 0:
         return "no difference shown"
     if abs(difference.mean) < SIGNIFICANT * difference.se:

@@ -20,8 +20,9 @@ SUMMARY, REPORT = "summary.json", "report.md"
 HOW_TO_READ = """\
 Scores are mIoU in per cent on the validation set, of the last checkpoint; ± is one standard error over the training
 seeds. A difference is to the baseline, seed by seed. It is called better or worse if it is at least two of its own
-standard errors, over at least two seeds; otherwise no difference is shown. Minutes are those of the run's own training
-and do not include the stage 1 that it took from another run; memory is the most that one rank held."""
+standard errors, over at least two seeds; otherwise no difference is shown. Runs that are alike are called so by chance
+in 30 % of comparisons with two seeds, in 18 % with three, in 12 % with five. Minutes are those of the run's own
+training and do not include the stage 1 that it took from another run; memory is the most that one rank held."""
 WHICH_IMAGES = "They are the baseline's best, median and worst validation image by mIoU, the same for every run."
 
 WHICH_LATENTS = """\

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -34,6 +33,7 @@ from iccld.runtime.measure.terminal import Terminal
 from iccld.runtime.ranks import Ranks, together
 from iccld.runtime.settings import Compile
 from iccld.schema import key_of
+from iccld.scores import mean_result
 from iccld.stages.settings import Weights
 from iccld.stages.table import STAGES, stage_of
 from iccld.tables import table_console
@@ -214,12 +214,11 @@ def score_model(model: ICCLD, config: Config, score: Callable[[Predict], Evaluat
 
 
 def _scores(by_noise_seed: list[EvaluationResult]) -> dict[str, Any]:
-    """Return the first seed's scores; of several seeds, also the mean mIoU and all of them."""
-    first, *others = by_noise_seed
-    if not others:
-        return first.to_json()
-    mean = dataclasses.replace(first, miou=statistics.fmean(result.miou for result in by_noise_seed))
-    return mean.to_json() | {"miou_by_noise_seed": [result.to_json()["miou"] for result in by_noise_seed]}
+    """Return the means over the seeds; of several seeds, also the mIoU of each."""
+    scores = mean_result(by_noise_seed).to_json()
+    if len(by_noise_seed) == 1:
+        return scores
+    return scores | {"miou_by_noise_seed": [result.to_json()["miou"] for result in by_noise_seed]}
 
 
 def named_results(results: Mapping[str, Any]) -> dict[str, EvaluationResult]:
