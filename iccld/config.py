@@ -7,7 +7,7 @@ config` starts at once.
 import contextlib
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cache, lru_cache
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
@@ -146,7 +147,7 @@ def load_config(overrides: Sequence[str], *, config_dir: str = "") -> Config:
         for file in files:
             check_group_file(file, Config)
     try:
-        with initialize_config_module("iccld.configs", version_base="1.3"):
+        with _beside_other_hydras(), initialize_config_module("iccld.configs", version_base="1.3"):
             composed: Any = compose("config", overrides=words)  # type: ignore[arg-type]
         for key in schema.unknown_keys(composed, Config):  # Hydra adds what `+key` names, known or not
             near = suggestions.for_key(key, Config)
@@ -161,9 +162,20 @@ def load_config(overrides: Sequence[str], *, config_dir: str = "") -> Config:
         raise ValueError(f"{where}{text}{remedy} (`iccld config` shows all settings)") from error
 
 
+@contextlib.contextmanager
+def _beside_other_hydras() -> Iterator[None]:
+    """Let a program compose that is itself one of Hydra's, which a process has once."""
+    kept = GlobalHydra.instance().hydra
+    GlobalHydra.instance().hydra = None
+    try:
+        yield
+    finally:
+        GlobalHydra.instance().hydra = kept  # of another instance, perhaps: Hydra replaces its own
+
+
 @lru_cache(maxsize=1)  # it takes a third of a composition's time
 def _register_schema(settings: type) -> None:
-    ConfigStore.instance().store(name="schema", node=settings)
+    ConfigStore.instance().store(name="iccld_schema", node=settings)
 
 
 def _built(settings: Any) -> Config:

@@ -9,12 +9,21 @@ from iccld import plain_yaml
 from iccld.reading import read_limited
 from iccld.schema import not_strings, type_at
 
+PACKAGED = Path(__file__).parent / "configs"
+
 
 def own_files(folder: Path, choices: Iterable[tuple[str, Any]]) -> list[Path]:
-    """Return the files of a folder that groups and their choices name."""
+    """Return the files of a folder that groups and their choices name.
+
+    Raises ValueError for a file that has the name of a packaged one, which Hydra would take instead.
+    """
     names = [(group, name) for group, given in choices for name in (given if isinstance(given, list) else [given])]
-    files = [folder / group / re.sub(r"(\.ya?ml)?$", ".yaml", str(name), count=1) for group, name in names]
-    return [file for file in files if file.is_file()]
+    files = [Path(group) / re.sub(r"(\.ya?ml)?$", ".yaml", str(name), count=1) for group, name in names]
+    own = [file for file in files if (folder / file).is_file()]
+    for file in own:
+        if (PACKAGED / file).is_file():
+            raise ValueError(f"{folder / file}: the packaged {file} would be taken; give the file another name.")
+    return [folder / file for file in own]
 
 
 def check_group_file(path: Path, schema: type) -> None:

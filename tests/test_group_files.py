@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 
 from iccld.config import load_config
 from iccld.data.config import DataConfig
@@ -43,6 +45,26 @@ def test_a_broken_file_is_named_with_its_line(name: str, tmp_path: Path):
         load_config([f"dataset={name}"], config_dir=str(tmp_path))
     said = str(raised.value)
     assert said.startswith(f"{path}:{line}: ") and message in said and "\n" not in said, said
+
+
+def test_a_file_that_a_packaged_one_would_replace_is_refused(tmp_path: Path):
+    (tmp_path / "dataset").mkdir()
+    path = tmp_path / "dataset" / "gta5_to_cityscapes.yaml"
+    path.write_bytes(HEAD)
+    with pytest.raises(ValueError, match=r"the packaged dataset/gta5_to_cityscapes\.yaml would be taken") as raised:
+        load_config(["dataset=gta5_to_cityscapes"], config_dir=str(tmp_path))
+    assert str(raised.value).startswith(f"{path}: ")
+    load_config(["model=tiny"], config_dir=str(tmp_path))
+
+
+def test_a_program_that_is_hydra_s_composes_beside(tmp_path: Path):
+    (tmp_path / "own.yaml").write_text("a: 1\n")
+    with initialize_config_dir(str(tmp_path), version_base=None):
+        assert load_config(["model=tiny", "seed=3"]).seed == 3
+        assert compose("own") == {"a": 1}
+    with pytest.raises(ValueError, match="seed"):
+        load_config(["seed=x"])
+    assert not GlobalHydra.instance().is_initialized()
 
 
 @pytest.mark.parametrize("content", [HEAD, HEAD + b"# nothing yet\n\n", HEAD + b"{}\n"])

@@ -2,7 +2,7 @@
 
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,12 +29,13 @@ class Numbered(NamedTuple):
     number: int
 
 
-def is_one(images: Images | list[Images] | tuple[Images, ...]) -> bool:
+def is_one(images: Images | Sequence[Images]) -> bool:
     """Tell whether a single image is given, for a single result. A batch of one is a batch."""
-    return not isinstance(images, list | tuple) and not (isinstance(images, Tensor) and images.ndim == 4)
+    is_batch = isinstance(images, Tensor) and images.ndim == 4
+    return isinstance(images, str) or not (is_batch or isinstance(images, Sequence))
 
 
-def read_images(images: Images | list[Images] | tuple[Images, ...]) -> Iterator[Numbered]:
+def read_images(images: Images | Sequence[Images]) -> Iterator[Numbered]:
     """Read one image after the other, when it is asked for. Raises ValueError, in one line, for any other input."""
     several: Iterable[Any] = [images] if is_one(images) else images  # pyright: ignore[reportAssignmentType]
     for image in several:
@@ -78,7 +79,7 @@ def _of_array(image: np.ndarray) -> np.ndarray:
         }.get(True, "give RGB pixels")
         raise ValueError(f"predict: an array of shape {image.shape} must be (H, W, 3); {remedy}.")
     if image.dtype == np.uint8:
-        return np.require(image, requirements=["C", "W"])  # torch takes no mirrored view, such as bgr[..., ::-1]
+        return np.array(image, order="C")  # its own: the caller may use the buffer again; no mirrored view, for torch
     if not np.issubdtype(image.dtype, np.floating):
         raise ValueError(f"predict: an array of {image.dtype} must be uint8, or float in [0, 1]; convert it.")
     _check_range(float(image.min()), float(image.max()))  # NaN is in neither

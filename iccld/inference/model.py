@@ -8,7 +8,7 @@ result = model.predict("street.jpg")
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Self, TypeVar, overload
+from typing import Any, Self, TypedDict, TypeVar, Unpack, overload
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard, ModelHubMixin
 from PIL import Image
 from torch import Tensor
 
-from iccld.evaluation import Predict, windowed
+from iccld.evaluation import windowed
 from iccld.inference.images import Images, is_one, read_images
 from iccld.inference.prediction import Prediction, segment
 from iccld.inference.scores import scores_of
@@ -26,8 +26,8 @@ from iccld.models.model_card import without_paths
 from iccld.models.readme import describe
 from iccld.models.settings import AttentionBackend
 from iccld.settings import EvaluationConfig
-from iccld.stages.predictor import predictor_of
 from iccld.stages.settings import InferenceConfig
+from iccld.stages.table import stage_of
 from iccld.strides import LATENT_STRIDE
 
 PRECISIONS = ("fp32", "bf16")
@@ -42,6 +42,17 @@ def moved(model: ModelT, device: torch.device | str) -> ModelT:
     except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
         why = str(error).partition("\n")[0]
         raise ValueError(f"device={device} cannot be used ({why}); use cpu, or a device that is there.") from error
+
+
+class PredictOptions(TypedDict, total=False):
+    """Options of `ICCLD.predict`, which explains them, for those who check types."""
+
+    num_steps: int
+    seeds: int
+    size: Sequence[int]
+    sliding_window: bool
+    device: torch.device | str | None
+    precision: str
 
 
 class ICCLD(figure.ICCLD, ModelHubMixin, library_name="iccld", pipeline_tag="image-segmentation"):
@@ -103,14 +114,16 @@ class ICCLD(figure.ICCLD, ModelHubMixin, library_name="iccld", pipeline_tag="ima
         return ModelCard(describe(self._own_card()))
 
     @overload
-    def predict(self, images: str | Path | Image.Image | np.ndarray, **options: Any) -> Prediction: ...
+    def predict(
+        self, images: str | Path | Image.Image | np.ndarray, **options: Unpack[PredictOptions]
+    ) -> Prediction: ...
     @overload
-    def predict(self, images: list[Images] | tuple[Images, ...], **options: Any) -> list[Prediction]: ...
+    def predict(self, images: Sequence[Images], **options: Unpack[PredictOptions]) -> list[Prediction]: ...
     @overload
-    def predict(self, images: Tensor, **options: Any) -> Prediction | list[Prediction]: ...
+    def predict(self, images: Tensor, **options: Unpack[PredictOptions]) -> Prediction | list[Prediction]: ...
     def predict(  # pyright: ignore[reportInconsistentOverload]
         self,
-        images: Images | list[Images] | tuple[Images, ...],
+        images: Images | Sequence[Images],
         *,
         num_steps: int = 0,
         seeds: int = 1,
@@ -144,12 +157,11 @@ class ICCLD(figure.ICCLD, ModelHubMixin, library_name="iccld", pipeline_tag="ima
         sliding_window: bool = False,
         precision: str = "fp32",
         inference: InferenceConfig | None = None,
-        predictor: Callable[..., Predict] = predictor_of,
     ) -> Callable[[np.ndarray, int], Prediction]:
         """`predict` of one image after the other: pixels `(H, W, 3)` and the number that keys the noise to a result.
 
-        Options are those of `predict`; `inference` says what else is averaged, and `predictor` how the model's stage
-        predicts. Raises ValueError if they do not fit the model.
+        Options are those of `predict`; `inference` says what else is averaged. Raises ValueError if they do not fit the
+        model.
         """
         card = self._own_card()
         inference = inference or InferenceConfig()
@@ -157,6 +169,7 @@ class ICCLD(figure.ICCLD, ModelHubMixin, library_name="iccld", pipeline_tag="ima
         if self.deterministic:
             _refuse_noise(inference)
         config = EvaluationConfig(image_size=list(size), sliding_window=sliding_window)
+        predictor = stage_of(self).predictor
         predictors = [
             windowed(predictor(self, inference, seed=SEED, num_steps=num_steps, noise_seed=noise_seed), config)
             for noise_seed in range(seeds)
@@ -182,6 +195,9 @@ class ICCLD(figure.ICCLD, ModelHubMixin, library_name="iccld", pipeline_tag="ima
         return self.card
 
     def _check(self, *, num_steps: int, seeds: int, size: Sequence[int], precision: str) -> None:
+        for name, value in (("num_steps", num_steps), ("seeds", seeds)):
+            if not isinstance(value, int | np.integer):
+                raise ValueError(f"{name}={value!r} must be a whole number.")
         if not 0 <= num_steps <= 1000:
             raise ValueError(f"num_steps={num_steps} must be between 0 (the decoder alone) and 1000.")
         if num_steps:
@@ -189,10 +205,9 @@ class ICCLD(figure.ICCLD, ModelHubMixin, library_name="iccld", pipeline_tag="ima
         if seeds < 1 or (seeds > 1 and (not num_steps or self.deterministic)):
             why = "this model never saw noise" if self.deterministic else "without denoising, no noise is drawn"
             raise ValueError(f"seeds={seeds} must be {'1: ' + why if seeds > 1 else 'at least 1'}; use seeds=1.")
-        if len(size) not in (0, 2) or (size and min(size) < LATENT_STRIDE):
-            raise ValueError(
-                f"size={tuple(size)} must be (height, width), at least {LATENT_STRIDE} pixels each, or empty."
-            )
+        are_pixels = isinstance(size, Sequence) and all(isinstance(side, int | np.integer) for side in size)
+        if not are_pixels or len(size) not in (0, 2) or (size and min(size) < LATENT_STRIDE):
+            raise ValueError(f"size={size!r} must be (height, width), at least {LATENT_STRIDE} pixels each, or empty.")
         if precision not in PRECISIONS:
             raise ValueError(f"precision={precision!r} must be one of {', '.join(PRECISIONS)}.")
 

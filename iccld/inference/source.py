@@ -3,13 +3,14 @@
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from iccld.models.best_model import best_of
 from iccld.models.model_card import CARD_NAME, MAX_BYTES, WEIGHTS_NAME
+from iccld.stages.table import STAGES
 
 Model = TypeVar("Model")
 HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
@@ -18,13 +19,15 @@ MAX_WEIGHTS = 64 << 30
 """The most bytes of weights that are fetched: more than any model of this kind has."""
 
 
-def load_model(source: str | Path, load: Callable[[Path], Model], *, weights: str = "teacher", **options: Any) -> Model:
+def load_model(
+    source: str | Path, load: Callable[[Path], Model], *, weights: str = "teacher", revision: str | None = None
+) -> Model:
     """Load the model that `find_model` finds; once more where a training has replaced its best teacher meanwhile."""
-    folder = find_model(source, weights=weights, **options)
+    folder = find_model(source, weights=weights, revision=revision)
     try:
         return load(folder)
     except (ValueError, OSError):
-        if weights != "best" or (newer := find_model(source, weights=weights, **options)) == folder:
+        if weights != "best" or (newer := find_model(source, weights=weights)) == folder:
             raise
         return load(newer)
 
@@ -36,7 +39,7 @@ def find_model(
 
     source: a folder, or `owner/name` on the hub where there is no such folder. weights: `teacher`, `student` or `best`
     (the teacher that scored best in training), of a run. revision: a branch, tag or commit of the hub. stages: a run's,
-    the last one first; else by name.
+    the last one first; else all of the table.
     Raises ValueError.
     """
     if weights not in ("teacher", "student", "best"):
@@ -52,8 +55,7 @@ def find_model(
         raise ValueError(f"revision={revision!r} is of a model on the hub, and {source} is a folder; leave it out.")
     if weights == "best":
         return _best_of(folder, stages)
-    names = stages or sorted((path.parents[1].name for path in folder.glob(f"*/final/{weights}")), reverse=True)
-    finals = [folder / name / "final" / weights for name in names]
+    finals = [folder / name / "final" / weights for name in stages or reversed([*STAGES])]
     found = next((place for place in (folder, *finals) if (place / CARD_NAME).is_file()), None)
     if found is None:
         raise ValueError(
@@ -66,7 +68,7 @@ def find_model(
 def _best_of(run_dir: Path, stages: Sequence[str]) -> Path:
     """The best teacher of the last stage that there is, which has to have one."""
     there = {path.parent.name for part in ("final", "best") for path in run_dir.glob(f"*/{part}")}
-    names = [name for name in stages or sorted(there, reverse=True) if name in there]
+    names = [name for name in stages or reversed([*STAGES]) if name in there]
     best = (best_of(run_dir / name) for name in names[:1] * 2)  # a second look: it may be replaced within the first
     found = next(filter(None, best), None)
     if found is None:

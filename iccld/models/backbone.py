@@ -4,13 +4,18 @@ import contextlib
 import inspect
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from iccld.durable import locked, make_folder
+from iccld.models.settings import EncoderConfig
 from iccld.outcome import Interrupted
+from iccld.reading import MIB, read_json
+from iccld.suggestions import did_you_mean
+from iccld.texts import short
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -20,13 +25,13 @@ logger = logging.getLogger(__name__)
 KNOWN_TYPES = "segformer, convnextv2, swin, mobilenet_v2, dinov2, dinov3_vit"
 
 SELF_CONTAINED = {
-    "beit", "convnext", "convnextv2", "cvt", "dinov2", "dinov2_with_registers", "dinov3_convnext", "dinov3_vit",
-    "efficientnet", "focalnet", "hiera", "mobilenet_v1", "mobilenet_v2", "mobilevit", "mobilevitv2",
-    "poolformer", "pvt", "pvt_v2", "regnet", "resnet", "segformer", "swiftformer", "swin", "swinv2", "vit",
+    "convnext", "convnextv2", "cvt", "dinov2", "dinov2_with_registers", "dinov3_convnext", "dinov3_vit",
+    "efficientnet", "focalnet", "mobilenet_v1", "mobilenet_v2", "mobilevit", "mobilevitv2",
+    "poolformer", "pvt_v2", "regnet", "resnet", "segformer", "swiftformer", "swin", "swinv2",
 }  # fmt: skip
-"""Types whose config alone says what is built; others name models and code that are then fetched from the hub.
+"""Types that give feature maps, and whose config alone says what is built: a saved model is rebuilt from it.
 
-A model's card and `backbone_config` may have these; whoever sets `pretrained` may have any that gives feature maps.
+Others name models and code that are then fetched from the hub.
 """
 LEADS_ELSEWHERE = {"auto_map", "backbone", "quantization_config", "use_timm_backbone", "use_pretrained_backbone"}
 
@@ -42,14 +47,13 @@ def make_backbone(pretrained: str, backbone_config: dict[str, Any]) -> "tuple[Pr
             f"set exactly one, a hub id or folder with weights, or a transformers config to build without weights."
         )
     from transformers import AutoModel  # importing it takes seconds, so only a built backbone imports it
-    from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()  # the weights load in milliseconds, and every rank would print a bar
     if not pretrained:
         config = _config_from_dict(backbone_config)
         return AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False), set()
     try:
-        model, report = _load(pretrained)
+        with _without_progress_bars():
+            model, report = _load(pretrained)
     except (OSError, ValueError, RuntimeError) as error:
         if not Path(pretrained).is_dir() and _is_away(error):
             raise Interrupted(
@@ -62,9 +66,37 @@ def make_backbone(pretrained: str, backbone_config: dict[str, Any]) -> "tuple[Pr
         ) from error
     if report["unexpected_keys"]:
         logger.warning("%s: left out weights of %s", pretrained, sorted(report["unexpected_keys"]))
-    if (kind := model.config.model_type) not in SELF_CONTAINED:
-        logger.warning("%s: a saved model with a %s backbone cannot be loaded again", pretrained, kind)
+    _refuse_others(model.config)
     return model.float(), set(report["missing_keys"])
+
+
+@contextlib.contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Let transformers show none: the weights load in milliseconds, and every rank would print one."""
+    from transformers.utils import logging as of_transformers
+
+    were_shown = of_transformers.is_progress_bar_enabled()
+    of_transformers.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if were_shown:
+            of_transformers.enable_progress_bar()
+
+
+def warn_of_other_normalisation(config: EncoderConfig) -> None:
+    """Warn if the folder of a backbone says that it was trained on images of another mean or deviation."""
+    path = Path(config.pretrained) / "preprocessor_config.json"
+    if not config.pretrained or not path.is_file():
+        return
+    try:
+        told = dict(read_json(path, MIB))
+    except (ValueError, TypeError):
+        return
+    for name in ("image_mean", "image_std"):
+        own = getattr(config, name)
+        if told.get(name, own) != own:
+            logger.warning("model.encoder.%s=%s, but %s says %s; set it", name, own, path, short(told[name]))
 
 
 def _load(pretrained: str) -> "tuple[PreTrainedModel, dict[str, Any]]":
@@ -136,13 +168,25 @@ def _config_from_dict(values: dict[str, Any]) -> "PreTrainedConfig":
     except (ValueError, TypeError) as error:
         raise ValueError(f"model.encoder.backbone_config={values} is no transformers config: {error}") from error
     _refuse_others(config)
+    if "transformers_version" not in fields:  # a saved config may be another version's
+        _refuse_unknown(fields, config)
     return config
+
+
+def _refuse_unknown(fields: dict[str, Any], config: "PreTrainedConfig") -> None:
+    """Raise ValueError for a field that the type has not: transformers keeps it, and nothing reads it."""
+    known = {*type(config)().to_dict(), *config.attribute_map}
+    for name in fields.keys() - known:
+        raise ValueError(
+            f"model.encoder.backbone_config: {config.model_type} has no {name!r}{did_you_mean(name, known)}"
+        )
 
 
 def _refuse_others(config: "PreTrainedConfig") -> None:
     if config.model_type not in SELF_CONTAINED:
         raise ValueError(
-            f"model.encoder: a backbone of type {config.model_type!r} gives no feature maps; use one of {KNOWN_TYPES}."
+            f"model.encoder: a saved model with a backbone of type {config.model_type!r} could not be loaded again; "
+            f"use one of {', '.join(sorted(SELF_CONTAINED))}."
         )
 
 

@@ -18,9 +18,11 @@ from iccld.models.backbone import (
     recompute_layers,
     record_hidden_states_alone,
     refuse_missing,
+    warn_of_other_normalisation,
 )
 from iccld.models.blocks import FeatureFusion, conv_block
 from iccld.models.settings import EncoderConfig
+from iccld.outcome import lacks_memory
 from iccld.strides import COARSEST_STRIDE, FEATURE_STRIDES, LATENT_STRIDE
 
 FORWARD_OPTIONS = {
@@ -54,6 +56,7 @@ class Encoder(nn.Module):
     def __init__(self, *, config: EncoderConfig, latent_channels: int) -> None:
         super().__init__()
         self.backbone, missing = make_backbone(config.pretrained, config.backbone_config)
+        warn_of_other_normalisation(config)
         self.train()  # before anything passes the backbone, or BatchNorm would take it for data
         self.options = FORWARD_OPTIONS.get(self.backbone.config.model_type, {})
         self.register_buffer("image_mean", torch.tensor(config.image_mean).view(1, 3, 1, 1), persistent=False)
@@ -115,11 +118,6 @@ class Encoder(nn.Module):
         patch = self.backbone.config.patch_size
         rows, columns = (-(-side // patch) for side in images.shape[-2:])
         norms = [child for child in self.backbone.children() if isinstance(child, nn.LayerNorm)]
-        if not norms:
-            raise ValueError(
-                f"model.encoder: the tokens of a {self.backbone.config.model_type!r} are no maps; "
-                f"use one of {KNOWN_TYPES}."
-            )
         tokens = norms[0](state)[:, -rows * columns :]  # class and register tokens come first
         return tokens.transpose(1, 2).unflatten(2, (rows, columns))
 
@@ -138,6 +136,18 @@ class Encoder(nn.Module):
         return _TAPS[key]
 
     def _find_taps(self) -> _FeatureTaps:
+        """Find the taps. Raises ValueError for a backbone of another design."""
+        try:
+            return self._taps_of_a_pass()
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+            if lacks_memory(error):
+                raise
+            raise ValueError(
+                f"model.encoder: a backbone of type {self.backbone.config.model_type!r}, of this config, gives no "
+                f"feature maps ({str(error).strip().partition(chr(10))[0]}); use one of {KNOWN_TYPES}."
+            ) from error
+
+    def _taps_of_a_pass(self) -> _FeatureTaps:
         images = torch.zeros(1, 3, 2 * COARSEST_STRIDE, 2 * COARSEST_STRIDE)
         with torch.enable_grad():
             states = self._states(images)

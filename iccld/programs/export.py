@@ -68,7 +68,11 @@ def export_model(model: "ICCLD", output: Path, *, kind: str, num_steps: int = 0,
     kind: `torch` or `onnx`. images: files on which both are compared, at several sizes. Raises ValueError.
     """
     from iccld.durable import make_folder, replacing
+    from iccld.stages.kind import StageKind
+    from iccld.stages.table import stage_of
 
+    if type(stage := stage_of(model)).predictor is not StageKind.predictor:
+        raise ValueError(f"export: models of {stage.name} predict in a way of their own, which no file holds.")
     model = model.cpu().eval()
     module = _module(model, num_steps)
     trials = [_inputs(model, images, size, with_noise=num_steps > 0) for size in SIZES]

@@ -46,7 +46,6 @@ def run(arguments: argparse.Namespace) -> int:
     from iccld.models.settings import AttentionBackend
     from iccld.solver import Solver
     from iccld.stages.settings import InferenceConfig
-    from iccld.stages.table import STAGES, stage_of
 
     inputs = expanded(arguments.input)
     videos = [path for path in inputs if is_video(path)]
@@ -54,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"predict: {videos[0]} is a video, which is predicted alone, and without --probabilities.")
     attention = AttentionBackend[arguments.attention]
     load = partial(ICCLD.from_pretrained, attention=attention)
-    model = load_model(arguments.model, load, weights=arguments.weights, stages=[*STAGES][::-1])
+    model = load_model(arguments.model, load, weights=arguments.weights)
     segment = moved(model, arguments.device or default_device_type()).segmenter(
         num_steps=arguments.num_steps,
         size=size,
@@ -66,7 +65,6 @@ def run(arguments: argparse.Namespace) -> int:
             num_averaged=arguments.num_averaged,
             blend=arguments.blend,
         ),
-        predictor=stage_of(model).predictor,
     )
     if videos:
         predict_video(videos[0], arguments.output, segment)

@@ -59,7 +59,7 @@ class AdversarialModule(nn.Module):
     def _confusion(self, discriminator_input: Tensor, t: Tensor) -> Tensor:
         """Sum the confusion over the samples that the denoiser is to change; the discriminator is the current one."""
         detached = {name: p.detach() for name, p in self.discriminator.named_parameters()}
-        if self.config.adversary_input is not AdversaryInput.map:
+        if not self.config.adversary_input.is_decoded:
             return domain_confusion(functional_call(self.discriminator, detached, (discriminator_input, t))).sum()
         of_target = functional_call(self.discriminator, detached, (discriminator_input.chunk(2)[1], t.chunk(2)[1]))
         source = torch.zeros_like(t.chunk(2)[1])
@@ -78,7 +78,7 @@ class AdversarialModule(nn.Module):
     def _decoded(self, z_0: Tensor, tensors: Tensors) -> Tensors:
         """Decode a clean latent by domain: D's logits at stride 4, with the features that the denoiser's view gave."""
         asked = {*(LABELLED if self.config.task_weight else ())}
-        asked |= {*(self.config.adversary_domains if self.config.adversary_input is AdversaryInput.map else ())}
+        asked |= {*(self.config.adversary_domains if self.config.adversary_input.is_decoded else ())}
         if not asked:
             return {}
         (model,), names = self._whole, [name for name in DOMAINS if name in asked]
@@ -88,13 +88,16 @@ class AdversarialModule(nn.Module):
 
     def _discriminator_input(self, prediction: DenoiserOutput, logits: Tensors) -> Tensor:
         """Return the input of the discriminator."""
-        if self.config.adversary_input is AdversaryInput.map:
+        seen = self.config.adversary_input
+        if seen is AdversaryInput.map:
             return torch.cat([logits[name] for name in self.config.adversary_domains]).float().softmax(dim=1)
-        if self.config.adversary_input is AdversaryInput.features:
+        if seen is AdversaryInput.features:
             return prediction.middle
-        if self.config.adversary_input is AdversaryInput.z0:
+        if seen is AdversaryInput.z0:
             return prediction.z_0_pred
-        return prediction.noise_pred
+        if seen is AdversaryInput.noise:
+            return prediction.noise_pred
+        raise ValueError(f"stage2.objective.adversary_input={seen.value}: `_discriminator_input` has no line for it.")
 
     def _metrics(self, guesses: Tensor, domains: Tensor, t: Tensor) -> Tensors:
         """Measure the discriminator's accuracy per domain and timestep bin.

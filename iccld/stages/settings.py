@@ -85,6 +85,11 @@ class AdversaryInput(Enum):
     features = "features"
     map = "map"
 
+    @property
+    def is_decoded(self) -> bool:
+        """Tell whether the input is made of D's maps, which the source and the target have."""
+        return self in (AdversaryInput.map,)
+
 
 class PseudoLabelSource(Enum):
     """Sources of the target's labels: E and D of stage 1, or their mean with one step of the denoiser's EMA."""
@@ -128,17 +133,17 @@ class AdversarialConfig:
     @property
     def decodes(self) -> bool:
         """Tell whether a loss passes D."""
-        return self.task_weight > 0 or self.adversary_input is AdversaryInput.map
+        return self.task_weight > 0 or self.adversary_input.is_decoded
 
     @property
     def adversary_domains(self) -> tuple[str, ...]:
         """Return the domains that the discriminator tells apart."""
-        return ("source", "target") if self.adversary_input is AdversaryInput.map else DOMAINS
+        return ("source", "target") if self.adversary_input.is_decoded else DOMAINS
 
     @property
     def moved_domains(self) -> tuple[str, ...]:
         """Return those of them whose samples the adversarial term moves."""
-        return ("target",) if self.adversary_input is AdversaryInput.map else DOMAINS
+        return ("target",) if self.adversary_input.is_decoded else DOMAINS
 
     def __post_init__(self) -> None:
         weights = self.domain_weights

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -146,6 +147,10 @@ def test_what_is_no_image_is_refused_in_one_line(model: Model, image, words: str
         ({"seeds": 0}, "seeds=0 must be at least 1"),
         ({"seeds": 2}, "without denoising, no noise is drawn"),
         ({"size": (4, 4)}, "size=\\(4, 4\\) must be"),
+        ({"size": 64}, "size=64 must be \\(height, width\\)"),
+        ({"size": (64.0, 96.0)}, "size=\\(64.0, 96.0\\) must be"),
+        ({"seeds": "3"}, "seeds='3' must be a whole number"),
+        ({"num_steps": 1.5}, "num_steps=1.5 must be a whole number"),
         ({"precision": "fp8"}, "precision='fp8' must be one of fp32, bf16"),
         ({"device": "gpu"}, "device=gpu cannot be used \\(.*gpu\\); use cpu"),
         ({"device": "cuda:99"}, "device=cuda:99 cannot be used \\(.*\\); use cpu"),
@@ -178,6 +183,17 @@ def test_arrays_are_read_however_they_lie_in_memory(model: Model, recwarn: pytes
         result = model.predict(same)
         assert (result.labels == expected.labels).all() and (result.image == PIXELS).all()
     assert not recwarn.list
+
+
+def test_a_result_keeps_its_image_when_the_caller_uses_the_array_again(model: Model):
+    frame = PIXELS.copy()
+    result = model.predict(frame)
+    frame[:] = 0
+    assert (result.image == PIXELS).all()
+
+
+def test_any_sequence_of_images_gives_a_list(model: Model):
+    assert len(model.predict(deque([PIXELS, PIXELS]))) == 2  # pyright: ignore[reportArgumentType]
 
 
 def test_a_model_of_stage_1_has_no_steps_and_one_without_card_no_names(tmp_path: Path):

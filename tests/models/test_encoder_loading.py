@@ -14,8 +14,10 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
-from iccld.models.backbone import _is_away
+from iccld.models import backbone
+from iccld.models.backbone import _is_away, make_backbone
 from iccld.models.encoder import Encoder
 from iccld.models.settings import EncoderConfig
 from tests.models.factory import BACKBONES, make_encoder, random_images
@@ -41,18 +43,7 @@ SMALL_CVT = {
     "model_type": "cvt", "embed_dim": [8, 16, 24], "num_heads": [1, 1, 1], "depth": [1, 2, 3],
     "drop_path_rate": [0.5, 0.5, 0.5], "drop_rate": [0.5, 0.5, 0.5],
 }  # fmt: skip
-SMALL_LEVIT = {
-    "model_type": "levit", "hidden_sizes": [16, 32, 48], "num_attention_heads": [1, 2, 3], "depths": [1, 1, 1],
-    "key_dim": [16, 16, 16], "image_size": 64, "drop_path_rate": 0,
-}  # fmt: skip
 GLPN = {"model_type": "glpn", "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "num_attention_heads": [1] * 4}
-
-
-def test_tokens_without_maps_are_refused(tmp_path: Path):
-    values = {key: value for key, value in SMALL_LEVIT.items() if key != "model_type"}
-    AutoModel.from_config(AutoConfig.for_model("levit", **values)).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="the tokens of a 'levit' are no maps"):
-        Encoder(config=EncoderConfig(pretrained=str(tmp_path), width=16), latent_channels=4)
 
 
 def test_a_further_type_can_be_chosen_and_draws_nothing(tmp_path: Path):
@@ -66,14 +57,59 @@ def test_a_further_type_can_be_chosen_and_draws_nothing(tmp_path: Path):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_type_that_no_card_may_have_can_be_chosen_by_who_trains(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    with pytest.raises(ValueError, match="gives no feature maps"):
-        Encoder(config=EncoderConfig(backbone_config=GLPN), latent_channels=4)
+def test_a_type_of_which_no_saved_model_can_be_rebuilt_is_refused_before_it_is_trained(tmp_path: Path):
     values = {key: value for key, value in GLPN.items() if key != "model_type"}
     AutoModel.from_config(AutoConfig.for_model("glpn", **values)).save_pretrained(tmp_path)
-    encoder = Encoder(config=EncoderConfig(pretrained=str(tmp_path), width=16), latent_channels=4)
-    assert encoder.feature_channels == (8, 16, 24, 32)
-    assert "with a glpn backbone cannot be loaded again" in caplog.text
+    for config in (EncoderConfig(backbone_config=GLPN), EncoderConfig(pretrained=str(tmp_path))):
+        with pytest.raises(ValueError, match=r"type 'glpn' could not be loaded again; use one of .*segformer"):
+            Encoder(config=config, latent_channels=4)
+
+
+def test_a_type_that_is_none_of_ours_after_all_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(backbone, "SELF_CONTAINED", {"vit", "hiera", "beit"})
+    for kind in sorted(backbone.SELF_CONTAINED):
+        config = EncoderConfig(backbone_config={"model_type": kind})
+        with pytest.raises(
+            ValueError, match=rf"^model\.encoder: a backbone of type '{kind}', .* gives no feature maps"
+        ):
+            Encoder(config=config, latent_channels=4)
+
+
+@pytest.mark.parametrize("kind", sorted(backbone.SELF_CONTAINED))
+def test_a_misspelt_field_of_a_config_is_refused(kind: str):
+    fields = {"model_type": kind, "hiden_sizes": [8, 8, 8, 8], "num_chanels": 3}
+    with pytest.raises(ValueError, match=rf"{kind} has no '(hiden_sizes|num_chanels)'"):
+        make_backbone("", fields)
+    with pytest.raises(ValueError, match="has no 'num_chanels'; did you mean num_channels"):
+        make_backbone("", {"model_type": kind, "num_chanels": 3})
+    saved = AutoConfig.for_model(kind).to_dict() | {"a_field_of_another_version": 1}
+    assert backbone._config_from_dict(saved).model_type == kind
+
+
+def test_a_folder_that_asks_for_another_normalisation_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    make_encoder("mobilenet_v2").backbone.save_pretrained(tmp_path)
+    config = EncoderConfig(pretrained=str(tmp_path), width=16)
+    told = tmp_path / "preprocessor_config.json"
+    for text in ("[]", "{", json.dumps({"image_mean": config.image_mean, "image_std": config.image_std})):
+        told.write_text(text)
+        Encoder(config=config, latent_channels=4)
+    assert not caplog.text
+    told.write_text(json.dumps({"image_mean": [0.5] * 3}))
+    Encoder(config=config, latent_channels=4)
+    assert "model.encoder.image_mean=[0.485, 0.456, 0.406], but" in caplog.text
+    assert "says [0.5, 0.5, 0.5]; set it" in caplog.text and "image_std" not in caplog.text
+
+
+def test_loading_leaves_the_progress_bars_of_transformers_as_they_were(tmp_path: Path):
+    make_encoder("mobilenet_v2").backbone.save_pretrained(tmp_path)
+    shown = is_progress_bar_enabled()
+    try:
+        for switch, is_on in ((enable_progress_bar, True), (disable_progress_bar, False)):
+            switch()
+            Encoder(config=EncoderConfig(pretrained=str(tmp_path), width=16), latent_channels=4)
+            assert is_progress_bar_enabled() is is_on
+    finally:
+        (enable_progress_bar if shown else disable_progress_bar)()
 
 
 def test_half_precision_weights_become_float32(tmp_path: Path):
@@ -158,7 +194,10 @@ def test_a_config_of_other_sizes_than_its_weights_is_named(tmp_path: Path):
             ),
             None,
         ),
-        (EncoderConfig(backbone_config={"model_type": "bert", "hidden_size": 12}), "gives no feature maps; use one of"),
+        (
+            EncoderConfig(backbone_config={"model_type": "bert", "hidden_size": 12}),
+            "could not be loaded again; use one of",
+        ),
     ],
 )
 def test_backbone_settings_are_checked(config: EncoderConfig, message: str | None):

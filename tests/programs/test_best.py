@@ -223,7 +223,10 @@ def test_it_is_found_by_its_name(trained: Path, tmp_path: Path, capsys: pytest.C
     assert main(["evaluate", str(run_dir), "inference.weights=best"]) == 0
     results = json.loads((run_dir / "report/results_best.json").read_text())
     assert results["stage1"]["miou"] == max(mious(run_dir)), "the same images as in training"
+    shutil.copytree(run_dir / "stage1/final", run_dir / "stage1_old/final")
+    assert find_model(run_dir) == run_dir / "stage1/final/teacher", "a copy is no stage"
     shutil.copytree(run_dir / "stage1/final", run_dir / "stage2/final")
+    assert find_model(run_dir) == run_dir / "stage2/final/teacher"
     with pytest.raises(ValueError, match=r"holds no best teacher of stage2.*stage2\.trainer\.evaluate_every"):
         find_model(run_dir, weights="best")
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from iccld import config as config_module
 from iccld.cli import main
 from iccld.config import Config, load_config
+from iccld.inference.model import ICCLD as ICCLDForUse
 from iccld.labels import IGNORE_INDEX
 from iccld.losses import weighted_cross_entropy
 from iccld.models.decoder import Decoder
@@ -23,6 +24,7 @@ from iccld.models.encoder import EncoderOutput
 from iccld.models.iccld import ICCLD
 from iccld.models.model_card import ModelStage
 from iccld.programs.evaluate.evaluate import evaluate_run, named_results
+from iccld.programs.export import export_model
 from iccld.programs.train.train import train
 from iccld.runtime.checkpoint.manifest import verify
 from iccld.settings import TrainerConfig
@@ -198,6 +200,10 @@ def test_it_predicts(words: list[str], tmp_path: Path):
     Image.fromarray(np.full((32, 64, 3), 128, np.uint8)).save(tmp_path / "image.png")
     assert not main(["predict", str(run_dir_of(words)), str(tmp_path / "image.png"), str(tmp_path / "out")])
     assert np.unique(np.array(Image.open(tmp_path / "out/image_label.png"))).tolist() == [TOYS_CLASS]
+    model = ICCLDForUse.from_pretrained(run_dir_of(words))
+    assert np.unique(model.predict(tmp_path / "image.png").labels).tolist() == [TOYS_CLASS]
+    with pytest.raises(ValueError, match="models of stage3 predict in a way of their own"):
+        export_model(model, tmp_path / "model.pt2", kind="torch")
 
 
 def test_its_checkpoints_are_listed_and_exported(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -243,7 +243,7 @@ def _write(results: Mapping[str, Any], folders: Sequence[Path], config: Config, 
     """Write the scores. A training may have left another stage meanwhile, so the place is looked for again."""
     path = place_for(folders, config, about)
     make_folder(path.parent, within=path.parent.parent)
-    write_whole(path, json.dumps(redacted({"about": about} | results), indent=1))
+    write_whole(path, json.dumps(redacted({"about": about, **results}), indent=1))
     return path
 
 

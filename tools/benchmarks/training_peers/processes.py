@@ -74,7 +74,8 @@ class Processes:
             port = probe.getsockname()[1]
         self.processes: list[subprocess.Popen[str]] = []
         for rank in range(count):
-            environment = os.environ | KEPT_MEMORY | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tools'}"}
+            own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tools' / 'benchmarks'}"}
+            environment = os.environ | KEPT_MEMORY | own
             environment |= {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(count)))} if on_gpus else HIDDEN_GPUS
             if together:
                 environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
