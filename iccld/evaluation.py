@@ -61,7 +61,7 @@ def sliding_window(
         for x in lefts:
             count[y : y + sides[0], x : x + sides[1]] += 1
     assert total is not None, "an image has at least one window"
-    return total / count
+    return total.div_(count)
 
 
 def windowed(predict: Predict, config: EvaluationConfig) -> Predict:
