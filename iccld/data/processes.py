@@ -65,7 +65,10 @@ def in_processes(
     try:
         yield partial(_completed, pool, 2 * num_workers)
     except BrokenProcessPool as error:
-        raise ValueError("a worker process was killed, perhaps for want of memory; use fewer --workers.") from error
+        raise ValueError(
+            "a worker process was killed, perhaps for want of memory; use fewer --workers. In a script of your own, "
+            "begin under `if __name__ == '__main__':`, since workers import it."
+        ) from error
     finally:
         writer.close()
         pool.shutdown(cancel_futures=True)
