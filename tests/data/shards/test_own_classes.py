@@ -144,6 +144,15 @@ def test_ids_that_nothing_explains_are_refused_with_a_file_to_begin_with(
     assert ShardIndex.open(folder / "set").header.class_set.names == ("class_1", "class_2", "class_3")
 
 
+def test_the_file_proposed_for_masks_of_0_and_255_goes_on(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(folder / "raw/labels/a.png", values({0: 0, 1: 255, 255: 255}))
+    command = ["shards", "make", "--dataset", "folder", "--input", f"{folder}/raw", "--output", f"{folder}/set"]
+    assert main(command) == 2
+    (folder / "proposed.yaml").write_text(capsys.readouterr().out)
+    assert main([*command, "--classes", f"{folder}/proposed.yaml"]) == 0
+    assert ShardIndex.open(folder / "set").header.class_pixels == [128, 128]
+
+
 def test_after_ids_that_are_missing_the_corrected_file_goes_on(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
