@@ -12,6 +12,7 @@ import tarfile
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,12 @@ def pack_chunks(
             name = f"shard-{report.number:06d}{'-*' if pack.packing.max_bytes else ''}.tar"
             progress(f"{name}: {len(reports)} of {len(chunks)}, {rate}, {bad} bad pairs")
     return [reports[number] for number in range(len(chunks))]
+
+
+def check_tar_writer() -> None:
+    """Raise ModuleNotFoundError if what writes tars is not installed, before there is any work to lose."""
+    if find_spec("webdataset") is None:
+        raise ModuleNotFoundError("tars are written by webdataset", name="webdataset")
 
 
 class ChunkWriter:

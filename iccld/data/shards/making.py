@@ -22,7 +22,7 @@ from typing import Any
 from iccld.data.classes import CITYSCAPES, classes_of
 from iccld.data.images.decode import MAX_PIXELS
 from iccld.data.processes import say, usable_cpus
-from iccld.data.shards.chunks import ChunkPacker, ChunkReport, pack_chunks
+from iccld.data.shards.chunks import ChunkPacker, ChunkReport, check_tar_writer, pack_chunks
 from iccld.data.shards.converters import DATASETS, Converter, Pair, open_converter
 from iccld.data.shards.describing import lacking_classes
 from iccld.data.shards.indexing import IndexResult
@@ -98,12 +98,13 @@ def make_shards(config: MakeShardsConfig, *, progress: Callable[[str], None] = s
     """Make the shards of a data set; the same command again keeps the finished ones.
 
     The result has no index if bad pairs were found and not accepted, or if all pairs are bad. Raises ValueError if the
-    user erred, or if another process makes the same shards.
+    user erred, or if another process makes the same shards, and ModuleNotFoundError without webdataset.
     """
     converter, output = _converter(config), Path(config.output)
     settings = config.settings() | {"converter": converter.describe()}
     if (output / INDEX_FOLDER).is_dir() and not (output / MAKING_FOLDER).exists():
         return _keep_finished(output, settings, progress)
+    check_tar_writer()
     survey = converter.survey(with_labels=not config.no_labels)
     if not config.no_labels:
         check_labels(converter, survey.pairs, f"--input {config.input}")
