@@ -1,6 +1,7 @@
 """Everything in an input is paired, named or counted, in folders and in zips."""
 
 import os
+import re
 import unicodedata
 import zipfile
 from pathlib import Path
@@ -120,8 +121,27 @@ def test_labels_are_no_matter_without_labels(tmp_path: Path) -> None:
 
 def test_an_input_of_other_formats_is_told_so(tmp_path: Path) -> None:
     root = write_folder(tmp_path, {"images/a.tif": b"", "images/b.tif": b""})
-    with pytest.raises(ValueError, match=r"images of other formats are not read \(2, such as images/a.tif\): convert"):
+    with pytest.raises(
+        ValueError, match=r"; 2 images are not read, such as images/a.tif \(images of its format .*\): convert"
+    ):
         survey(root)
+
+
+def test_images_of_another_ending_are_told_how_to_be_read(tmp_path: Path) -> None:
+    image, label = "leftImg8bit/train/ulm/{}_leftImg8bit.{}", "gtFine/train/ulm/{}_gtFine_labelIds.png"
+    files = {image.format("a", "jpg"): IMAGE, image.format("b", "JPEG"): IMAGE} | {label.format("a"): LABEL}
+    root = write_folder(tmp_path / "in", files)
+    rule = r"it ends in \.jpg, and the layout's images in \.png\): copy (.*), write \.{suffix} for \.png in `images:`"
+    with pytest.raises(ValueError, match=rf"; 2 images are not read, such as .*a_leftImg8bit.jpg \({rule}") as said:
+        open_converter("cityscapes", root, split="train").survey()
+    found = re.search(rule, str(said.value))
+    assert found
+    (tmp_path / "copy.yaml").write_text(Path(found[1]).read_text().replace("_leftImg8bit.png", "_leftImg8bit.{suffix}"))
+    copied = open_converter(str(tmp_path / "copy.yaml"), root, split="train").survey()
+    assert len(copied.pairs) == 2 and not copied.problems
+    write_folder(root, {image.format("c", "png"): IMAGE})
+    bad = open_converter("cityscapes", root, split="train").survey().problems
+    assert ["it ends in" in problem.what and "--accept-bad" in problem.remedy for problem in bad] == [True, True]
 
 
 def test_images_and_labels_may_lie_in_one_folder(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from iccld.data.classes import ClassList, num_classes_of
 from iccld.data.shards.converters.pairing import Pair, pair_labels, without_labels
-from iccld.data.shards.converters.pattern import Pattern, has_image_ending
+from iccld.data.shards.converters.pattern import Pattern, has_image_ending, is_readable
 from iccld.data.shards.converters.readers import (
     LabelsAs,
     class_list_ids,
@@ -91,8 +91,9 @@ class Converter:
         problems = [
             Problem(place, what, f"put the file itself there, {LEAVE_OUT}") for place, what in sorted(not_seen.lost)
         ]
-        what, remedy = "images of its format are not read", f"convert it to PNG or JPEG, {LEAVE_OUT}"
-        problems += [Problem(self.tree.location(path), what, remedy) for path in unread]
+        for path in unread:
+            what, remedy = self._why_unread(path)
+            problems.append(Problem(self.tree.location(path), what, f"{remedy}, {LEAVE_OUT}"))
         return Survey(pairs, problems, spare, not_seen.passed_over)
 
     def pairs(self) -> list[Pair]:
@@ -113,13 +114,20 @@ class Converter:
             and not (self._labels and self._labels.match(path))
         )
 
+    def _why_unread(self, path: str) -> tuple[str, str]:
+        """Say why an image that lies where the layout has images is none of the set, and what to do."""
+        if not is_readable(path):
+            return "images of its format are not read", "convert it to PNG or JPEG"
+        wanted, ending = (text.rpartition(".")[2] for text in (self._images.text, path))
+        remedy = f"copy {self.table.path}, write .{{suffix}} for .{wanted} in `images:`, give the copy as --dataset"
+        return f"it ends in .{ending}, and the layout's images in .{wanted}", remedy
+
     def _no_pairs(self, unread: Sequence[str]) -> str:
         where = f"{self.tree.root} (--split {self.split})" if self.split else self.tree.root
-        more = (
-            f"; images of other formats are not read ({len(unread)}, such as {plain(unread[0])}): convert them"
-            if unread
-            else ""
-        )
+        more = ""
+        if unread := [path for path in unread if is_readable(path)] or unread:
+            what, remedy = self._why_unread(unread[0])
+            more = f"; {len(unread)} images are not read, such as {plain(unread[0])} ({what}): {remedy}"
         return f"--input {where} holds no images of {self.name}, which lie as {self._layout()}{more}."
 
     def train_ids(self, path: str) -> np.ndarray:
@@ -191,6 +199,9 @@ def _check_split(table: Table, split: str) -> None:
     if split and (not Pattern(split).is_sound() or Pattern(split).names):
         raise ValueError(f"--split {split} must be the name of a folder in --input.")
     if table.splits is None:
+        within = [pattern.text for pattern in (table.images, *table.labels) if "{split}" in pattern.with_split("").text]
+        if within and not split:
+            raise ValueError(f"--split is missing: {table.name} has it within a name, as {within[0]}; give --split.")
         return
     choice = f"use one of {', '.join(table.splits)}"
     if split and not table.splits:
