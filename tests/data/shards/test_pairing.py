@@ -119,6 +119,31 @@ def test_labels_are_no_matter_without_labels(tmp_path: Path) -> None:
     assert not found.spare_labels and not found.passed_over.kinds and len(found.pairs) == 1
 
 
+@pytest.mark.parametrize("with_labels", [True, False])
+def test_an_image_that_a_linked_folder_shows_again_is_one_sample(tmp_path: Path, with_labels: bool) -> None:
+    root = write_folder(tmp_path / "in", {"images/new/a.png": b"", "labels/new/a.png": b"", "images/new/b.png": b""})
+    for kind in ("images", "labels"):
+        (root / kind / "latest").symlink_to("new")
+    (root / "images" / "again").symlink_to("new")  # and no such folder of labels
+    found = survey(root, with_labels=with_labels)
+    assert [pair.image for pair in found.pairs] == ["images/new/a.png", "images/new/b.png"]
+    again = f"4 images are not used again: linked folders show them twice, such as {root}/images/again/a.png"
+    assert found.passed_over.lines() == [again] and not found.spare_labels and not found.problems
+
+
+def test_images_that_share_linked_labels_and_images_of_two_labels_are_all_used(tmp_path: Path) -> None:
+    files = ["images/clear/a.png", "images/fog/a.png", "labels/clear/a.png", "labels/fine/a.png", "pool/a.png"]
+    root = write_folder(tmp_path / "in", dict.fromkeys(files, b""))
+    links = {"labels/fog": "clear", "images/fine": "clear", "images/far": "../pool"}
+    for link, target in links.items():
+        (root / link).symlink_to(target)
+    found = survey(root)
+    assert {pair.image: pair.label for pair in found.pairs} == {
+        f"images/{name}/a.png": f"labels/{name}/a.png" for name in ("clear", "far", "fine", "fog")
+    }
+    assert not found.passed_over.kinds
+
+
 def test_an_input_of_other_formats_is_told_so(tmp_path: Path) -> None:
     root = write_folder(tmp_path, {"images/a.tif": b"", "images/b.tif": b""})
     with pytest.raises(

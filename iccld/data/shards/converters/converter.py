@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from iccld.data.classes import ClassList, num_classes_of
-from iccld.data.shards.converters.pairing import Pair, pair_labels, without_labels
+from iccld.data.shards.converters.pairing import Pair, pair_labels, repeated, without_labels
 from iccld.data.shards.converters.pattern import Pattern, has_image_ending, is_readable
 from iccld.data.shards.converters.readers import (
     LabelsAs,
@@ -85,6 +85,7 @@ class Converter:
             _ = self._train_ids  # a class list that does not fit is one error, not one a label
         used = {path for pair in pairs for path in (pair.image, pair.label)}.union(unread)
         spare = [path for path in label_files if path not in used and labels and labels.match(path)]
+        pairs = self._without_repeats(pairs, not_seen, with_labels=with_labels) if not_seen.has_links else pairs
         for path in sorted({*others, *label_files} - used - set(spare)):
             _, dot, ending = path.rpartition("/")[2].rpartition(".")
             not_seen.passed_over.add(f"files are not used: {plain(dot + ending) if dot else 'without ending'}", path)
@@ -95,6 +96,16 @@ class Converter:
             what, remedy = self._why_unread(path)
             problems.append(Problem(self.tree.location(path), what, f"{remedy}, {LEAVE_OUT}"))
         return Survey(pairs, problems, spare, not_seen.passed_over)
+
+    def _without_repeats(self, pairs: Sequence[Pair], not_seen: NotSeen, *, with_labels: bool) -> list[Pair]:
+        """Leave out, and count, the pairs that a linked folder shows again."""
+        paths = {path for pair in pairs for path in (pair.image, pair.label if with_labels else None) if path}
+        left_out = {pair.image for pair in repeated(pairs, self.tree.real(paths))}
+        for path in sorted(left_out):
+            not_seen.passed_over.add(
+                "images are not used again: linked folders show them twice", self.tree.location(path)
+            )
+        return [pair for pair in pairs if pair.image not in left_out]
 
     def pairs(self) -> list[Pair]:
         """Return all pairs of the split, sorted by the image's path. Raises ValueError if there are none."""
