@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import unicodedata
 import zipfile
 from pathlib import Path
@@ -117,6 +118,25 @@ def test_labels_are_no_matter_without_labels(tmp_path: Path) -> None:
     root = write_folder(tmp_path, {"images/a.png": b"", "labels/A.png": b"", "labels/z.png": b""})
     found = survey(root, with_labels=False)
     assert not found.spare_labels and not found.passed_over.kinds and len(found.pairs) == 1
+
+
+@pytest.mark.parametrize("with_labels", [True, False])
+def test_what_a_zip_adds_to_an_unpacked_folder_is_said(tmp_path: Path, with_labels: bool) -> None:
+    files = {f"{kind}/{name}.png": b"" for kind in ("images", "labels") for name in "ab"}
+    root = write_folder(tmp_path / "in", dict(list(files.items())[::2]))
+    packed = write_zip(root / "old_export.zip", files)
+    lines = survey(root, with_labels=with_labels).passed_over.lines()
+    what, count = ("images and labels", 2) if with_labels else ("images", 1)
+    assert [line for line in lines if "twice" not in line] == [
+        f"{count} {what} come from old_export.zip beside the folder's own (move it away if it is no part of the set), "
+        f"such as images/b.png"
+    ]
+    for kind in ("images", "labels"):
+        shutil.rmtree(root / kind)
+    assert len(survey(root).pairs) == 2 and not survey(root).passed_over.kinds, "nothing is to be said of zips alone"
+    packed.rename(root / "all.zip")
+    write_folder(root, {"readme.txt": b""})
+    assert not survey(root).passed_over.kinds
 
 
 @pytest.mark.parametrize("with_labels", [True, False])

@@ -85,7 +85,7 @@ class Converter:
             _ = self._train_ids  # a class list that does not fit is one error, not one a label
         used = {path for pair in pairs for path in (pair.image, pair.label)}.union(unread)
         spare = [path for path in label_files if path not in used and labels and labels.match(path)]
-        pairs = self._without_repeats(pairs, not_seen, with_labels=with_labels) if not_seen.has_links else pairs
+        pairs = self._each_once(pairs, not_seen, with_labels=with_labels)
         for path in sorted({*others, *label_files} - used - set(spare)):
             _, dot, ending = path.rpartition("/")[2].rpartition(".")
             not_seen.passed_over.add(f"files are not used: {plain(dot + ending) if dot else 'without ending'}", path)
@@ -97,14 +97,16 @@ class Converter:
             problems.append(Problem(self.tree.location(path), what, f"{remedy}, {LEAVE_OUT}"))
         return Survey(pairs, problems, spare, not_seen.passed_over)
 
-    def _without_repeats(self, pairs: Sequence[Pair], not_seen: NotSeen, *, with_labels: bool) -> list[Pair]:
-        """Leave out, and count, the pairs that a linked folder shows again."""
+    def _each_once(self, pairs: Sequence[Pair], not_seen: NotSeen, *, with_labels: bool) -> list[Pair]:
+        """Leave out the pairs that a linked folder shows again; count them, and what zips add to a folder's files."""
         paths = {path for pair in pairs for path in (pair.image, pair.label if with_labels else None) if path}
-        left_out = {pair.image for pair in repeated(pairs, self.tree.real(paths))}
+        for path, name in sorted(self.tree.added_by_zips(paths)):
+            beside = f"come from {name} beside the folder's own (move it away if it is no part of the set)"
+            not_seen.passed_over.add(f"images and labels {beside}" if with_labels else f"images {beside}", path)
+        left_out = {pair.image for pair in repeated(pairs, self.tree.real(paths))} if not_seen.has_links else set()
         for path in sorted(left_out):
-            not_seen.passed_over.add(
-                "images are not used again: linked folders show them twice", self.tree.location(path)
-            )
+            location = self.tree.location(path)
+            not_seen.passed_over.add("images are not used again: linked folders show them twice", location)
         return [pair for pair in pairs if pair.image not in left_out]
 
     def pairs(self) -> list[Pair]:

@@ -118,6 +118,12 @@ class InputTree:
         places = {path: layer.location(path).rpartition("/") for path in paths if (layer := self._layer(path))}
         return {path: f"{real_folder(folder)}/{name}" for path, (folder, _, name) in places.items()}
 
+    def added_by_zips(self, paths: Iterable[str]) -> Iterator[tuple[str, str]]:
+        """Yield the path and the zip's name of each file that a zip adds to those that lie in the folder itself."""
+        layers = {path: self._layer(path) for path in paths} if len(self._layers) > 1 else {}
+        if any(isinstance(layer, _Folder) for layer in layers.values()):
+            yield from ((path, layer.path.name) for path, layer in layers.items() if isinstance(layer, _Zip))
+
     def _layer(self, path: str) -> "_Folder | _Zip | None":
         return next((layer for layer in self._layers if _is_seen(path) and layer.has(path)), None)
 
