@@ -29,7 +29,7 @@ from iccld.data.shards.indexing import IndexResult
 from iccld.data.shards.labels_found import UntoldIdsError, check_labels
 from iccld.data.shards.packing import MAX_SIDES, ImageFormat, Packing
 from iccld.data.shards.records import finish_index, join_records
-from iccld.data.shards.tally import plain
+from iccld.data.shards.tally import Tally, plain
 from iccld.data.shards.work_folder import MAKING_FOLDER, alone_in, clear
 from iccld.data.storage.index import INDEX_FOLDER, ShardIndex
 from iccld.durable import make_folder, refuse_links, write_whole
@@ -130,9 +130,16 @@ def make_shards(config: MakeShardsConfig, *, progress: Callable[[str], None] = s
             return IndexResult(None, problems)
         index = _finish(output, reports, converter, settings | {"left_out": len(problems)})
         clear(making)
-    if not config.no_labels and (lacking := lacking_classes(index.header)):
-        progress(f"{output} shows none of: {', '.join(lacking)}")
+    for line in _closing_lines(index, reports):
+        progress(line)
     return IndexResult(index, problems)
+
+
+def _closing_lines(index: ShardIndex, reports: Sequence[ChunkReport]) -> list[str]:
+    """Say what the user may not expect of the samples."""
+    lacking = lacking_classes(index.header) if index.header.has_labels else []
+    lines = [f"{index.location} shows none of: {', '.join(lacking)}"] if lacking else []
+    return Tally().update(report.noted for report in reports).lines() + lines
 
 
 def _converter(config: MakeShardsConfig) -> Converter:

@@ -12,9 +12,14 @@ from iccld.data.images.decode import DECODE_ERRORS, MAX_PIXELS, Format, decode_i
 from iccld.data.images.grey_png import encode_grey_png
 from iccld.data.sample import check_same_size, check_train_ids, count_classes
 from iccld.data.shards.converters import Converter, Pair, UnknownIds
+from iccld.data.shards.tally import Tally
 from iccld.data.shards.tars import LEAVE_OUT, Problem, Unusable
 
 _FETCH = f"fetch or export it again, {LEAVE_OUT}"
+_LOSSY = (
+    "images were encoded anew as JPEGs of quality {}, with some loss (--image-format png or webp loses nothing, and "
+    "keep copies what is not resized)"
+)
 
 
 class ImageFormat(Enum):
@@ -53,12 +58,16 @@ class Packing:
 
 
 class PackedPair(NamedTuple):
-    """Pair as it is stored; `label` is empty without labels. `facts` are height, width and class pixels."""
+    """Pair as it is stored; `label` is empty without labels. `facts` are height, width and class pixels.
+
+    `noted` counts what the user may not expect, though the pair is sound.
+    """
 
     extension: str
     image: bytes
     label: bytes
     facts: tuple[int, int, np.ndarray]
+    noted: Tally
 
 
 def pack_pair(pair: Pair, converter: Converter, packing: Packing) -> PackedPair:
@@ -77,7 +86,7 @@ def _pack(pair: Pair, converter: Converter, packing: Packing) -> PackedPair:
         image = decode_image(data)
     except DECODE_ERRORS as error:
         raise Unusable(Problem(file, f"the image cannot be read ({error})", _FETCH)) from error
-    height, width = packing.size_of(*image.shape[:2])
+    noted, (height, width) = Tally(), packing.size_of(*image.shape[:2])
     class_pixels, label = np.zeros(converter.num_classes, np.uint32), b""
     if packing.with_labels:
         train_ids = _read_labels(pair, converter, image.shape[:2])
@@ -87,7 +96,9 @@ def _pack(pair: Pair, converter: Converter, packing: Packing) -> PackedPair:
         extension, stored = _store(data, image, (height, width), packing)
     except ValueError as error:
         raise Unusable(Problem(file, str(error), f"use --max-side or --image-format png, {LEAVE_OUT}")) from error
-    return PackedPair(extension, stored, label, (height, width, class_pixels))
+    if extension == "jpg" and stored != data:
+        noted.add(_LOSSY.format(packing.quality), file)
+    return PackedPair(extension, stored, label, (height, width, class_pixels), noted)
 
 
 def _store(data: bytes, image: np.ndarray, size: tuple[int, int], packing: Packing) -> tuple[str, bytes]:
