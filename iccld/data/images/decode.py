@@ -177,6 +177,18 @@ def is_upright(data: bytes) -> bool:
     return _read_header(data, PACKED).orientation == UPRIGHT
 
 
+def turned_apart(image: bytes, label: bytes) -> bool:
+    """Tell whether an image and its label, of one upright size, are turned in ways that this size cannot tell apart.
+
+    A label that is no image is not turned. Raises ValueError.
+    """
+    header, label_turn = _read_header(image, PACKED), UPRIGHT
+    if find_format(label):
+        label_turn = _read_header(label, PACKED).orientation
+    told_by_size = header.height != header.width and is_turned(header.orientation) != is_turned(label_turn)
+    return header.orientation != label_turn and not told_by_size
+
+
 def find_format(data: bytes) -> Format | None:
     """Return the format that the first 16 bytes name."""
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":

@@ -143,9 +143,12 @@ class Converter:
             more = f"; {len(unread)} images are not read, such as {plain(unread[0])} ({what}): {remedy}"
         return f"--input {where} holds no images of {self.name}, which lie as {self._layout()}{more}."
 
-    def train_ids(self, path: str) -> np.ndarray:
-        """Return the `(H, W)` uint8 train ids of a label file. Raises UnknownIds or one of DECODE_ERRORS."""
-        return _READERS[self.table.labels_as](self.tree.read(path), self._train_ids)
+    def train_ids(self, path: str, data: bytes | None = None) -> np.ndarray:
+        """Return the `(H, W)` uint8 train ids of a label file, whose `data` may have been read already.
+
+        Raises UnknownIds or one of DECODE_ERRORS.
+        """
+        return _READERS[self.table.labels_as](self.tree.read(path) if data is None else data, self._train_ids)
 
     def describe(self) -> dict[str, Any]:
         """Return everything that the pairs and the labels' meaning depend on, as JSON."""
