@@ -27,6 +27,8 @@ def doubts(image_data: bytes, label_data: bytes, class_pixels: np.ndarray) -> It
     """Yield what may be wrong with a sound image and its label, in words that follow their number."""
     if turned_apart(image_data, label_data):
         yield "photos are turned upright by EXIF and their labels are not (check that the two fit)"
+    if not class_pixels.any():
+        yield "samples show no class: all pixels of their labels are ignored"
 
 
 def decode_pixels(data: bytes) -> np.ndarray:

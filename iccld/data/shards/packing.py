@@ -94,6 +94,8 @@ def _pack(pair: Pair, converter: Converter, packing: Packing) -> PackedPair:
         class_pixels, label = count_classes(resized, num_classes=converter.num_classes), encode_grey_png(resized)
         for doubt in doubts(data, label_data, class_pixels):
             noted.add(doubt, file)
+        if count := converter.count_not_drawn(label_data):
+            noted.add("outlines have fewer than 3 points and are not drawn", file, count)
     try:
         extension, stored = _store(data, image, (height, width), packing)
     except ValueError as error:

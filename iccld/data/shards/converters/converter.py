@@ -14,6 +14,7 @@ from iccld.data.shards.converters.pattern import Pattern, has_image_ending, is_r
 from iccld.data.shards.converters.readers import (
     LabelsAs,
     class_list_ids,
+    count_not_drawn,
     read_colors,
     read_ids,
     read_polygons,
@@ -149,6 +150,10 @@ class Converter:
         Raises UnknownIds or one of DECODE_ERRORS.
         """
         return _READERS[self.table.labels_as](self.tree.read(path) if data is None else data, self._train_ids)
+
+    def count_not_drawn(self, data: bytes) -> int:
+        """Count the outlines in a label file that have too few points to be drawn."""
+        return count_not_drawn(data) if self.table.labels_as is LabelsAs.polygons else 0
 
     def describe(self) -> dict[str, Any]:
         """Return everything that the pairs and the labels' meaning depend on, as JSON."""
