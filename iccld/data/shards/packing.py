@@ -8,7 +8,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from iccld.data.images.decode import DECODE_ERRORS, MAX_PIXELS, Format, decode_image, find_format, is_upright
+from iccld.data.images.decode import (
+    DARK,
+    DECODE_ERRORS,
+    MAX_PIXELS,
+    Format,
+    decode_image,
+    find_format,
+    is_dark,
+    is_upright,
+)
 from iccld.data.images.grey_png import encode_grey_png
 from iccld.data.sample import check_same_size, check_train_ids, count_classes, doubts
 from iccld.data.shards.converters import Converter, Pair, UnknownIds
@@ -100,6 +109,8 @@ def _pack(pair: Pair, converter: Converter, packing: Packing) -> PackedPair:
         extension, stored = _store(data, image, (height, width), packing)
     except ValueError as error:
         raise Unusable(Problem(file, str(error), f"use --max-side or --image-format png, {LEAVE_OUT}")) from error
+    if is_dark(data, image):
+        noted.add(DARK, file)
     if extension == "jpg" and stored != data:
         noted.add(_LOSSY.format(packing.quality), file)
     return PackedPair(extension, stored, label, (height, width, class_pixels), noted)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from iccld.data.images.decode import decode_image
 from iccld.data.shards.indexing import build_index
 from iccld.data.shards.packing import ImageFormat
 from iccld.data.shards.verifying import verify_shards
@@ -76,6 +77,21 @@ def test_photos_that_were_turned_without_their_labels_are_counted(
     packed = write_tar(tmp_path / "tars" / "x.tar", {"a.png": image, "a.label.png": label})
     indexed = build_index(packed.parent, progress=lines.append)
     assert indexed.passed_over.lines() == [f"1 {what} x.tar: a"] * is_said and len(opened(indexed)) == len(made)
+
+
+@pytest.mark.parametrize(("color", "channels"), [(0, 1), (2, 3)])
+def test_images_of_12_bits_in_16_are_counted_and_keep_their_values(tmp_path: Path, color: int, channels: int) -> None:
+    values, ids = np.linspace(0, 4095, 768 * channels).astype(np.uint16).reshape(24, 32, channels), random_pair(0)[1]
+    raw = folder(tmp_path / "raw", "png", write_png(values, color, 16), encode(ids, "png"))
+    for scale, number in ((1, 1), (16, 0)):
+        lines = list[str]()
+        (raw / "images" / "a.png").write_bytes(write_png(values * np.uint16(scale), color, 16))
+        index = opened(make(raw, progress=lines.append, output=str(tmp_path / f"{scale}")))
+        assert decode_image(members(index, 0)[0]).max() == 16 * scale - (scale > 1)
+        assert [line for line in lines if "almost black" in line] == [
+            f"1 images of 16 bits are almost black: no value is above 1/15 of the range (scale those of 10 or 12 bits "
+            f"first), such as {raw}/images/a.png"
+        ] * number
 
 
 @pytest.mark.parametrize("tail", [b"\0\0\0", b"\0\0\0\x18ftypmp42" + bytes(2000)])
