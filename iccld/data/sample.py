@@ -26,7 +26,7 @@ def examine(image_data: bytes, label_data: bytes, *, num_classes: int) -> tuple[
 def doubts(image_data: bytes, label_data: bytes, class_pixels: np.ndarray) -> Iterator[str]:
     """Yield what may be wrong with a sound image and its label, in words that follow their number."""
     if turned_apart(image_data, label_data):
-        yield "photos are turned upright by EXIF and their labels are not (check that the two fit)"
+        yield "photos are turned upright by EXIF but not their labels, or the reverse (check that the two fit)"
     if not class_pixels.any():
         yield "samples show no class: all pixels of their labels are ignored"
 

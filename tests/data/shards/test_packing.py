@@ -72,7 +72,7 @@ def test_photos_that_were_turned_without_their_labels_are_counted(
     label = write_png(turned[of_label](ids)[..., None], 0, 8, after=chunk(b"eXIf", exif(of_label)))
     lines, raw = list[str](), folder(tmp_path / "raw", "png", image, label)
     made = opened(make(raw, image_format=ImageFormat.KEEP, progress=lines.append))
-    what = "photos are turned upright by EXIF and their labels are not (check that the two fit), such as"
+    what = "photos are turned upright by EXIF but not their labels, or the reverse (check that the two fit), such as"
     assert [line for line in lines if "EXIF" in line] == [f"1 {what} {raw}/images/a.png"] * is_said
     packed = write_tar(tmp_path / "tars" / "x.tar", {"a.png": image, "a.label.png": label})
     indexed = build_index(packed.parent, progress=lines.append)
