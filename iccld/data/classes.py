@@ -221,12 +221,18 @@ def proposed_yaml(shares: Mapping[int | str, float], *, labels_as: str) -> str:
     The user gives the names. A comment tells each id's share of the pixels.
     """
     found: list[tuple[Any, float]] = [pair for pair in shares.items() if pair[0] != IGNORE_INDEX]
+    ignored = [pair for pair in shares.items() if pair[0] == IGNORE_INDEX]
+    if len(found) < 2:  # as in masks of 0 and 255
+        found, ignored = found + ignored, []
     lines = ["classes:  # give them names; move ids that are not evaluated to `ignore`"]
     for number, (item, share) in enumerate(sorted(found), 1):
         color = item.split() if isinstance(item, str) else voc_color(number)
         ids = "" if labels_as == "colors" else f"ids: {item}, "
         lines.append(f"  class_{number}: {{{ids}color: [{', '.join(map(str, color))}]}}  # {share:.2%} of the pixels")
-    return "\n".join([*lines, "ignore: []", f"labels_as: {labels_as}"])
+    if len(found) < 2:
+        lines.append("  class_2: {ids: []}  # no label that was read shows another id; two classes are the least")
+    ids = "".join(f"[{item}]  # {share:.2%} of the pixels; make it a class if it is one" for item, share in ignored)
+    return "\n".join([*lines, f"ignore: {ids or '[]'}", f"labels_as: {labels_as}"])
 
 
 def _nearest(value: Any, known: Sequence[str]) -> str:

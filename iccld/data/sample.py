@@ -1,8 +1,10 @@
 """Rules for a sample, shared by making, indexing, verifying, training and scoring."""
 
+from collections.abc import Iterator
+
 import numpy as np
 
-from iccld.data.images.decode import decode_image, decode_label, image_size
+from iccld.data.images.decode import decode_image, decode_label, image_size, turned_apart
 from iccld.data.storage.index import NUM_TRAIN_IDS
 from iccld.labels import IGNORE_INDEX
 
@@ -19,6 +21,14 @@ def examine(image_data: bytes, label_data: bytes, *, num_classes: int) -> tuple[
         return height, width, np.zeros(num_classes, np.uint32)
     ids = decode_train_ids(label_data, (height, width), num_classes=num_classes)
     return height, width, count_classes(ids, num_classes=num_classes)
+
+
+def doubts(image_data: bytes, label_data: bytes, class_pixels: np.ndarray) -> Iterator[str]:
+    """Yield what may be wrong with a sound image and its label, in words that follow their number."""
+    if turned_apart(image_data, label_data):
+        yield "photos are turned upright by EXIF but not their labels, or the reverse (check that the two fit)"
+    if not class_pixels.any():
+        yield "samples show no class: all pixels of their labels are ignored"
 
 
 def decode_pixels(data: bytes) -> np.ndarray:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from iccld.data.images.decode import LOOSE, MAX_BYTES, decode_image, find_format
+from iccld.data.images.decode import DARK, LOOSE, MAX_BYTES, decode_image, find_format, is_dark
 from iccld.durable import NotOursError, make_folder
 from iccld.inference.pictures import legend, save_picture
 from iccld.inference.prediction import Prediction
@@ -58,10 +58,10 @@ def predict_files(
     if output.suffix.lower() in IMAGE_SUFFIXES and not output.is_dir():
         raise ValueError(f"predict: the output {output} would be a folder; label pictures are PNGs: end it in .png.")
     jobs, failures = _jobs(inputs, output, with_probabilities=with_probabilities)
-    written: list[Path] = []
+    written, dark = list[Path](), list[Path]()
     for source, target in counted(jobs.items(), len(jobs)):
         try:
-            image = read_image(source)
+            image = read_image(source, dark=dark)
             with _enough_memory(source, image):
                 prediction = segment(image, image_number(source))
                 written.append(_write(prediction, target, within=output, with_probabilities=with_probabilities))
@@ -72,6 +72,7 @@ def predict_files(
         except OSError as error:
             said = f"{error.strerror or error}; {len(written)} of {len(jobs)} images are in {output}"
             raise OSError(error.errno, said, error.filename or str(_files(target)[1])) from error
+    _note_dark(dark)
     if failures:
         total = len(written) + len(failures)
         raise ValueError(
@@ -90,7 +91,9 @@ def _predict_one(inputs: Sequence[Path], output: Path, segment: Segment, *, with
         raise ValueError(f"predict: --probabilities needs a folder for its files, not {output}; name a folder.")
     if _real(output) == _real(found[0]):
         raise ValueError(f"predict: {output} is an input and would be overwritten; give another output.")
-    image = read_image(found[0])
+    dark: list[Path] = []
+    image = read_image(found[0], dark=dark)
+    _note_dark(dark)
     with _enough_memory(found[0], image):
         prediction = segment(image, image_number(found[0]))
     make_folder(output.parent, within=output.parent)
@@ -116,15 +119,22 @@ def image_number(path: Path) -> int:
     return zlib.crc32(os.fsencode(path.name))
 
 
-def read_image(path: Path) -> np.ndarray:
-    """Read `(H, W, 3)` uint8 RGB, upright; other depths are scaled to 8 bits, alpha is dropped. Raises UnusableFile."""
+def read_image(path: Path, *, dark: list[Path] | None = None) -> np.ndarray:
+    """Read `(H, W, 3)` uint8 RGB, upright; other depths are scaled to 8 bits, alpha is dropped. Raises UnusableFile.
+
+    The path of an image that `is_dark` is added to `dark`.
+    """
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait
             raise ValueError("it is no plain file")
         if status.st_size > MAX_BYTES:
             raise ValueError(f"it has {status.st_size} bytes; an image may have {MAX_BYTES}")
-        return decode_image(path.read_bytes(), formats=LOOSE)
+        data = path.read_bytes()
+        image = decode_image(data, formats=LOOSE)
+        if dark is not None and is_dark(data, image):
+            dark.append(path)
+        return image
     except OSError as error:
         what = "it is a link that leads nowhere" if path.is_symlink() and not path.exists() else error.strerror
         raise UnusableFile(path, what) from error
@@ -132,6 +142,11 @@ def read_image(path: Path) -> np.ndarray:
         raise UnusableFile(path, "memory does not suffice for it") from error
     except ValueError as error:
         raise UnusableFile(path, error) from error
+
+
+def _note_dark(dark: Sequence[Path]) -> None:
+    if dark:
+        print(f"predict: {len(dark)} {DARK}, such as {_spelled(dark[0])}", file=sys.stderr)
 
 
 def _jobs(inputs: Sequence[Path], output: Path, *, with_probabilities: bool) -> tuple[dict[Path, Path], list[str]]:

@@ -108,9 +108,24 @@ def test_a_missing_file_and_an_unknown_name(tmp_path: Path) -> None:
 def test_a_proposal_can_be_read(tmp_path: Path) -> None:
     text = proposed_yaml({10: 0.5, 2: 0.25, 255: 0.25}, labels_as="ids")
     assert read_classes(written(tmp_path, text)).ids == {2: 0, 10: 1, 255: 255}
+    assert "ignore: [255]  # 25.00% of the pixels; make it a class if it is one" in text
     text = proposed_yaml({"1 2 3": 0.5, "0 0 0": 0.5}, labels_as="colors")
     assert read_classes(written(tmp_path, text)).ids == {"0 0 0": 0, "1 2 3": 1}
     assert [voc_color(i) for i in (1, 2, 15)] == [[128, 0, 0], [0, 128, 0], [192, 128, 128]]
+
+
+@pytest.mark.parametrize(
+    ("shares", "labels_as", "ids"),
+    [
+        ({0: 0.4, 255: 0.6}, "ids", {0: 0, 255: 1}),
+        ({255: 1.0}, "ids", {255: 0}),
+        ({7: 1.0}, "ids", {7: 0, 255: 255}),
+        ({"0 0 0": 1.0}, "colors", {"0 0 0": 0}),
+    ],
+)
+def test_a_proposal_for_masks_can_be_read(tmp_path: Path, shares, labels_as: str, ids) -> None:
+    found = read_classes(written(tmp_path, proposed_yaml(shares, labels_as=labels_as)))
+    assert found.ids == ids and found.class_set.num_classes == 2 and not found.without_ids
 
 
 def test_a_run_keeps_the_content_of_the_file(tmp_path: Path) -> None:

@@ -112,6 +112,18 @@ def test_tiffs_are_scaled_by_the_depth_that_they_say(tmp_path):
     assert read_image(tmp_path / "b.tif")[0, :, 0].tolist() == [0, 64, 127, 255]
 
 
+def test_images_of_12_bits_in_16_are_said_to_be_dark_once(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    grey = np.linspace(0, 4095, 64).astype(np.uint16).reshape(8, 8)
+    for name, pixels in {"a.png": grey, "b.tif": grey, "c.png": 16 * grey, "d.tif": 16 * grey}.items():
+        Image.fromarray(pixels).save(tmp_path / "in" / name)
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "in" / "e.png")
+    for source, output, said in (("in", "out", "2"), ("in/b.tif", "b.png", "1"), ("in/c.png", "c.png", "")):
+        predict_folder(tmp_path / source, tmp_path / output)
+        noted = [line[:60] for line in capsys.readouterr().err.splitlines() if "predict: " in line]
+        assert noted == [f"predict: {said} images of 16 bits are almost black: no value is above"[:60]] * bool(said)
+
+
 def test_subfolders_are_mirrored_and_a_second_run_leaves_its_own_pictures_out(tmp_path):
     for name in ("b.png", "city/a.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

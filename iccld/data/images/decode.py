@@ -38,6 +38,9 @@ MAX_SCANS = 100
 """The most scans of a JPEG; progressive ones have about ten."""
 DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, struct.error)
 """Errors of a file that cannot be read, and of bytes that are broken, hostile, or no image."""
+DARK = "images of 16 bits are almost black: no value is above 1/15 of the range (scale those of 10 or 12 bits first)"
+"""Words for images that `is_dark` finds, which follow their number."""
+_DARK = 16  # of 255: what 12 of 16 bits become
 _TIFF_DEPTH = 258
 _MAX_PARTS = 2**16
 _SAMPLINGS = {(1, 1), (2, 1), (2, 2), (1, 2), (4, 1)}
@@ -175,6 +178,29 @@ def image_size(data: bytes) -> tuple[int, int]:
 def is_upright(data: bytes) -> bool:
     """Tell whether an encoded image is stored upright. Raises ValueError."""
     return _read_header(data, PACKED).orientation == UPRIGHT
+
+
+def turned_apart(image: bytes, label: bytes) -> bool:
+    """Tell whether an image and its label, of one upright size, are turned in ways that this size cannot tell apart.
+
+    A label that is no image is not turned. Raises ValueError.
+    """
+    header, label_turn = _read_header(image, PACKED), UPRIGHT
+    if find_format(label):
+        label_turn = _read_header(label, PACKED).orientation
+    told_by_size = header.height != header.width and is_turned(header.orientation) != is_turned(label_turn)
+    return header.orientation != label_turn and not told_by_size
+
+
+def is_dark(data: bytes, image: np.ndarray) -> bool:
+    """Tell whether an image has 16 bits a sample and is almost black, as if it held 10 or 12 bits, not scaled to 16."""
+    depth, found = 8, find_format(data)
+    if found is Format.PNG:
+        depth = read_png_header(data).depth
+    elif found is Format.TIFF:
+        with as_value_errors("PIL"), Image.open(io.BytesIO(data), formats=(found.value,)) as opened:
+            depth = opened.tag_v2.get(_TIFF_DEPTH, (1,))[0] if isinstance(opened, TiffImageFile) else depth
+    return depth == 16 and image.max(initial=0) <= _DARK
 
 
 def find_format(data: bytes) -> Format | None:

@@ -11,7 +11,8 @@ import os
 import tarfile
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from iccld.data.processes import Progress, in_processes
 from iccld.data.shards.converters import Converter, Pair
 from iccld.data.shards.packing import PackedPair, Packing, pack_pair
 from iccld.data.shards.records import make_record, to_array
+from iccld.data.shards.tally import Tally
 from iccld.data.shards.tars import Place, Problem, Unusable
 from iccld.data.shards.work_folder import MAKING_FOLDER
 from iccld.data.storage.index import file_crc32
@@ -50,7 +52,8 @@ class FileState:
 class ChunkReport:
     """Result of chunk `number`: its tars, in order, its part of the index, and the pairs that are left out.
 
-    `inputs` is a checksum of the versions of the files that it was made from; reports of earlier programs have none.
+    `inputs` is a checksum of the versions of the files that it was made from, and `noted` counts what the user may not
+    expect of the others; reports of earlier programs have neither.
     """
 
     number: int
@@ -59,6 +62,7 @@ class ChunkReport:
     records: FileState
     problems: list[Problem]
     inputs: int | None = None
+    noted: Tally = field(default_factory=Tally)
 
 
 @dataclass(frozen=True)
@@ -74,10 +78,13 @@ class ChunkPacker:
         number, pairs = chunk
         inputs = self._inputs(pairs)
         writer, problems = ChunkWriter(self.output, number, self.packing.max_bytes), list[Problem]()
+        noted = Tally()
         try:
             for pair in pairs:
                 try:
-                    writer.add(pair.key, pack_pair(pair, self.converter, self.packing))
+                    packed = pack_pair(pair, self.converter, self.packing)
+                    writer.add(pair.key, packed)
+                    noted.update([packed.noted])
                 except Unusable as bad:
                     problems.append(bad.problem)
             writer.close()
@@ -87,7 +94,7 @@ class ChunkPacker:
         records, path = io.BytesIO(), self._path(number, "npy")
         np.save(records, to_array(writer.records, num_classes=self.converter.num_classes), allow_pickle=False)
         write_whole(path, records.getvalue())
-        report = ChunkReport(number, len(pairs), writer.tars, FileState.of(path), problems, inputs)
+        report = ChunkReport(number, len(pairs), writer.tars, FileState.of(path), problems, inputs, noted)
         write_whole(self._path(number, "json"), json.dumps(asdict(report)).encode())
         return report
 
@@ -110,6 +117,8 @@ class ChunkPacker:
             content["tars"] = [FileState(**tar) for tar in content["tars"]]
             content["records"] = FileState(**content["records"])
             content["problems"] = [Problem(**problem) for problem in content["problems"]]
+            kinds = dict(content.get("noted", {"kinds": {}})["kinds"])
+            content["noted"] = Tally({kind: (count, example) for kind, (count, example) in kinds.items()})
             report = ChunkReport(**content)
         except (FileNotFoundError, ValueError, TypeError, KeyError):
             return None
@@ -145,6 +154,12 @@ def pack_chunks(
             name = f"shard-{report.number:06d}{'-*' if pack.packing.max_bytes else ''}.tar"
             progress(f"{name}: {len(reports)} of {len(chunks)}, {rate}, {bad} bad pairs")
     return [reports[number] for number in range(len(chunks))]
+
+
+def check_tar_writer() -> None:
+    """Raise ModuleNotFoundError if what writes tars is not installed, before there is any work to lose."""
+    if find_spec("webdataset") is None:
+        raise ModuleNotFoundError("tars are written by webdataset", name="webdataset")
 
 
 class ChunkWriter:

@@ -19,7 +19,7 @@ import numpy as np
 from iccld.data.classes import CITYSCAPES, ClassList, classes_of, num_classes_of
 from iccld.data.images.decode import LABEL_EXTENSION
 from iccld.data.processes import Progress, in_processes, say, usable_cpus
-from iccld.data.sample import examine
+from iccld.data.sample import doubts, examine
 from iccld.data.shards.records import finish_index, join_records, make_record, to_array, without_conflicts
 from iccld.data.shards.roles import Roles
 from iccld.data.shards.tally import Tally
@@ -35,7 +35,7 @@ _AGAIN = f"pack it again, {LEAVE_OUT}"
 
 @dataclass(frozen=True)
 class IndexResult:
-    """The opened set (None if problems were not accepted), all problems, and what was passed over."""
+    """The opened set (None if problems were not accepted), all problems, and what was passed over or is in doubt."""
 
     index: ShardIndex | None
     problems: list[Problem]
@@ -43,7 +43,7 @@ class IndexResult:
 
 
 class IndexedShard(NamedTuple):
-    """Records (`sample_dtype`) of the usable samples of a tar, all its problems, and what was passed over."""
+    """Records (`sample_dtype`) of a tar's usable samples, all its problems, and what was passed over or is in doubt."""
 
     records: np.ndarray
     problems: list[Problem]
@@ -156,7 +156,10 @@ def index_shard(
                 try:
                     places = roles.places(key, fields, passed_over)
                     data = _read(file, places[0]), _read(file, places[1])
-                    records.append(make_record(key, places, data, examine(*data, num_classes=num_classes), number))
+                    facts = examine(*data, num_classes=num_classes)
+                    records.append(make_record(key, places, data, facts, number))
+                    for doubt in doubts(*data, facts[-1]) if data[1] else ():
+                        passed_over.add(doubt, f"{path.name}: {key}")
                 except Unusable as bad:
                     problems.append(bad.problem)
                 except (ValueError, MemoryError) as error:

@@ -22,14 +22,14 @@ from typing import Any
 from iccld.data.classes import CITYSCAPES, classes_of
 from iccld.data.images.decode import MAX_PIXELS
 from iccld.data.processes import say, usable_cpus
-from iccld.data.shards.chunks import ChunkPacker, ChunkReport, pack_chunks
+from iccld.data.shards.chunks import ChunkPacker, ChunkReport, check_tar_writer, pack_chunks
 from iccld.data.shards.converters import DATASETS, Converter, Pair, open_converter
 from iccld.data.shards.describing import lacking_classes
 from iccld.data.shards.indexing import IndexResult
 from iccld.data.shards.labels_found import UntoldIdsError, check_labels
 from iccld.data.shards.packing import MAX_SIDES, ImageFormat, Packing
 from iccld.data.shards.records import finish_index, join_records
-from iccld.data.shards.tally import plain
+from iccld.data.shards.tally import Tally, plain
 from iccld.data.shards.work_folder import MAKING_FOLDER, alone_in, clear
 from iccld.data.storage.index import INDEX_FOLDER, ShardIndex
 from iccld.durable import make_folder, refuse_links, write_whole
@@ -98,12 +98,13 @@ def make_shards(config: MakeShardsConfig, *, progress: Callable[[str], None] = s
     """Make the shards of a data set; the same command again keeps the finished ones.
 
     The result has no index if bad pairs were found and not accepted, or if all pairs are bad. Raises ValueError if the
-    user erred, or if another process makes the same shards.
+    user erred, or if another process makes the same shards, and ModuleNotFoundError without webdataset.
     """
     converter, output = _converter(config), Path(config.output)
     settings = config.settings() | {"converter": converter.describe()}
     if (output / INDEX_FOLDER).is_dir() and not (output / MAKING_FOLDER).exists():
         return _keep_finished(output, settings, progress)
+    check_tar_writer()
     survey = converter.survey(with_labels=not config.no_labels)
     if not config.no_labels:
         check_labels(converter, survey.pairs, f"--input {config.input}")
@@ -129,9 +130,16 @@ def make_shards(config: MakeShardsConfig, *, progress: Callable[[str], None] = s
             return IndexResult(None, problems)
         index = _finish(output, reports, converter, settings | {"left_out": len(problems)})
         clear(making)
-    if not config.no_labels and (lacking := lacking_classes(index.header)):
-        progress(f"{output} shows none of: {', '.join(lacking)}")
+    for line in _closing_lines(index, reports):
+        progress(line)
     return IndexResult(index, problems)
+
+
+def _closing_lines(index: ShardIndex, reports: Sequence[ChunkReport]) -> list[str]:
+    """Say what the user may not expect of the samples."""
+    lacking = lacking_classes(index.header) if index.header.has_labels else []
+    lines = [f"{index.location} shows none of: {', '.join(lacking)}"] if lacking else []
+    return Tally().update(report.noted for report in reports).lines() + lines
 
 
 def _converter(config: MakeShardsConfig) -> Converter:

@@ -8,13 +8,27 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from iccld.data.images.decode import DECODE_ERRORS, MAX_PIXELS, Format, decode_image, find_format, is_upright
+from iccld.data.images.decode import (
+    DARK,
+    DECODE_ERRORS,
+    MAX_PIXELS,
+    Format,
+    decode_image,
+    find_format,
+    is_dark,
+    is_upright,
+)
 from iccld.data.images.grey_png import encode_grey_png
-from iccld.data.sample import check_same_size, check_train_ids, count_classes
+from iccld.data.sample import check_same_size, check_train_ids, count_classes, doubts
 from iccld.data.shards.converters import Converter, Pair, UnknownIds
+from iccld.data.shards.tally import Tally
 from iccld.data.shards.tars import LEAVE_OUT, Problem, Unusable
 
 _FETCH = f"fetch or export it again, {LEAVE_OUT}"
+_LOSSY = (
+    "images were encoded anew as JPEGs of quality {}, with some loss (--image-format png or webp loses nothing, and "
+    "keep copies what is not resized)"
+)
 
 
 class ImageFormat(Enum):
@@ -53,12 +67,16 @@ class Packing:
 
 
 class PackedPair(NamedTuple):
-    """Pair as it is stored; `label` is empty without labels. `facts` are height, width and class pixels."""
+    """Pair as it is stored; `label` is empty without labels. `facts` are height, width and class pixels.
+
+    `noted` counts what the user may not expect, though the pair is sound.
+    """
 
     extension: str
     image: bytes
     label: bytes
     facts: tuple[int, int, np.ndarray]
+    noted: Tally
 
 
 def pack_pair(pair: Pair, converter: Converter, packing: Packing) -> PackedPair:
@@ -77,17 +95,25 @@ def _pack(pair: Pair, converter: Converter, packing: Packing) -> PackedPair:
         image = decode_image(data)
     except DECODE_ERRORS as error:
         raise Unusable(Problem(file, f"the image cannot be read ({error})", _FETCH)) from error
-    height, width = packing.size_of(*image.shape[:2])
+    noted, (height, width) = Tally(), packing.size_of(*image.shape[:2])
     class_pixels, label = np.zeros(converter.num_classes, np.uint32), b""
     if packing.with_labels:
-        train_ids = _read_labels(pair, converter, image.shape[:2])
+        label_data, train_ids = _read_labels(pair, converter, image.shape[:2])
         resized = np.asarray(Image.fromarray(train_ids).resize((width, height), Image.Resampling.NEAREST))
         class_pixels, label = count_classes(resized, num_classes=converter.num_classes), encode_grey_png(resized)
+        for doubt in doubts(data, label_data, class_pixels):
+            noted.add(doubt, file)
+        if count := converter.count_not_drawn(label_data):
+            noted.add("outlines have fewer than 3 points and are not drawn", file, count)
     try:
         extension, stored = _store(data, image, (height, width), packing)
     except ValueError as error:
         raise Unusable(Problem(file, str(error), f"use --max-side or --image-format png, {LEAVE_OUT}")) from error
-    return PackedPair(extension, stored, label, (height, width, class_pixels))
+    if is_dark(data, image):
+        noted.add(DARK, file)
+    if extension == "jpg" and stored != data:
+        noted.add(_LOSSY.format(packing.quality), file)
+    return PackedPair(extension, stored, label, (height, width, class_pixels), noted)
 
 
 def _store(data: bytes, image: np.ndarray, size: tuple[int, int], packing: Packing) -> tuple[str, bytes]:
@@ -111,14 +137,16 @@ def _store(data: bytes, image: np.ndarray, size: tuple[int, int], packing: Packi
     return "png", _encoded(resized, "png")
 
 
-def _read_labels(pair: Pair, converter: Converter, image_size: tuple[int, ...]) -> np.ndarray:
+def _read_labels(pair: Pair, converter: Converter, image_size: tuple[int, ...]) -> tuple[bytes, np.ndarray]:
+    """Return the label file's bytes and its train ids."""
     if pair.label is None or not converter.tree.exists(pair.label):
         expected = converter.tree.location(pair.label) if pair.label else "its data set has none"
         what, remedy = f"it has no label ({expected})", f"add it, use --no-labels for a target set, {LEAVE_OUT}"
         raise Unusable(Problem(converter.tree.location(pair.image), what, remedy))
     file = converter.tree.location(pair.label)
     try:
-        labels = converter.train_ids(pair.label)
+        data = converter.tree.read(pair.label)
+        labels = converter.train_ids(pair.label, data)
     except UnknownIds as error:
         raise Unusable(Problem(file, str(error), f"correct it, or complete the mapping, {LEAVE_OUT}")) from error
     except DECODE_ERRORS as error:
@@ -129,7 +157,7 @@ def _read_labels(pair: Pair, converter: Converter, image_size: tuple[int, ...]) 
     except ValueError as error:
         remedy = f"export the two in one size, both upright, with train ids, {LEAVE_OUT}"
         raise Unusable(Problem(file, str(error), remedy)) from error
-    return labels
+    return data, labels
 
 
 def _encoded(image: Image.Image, format_name: str, **options: Any) -> bytes:

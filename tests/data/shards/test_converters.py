@@ -203,6 +203,19 @@ def test_plain_folder_with_and_without_split(tmp_path: Path) -> None:
         np.testing.assert_array_equal(converter.train_ids(converter.pairs()[1].label or ""), random_pair(1)[1])
 
 
+@pytest.mark.parametrize("images", ["img_{split}/{f}.png", "images/{f}_{split}.png"])
+def test_a_split_within_a_name_is_asked_for(tmp_path: Path, images: str) -> None:
+    write_files(tmp_path, {images.format(split="val", f="a"): b""})
+    (tmp_path / "mine.yaml").write_text(f"images: '{images}'\nsplits: any\n")
+    (pair,) = open_converter(str(tmp_path / "mine.yaml"), tmp_path, split="val").pairs()
+    assert pair.image == images.format(split="val", f="a")
+    with pytest.raises(
+        ValueError, match=r"--split is missing: mine has it within a name, as (.*); give --split"
+    ) as said:
+        open_converter(str(tmp_path / "mine.yaml"), tmp_path)
+    assert images in str(said.value)
+
+
 @pytest.mark.parametrize(
     ("dataset", "split", "message"),
     [

@@ -1,5 +1,6 @@
 import json
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ from iccld.data.storage.index import ShardIndex
 from tests.data.factory import make_set, members, opened, random_pair, save, write_cityscapes, write_folder, write_gta5
 
 
-def make(root: Path, **settings: Any) -> IndexResult:
+def make(root: Path, *, progress: Callable[[str], None] = lambda line: None, **settings: Any) -> IndexResult:
     defaults = {"dataset": "folder", "input": str(root), "output": f"{root}-shards", "image_format": ImageFormat.PNG}
     defaults |= {"classes": "cityscapes"} if defaults["dataset"] == "folder" and "mapping" not in settings else {}
-    return make_shards(MakeShardsConfig(**defaults | settings), progress=lambda line: None)
+    return make_shards(MakeShardsConfig(**defaults | settings), progress=progress)
 
 
 def read_all(index: ShardIndex) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
@@ -110,6 +111,22 @@ def test_keep_copies_the_files_bytes_of_any_format(tmp_path: Path) -> None:
     assert names == ["frame_0.jpg", "frame_1.png", "frame_2.webp", "frame_3.jpg"], "a suffix that lies is corrected"
     smaller = make(raw, image_format=ImageFormat.KEEP, max_side=16, output=str(tmp_path / "smaller"))
     assert {image.shape for image, _ in read_all(opened(smaller)).values()} == {(12, 16, 3)}
+
+
+@pytest.mark.parametrize(
+    ("image_format", "max_side", "count"),
+    [("jpg", 0, 3), ("jpg", 16, 3), ("png", 16, 0), ("webp", 0, 0), ("keep", 0, 0), ("keep", 16, 1)],
+)
+def test_images_that_lose_by_being_encoded_anew_are_counted(
+    tmp_path: Path, image_format: str, max_side: int, count: int
+) -> None:
+    raw, lines = write_folder(tmp_path / "raw", 2, labels=False), list[str]()
+    save(raw / "images" / "a.jpg", random_pair(0)[0])
+    how = {"image_format": ImageFormat(image_format), "max_side": max_side, "no_labels": True, "quality": 80}
+    make(raw, progress=lines.append, **how)
+    what = "images were encoded anew as JPEGs of quality 80, with some loss (--image-format png or webp loses nothing,"
+    said = [line for line in lines if "encoded" in line]
+    assert len(said) == bool(count) and all(line.startswith(f"{count} {what}") for line in said)
 
 
 def test_shards_are_closed_by_bytes_too(tmp_path: Path) -> None:

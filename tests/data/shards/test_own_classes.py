@@ -1,6 +1,7 @@
 """Shards of classes of one's own: from any kind of labels to a stream, and what does not fit is refused."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from iccld.data.config import DataConfig, DatasetConfig
 from iccld.data.images.decode import decode_label
 from iccld.data.shards.indexing import build_index
 from iccld.data.shards.making import MakeShardsConfig, make_shards
+from iccld.data.shards.packing import ImageFormat
 from iccld.data.shards.verifying import verify_shards
 from iccld.data.storage.index import ShardIndex
 from iccld.data.stream.order import RareClassOrder
@@ -37,14 +39,14 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def make(folder: Path, **settings: Any) -> ShardIndex:
+def make(folder: Path, *, progress: Callable[[str], None] = lambda line: None, **settings: Any) -> ShardIndex:
     how: dict[str, Any] = {
         "dataset": "folder",
         "input": str(folder / "raw"),
         "output": str(folder / "set"),
         "classes": f"{folder}/my.yaml",
     }
-    return opened(make_shards(MakeShardsConfig(**how | settings), progress=lambda line: None))
+    return opened(make_shards(MakeShardsConfig(**how | settings), progress=progress))
 
 
 def stored(index: ShardIndex) -> np.ndarray:
@@ -101,6 +103,37 @@ def test_labels_of_polygons(folder: Path, kind: str) -> None:
     np.testing.assert_array_equal(stored(make(folder)), np.repeat([[0], [1]], 8, 0) * np.ones((1, 16), int))
 
 
+def test_labels_that_teach_nothing_are_counted(folder: Path) -> None:
+    (folder / "my.yaml").write_text("labels_as: polygons\nclasses:\n  floor: {}\n  shelf: {}\n")
+    line, box = {"label": "shelf", "points": [[0, 0], [9, 9]]}, [[0, 0], [9, 0], [9, 9]]
+    shapes = {"a": [], "b": [line, line], "c": [line, {"label": "floor", "points": box}]}
+    for name, found in shapes.items():
+        save(folder / f"raw/images/{name}.png", np.full((16, 16, 3), 9, np.uint8))
+        content = {"imageWidth": 16, "imageHeight": 16, "shapes": found}
+        _label(folder).with_name(f"{name}.json").write_text(json.dumps(content))
+    lines = list[str]()
+    index = make(folder, progress=lines.append, image_format=ImageFormat.PNG)
+    assert lines[-3:] == [
+        f"2 samples show no class: all pixels of their labels are ignored, such as {folder}/raw/images/a.png",
+        f"3 outlines have fewer than 3 points and are not drawn, such as {folder}/raw/images/b.png",
+        f"{folder}/set shows none of: shelf",
+    ]
+    index.folder.rename(folder / "before")
+    again = build_index(index.location, classes=read_classes(folder / "my.yaml"), progress=lines.append)
+    assert again.passed_over.lines()[0].startswith("2 samples show no class")
+
+
+def test_polygons_of_an_own_class_are_none_of_its_group(folder: Path) -> None:
+    (folder / "my.yaml").write_text("labels_as: polygons\nclasses:\n  floor: {}\n  car: {}\n")
+    content: dict[str, Any] = {"imgWidth": 16, "imgHeight": 16, "objects": [{"label": "cargroup", "polygon": []}]}
+    _label(folder).with_suffix(".json").write_text(json.dumps(content))
+    make(folder)
+    content["objects"][0]["label"] = "floorgroup"
+    _label(folder).with_suffix(".json").write_text(json.dumps(content))
+    with pytest.raises(AssertionError, match=r"does not define: \['floorgroup'\]"):
+        make(folder, output=str(folder / "other"))
+
+
 def test_a_class_that_no_label_shows_says_so(folder: Path) -> None:
     save(folder / "raw/labels/a.png", values({0: 20, 1: 10, 255: 0}))
     (folder / "my.yaml").write_text(YAML.replace("ids: 41, ", ""))
@@ -142,6 +175,15 @@ def test_ids_that_nothing_explains_are_refused_with_a_file_to_begin_with(
     (folder / "proposed.yaml").write_text(said.out)
     assert main([*command, "--classes", f"{folder}/proposed.yaml"]) == 0, "the same command goes on"
     assert ShardIndex.open(folder / "set").header.class_set.names == ("class_1", "class_2", "class_3")
+
+
+def test_the_file_proposed_for_masks_of_0_and_255_goes_on(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(folder / "raw/labels/a.png", values({0: 0, 1: 255, 255: 255}))
+    command = ["shards", "make", "--dataset", "folder", "--input", f"{folder}/raw", "--output", f"{folder}/set"]
+    assert main(command) == 2
+    (folder / "proposed.yaml").write_text(capsys.readouterr().out)
+    assert main([*command, "--classes", f"{folder}/proposed.yaml"]) == 0
+    assert ShardIndex.open(folder / "set").header.class_pixels == [128, 128]
 
 
 def test_after_ids_that_are_missing_the_corrected_file_goes_on(

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from iccld.data.images.decode import decode_image
+from iccld.data.shards.indexing import build_index
 from iccld.data.shards.packing import ImageFormat
 from iccld.data.shards.verifying import verify_shards
-from tests.data.factory import members, opened, random_pair
+from tests.data.factory import members, opened, random_pair, write_tar
 from tests.data.pictures import chunk, encode
 from tests.data.png_writer import exif, jpeg_with_exif, webp_with_exif, write_png
 from tests.data.shards.test_making import make
@@ -53,6 +55,43 @@ def test_turned_photos_are_stored_upright(
         assert np.abs(np.array(stored.convert("RGB")).astype(int) - pixels).max() < 40
     np.testing.assert_array_equal(np.array(Image.open(io.BytesIO(label))), ids)
     assert not verify_shards(index.location, progress=lambda line: None).problems
+
+
+@pytest.mark.parametrize(
+    ("orientation", "of_label", "width", "is_said"),
+    [(3, 1, 32, True), (7, 1, 32, False), (6, 1, 24, True), (3, 3, 32, False), (1, 3, 32, True), (6, 7, 32, True)],
+)
+def test_photos_that_were_turned_without_their_labels_are_counted(
+    tmp_path: Path, orientation: int, of_label: int, width: int, is_said: bool
+) -> None:
+    pixels, ids = (array[:, :width] for array in random_pair(0))
+    turned = {1: lambda array: array} | {
+        n: lambda array, n=n: np.array(Image.fromarray(array).transpose(TURNS[n])) for n in TURNS
+    }
+    image = write_png(turned[orientation](pixels), 2, 8, after=chunk(b"eXIf", exif(orientation)))
+    label = write_png(turned[of_label](ids)[..., None], 0, 8, after=chunk(b"eXIf", exif(of_label)))
+    lines, raw = list[str](), folder(tmp_path / "raw", "png", image, label)
+    made = opened(make(raw, image_format=ImageFormat.KEEP, progress=lines.append))
+    what = "photos are turned upright by EXIF but not their labels, or the reverse (check that the two fit), such as"
+    assert [line for line in lines if "EXIF" in line] == [f"1 {what} {raw}/images/a.png"] * is_said
+    packed = write_tar(tmp_path / "tars" / "x.tar", {"a.png": image, "a.label.png": label})
+    indexed = build_index(packed.parent, progress=lines.append)
+    assert indexed.passed_over.lines() == [f"1 {what} x.tar: a"] * is_said and len(opened(indexed)) == len(made)
+
+
+@pytest.mark.parametrize(("color", "channels"), [(0, 1), (2, 3)])
+def test_images_of_12_bits_in_16_are_counted_and_keep_their_values(tmp_path: Path, color: int, channels: int) -> None:
+    values, ids = np.linspace(0, 4095, 768 * channels).astype(np.uint16).reshape(24, 32, channels), random_pair(0)[1]
+    raw = folder(tmp_path / "raw", "png", write_png(values, color, 16), encode(ids, "png"))
+    for scale, number in ((1, 1), (16, 0)):
+        lines = list[str]()
+        (raw / "images" / "a.png").write_bytes(write_png(values * np.uint16(scale), color, 16))
+        index = opened(make(raw, progress=lines.append, output=str(tmp_path / f"{scale}")))
+        assert decode_image(members(index, 0)[0]).max() == 16 * scale - (scale > 1)
+        assert [line for line in lines if "almost black" in line] == [
+            f"1 images of 16 bits are almost black: no value is above 1/15 of the range (scale those of 10 or 12 bits "
+            f"first), such as {raw}/images/a.png"
+        ] * number
 
 
 @pytest.mark.parametrize("tail", [b"\0\0\0", b"\0\0\0\x18ftypmp42" + bytes(2000)])

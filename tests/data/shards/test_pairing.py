@@ -1,6 +1,8 @@
 """Everything in an input is paired, named or counted, in folders and in zips."""
 
 import os
+import re
+import shutil
 import unicodedata
 import zipfile
 from pathlib import Path
@@ -118,10 +120,73 @@ def test_labels_are_no_matter_without_labels(tmp_path: Path) -> None:
     assert not found.spare_labels and not found.passed_over.kinds and len(found.pairs) == 1
 
 
+@pytest.mark.parametrize("with_labels", [True, False])
+def test_what_a_zip_adds_to_an_unpacked_folder_is_said(tmp_path: Path, with_labels: bool) -> None:
+    files = {f"{kind}/{name}.png": b"" for kind in ("images", "labels") for name in "ab"}
+    root = write_folder(tmp_path / "in", dict(list(files.items())[::2]))
+    packed = write_zip(root / "old_export.zip", files)
+    lines = survey(root, with_labels=with_labels).passed_over.lines()
+    what, count = ("images and labels", 2) if with_labels else ("images", 1)
+    assert [line for line in lines if "twice" not in line] == [
+        f"{count} {what} come from old_export.zip beside the folder's own (move it away if it is no part of the set), "
+        f"such as images/b.png"
+    ]
+    for kind in ("images", "labels"):
+        shutil.rmtree(root / kind)
+    assert len(survey(root).pairs) == 2 and not survey(root).passed_over.kinds, "nothing is to be said of zips alone"
+    packed.rename(root / "all.zip")
+    write_folder(root, {"readme.txt": b""})
+    assert not survey(root).passed_over.kinds
+
+
+@pytest.mark.parametrize("with_labels", [True, False])
+def test_an_image_that_a_linked_folder_shows_again_is_one_sample(tmp_path: Path, with_labels: bool) -> None:
+    root = write_folder(tmp_path / "in", {"images/new/a.png": b"", "labels/new/a.png": b"", "images/new/b.png": b""})
+    for kind in ("images", "labels"):
+        (root / kind / "latest").symlink_to("new")
+    (root / "images" / "again").symlink_to("new")  # and no such folder of labels
+    found = survey(root, with_labels=with_labels)
+    assert [pair.image for pair in found.pairs] == ["images/new/a.png", "images/new/b.png"]
+    again = f"4 images are not used again: linked folders show them twice, such as {root}/images/again/a.png"
+    assert found.passed_over.lines() == [again] and not found.spare_labels and not found.problems
+
+
+def test_images_that_share_linked_labels_and_images_of_two_labels_are_all_used(tmp_path: Path) -> None:
+    files = ["images/clear/a.png", "images/fog/a.png", "labels/clear/a.png", "labels/fine/a.png", "pool/a.png"]
+    root = write_folder(tmp_path / "in", dict.fromkeys(files, b""))
+    links = {"labels/fog": "clear", "images/fine": "clear", "images/far": "../pool"}
+    for link, target in links.items():
+        (root / link).symlink_to(target)
+    found = survey(root)
+    assert {pair.image: pair.label for pair in found.pairs} == {
+        f"images/{name}/a.png": f"labels/{name}/a.png" for name in ("clear", "far", "fine", "fog")
+    }
+    assert not found.passed_over.kinds
+
+
 def test_an_input_of_other_formats_is_told_so(tmp_path: Path) -> None:
     root = write_folder(tmp_path, {"images/a.tif": b"", "images/b.tif": b""})
-    with pytest.raises(ValueError, match=r"images of other formats are not read \(2, such as images/a.tif\): convert"):
+    with pytest.raises(
+        ValueError, match=r"; 2 images are not read, such as images/a.tif \(images of its format .*\): convert"
+    ):
         survey(root)
+
+
+def test_images_of_another_ending_are_told_how_to_be_read(tmp_path: Path) -> None:
+    image, label = "leftImg8bit/train/ulm/{}_leftImg8bit.{}", "gtFine/train/ulm/{}_gtFine_labelIds.png"
+    files = {image.format("a", "jpg"): IMAGE, image.format("b", "JPEG"): IMAGE} | {label.format("a"): LABEL}
+    root = write_folder(tmp_path / "in", files)
+    rule = r"it ends in \.jpg, and the layout's images in \.png\): copy (.*), write \.{suffix} for \.png in `images:`"
+    with pytest.raises(ValueError, match=rf"; 2 images are not read, such as .*a_leftImg8bit.jpg \({rule}") as said:
+        open_converter("cityscapes", root, split="train").survey()
+    found = re.search(rule, str(said.value))
+    assert found
+    (tmp_path / "copy.yaml").write_text(Path(found[1]).read_text().replace("_leftImg8bit.png", "_leftImg8bit.{suffix}"))
+    copied = open_converter(str(tmp_path / "copy.yaml"), root, split="train").survey()
+    assert len(copied.pairs) == 2 and not copied.problems
+    write_folder(root, {image.format("c", "png"): IMAGE})
+    bad = open_converter("cityscapes", root, split="train").survey().problems
+    assert ["it ends in" in problem.what and "--accept-bad" in problem.remedy for problem in bad] == [True, True]
 
 
 def test_images_and_labels_may_lie_in_one_folder(tmp_path: Path) -> None:

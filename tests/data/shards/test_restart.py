@@ -201,6 +201,7 @@ def test_pairs_mended_before_the_others_are_accepted_are_taken(tmp_path: Path) -
     assert list(read_all(opened(result))) == [f"frame_{i:03d}" for i in (0, 1, 3, 5)]
     assert [Path(problem.file).name for problem in result.problems] == ["frame_002.png", "frame_004.png"]
     assert lines[0] == "1 of 2 shards are kept", "no bad pair of the second has changed"
+    assert any(line.startswith("4 images were encoded anew") for line in lines), "of the shard that is kept, too"
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -1,3 +1,4 @@
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,17 @@ def test_make(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with Image.open(raw / "images" / "frame_000.png") as image:
         stored = decode_image(members(index, 0)[0])
         assert np.abs(stored.astype(int).mean((0, 1)) - np.asarray(image).mean((0, 1))).max() < 8
+
+
+def test_a_missing_writer_of_tars_is_named_before_the_input_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "webdataset", None)  # as if it were not installed
+    raw = write_folder(tmp_path / "raw", 1, labels=False)
+    paths = ["--input", str(raw), "--output", str(tmp_path / "out")]
+    assert main(["shards", "make", "--dataset", "folder", *paths]) == 2
+    assert capsys.readouterr() == ("", "iccld shards needs webdataset; pip install 'iccld[train]'\n")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from iccld.data.classes import ClassList, num_classes_of
-from iccld.data.shards.converters.pairing import Pair, pair_labels, without_labels
-from iccld.data.shards.converters.pattern import Pattern, has_image_ending
+from iccld.data.shards.converters.pairing import Pair, pair_labels, repeated, without_labels
+from iccld.data.shards.converters.pattern import Pattern, has_image_ending, is_readable
 from iccld.data.shards.converters.readers import (
     LabelsAs,
     class_list_ids,
+    count_not_drawn,
     read_colors,
     read_ids,
     read_polygons,
@@ -85,15 +86,29 @@ class Converter:
             _ = self._train_ids  # a class list that does not fit is one error, not one a label
         used = {path for pair in pairs for path in (pair.image, pair.label)}.union(unread)
         spare = [path for path in label_files if path not in used and labels and labels.match(path)]
+        pairs = self._each_once(pairs, not_seen, with_labels=with_labels)
         for path in sorted({*others, *label_files} - used - set(spare)):
             _, dot, ending = path.rpartition("/")[2].rpartition(".")
             not_seen.passed_over.add(f"files are not used: {plain(dot + ending) if dot else 'without ending'}", path)
         problems = [
             Problem(place, what, f"put the file itself there, {LEAVE_OUT}") for place, what in sorted(not_seen.lost)
         ]
-        what, remedy = "images of its format are not read", f"convert it to PNG or JPEG, {LEAVE_OUT}"
-        problems += [Problem(self.tree.location(path), what, remedy) for path in unread]
+        for path in unread:
+            what, remedy = self._why_unread(path)
+            problems.append(Problem(self.tree.location(path), what, f"{remedy}, {LEAVE_OUT}"))
         return Survey(pairs, problems, spare, not_seen.passed_over)
+
+    def _each_once(self, pairs: Sequence[Pair], not_seen: NotSeen, *, with_labels: bool) -> list[Pair]:
+        """Leave out the pairs that a linked folder shows again; count them, and what zips add to a folder's files."""
+        paths = {path for pair in pairs for path in (pair.image, pair.label if with_labels else None) if path}
+        for path, name in sorted(self.tree.added_by_zips(paths)):
+            beside = f"come from {name} beside the folder's own (move it away if it is no part of the set)"
+            not_seen.passed_over.add(f"images and labels {beside}" if with_labels else f"images {beside}", path)
+        left_out = {pair.image for pair in repeated(pairs, self.tree.real(paths))} if not_seen.has_links else set()
+        for path in sorted(left_out):
+            location = self.tree.location(path)
+            not_seen.passed_over.add("images are not used again: linked folders show them twice", location)
+        return [pair for pair in pairs if pair.image not in left_out]
 
     def pairs(self) -> list[Pair]:
         """Return all pairs of the split, sorted by the image's path. Raises ValueError if there are none."""
@@ -113,18 +128,32 @@ class Converter:
             and not (self._labels and self._labels.match(path))
         )
 
+    def _why_unread(self, path: str) -> tuple[str, str]:
+        """Say why an image that lies where the layout has images is none of the set, and what to do."""
+        if not is_readable(path):
+            return "images of its format are not read", "convert it to PNG or JPEG"
+        wanted, ending = (text.rpartition(".")[2] for text in (self._images.text, path))
+        remedy = f"copy {self.table.path}, write .{{suffix}} for .{wanted} in `images:`, give the copy as --dataset"
+        return f"it ends in .{ending}, and the layout's images in .{wanted}", remedy
+
     def _no_pairs(self, unread: Sequence[str]) -> str:
         where = f"{self.tree.root} (--split {self.split})" if self.split else self.tree.root
-        more = (
-            f"; images of other formats are not read ({len(unread)}, such as {plain(unread[0])}): convert them"
-            if unread
-            else ""
-        )
+        more = ""
+        if unread := [path for path in unread if is_readable(path)] or unread:
+            what, remedy = self._why_unread(unread[0])
+            more = f"; {len(unread)} images are not read, such as {plain(unread[0])} ({what}): {remedy}"
         return f"--input {where} holds no images of {self.name}, which lie as {self._layout()}{more}."
 
-    def train_ids(self, path: str) -> np.ndarray:
-        """Return the `(H, W)` uint8 train ids of a label file. Raises UnknownIds or one of DECODE_ERRORS."""
-        return _READERS[self.table.labels_as](self.tree.read(path), self._train_ids)
+    def train_ids(self, path: str, data: bytes | None = None) -> np.ndarray:
+        """Return the `(H, W)` uint8 train ids of a label file, whose `data` may have been read already.
+
+        Raises UnknownIds or one of DECODE_ERRORS.
+        """
+        return _READERS[self.table.labels_as](self.tree.read(path) if data is None else data, self._train_ids)
+
+    def count_not_drawn(self, data: bytes) -> int:
+        """Count the outlines in a label file that have too few points to be drawn."""
+        return count_not_drawn(data) if self.table.labels_as is LabelsAs.polygons else 0
 
     def describe(self) -> dict[str, Any]:
         """Return everything that the pairs and the labels' meaning depend on, as JSON."""
@@ -191,6 +220,9 @@ def _check_split(table: Table, split: str) -> None:
     if split and (not Pattern(split).is_sound() or Pattern(split).names):
         raise ValueError(f"--split {split} must be the name of a folder in --input.")
     if table.splits is None:
+        within = [pattern.text for pattern in (table.images, *table.labels) if "{split}" in pattern.with_split("").text]
+        if within and not split:
+            raise ValueError(f"--split is missing: {table.name} has it within a name, as {within[0]}; give --split.")
         return
     choice = f"use one of {', '.join(table.splits)}"
     if split and not table.splits:

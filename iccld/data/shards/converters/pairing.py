@@ -1,7 +1,7 @@
 """Pairing of each image with its label."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from iccld.data.shards.converters.tree import fold
@@ -52,3 +52,18 @@ def pair_labels(pairs: Sequence[Pair], files: Sequence[str]) -> list[Pair]:
             raise ValueError(f"{names}: it is not clear which label is which image's; rename them alike.")
         found.update(dict.fromkeys(images, labels[0]) if labels else {})
     return [replace(pair, label=found.get(pair.image, pair.label)) for pair in pairs]
+
+
+def repeated(pairs: Sequence[Pair], real: Mapping[str, str]) -> list[Pair]:
+    """Return the pairs whose image is that of another one, by its `real` name, with the same label or without one.
+
+    Of such pairs, the one that lies in its own place is not returned.
+    """
+    named = [(real.get(pair.image, pair.image), real.get(pair.label or ""), pair) for pair in pairs]
+    images, seen, found = set[str](), set[tuple[str, str | None]](), list[Pair]()
+    for image, label, pair in sorted(named, key=lambda n: (n[1] is None, not n[0].endswith(f"/{n[2].image}"))):
+        if (image, label) in seen or (label is None and image in images):
+            found.append(pair)
+        images.add(image)
+        seen.add((image, label))
+    return found

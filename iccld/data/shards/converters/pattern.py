@@ -17,12 +17,17 @@ _OTHER_IMAGES = {
     *("exr", "hdr", "tga", "dng", "raw", "nef", "cr2", "arw"),
 }
 _PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)(\*?)\}")
+_SPLIT_FOLDER = re.compile(r"(?<![^/])\{split\}/")
+
+
+def is_readable(path: str) -> bool:
+    """Tell whether a file is an image of a format that is read, by its name."""
+    return path.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
 
 
 def has_image_ending(path: str) -> bool:
     """Tell whether a file is an image by its name, of a format that is read, or of any other."""
-    ending = path.rpartition(".")[2].lower()
-    return ending in IMAGE_EXTENSIONS or ending in _OTHER_IMAGES
+    return is_readable(path) or path.rpartition(".")[2].lower() in _OTHER_IMAGES
 
 
 @dataclass(frozen=True)
@@ -53,8 +58,8 @@ class Pattern:
         return all(c and not c.startswith(".") and not set(c) & set("{}\\*") for c in components)
 
     def with_split(self, split: str) -> "Pattern":
-        """Return the pattern with `{split}` replaced; without a split, that component is left out."""
-        return Pattern(self.text.replace("{split}", split) if split else self.text.replace("{split}/", ""))
+        """Return the pattern with `{split}` replaced; without a split, that folder is left out."""
+        return Pattern(self.text.replace("{split}", split) if split else _SPLIT_FOLDER.sub("", self.text))
 
     def match(self, path: str) -> dict[str, str] | None:
         """Return what the placeholders stand for in `path`, or None. The case of all other letters is ignored."""

@@ -9,10 +9,13 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from iccld.data.images.decode import MAX_PIXELS, decode_channels, decode_image, decode_label, refuse_lossy
-from iccld.labels import IGNORE_INDEX
+from iccld.labels import CITYSCAPES_NAMES, IGNORE_INDEX
 
 _MAX_COORDINATE = 1_000_000
 _MAX_NAMED = 8
+_MIN_POINTS = 3
+_IN_GROUPS = {*CITYSCAPES_NAMES, "caravan", "trailer", "animal", "autorickshaw", "vehicle fallback"}
+"""Names of Cityscapes and IDD to which `group` is added where single objects cannot be told apart."""
 
 
 class LabelsAs(Enum):
@@ -93,7 +96,7 @@ def color_name(code: int) -> str:
 def read_polygons(data: bytes, train_ids: Mapping[str, int | None]) -> np.ndarray:
     """Draw polygons over 255. A name whose train id is None is not drawn; an unknown `cargroup` counts as `car`."""
     (width, height), objects = _parse_polygons(data)
-    named = [(name if name in train_ids else name.removesuffix("group"), polygon) for name, polygon in objects]
+    named = [(name if name in train_ids else _without_group(name), polygon) for name, polygon in objects]
     unknown = sorted({name for name, _ in named if name not in train_ids})
     if unknown:
         raise _unknown(unknown)
@@ -101,9 +104,19 @@ def read_polygons(data: bytes, train_ids: Mapping[str, int | None]) -> np.ndarra
     draw = ImageDraw.Draw(image)
     for name, polygon in named:
         train_id = train_ids[name]
-        if train_id is not None and len(polygon) >= 3:
+        if train_id is not None and len(polygon) >= _MIN_POINTS:
             draw.polygon(polygon, fill=train_id)
     return np.asarray(image)
+
+
+def count_not_drawn(data: bytes) -> int:
+    """Count the outlines of a file of polygons that have too few points to be drawn. Raises ValueError."""
+    return sum(len(polygon) < _MIN_POINTS for _, polygon in _parse_polygons(data)[1])
+
+
+def _without_group(name: str) -> str:
+    single = name.removesuffix("group")
+    return single if single in _IN_GROUPS else name
 
 
 def _parse_polygons(data: bytes) -> tuple[tuple[int, int], list[tuple[str, list[tuple[float, float]]]]]:

@@ -42,7 +42,7 @@ Ids = Mapping[Any, int | None]
 class Table:
     """Content of a data set's YAML. `ids` is None if --mapping gives them; `splits` is None for any split or none."""
 
-    name: str
+    path: Path
     images: Pattern
     labels: tuple[Pattern, ...] = ()
     key: Pattern | None = None
@@ -50,6 +50,11 @@ class Table:
     labels_as: LabelsAs = LabelsAs.ids
     class_list: tuple[str, ...] = ()
     ids: Ids | None = None
+
+    @property
+    def name(self) -> str:
+        """Return the data set's name."""
+        return self.path.stem
 
     @property
     def by_name(self) -> bool:
@@ -64,7 +69,7 @@ def read_table(path: Path, *, classes: ClassList | None = None) -> Table:
     """
     setting = f"--dataset {path}"
     content = _load(path, setting)
-    known = Table.__dataclass_fields__.keys() - {"name"}
+    known = Table.__dataclass_fields__.keys() - {"path"}
     if unknown := sorted(set(map(str, content)) - known):
         raise ValueError(
             f"{setting}: {', '.join(unknown)} is no key of a data set; there are {', '.join(sorted(known))}."
@@ -76,7 +81,7 @@ def read_table(path: Path, *, classes: ClassList | None = None) -> Table:
     if usual == LabelsAs.polygons.value and "labels_as" not in content:
         labels = tuple(f"{text.removesuffix('.png')}.json" if text.endswith(".png") else text for text in labels)
     table = Table(
-        name=path.stem,
+        path=path,
         images=Pattern(content["images"]),
         labels=tuple(map(Pattern, labels)),
         key=Pattern(str(content["key"])) if "key" in content else None,

@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipFile, ZipInfo
@@ -41,6 +42,8 @@ class NotSeen:
     lost: list[tuple[str, str]] = field(default_factory=list)
     passed_over: Tally = field(default_factory=Tally)
     zips: set[Path] = field(default_factory=set)
+    has_links: bool = False
+    """Tell whether folders were read by way of links, so that a file may have two paths."""
 
     def add(self, location: str, what: str) -> None:
         """Note a file by the ending of its name."""
@@ -106,6 +109,21 @@ class InputTree:
         """Name a file for messages: "/data/set/images/x.png" or "/data/a.zip: images/x.png"."""
         return (self._layer(path) or self._layers[0]).location(path)
 
+    def real(self, paths: Iterable[str]) -> dict[str, str]:
+        """Name the files by their real folders: the paths that linked folders give to one file have one name.
+
+        Paths of no file are left out.
+        """
+        real_folder = cache(os.path.realpath)
+        places = {path: layer.location(path).rpartition("/") for path in paths if (layer := self._layer(path))}
+        return {path: f"{real_folder(folder)}/{name}" for path, (folder, _, name) in places.items()}
+
+    def added_by_zips(self, paths: Iterable[str]) -> Iterator[tuple[str, str]]:
+        """Yield the path and the zip's name of each file that a zip adds to those that lie in the folder itself."""
+        layers = {path: self._layer(path) for path in paths} if len(self._layers) > 1 else {}
+        if any(isinstance(layer, _Folder) for layer in layers.values()):
+            yield from ((path, layer.path.name) for path, layer in layers.items() if isinstance(layer, _Zip))
+
     def _layer(self, path: str) -> "_Folder | _Zip | None":
         return next((layer for layer in self._layers if _is_seen(path) and layer.has(path)), None)
 
@@ -129,6 +147,7 @@ class _Folder:
                         of_links = (*left, Path(entry.path).parent.resolve()) if entry.is_symlink() else left
                         loops = entry.is_symlink() and _leads_back(Path(entry.path), of_links)
                         stack += [] if loops else [(path, of_links)]
+                        not_seen.has_links |= entry.is_symlink() and not loops
                         if loops:
                             not_seen.passed_over.add("links to folders passed over: they lead back", entry.path)
                     elif entry.is_file():
