@@ -27,7 +27,7 @@ from yaml import YAMLError
 from iccld import plain_yaml, schema, suggestions
 from iccld.batch_layout import BatchLayout
 from iccld.data.config import DataConfig
-from iccld.group_files import check_group_file, own_files, place_of, remedy_of
+from iccld.group_files import check_group_file, own_files, place_of, refuse_packaged_names, remedy_of
 from iccld.models.settings import ModelConfig
 from iccld.ranges import at_least, check_ranges
 from iccld.redact import redacted
@@ -143,6 +143,7 @@ def load_config(overrides: Sequence[str], *, config_dir: str = "") -> Config:
             raise ValueError(f"--config-dir {config_dir}: there is no such folder.")
         path = QuotedString(f"file://{folder.resolve()}", Quote.single)  # taken as it is, `${...}` too
         words.append(f"hydra.searchpath=[{path.with_quotes()}]")
+        refuse_packaged_names(folder)
         files = own_files(folder, [(override.key_or_group, override.value()) for override in parsed])
         for file in files:
             check_group_file(file, Config)
@@ -164,13 +165,13 @@ def load_config(overrides: Sequence[str], *, config_dir: str = "") -> Config:
 
 @contextlib.contextmanager
 def _beside_other_hydras() -> Iterator[None]:
-    """Let a program compose that is itself one of Hydra's, which a process has once."""
+    """Set aside the Hydra that the calling program uses: a process has only one."""
     kept = GlobalHydra.instance().hydra
     GlobalHydra.instance().hydra = None
     try:
         yield
     finally:
-        GlobalHydra.instance().hydra = kept  # of another instance, perhaps: Hydra replaces its own
+        GlobalHydra.instance().hydra = kept  # asked for again: composing may have replaced it
 
 
 @lru_cache(maxsize=1)  # it takes a third of a composition's time

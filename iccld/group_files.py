@@ -13,17 +13,18 @@ PACKAGED = Path(__file__).parent / "configs"
 
 
 def own_files(folder: Path, choices: Iterable[tuple[str, Any]]) -> list[Path]:
-    """Return the files of a folder that groups and their choices name.
-
-    Raises ValueError for a file that has the name of a packaged one, which Hydra would take instead.
-    """
+    """Return the files of a folder that groups and their choices name."""
     names = [(group, name) for group, given in choices for name in (given if isinstance(given, list) else [given])]
-    files = [Path(group) / re.sub(r"(\.ya?ml)?$", ".yaml", str(name), count=1) for group, name in names]
-    own = [file for file in files if (folder / file).is_file()]
-    for file in own:
-        if (PACKAGED / file).is_file():
-            raise ValueError(f"{folder / file}: the packaged {file} would be taken; give the file another name.")
-    return [folder / file for file in own]
+    files = [folder / group / re.sub(r"(\.ya?ml)?$", ".yaml", str(name), count=1) for group, name in names]
+    return [file for file in files if file.is_file()]
+
+
+def refuse_packaged_names(folder: Path) -> None:
+    """Raise ValueError for a file that has the name of a packaged one, which Hydra would take instead."""
+    for packaged in sorted(PACKAGED.glob("*/*.yaml")):
+        name = packaged.relative_to(PACKAGED)
+        if (folder / name).is_file():
+            raise ValueError(f"{folder / name}: the packaged {name} would be taken; give the file another name.")
 
 
 def check_group_file(path: Path, schema: type) -> None:

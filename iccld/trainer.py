@@ -232,6 +232,7 @@ class Trainer:
     def _score(self, step: int, timer: PhaseTimer) -> bool:
         """Score after `step` steps; False if a signal has ended it, and the next attempt begins with it."""
         assert self.evaluate is not None
+        self._refuse_unless_finite(step)  # the best teacher is kept by its score
         try:
             with timer.phase("evaluate"):
                 self.metrics.write({"stage": self.stage.name, "step": step, **self.evaluate(step)})
@@ -283,11 +284,14 @@ class Trainer:
         )
 
     def _save(self, step: int) -> None:
-        """Save after `step` steps, unless a gradient has made weights NaN or infinite. Raises NonFiniteError."""
-        if not self.engine.has_finite_weights():
-            raise not_finite(self.stage.name, f"weights are not finite after step {step}, though its losses are")
+        self._refuse_unless_finite(step)
         about = dict(self.about, layout=self.engine.resume_facts(), logger_id=self.metrics.logger_id)
         self.checkpoints.save(step, self.engine.runs(self._stage_state()), about)
+
+    def _refuse_unless_finite(self, step: int) -> None:
+        """Raise NonFiniteError if a gradient has made weights NaN or infinite; the next loss would show it."""
+        if not self.engine.has_finite_weights():
+            raise not_finite(self.stage.name, f"weights are not finite after step {step}, though all losses are")
 
     def _stage_state(self) -> dict[str, Tensor]:
         return {f"stage/{name}": tensor for name, tensor in self.stage.state_dict().items()}

@@ -60,7 +60,7 @@ MAY_IMPORT = {
     "scores": {"labels"},
     "evaluation": {"labels", "scores", "settings"},
     "diagnostics": {"labels", "scores", "settings", "evaluation", "diffusion", "losses", "models"},
-    "inference": {"durable", "data.images", "evaluation", "models", "settings", "stages"},
+    "inference": {"durable", "data.images", "evaluation", "models", "settings", "stages.settings", "stages.table"},
     "config": EVERYTHING,
     "programs": EVERYTHING,
     "__main__": EVERYTHING,

@@ -52,9 +52,14 @@ def test_a_file_that_a_packaged_one_would_replace_is_refused(tmp_path: Path):
     path = tmp_path / "dataset" / "gta5_to_cityscapes.yaml"
     path.write_bytes(HEAD)
     with pytest.raises(ValueError, match=r"the packaged dataset/gta5_to_cityscapes\.yaml would be taken") as raised:
-        load_config(["dataset=gta5_to_cityscapes"], config_dir=str(tmp_path))
+        load_config(["model=tiny"], config_dir=str(tmp_path))
     assert str(raised.value).startswith(f"{path}: ")
-    load_config(["model=tiny"], config_dir=str(tmp_path))
+
+
+def test_a_file_that_is_named_like_a_run_is_no_group(tmp_path: Path):
+    (tmp_path / "settings").mkdir()
+    (tmp_path / "run.yaml").write_text("seeds: [0]\n")
+    assert load_config([f"run_dir={tmp_path}/run"], config_dir=f"{tmp_path}/settings").run_dir == f"{tmp_path}/run"
 
 
 def test_a_program_that_is_hydra_s_composes_beside(tmp_path: Path):

@@ -32,7 +32,7 @@ class Numbered(NamedTuple):
 def is_one(images: Images | Sequence[Images]) -> bool:
     """Tell whether a single image is given, for a single result. A batch of one is a batch."""
     is_batch = isinstance(images, Tensor) and images.ndim == 4
-    return isinstance(images, str) or not (is_batch or isinstance(images, Sequence))
+    return isinstance(images, str | bytes) or not (is_batch or isinstance(images, Sequence))
 
 
 def read_images(images: Images | Sequence[Images]) -> Iterator[Numbered]:

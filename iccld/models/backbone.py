@@ -1,6 +1,8 @@
 """Backbones of `transformers`, built or loaded, without random layers. Only this file imports the library."""
 
 import contextlib
+import difflib
+import functools
 import inspect
 import logging
 import os
@@ -14,7 +16,6 @@ from iccld.durable import locked, make_folder
 from iccld.models.settings import EncoderConfig
 from iccld.outcome import Interrupted
 from iccld.reading import MIB, read_json
-from iccld.suggestions import did_you_mean
 from iccld.texts import short
 
 if TYPE_CHECKING:
@@ -73,15 +74,15 @@ def make_backbone(pretrained: str, backbone_config: dict[str, Any]) -> "tuple[Pr
 @contextlib.contextmanager
 def _without_progress_bars() -> Iterator[None]:
     """Let transformers show none: the weights load in milliseconds, and every rank would print one."""
-    from transformers.utils import logging as of_transformers
+    from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
-    were_shown = of_transformers.is_progress_bar_enabled()
-    of_transformers.disable_progress_bar()
+    was_enabled = is_progress_bar_enabled()
+    disable_progress_bar()
     try:
         yield
     finally:
-        if were_shown:
-            of_transformers.enable_progress_bar()
+        if was_enabled:
+            enable_progress_bar()
 
 
 def warn_of_other_normalisation(config: EncoderConfig) -> None:
@@ -90,13 +91,22 @@ def warn_of_other_normalisation(config: EncoderConfig) -> None:
     if not config.pretrained or not path.is_file():
         return
     try:
-        told = dict(read_json(path, MIB))
-    except (ValueError, TypeError):
+        preprocessor = dict(read_json(path, MIB))
+    except (ValueError, TypeError, OSError):
         return
+    if preprocessor.get("do_rescale") is False:  # its figures are of another range
+        return
+    if preprocessor.get("do_normalize") is False:
+        preprocessor |= {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}
     for name in ("image_mean", "image_std"):
-        own = getattr(config, name)
-        if told.get(name, own) != own:
-            logger.warning("model.encoder.%s=%s, but %s says %s; set it", name, own, path, short(told[name]))
+        own, its = getattr(config, name), preprocessor.get(name)
+        if isinstance(its, list) and len(its) == 3 and its != own:
+            _warn_once(f"model.encoder.{name}={own}, but by {path} the backbone was trained with {short(its)}; set it")
+
+
+@functools.cache
+def _warn_once(what: str) -> None:
+    logger.warning("%s", what)
 
 
 def _load(pretrained: str) -> "tuple[PreTrainedModel, dict[str, Any]]":
@@ -169,17 +179,19 @@ def _config_from_dict(values: dict[str, Any]) -> "PreTrainedConfig":
         raise ValueError(f"model.encoder.backbone_config={values} is no transformers config: {error}") from error
     _refuse_others(config)
     if "transformers_version" not in fields:  # a saved config may be another version's
-        _refuse_unknown(fields, config)
+        _refuse_misspelt(fields, config)
     return config
 
 
-def _refuse_unknown(fields: dict[str, Any], config: "PreTrainedConfig") -> None:
-    """Raise ValueError for a field that the type has not: transformers keeps it, and nothing reads it."""
+def _refuse_misspelt(fields: dict[str, Any], config: "PreTrainedConfig") -> None:
+    """Raise ValueError for a field that the type has under another name; transformers would keep it and not read it.
+
+    Other fields that it has not stay: published configs have such.
+    """
     known = {*type(config)().to_dict(), *config.attribute_map}
-    for name in fields.keys() - known:
-        raise ValueError(
-            f"model.encoder.backbone_config: {config.model_type} has no {name!r}{did_you_mean(name, known)}"
-        )
+    near = {name: difflib.get_close_matches(name, known, n=1, cutoff=0.85) for name in sorted(fields.keys() - known)}
+    if meant := [f"{name!r}; did you mean {names[0]}?" for name, names in near.items() if names]:
+        raise ValueError(f"model.encoder.backbone_config: {config.model_type} has no {', and no '.join(meant)}")
 
 
 def _refuse_others(config: "PreTrainedConfig") -> None:

@@ -251,7 +251,7 @@ class ICCLD(nn.Module):
             )
         config = build(ModelConfig, card.model, where=str(folder / CARD_NAME))
         if attention is not None:
-            config = replace(config, denoiser=replace(config.denoiser, attention=AttentionBackend(attention)))
+            config = replace(config, denoiser=replace(config.denoiser, attention=attention))
         check_described(config.encoder, folder / CARD_NAME)
         trained = card.stage.has_denoiser
         wanted = trained if with_denoiser is None else with_denoiser

@@ -48,8 +48,12 @@ def described_by(card: Path) -> Iterator[None]:
     """Turn every error of building a model from a card, whose settings may be anything, into ValueError."""
     try:
         yield
-    except (ValueError, ImportError, MemoryError):
+    except (ImportError, MemoryError):
         raise
+    except ValueError as error:
+        if str(card) in str(error):
+            raise
+        raise ValueError(f"{card}: {error}") from error
     except Exception as error:
         if lacks_memory(error):
             raise

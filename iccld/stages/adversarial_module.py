@@ -88,16 +88,14 @@ class AdversarialModule(nn.Module):
 
     def _discriminator_input(self, prediction: DenoiserOutput, logits: Tensors) -> Tensor:
         """Return the input of the discriminator."""
-        seen = self.config.adversary_input
-        if seen is AdversaryInput.map:
+        if self.config.adversary_input is AdversaryInput.map:
             return torch.cat([logits[name] for name in self.config.adversary_domains]).float().softmax(dim=1)
-        if seen is AdversaryInput.features:
-            return prediction.middle
-        if seen is AdversaryInput.z0:
-            return prediction.z_0_pred
-        if seen is AdversaryInput.noise:
-            return prediction.noise_pred
-        raise ValueError(f"stage2.objective.adversary_input={seen.value}: `_discriminator_input` has no line for it.")
+        inputs = {
+            AdversaryInput.noise: prediction.noise_pred,
+            AdversaryInput.z0: prediction.z_0_pred,
+            AdversaryInput.features: prediction.middle,
+        }
+        return inputs[self.config.adversary_input]
 
     def _metrics(self, guesses: Tensor, domains: Tensor, t: Tensor) -> Tensors:
         """Measure the discriminator's accuracy per domain and timestep bin.

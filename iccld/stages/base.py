@@ -127,7 +127,7 @@ class Stage(ABC):
 def decayed_groups(
     parameters: Iterable[tuple[str, nn.Parameter]], *, learning_rate: float, weight_decay: float, **options: Any
 ) -> list[dict[str, Any]]:
-    """Divide the trainable parameters in two groups: matrices decay; norms, biases, positions and tokens do not."""
+    """Divide the trainable parameters in two groups: matrices decay; norms, biases, scales, tokens, ... do not."""
     trainable = [(name, p) for name, p in parameters if p.requires_grad]
     decayed = [p for name, p in trainable if _is_matrix(name, p)]
     plain = [p for name, p in trainable if not _is_matrix(name, p)]
@@ -136,9 +136,9 @@ def decayed_groups(
 
 
 def _is_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """Tell whether a parameter is a matrix or a kernel; norms of ConvNeXtV2 are vectors of shape (1, 1, 1, C)."""
+    """Tell whether a parameter is a matrix or a kernel; the response norms of ConvNeXtV2 are (1, 1, 1, C)."""
     is_vector = parameter.dim() <= 1 or (parameter.dim() > 2 and parameter.numel() == parameter.shape[-1])
-    return not is_vector and "position" not in name and "token" not in name
+    return not is_vector and not any(part in name for part in ("position", "token", "scale"))
 
 
 def keyed_noise(domain: Mapping[str, Any], purpose: str, shape: Sequence[int], *, seed: int) -> Tensor:

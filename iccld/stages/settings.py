@@ -88,7 +88,7 @@ class AdversaryInput(Enum):
     @property
     def is_decoded(self) -> bool:
         """Tell whether the input is made of D's maps, which the source and the target have."""
-        return self in (AdversaryInput.map,)
+        return self is AdversaryInput.map
 
 
 class PseudoLabelSource(Enum):

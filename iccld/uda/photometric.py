@@ -10,6 +10,7 @@ from iccld.uda.settings import PhotometricConfig
 
 NUM_DRAWS = 7
 _REACH = 3.5  # of the blur's kernel to each side, in standard deviations of the strongest blur
+_LEAST_REACH = 4  # pixels
 
 
 def strong_augment(images: Tensor, draws: Tensor, config: PhotometricConfig) -> Tensor:
@@ -26,7 +27,8 @@ def strong_augment(images: Tensor, draws: Tensor, config: PhotometricConfig) -> 
     draws = draws.float()
     # Kornia reads sigma to check it: on the device, the host would wait there for all that is queued.
     sigma = config.blur_sigma_min + draws[:, 6:7] * (config.blur_sigma_max - config.blur_sigma_min)
-    kernel = 2 * round(_REACH * config.blur_sigma_max) + 1
+    reach = max(_LEAST_REACH, round(_REACH * config.blur_sigma_max))
+    kernel = 2 * min(reach, *(side - 1 for side in images.shape[-2:])) + 1  # the border is mirrored
     draws = rng.to_device(draws, images.device)
     spread = (2 * draws[:, 1:5] - 1) * config.jitter
     jittered = adjust_brightness_accumulative(images, 1 + spread[:, 0])

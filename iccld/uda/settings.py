@@ -37,7 +37,7 @@ class CorruptionConfig:
     strength: float = 0.0  # in [0, 1], scales every part; 0 is off
     fourier_band: float = 0.1  # largest half width of the band that is the target's, as a share of the shorter side
     jitter: float = 0.4  # largest change of brightness, contrast, saturation and hue
-    blur_sigma: float = 1.5  # largest standard deviation of the blur, in pixels; to it come 0.15
+    blur_sigma: float = 1.5  # largest standard deviation of the blur, in pixels; 0.15 is added
     noise: float = 0.1  # largest standard deviation of the sensor noise, in units of [0, 1]
     block: int = 16  # side of a grey block, in pixels
     block_ratio: float = 0.15  # share of the blocks that turns grey

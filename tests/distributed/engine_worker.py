@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from iccld.runtime.engine.engine import Engine
 from iccld.runtime.settings import EngineConfig, Precision
+from iccld.runtime.tensors import local_tensor
 from iccld.stages.base import Stage, StageInputs
 from iccld.uda.teacher import Teacher
 from tests.factory import layout_for, random_batch
@@ -112,6 +113,23 @@ def check_equal_weights(engine: Engine) -> None:
     assert any(not torch.equal(mine[name], before[name]) for name in mine)
 
 
+def check_finite(engine: Engine) -> None:
+    """A weight of the last rank alone that is not finite is known on all ranks."""
+    stage = make_stage()
+    engine.attach(stage.module, stage.param_groups(), layout=layout_for(engine, 1), replicated=stage.replicated())
+    assert engine.has_finite_weights()
+    if engine.ranks.rank == engine.ranks.world_size - 1:
+        with torch.no_grad():
+            next(own for p in engine.backend.parameters().values() if (own := local_tensor(p)).numel()).fill_(torch.nan)
+    assert not engine.has_finite_weights()
+
+
+def check_from_main(engine: Engine) -> None:
+    """All ranks get rank 0's value, whatever theirs is, and however large it is."""
+    value = {"of": engine.ranks.rank, "large": "x" * (100_000 * (1 + engine.ranks.rank))}
+    assert engine.ranks.from_main(value) == {"of": 0, "large": "x" * 100_000}
+
+
 def check_teacher(engine: Engine) -> None:
     """The teacher, sharded or not, equals to the bit one that averages the whole weights."""
     stage = make_stage()
@@ -158,6 +176,8 @@ def main(done: str, kind: str) -> None:
         check_equal_weights(engine)
         check_clipping(engine)
         check_teacher(engine)
+        check_from_main(engine)
+        check_finite(engine)
     with Engine(EngineConfig(precision=Precision.bf16)) as engine:
         check_bf16(engine)
     if kind == "fsdp2":

@@ -90,14 +90,23 @@ def test_a_folder_that_asks_for_another_normalisation_is_reported(tmp_path: Path
     make_encoder("mobilenet_v2").backbone.save_pretrained(tmp_path)
     config = EncoderConfig(pretrained=str(tmp_path), width=16)
     told = tmp_path / "preprocessor_config.json"
-    for text in ("[]", "{", json.dumps({"image_mean": config.image_mean, "image_std": config.image_std})):
+    same = {"image_mean": config.image_mean, "image_std": config.image_std}
+    of_bytes = {"do_rescale": False, "image_mean": [123.7, 116.3, 103.5]}
+    for text in ("[]", "{", json.dumps(same), json.dumps({"image_mean": None}), json.dumps(of_bytes)):
         told.write_text(text)
         Encoder(config=config, latent_channels=4)
     assert not caplog.text
-    told.write_text(json.dumps({"image_mean": [0.5] * 3}))
-    Encoder(config=config, latent_channels=4)
-    assert "model.encoder.image_mean=[0.485, 0.456, 0.406], but" in caplog.text
-    assert "says [0.5, 0.5, 0.5]; set it" in caplog.text and "image_std" not in caplog.text
+    for content, other in (
+        ({"image_mean": [0.5] * 3}, "[0.5, 0.5, 0.5]"),
+        ({"do_normalize": False}, "[0.0, 0.0, 0.0]"),
+    ):
+        caplog.clear()
+        told.write_text(json.dumps(content))
+        for _ in range(2):
+            Encoder(config=config, latent_channels=4)
+        assert caplog.text.count("model.encoder.image_mean=[0.485, 0.456, 0.406], but by") == 1
+        assert f"the backbone was trained with {other}; set it" in caplog.text
+        assert ("image_std" in caplog.text) == ("do_normalize" in content)
 
 
 def test_loading_leaves_the_progress_bars_of_transformers_as_they_were(tmp_path: Path):

@@ -216,6 +216,10 @@ def test_scores_outlive_their_diagnostics(tmp_path: Path, monkeypatch: pytest.Mo
     assert unscored_stages(config) == ([] if is_repeated else ["stage1"]), "they are made when the run goes on"
     evaluate(whole)
     assert read_results(own_results(config))["diagnostics"] == whole and not unscored_stages(config)
+    (tmp_path / "stage1/final/teacher/model.safetensors").write_text("trained for longer")
+    with pytest.raises(ValueError, match="out of memory while scoring"):
+        evaluate(None)
+    assert unscored_stages(config) == ["stage1"], "what stood there was of other weights"
 
 
 def test_scores_with_nothing_to_count_are_null_with_several_noise_seeds():

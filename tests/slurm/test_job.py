@@ -96,6 +96,11 @@ def test_a_slow_start_is_no_silence_and_silence_is_the_end(job: Job):
     assert "no rank has given a sign of life for 3 s" in job.attempt("sleep 30", ICCLD_SILENCE_S="2", ICCLD_START_S="3")
 
 
+def test_the_ranks_know_how_long_late_ones_are_waited_for(job: Job):
+    assert "waits 900 s" in job.attempt('echo "waits $ICCLD_GATHER_S s"')
+    assert "waits 20 s" in job.attempt('echo "waits $ICCLD_GATHER_S s"', ICCLD_GATHER_S="20")
+
+
 @pytest.mark.parametrize("name", ["ICCLD_START_S", "ICCLD_SILENCE_S", "ICCLD_GATHER_S"])
 @pytest.mark.parametrize("value", ["2 min", "0", "1.5", "x[$(touch owned)]"])
 def test_a_limit_is_whole_seconds(job: Job, name: str, value: str):

@@ -180,6 +180,7 @@ def test_a_masked_image_has_the_mean_colour_where_it_is_hidden_and_draws_of_its_
 
 def test_norms_positions_and_tokens_do_not_decay_whatever_their_shape():
     shapes = {"grn.weight": (1, 1, 1, 8), "cls_token": (1, 1, 8), "register_tokens": (1, 4, 8)}
+    shapes |= {"layer_scale": (8, 1, 1), "logit_scale": (8, 1, 1)}
     shapes |= {
         "position_embeddings": (1, 9, 8),
         "norm.weight": (8,),
@@ -189,7 +190,7 @@ def test_norms_positions_and_tokens_do_not_decay_whatever_their_shape():
     parameters = {name: torch.nn.Parameter(torch.zeros(shape)) for name, shape in shapes.items()}
     decayed, plain = decayed_groups(parameters.items(), learning_rate=1.0, weight_decay=0.1)
     assert [p.shape for p in decayed["params"]] == [shapes["conv.weight"], shapes["head.weight"]]
-    assert len(plain["params"]) == 5 and plain["weight_decay"] == 0.0
+    assert len(plain["params"]) == 7 and plain["weight_decay"] == 0.0
 
 
 def test_every_trainable_parameter_has_a_group_and_a_rate():

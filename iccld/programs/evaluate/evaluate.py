@@ -158,13 +158,21 @@ def evaluate_models(
             score = partial(evaluate_predictor, config=config, engine=engine, give_up=give_up)
             results |= score_model(load_matching_model(folder, config).to(engine.device), config, score)
         if config.evaluation.diagnostic_images:
-            if engine.ranks.is_main and not place_for(folders, config, about).exists():
-                _write(results | {DIAGNOSTICS: {}}, folders, config, about)  # kept if they fail or are stopped
+            together(partial(_keep, results, folders, config, about), engine.ranks)
             results[DIAGNOSTICS] = _diagnose(folders, config, engine, give_up)
     if engine.ranks.is_main:
         path = _write(results, folders, config, about)
         _show(results, about, path)
     return results
+
+
+def _keep(results: Mapping[str, Any], folders: Sequence[Path], config: Config, about: Mapping[str, Any]) -> None:
+    """Write scores whose diagnostics may yet fail or be stopped, unless there are scores of the same weights."""
+    if not about:  # on another rank than the first
+        return
+    path = place_for(folders, config, about)
+    if not path.exists() or read_results(path)["about"]["sha256"] != about["sha256"]:
+        _write({**results, DIAGNOSTICS: {}}, folders, config, about)
 
 
 def _diagnose(folders: Sequence[Path], config: Config, engine: Engine, give_up: GiveUp) -> dict[str, Any]:

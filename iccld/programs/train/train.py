@@ -119,7 +119,7 @@ def _run_stages(config: Config, engine: Engine, preemption: Preemption, watchdog
         elif not _run_stage(name, config, engine, preemption, watchdog, terminal):
             return False
     to_score = finished_models(config) if config.data.validation.shards and unscored_stages(config) else []
-    if to_score := ranks.from_main(to_score):
+    if to_score := ranks.gather(to_score)[0]:  # gathered: all ranks have read the scores before rank 0 writes them
         watchdog.begin("evaluation")
         watchdog.phase("evaluate")
         try:

@@ -186,10 +186,14 @@ class CheckpointStore:
         Broken and unreadable ones are reported by name and passed over; if no other is left, that is an error.
         """
         failure = f"no checkpoint in {self.folder} can be used"
-        found: list[Checkpoint | None] = []
-        find = (lambda: found.append(self._find_newest())) if self.ranks.is_main else lambda: None
+        found: Checkpoint | None = None
+
+        def find() -> None:
+            nonlocal found
+            found = self._find_newest() if self.ranks.is_main else None
+
         _together(self.ranks.gather, find, failure)
-        return self.ranks.from_main(next(iter(found), None))  # a manifest of many ranks is large
+        return self.ranks.from_main(found)  # not gathered: a manifest of many ranks is large
 
     def _point_at(self, newest: Path) -> None:
         """Let `latest` name it again: a kill came between rename and `latest`, or the one it names is damaged."""

@@ -76,7 +76,7 @@ def without_plugins() -> Iterator[None]:
 
 
 def _time_to_join() -> timedelta:
-    """Return how long ranks wait for others: longer than rank 0 of a SLURM job, which then names those that lack."""
+    """Return how long ranks wait for others: longer than rank 0 of a SLURM job, which names the missing ones first."""
     return timedelta(seconds=float(os.environ.get("ICCLD_GATHER_S", "0")) + JOIN_S)
 
 

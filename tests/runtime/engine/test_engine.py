@@ -9,7 +9,7 @@ import torch
 
 from iccld.outcome import AGAIN, status_of
 from iccld.runtime.engine.compilation import choose_compile, lacks_for_compiling
-from iccld.runtime.engine.engine import Engine
+from iccld.runtime.engine.engine import Engine, _time_to_join
 from iccld.runtime.ranks import keep_record
 from iccld.runtime.settings import Compile, EngineConfig
 from tests.distributed.engine_worker import check_clipping, check_gradients
@@ -40,6 +40,13 @@ def test_ranks_that_are_lost_while_they_join_are_no_fault_of_the_program(kind: s
     monkeypatch.delenv("WORLD_SIZE")
     with pytest.raises(RuntimeError):
         Engine(EngineConfig())
+
+
+def test_ranks_of_a_job_wait_longer_than_rank_0_that_names_the_missing_ones(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("ICCLD_GATHER_S", raising=False)
+    assert _time_to_join().total_seconds() == 300
+    monkeypatch.setenv("ICCLD_GATHER_S", "1800")
+    assert _time_to_join().total_seconds() == 2100
 
 
 @pytest.mark.parametrize(("wanted", "device"), [("auto", "cpu"), ("none", "cuda"), ("none", "cpu")])
