@@ -223,10 +223,10 @@ def score_model(model: ICCLD, config: Config, score: Callable[[Predict], Evaluat
 
 def _scores(by_noise_seed: list[EvaluationResult]) -> dict[str, Any]:
     """Return the means over the seeds; of several seeds, also the mIoU of each."""
-    scores = mean_result(by_noise_seed).to_json()
-    if len(by_noise_seed) == 1:
-        return scores
-    return scores | {"miou_by_noise_seed": [result.to_json()["miou"] for result in by_noise_seed]}
+    first, *others = by_noise_seed
+    if not others:
+        return first.to_json()
+    return mean_result(by_noise_seed).to_json() | {"miou_by_noise_seed": [result.to_json()["miou"] for result in by_noise_seed]}
 
 
 def named_results(results: Mapping[str, Any]) -> dict[str, EvaluationResult]:
