@@ -226,7 +226,8 @@ def _scores(by_noise_seed: list[EvaluationResult]) -> dict[str, Any]:
     first, *others = by_noise_seed
     if not others:
         return first.to_json()
-    return mean_result(by_noise_seed).to_json() | {"miou_by_noise_seed": [result.to_json()["miou"] for result in by_noise_seed]}
+    of_seeds = [result.to_json()["miou"] for result in by_noise_seed]
+    return mean_result(by_noise_seed).to_json() | {"miou_by_noise_seed": of_seeds}
 
 
 def named_results(results: Mapping[str, Any]) -> dict[str, EvaluationResult]:
