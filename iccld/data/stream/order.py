@@ -48,7 +48,8 @@ class Permutation:
     """A keyed bijection of `range(size)`: a Feistel network over the cells of a grid, in O(1) memory.
 
     Rows and columns are shifted in turn, each by a keyed hash of the other. The grid has up to `2 * sqrt(size)` cells
-    too many. A value that lands on one of them is mapped again until it lies inside (cycle walking).
+    too many. A value that lands on one of them is mapped again until it lies inside (cycle walking). Of 5 or 6 elements
+    some orders come up to 2.4 times as often as they should; from 12 on, positions and neighbours are uniform.
     """
 
     def __init__(self, size: int, key: int) -> None:
