@@ -50,7 +50,7 @@ MAY_IMPORT = {
     "diffusion": set(),
     "losses": set(),
     "uda": set(),
-    "models": {"diffusion", "durable", "schema", "suggestions"},
+    "models": {"diffusion", "durable", "schema"},
     "data": {"labels", "durable"},
     "runtime": {"durable"},
     "slurm": {"durable"},

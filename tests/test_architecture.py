@@ -107,7 +107,7 @@ def test_experiments_open_with_command_cost_and_expected_result():
             "iccld/models/decoder.py",
             "from iccld import stages",
             1,
-            "may import ['diffusion', 'durable', 'schema', 'suggestions']",
+            "may import ['diffusion', 'durable', 'schema']",
         ),
         (RULES[0], "iccld/trainer.py", "from iccld.stages import segmentation", 1, "'stages.base'"),
         (RULES[0], "iccld/config.py", "def f():\n    import iccld.cli", 2, "config must not import iccld.cli"),

@@ -17,11 +17,11 @@ from pathlib import Path
 from iccld import cli
 from iccld.durable import write_whole
 from iccld.node import host_name
-from iccld.outcome import say, words
+from iccld.outcome import REFUSED, say, words
 from iccld.programs.stopped import STOPPED
 from iccld.runtime.faults.ending import run_to_the_end
 from iccld.runtime.faults.preemption import SIGNALS, STOPPED_BY_WATCHDOG
-from iccld.slurm.ranks import interface_towards, rank_environment
+from iccld.slurm.ranks import interface_towards, missing_gpus, rank_environment
 
 
 def main(argv: Sequence[str]) -> int:
@@ -31,6 +31,11 @@ def main(argv: Sequence[str]) -> int:
     if interface := interface_towards(os.environ["MASTER_ADDR"]):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     is_main, outcome = os.environ["RANK"] == "0", os.environ.get("ICCLD_OUTCOME")
+    with contextlib.suppress(ImportError):  # which the verb explains
+        import torch  # before the first sign of life: no thread can give one while a large library is loaded
+
+        if missing := missing_gpus(os.environ, num_seen=torch.cuda.device_count()):
+            return _end_without_gpus(missing, outcome)
     if folder := os.environ.get("ICCLD_ALIVE"):
         threading.Thread(target=_show_life, args=(Path(folder),), name="alive", daemon=True).start()
         if is_main and outcome and "ICCLD_GATHER_S" in os.environ:
@@ -45,6 +50,25 @@ def main(argv: Sequence[str]) -> int:
     if is_main and outcome:
         _leave(Path(outcome), f"{status}\n")
     return 0 if status == STOPPED else status
+
+
+def _end_without_gpus(what: str, outcome: str | None) -> int:
+    """Name this node, so that the job goes on elsewhere; without CUDA in torch, no other node would do."""
+    from torch.version import cuda, hip
+
+    from iccld.runtime.measure.telemetry import write_event
+
+    if not (cuda or hip):
+        say(f"iccld: {what}: this torch is made for CPUs; install one with CUDA, or set CUDA_VISIBLE_DEVICES= (empty).")
+        status = REFUSED
+    else:
+        say(f"iccld: {host_name()}: {what}")
+        if outcome:
+            write_event(Path(outcome).parents[2], "unfit", host=host_name(), check="device", what=what)
+        status = STOPPED_BY_WATCHDOG
+    if outcome and os.environ["RANK"] == "0":
+        _leave(Path(outcome), f"{status}\n")
+    return status
 
 
 def _leave(path: Path, text: str) -> None:

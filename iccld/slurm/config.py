@@ -29,15 +29,16 @@ _PATTERNS = {
     "account": (r"[A-Za-z0-9._+@-]*", "letters, digits and ._+@-"),
     "partition": (r"[A-Za-z0-9._,+-]*", "names with commas between"),
     "qos": (r"[A-Za-z0-9._+-]*", "letters, digits and ._+-"),
+    "gpu_type": (r"[A-Za-z0-9._-]*", "letters, digits and ._-"),
     "memory": (r"(\d+[KMGT]?)?", "a number and K, M, G or T, as in 64G"),
     "time": (r"\d+|\d+:\d\d(:\d\d)?|\d+-\d+(:\d\d){0,2}", "minutes, hours:minutes:seconds or days-hours"),
     "constraint": (r"[A-Za-z0-9._&|,*()\[\]+-]*", "SLURM's expression of features, without spaces"),
 }
-_NODE = re.compile(r"[A-Za-z0-9._-]+(\[[0-9,-]+\])?")
+_NODES = re.compile(r"[A-Za-z0-9._,\[\]-]+")
 _MOUNT = re.compile(r"[^,:\s]+(:[^,:\s]+){0,2}")
 _MODULE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+/-]*")
 _VARIABLE = re.compile(r"[A-Z][A-Z0-9_]*")
-_DIRECTIVE = re.compile(r"--[a-z][a-z-]*(=[A-Za-z0-9._:,+@/%=\[\]-]+)?")
+_DIRECTIVE = re.compile(r"--[a-z][a-z-]*(=[A-Za-z0-9._:,+@/%=*&|()!\[\] -]+)?")
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class SubmitConfig:
     qos: str = ""  # SLURM's quality of service
     nodes: int = 1  # nodes of a job
     gpus_per_node: int = 0  # 0: none are asked for
+    gpu_type: str = ""  # of the GPUs, as in h100
     ranks_per_node: int = 0  # 0: one for each GPU, or one
     cpus_per_task: int = 8  # cores of a rank
     memory: str = ""  # memory of a node, as in 64G
@@ -74,7 +76,7 @@ class SubmitConfig:
         for name, (pattern, rule) in _PATTERNS.items():
             _check(name, getattr(self, name), re.compile(pattern), rule)
         for name, pattern, rule in (
-            ("exclude", _NODE, "names of nodes"),
+            ("exclude", _NODES, "names of nodes, as in n1,gpu[02-05]"),
             ("after", re.compile(r"[A-Za-z0-9_]+"), "numbers of jobs"),
             ("mounts", _MOUNT, "FROM:TO, without spaces and commas"),
             ("modules", _MODULE, "names of modules"),

@@ -18,6 +18,8 @@ max_cut_short=20              # the same of attempts that were preempted, or los
 requeue=${requeue:-yes}
 lead_s=${lead_s:-300}                         # from USR1 to the time limit
 ICCLD_START_S=${ICCLD_START_S:-1800}          # to the first sign of life: an image is fetched, an environment is cold
+ASK_S=${ICCLD_ASK_S:-5}                       # between questions to a controller that does not answer
+failed_setup=${failed_setup:-}
 export ICCLD_SILENCE_S=${ICCLD_SILENCE_S:-60} # without a further one, from any rank
 export ICCLD_GATHER_S=${ICCLD_GATHER_S:-900}  # from rank 0's first sign until the last rank has begun
 for name in ICCLD_START_S ICCLD_SILENCE_S ICCLD_GATHER_S; do # they are counted with
@@ -60,6 +62,8 @@ begin_attempt() {
     export ICCLD_HOSTS ICCLD_ATTEMPT_BEGAN
     log=$(readlink -f "/proc/$$/fd/1")
     rm -rf "$alive"
+    # What lies here at a job's beginning was left by one of another cluster, or of a controller that has counted anew.
+    [ "$restart" != 0 ] || rm -rf "$state"/{outcome,progress,stalled,running_on,log_begin}
     if ! mkdir -p "$alive"; then # a full disk, or a file system that is away
         say "$alive cannot be made; make room on that disk, or mend its mount"
         [ "$restart" -lt "$max_cut_short" ] || give_up "$restart"
@@ -77,6 +81,11 @@ begin_attempt() {
     [ "$(recall outcome)" != 0 ] || { say "finished before; nothing to do"; exit 0; }
     rm -rf "$state/outcome"
     count_stalled
+    if [ -n "$failed_setup" ]; then # wrong from the start, or a file server that is away
+        say "this line of the setup failed: $failed_setup"
+        [ "$restart" != 0 ] || { say "refused; not started again"; exit 2; }
+        requeue
+    fi
     say "going on from: ${progress_before:-the beginning}"
     keep running_on "$SLURM_JOB_NODELIST"
 }
@@ -188,20 +197,45 @@ compare_lead() {
 }
 
 requeue() {
-    local now
+    local now try said=
     [ "$requeue" = yes ] || { say "not requeued, as was asked for; submit again, and it goes on"; exit 1; }
-    now=$(job_state)
-    case $now in
-    RUNNING)
-        say "requeued"
-        trap "" TERM
-        scontrol requeue "$id" && sleep 60 && exit 1 # ended by the requeue
-        say "could not be requeued; submit again, and it goes on"
-        ;;
-    "") say "not requeued, as SLURM does not answer; submit again, and it goes on" ;;
-    *) say "not requeued: $now" ;; # cancelled, or requeued already
-    esac
+    for try in {1..5}; do # a backup controller takes over after two minutes
+        now=$(job_state)
+        case $now in
+        RUNNING)
+            [ "$said" ] || say "requeued"
+            said=yes
+            trap "" TERM
+            if scontrol requeue "$id"; then
+                leave_out_failing
+                sleep 60 && exit 1 # ended by the requeue
+            fi
+            sleep $((12 * ASK_S))
+            ;;
+        "") ;;
+        *) say "not requeued: $now"; exit 1 ;; # cancelled, or requeued already
+        esac
+    done
+    if [ "$said" ]; then say "could not be requeued; submit again, and it goes on"; else
+        say "not requeued, as SLURM does not answer; submit again, and it goes on"
+    fi
     exit 1
+}
+
+# A node that ended two attempts, as `iccld submit` counts them, gets no third: an idle node would be chosen again.
+leave_out_failing() {
+    local nodes before try
+    nodes=$(cut -f 1,3 "$run_dir/slurm/failed_nodes" 2>/dev/null | sort -u | cut -f 1 | uniq -d |
+        grep -xE '[A-Za-z0-9][A-Za-z0-9._-]{0,252}')
+    [ -n "$nodes" ] || return
+    before=$(scontrol show job "$id" --oneliner | sed -n 's/.* ExcNodeList=\([^ (][^ ]*\).*/\1/p')
+    [ -z "$before" ] || before=$(scontrol show hostnames "$before")
+    nodes=$(sort -u <<<"$nodes"$'\n'"$before" | grep . | paste -sd ,)
+    [ "$nodes" != "$(sort -u <<<"$before" | paste -sd ,)" ] || return
+    for try in 1 2 3; do
+        scontrol update jobid="$id" ExcNodeList="$nodes" && say "the next attempt is not on $nodes" && return
+        sleep "$ASK_S"
+    done
 }
 
 # SLURM's word; asked for a minute, as a controller that is restarted does not answer.
@@ -210,7 +244,7 @@ job_state() {
     for try in {1..12}; do
         answer=$(scontrol show job "$id" --oneliner | grep -o 'JobState=[A-Z_]*' | head -n 1)
         [ -z "$answer" ] || break
-        sleep "${ICCLD_ASK_S:-5}"
+        sleep "$ASK_S"
     done
     echo "${answer#JobState=}"
 }

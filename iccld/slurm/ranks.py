@@ -55,6 +55,18 @@ def master_port(job: int, *, restart: int = 0) -> int:
     return FIRST_PORT + (job + PORT_STRIDE * restart) % NUM_PORTS
 
 
+def missing_gpus(environment: Mapping[str, str], *, num_seen: int) -> str:
+    """Say which GPUs of the allocation a process does not see; "" if there are all, or none were asked for.
+
+    SLURM names the GPUs of a task in CUDA_VISIBLE_DEVICES; a user who empties it wants none.
+    """
+    granted, visible = environment.get("SLURM_GPUS_ON_NODE", "0"), environment.get("CUDA_VISIBLE_DEVICES")
+    wanted = (min(1, int(granted)) if visible is None else len(visible.split(","))) if granted.isdigit() else 0
+    if granted == "0" or visible in ("", "-1") or num_seen >= wanted:
+        return ""
+    return f"SLURM has given this task {wanted} GPUs, and torch sees {num_seen} (in a container: is it given them?)"
+
+
 def interface_towards(address: str) -> str:
     """Return the network interface by which this machine reaches another; "" if it has no name.
 

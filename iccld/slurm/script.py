@@ -1,17 +1,23 @@
 """Text of a job script: a function of the settings and of the work, and of nothing else."""
 
+import re
 import shlex
 from collections.abc import Iterator
 
 from iccld.slurm.config import Container, Launcher, SubmitConfig, Work
 from iccld.slurm.ranks import FIRST_PORT, NUM_PORTS, PORT_STRIDE
 
+_SIMPLE_COMMAND = re.compile(r"(module|ml|source|\.|conda|mamba|micromamba|spack) [^|&;<>(){}`\\#]*")
+"""Lines of `setup` whose failure is the setup's: without what they load, the job would run something else."""
 NCCL = """\
 # NCCL chooses its network itself; where it chooses wrongly, say:
 # export NCCL_SOCKET_IFNAME=ib0    # the interface for its first contact, where a node has several
 # export NCCL_IB_HCA=mlx5          # which InfiniBand adapters; NCCL_IB_DISABLE=1 for none
 # export NCCL_DEBUG=INFO           # once, to read in the log what it has chosen
 """
+
+
+_OWN_VARIABLES = ("PYTHONPATH", "PYTHONSAFEPATH", "PYTHONUNBUFFERED", "OMP_NUM_THREADS")
 
 
 def sbatch_text(config: SubmitConfig, work: Work) -> str:
@@ -36,7 +42,7 @@ def _directives(config: SubmitConfig, work: Work) -> Iterator[str]:
     yield f"--ntasks-per-node={1 if agents else config.tasks_per_node}"
     yield f"--cpus-per-task={config.cpus_per_task * (config.tasks_per_node if agents else 1)}"
     if config.gpus_per_node:
-        yield f"--gres=gpu:{config.gpus_per_node}"
+        yield f"--gres=gpu:{config.gpu_type + ':' if config.gpu_type else ''}{config.gpus_per_node}"
     if config.memory:
         yield f"--mem={config.memory}"
     yield f"--time={config.time}"
@@ -53,7 +59,9 @@ def _directives(config: SubmitConfig, work: Work) -> Iterator[str]:
     log = f"{work.run_dir.replace('%', '%%')}/logs/%x-{'%A_%a' if is_array else '%j'}.log"
     yield f"--output={_directive_value(log)}"
     yield f"--chdir={_directive_value(work.folder)}"
-    yield from config.directives
+    for directive in config.directives:
+        option, given, value = directive.partition("=")
+        yield option + given + _directive_value(value)
 
 
 def _directive_value(value: str) -> str:
@@ -80,10 +88,11 @@ def _array(arguments: tuple[str, ...]) -> str:
 
 
 def _environment(config: SubmitConfig, work: Work) -> Iterator[str]:
-    for module in config.modules:
-        yield f"module load {module}\n"
-    for line in config.setup:
-        yield f"{line}\n"
+    for line in (*(f"module load {module}" for module in config.modules), *config.setup):
+        failed = f" || failed_setup={shlex.quote(line)}" if _SIMPLE_COMMAND.fullmatch(line) else ""
+        yield f"{line}{failed}\n"
+    if not work.variants:  # sbatch hands on the variables of an array's element in which it was called
+        yield "unset SLURM_ARRAY_JOB_ID SLURM_ARRAY_TASK_ID\n"
     yield "export PYTHONPATH=$code${PYTHONPATH:+:$PYTHONPATH} PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1\n"
     yield f"export OMP_NUM_THREADS={config.cpus_per_task}\n"
     if config.launcher is Launcher.srun:
@@ -102,7 +111,7 @@ def _environment(config: SubmitConfig, work: Work) -> Iterator[str]:
 
 
 def _launch(config: SubmitConfig, work: Work) -> str:
-    step = 'launch srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK"'
+    step = 'launch srun --kill-on-bad-exit=1 --export=ALL --cpus-per-task="$SLURM_CPUS_PER_TASK"'
     python = shlex.quote(config.python)
     if config.launcher is Launcher.accelerate:
         return f"{step} \\\n    bash -c '{_agent(config, work)}' agent \"${{command[@]}}\"\n"
@@ -110,9 +119,10 @@ def _launch(config: SubmitConfig, work: Work) -> str:
         every = ",".join([*_mounts(work), *config.mounts])
         image = f"--container-image={shlex.quote(config.image)} --container-mounts={shlex.quote(every)}"
         step += f" \\\n    {image} --container-workdir={shlex.quote(work.folder)}"
+        step += f" \\\n    --container-env={','.join([*_OWN_VARIABLES, *work.variables])}"  # else the image's own win
     elif config.container is Container.apptainer:
         binds = " ".join(f"--bind {shlex.quote(mount)}" for mount in [*_mounts(work), *config.mounts])
-        gpu = " --nv" if config.gpus_per_node else ""
+        gpu = " --nv" if config.gpus_per_node or any("gpu" in directive for directive in config.directives) else ""
         step += f" \\\n    apptainer exec{gpu} {binds} --pwd {shlex.quote(work.folder)} {shlex.quote(config.image)}"
     return f'{step} \\\n    {python} -m iccld.programs.rank "${{command[@]}}"\n'
 
@@ -126,7 +136,11 @@ def _mounts(work: Work) -> list[str]:
 
 
 def _agent(config: SubmitConfig, work: Work) -> str:
-    """Write the text for `bash -c` on each node. The agent would die of USR1, which is meant for the ranks."""
+    """Write the text for `bash -c` on each node: the agent, and this shell, which hands on what SLURM tells it.
+
+    Where SLURM keeps track of processes by cgroups, a signal to a step reaches this shell alone; else all of them. USR1
+    is meant for the ranks, and the agent would die of it. If there are none yet, the shell waits for them.
+    """
     job = f"(SLURM_JOB_ID + {PORT_STRIDE} * ${{SLURM_RESTART_COUNT:-0}})"
     options = [
         f"--config_file {shlex.quote(work.engine_file)}",
@@ -135,5 +149,12 @@ def _agent(config: SubmitConfig, work: Work) -> str:
         f"--main_process_port $(({FIRST_PORT} + {job} % {NUM_PORTS}))",
     ]
     launch = " \\\n        ".join([f"{shlex.quote(config.python)} -m accelerate.commands.launch", *options])
-    line = f'trap "" USR1; exec {launch} \\\n        --module iccld.programs.rank "$@"'
-    return line.replace("'", "'\\''")
+    lines = [
+        f'(trap "" USR1; exec {launch} \\\n        --module iccld.programs.rank "$@") &',
+        "agent=$!",
+        'trap "until pkill -USR1 -P $agent || ! kill -0 $agent; do sleep 1; done 2>/dev/null &" USR1 TERM',
+        'while wait "$agent"; status=$?; kill -0 "$agent" 2>/dev/null; do :; done',
+        'wait "$agent"; last=$?',  # a wait that a signal ended has another status
+        '[ "$last" = 127 ] || status=$last; exit "$status"',  # 127: it was seen
+    ]
+    return "\n        ".join(lines).replace("'", "'\\''")

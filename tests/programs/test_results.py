@@ -256,7 +256,7 @@ def overridden(words: str) -> Config:
     return config_from({}, where="a test", overrides=["data.validation.shards=shards/val", *words.split()])
 
 
-@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.sampled_from(COMBINATIONS), min_size=2, max_size=8))
 def test_in_any_order_nothing_is_lost(tmp_path_factory: pytest.TempPathFactory, evaluations: list[str]):
     folder = tmp_path_factory.mktemp("run")

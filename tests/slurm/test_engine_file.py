@@ -1,6 +1,9 @@
 """Nothing in an engine's YAML becomes a command of the job script."""
 
+import os
+import signal
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from iccld.slurm.config import Launcher, SubmitConfig, Work
 from iccld.slurm.engine_file import engine_variables
 from iccld.slurm.script import sbatch_text
 from iccld.slurm.settings_file import read_settings
+from tests.slurm.cluster import wait_until
 
 HOSTILE = [
     "a; touch canary", "a\ntouch canary", "$(touch canary)", "`touch canary`", "x=1; touch canary #", "a b", "ä", "",
@@ -112,10 +116,64 @@ def test_a_file_s_name_is_no_command_of_the_agent(name: str, tmp_path: Path):
     )  # fmt: skip
     text = sbatch_text(SubmitConfig(launcher=Launcher.accelerate, python="printf '%s\\0' x"), work)
     agent = sbatch_text(replace(SubmitConfig(launcher=Launcher.accelerate), python="printf"), work)
-    job = 'begin_attempt() { :; }\nend_attempt() { :; }\nlaunch() { shift 3; "$@"; }\n'
+    job = 'begin_attempt() { :; }\nend_attempt() { :; }\nlaunch() { shift 4; "$@"; }\n'
     for script in (text, agent):
         (tmp_path / "script").write_text(script.replace('source "$code/iccld/slurm/job.sh"', job))
         environment = {"PATH": "/usr/bin:/bin", "SLURM_CPUS_PER_TASK": "1", "SLURM_JOB_ID": "1", "SLURM_NODEID": "0",
                        "SLURM_LAUNCH_NODE_IPADDR": "::1"}  # fmt: skip
         subprocess.run(["bash", "script"], cwd=tmp_path, capture_output=True, timeout=20, check=False, env=environment)
         assert not (tmp_path / "canary").exists()
+
+
+AGENT = """\
+#!{python}
+import os, pathlib, signal, sys, time
+
+def hear(name, number, status):
+    def heard(*_):
+        os.write(1, f"{{name}}\\n".encode())
+        os._exit(status)
+    signal.signal(number, heard)
+
+hear("agent heard TERM", signal.SIGTERM, 1)
+if {is_late}:
+    pathlib.Path("started").touch()
+    time.sleep(2)
+if (rank := os.fork()) == 0:
+    hear("rank heard USR1", signal.SIGUSR1, 0)
+    pathlib.Path("started").touch()
+    time.sleep(60)
+os.waitpid(rank, 0)
+sys.exit(3)
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "is_late", "of_all"),
+    [
+        (signal.SIGUSR1, False, False),
+        (signal.SIGUSR1, True, False),
+        (signal.SIGUSR1, False, True),
+        (signal.SIGTERM, False, False),
+        (signal.SIGTERM, True, False),
+    ],
+)
+def test_a_signal_to_the_task_alone_reaches_the_ranks_of_an_agent(
+    tmp_path: Path, number: int, is_late: bool, of_all: bool
+):
+    """SLURM signals a step's first process alone where it knows processes by cgroups, and all of them elsewhere."""
+    (tmp_path / "python").write_text(AGENT.format(python=sys.executable, is_late=is_late))
+    (tmp_path / "python").chmod(0o755)
+    work = Work(run_dir=str(tmp_path), code=str(tmp_path), folder=str(tmp_path), engine_file=f"{tmp_path}/e.yaml")
+    text = sbatch_text(SubmitConfig(launcher=Launcher.accelerate, python=f"{tmp_path}/python"), work)
+    job = 'begin_attempt() { :; }\nend_attempt() { :; }\nlaunch() { shift 4; exec "$@"; }\n'
+    (tmp_path / "script").write_text(text.replace('source "$code/iccld/slurm/job.sh"', job))
+    own = {"PATH": "/usr/bin:/bin", "SLURM_CPUS_PER_TASK": "1", "SLURM_JOB_ID": "1", "SLURM_NODEID": "0"}
+    task = subprocess.Popen(
+        ["bash", "script"], cwd=tmp_path, stdout=subprocess.PIPE, text=True, start_new_session=True,
+        env=own | {"SLURM_LAUNCH_NODE_IPADDR": "::1"},
+    )  # fmt: skip
+    wait_until((tmp_path / "started").exists, 20, "the agent")
+    (os.killpg if of_all else os.kill)(task.pid, number)
+    said, _ = task.communicate(timeout=20)
+    assert set(said.splitlines()) == {"rank heard USR1"} and task.returncode == 3

@@ -17,7 +17,8 @@ echo "$*" >>"$ASKED"
 case "$1 $2" in
 "show job") rm "$ASKED.silent" 2>/dev/null || echo "JobId=7 JobState=RUNNING Reason=None" ;;
 "show hostnames") eval "printf '%s\\n' $(sed 's/\\[\\(.*\\)-\\(.*\\)\\]/{\\1..\\2}/' <<<"$3")" ;;
-requeue*) exit 1 ;;
+requeue*) [ -e "$ASKED.leave_out" ] || [ -n "$REFUSES" ] || kill -KILL "$PPID"; exit ${REFUSES:-0} ;; # as SLURM does
+update*) kill -KILL "$PPID" ;;
 esac
 """
 STOPPED = 'mkdir -p "$(dirname "$ICCLD_OUTCOME")"; echo 85 >"$ICCLD_OUTCOME"'
@@ -48,7 +49,7 @@ class Job:
     def _environment(self) -> dict[str, str]:
         (self.folder / "scontrol").write_text(SCONTROL)
         (self.folder / "scontrol").chmod(0o755)
-        own = {"PATH": f"{self.folder}:{os.environ['PATH']}", "ASKED": str(self.folder / "asked")}
+        own = {"PATH": f"{self.folder}:{os.environ['PATH']}", "ASKED": str(self.folder / "asked"), "ICCLD_ASK_S": "0"}
         job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "gpu[01-02]", "SLURM_RESTART_COUNT": str(self.restarts)}
         return own | job
 
@@ -84,8 +85,39 @@ def test_an_element_of_an_array_requeues_itself_alone(job: Job):
 
 def test_a_controller_that_does_not_answer_is_asked_again(job: Job):
     (job.folder / "asked.silent").touch()
-    job.attempt(STOPPED, ICCLD_ASK_S="0.1")
+    job.attempt(STOPPED)
     assert job.requeued == ["requeue 7"] and (job.folder / "asked").read_text().count("show job 7") == 2
+
+
+def test_a_requeue_that_fails_is_asked_for_again_and_then_given_up_in_a_line(job: Job):
+    said = job.attempt(STOPPED, REFUSES="1")
+    assert job.requeued == ["requeue 7"] * 5 and said.count("iccld: requeued\n") == 1
+    assert said.endswith("could not be requeued; submit again, and it goes on\n")
+
+
+def test_a_node_that_ended_two_attempts_is_left_out_of_the_next(job: Job):
+    lost = 'echo "srun: error: Node failure on gpu02"; exit 1'
+    job.attempt(lost)
+    assert "update" not in (job.folder / "asked").read_text()
+    (job.folder / "asked.leave_out").touch()
+    job.attempt(lost)
+    assert "update jobid=7 ExcNodeList=gpu02\n" in (job.folder / "asked").read_text()
+
+
+def test_a_job_takes_nothing_over_from_one_of_the_same_number(job: Job):
+    (state := job.run_dir / "slurm" / "job_7").mkdir(parents=True)
+    (state / "outcome").write_text("0\n")
+    assert "going on from: the beginning" in job.attempt(STOPPED)
+    (state / "outcome").write_text("0\n")
+    assert "finished before; nothing to do" in job.attempt(STOPPED), "of the job itself"
+
+
+def test_a_setup_that_fails_ends_the_job_and_later_only_the_attempt(job: Job):
+    setup = "source /nowhere || failed_setup='source /nowhere'"
+    said = job.attempt("touch ran", setup=setup)
+    assert "this line of the setup failed: source /nowhere" in said and job.process.returncode == 2
+    assert "requeued" in job.attempt("touch ran", setup=setup), "a file server may be away"
+    assert not (job.folder / "ran").exists() and not Path("ran").exists()
 
 
 def test_a_slow_start_is_no_silence_and_silence_is_the_end(job: Job):

@@ -3,6 +3,8 @@
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.slurm.cluster import Cluster, wait_until
 from tests.slurm.jobs import PacedRun, assert_same_run, events
 
@@ -40,9 +42,10 @@ def test_the_time_limit_twice_in_a_row(cluster: Cluster, scene_shards: Path, und
     assert_same_run(undisturbed, run.run_dir)
 
 
-def test_preemption_by_sigterm(cluster: Cluster, scene_shards: Path, undisturbed: Path, tmp_path: Path):
+@pytest.mark.parametrize("launcher", ["srun", "accelerate"])
+def test_preemption_by_sigterm(cluster: Cluster, scene_shards: Path, undisturbed: Path, tmp_path: Path, launcher: str):
     run = PacedRun(cluster, scene_shards, tmp_path)
-    job = run.submit()
+    job = run.submit("--launcher", launcher)
     run.wait_for_step(2, stage="stage2")
     cluster.run("scancel", "--signal=TERM", job)
     wait_for_stop(run, 1, 30)

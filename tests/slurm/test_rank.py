@@ -6,7 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
 from iccld.cli import main
+from iccld.programs import rank
 from iccld.runtime.faults.preemption import STOPPED_BY_WATCHDOG
 from tests.factory import scene_overrides
 from tests.ports import free_port
@@ -57,3 +61,25 @@ def test_nodes_on_which_no_rank_begins_are_named(tmp_path: Path):
     assert process.returncode == STOPPED_BY_WATCHDOG
     assert "2 ranks have not begun (the first is rank 2), none on gpu02" in said
     assert [(event["event"], event["host"]) for event in events(tmp_path)] == [("unfit", "gpu02")]
+
+
+@pytest.mark.parametrize(("cuda", "status"), [("12.8", STOPPED_BY_WATCHDOG), (None, 2)])
+def test_a_node_without_its_gpus_is_named_and_a_torch_without_cuda_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cuda: str | None, status: int
+):
+    (outcome := tmp_path / "slurm/job_7/outcome").parent.mkdir(parents=True)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, value in {
+        "RANK": "0", "MASTER_ADDR": "127.0.0.1", "ICCLD_OUTCOME": str(outcome), "SLURMD_NODENAME": "gpu01",
+        "SLURM_GPUS_ON_NODE": "2", "CUDA_VISIBLE_DEVICES": "0,1",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    try:
+        assert rank.main(["train"]) == status and outcome.read_text() == f"{status}\n"
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        os.environ.pop("GLOO_SOCKET_IFNAME", None)
+    found = [(event["event"], event["host"], event["check"]) for event in events(tmp_path)] if cuda else []
+    assert found == ([("unfit", "gpu01", "device")] if cuda else [])

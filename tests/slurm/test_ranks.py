@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 
 from iccld.slurm.engine_file import ENGINE_FILES, engine_path, engine_variables
-from iccld.slurm.ranks import FIRST_PORT, NUM_PORTS, interface_towards, master_port, rank_environment, tasks_per_node
+from iccld.slurm.ranks import (
+    FIRST_PORT,
+    NUM_PORTS,
+    interface_towards,
+    master_port,
+    missing_gpus,
+    rank_environment,
+    tasks_per_node,
+)
 
 STEP = {
     "SLURM_PROCID": "5",
@@ -37,6 +45,22 @@ def test_a_task_is_a_rank():
 def test_what_is_said_already_stays():
     assert rank_environment(STEP | {"RANK": "0"}) == {}
     assert "MASTER_ADDR" not in rank_environment(STEP | {"MASTER_ADDR": "10.9.9.9"})
+
+
+@pytest.mark.parametrize(
+    ("environment", "num_seen", "missing"),
+    [
+        ({}, 0, ""),
+        ({"SLURM_GPUS_ON_NODE": "8"}, 0, "1 GPUs, and torch sees 0"),
+        ({"SLURM_GPUS_ON_NODE": "8"}, 1, ""),  # each task may have one of them
+        ({"SLURM_GPUS_ON_NODE": "8", "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}, 7, "8 GPUs, and torch sees 7"),
+        ({"SLURM_GPUS_ON_NODE": "8", "CUDA_VISIBLE_DEVICES": "3"}, 1, ""),
+        ({"SLURM_GPUS_ON_NODE": "8", "CUDA_VISIBLE_DEVICES": ""}, 0, ""),
+        ({"CUDA_VISIBLE_DEVICES": "NoDevFiles"}, 0, ""),
+    ],
+)
+def test_gpus_of_the_allocation_that_are_not_there_are_missed(environment: dict[str, str], num_seen: int, missing: str):
+    assert missing in (found := missing_gpus(environment, num_seen=num_seen)) and bool(found) == bool(missing)
 
 
 @pytest.mark.parametrize("name", STEP)

@@ -256,6 +256,84 @@ case "$2" in *-scores.sbatch) echo "Job violates\nQOS" >&2; exit 1;; *stage2*) e
     assert error.count("\n") == 1
 
 
+SUBMIT = ["submit", "--time", "4:00:00", "--account", "a", "train", "model=tiny", "dataset=scenes"]
+
+
+def sbatch_that(says: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "sbatch").write_text(f"#!/bin/sh\nenv >{folder}/environment\n{says}\n")
+    (folder / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+
+def test_what_a_site_s_sbatch_says_beside_the_number_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    sbatch_that(
+        "echo '*** Maintenance on 12 May ***'; echo '4711;c2'; echo 'moved to scavenger' >&2", tmp_path, monkeypatch
+    )
+    assert main([*SUBMIT, f"run_dir={tmp_path}/run"]) == 0
+    said = capsys.readouterr()
+    assert said.out.startswith("job 4711: run, log ") and "sbatch: moved to scavenger\n" in said.err
+
+
+@pytest.mark.parametrize(
+    ("says", "message"),
+    [
+        ("echo 'sbatch: error: Socket timed out on send/recv operation' >&2; exit 1", "look with squeue"),
+        ("echo 'thank you'", "thank you (look with squeue: the job may have arrived)"),
+    ],
+)
+def test_a_job_that_may_have_been_submitted_is_said_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], says: str, message: str
+):
+    sbatch_that(says, tmp_path, monkeypatch)
+    assert main([*SUBMIT, f"run_dir={tmp_path}/run"]) == 2
+    assert message in (said := capsys.readouterr().err) and said.count("\n") == 1
+
+
+def test_no_variable_overrules_the_script_or_is_of_another_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    sbatch_that("echo 7", tmp_path, monkeypatch)
+    overruling = ("ACCOUNT", "TIMELIMIT", "SIGNAL", "NO_REQUEUE", "OPEN_MODE", "OUTPUT", "ERROR", "WAIT")
+    for name in (*(f"SBATCH_{name}" for name in overruling), "SLURM_ARRAY_JOB_ID", "SLURM_RESTART_COUNT"):
+        monkeypatch.setenv(name, "1")
+    for name in ("SLURM_JOB_ID", "SLURM_CONF", "SBATCH_PARTITION"):
+        monkeypatch.setenv(name, "kept")
+    assert main([*SUBMIT, f"run_dir={tmp_path}/run"]) == 0
+    lines = (tmp_path / "environment").read_text().splitlines()
+    assert sorted(line for line in lines if line.startswith(("SBATCH_", "SLURM_"))) == [
+        "SBATCH_PARTITION=kept",
+        "SLURM_CONF=kept",
+    ]
+
+
+def test_directives_are_as_sites_have_them():
+    config = SubmitConfig(
+        gpus_per_node=4, gpu_type="h100", exclude=("n1,gpu[02-05]", "rack1[1-2]n[0-9]"),
+        directives=("--comment=two words", "--licenses=lustre*2", "--prefer=a&b", "--exclusive"),
+    )  # fmt: skip
+    text = sbatch_text(config, WORK)
+    for line in (
+        "--gres=gpu:h100:4", "--exclude=n1,gpu[02-05],rack1[1-2]n[0-9]", '--comment="two words"',
+        "--licenses=lustre*2", "--prefer=a&b", "--exclusive",
+    ):  # fmt: skip
+        assert f"#SBATCH {line}\n" in text
+
+
+@pytest.mark.parametrize(
+    ("line", "is_checked"),
+    [
+        ("source env.sh", True),
+        ("conda activate a", True),
+        ("export A=1", False),
+        ("source a && b", False),
+        (". x # y", False),
+    ],
+)
+def test_a_line_of_the_setup_that_fails_is_known_where_it_is_one_command(line: str, is_checked: bool):
+    text = sbatch_text(SubmitConfig(setup=(line,)), WORK)
+    assert (f"{line} || failed_setup={shlex.quote(line)}\n" if is_checked else f"\n{line}\n") in text
+
+
 @pytest.mark.parametrize(
     ("words", "options", "message"),
     [

@@ -2,11 +2,12 @@
 
 import argparse
 import dataclasses
+import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
@@ -26,6 +27,9 @@ Train, profile or score as a SLURM job. Options of the allocation come before th
 
   iccld submit --nodes 2 --gpus-per-node 4 --time 4:00:00 train experiment=gta5_to_cityscapes run_dir=runs/gta5
 """
+_VARIABLES = {"ARRAY": "ARRAY_INX", "MEM": "MEM_PER_NODE", "TIME": "TIMELIMIT"}
+"""Options of sbatch whose variable has another name than `SBATCH_` and the option's."""
+_OF_THE_CLUSTER = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_TIME_FORMAT")
 _LISTS = ("exclude", "after", "mounts", "modules", "setup", "directives")
 
 
@@ -113,14 +117,35 @@ def _sbatch(name: str, text: str, work: Work, *, before: Sequence[str]) -> str:
     """Submit, say where it can be followed, and return the job's number. `before`: the jobs that are submitted."""
     script = Path(work.run_dir) / "slurm" / f"{name}.sbatch"
     write_whole(script, text)
-    done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True, check=False)
-    if done.returncode:
+    command, environment = ["sbatch", "--parsable", str(script)], _environment(text, os.environ)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    said = " ".join(done.stderr.split())
+    jobs = re.findall(r"^(\d+)(?:;\S*)?$", done.stdout, re.MULTILINE)  # a site's sbatch may say more
+    if done.returncode or not jobs:
         left = f"; the jobs before it are submitted; to cancel them: scancel {' '.join(before)}" if before else ""
-        raise ValueError(f"sbatch refused {script}: {' '.join(done.stderr.split())}{left}")
-    job = done.stdout.strip().split(";")[0]
-    log = f"{name}-{job}{'_N' if work.variants else ''}.log"
-    print(f"job {job}: {name}, log {work.run_dir}/logs/{log}", flush=True)
-    return job
+        unsure = " (look with squeue: the job may have arrived)" if "timed out" in said or not done.returncode else ""
+        raise ValueError(f"sbatch refused {script}: {said or ' '.join(done.stdout.split())}{unsure}{left}")
+    if said:
+        print(f"sbatch: {said}", file=sys.stderr, flush=True)
+    log = f"{name}-{jobs[-1]}{'_N' if work.variants else ''}.log"
+    print(f"job {jobs[-1]}: {name}, log {work.run_dir}/logs/{log}", flush=True)
+    return jobs[-1]
+
+
+def _environment(script: str, environment: Mapping[str, str]) -> dict[str, str]:
+    """Leave out what would overrule the script, and what is of the job in which `iccld submit` itself runs.
+
+    To sbatch, a variable counts for more than a directive; and a job gets its submitter's variables.
+    """
+    said = {name.upper().replace("-", "_") for name in re.findall(r"^#SBATCH --([a-z-]+)", script, re.MULTILINE)}
+    overruling = {"SBATCH_ERROR", "SBATCH_WAIT"} | {f"SBATCH_{_VARIABLES.get(name, name)}" for name in said}
+    overruling |= {"SBATCH_REQUEUE", "SBATCH_NO_REQUEUE"}
+    in_job = "SLURM_JOB_ID" in environment
+    return {
+        name: value
+        for name, value in environment.items()
+        if name not in overruling and not (in_job and name.startswith("SLURM_") and name not in _OF_THE_CLUSTER)
+    }
 
 
 def _with_history(settings: dict[str, Any], run_dir: Path) -> SubmitConfig:
