@@ -111,7 +111,7 @@ def test_a_killed_rank_is_named_with_its_node_and_the_node_excluded_the_second_t
     kill(run.cluster.processes(node, program="iccld.programs.rank"))
     wait_until(lambda: run.has_restarted, LIMIT_S, "the next attempt", run.tail)
     assert f"node {node} failed" in run.log and f"the next attempt is not on {node}\n" in run.log
-    assert run.cluster.fact(run.job, "ExcNodeList") == node
+    assert run.cluster.fact(run.jobs[-1], "ExcNodeList") == node
     assert f"#SBATCH --exclude={node}\n" in iccld(run.cluster, "submit", "--dry-run", *run.words)
     run.finish()
     assert_same_run(undisturbed, run.run_dir, run.stages)
