@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ MANIFEST = "manifest.json"
 STEP_FOLDER = re.compile(r"step_\d{8}")
 """The name of a checkpoint's folder."""
 MAX_BYTES = 1 << 28
+MAX_DIMENSIONS = 64
 
 
 class CheckpointError(ValueError):
@@ -135,14 +137,25 @@ def _fault(manifest: Mapping[str, Any]) -> str:
 
 
 def _is_entry(entry: Any, files: Mapping[str, Any]) -> bool:
-    """Tell whether it says where a tensor lies: see `pieces`."""
+    """Tell whether it says where all of a tensor lies, in files that are large enough: see `pieces`."""
     match entry:
         case {"shape": list(shape), "dtype": str(dtype), "pieces": list(pieces)}:
             rows = [piece for piece in pieces if isinstance(piece, list) and len(piece) == 3]
             is_whole = len(rows) == len(pieces) and all(isinstance(row[0], str) and row[0] in files for row in rows)
             counts = [*shape, *(number for row in rows for number in row[1:])]
-            return is_whole and dtype in SAFETENSORS_CODES and all(map(is_count, counts))
+            is_plain = is_whole and dtype in SAFETENSORS_CODES and all(map(is_count, counts))
+            return is_plain and len(shape) <= MAX_DIMENSIONS and _covers(rows, math.prod(shape), files, dtype)
     return False
+
+
+def _covers(rows: list[Any], size: int, files: Mapping[str, Any], dtype: str) -> bool:
+    """Tell whether the pieces of a tensor of `size` elements leave no gap, and each fits its file."""
+    bits, end = int(re.sub(r"\D", "", SAFETENSORS_CODES[dtype]) or 8), 0
+    for file, start, stop in sorted(rows, key=lambda row: row[1:]):
+        if start != end or stop < start or (stop - start) * bits // 8 > files[file]["size"]:
+            return False
+        end = stop
+    return is_count(size) and end == size
 
 
 def pointed_at(checkpoints: Path) -> str:

@@ -58,6 +58,12 @@ def hostile_manifests() -> Iterator[tuple[str, Callable[[Path], object]]]:
         {"pieces": [0]},
         {"dtype": "__class__"},
         {"shape": [True]},
+        {"shape": [2]},
+        {"pieces": []},
+        {"shape": [2], "pieces": [["rank_00000.safetensors", 1, 2]]},
+        {"shape": [1 << 40], "pieces": [["rank_00000.safetensors", 0, 1 << 40]]},
+        {"shape": [1 << 52, 1 << 52], "pieces": []},
+        {"shape": [1] * 65},
     ):
         yield f"{change}", lambda path, change=change: rewrite(path, {"tensors": {"a": entry | change}})
 
