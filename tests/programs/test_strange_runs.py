@@ -8,8 +8,10 @@ import pytest
 
 from iccld.cli import main
 from iccld.data.shards.converters import InputTree
+from iccld.data.shards.converters.pattern import Pattern
 from iccld.labels import own_class_set
 from iccld.models.best_model import score_of
+from iccld.programs.run.saved_scores import evaluations
 from iccld.runtime.checkpoint.manifest import write_manifest
 from iccld.tables import cell
 from tests.programs.recorded_runs import make_run, write_lines
@@ -84,3 +86,13 @@ def test_a_zip_of_a_later_version_is_named(tmp_path: Path):
     path.write_bytes(data)
     with pytest.raises(ValueError, match=r"a\.zip cannot be read as a zip \(zip file version 9\.9\)"):
         InputTree(path)
+
+
+def test_results_of_very_many_names_are_refused():
+    with pytest.raises(ValueError, match=r"has 1,001 parts, and at most 1,000 are read"):
+        next(evaluations({f"a{number}": {"miou": 1.0} for number in range(1001)}))
+
+
+@pytest.mark.parametrize("text", ["{a}{b}.png", "{a*}/{b*}/{c*}.png"])
+def test_a_pattern_that_would_be_matched_for_ever_is_not_sound(text: str):
+    assert not Pattern(text).is_sound() and Pattern("{a*}/{b}_{c*}.png").is_sound()
