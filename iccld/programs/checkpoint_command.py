@@ -8,7 +8,8 @@ from pathlib import Path
 from rich.table import Table
 
 from iccld.reading import GIB
-from iccld.runtime.checkpoint.manifest import STEP_FOLDER, CheckpointError, pointed_at, read_manifest, verify
+from iccld.runtime.checkpoint.errors import CheckpointError
+from iccld.runtime.checkpoint.manifest import STEP_FOLDER, pointed_at, read_manifest, verify
 from iccld.tables import cell, table_console
 from iccld.texts import shown
 

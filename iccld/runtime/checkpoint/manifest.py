@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from iccld.durable import NotOursError, file_checksum, is_plain_name, refuse_unless_plain, write_whole
 from iccld.reading import is_count, read_json, read_limited
 from iccld.runtime.checkpoint.dtypes import SAFETENSORS_CODES
+from iccld.runtime.checkpoint.errors import DamagedError, ForeignFormatError
 
 if TYPE_CHECKING:
     from iccld.runtime.checkpoint.pieces import TensorReader
@@ -23,18 +24,6 @@ STEP_FOLDER = re.compile(r"step_\d{8}")
 """The name of a checkpoint's folder."""
 MAX_BYTES = 1 << 28
 MAX_DIMENSIONS = 64
-
-
-class CheckpointError(ValueError):
-    """Error: a checkpoint cannot be used; the message says why."""
-
-
-class DamagedError(CheckpointError):
-    """Error: something in a checkpoint is missing, cut or changed."""
-
-
-class ForeignFormatError(CheckpointError):
-    """Error: another version wrote the checkpoint, in a format that this one does not read."""
 
 
 @dataclass(frozen=True)

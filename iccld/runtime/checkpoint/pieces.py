@@ -20,7 +20,7 @@ from torch import Tensor
 
 from iccld.durable import create
 from iccld.runtime.checkpoint.dtypes import SAFETENSORS_CODES
-from iccld.runtime.checkpoint.manifest import DamagedError
+from iccld.runtime.checkpoint.errors import DamagedError
 
 # The names of safetensors' header; https://github.com/huggingface/safetensors#format
 SAFETENSORS_DTYPES = {getattr(torch, name): code for name, code in SAFETENSORS_CODES.items()}

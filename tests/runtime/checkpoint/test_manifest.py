@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from iccld.durable import file_checksum
-from iccld.runtime.checkpoint.manifest import CheckpointError, DamagedError, ForeignFormatError, verify, write_manifest
+from iccld.runtime.checkpoint.errors import CheckpointError, DamagedError, ForeignFormatError
+from iccld.runtime.checkpoint.manifest import verify, write_manifest
 from tests.runtime.checkpoint.factory import save, store
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from iccld.runtime.checkpoint.manifest import DamagedError
+from iccld.runtime.checkpoint.errors import DamagedError
 from iccld.runtime.checkpoint.pieces import (
     SAFETENSORS_DTYPES,
     Run,
