@@ -99,8 +99,10 @@ def own_class_set(
 ) -> ClassSet:
     """Make a set of one's own classes: the ids in the labels are their indices. `rare` and `things` are names.
 
-    Raises ValueError if names or colours repeat or are missing, or are no colours.
+    Raises ValueError if names or colours repeat or are missing, are no printable text, or are no colours.
     """
+    if strange := [name for name in names if not isinstance(name, str) or not name.isprintable()]:
+        raise ValueError(f"classes: {str(strange[0])[:80]!r} must be a name of printable letters.")
     if not 2 <= len(names) <= MAX_CLASSES or len(set(names)) != len(names):
         raise ValueError(f"classes: {len(names)} names must be 2 to {MAX_CLASSES}, each its own.")
     if len(colors) != len(names) or not all(is_color(color) for color in colors):

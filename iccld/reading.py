@@ -4,7 +4,7 @@ import json
 import os
 import stat
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 from iccld.durable import write_whole
 
@@ -12,13 +12,18 @@ MIB = 1 << 20
 GIB = 1 << 30
 
 
-def read_limited(path: Path, limit: int = MIB) -> bytes:
-    """Read a file. Raises OSError if it cannot be read, ValueError if it is no file or larger than `limit` bytes."""
+def open_plain(path: Path) -> BinaryIO:
+    """Open a file to read it. Raises OSError if it cannot be read, ValueError if it is no plain file."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # opening a pipe would wait for a writer
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise ValueError(f"{path} is not a plain file; remove it, or give another.")
-    with os.fdopen(descriptor, "rb") as file:
+    return os.fdopen(descriptor, "rb")
+
+
+def read_limited(path: Path, limit: int = MIB) -> bytes:
+    """Read a file. Raises the errors of `open_plain`, and ValueError if it is larger than `limit` bytes."""
+    with open_plain(path) as file:
         data = read_bytes(file, limit + 1)
     if len(data) > limit:
         raise ValueError(

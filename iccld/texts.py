@@ -43,5 +43,10 @@ def short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:80]}..."
 
 
+def shown(text: str) -> str:
+    """Return a text that anyone may have written in one line, with a terminal's commands spelled out."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+
+
 def _guess(data: bytes) -> str:
     return "UTF-16 without a byte-order mark?" if b"\0" in data else "Latin-1 or Windows-1252?"

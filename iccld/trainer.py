@@ -11,7 +11,8 @@ from torch import Tensor
 
 from iccld.batch_layout import BatchLayout
 from iccld.outcome import AGAIN, Interrupted, plain, say, status_of, words
-from iccld.runtime.checkpoint.manifest import Checkpoint, CheckpointError
+from iccld.runtime.checkpoint.errors import CheckpointError
+from iccld.runtime.checkpoint.manifest import Checkpoint
 from iccld.runtime.checkpoint.store import CheckpointStore
 from iccld.runtime.engine.engine import Engine
 from iccld.runtime.faults.preemption import Preempted, Preemption

@@ -22,7 +22,7 @@ from iccld.outcome import (
     status_of,
     words,
 )
-from iccld.runtime.checkpoint.manifest import CheckpointError
+from iccld.runtime.checkpoint.errors import CheckpointError
 from iccld.runtime.checkpoint.store import UnsavedError
 from iccld.runtime.measure.metrics import NonFiniteError
 

@@ -7,7 +7,8 @@ import pytest
 from iccld.programs.evaluate.results import read_results
 from iccld.programs.run.event_times import read_events
 from iccld.reading import is_count, read_json, read_limited
-from iccld.runtime.checkpoint.manifest import MANIFEST, DamagedError, read_manifest
+from iccld.runtime.checkpoint.errors import DamagedError
+from iccld.runtime.checkpoint.manifest import MANIFEST, read_manifest
 
 
 def test_a_file_is_read_up_to_a_limit(tmp_path: Path) -> None:

@@ -12,10 +12,13 @@ from iccld.inference.files import LEGEND, Segment, UnusableFile
 from iccld.inference.pictures import legend, save_picture
 from iccld.inference.prediction import Prediction
 from iccld.inference.progress import counted
+from iccld.reading import open_plain
 
 if TYPE_CHECKING:
     import av.container
 
+NO_OTHER_FILES = {"protocol_whitelist": "none"}
+"""Options of FFmpeg: a list of other files and addresses (ffconcat, HLS) opens none of them."""
 VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
 
 
@@ -40,7 +43,11 @@ def predict_video(source: Path, output: Path, segment: Segment) -> Path:
         raise ValueError(f"predict: {target} is the input and would be overwritten; give another output.")
     make_folder(target.parent, within=target.parent)
     try:
-        with av.open(str(source)) as video, replacing(target, durably=False) as file:
+        with (
+            open_plain(source) as content,  # a path such as `concat:a.mp4` would be a URL
+            av.open(content, "r", options=NO_OTHER_FILES) as video,
+            replacing(target, durably=False) as file,
+        ):
             if not video.streams.video:
                 raise ValueError(f"predict: {source} has no picture; give a video.")
             with av.open(file, "w", format="mp4") as written:

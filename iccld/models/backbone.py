@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from iccld.durable import locked, make_folder
+from iccld.models.model_card import CARD_NAME, MAX_BYTES, check_sizes
 from iccld.models.settings import EncoderConfig
 from iccld.outcome import Interrupted
 from iccld.reading import MIB, read_json
@@ -35,6 +36,8 @@ SELF_CONTAINED = {
 Others name models and code that are then fetched from the hub.
 """
 LEADS_ELSEWHERE = {"auto_map", "backbone", "quantization_config", "use_timm_backbone", "use_pretrained_backbone"}
+NOTES = {"_name_or_path", "_commit_hash", "_attn_implementation_autoset"}
+"""Notes of transformers in the configs that it saves; nothing needs them."""
 
 
 def make_backbone(pretrained: str, backbone_config: dict[str, Any]) -> "tuple[PreTrainedModel, set[str]]":
@@ -50,7 +53,7 @@ def make_backbone(pretrained: str, backbone_config: dict[str, Any]) -> "tuple[Pr
     from transformers import AutoModel  # importing it takes seconds, so only a built backbone imports it
 
     if not pretrained:
-        config = _config_from_dict(backbone_config)
+        config = _config_from_dict(backbone_config, where="model.encoder.backbone_config")
         return AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False), set()
     try:
         with _without_progress_bars():
@@ -67,7 +70,6 @@ def make_backbone(pretrained: str, backbone_config: dict[str, Any]) -> "tuple[Pr
         ) from error
     if report["unexpected_keys"]:
         logger.warning("%s: left out weights of %s", pretrained, sorted(report["unexpected_keys"]))
-    _refuse_others(model.config)
     return model.float(), set(report["missing_keys"])
 
 
@@ -130,11 +132,11 @@ def _load(pretrained: str) -> "tuple[PreTrainedModel, dict[str, Any]]":
 
 
 def _read(pretrained: str, *, only_local: bool) -> "tuple[PreTrainedModel, dict[str, Any]]":
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoModel
 
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "true")  # each build would ask the hub for a conversion
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": only_local}
-    config = _without_randomness(AutoConfig.from_pretrained(pretrained, **options))
+    config = _read_config(pretrained, options)
     return AutoModel.from_pretrained(
         pretrained,
         config=config,
@@ -143,6 +145,22 @@ def _read(pretrained: str, *, only_local: bool) -> "tuple[PreTrainedModel, dict[
         use_safetensors=True if Path(pretrained).is_dir() else None,  # not every published backbone has them
         **options,
     )
+
+
+def _read_config(pretrained: str, options: dict[str, Any]) -> "PreTrainedConfig":
+    """Read and check the config before anything is built of it: anyone may have made a folder, or what a hub has."""
+    from transformers import PreTrainedConfig
+
+    where = f"{pretrained}: {CARD_NAME}"
+    if Path(pretrained).is_dir():
+        values = read_json(Path(pretrained) / CARD_NAME, MAX_BYTES)
+    else:
+        values, _ = PreTrainedConfig.get_config_dict(pretrained, **options)
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} must hold one JSON object.")
+    _refuse_others(values.get("model_type"))
+    check_sizes(values, where=where)
+    return _config_from_dict({"transformers_version": "unknown", **values}, where=where)
 
 
 def _is_away(error: BaseException) -> bool:
@@ -165,19 +183,21 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0]
 
 
-def _config_from_dict(values: dict[str, Any]) -> "PreTrainedConfig":
-    fields = {key: value for key, value in values.items() if key != "_name_or_path"}
+def _config_from_dict(values: dict[str, Any], *, where: str) -> "PreTrainedConfig":
+    fields = {key: value for key, value in values.items() if key not in NOTES}
     if leads := sorted(k for k in fields if k in LEADS_ELSEWHERE or k.startswith("_") or "_implementation" in k):
-        raise ValueError(f"model.encoder.backbone_config has {', '.join(leads)}, which could fetch code; leave it out.")
+        raise ValueError(f"{where} has {', '.join(leads)}, which could fetch code; leave it out.")
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
         config = _without_randomness(AutoConfig.for_model(fields.pop("model_type"), **fields))
     except KeyError:
-        raise ValueError(f"model.encoder.backbone_config={values} needs a model_type: one of {KNOWN_TYPES}.") from None
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"model.encoder.backbone_config={values} is no transformers config: {error}") from error
-    _refuse_others(config)
+        raise ValueError(f"{where}={short(values)} needs a model_type: one of {KNOWN_TYPES}.") from None
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        what = " ".join(str(error).split())[:300]
+        raise ValueError(f"{where}={short(values)} is no transformers config: {what}") from error
+    _refuse_others(config.model_type)
     if "transformers_version" not in fields:  # a saved config may be another version's
         _refuse_misspelt(fields, config)
     return config
@@ -194,10 +214,10 @@ def _refuse_misspelt(fields: dict[str, Any], config: "PreTrainedConfig") -> None
         raise ValueError(f"model.encoder.backbone_config: {config.model_type} has no {', and no '.join(meant)}")
 
 
-def _refuse_others(config: "PreTrainedConfig") -> None:
-    if config.model_type not in SELF_CONTAINED:
+def _refuse_others(model_type: Any) -> None:
+    if model_type not in [*SELF_CONTAINED]:  # a list: what a stranger wrote need not be hashable
         raise ValueError(
-            f"model.encoder: a saved model with a backbone of type {config.model_type!r} could not be loaded again; "
+            f"model.encoder: a saved model with a backbone of type {short(model_type)} could not be loaded again; "
             f"use one of {', '.join(sorted(SELF_CONTAINED))}."
         )
 

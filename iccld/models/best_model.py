@@ -5,7 +5,6 @@
 A new best one appears by a rename before the one before it goes: killed in between, a run has both, and both scores.
 """
 
-import math
 import re
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from iccld.models.model_card import CARD_NAME, MAX_BYTES
 from iccld.reading import read_json
 
 FOLDER_NAME = "best"
+MAX_SCORE = 100.0
 STEP = re.compile(r"step_\d{8}")
 
 
@@ -27,7 +27,7 @@ def best_of(stage_folder: Path) -> Path | None:
 def score_of(folder: Path) -> float | None:
     """Read the mIoU in per cent of a model that was kept for it; None where the card has none, or cannot be read."""
     miou = _entry(folder, "miou")
-    return float(miou) if isinstance(miou, int | float) and math.isfinite(miou) else None
+    return float(miou) if isinstance(miou, int | float) and abs(miou) <= MAX_SCORE else None
 
 
 def settings_of(folder: Path) -> str | None:

@@ -30,7 +30,10 @@ MAX_BYTES = 4 << 20
 MAX_NUMBER = 1 << 17
 MAX_COUNT = 256
 """The most layers of a kind: anyone may write a card, and its model is built before it is compared with weights."""
-_COUNTS = re.compile(r"(layers|depths?|blocks|levels|stages|tokens)$|channel_multipliers$")
+_COUNTS = re.compile(r"(layers|depths?|blocks|levels|stages|tokens|repeats)$|channel_multipliers$")
+MAX_FACTOR = 16
+"""The most that layers or widths are multiplied by."""
+_FACTORS = re.compile(r"(coefficient|multiplier)$")
 
 
 class ModelStage(Enum):
@@ -127,6 +130,8 @@ def check_sizes(value: Any, *, where: str, name: str = "") -> None:
     numbers = [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, int | float)]
     if not all(abs(number) <= MAX_NUMBER for number in numbers):  # nan is not either
         raise ValueError(f"{where}={str(numbers)[:60]} must be numbers of at most {MAX_NUMBER}; no model has these.")
+    if _FACTORS.search(name) and any(abs(number) > MAX_FACTOR for number in numbers):
+        raise ValueError(f"{where}={str(numbers)[:60]} must be at most {MAX_FACTOR}; this is no card of a model.")
     if _COUNTS.search(name) and (sum(numbers) > MAX_COUNT or len(numbers) > 64):
         raise ValueError(f"{where}={str(numbers)[:60]} must be at most {MAX_COUNT} in all; this is no card of a model.")
 

@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
 def export_model(checkpoint: Checkpoint, output: Path, *, weights: Weights) -> None:
     """Write the teacher's or the student's model at this step; stage 2's needs stage 1's folder beside it."""
     manifest = checkpoint.manifest
-    config = config_from(manifest["config"], where=str(checkpoint.folder / MANIFEST))
+    config = config_from(manifest.get("config"), where=str(checkpoint.folder / MANIFEST))
     stage = _filled_stage(checkpoint, config)
     model, classes = stage.assemble_models()[weights.value], config.data.class_set.build()
     origin = origin_of(config, stage=manifest["stage"], weights=weights.value, step=checkpoint.step)
@@ -59,8 +59,11 @@ def _filled_stage(checkpoint: Checkpoint, config: Config) -> Stage:
     if (above / checkpoint.manifest["stage"]).is_dir():
         config.run_dir = str(above)
     where = str(checkpoint.folder / MANIFEST)
-    check_sizes(checkpoint.manifest["rebuilding_config"], where=where)
-    model = build(ModelConfig, checkpoint.manifest["rebuilding_config"], where=where)
+    values = checkpoint.manifest.get("rebuilding_config")
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} does not describe its model; give a checkpoint that train wrote.")
+    check_sizes(values, where=where)
+    model = build(ModelConfig, values, where=where)
     if model.encoder.pretrained:
         raise ValueError(f"{where} names an encoder, {model.encoder.pretrained!r}, in place of describing it.")
     config.model = model

@@ -5,12 +5,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from rich.markup import escape
 from rich.table import Table
 
 from iccld.reading import GIB
-from iccld.runtime.checkpoint.manifest import STEP_FOLDER, CheckpointError, pointed_at, read_manifest, verify
-from iccld.tables import table_console
+from iccld.runtime.checkpoint.errors import CheckpointError
+from iccld.runtime.checkpoint.manifest import STEP_FOLDER, pointed_at, read_manifest, verify
+from iccld.tables import cell, table_console
+from iccld.texts import shown
 
 VANISHES_S = 1.0
 
@@ -73,11 +74,11 @@ def _row(path: Path) -> tuple[list[str], bool]:
         layout, files = manifest["layout"], manifest["files"]
         sizes = [path.joinpath(name).stat().st_size if (path / name).is_file() else 0 for name in files]
     except (CheckpointError, FileNotFoundError) as error:
-        return ["", path.name, "", "", "", escape(str(error))], False
+        return ["", cell(path.name), "", "", "", cell(error)], False
     is_whole = sizes == [facts["size"] for facts in files.values()]
     marks += [] if is_whole else ["damaged"]
-    size, by = f"{sum(sizes) / GIB:.2f}", f"{layout['engine']} x {layout['world_size']}"
-    return [escape(manifest["stage"]), str(manifest["step"]), size, by, str(len(files)), ", ".join(marks)], is_whole
+    size, by = f"{sum(sizes) / GIB:.2f}", cell(f"{layout['engine']} x {layout['world_size']}")
+    return [cell(manifest["stage"]), str(manifest["step"]), size, by, str(len(files)), ", ".join(marks)], is_whole
 
 
 def verify_checkpoints(folder: Path) -> int:
@@ -86,11 +87,11 @@ def verify_checkpoints(folder: Path) -> int:
     for path in _checkpoints(folder):
         try:
             verify(path)
-            print(f"{path}: whole")
+            print(shown(f"{path}: whole"))
         except (CheckpointError, FileNotFoundError) as error:
             is_there = not _vanishes(path)
             damaged += is_there
-            print(error if is_there else f"{path}: removed meanwhile")
+            print(shown(str(error) if is_there else f"{path}: removed meanwhile"))
     return 1 if damaged else 0
 
 

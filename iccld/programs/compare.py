@@ -4,12 +4,12 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
-from rich.markup import escape
 from rich.table import Table
 
-from iccld.programs.run.record import ABSENT, Record, differing, read_records, shown, words_of
+from iccld.programs.run.record import ABSENT, Record, differing, read_records, words_of
 from iccld.programs.run.saved_scores import MEANS, SavedScores
-from iccld.tables import table_console
+from iccld.tables import cell, table_console
+from iccld.texts import shown
 
 DESCRIPTION = """\
 Show the settings and the scores in which two runs differ, class by class, and where they stand.
@@ -45,18 +45,18 @@ def run(arguments: Namespace) -> int:
 
 def tables_of(one: Record, other: Record) -> Iterator[Table]:
     """Make the tables: how both runs stand, the settings that differ, and the scores of each pair."""
-    names = [escape(record.name) for record in (one, other)]
+    names = [cell(record.name) for record in (one, other)]
     standing = Table("", *names)
     for label, words in (
         ("state", lambda record: record.state),
         ("stage, step", lambda record: f"{record.position[0] or ABSENT}, {record.position[1]}"),
         ("goodput", lambda record: ABSENT if record.goodput is None else f"{100 * record.goodput:.1f} %"),
     ):
-        standing.add_row(label, words(one), words(other))
+        standing.add_row(label, cell(words(one)), cell(words(other)))
     yield standing
     settings = Table("setting", *names, title="settings that differ")
     for key, values in sorted(differing([one, other]).items()):
-        settings.add_row(escape(key), *(escape(words_of(value)) for value in values))
+        settings.add_row(cell(key), *(cell(words_of(value)) for value in values))
     if settings.row_count:
         yield settings
     for pair in pairs(one, other):
@@ -77,7 +77,7 @@ def pairs(one: Record, other: Record) -> list[Pair]:
 def _scores(pair: Pair, names: list[str]) -> Table:
     """Make a table of the means, then the classes, with the second run's gain over the first."""
     label, one, other = pair
-    table = Table("%", title=escape(shown(label)))
+    table = Table("%", title=cell(label))
     for name in (*names, "difference"):
         table.add_column(name, justify="right")
     rows = [(title, one.means[key], other.means[key]) for key, title in MEANS.items()]
@@ -85,7 +85,7 @@ def _scores(pair: Pair, names: list[str]) -> Table:
     rows += [(name, one.iou.get(name), other.iou.get(name)) for name in classes]
     for number, (name, before, after) in enumerate(rows):
         gain = ABSENT if before is None or after is None else f"{after - before:+.2f}"
-        table.add_row(escape(shown(name)), _words(before), _words(after), gain, end_section=number == len(MEANS) - 1)
+        table.add_row(cell(name), _words(before), _words(after), gain, end_section=number == len(MEANS) - 1)
     return table
 
 

@@ -11,7 +11,8 @@ from iccld.durable import make_folder, replacing, write_whole
 from iccld.outcome import naming
 from iccld.programs.run.event_times import read_events, straightened
 from iccld.programs.run.ledger import CATEGORIES, Attempt, attempts, hours, total_of
-from iccld.tables import table_console
+from iccld.tables import cell, table_console
+from iccld.texts import shown
 
 DESCRIPTION = """\
 Show what became of the wall time of a run.
@@ -34,7 +35,7 @@ def tables_of(found: list[Attempt]) -> list[Table]:
         began = time.strftime("%F %T", time.localtime(attempt.began))
         lasted = attempt.ended - attempt.began
         redone = f"{100 * attempt.seconds['redone'] / max(lasted, 1e-9):.0f} % of its time"
-        row = (hours(attempt.seconds["down"]), str(attempt.num_steps), redone, hours(lasted), attempt.last)
+        row = (hours(attempt.seconds["down"]), str(attempt.num_steps), redone, hours(lasted), cell(attempt.last))
         each.add_row(began, *row)
     return [overview, each]
 
@@ -91,6 +92,6 @@ def run(arguments: Namespace) -> int:
     for table in tables_of(found):
         table_console().print(table)
     for note in figures["notes"]:
-        print(f"note: {note}")
+        print(f"note: {shown(note)}")
     print(f"{folder / 'goodput.json'}, {folder / 'goodput.png'}")
     return 0

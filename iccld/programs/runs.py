@@ -6,12 +6,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
 
 from iccld.programs.run.metric_lines import number
 from iccld.programs.run.record import ABSENT, Record, differing, is_run, read_records, words_of
-from iccld.tables import table_console
+from iccld.tables import cell, table_console
 
 DESCRIPTION = """\
 List the runs below a folder: state, stage, step, last and best mIoU, goodput, and the settings that differ.
@@ -68,14 +67,14 @@ def table_of(records: Sequence[Record]) -> Table:
         stage, step = record.position
         planned = number(record.settings.get(f"{stage}.trainer.num_steps"))
         table.add_row(
-            escape(record.name),
+            cell(record.name),
             record.state,
-            stage or ABSENT,
+            cell(stage or ABSENT),
             f"{step}/{planned:.0f}" if planned else str(step),
             _score(record.score),
             _score(record.best_score),
             ABSENT if record.goodput is None else f"{100 * record.goodput:.1f} %",
-            escape(_differences(different, number_of)),
+            cell(_differences(different, number_of)),
         )
     return table
 

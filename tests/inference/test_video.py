@@ -58,6 +58,29 @@ def test_an_output_that_is_a_file_and_what_is_refused(tmp_path: Path):
     assert not (tmp_path / "new.mp4").exists()
 
 
+LISTS = {
+    "ffconcat": "ffconcat version 1.0\nfile other.mp4\n",
+    "HLS": "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nother.mp4\n#EXT-X-ENDLIST\n",
+}
+
+
+@pytest.mark.parametrize("content", [*LISTS.values(), "no video"], ids=[*LISTS, "no video"])
+@pytest.mark.parametrize("name", ["list.mp4", "concat:other.mp4"])
+def test_no_other_file_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: str):
+    monkeypatch.chdir(tmp_path)
+    write_video(tmp_path / "other.mp4")
+    Path(name).write_text(content)
+    with pytest.raises(ValueError, match=rf"{name}: it cannot be read as a video|has no picture|no frame"):
+        predict_video(Path(name), tmp_path / "out", SEGMENT)
+
+
+@pytest.mark.parametrize("ending", ["mp4", "mkv", "avi"])
+def test_a_name_like_an_address_is_a_file_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str):
+    monkeypatch.chdir(tmp_path)
+    write_video(tmp_path / f"drive.{ending}", count=3).rename(f"http:{ending}.{ending}")
+    assert predict_video(Path(f"http:{ending}.{ending}"), tmp_path / "out", SEGMENT).is_file()
+
+
 def test_without_its_extra_the_message_names_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

@@ -83,7 +83,7 @@ def test_a_misspelt_field_of_a_config_is_refused(kind: str):
     with pytest.raises(ValueError, match="has no 'num_chanels'; did you mean num_channels"):
         make_backbone("", {"model_type": kind, "num_chanels": 3})
     saved = AutoConfig.for_model(kind).to_dict() | {"a_field_of_another_version": 1}
-    assert backbone._config_from_dict(saved).model_type == kind
+    assert backbone._config_from_dict(saved, where="").model_type == kind
 
 
 def test_a_folder_that_asks_for_another_normalisation_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture):
@@ -183,6 +183,46 @@ def test_a_config_of_other_sizes_than_its_weights_is_named(tmp_path: Path):
     (tmp_path / "config.json").write_text(json.dumps({**config, "hidden_sizes": [8, 16, 24, 64]}))
     with pytest.raises(ValueError, match=r"model\.encoder\.pretrained=.*cannot be loaded"):
         Encoder(config=EncoderConfig(pretrained=str(tmp_path)), latent_channels=4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "dpt", "backbone": "own/other"}, "'dpt' could not be loaded again"),
+        ({"backbone": "own/other", "use_pretrained_backbone": True}, "backbone, use_pretrained_backbone, which could"),
+        ({"attn_implementation": "own/kernel"}, "attn_implementation, which could fetch code"),
+        ({"_attn_implementation": "own/kernel"}, "_attn_implementation, which could fetch code"),
+        ({"quantization_config": {"quant_method": "none"}}, "quantization_config, which could fetch code"),
+        ({"depths": [100_000_000, 1, 1, 1]}, "must be numbers of at most"),
+        ({"depths": [200, 200, 1, 1]}, "must be at most 256 in all"),
+        ({"model_type": "bert"}, "'bert' could not be loaded again"),
+        ({"model_type": ["segformer"]}, "could not be loaded again"),
+        ({"hidden_sizes": "many"}, "is no transformers config"),
+    ],
+)
+def test_a_stranger_s_folder_is_refused_before_anything_is_built_or_asked_for(
+    change: dict, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    make_encoder().backbone.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+    monkeypatch.setattr(AutoModel, "from_pretrained", Mock(side_effect=AssertionError("it is built")))
+    with pytest.raises(ValueError, match=rf"^model\.encoder\.pretrained=.*{message}"):
+        make_backbone(str(tmp_path), {})
+
+
+def test_what_transformers_notes_in_a_config_is_passed_over(tmp_path: Path):
+    make_encoder().backbone.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    noted = {"_name_or_path": "a/b", "_commit_hash": "c", "_attn_implementation_autoset": True}
+    (tmp_path / "config.json").write_text(json.dumps({**config, **noted}))
+    assert make_backbone(str(tmp_path), {})[0].config.model_type == config["model_type"]
+
+
+def test_a_folder_whose_config_is_a_pipe_does_not_wait(tmp_path: Path):
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(ValueError, match="not a plain file"):
+        make_backbone(str(tmp_path), {})
 
 
 @pytest.mark.parametrize(

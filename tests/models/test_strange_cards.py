@@ -62,6 +62,8 @@ HUGE = {
     "wide": lambda c: backbone(c).update(hidden_sizes=[100_000] * 4),
     "layers": lambda c: backbone(c).update(model_type="dinov2", num_hidden_layers=10**9),
     "float": lambda c: backbone(c).update(model_type="mobilenet_v2", depth_multiplier=1e300),
+    "repeats": lambda c: backbone(c).update(model_type="efficientnet", num_block_repeats=[100_000] * 7),
+    "factor": lambda c: backbone(c).update(model_type="efficientnet", depth_coefficient=100_000.0),
     "infinite": lambda c: backbone(c).update(mlp_ratios=[float("inf")] * 4),
     "digits": lambda c: backbone(c).update(num_channels=10**4000),
     "latent": lambda c: c["model"].update(latent_channels=10**9),

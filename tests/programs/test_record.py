@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from iccld.programs.run.metric_lines import curve, number, read_entries
-from iccld.programs.run.record import BEAT_S, differing, read_record, read_records, shown
+from iccld.programs.run.record import BEAT_S, differing, read_record, read_records
 from iccld.programs.run.saved_scores import read_own
+from iccld.texts import shown
 from tests.programs.recorded_runs import make_run
 
 

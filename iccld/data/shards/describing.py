@@ -4,7 +4,6 @@ import math
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from rich.markup import escape
 from rich.table import Table
 
 from iccld.data.shards.verifying import STORAGE
@@ -14,7 +13,8 @@ from iccld.data.storage.open import open_storage
 from iccld.data.storage.open_index import open_index
 from iccld.durable import replacing
 from iccld.labels import IGNORE_INDEX
-from iccld.tables import table_console
+from iccld.tables import cell, table_console
+from iccld.texts import shown
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
@@ -61,9 +61,9 @@ def _amount(size: float) -> str:
 
 def tables(index: ShardIndex) -> list[Table]:
     """Return the table of the facts and, if there are labels, that of the classes."""
-    overview = Table(title=escape(index.location), show_header=False)
+    overview = Table(title=cell(index.location), show_header=False)
     for row in facts(index):
-        overview.add_row(*row)
+        overview.add_row(*map(cell, row))
     if not index.header.has_labels:
         return [overview]
     classes = Table(title="classes", caption=f"Pixels of {IGNORE_INDEX} are not counted.")
@@ -72,7 +72,7 @@ def tables(index: ShardIndex) -> list[Table]:
     for heading in ("pixels %", "samples", "samples %"):
         classes.add_column(heading, justify="right")
     for i, (name, pixels, count, samples) in enumerate(class_shares(index.header)):
-        classes.add_row(str(i), escape(name), f"{100 * pixels:.3f}", f"{count:,}", f"{100 * samples:.1f}")
+        classes.add_row(str(i), cell(name), f"{100 * pixels:.3f}", f"{count:,}", f"{100 * samples:.1f}")
     return [overview, classes]
 
 
@@ -129,7 +129,7 @@ def run(arguments: Namespace) -> int:
     integrity.ensure(index)
     if arguments.keys:
         for position in range(len(index)):
-            print(index.key(position))
+            print(shown(index.key(position)))
         return 0
     if arguments.chart:
         draw_chart(index, arguments.chart)

@@ -37,6 +37,7 @@ from iccld.scores import mean_result
 from iccld.stages.settings import Weights
 from iccld.stages.table import STAGES, stage_of
 from iccld.tables import table_console
+from iccld.texts import shown
 
 DIAGNOSTICS = "diagnostics"
 
@@ -125,7 +126,7 @@ def evaluate_run(
         watchdog.phase("evaluate")
         if engine.ranks.is_main:
             for key, location in locations(config.data, ["validation"], with_keys=True).items():
-                print(f"on {key}={without_secrets(location)}", flush=True)
+                print(shown(f"on {key}={without_secrets(location)}"), flush=True)
         try:
             evaluate_models(folders, config, engine, give_up=asks(preemption, watchdog))
         except Preempted:

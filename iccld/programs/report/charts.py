@@ -13,6 +13,7 @@ MAX_POINTS = 400
 MAX_MARKED_POINTS = 40
 """The most points that are marked one by one."""
 NUM_COLOURS = 8
+TINY, HUGE = 1e-100, 1e100
 LOG_FROM = 50.0
 """The ratio of the largest to the smallest value from which the axis is logarithmic."""
 
@@ -37,13 +38,18 @@ class Axis:
         return self.start + (value - low) / (high - low) * (self.end - self.start)
 
 
+def _drawn(points: Points) -> Points:
+    """Return a curve as an axis can hold it: without values that are too large, and 0 for those that are too small."""
+    return [(x, y if abs(y) > TINY else 0.0) for x, y in _thinned(points) if abs(y) < HUGE]
+
+
 def line_chart(title: str, curves: Sequence[tuple[str, Points]], *, has_legend: bool = False) -> Markup:
     """Draw a figure with one line for each curve over the steps done; nothing if no curve has a point.
 
     A curve's colour is that of its place among all, also of those without points. A legend names several curves;
     `has_legend`: also one.
     """
-    lines = {i: (name, _thinned(points)) for i, (name, points) in enumerate(curves) if points}
+    lines = {i: (name, drawn) for i, (name, points) in enumerate(curves) if points and (drawn := _drawn(points))}
     if not lines:
         return Markup("")
     xs = [x for _, points in lines.values() for x, _ in points]

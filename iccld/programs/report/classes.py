@@ -5,8 +5,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from iccld.labels import CITYSCAPES_NAMES, CITYSCAPES_PALETTE
 from iccld.models.model_card import CARD_NAME, MAX_BYTES
-from iccld.programs.run.record import Record, shown
+from iccld.programs.run.record import Record
 from iccld.reading import read_json
+from iccld.texts import shown
 
 GOLDEN = 0.618034
 """Share of a turn from hue to hue: neighbours in a list look different, however long it is."""
@@ -35,7 +36,7 @@ def _of_cards(record: Record) -> Mapping[str, str]:
             try:
                 card = read_json(path, MAX_BYTES)
                 return dict(zip(map(_name, card["class_names"]), map(_hex, card["palette"]), strict=True))
-            except (OSError, ValueError, TypeError, KeyError):
+            except (OSError, ValueError, TypeError, KeyError, OverflowError):
                 continue
     return {}
 

@@ -8,7 +8,8 @@ from iccld.programs.report.markup import Markup, section, swatch, tag
 from iccld.programs.report.pictures import Picture, pictures_of
 from iccld.programs.run.ledger import CATEGORIES
 from iccld.programs.run.metric_lines import curve, names_of
-from iccld.programs.run.record import Record, shown
+from iccld.programs.run.record import Record
+from iccld.texts import shown
 
 CURVES = {
     "loss": "sum of the losses",

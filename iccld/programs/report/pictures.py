@@ -16,8 +16,9 @@ from PIL import Image
 
 from iccld.data.images.decode import decode_image
 from iccld.durable import is_real_folder
-from iccld.programs.run.record import Record, shown
+from iccld.programs.run.record import Record
 from iccld.reading import read_limited
+from iccld.texts import shown
 
 PICTURE_FOLDERS = ("pictures", "predictions", "report")
 MAX_SHOWN = 12  # the most pictures of a run

@@ -10,10 +10,11 @@ from iccld.durable import is_real_folder
 from iccld.programs.report.markup import Markup, joined, section, swatch, table, tag
 from iccld.programs.run.ledger import hours
 from iccld.programs.run.metric_lines import number
-from iccld.programs.run.record import ABSENT, Record, differing, shown, words_of
+from iccld.programs.run.record import ABSENT, Record, differing, words_of
 from iccld.programs.run.saved_scores import MEANS, SavedScores
 from iccld.redact import redact
 from iccld.runtime.checkpoint.manifest import MANIFEST
+from iccld.texts import shown
 
 NO_VALUE = Markup("&ndash;")
 MAX_CHECKPOINTS = 200  # that are listed, of a stage

@@ -22,6 +22,7 @@ from iccld.reading import read_limited
 from iccld.redact import redact, redacted
 from iccld.runtime.faults.lock import RELEASED
 from iccld.schema import flat
+from iccld.texts import shown
 
 T = TypeVar("T")
 
@@ -187,11 +188,6 @@ def words_of(value: Any) -> str:
     if isinstance(value, list):
         return f"[{', '.join(map(words_of, value))}]"
     return shown(str(value)) if str(value) else "''"
-
-
-def shown(text: str) -> str:
-    """Return a text that anyone may have written in one line, with a terminal's commands spelled out."""
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
 def _settings(run_dir: Path) -> dict[str, Any]:

@@ -13,6 +13,8 @@ OWN_RESULTS = ("results.json", "results_student.json", "results_best.json")
 NO_SCORES = ("about", "diagnostics")
 """Parts of a file of results that are no scores."""
 MAX_CLASSES = 255
+MAX_RESULTS = 1000
+"""The most parts of a file of results: each name is compared with every other."""
 MEANS = {
     "miou": "mIoU",
     "boundary_miou": "boundary mIoU",
@@ -93,7 +95,9 @@ class Evaluation(NamedTuple):
 
 
 def evaluations(results: Mapping[str, Any]) -> Iterator[Evaluation]:
-    """Yield each evaluation. A control is named after its stage (`stage2_mean_latent`)."""
+    """Yield each evaluation. A control is named after its stage (`stage2_mean_latent`). Raises ValueError."""
+    if len(results) > MAX_RESULTS:
+        raise ValueError(f"results.json has {len(results):,} parts, and at most {MAX_RESULTS:,} are read; score again.")
     named = {name: part for name, part in results.items() if isinstance(part, dict) and name not in NO_SCORES}
     controls: set[str] = set()
     for name, scores in named.items():

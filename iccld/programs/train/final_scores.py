@@ -8,7 +8,8 @@ from iccld.config import Config, layout_of, to_dict, trainer_settings
 from iccld.programs.evaluate.results import own_results, read_results
 from iccld.programs.run.metric_lines import number, read_entries
 from iccld.programs.run.saved_scores import MEANS, evaluations
-from iccld.runtime.checkpoint.manifest import DamagedError, ForeignFormatError, pointed_at, read_manifest
+from iccld.runtime.checkpoint.errors import DamagedError, ForeignFormatError
+from iccld.runtime.checkpoint.manifest import pointed_at, read_manifest
 from iccld.runtime.measure.metric_entries import FINAL
 from iccld.runtime.measure.metrics import MetricsLogger
 from iccld.runtime.ranks import Ranks

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from iccld.durable import NotOursError, file_checksum, is_plain_name, refuse_unless_plain, write_whole
 from iccld.reading import is_count, read_json, read_limited
 from iccld.runtime.checkpoint.dtypes import SAFETENSORS_CODES
+from iccld.runtime.checkpoint.errors import DamagedError, ForeignFormatError
 
 if TYPE_CHECKING:
     from iccld.runtime.checkpoint.pieces import TensorReader
@@ -21,18 +23,7 @@ MANIFEST = "manifest.json"
 STEP_FOLDER = re.compile(r"step_\d{8}")
 """The name of a checkpoint's folder."""
 MAX_BYTES = 1 << 28
-
-
-class CheckpointError(ValueError):
-    """Error: a checkpoint cannot be used; the message says why."""
-
-
-class DamagedError(CheckpointError):
-    """Error: something in a checkpoint is missing, cut or changed."""
-
-
-class ForeignFormatError(CheckpointError):
-    """Error: another version wrote the checkpoint, in a format that this one does not read."""
+MAX_DIMENSIONS = 64
 
 
 @dataclass(frozen=True)
@@ -135,14 +126,25 @@ def _fault(manifest: Mapping[str, Any]) -> str:
 
 
 def _is_entry(entry: Any, files: Mapping[str, Any]) -> bool:
-    """Tell whether it says where a tensor lies: see `pieces`."""
+    """Tell whether it says where all of a tensor lies, in files that are large enough: see `pieces`."""
     match entry:
         case {"shape": list(shape), "dtype": str(dtype), "pieces": list(pieces)}:
             rows = [piece for piece in pieces if isinstance(piece, list) and len(piece) == 3]
             is_whole = len(rows) == len(pieces) and all(isinstance(row[0], str) and row[0] in files for row in rows)
             counts = [*shape, *(number for row in rows for number in row[1:])]
-            return is_whole and dtype in SAFETENSORS_CODES and all(map(is_count, counts))
+            is_plain = is_whole and dtype in SAFETENSORS_CODES and all(map(is_count, counts))
+            return is_plain and len(shape) <= MAX_DIMENSIONS and _covers(rows, math.prod(shape), files, dtype)
     return False
+
+
+def _covers(rows: list[Any], size: int, files: Mapping[str, Any], dtype: str) -> bool:
+    """Tell whether the pieces of a tensor of `size` elements leave no gap, and each fits its file."""
+    bits, end = int(re.sub(r"\D", "", SAFETENSORS_CODES[dtype]) or 8), 0
+    for file, start, stop in sorted(rows, key=lambda row: row[1:]):
+        if start != end or stop < start or (stop - start) * bits // 8 > files[file]["size"]:
+            return False
+        end = stop
+    return is_count(size) and end == size
 
 
 def pointed_at(checkpoints: Path) -> str:

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from iccld.durable import create
 from iccld.runtime.checkpoint.dtypes import SAFETENSORS_CODES
+from iccld.runtime.checkpoint.errors import DamagedError
 
 # The names of safetensors' header; https://github.com/huggingface/safetensors#format
 SAFETENSORS_DTYPES = {getattr(torch, name): code for name, code in SAFETENSORS_CODES.items()}
@@ -128,9 +129,17 @@ class TensorReader:
         for file, first, last in entry["pieces"]:
             low, high = max(start, first), min(stop, last)
             if low < high:
-                stored = self._open(file).get_slice(f"{name}@{first}")
-                result[low - start : high - start] = stored[low - first : high - first]
+                result[low - start : high - start] = self._part(f"{name}@{first}", file, low - first, high - first)
         return result
+
+    def _part(self, run: str, file: str, low: int, high: int) -> Tensor:
+        try:
+            part = self._open(file).get_slice(run)[low:high]
+        except (SafetensorError, RuntimeError, IndexError) as error:  # its checksum may be a stranger's, too
+            raise DamagedError(f"checkpoint {self.folder} is damaged: {file} holds no {run} ({error}).") from error
+        if part.shape != (high - low,):
+            raise DamagedError(f"checkpoint {self.folder} is damaged: {file} holds too little of {run}.")
+        return part
 
     def tensor(self, name: str) -> Tensor:
         shape = self.shape(name)

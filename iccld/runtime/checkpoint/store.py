@@ -23,16 +23,8 @@ from torch import Tensor
 
 from iccld.durable import clear_away, holds_only, is_real_folder, make_folder, scratch_folder, sync, write_whole
 from iccld.outcome import Interrupted
-from iccld.runtime.checkpoint.manifest import (
-    STEP_FOLDER,
-    Checkpoint,
-    CheckpointError,
-    DamagedError,
-    ForeignFormatError,
-    pointed_at,
-    verify,
-    write_manifest,
-)
+from iccld.runtime.checkpoint.errors import CheckpointError, DamagedError, ForeignFormatError
+from iccld.runtime.checkpoint.manifest import STEP_FOLDER, Checkpoint, pointed_at, verify, write_manifest
 from iccld.runtime.checkpoint.pieces import Run, join_tables, write_runs
 from iccld.runtime.faults.ending import await_at_the_end
 from iccld.runtime.ranks import Ranks

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from iccld.durable import file_checksum
-from iccld.runtime.checkpoint.manifest import CheckpointError, DamagedError, ForeignFormatError, verify, write_manifest
+from iccld.runtime.checkpoint.errors import CheckpointError, DamagedError, ForeignFormatError
+from iccld.runtime.checkpoint.manifest import verify, write_manifest
 from tests.runtime.checkpoint.factory import save, store
 
 
@@ -58,6 +59,12 @@ def hostile_manifests() -> Iterator[tuple[str, Callable[[Path], object]]]:
         {"pieces": [0]},
         {"dtype": "__class__"},
         {"shape": [True]},
+        {"shape": [2]},
+        {"pieces": []},
+        {"shape": [2], "pieces": [["rank_00000.safetensors", 1, 2]]},
+        {"shape": [1 << 40], "pieces": [["rank_00000.safetensors", 0, 1 << 40]]},
+        {"shape": [1 << 52, 1 << 52], "pieces": []},
+        {"shape": [1] * 65},
     ):
         yield f"{change}", lambda path, change=change: rewrite(path, {"tensors": {"a": entry | change}})
 

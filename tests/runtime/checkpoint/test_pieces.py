@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from iccld.runtime.checkpoint.errors import DamagedError
 from iccld.runtime.checkpoint.pieces import (
     SAFETENSORS_DTYPES,
     Run,
@@ -71,6 +72,16 @@ def test_overlaps_and_gaps_are_refused(tmp_path: Path, starts: tuple[int, ...], 
     tables = [write_runs(tmp_path / f"{i}.safetensors", run)["tensors"] for i, run in enumerate(runs)]
     with pytest.raises(ValueError, match=message):
         join_tables(tables)
+
+
+def test_a_file_that_does_not_hold_what_its_table_says_is_damage(tmp_path: Path):
+    facts = write_runs(tmp_path / "a.safetensors", {"w": whole(torch.arange(6.0))})
+    longer = {"w": {**facts["tensors"]["w"], "shape": [8], "pieces": [["a.safetensors", 0, 8]]}}
+    with pytest.raises(DamagedError, match=r"a\.safetensors holds too little of w@0"):
+        TensorReader(tmp_path, longer).tensor("w")
+    (tmp_path / "a.safetensors").write_bytes(b"garbage!")
+    with pytest.raises(DamagedError, match=r"damaged: a\.safetensors holds no w@0"):
+        TensorReader(tmp_path, facts["tensors"]).tensor("w")
 
 
 def test_what_is_missing_or_of_another_shape_is_named(tmp_path: Path):

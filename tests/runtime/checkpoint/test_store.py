@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from iccld.durable import file_checksum
 from iccld.models.denoiser import Denoiser
 from iccld.models.settings import DenoiserConfig
-from iccld.runtime.checkpoint.manifest import CheckpointError, verify
+from iccld.runtime.checkpoint.errors import CheckpointError
+from iccld.runtime.checkpoint.manifest import verify
 from iccld.runtime.checkpoint.pieces import whole
 from iccld.runtime.checkpoint.store import ALIGNMENT, PIECE_BYTES, CheckpointStore, in_pieces
 from iccld.runtime.ranks import Ranks

@@ -53,9 +53,13 @@ class Pattern:
         return "" if "{" in first else first
 
     def is_sound(self) -> bool:
-        """Tell whether it is a relative path within its root, and every brace belongs to a placeholder."""
+        """Tell whether it is a relative path within its root, and every brace belongs to a placeholder.
+
+        Something stands between two placeholders, and two at most have a `*`: else matching a path takes for ever.
+        """
         components = _PLACEHOLDER.sub("x", self.text).split("/")
-        return all(c and not c.startswith(".") and not set(c) & set("{}\\*") for c in components)
+        is_quick = "}{" not in self.text and self.text.count("*}") <= 2
+        return is_quick and all(c and not c.startswith(".") and not set(c) & set("{}\\*") for c in components)
 
     def with_split(self, split: str) -> "Pattern":
         """Return the pattern with `{split}` replaced; without a split, that folder is left out."""

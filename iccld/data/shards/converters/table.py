@@ -184,7 +184,10 @@ def _check_patterns(table: Table, setting: str) -> None:
     named = [("images", table.images), *keyed.items(), *((key, p) for key, ps in others.items() for p in ps)]
     for key, pattern in named:
         if not pattern.is_sound():
-            rule = "it must be a relative path in which braces enclose one name, as in images/{city}/{frame}.png"
+            rule = (
+                "it must be a relative path in which braces enclose one name, as in images/{city}/{frame}.png, with "
+                "something between two of them and at most two `*`"
+            )
             raise ValueError(f"{setting}: {key}={pattern.text} is no pattern; {rule}.")
         given = () if key == "class_list" else table.images.names
         if unknown := [name for name in pattern.names if name not in given]:

@@ -195,7 +195,7 @@ class _Zip:
         if self._opened is None or self._opened[0] != os.getpid():  # processes must not share a file's position
             try:
                 archive = ZipFile(self.path)
-            except (BadZipFile, OSError) as error:
+            except (BadZipFile, OSError, NotImplementedError, UnicodeDecodeError) as error:
                 remedy = "fetch it again, or move it away; other kinds of archives must be unpacked first"
                 raise ValueError(f"--input: {self.path} cannot be read as a zip ({error}); {remedy}.") from error
             self._opened = (os.getpid(), archive, _members(archive, self.tops, self.path.stem))
