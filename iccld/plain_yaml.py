@@ -14,6 +14,7 @@ from iccld.reading import read_limited
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 40
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 _PLAIN_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str", "seq", "map")} | {"!"}
 _FLOAT = re.compile(r"[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0-9]+$")
 """Numbers such as 1e-7, which YAML 1.1 takes for a word and Hydra for a number."""
@@ -29,6 +30,8 @@ class _Loader(yaml.SafeLoader):
         tag = getattr(event, "tag", None)
         if tag not in {None, *_PLAIN_TAGS}:
             raise yaml.MarkedYAMLError(problem=f"has a tag ({tag})", problem_mark=event.start_mark)
+        if tag in _NUMBERS and ":" in getattr(event, "value", ""):
+            raise yaml.MarkedYAMLError(problem="has a number of base 60", problem_mark=event.start_mark)
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise yaml.MarkedYAMLError(problem=f"is nested over {MAX_DEPTH} deep", problem_mark=event.start_mark)
@@ -61,9 +64,13 @@ def _text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
 _Dumper.add_representer(str, _text)
 for _class in (_Loader, _Dumper):
     _class.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
-# Days, too, are text.
+# Days, too, are text, and so are numbers of base 60, such as 1:30, which take a time that grows with their square.
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+    first: [
+        (tag, re.compile(f"(?!.*:){pattern.pattern}", pattern.flags))
+        for tag, pattern in resolvers
+        if not tag.endswith(":timestamp")
+    ]
     for first, resolvers in _Loader.yaml_implicit_resolvers.items()
 }
 
@@ -88,7 +95,7 @@ def parse_yaml(text: str, *, where: str, aliases: bool = False) -> Any:
         return yaml.load(text, Loader=_OwnLoader if aliases else _Loader)
     except yaml.YAMLError as error:
         raise ValueError(f"{where}{explain(error)}") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits
+    except (ValueError, LookupError, ArithmeticError, RecursionError) as error:  # `!!bool maybe`, thousands of digits
         raise ValueError(f"{where}: no YAML that can be read ({' '.join(str(error).split())[:200]}).") from error
 
 

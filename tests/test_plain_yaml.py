@@ -34,6 +34,13 @@ def test_a_number_without_a_point_is_one():
     assert math.isinf(parse_yaml(".inf", where="x"))
 
 
+@pytest.mark.parametrize("text", ["4:00:00", "1:30", "-1:30.5", "1" + ":59" * 100_000, "1" + ":59" * 100_000 + ".5"])
+def test_what_yaml_takes_for_a_number_of_base_60_is_text_at_once(text: str):
+    begin = time.monotonic()
+    assert parse_yaml(f"a: {text}", where="x") == {"a": text}
+    assert time.monotonic() - begin < 2
+
+
 LAUGHS = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
     f"{c}: &{c} [{','.join(['*' + p] * 9)}]\n" for p, c in zip("abcdefgh", "bcdefghi", strict=True)
 )
@@ -49,6 +56,11 @@ LAUGHS = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
         ("a: 1\na: 2", "x:2: names 'a' twice"),
         ("[" * 100_000, "x:1: is nested"),
         ("a: " + "1" * 5000, "x: no YAML"),
+        ("a: !!bool maybe", "x: no YAML that can be read ('maybe')"),
+        ("a: !!int ''", "x: no YAML"),
+        ("a: !!float ''", "x: no YAML"),
+        ("a: !!int " + "1" + ":59" * 100_000, "x:1: has a number of base 60"),
+        ("a: !!float " + "1" + ":59" * 100_000, "x:1: has a number of base 60"),
         ("a: 1\n--- \nb: 2", "x:2: "),
         ("a: \x07", "x: "),
         ("? [a]\n: 1", "x:1: "),
