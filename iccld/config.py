@@ -19,6 +19,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -27,7 +28,7 @@ from yaml import YAMLError
 from iccld import plain_yaml, schema, suggestions
 from iccld.batch_layout import BatchLayout
 from iccld.data.config import DataConfig
-from iccld.group_files import check_group_file, own_files, place_of, refuse_packaged_names, remedy_of
+from iccld.group_files import OwnGroups, own_files, place_of, refuse_packaged_names, remedy_of
 from iccld.models.settings import ModelConfig
 from iccld.ranges import at_least, check_ranges
 from iccld.redact import redacted
@@ -138,15 +139,15 @@ def load_config(overrides: Sequence[str], *, config_dir: str = "") -> Config:
     parsed, folder = _parsed(overrides), Path(config_dir)
     words = [override.input_line for override in parsed]
     files: list[Path] = []
+    if any(override.key_or_group == "hydra.searchpath" for override in parsed):
+        raise ValueError("hydra.searchpath: settings of your own are in one folder; use --config-dir FOLDER.")
     if config_dir:
         if not folder.is_dir():
             raise ValueError(f"--config-dir {config_dir}: there is no such folder.")
-        path = QuotedString(f"file://{folder.resolve()}", Quote.single)  # taken as it is, `${...}` too
+        path = QuotedString(f"{OwnGroups.scheme()}://{folder.resolve()}", Quote.single)  # taken as it is, `${...}` too
         words.append(f"hydra.searchpath=[{path.with_quotes()}]")
         refuse_packaged_names(folder)
         files = own_files(folder, [(override.key_or_group, override.value()) for override in parsed])
-        for file in files:
-            check_group_file(file, Config)
     try:
         with _beside_other_hydras(), initialize_config_module("iccld.configs", version_base="1.3"):
             composed: Any = compose("config", overrides=words)  # type: ignore[arg-type]
@@ -177,6 +178,8 @@ def _beside_other_hydras() -> Iterator[None]:
 @lru_cache(maxsize=1)  # it takes a third of a composition's time
 def _register_schema(settings: type) -> None:
     ConfigStore.instance().store(name="iccld_schema", node=settings)
+    OwnGroups.settings = settings
+    Plugins.instance().register(OwnGroups)
 
 
 def _built(settings: Any) -> Config:

@@ -31,6 +31,14 @@ BROKEN = {
     "deep": (HEAD + b"crop_size: " + b"[" * 3000 + b"]" * 3000, 2, "deep"),
     "documents": (HEAD + b"---\nseed: 1\n---\nseed: 2\n", 4, "another document"),
     "default": (HEAD + b"defaults:\n  - nope\nnum_workers: 1\n", 1, "nope"),
+    "unfolded": (
+        HEAD + b"source: &a [&b [x,x,x,x,x,x,x,x,x,x],*b,*b]\ntarget: [" + b"*a," * 4000 + b"]",
+        3,
+        "stand for over",
+    ),
+    "endless": (HEAD + b"source: &a {also: *a}\n", 2, "stand for over"),
+    "tagged": (HEAD + b"num_workers: !!bool maybe\n", 0, "no YAML that can be read"),
+    "base60": (HEAD + b"num_workers: 1" + b":59" * 100_000, 2, "could not be converted to Integer"),
     "package": (b"crop_size: [64, 64]\n", 1, "begin the file with the line `# @package data`"),
 }
 
@@ -44,7 +52,18 @@ def test_a_broken_file_is_named_with_its_line(name: str, tmp_path: Path):
     with pytest.raises(ValueError, match=r".*") as raised:
         load_config([f"dataset={name}"], config_dir=str(tmp_path))
     said = str(raised.value)
-    assert said.startswith(f"{path}:{line}: ") and message in said and "\n" not in said, said
+    assert said.startswith(f"{path}:{line}: " if line else f"{path}: "), said[:300]
+    assert message in said and "\n" not in said, said[:300]
+
+
+@pytest.mark.parametrize("default", ["nested", "/dataset: nested", "/model@model.encoder: nested"])
+def test_a_file_that_another_one_s_defaults_name_is_read_within_the_same_limits(default: str, tmp_path: Path):
+    for group in ("dataset", "model"):
+        (tmp_path / group).mkdir()
+        (tmp_path / group / "nested.yaml").write_bytes(BROKEN["unfolded"][0])
+    (tmp_path / "dataset" / "mine.yaml").write_bytes(HEAD + f"defaults:\n  - {default}\n".encode())
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/\w+/nested\.yaml:3: has aliases that stand for over"):
+        load_config(["dataset=mine"], config_dir=str(tmp_path))
 
 
 def test_a_file_that_a_packaged_one_would_replace_is_refused(tmp_path: Path):
@@ -54,6 +73,12 @@ def test_a_file_that_a_packaged_one_would_replace_is_refused(tmp_path: Path):
     with pytest.raises(ValueError, match=r"the packaged dataset/gta5_to_cityscapes\.yaml would be taken") as raised:
         load_config(["model=tiny"], config_dir=str(tmp_path))
     assert str(raised.value).startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize("sign", ["", "+", "++"])
+def test_no_other_folder_is_searched(sign: str, tmp_path: Path):
+    with pytest.raises(ValueError, match=r"^hydra\.searchpath: .*use --config-dir FOLDER"):
+        load_config([f"{sign}hydra.searchpath=[file://{tmp_path}]"])
 
 
 def test_a_file_that_is_named_like_a_run_is_no_group(tmp_path: Path):
