@@ -7,7 +7,7 @@ config` starts at once.
 import contextlib
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cache, lru_cache
@@ -16,10 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
-from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -28,8 +26,9 @@ from yaml import YAMLError
 from iccld import plain_yaml, schema, suggestions
 from iccld.batch_layout import BatchLayout
 from iccld.data.config import DataConfig
-from iccld.group_files import OwnGroups, own_files, place_of, refuse_packaged_names, remedy_of
+from iccld.group_files import own_files, place_of, refuse_packaged_names, remedy_of
 from iccld.models.settings import ModelConfig
+from iccld.plain_hydra import OwnGroups, beside_other_hydras, without_resolvers
 from iccld.ranges import at_least, check_ranges
 from iccld.redact import redacted
 from iccld.runtime.settings import EngineConfig, MemoryConfig, MetricsConfig, PreemptionConfig, WatchdogConfig
@@ -149,12 +148,16 @@ def load_config(overrides: Sequence[str], *, config_dir: str = "") -> Config:
         refuse_packaged_names(folder)
         files = own_files(folder, [(override.key_or_group, override.value()) for override in parsed])
     try:
-        with _beside_other_hydras(), initialize_config_module("iccld.configs", version_base="1.3"):
+        with (
+            beside_other_hydras(),
+            initialize_config_module("iccld.configs", version_base="1.3"),
+            without_resolvers(),  # last: Hydra has brought its own
+        ):
             composed: Any = compose("config", overrides=words)  # type: ignore[arg-type]
-        for key in schema.unknown_keys(composed, Config):  # Hydra adds what `+key` names, known or not
-            near = suggestions.for_key(key, Config)
-            raise ValueError(f"{key}: there is no such setting{near} (`iccld config` shows all settings)")
-        config = _built(composed)
+            for key in schema.unknown_keys(composed, Config):  # Hydra adds what `+key` names, known or not
+                near = suggestions.for_key(key, Config)
+                raise ValueError(f"{key}: there is no such setting{near} (`iccld config` shows all settings)")
+            config = _built(composed)
         config.inference.refuse_no_denoising(config.stages)
         return config
     except (HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError, RecursionError) as error:
@@ -164,22 +167,10 @@ def load_config(overrides: Sequence[str], *, config_dir: str = "") -> Config:
         raise ValueError(f"{where}{text}{remedy} (`iccld config` shows all settings)") from error
 
 
-@contextlib.contextmanager
-def _beside_other_hydras() -> Iterator[None]:
-    """Set aside the Hydra that the calling program uses: a process has only one."""
-    kept = GlobalHydra.instance().hydra
-    GlobalHydra.instance().hydra = None
-    try:
-        yield
-    finally:
-        GlobalHydra.instance().hydra = kept  # asked for again: composing may have replaced it
-
-
 @lru_cache(maxsize=1)  # it takes a third of a composition's time
 def _register_schema(settings: type) -> None:
     ConfigStore.instance().store(name="iccld_schema", node=settings)
-    OwnGroups.settings = settings
-    Plugins.instance().register(OwnGroups)
+    OwnGroups.introduce(settings)
 
 
 def _built(settings: Any) -> Config:
@@ -335,11 +326,14 @@ def config_from(values: Any, *, where: str, overrides: Sequence[str] = ()) -> Co
     try:
         plain = _as_it_is(schema.with_typed_keys(_of_this_version(values), Config))
         config = OmegaConf.merge(_schema(Config), plain)
-        for override in parsed:
-            if override.is_delete() or not re.fullmatch(r"[\w.$-]+", override.get_key_element().lstrip("+")):
-                raise ValueError(f"{override.input_line}: settings that are saved take key=value, and nothing else.")
-            OmegaConf.update(config, override.key_or_group, override.value(), merge=True)
-        return _built(config)
+        with without_resolvers():
+            for override in parsed:
+                if override.is_delete() or not re.fullmatch(r"[\w.$-]+", override.get_key_element().lstrip("+")):
+                    raise ValueError(
+                        f"{override.input_line}: settings that are saved take key=value, and nothing else."
+                    )
+                OmegaConf.update(config, override.key_or_group, override.value(), merge=True)
+            return _built(config)
     except OmegaConfBaseException as error:
         text = _one_line(error)
         near = suggestions.for_message(text, Config)

@@ -3,33 +3,13 @@
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
-
-from hydra._internal.core_plugins.file_config_source import FileConfigSource
-from hydra.plugins.config_source import ConfigResult
-from omegaconf import OmegaConf
+from typing import Any
 
 from iccld import plain_yaml
 from iccld.reading import read_limited
 from iccld.schema import not_strings, type_at
 
 PACKAGED = Path(__file__).parent / "configs"
-
-
-class OwnGroups(FileConfigSource):
-    """Folder of groups whose every file, also one that another's `defaults` name, is read within our limits."""
-
-    settings: ClassVar[type]
-
-    @staticmethod
-    def scheme() -> str:
-        return "own"
-
-    def load_config(self, config_path: str) -> ConfigResult:
-        path = Path(self.path) / self._normalize_file_name(config_path)
-        values, text = read_group_file(path, self.settings)
-        header = self._get_header_dict(text[:512])
-        return ConfigResult(self.provider, self.full_path(), OmegaConf.create(dict(values)), header)
 
 
 def own_files(folder: Path, choices: Iterable[tuple[str, Any]]) -> list[Path]:

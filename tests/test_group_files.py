@@ -1,12 +1,14 @@
 """A broken YAML of the user's own is one line: file, line, what."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
 
-from iccld.config import load_config
+from iccld.config import config_from, load_config
 from iccld.data.config import DataConfig
 
 HEAD = b"# @package data\n"
@@ -112,3 +114,56 @@ def test_aliases_and_numbers_of_ones_own_file_are_good(tmp_path: Path):
     )
     data = load_config(["dataset=mine", "data.target.name=a=b"], config_dir=str(tmp_path)).data
     assert data.rare_class_temperature == 0.01 and data.source.name == "a=b"
+
+
+RESOLVED = {
+    "oc.env": b"source: {shards: 'http://host/${oc.env:ICCLD_PLANTED}'}\n",
+    "oc.decode": b"num_workers: ${oc.decode:'${oc.env:ICCLD_PLANTED}'}\n",
+    "oc.create": b"num_workers: ${oc.create:'${oc.env:ICCLD_PLANTED}'}\n",
+    "hydra": b"source: {shards: 'http://host/${hydra:runtime.cwd}'}\n",
+    "of_a_program": b"source: {shards: 'http://host/${of_a_program:x}'}\n",
+    "env_copy": b"source: {shards: 'http://host/${hydra.job.env_set.ICCLD_PLANTED}'}\n",
+}
+
+
+@pytest.mark.parametrize("below", [False, True])
+@pytest.mark.parametrize("name", RESOLVED)
+def test_a_file_reads_nothing_of_the_user_s_environment(
+    name: str, below: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("ICCLD_PLANTED", "4711")
+    OmegaConf.register_new_resolver("of_a_program", lambda word: word, replace=True)
+    (tmp_path / "dataset").mkdir()
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "dataset" / "mine.yaml").write_bytes(HEAD + RESOLVED[name])
+    start = b"# @package _global_\ndefaults:\n  - override /dataset: mine\n"
+    start += b"hydra: {job: {env_copy: [ICCLD_PLANTED]}}\n" if name == "env_copy" else b""
+    (tmp_path / "experiment" / "own.yaml").write_bytes(start)
+    words = ["experiment=own"] if below or name == "env_copy" else ["dataset=mine"]
+    with pytest.raises(ValueError, match=r".*") as raised:
+        load_config(words, config_dir=str(tmp_path))
+    said = str(raised.value)
+    assert "4711" not in said and "\n" not in said, said
+    if name != "env_copy":
+        assert "Unsupported interpolation type" in said and "write the value itself" in said, said
+    assert OmegaConf.has_resolver("of_a_program") and OmegaConf.has_resolver("oc.env"), "they are kept for others"
+    OmegaConf.clear_resolver("of_a_program")
+
+
+def test_the_choice_of_a_file_reads_nothing_of_the_user_s_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ICCLD_PLANTED", "mit_b5")
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "own.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - override /model: ${oc.env:ICCLD_PLANTED}\n"
+    )
+    with pytest.raises(ValueError, match=r"^Error resolving interpolation '\$\{oc\.env"):
+        load_config(["experiment=own"], config_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize("load", [load_config, lambda words: config_from({}, where="x", overrides=words)])
+def test_a_word_reads_nothing_of_the_user_s_environment(load: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ICCLD_PLANTED", "4711")
+    with pytest.raises(ValueError, match=r"Unsupported interpolation type oc\.env.*write the value itself") as raised:
+        load(["seed=${oc.env:ICCLD_PLANTED}"])
+    assert "4711" not in str(raised.value) and "\n" not in str(raised.value)
+    assert load(["seed=7", "statistics_samples=${seed}"]).statistics_samples == 7
