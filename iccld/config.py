@@ -25,7 +25,8 @@ from yaml import YAMLError
 
 from iccld import plain_yaml, schema, suggestions
 from iccld.batch_layout import BatchLayout
-from iccld.data.config import DataConfig
+from iccld.data.config import DataConfig, refuse_storage_of_files
+from iccld.data.storage.base import StorageConfig
 from iccld.group_files import own_files, place_of, refuse_packaged_names, remedy_of
 from iccld.models.settings import ModelConfig
 from iccld.plain_hydra import OwnGroups, beside_other_hydras, without_resolvers
@@ -128,9 +129,10 @@ def stage_settings(name: str, config: Config) -> "StageSettings[Any]":
     )
 
 
-def load_config(overrides: Sequence[str], *, config_dir: str = "") -> Config:
+def load_config(overrides: Sequence[str], *, config_dir: str = "", are_typed: bool = True) -> Config:
     """Compose the packaged YAML with `key=value` overrides. `config_dir` adds a folder with YAML groups of one's own.
 
+    `are_typed`: the user has typed the overrides, and no file holds them (see `refuse_storage_of_files`).
     The text after the first `=` of a setting that is a string is its value, to the letter. Raises ValueError for
     unknown keys, wrong types, broken files and values that a part refuses, in one line.
     """
@@ -158,6 +160,7 @@ def load_config(overrides: Sequence[str], *, config_dir: str = "") -> Config:
                 near = suggestions.for_key(key, Config)
                 raise ValueError(f"{key}: there is no such setting{near} (`iccld config` shows all settings)")
             config = _built(composed)
+            refuse_storage_of_files(config.data.storage, _storage_of(parsed if are_typed else []))
         config.inference.refuse_no_denoising(config.stages)
         return config
     except (HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError, RecursionError) as error:
@@ -165,6 +168,19 @@ def load_config(overrides: Sequence[str], *, config_dir: str = "") -> Config:
         where = place_of(text, folder, files) if config_dir else ""
         remedy = remedy_of(text, where) or suggestions.for_message(text, Config)
         raise ValueError(f"{where}{text}{remedy} (`iccld config` shows all settings)") from error
+
+
+def _storage_of(parsed: Sequence[Override]) -> StorageConfig:
+    """Return the settings of the storage that these words alone give."""
+    data = OmegaConf.create({"data": _schema(DataConfig)})
+    for override in parsed:
+        key, value = override.key_or_group, override.value()
+        is_group = key in ("data", "data.storage") and not isinstance(
+            value, dict
+        )  # a file, whose settings do not count
+        if re.fullmatch(r"data(\.storage(\..*)?)?", key) and not (is_group or override.is_delete()):
+            OmegaConf.update(data, key, value, merge=True)
+    return OmegaConf.to_object(data.data.storage)  # type: ignore[return-value]
 
 
 @lru_cache(maxsize=1)  # it takes a third of a composition's time
