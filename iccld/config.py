@@ -7,7 +7,7 @@ config` starts at once.
 import contextlib
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cache, lru_cache
@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
@@ -26,9 +25,11 @@ from yaml import YAMLError
 
 from iccld import plain_yaml, schema, suggestions
 from iccld.batch_layout import BatchLayout
-from iccld.data.config import DataConfig
-from iccld.group_files import check_group_file, own_files, place_of, refuse_packaged_names, remedy_of
+from iccld.data.config import DataConfig, refuse_storage_of_files
+from iccld.data.storage.base import StorageConfig
+from iccld.group_files import own_files, place_of, refuse_packaged_names, remedy_of
 from iccld.models.settings import ModelConfig
+from iccld.plain_hydra import OwnGroups, beside_other_hydras, without_resolvers
 from iccld.ranges import at_least, check_ranges
 from iccld.redact import redacted
 from iccld.runtime.settings import EngineConfig, MemoryConfig, MetricsConfig, PreemptionConfig, WatchdogConfig
@@ -128,9 +129,10 @@ def stage_settings(name: str, config: Config) -> "StageSettings[Any]":
     )
 
 
-def load_config(overrides: Sequence[str], *, config_dir: str = "") -> Config:
+def load_config(overrides: Sequence[str], *, config_dir: str = "", are_typed: bool = True) -> Config:
     """Compose the packaged YAML with `key=value` overrides. `config_dir` adds a folder with YAML groups of one's own.
 
+    `are_typed`: the user has typed the overrides, and no file holds them (see `refuse_storage_of_files`).
     The text after the first `=` of a setting that is a string is its value, to the letter. Raises ValueError for
     unknown keys, wrong types, broken files and values that a part refuses, in one line.
     """
@@ -138,22 +140,27 @@ def load_config(overrides: Sequence[str], *, config_dir: str = "") -> Config:
     parsed, folder = _parsed(overrides), Path(config_dir)
     words = [override.input_line for override in parsed]
     files: list[Path] = []
+    if any(override.key_or_group == "hydra.searchpath" for override in parsed):
+        raise ValueError("hydra.searchpath: settings of your own are in one folder; use --config-dir FOLDER.")
     if config_dir:
         if not folder.is_dir():
             raise ValueError(f"--config-dir {config_dir}: there is no such folder.")
-        path = QuotedString(f"file://{folder.resolve()}", Quote.single)  # taken as it is, `${...}` too
+        path = QuotedString(f"{OwnGroups.scheme()}://{folder.resolve()}", Quote.single)  # taken as it is, `${...}` too
         words.append(f"hydra.searchpath=[{path.with_quotes()}]")
         refuse_packaged_names(folder)
         files = own_files(folder, [(override.key_or_group, override.value()) for override in parsed])
-        for file in files:
-            check_group_file(file, Config)
     try:
-        with _beside_other_hydras(), initialize_config_module("iccld.configs", version_base="1.3"):
+        with (
+            beside_other_hydras(),
+            initialize_config_module("iccld.configs", version_base="1.3"),
+            without_resolvers(),  # last: Hydra has brought its own
+        ):
             composed: Any = compose("config", overrides=words)  # type: ignore[arg-type]
-        for key in schema.unknown_keys(composed, Config):  # Hydra adds what `+key` names, known or not
-            near = suggestions.for_key(key, Config)
-            raise ValueError(f"{key}: there is no such setting{near} (`iccld config` shows all settings)")
-        config = _built(composed)
+            for key in schema.unknown_keys(composed, Config):  # Hydra adds what `+key` names, known or not
+                near = suggestions.for_key(key, Config)
+                raise ValueError(f"{key}: there is no such setting{near} (`iccld config` shows all settings)")
+            config = _built(composed)
+            refuse_storage_of_files(config.data.storage, _storage_of(parsed if are_typed else []))
         config.inference.refuse_no_denoising(config.stages)
         return config
     except (HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError, RecursionError) as error:
@@ -163,20 +170,23 @@ def load_config(overrides: Sequence[str], *, config_dir: str = "") -> Config:
         raise ValueError(f"{where}{text}{remedy} (`iccld config` shows all settings)") from error
 
 
-@contextlib.contextmanager
-def _beside_other_hydras() -> Iterator[None]:
-    """Set aside the Hydra that the calling program uses: a process has only one."""
-    kept = GlobalHydra.instance().hydra
-    GlobalHydra.instance().hydra = None
-    try:
-        yield
-    finally:
-        GlobalHydra.instance().hydra = kept  # asked for again: composing may have replaced it
+def _storage_of(parsed: Sequence[Override]) -> StorageConfig:
+    """Return the settings of the storage that these words alone give."""
+    data = OmegaConf.create({"data": _schema(DataConfig)})
+    for override in parsed:
+        key, value = override.key_or_group, override.value()
+        is_group = key in ("data", "data.storage") and not isinstance(
+            value, dict
+        )  # a file, whose settings do not count
+        if re.fullmatch(r"data(\.storage(\..*)?)?", key) and not (is_group or override.is_delete()):
+            OmegaConf.update(data, key, value, merge=True)
+    return OmegaConf.to_object(data.data.storage)  # type: ignore[return-value]
 
 
 @lru_cache(maxsize=1)  # it takes a third of a composition's time
 def _register_schema(settings: type) -> None:
     ConfigStore.instance().store(name="iccld_schema", node=settings)
+    OwnGroups.introduce(settings)
 
 
 def _built(settings: Any) -> Config:
@@ -332,11 +342,14 @@ def config_from(values: Any, *, where: str, overrides: Sequence[str] = ()) -> Co
     try:
         plain = _as_it_is(schema.with_typed_keys(_of_this_version(values), Config))
         config = OmegaConf.merge(_schema(Config), plain)
-        for override in parsed:
-            if override.is_delete() or not re.fullmatch(r"[\w.$-]+", override.get_key_element().lstrip("+")):
-                raise ValueError(f"{override.input_line}: settings that are saved take key=value, and nothing else.")
-            OmegaConf.update(config, override.key_or_group, override.value(), merge=True)
-        return _built(config)
+        with without_resolvers():
+            for override in parsed:
+                if override.is_delete() or not re.fullmatch(r"[\w.$-]+", override.get_key_element().lstrip("+")):
+                    raise ValueError(
+                        f"{override.input_line}: settings that are saved take key=value, and nothing else."
+                    )
+                OmegaConf.update(config, override.key_or_group, override.value(), merge=True)
+            return _built(config)
     except OmegaConfBaseException as error:
         text = _one_line(error)
         near = suggestions.for_message(text, Config)

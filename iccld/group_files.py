@@ -1,4 +1,4 @@
-"""YAML groups of the user's own (`--config-dir`), read before Hydra composes them: a defect has file and line."""
+"""YAML groups of the user's own (`--config-dir`), read for Hydra as plain data: a defect has file and line."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -27,11 +27,14 @@ def refuse_packaged_names(folder: Path) -> None:
             raise ValueError(f"{folder / name}: the packaged {name} would be taken; give the file another name.")
 
 
-def check_group_file(path: Path, schema: type) -> None:
-    """Raise ValueError if a file holds something else than settings, or a number where the schema has a text."""
+def read_group_file(path: Path, schema: type) -> tuple[Mapping[str, Any], str]:
+    """Return a file's values, and its text.
+
+    Raises ValueError if it holds something else than settings, or a number where the schema has a text.
+    """
     values = plain_yaml.read_yaml(path, aliases=True)
     if values is None:  # empty, or comments
-        return
+        values = {}
     if not isinstance(values, Mapping):
         raise ValueError(f"{path}:1: holds no settings; write `key: value` lines.")
     text = read_limited(path).decode()
@@ -42,6 +45,7 @@ def check_group_file(path: Path, schema: type) -> None:
     for key, value in not_strings(values, part, package[1] if package else ""):
         line = plain_yaml.line_of(path, key)
         raise ValueError(f"{path}:{line}: {key.rpartition('.')[2]}: {value} must be text; put it into quotes.")
+    return values, text
 
 
 def place_of(message: str, folder: Path, files: Iterable[Path]) -> str:

@@ -1,7 +1,7 @@
 """YAML as plain data: numbers, strings, lists and dicts. Every defect is one line that names file and line.
 
-Nothing in a file leads elsewhere: tags, aliases (a few of which unfold to gigabytes), repeated keys, deep nesting and
-files beyond a size are refused, and `${...}` is text.
+Nothing in a file leads elsewhere: tags, aliases (in a user's own file, those that unfold to much), repeated keys, deep
+nesting and files beyond a size are refused, and `${...}` is text.
 """
 
 import re
@@ -14,27 +14,55 @@ from iccld.reading import read_limited
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 40
+MAX_UNFOLDED = 100_000
+"""The most values that a file's aliases may stand for, all together; 100 letters of a text count as one more."""
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 _PLAIN_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str", "seq", "map")} | {"!"}
 _FLOAT = re.compile(r"[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0-9]+$")
 """Numbers such as 1e-7, which YAML 1.1 takes for a word and Hydra for a number."""
 
 
 class _Loader(yaml.SafeLoader):
-    depth, aliases = 0, False
+    aliases = False
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self.depth, self.deepest = 0, 0
+        self.num_values, self.num_unfolded = 0, 0  # those so far; those of them that aliases stand for
+        self.of_anchor: dict[str, tuple[int, int]] = {}  # values in what an alias stands for, and levels below it
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event: Any = self.peek_event()
-        if isinstance(event, yaml.AliasEvent) and not self.aliases:
-            raise yaml.MarkedYAMLError(problem=f"has an alias (*{event.anchor})", problem_mark=event.start_mark)
-        tag = getattr(event, "tag", None)
-        if tag not in {None, *_PLAIN_TAGS}:
-            raise yaml.MarkedYAMLError(problem=f"has a tag ({tag})", problem_mark=event.start_mark)
+        tag, is_alias = getattr(event, "tag", None), isinstance(event, yaml.AliasEvent)
+        before, deepest = self.num_values, self.deepest
         self.depth += 1
-        if self.depth > MAX_DEPTH:
-            raise yaml.MarkedYAMLError(problem=f"is nested over {MAX_DEPTH} deep", problem_mark=event.start_mark)
+        self.deepest = self.depth
+        self._count(event)
+        for is_wrong, problem in (
+            (is_alias and not self.aliases, f"has an alias (*{event.anchor})"),
+            (tag not in {None, *_PLAIN_TAGS}, f"has a tag ({tag})"),
+            (tag in _NUMBERS and ":" in getattr(event, "value", ""), "has a number of base 60"),
+            (self.deepest > MAX_DEPTH, f"is nested over {MAX_DEPTH} deep"),
+            (self.num_unfolded > MAX_UNFOLDED, f"has aliases that stand for over {MAX_UNFOLDED:,} values"),
+        ):
+            if is_wrong:
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
         node = super().compose_node(parent, index)
+        if event.anchor and not is_alias:
+            self.of_anchor[event.anchor] = self.num_values - before, self.deepest - self.depth
         self.depth -= 1
+        self.deepest = max(deepest, self.deepest)
         return node
+
+    def _count(self, event: Any) -> None:
+        """Count the value that begins, or what an alias stands for: without end, if it is a part of that."""
+        if not isinstance(event, yaml.AliasEvent):
+            self.num_values += 1 + len(getattr(event, "value", "")) // 100
+        elif event.anchor in self.anchors:  # else it stands for nothing, which is refused
+            size, levels = self.of_anchor.get(event.anchor, (MAX_UNFOLDED + 1, 0))
+            self.num_values += size
+            self.num_unfolded += size
+            self.deepest += levels
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -61,9 +89,13 @@ def _text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
 _Dumper.add_representer(str, _text)
 for _class in (_Loader, _Dumper):
     _class.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
-# Days, too, are text.
+# Days, too, are text, and so are numbers of base 60, such as 1:30, which take a time that grows with their square.
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+    first: [
+        (tag, re.compile(f"(?!.*:){pattern.pattern}", pattern.flags))
+        for tag, pattern in resolvers
+        if not tag.endswith(":timestamp")
+    ]
     for first, resolvers in _Loader.yaml_implicit_resolvers.items()
 }
 
@@ -88,7 +120,7 @@ def parse_yaml(text: str, *, where: str, aliases: bool = False) -> Any:
         return yaml.load(text, Loader=_OwnLoader if aliases else _Loader)
     except yaml.YAMLError as error:
         raise ValueError(f"{where}{explain(error)}") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits
+    except (ValueError, LookupError, ArithmeticError, RecursionError) as error:  # `!!bool maybe`, thousands of digits
         raise ValueError(f"{where}: no YAML that can be read ({' '.join(str(error).split())[:200]}).") from error
 
 

@@ -22,8 +22,13 @@ _UP_TO_HOST = re.compile(r"""[^\s@"']++(@(?=[\w\[]))?+""")
 _LOGIN = re.compile(r"(?:^|=|[/:]\w*+[^\w/:=])([^/:=]++:.)", re.DOTALL)
 _HOST = re.compile(r"(\[[^\[\]@]*\]|[^\s:@\[\]]*+)(:\d*)?\W*")
 _GIVEN_OPTION = re.compile(
-    r"""(storage[^\n]{0,40}?\boptions[\w.\[\]-]{0,80}["']?\s*[=:]\s*)(\{[^}]*\}?|"[^"]*"?|'[^']*'?|\S+)"""
+    r"""(storage(?:[^\n]{0,40}?|\\?["']?[ ]?[=:][ ]?\{(?:(?!storage)[^\n])*?)"""
+    r"""\boptions[\w.\[\]-]{0,80}+\\?["']?\s*+[=:]\s*+)"""
+    r"""(\{[^}]*\}?|"[^"]*"?|'[^']*'?|\S+)"""
 )
+"""Pattern of options that stand close behind `storage`, or within its braces, as far as that line goes."""
+_ABOVE_OPTIONS = re.compile(r"[+~]*data(\.storage)?=.*\boptions\b", re.DOTALL)
+"""Pattern of a `key=value` whose value holds the options, among other settings."""
 _SECRET_NAME = re.compile(r"SECRET|TOKEN|PASSW|CREDENTIAL|SIGNATURE|(API|ACCESS|PRIVATE)_?KEY", re.IGNORECASE)
 
 
@@ -61,7 +66,8 @@ def redacted(settings: Any) -> Any:
 
 def holds_secret(word: str) -> bool:
     """Tell whether a `key=value` must not be shown or written where others read it."""
-    return redact(word) != word or without_secrets(word.partition("=")[2]) != word.partition("=")[2]
+    value = word.partition("=")[2]
+    return _ABOVE_OPTIONS.match(word) is not None or redact(word) != word or without_secrets(value) != value
 
 
 def secrets_in(word: str) -> set[str]:
@@ -73,7 +79,7 @@ def secrets_in(word: str) -> set[str]:
         user, _, password = rest.rpartition("@" + bare.partition("/")[0])[0].partition(":")
         pieces |= {password or user}
         pieces |= {value.partition("=")[2] or value for value in re.split(r"[&?#]", url)[1:]}
-    if _GIVEN_OPTION.search(word):
+    if _ABOVE_OPTIONS.match(word) or _GIVEN_OPTION.search(word):
         value = word.partition("=")[2]
         pieces |= set(re.findall(r"[^\s{}\[\],:\"']+", value)) | {value}
     pieces |= {unquote(piece) for piece in pieces}

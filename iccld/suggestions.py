@@ -28,6 +28,8 @@ def for_message(message: str, schema: Any = None) -> str:
     for pattern in _CHOICES:
         if found := pattern.search(message):
             return did_you_mean(found["word"], re.split(r"[,\s]+", found["known"].replace("'", "")))
+    if "Unsupported interpolation type" in message:  # OmegaConf's, of a function such as oc.env
+        return "; a setting may be the value of another one, as in ${a.b}, and nothing else; write the value itself"
     found = _KEY.search(message) if schema is not None else None
     if found and "is not in struct" in message:  # OmegaConf's, of a mapping whose names are free
         return f"; a + adds a name: +{found['key'].rpartition('.')[0]}={{NAME:VALUE}}"

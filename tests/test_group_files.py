@@ -1,12 +1,14 @@
 """A broken YAML of the user's own is one line: file, line, what."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
 
-from iccld.config import load_config
+from iccld.config import config_from, load_config
 from iccld.data.config import DataConfig
 
 HEAD = b"# @package data\n"
@@ -31,6 +33,14 @@ BROKEN = {
     "deep": (HEAD + b"crop_size: " + b"[" * 3000 + b"]" * 3000, 2, "deep"),
     "documents": (HEAD + b"---\nseed: 1\n---\nseed: 2\n", 4, "another document"),
     "default": (HEAD + b"defaults:\n  - nope\nnum_workers: 1\n", 1, "nope"),
+    "unfolded": (
+        HEAD + b"source: &a [&b [x,x,x,x,x,x,x,x,x,x],*b,*b]\ntarget: [" + b"*a," * 4000 + b"]",
+        3,
+        "stand for over",
+    ),
+    "endless": (HEAD + b"source: &a {also: *a}\n", 2, "stand for over"),
+    "tagged": (HEAD + b"num_workers: !!bool maybe\n", 0, "no YAML that can be read"),
+    "base60": (HEAD + b"num_workers: 1" + b":59" * 100_000, 2, "could not be converted to Integer"),
     "package": (b"crop_size: [64, 64]\n", 1, "begin the file with the line `# @package data`"),
 }
 
@@ -44,7 +54,18 @@ def test_a_broken_file_is_named_with_its_line(name: str, tmp_path: Path):
     with pytest.raises(ValueError, match=r".*") as raised:
         load_config([f"dataset={name}"], config_dir=str(tmp_path))
     said = str(raised.value)
-    assert said.startswith(f"{path}:{line}: ") and message in said and "\n" not in said, said
+    assert said.startswith(f"{path}:{line}: " if line else f"{path}: "), said[:300]
+    assert message in said and "\n" not in said, said[:300]
+
+
+@pytest.mark.parametrize("default", ["nested", "/dataset: nested", "/model@model.encoder: nested"])
+def test_a_file_that_another_one_s_defaults_name_is_read_within_the_same_limits(default: str, tmp_path: Path):
+    for group in ("dataset", "model"):
+        (tmp_path / group).mkdir()
+        (tmp_path / group / "nested.yaml").write_bytes(BROKEN["unfolded"][0])
+    (tmp_path / "dataset" / "mine.yaml").write_bytes(HEAD + f"defaults:\n  - {default}\n".encode())
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/\w+/nested\.yaml:3: has aliases that stand for over"):
+        load_config(["dataset=mine"], config_dir=str(tmp_path))
 
 
 def test_a_file_that_a_packaged_one_would_replace_is_refused(tmp_path: Path):
@@ -54,6 +75,12 @@ def test_a_file_that_a_packaged_one_would_replace_is_refused(tmp_path: Path):
     with pytest.raises(ValueError, match=r"the packaged dataset/gta5_to_cityscapes\.yaml would be taken") as raised:
         load_config(["model=tiny"], config_dir=str(tmp_path))
     assert str(raised.value).startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize("sign", ["", "+", "++"])
+def test_no_other_folder_is_searched(sign: str, tmp_path: Path):
+    with pytest.raises(ValueError, match=r"^hydra\.searchpath: .*use --config-dir FOLDER"):
+        load_config([f"{sign}hydra.searchpath=[file://{tmp_path}]"])
 
 
 def test_a_file_that_is_named_like_a_run_is_no_group(tmp_path: Path):
@@ -87,3 +114,56 @@ def test_aliases_and_numbers_of_ones_own_file_are_good(tmp_path: Path):
     )
     data = load_config(["dataset=mine", "data.target.name=a=b"], config_dir=str(tmp_path)).data
     assert data.rare_class_temperature == 0.01 and data.source.name == "a=b"
+
+
+RESOLVED = {
+    "oc.env": b"source: {shards: 'http://host/${oc.env:ICCLD_PLANTED}'}\n",
+    "oc.decode": b"num_workers: ${oc.decode:'${oc.env:ICCLD_PLANTED}'}\n",
+    "oc.create": b"num_workers: ${oc.create:'${oc.env:ICCLD_PLANTED}'}\n",
+    "hydra": b"source: {shards: 'http://host/${hydra:runtime.cwd}'}\n",
+    "of_a_program": b"source: {shards: 'http://host/${of_a_program:x}'}\n",
+    "env_copy": b"source: {shards: 'http://host/${hydra.job.env_set.ICCLD_PLANTED}'}\n",
+}
+
+
+@pytest.mark.parametrize("below", [False, True])
+@pytest.mark.parametrize("name", RESOLVED)
+def test_a_file_reads_nothing_of_the_user_s_environment(
+    name: str, below: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("ICCLD_PLANTED", "4711")
+    OmegaConf.register_new_resolver("of_a_program", lambda word: word, replace=True)
+    (tmp_path / "dataset").mkdir()
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "dataset" / "mine.yaml").write_bytes(HEAD + RESOLVED[name])
+    start = b"# @package _global_\ndefaults:\n  - override /dataset: mine\n"
+    start += b"hydra: {job: {env_copy: [ICCLD_PLANTED]}}\n" if name == "env_copy" else b""
+    (tmp_path / "experiment" / "own.yaml").write_bytes(start)
+    words = ["experiment=own"] if below or name == "env_copy" else ["dataset=mine"]
+    with pytest.raises(ValueError, match=r".*") as raised:
+        load_config(words, config_dir=str(tmp_path))
+    said = str(raised.value)
+    assert "4711" not in said and "\n" not in said, said
+    if name != "env_copy":
+        assert "Unsupported interpolation type" in said and "write the value itself" in said, said
+    assert OmegaConf.has_resolver("of_a_program") and OmegaConf.has_resolver("oc.env"), "they are kept for others"
+    OmegaConf.clear_resolver("of_a_program")
+
+
+def test_the_choice_of_a_file_reads_nothing_of_the_user_s_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ICCLD_PLANTED", "mit_b5")
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "own.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - override /model: ${oc.env:ICCLD_PLANTED}\n"
+    )
+    with pytest.raises(ValueError, match=r"^Error resolving interpolation '\$\{oc\.env"):
+        load_config(["experiment=own"], config_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize("load", [load_config, lambda words: config_from({}, where="x", overrides=words)])
+def test_a_word_reads_nothing_of_the_user_s_environment(load: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ICCLD_PLANTED", "4711")
+    with pytest.raises(ValueError, match=r"Unsupported interpolation type oc\.env.*write the value itself") as raised:
+        load(["seed=${oc.env:ICCLD_PLANTED}"])
+    assert "4711" not in str(raised.value) and "\n" not in str(raised.value)
+    assert load(["seed=7", "statistics_samples=${seed}"]).statistics_samples == 7

@@ -34,6 +34,13 @@ def test_a_number_without_a_point_is_one():
     assert math.isinf(parse_yaml(".inf", where="x"))
 
 
+@pytest.mark.parametrize("text", ["4:00:00", "1:30", "-1:30.5", "1" + ":59" * 100_000, "1" + ":59" * 100_000 + ".5"])
+def test_what_yaml_takes_for_a_number_of_base_60_is_text_at_once(text: str):
+    begin = time.monotonic()
+    assert parse_yaml(f"a: {text}", where="x") == {"a": text}
+    assert time.monotonic() - begin < 2
+
+
 LAUGHS = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
     f"{c}: &{c} [{','.join(['*' + p] * 9)}]\n" for p, c in zip("abcdefgh", "bcdefghi", strict=True)
 )
@@ -49,6 +56,11 @@ LAUGHS = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
         ("a: 1\na: 2", "x:2: names 'a' twice"),
         ("[" * 100_000, "x:1: is nested"),
         ("a: " + "1" * 5000, "x: no YAML"),
+        ("a: !!bool maybe", "x: no YAML that can be read ('maybe')"),
+        ("a: !!int ''", "x: no YAML"),
+        ("a: !!float ''", "x: no YAML"),
+        ("a: !!int " + "1" + ":59" * 100_000, "x:1: has a number of base 60"),
+        ("a: !!float " + "1" + ":59" * 100_000, "x:1: has a number of base 60"),
         ("a: 1\n--- \nb: 2", "x:2: "),
         ("a: \x07", "x: "),
         ("? [a]\n: 1", "x:1: "),
@@ -61,6 +73,41 @@ def test_what_is_not_plain_is_one_line_at_once(text: str, message: str):
         parse_yaml(text, where="x")
     assert str(raised.value).startswith(message) and "\n" not in str(raised.value), str(raised.value)
     assert time.monotonic() - begin < 2
+
+
+def nested(depth: int, count: int) -> str:
+    """A list in a list, and so on, each with `count` aliases of the next one, as in &a1 [&a0 [x], *a0, *a0]."""
+    text = "x"
+    for level in range(depth):
+        text = f"&a{level} [{','.join([text, *[f'*a{level - 1}'] * (count if level else 0)])}]"
+    return text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (LAUGHS, "x:6: has aliases that stand for over 100,000 values."),
+        (nested(9, 9), "x:1: has aliases that stand for over 100,000 values."),
+        (f"a: &a {'x' * 10**6}\nb: [{','.join(['*a'] * 20)}]", "x:2: has aliases that stand for over"),
+        ("a: &a [1, {b: *a}]", "x:1: has aliases that stand for over"),
+        ("a0: &a0 [1]\n" + "\n".join(f"a{i}: &a{i} [*a{i - 1}]" for i in range(1, 99)), "x:39: is nested over 40 deep"),
+        ("a: *b", "x:1: found undefined alias 'b'."),
+    ],
+)
+def test_aliases_of_a_file_of_ones_own_unfold_to_few_values(text: str, message: str):
+    begin = time.monotonic()
+    with pytest.raises(ValueError, match=r".*") as raised:
+        parse_yaml(text, where="x", aliases=True)
+    assert str(raised.value).startswith(message) and "\n" not in str(raised.value), str(raised.value)
+    assert time.monotonic() - begin < 2
+
+
+def test_as_many_aliases_as_are_allowed_are_read():
+    text = "a: &a [1,1,1,1]\nb: [" + ",".join(["*a"] * 20_000) + "]"
+    assert parse_yaml(text, where="x", aliases=True)["b"] == [[1] * 4] * 20_000
+    with pytest.raises(ValueError, match="x:2: has aliases that stand for over 100,000 values"):
+        parse_yaml(f"{text[:-1]},*a]", where="x", aliases=True)
+    assert parse_yaml(nested(4, 9), where="x", aliases=True)
 
 
 def test_a_file_that_is_none_or_too_large_is_refused(tmp_path: Path):

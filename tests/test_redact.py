@@ -49,6 +49,10 @@ def test_a_location_is_shown_without_secrets(given: str, public: str) -> None:
         f"data.storage={{retry_for_s:1,options:{{secret:{OPTION}}}}}",
         f"data={{storage:{{options:{{secret:'{OPTION}'}}}}}}",
         f"data.storage.options.secret=a b {OPTION}",
+        f"data.storage={{timeout_s:20.0,retry_for_s:300.0,allow_schemes:[sftp,hdfs],options:{{secret:{OPTION}}}}}",
+        f"++data={{num_workers:0,storage:{{timeout_s:20.0,retry_for_s:300.0,allow_schemes:[hdfs],options:{{a:{OPTION}}}}}}}",
+        f"data={{'storage': {{'timeout_s':20.0,'retry_for_s':300.0,'allow_schemes':[hdfs],'options':{{a:{OPTION}}}}}}}",
+        f"data.storage={{timeout_s:20.0,\n retry_for_s:300.0, options:{{secret:{OPTION}}}}}",
         f"data.source.shards=https://u:'{PASSWORD}\\'@host/a?sig='{SIGNATURE}",
         f"data.source.shards=https:/u:{PASSWORD}@host/a",
     ],
@@ -68,7 +72,23 @@ def test_what_is_not_secret_is_shown(word: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "piece", ["a", ".", "-a", "=a:", "a:/", "ab://.", "/-", "storage.options.", "storage options ", "a:b@"]
+    "piece",
+    [
+        "a",
+        ".",
+        "-a",
+        "=a:",
+        "a:/",
+        "ab://.",
+        "/-",
+        "storage.options.",
+        "storage options ",
+        "a:b@",
+        "storage={",
+        "storage={options ",
+        "storage={a options",
+        "options" + " " * 99,
+    ],
 )
 def test_long_texts_are_searched_in_a_time_that_grows_with_their_length(piece: str) -> None:
     text = piece * (10**6 // len(piece))

@@ -177,6 +177,18 @@ def refuse_unasked(config: DataConfig, *, roles: Sequence[str], where: str) -> N
             )
 
 
+def refuse_storage_of_files(given: StorageConfig, typed: StorageConfig) -> None:
+    """Raise ValueError for options and schemes that the user has not typed: by some, opening a set writes files."""
+    schemes = [scheme for scheme in given.allow_schemes if scheme not in typed.allow_schemes]
+    options = [name for name, value in given.options.items() if typed.options.get(name) != value]
+    if schemes or options:
+        key, names = ("allow_schemes", schemes) if schemes else ("options", options)
+        raise ValueError(
+            f"data.storage.{key}, of which a file sets {', '.join(names)}, counts only as a word of `train` and its "
+            f"like, or of --secrets; leave it out of the file, and give it there if you trust it."
+        )
+
+
 def locations(config: DataConfig, roles: Sequence[str], *, with_keys: bool = False) -> dict[str, str]:
     """Return the locations of the roles' sets, by setting; `with_keys` adds the files that choose their samples."""
     found = {}

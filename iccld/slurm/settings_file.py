@@ -34,8 +34,8 @@ def _typed(given: str, name: str, value: Any) -> Any:
     if isinstance(default, tuple):
         values = value if isinstance(value, list) else [value]
         return tuple(_word(one, f"{given} must be a list of words, as in [a, b].") for one in values)
-    # YAML reads an unquoted 4:00:00 as 14400, and 0123 as 83.
-    example = ', as in time: "4:00:00"' if name == "time" else ""
+    # YAML reads an unquoted 0123 as 83.
+    example = ', as in time: "90"' if name == "time" else ""
     return _of_type(value, str, f"{given} must be quoted{example}.")
 
 

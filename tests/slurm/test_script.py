@@ -127,7 +127,7 @@ def test_a_run_directory_takes_no_colon():
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("time: 4:00:00", 'time=14400 must be quoted, as in time: "4:00:00"'),
+        ("time: 90", 'time=90 must be quoted, as in time: "90"'),
         ("account: 123", "account=123 must be quoted"),
         ("nodes: '2'", "nodes='2' must be a whole number, without quotes"),
         ("nodes: true", "nodes=True must be a whole number"),
@@ -151,7 +151,7 @@ def test_settings_of_another_type_are_refused_in_a_line(tmp_path: Path, line: st
 
 def test_settings_are_read_as_what_they_are(tmp_path: Path):
     (path := tmp_path / "cluster.yaml").write_text(
-        'exclude: n01\nafter: 4711\nmodules: [cuda, gcc]\nrequeue: false\nlauncher: accelerate\ntime: "4:00:00"\n'
+        "exclude: n01\nafter: 4711\nmodules: [cuda, gcc]\nrequeue: false\nlauncher: accelerate\ntime: 4:00:00\n"
     )
     assert read_settings(path) == {
         "exclude": ("n01",), "after": ("4711",), "modules": ("cuda", "gcc"), "requeue": False,

@@ -36,8 +36,8 @@ class StorageConfig:
     there too, and those of http(s) in `~/.netrc`: other users see a command line. Saved settings and messages hold no
     values of options, and no user, password and query of a URL.
 
-    Some of the schemes that `allow_schemes` may name write files or run code when they open a location. So it counts
-    on the command line only, never in a run's saved settings.
+    Some of the schemes that `allow_schemes` may name write files or run code when they open a location, as `options`
+    say. So both count on the command line and in --secrets only: not in a run's saved settings, in YAML or in a grid.
     """
 
     timeout_s: float = 20.0  # bounds one request of at most 8 MiB

@@ -77,7 +77,7 @@ def open_ablation(grid: Grid, folder: Path, *, num_ranks: int, command: str = "i
     configs: dict[str, Config] = {}
     for name, row in grid.rows.items():
         try:
-            configs[name] = load_config(row.settings)
+            configs[name] = load_config(row.settings, are_typed=False)
             _check(configs[name], row.after, num_ranks=num_ranks)
         except ValueError as error:
             raise ValueError(f"runs.{name}: {error}") from error
