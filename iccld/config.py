@@ -175,11 +175,11 @@ def _storage_of(parsed: Sequence[Override]) -> StorageConfig:
     data = OmegaConf.create({"data": _schema(DataConfig)})
     for override in parsed:
         key, value = override.key_or_group, override.value()
-        is_group = key in ("data", "data.storage") and not isinstance(
-            value, dict
-        )  # a file, whose settings do not count
-        if re.fullmatch(r"data(\.storage(\..*)?)?", key) and not (is_group or override.is_delete()):
-            OmegaConf.update(data, key, value, merge=True)
+        if not re.fullmatch(r"data(\.storage(\..*)?)?", key) or override.is_delete():
+            continue
+        if key in ("data", "data.storage") and not isinstance(value, dict):  # a file, whose settings do not count
+            continue
+        OmegaConf.update(data, key, value, merge=True)
     return OmegaConf.to_object(data.data.storage)  # type: ignore[return-value]
 
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from iccld.slurm.config import Container, Launcher, SubmitConfig, Work
 from iccld.slurm.ranks import FIRST_PORT, NUM_PORTS, PORT_STRIDE
 
-_SIMPLE_COMMAND = re.compile(r"(module|ml|source|\.|conda|mamba|micromamba|spack) [^|&;<>(){}`\\#]*")
-"""Lines of `setup` whose failure is the setup's: without what they load, the job would run something else."""
+_LOADS = re.compile(r"(module|ml|conda|mamba|micromamba|spack) [^|&;<>(){}`\\#]*")
+_SOURCES = re.compile(r"(source|\.) (?P<file>[^\s|&;<>(){}`\\#'\"]*/[^\s|&;<>(){}`\\#'\"]*)")
 NCCL = """\
 # NCCL chooses its network itself; where it chooses wrongly, say:
 # export NCCL_SOCKET_IFNAME=ib0    # the interface for its first contact, where a node has several
@@ -89,8 +89,7 @@ def _array(arguments: tuple[str, ...]) -> str:
 
 def _environment(config: SubmitConfig, work: Work) -> Iterator[str]:
     for line in (*(f"module load {module}" for module in config.modules), *config.setup):
-        failed = f" || failed_setup={shlex.quote(line)}" if _SIMPLE_COMMAND.fullmatch(line) else ""
-        yield f"{line}{failed}\n"
+        yield _noticed(line)
     if not work.variants:  # sbatch hands on the variables of an array's element in which it was called
         yield "unset SLURM_ARRAY_JOB_ID SLURM_ARRAY_TASK_ID\n"
     yield "export PYTHONPATH=$code${PYTHONPATH:+:$PYTHONPATH} PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1\n"
@@ -108,6 +107,19 @@ def _environment(config: SubmitConfig, work: Work) -> Iterator[str]:
             yield f"{name}={value}\n"
     if not config.requeue:
         yield "requeue=no\n"
+
+
+def _noticed(line: str) -> str:
+    """Let the job know that a line of the setup failed where that is plain: it would run something else without it.
+
+    The status of a file that is sourced is its last line's, and tells nothing.
+    """
+    failed = f"failed_setup={shlex.quote(line)}"
+    if _LOADS.fullmatch(line):
+        return f"{line} || {failed}\n"
+    if found := _SOURCES.fullmatch(line):
+        return f"[ -r {found['file']} ] || {failed}\n{line}\n"
+    return f"{line}\n"
 
 
 def _launch(config: SubmitConfig, work: Work) -> str:
