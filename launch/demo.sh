@@ -31,11 +31,11 @@ pack --dataset cityscapes --split val --input $demo/data/cityscapes --output $de
 echo "== source only"
 run iccld launch "$ranks" train experiment=demo stage=source_only stage1.trainer.num_steps=350 run_dir=$demo/source_only
 echo "== stage 1 and stage 2"
-run iccld launch "$ranks" train experiment=demo stage2.trainer.num_steps=40 run_dir=$demo/adapted \
+run iccld launch "$ranks" train experiment=demo run_dir=$demo/adapted \
     initial_model=$demo/source_only/stage1/final/teacher
 echo "== the twin of stage 2: the same network, inputs, losses and steps without noise"
 run iccld launch "$ranks" train experiment=demo stage=adversarial stage1_from=$demo/adapted \
-    stage2.trainer.num_steps=40 stage2.objective.deterministic=true inference.num_steps=[1] run_dir=$demo/twin
+    stage2.objective.deterministic=true inference.num_steps=[1] run_dir=$demo/twin
 run python launch/demo_report.py $demo
 run iccld report $demo/source_only $demo/adapted $demo/twin --output $demo/report.html
 echo "this attempt took $((SECONDS - started)) s"
